@@ -1,0 +1,185 @@
+//! Error codes: the one table of what can go wrong, what it ends, and what to do about it (spec `ERR`).
+
+use core::fmt;
+
+/// What an error ends (spec ERR-2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// The request or batch that it answers; the QUIC stream goes on.
+    Request,
+    /// The QUIC stream on which it happened; the connection goes on.
+    Stream,
+    /// The connection.
+    Connection,
+}
+
+/// What the receiver of an error should do (spec ERR-3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Advice {
+    /// The same request may succeed later; retry it with backoff.
+    Retry,
+    /// The attachment is no longer right; attach again.
+    Reattach,
+    /// Present a valid or wider capability token.
+    Reauthenticate,
+    /// The request is wrong; do not repeat it unchanged.
+    Fix,
+    /// Nothing that this client does will make it succeed.
+    GiveUp,
+}
+
+macro_rules! codes {
+    ($( $(#[$doc:meta])* $name:ident = $number:literal, $scope:ident, $advice:ident; )+) => {
+        impl Code {
+            $( $(#[$doc])* pub const $name: Self = Self($number); )+
+
+            /// Every code of the registry, in ascending order.
+            pub const ALL: &'static [Self] = &[$(Self::$name),+];
+
+            /// The registry name, or `None` for a number that this version does not know.
+            pub const fn name(self) -> Option<&'static str> {
+                match self.0 { $( $number => Some(stringify!($name)), )+ _ => None }
+            }
+
+            /// What the error ends. An unknown code ends the request.
+            pub const fn scope(self) -> Scope {
+                match self.0 { $( $number => Scope::$scope, )+ _ => Scope::Request }
+            }
+
+            /// What to do about it. An unknown code means give up.
+            pub const fn advice(self) -> Advice {
+                match self.0 { $( $number => Advice::$advice, )+ _ => Advice::GiveUp }
+            }
+        }
+    };
+}
+
+/// A wire error code. Open: a number that this version does not know survives a round trip.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Code(pub u64);
+
+codes! {
+    /// Nothing is wrong: the orderly end of a QUIC stream or connection.
+    NO_ERROR = 0x00, Connection, Retry;
+    /// The peer failed in a way that is its own fault.
+    INTERNAL = 0x01, Stream, Retry;
+    /// Bytes that no frame may have: bad length, non-minimal varint, truncated field, wrong parameter order.
+    FRAME_MALFORMED = 0x02, Stream, Fix;
+    /// A frame longer than the limit in force.
+    FRAME_TOO_LARGE = 0x03, Stream, Fix;
+    /// A critical frame type or parameter that this version does not know.
+    FRAME_UNKNOWN = 0x04, Stream, Fix;
+    /// A known frame where the protocol does not allow it.
+    FRAME_UNEXPECTED = 0x05, Stream, Fix;
+    /// A limit stated in HELLO was exceeded.
+    LIMIT_EXCEEDED = 0x06, Request, Fix;
+    /// The peer did not say HELLO in time.
+    HELLO_TIMEOUT = 0x07, Connection, Retry;
+    /// A bulk QUIC stream carried more unconsumed bytes than its window.
+    CREDIT_EXCEEDED = 0x08, Stream, Fix;
+    /// The peer let unread control data grow beyond the bound.
+    CONTROL_BACKLOG = 0x09, Stream, Reattach;
+    /// No capability token was presented.
+    UNAUTHENTICATED = 0x10, Request, Reauthenticate;
+    /// The capability token has expired.
+    TOKEN_EXPIRED = 0x11, Request, Reauthenticate;
+    /// The capability token is forged, garbled or signed by an unknown key.
+    TOKEN_INVALID = 0x12, Request, Reauthenticate;
+    /// The capability token does not grant this operation on this session.
+    FORBIDDEN = 0x13, Request, Reauthenticate;
+    /// No session has this name.
+    SESSION_NOT_FOUND = 0x20, Stream, Fix;
+    /// A session of this name exists already.
+    SESSION_EXISTS = 0x21, Stream, Fix;
+    /// The session is closed; it can be read, not appended to.
+    SESSION_CLOSED = 0x22, Request, GiveUp;
+    /// The session was deleted while this attachment was open.
+    SESSION_GONE = 0x23, Stream, Reattach;
+    /// Stored data of this session is damaged; it is quarantined.
+    SESSION_DAMAGED = 0x24, Stream, GiveUp;
+    /// The name is empty, too long or holds control characters.
+    NAME_INVALID = 0x25, Request, Fix;
+    /// A newer writer holds this session; this server no longer does.
+    WRITER_FENCED = 0x26, Stream, Reattach;
+    /// A newer epoch of this producer was granted.
+    FENCED = 0x30, Request, GiveUp;
+    /// The batch is ahead of the producer's next sequence; `value` is the expected one.
+    SEQ_GAP = 0x31, Request, Retry;
+    /// The batch was stored long ago; its original seqs are no longer known.
+    DUPLICATE = 0x32, Request, GiveUp;
+    /// A record is longer than the limit.
+    RECORD_TOO_LARGE = 0x33, Request, Fix;
+    /// A batch has too many records or bytes, or none.
+    BATCH_TOO_LARGE = 0x34, Request, Fix;
+    /// A record kind that only the server may write.
+    KIND_REFUSED = 0x35, Request, Fix;
+    /// A critical record kind that this version does not know.
+    KIND_UNKNOWN = 0x36, Request, Fix;
+    /// Record bytes that no record may have.
+    RECORD_MALFORMED = 0x37, Request, Fix;
+    /// The record names a stream id that the session has not defined.
+    STREAM_UNDEFINED = 0x38, Request, Fix;
+    /// The QUIC stream names an attachment or producer that this connection did not open.
+    PRODUCER_UNKNOWN = 0x39, Stream, Reattach;
+    /// The store did not commit the batch; it may be sent again under the same sequence.
+    NOT_COMMITTED = 0x3a, Request, Retry;
+    /// Whether the batch was stored is not known yet; sending it again under the same sequence is safe.
+    OUTCOME_UNKNOWN = 0x3b, Request, Retry;
+    /// The server cannot do this now: no disk space, a failing store.
+    UNAVAILABLE = 0x40, Request, Retry;
+    /// The server has too much to do.
+    OVERLOADED = 0x41, Request, Retry;
+    /// The server is shutting down.
+    GOING_AWAY = 0x42, Connection, Retry;
+}
+
+impl Code {
+    /// True if the same request may succeed later without being changed.
+    pub const fn is_retryable(self) -> bool {
+        matches!(self.advice(), Advice::Retry | Advice::Reattach)
+    }
+}
+
+impl fmt::Display for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name() {
+            Some(name) => f.write_str(name),
+            None => write!(f, "CODE_{:#x}", self.0),
+        }
+    }
+}
+
+impl fmt::Debug for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A rule of the protocol that a peer or a file broke: exactly what the peer is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProtocolError {
+    /// The registry code.
+    pub code: Code,
+    /// What happened and to what, in lower case, without secrets or payload bytes.
+    pub detail: &'static str,
+}
+
+impl ProtocolError {
+    /// An error with `code` that says `detail`.
+    pub const fn new(code: Code, detail: &'static str) -> Self {
+        Self { code, detail }
+    }
+
+    /// `FRAME_MALFORMED` that says `detail`.
+    pub const fn malformed(detail: &'static str) -> Self {
+        Self::new(Code::FRAME_MALFORMED, detail)
+    }
+}
+
+impl fmt::Display for ProtocolError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.code, self.detail)
+    }
+}
+
+impl std::error::Error for ProtocolError {}

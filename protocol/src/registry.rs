@@ -1,0 +1,134 @@
+//! Numbers of the wire and of the log that are not frame types or error codes: limits, kinds, parameters, reserved
+//! ranges. `spec/registry.toml` is their only home; `tests/registry.rs` compares it with this file.
+
+/// The ALPN token of this protocol version (spec CONN-1).
+pub const ALPN: &[u8] = b"mainstay/1";
+
+/// Version byte of the chunk envelope (spec CHUNK-1).
+pub const CHUNK_VERSION: u8 = 1;
+
+/// Version of the fold and of the view encoding (spec FOLD-1).
+pub const FOLD_VERSION: u64 = 1;
+
+/// Longest session name in bytes of UTF-8 (spec SESS-1).
+pub const MAX_NAME: usize = 512;
+/// Longest name of a stream or of a producer in bytes of UTF-8 (spec SESS-2).
+pub const MAX_LABEL: usize = 128;
+/// Longest subject of a capability token in bytes of UTF-8 (spec AUTH-3).
+pub const MAX_SUBJECT: usize = 256;
+/// Longest capability token in bytes (spec AUTH-2).
+pub const MAX_TOKEN: usize = 3072;
+/// Longest record in bytes of record encoding (spec REC-2).
+pub const MAX_RECORD: usize = 256 * 1024;
+/// Most headers of one record (spec REC-5).
+pub const MAX_HEADERS: usize = 32;
+/// Most records of one batch (spec PROD-3).
+pub const MAX_BATCH_RECORDS: usize = 1000;
+/// Most bytes of one batch's record region (spec PROD-3).
+pub const MAX_BATCH_BYTES: usize = 512 * 1024;
+/// Longest frame body in bytes once authenticated (spec WIRE-5).
+pub const MAX_FRAME: usize = 576 * 1024;
+/// Longest frame body in bytes before authentication (spec WIRE-5).
+pub const MAX_FRAME_UNAUTHENTICATED: usize = 4096;
+/// Longest human-readable message in a frame, in bytes of UTF-8 (spec ERR-4).
+pub const MAX_MESSAGE: usize = 512;
+/// Batches of one producer that may be unacknowledged, and for which original seqs are kept (spec PROD-6).
+pub const PRODUCER_WINDOW: usize = 256;
+/// Streams of one session (spec SESS-6).
+pub const MAX_STREAMS: usize = 256;
+/// Producers of one session that the server keeps (spec PROD-9).
+pub const MAX_PRODUCERS: usize = 1024;
+/// Chunk bytes that one session may put into one commit turn, unless a single batch is larger (spec DUR-5).
+pub const TURN_BYTES: usize = 64 * 1024;
+/// Longest encoded chunk: one batch of the largest size under the largest header.
+pub const MAX_CHUNK: usize = MAX_FRAME;
+/// Sessions in one LISTED frame (spec SESS-20).
+pub const MAX_LISTED: usize = 256;
+/// Producer positions of the caller in one ATTACHED frame (spec SESS-9).
+pub const MAX_POSITIONS: usize = 32;
+/// Entries of a subscription filter, streams and kinds together (spec SUB-4).
+pub const MAX_FILTER: usize = 64;
+/// Control bytes that always fit beside bulk, in bytes (spec FLOW-2).
+pub const CONTROL_RESERVE: usize = 256 * 1024;
+/// Smallest bulk window that a peer may state, in bytes (spec FLOW-3).
+pub const MIN_BULK_WINDOW: u64 = 4096;
+
+/// Stream id of the stream `main`, which every session has (spec SESS-6).
+pub const STREAM_MAIN: u64 = 0;
+/// Name of the stream that every session has.
+pub const STREAM_MAIN_NAME: &str = "main";
+
+/// Record kind numbers (spec KIND).
+pub mod kind {
+    /// Bytes whose meaning is the application's.
+    pub const DATA: u64 = 0x00;
+    /// The session was closed; no record follows. Written by the server only.
+    pub const SESSION_CLOSED: u64 = 0x02;
+}
+
+/// Control entry numbers (spec CHUNK-7).
+pub mod control {
+    /// The session was created.
+    pub const CREATED: u64 = 0x00;
+    /// A writer took the session over under a new writer epoch.
+    pub const FENCE: u64 = 0x02;
+    /// A producer was granted an epoch.
+    pub const PRODUCER: u64 = 0x04;
+    /// A stream name was bound to a stream id.
+    pub const STREAM: u64 = 0x06;
+    /// Records below a seq were released.
+    pub const TRIM: u64 = 0x08;
+}
+
+/// HELLO parameter ids (spec CONN-5).
+pub mod hello {
+    /// 128-bit id of one client installation or tab; required from clients.
+    pub const INSTANCE: u64 = 0x00;
+    /// Software name and version, for logs.
+    pub const AGENT: u64 = 0x01;
+    /// Capability token.
+    pub const TOKEN: u64 = 0x02;
+    /// Bulk window: bytes of one bulk QUIC stream that may be sent and not yet credited.
+    pub const BULK_WINDOW: u64 = 0x04;
+    /// Bulk QUIC streams that the peer may have open at once.
+    pub const BULK_STREAMS: u64 = 0x06;
+    /// Longest frame body accepted.
+    pub const MAX_FRAME: u64 = 0x08;
+    /// Longest record accepted.
+    pub const MAX_RECORD: u64 = 0x0a;
+    /// Most records of a batch.
+    pub const MAX_BATCH_RECORDS: u64 = 0x0c;
+    /// Most bytes of a batch.
+    pub const MAX_BATCH_BYTES: u64 = 0x0e;
+    /// Unacknowledged batches of one producer.
+    pub const PRODUCER_WINDOW: u64 = 0x10;
+    /// Attachments of one connection.
+    pub const MAX_ATTACHMENTS: u64 = 0x12;
+}
+
+/// ATTACH parameter ids (spec SESS-8).
+pub mod attach {
+    /// Incarnation of the cursor that the client holds.
+    pub const INCARNATION: u64 = 0x00;
+    /// Next seq of the cursor that the client holds.
+    pub const NEXT: u64 = 0x02;
+}
+
+/// SUBSCRIBE parameter ids (spec SUB-3).
+pub mod subscribe {
+    /// Stream names to deliver; absent means all.
+    pub const STREAMS: u64 = 0x00;
+    /// Record kinds to deliver; absent means all.
+    pub const KINDS: u64 = 0x02;
+}
+
+/// True if `id` of a frame, kind or parameter may be skipped by a receiver that does not know it (spec WIRE-7).
+pub const fn is_ignorable(id: u64) -> bool {
+    id & 1 == 1
+}
+
+/// The `n`th reserved number that means nothing and must be skipped: `0x3e * n + 0x21`, always ignorable (spec WIRE-8).
+/// `n` is taken modulo 2^32 so that the result is always a varint.
+pub const fn grease(n: u32) -> u64 {
+    0x3e * n as u64 + 0x21
+}

@@ -1,0 +1,499 @@
+//! The server's authority over one session: the only place that accepts batches and assigns seqs (spec SESS, PROD, DUR).
+//!
+//! It keeps the durable [`State`] and, over it, what was accepted and is not durable yet. Decisions look at both;
+//! everything that is shown to a client looks at the durable state alone.
+//!
+//! ```text
+//!             append, open, close …                 next                committed
+//!   request ───────────────────────▶ waiting ──────────────▶ in flight ───────────▶ durable, answered
+//!                    │                  │                       │ not committed
+//!                    ▼ refused          └───────────────────────┴──────────────▶ dropped, answered
+//! ```
+//!
+//! At most one chunk is in flight. `T` is the driver's ticket: it comes back with the answer.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::chunk::{Chunk, ChunkBuilder, Control};
+use super::producer::{Admission, ProducerHandle, ProducerKey};
+use super::record::{CheckedBatch, Kind, Record};
+use super::state::{Damage, State};
+use super::words::{Author, SessionName};
+use crate::error::Code;
+use crate::registry::{MAX_STREAMS, STREAM_MAIN, TURN_BYTES};
+use crate::wire::{Acked, Label};
+use bytes::Bytes;
+
+/// Why a request is refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// The registry code.
+    pub code: Code,
+    /// The number that the code defines, else 0.
+    pub value: u64,
+    /// What happened, for people.
+    pub detail: &'static str,
+}
+
+impl Refusal {
+    /// A refusal without a value.
+    pub const fn new(code: Code, detail: &'static str) -> Self {
+        Self { code, value: 0, detail }
+    }
+}
+
+/// The answer to a request that took effect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reply {
+    /// A batch is durable: its sequence and seqs.
+    Appended {
+        /// The batch's sequence.
+        sequence: u64,
+        /// The seqs that it got.
+        acked: Acked,
+    },
+    /// A producer holds an epoch.
+    Producer {
+        /// To append with.
+        handle: ProducerHandle,
+        /// The epoch in force.
+        epoch: u64,
+        /// The sequence that the next batch must carry.
+        next: u64,
+    },
+    /// A stream has an id.
+    Stream {
+        /// The id.
+        id: u64,
+        /// Its name.
+        name: Label,
+    },
+    /// The session is closed.
+    Closed {
+        /// Seq of the record that closed it.
+        seq: u64,
+    },
+    /// Records below `first` are released.
+    Trimmed {
+        /// The first seq that can be read.
+        first: u64,
+    },
+}
+
+/// What became of a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// It waits for durability; the answer comes out of [`Authority::committed`] or [`Authority::not_committed`].
+    Pending,
+    /// It was answered at once.
+    Done(Reply),
+    /// It had no effect.
+    Refused(Refusal),
+}
+
+/// What the driver does next.
+#[derive(Debug)]
+pub enum Step {
+    /// Commit this chunk, then say what became of it.
+    Commit(Arc<Chunk>),
+    /// Nothing to do until something is accepted or the chunk in flight is resolved.
+    Idle,
+}
+
+#[derive(Debug)]
+enum Work {
+    Batch { author: Arc<Author>, handle: ProducerHandle, epoch: u64, sequence: u64, time: u64, batch: CheckedBatch },
+    /// A repetition of a batch that is in flight.
+    Again { handle: ProducerHandle, sequence: u64 },
+    Grant { key: ProducerKey, epoch: u64 },
+    Stream { id: u64, name: Label },
+    Close { author: Arc<Author>, time: u64 },
+    Trim { first: u64 },
+    Entry { entry: Control },
+}
+
+impl Work {
+    fn len(&self) -> usize {
+        match self {
+            Self::Batch { batch, .. } => batch.len() + 64,
+            _ => 64,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Flight<T> {
+    chunk: Arc<Chunk>,
+    work: Vec<(Work, Option<T>)>,
+}
+
+/// See the [module](self).
+#[derive(Debug)]
+pub struct Authority<T> {
+    state: State,
+    writer_epoch: u64,
+    waiting: VecDeque<(Work, Option<T>)>,
+    waiting_bytes: usize,
+    flight: Option<Flight<T>>,
+    /// Durable plus what is accepted.
+    staged_closed: bool,
+    staged_time: u64,
+    staged_streams: Vec<Label>,
+    uncertain: bool,
+}
+
+impl<T> Authority<T> {
+    /// Takes over a session under `writer_epoch`, which must be newer than any that wrote to it. The first chunk carries
+    /// the fence, and for a new session the creation.
+    pub fn new(state: State, writer_epoch: u64, created: Option<(SessionName, u64)>) -> Self {
+        let mut this = Self {
+            staged_closed: state.view().closed().is_some(),
+            staged_time: state.time(),
+            state,
+            writer_epoch,
+            waiting: VecDeque::new(),
+            waiting_bytes: 0,
+            flight: None,
+            staged_streams: Vec::new(),
+            uncertain: false,
+        };
+        if let Some((name, time)) = created {
+            this.staged_time = this.staged_time.max(time);
+            this.push(Work::Entry { entry: Control::Created { name, time } }, None);
+        }
+        this
+    }
+
+    /// The durable state: all that a client may be shown.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Bytes accepted and not yet in a chunk. The driver stops taking requests above a bound of its own.
+    pub fn waiting_bytes(&self) -> usize {
+        self.waiting_bytes
+    }
+
+    /// True if a chunk is being committed.
+    pub fn in_flight(&self) -> bool {
+        self.flight.is_some()
+    }
+
+    /// True if nothing waits and nothing is in flight.
+    pub fn is_idle(&self) -> bool {
+        self.flight.is_none() && self.waiting.is_empty()
+    }
+
+    fn push(&mut self, work: Work, ticket: Option<T>) {
+        self.waiting_bytes += work.len();
+        self.waiting.push_back((work, ticket));
+    }
+
+    /// The time of something accepted at `now`: a session's time never runs backwards (spec DUR-6).
+    fn stamp(&mut self, now: u64) -> u64 {
+        self.staged_time = self.staged_time.max(now);
+        self.staged_time
+    }
+
+    fn uncertain() -> Refusal {
+        Refusal::new(Code::UNAVAILABLE, "the outcome of an earlier commit is being resolved")
+    }
+
+    /// Accepts or refuses a batch (spec PROD-6, PROD-8). `now` is wall time in milliseconds since the Unix epoch.
+    ///
+    /// A refused batch uses no sequence. Refusals: `SESSION_CLOSED`, `STREAM_UNDEFINED`, `FENCED` with the current epoch, `SEQ_GAP` with the
+    /// expected sequence, `DUPLICATE`, `PRODUCER_UNKNOWN`, `LIMIT_EXCEEDED` for too many unacknowledged batches,
+    /// `UNAVAILABLE` while an earlier outcome or a newer epoch is not certain.
+    pub fn append(
+        &mut self,
+        now: u64,
+        author: &Arc<Author>,
+        producer: (&ProducerHandle, u64),
+        sequence: u64,
+        batch: CheckedBatch,
+        ticket: T,
+    ) -> (Outcome, Option<T>) {
+        let (handle, epoch) = producer;
+        let refused = |code, value, detail| (Outcome::Refused(Refusal { code, value, detail }), None);
+        if self.uncertain {
+            return (Outcome::Refused(Self::uncertain()), None);
+        }
+        if self.staged_closed || batch.max_stream >= self.state.streams().len() {
+            // A repetition of something stored is still acknowledged.
+            return match self.state.producers.lookup(handle.key(), sequence) {
+                Some(acked) => (Outcome::Done(Reply::Appended { sequence, acked }), Some(ticket)),
+                None if self.staged_closed => refused(Code::SESSION_CLOSED, 0, "the session is closed"),
+                None => refused(Code::STREAM_UNDEFINED, 0, "the session has no stream with this id"),
+            };
+        }
+        match self.state.producers.admit(handle, epoch, sequence) {
+            Admission::Next => {
+                let time = self.stamp(now);
+                let work =
+                    Work::Batch { author: author.clone(), handle: handle.clone(), epoch, sequence, time, batch };
+                self.push(work, Some(ticket));
+                (Outcome::Pending, None)
+            }
+            Admission::InFlight => {
+                self.push(Work::Again { handle: handle.clone(), sequence }, Some(ticket));
+                (Outcome::Pending, None)
+            }
+            Admission::Stored(acked) => (Outcome::Done(Reply::Appended { sequence, acked }), Some(ticket)),
+            Admission::Refused(code, value) => refused(code, value, match code {
+                Code::FENCED => "a newer epoch of this producer was granted",
+                Code::SEQ_GAP => "the batch is ahead of the producer's next sequence",
+                Code::DUPLICATE => "the batch was stored long ago",
+                Code::LIMIT_EXCEEDED => "too many batches are unacknowledged",
+                Code::UNAVAILABLE => "a newer epoch of this producer is being granted",
+                _ => "the producer is not known under this epoch; open it again",
+            }),
+        }
+    }
+
+    /// Grants the next epoch of a producer, or confirms `keep` (spec PROD-4).
+    ///
+    /// Refusals: `FENCED` with the current epoch if `keep` is older, `PRODUCER_UNKNOWN` if it was never granted or the
+    /// producer was evicted.
+    pub fn open_producer(&mut self, now: u64, key: ProducerKey, keep: Option<u64>, ticket: T) -> (Outcome, Option<T>) {
+        if self.uncertain {
+            return (Outcome::Refused(Self::uncertain()), None);
+        }
+        if let Some(epoch) = keep {
+            let known = self.state.producers.find(&key);
+            let durable = known.as_ref().and_then(|handle| self.state.producers.durable(handle));
+            return match (known, durable) {
+                (Some(handle), Some((current, next))) if current == epoch => {
+                    (Outcome::Done(Reply::Producer { handle, epoch, next }), Some(ticket))
+                }
+                (_, Some((current, _))) if current > epoch => {
+                    let detail = "a newer epoch of this producer was granted";
+                    (Outcome::Refused(Refusal { code: Code::FENCED, value: current, detail }), None)
+                }
+                _ => {
+                    let detail = "the epoch was never granted, or the producer was evicted";
+                    (Outcome::Refused(Refusal::new(Code::PRODUCER_UNKNOWN, detail)), None)
+                }
+            };
+        }
+        self.stamp(now);
+        let epoch = self.state.producers.stage_grant(key.clone());
+        self.push(Work::Grant { key, epoch }, Some(ticket));
+        (Outcome::Pending, None)
+    }
+
+    /// Binds a stream id to a name, or finds it (spec SESS-6). Refusals: `LIMIT_EXCEEDED` beyond 256 streams,
+    /// `UNAVAILABLE`.
+    pub fn define_stream(&mut self, now: u64, name: Label, ticket: T) -> (Outcome, Option<T>) {
+        if self.uncertain {
+            return (Outcome::Refused(Self::uncertain()), None);
+        }
+        if let Some(id) = self.state.streams().id(&name) {
+            return (Outcome::Done(Reply::Stream { id, name }), Some(ticket));
+        }
+        let staged = self.staged_streams.iter().position(|known| *known == name);
+        let at = staged.unwrap_or(self.staged_streams.len());
+        let id = self.state.streams().len() + at as u64;
+        if id >= MAX_STREAMS as u64 {
+            return (Outcome::Refused(Refusal::new(Code::LIMIT_EXCEEDED, "the session has too many streams")), None);
+        }
+        if staged.is_none() {
+            self.staged_streams.push(name.clone());
+        }
+        self.stamp(now);
+        self.push(Work::Stream { id, name }, Some(ticket));
+        (Outcome::Pending, None)
+    }
+
+    /// Closes the session (spec SESS-14). Closing again finds the first close. Refusals: `UNAVAILABLE`.
+    pub fn close(&mut self, now: u64, author: &Arc<Author>, ticket: T) -> (Outcome, Option<T>) {
+        if self.uncertain {
+            return (Outcome::Refused(Self::uncertain()), None);
+        }
+        if let Some(seq) = self.state.view().closed() {
+            return (Outcome::Done(Reply::Closed { seq }), Some(ticket));
+        }
+        // A close that is in flight already is found by the fold, which keeps the first.
+        let again = core::mem::replace(&mut self.staged_closed, true);
+        let time = self.stamp(now);
+        let work = if again {
+            Work::Entry { entry: Control::Fence { epoch: self.writer_epoch } }
+        } else {
+            Work::Close { author: author.clone(), time }
+        };
+        self.push(work, Some(ticket));
+        (Outcome::Pending, None)
+    }
+
+    /// Releases records below `before`, at most up to the durable tail (spec SESS-18). The driver removes them from the
+    /// store after a snapshot of the state is durable. Refusals: `UNAVAILABLE`.
+    pub fn trim(&mut self, now: u64, before: u64, ticket: T) -> (Outcome, Option<T>) {
+        if self.uncertain {
+            return (Outcome::Refused(Self::uncertain()), None);
+        }
+        let first = before.min(self.state.tail());
+        if first <= self.state.first() {
+            return (Outcome::Done(Reply::Trimmed { first: self.state.first() }), Some(ticket));
+        }
+        self.stamp(now);
+        self.push(Work::Trim { first }, Some(ticket));
+        (Outcome::Pending, None)
+    }
+
+    /// The next chunk to commit, if none is in flight and something waits (spec DUR-5): at most 64 KiB of records, or one
+    /// larger batch.
+    pub fn next_chunk(&mut self) -> Step {
+        if self.flight.is_some() || self.uncertain || self.waiting.is_empty() {
+            return Step::Idle;
+        }
+        let state = &self.state;
+        let base_time = state.time().max(self.waiting.iter().find_map(|(work, _)| time_of(work)).unwrap_or(0));
+        let mut builder = ChunkBuilder::new(
+            state.incarnation(),
+            state.tail(),
+            state.number(),
+            self.writer_epoch,
+            base_time.max(self.staged_time_if_control_only()),
+            state.chain(),
+        );
+        if self.writer_epoch != state.writer_epoch() {
+            builder.control(Control::Fence { epoch: self.writer_epoch });
+        }
+        let mut work = Vec::new();
+        let mut bytes = 0;
+        while let Some((next, _)) = self.waiting.front() {
+            if !work.is_empty() && bytes + next.len() > TURN_BYTES {
+                break;
+            }
+            let Some((next, ticket)) = self.waiting.pop_front() else { break };
+            bytes += next.len();
+            match &next {
+                Work::Batch { author, handle, epoch, sequence, time, batch } => {
+                    builder.batch(author, &handle.key().name, *epoch, *sequence, *time, batch);
+                }
+                Work::Close { author, time } => {
+                    let record = Record {
+                        kind: Kind::SESSION_CLOSED,
+                        stream: STREAM_MAIN,
+                        message: None,
+                        run: None,
+                        headers: Vec::new(),
+                        payload: Bytes::new(),
+                    };
+                    builder.record(author, *time, &record);
+                }
+                Work::Grant { key, epoch } => {
+                    let (subject, name) = (key.subject.clone(), key.name.clone());
+                    builder.control(Control::Producer { subject, name, epoch: *epoch });
+                }
+                Work::Stream { id, name } => builder.control(Control::Stream { id: *id, name: name.clone() }),
+                Work::Trim { first } => builder.control(Control::Trim { first: *first }),
+                Work::Entry { entry } => builder.control(entry.clone()),
+                Work::Again { .. } => {}
+            }
+            work.push((next, ticket));
+        }
+        self.waiting_bytes -= bytes;
+        match builder.finish() {
+            Ok(chunk) => {
+                let chunk = Arc::new(chunk);
+                self.flight = Some(Flight { chunk: chunk.clone(), work });
+                Step::Commit(chunk)
+            }
+            // The batches were checked when they were accepted; a region that no longer parses cannot happen.
+            Err(_) => unreachable!("checked batches make a valid chunk"),
+        }
+    }
+
+    /// A chunk of control entries alone is stamped with the time of the last request.
+    fn staged_time_if_control_only(&self) -> u64 {
+        if self.waiting.iter().any(|(work, _)| time_of(work).is_some()) { 0 } else { self.staged_time }
+    }
+
+    /// The chunk in flight is durable. Returns it with the answers, in the order of the requests.
+    ///
+    /// Errors: damage if the chunk does not follow the state; impossible for a chunk of [`Authority::next_chunk`].
+    pub fn committed(&mut self) -> Result<Option<(Arc<Chunk>, Vec<(T, Reply)>)>, Damage> {
+        let Some(Flight { chunk, work }) = self.flight.take() else { return Ok(None) };
+        self.uncertain = false;
+        self.state.apply(&chunk)?;
+        let streams = self.state.streams().names();
+        self.staged_streams.retain(|name| !streams.contains(name));
+        let mut first = chunk.first();
+        let mut replies = Vec::with_capacity(work.len());
+        for (work, ticket) in work {
+            let count = match &work {
+                Work::Batch { batch, .. } => batch.count,
+                Work::Close { .. } => 1,
+                _ => 0,
+            };
+            if let Some(ticket) = ticket {
+                if let Some(reply) = self.reply(work, first) {
+                    replies.push((ticket, reply));
+                }
+            }
+            first += count;
+        }
+        Ok(Some((chunk, replies)))
+    }
+
+    fn reply(&self, work: Work, first: u64) -> Option<Reply> {
+        let state = &self.state;
+        Some(match work {
+            Work::Batch { sequence, batch, .. } => {
+                Reply::Appended { sequence, acked: Acked { first, count: batch.count } }
+            }
+            Work::Again { handle, sequence } => {
+                Reply::Appended { sequence, acked: state.producers.lookup(handle.key(), sequence)? }
+            }
+            Work::Grant { key, epoch } => {
+                let handle = state.producers.find(&key)?;
+                let (_, next) = state.producers.durable(&handle)?;
+                Reply::Producer { handle, epoch, next }
+            }
+            Work::Stream { id, name } => Reply::Stream { id, name },
+            Work::Close { .. } | Work::Entry { .. } => Reply::Closed { seq: state.view().closed()? },
+            Work::Trim { .. } => Reply::Trimmed { first: state.first() },
+        })
+    }
+
+    /// The chunk in flight is not stored. Everything accepted since the last commit is dropped; returns its tickets, each
+    /// to be answered `NOT_COMMITTED` (spec DUR-4).
+    pub fn not_committed(&mut self) -> Vec<T> {
+        let flight = self.flight.take().map(|flight| flight.work).unwrap_or_default();
+        let dropped = flight.into_iter().chain(self.waiting.drain(..));
+        // What has no ticket was not asked for by anyone and must still be written.
+        let (kept, tickets): (Vec<_>, Vec<_>) = dropped.partition(|(_, ticket)| ticket.is_none());
+        self.waiting = kept.into();
+        self.waiting_bytes = self.waiting.iter().map(|(work, _)| work.len()).sum();
+        self.state.producers.roll_back();
+        self.staged_closed = self.state.view().closed().is_some();
+        self.staged_time = self.state.time();
+        self.staged_streams.clear();
+        self.uncertain = false;
+        tickets.into_iter().filter_map(|(_, ticket)| ticket).collect()
+    }
+
+    /// It is not known whether the chunk in flight is stored. Nothing is accepted until [`Authority::committed`] or
+    /// [`Authority::not_committed`] says so (spec DUR-4).
+    pub fn unknown(&mut self) {
+        self.uncertain = self.flight.is_some();
+    }
+
+    /// True between [`Authority::unknown`] and its resolution.
+    pub fn is_uncertain(&self) -> bool {
+        self.uncertain
+    }
+
+    /// The epoch of `key` that is granted or being granted.
+    pub fn staged_epoch(&self, key: &ProducerKey) -> u64 {
+        self.state.producers.staged_epoch(key)
+    }
+}
+
+fn time_of(work: &Work) -> Option<u64> {
+    match work {
+        Work::Batch { time, .. } | Work::Close { time, .. } => Some(*time),
+        _ => None,
+    }
+}

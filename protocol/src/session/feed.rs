@@ -1,0 +1,189 @@
+//! One subscription on the server: which bytes a subscriber gets next (spec SUB).
+//!
+//! A feed is a cursor and a filter. It splices history and live without gap or duplicate by construction: it only ever
+//! takes the chunk that holds its next seq, wherever that comes from, and advances by what it took.
+
+use bytes::Bytes;
+
+use super::chunk::{Chunk, frame};
+use super::record::{Head, Records};
+use super::state::{StreamSet, Streams};
+use super::words::Verdict;
+use crate::error::ProtocolError;
+use crate::wire::{Delivery, Frame, Gap, Label, Reader, Run, Start, Stream, Subscribe, Subscribed, Tail, Writer};
+
+/// Which records a subscription wants.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Filter {
+    /// Names of streams; empty for all. A name may be defined later.
+    pub streams: Vec<Label>,
+    /// Record kinds; empty for all.
+    pub kinds: Vec<u64>,
+}
+
+impl Filter {
+    /// True if every record passes.
+    pub fn is_open(&self) -> bool {
+        self.streams.is_empty() && self.kinds.is_empty()
+    }
+
+    fn passes(&self, head: &Head, streams: &Streams) -> bool {
+        let name = || streams.name(head.stream);
+        (self.kinds.is_empty() || self.kinds.contains(&head.kind.0))
+            && (self.streams.is_empty() || name().is_some_and(|name| self.streams.contains(name)))
+    }
+}
+
+/// Where the next records of a feed are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Nowhere: the feed has everything that is durable.
+    AtTail,
+    /// In the chunks kept in memory.
+    Memory,
+    /// In the store.
+    Store,
+    /// Released: the first seq that can be read is given.
+    Trimmed(u64),
+}
+
+/// See the [module](self).
+#[derive(Debug)]
+pub struct Feed {
+    id: u64,
+    next: u64,
+    filter: Filter,
+    /// Stream ids whose names the subscriber was told.
+    announced: StreamSet,
+    /// The highest tail that the subscriber was told or can infer.
+    known_tail: u64,
+}
+
+impl Feed {
+    /// Starts a subscription on a session whose readable records are `first..tail`. Returns the feed and its verdict:
+    /// `gap` if records from the wanted position on were trimmed, `snapshot` if it starts with the view, else `exact`.
+    ///
+    /// A position beyond the tail is `exact`: it waits for its seq (spec SUB-2).
+    pub fn new(request: Subscribe, first: u64, tail: u64) -> (Self, Verdict) {
+        let next = match request.start {
+            Start::Earliest => first,
+            Start::Latest | Start::Snapshot => tail,
+            Start::Seq(seq) => seq,
+            Start::Last(count) => tail.saturating_sub(count).max(first),
+        };
+        let verdict = match request.start {
+            Start::Snapshot => Verdict::Snapshot,
+            Start::Seq(seq) if seq < first => Verdict::Gap,
+            _ => Verdict::Exact,
+        };
+        let filter = Filter { streams: request.streams, kinds: request.kinds };
+        let feed =
+            Self { id: request.id, next, filter, announced: StreamSet::default(), known_tail: tail };
+        (feed, verdict)
+    }
+
+    /// The subscription's id.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The next seq that the feed will cover.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// The SUBSCRIBED frame that opens the feed's QUIC stream.
+    pub fn subscribed(&self, verdict: Verdict, tail: u64) -> Frame {
+        Subscribed { id: self.id, verdict, next: self.next, tail }.into()
+    }
+
+    /// Where to look for the next records: those with seq `memory..tail` are in memory, those with `first..tail` in the
+    /// store.
+    pub fn place(&self, first: u64, memory: u64, tail: u64) -> Place {
+        if self.next >= tail {
+            Place::AtTail
+        } else if self.next >= memory {
+            Place::Memory
+        } else if self.next < first {
+            Place::Trimmed(first)
+        } else {
+            Place::Store
+        }
+    }
+
+    /// Skips what was trimmed. Appends a GAP frame to `out`.
+    pub fn skip_trimmed(&mut self, first: u64, out: &mut Vec<Bytes>) {
+        if self.next < first {
+            out.push(Frame::from(Gap { from: self.next, to: first, reason: 0 }).to_bytes());
+            self.next = first;
+        }
+    }
+
+    /// Tells the subscriber the tail, if it is not the end of what it was told and it does not follow from the deliveries.
+    pub fn announce_tail(&mut self, tail: u64, out: &mut Vec<Bytes>) {
+        if tail > self.known_tail.max(self.next) {
+            self.known_tail = tail;
+            out.push(Frame::from(Tail { tail }).to_bytes());
+        }
+    }
+
+    /// Appends the frames for what `chunk` holds from the feed's next seq on, and advances. Does nothing if the chunk does
+    /// not hold it.
+    ///
+    /// Errors: those of record decoding; a stored chunk that was checked has none.
+    pub fn deliver(&mut self, chunk: &Chunk, streams: &Streams, out: &mut Vec<Bytes>) -> Result<(), ProtocolError> {
+        if self.next < chunk.first() || self.next >= chunk.end() {
+            return Ok(());
+        }
+        self.announce_streams(chunk, streams, out);
+        if self.filter.is_open() && self.next == chunk.first() {
+            out.extend_from_slice(chunk.frame());
+        } else {
+            out.extend(frame(&self.select(chunk, streams)?, 0));
+        }
+        self.next = chunk.end();
+        Ok(())
+    }
+
+    /// The delivery of the records from the feed's next seq on that pass its filter.
+    fn select(&self, chunk: &Chunk, streams: &Streams) -> Result<Delivery, ProtocolError> {
+        let whole = chunk.delivery();
+        let mut runs: Vec<Run> = Vec::new();
+        let mut records = Writer::new();
+        let mut walk = Records::new(chunk.region());
+        let (mut seq, mut skip) = (chunk.first(), 0);
+        for run in &whole.runs {
+            let mut joins = false;
+            for _ in 0..run.count {
+                let record = walk.next_bytes().ok_or(ProtocolError::malformed("records do not add up"))??;
+                let wanted = seq >= self.next && {
+                    let head = Head::get(&mut Reader::new(&record))?;
+                    self.filter.passes(&head, streams)
+                };
+                if wanted {
+                    records.bytes(&record);
+                    match runs.last_mut() {
+                        Some(last) if joins && skip == 0 => last.count += 1,
+                        _ => runs.push(Run { skip, count: 1, ..*run }),
+                    }
+                    (skip, joins) = (0, true);
+                } else if seq >= self.next {
+                    skip += 1;
+                }
+                seq += 1;
+            }
+        }
+        Ok(Delivery { from: self.next, runs, records: records.freeze(), ..whole })
+    }
+
+    fn announce_streams(&mut self, chunk: &Chunk, streams: &Streams, out: &mut Vec<Bytes>) {
+        if self.announced.covers(chunk.streams()) {
+            return;
+        }
+        for id in self.announced.extend(chunk.streams()) {
+            if let Some(name) = streams.name(id) {
+                out.push(Frame::from(Stream { id, name: name.clone() }).to_bytes());
+            }
+        }
+    }
+}

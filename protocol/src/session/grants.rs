@@ -1,0 +1,126 @@
+//! Grants: what the holder of a capability token may do where (spec AUTH).
+
+/// Something that needs a grant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    /// Attach, subscribe, list.
+    Read,
+    /// Open producers, define streams, append.
+    Append,
+    /// Create sessions.
+    Create,
+    /// Close, trim and delete sessions.
+    Manage,
+}
+
+impl Operation {
+    /// Every operation.
+    pub const ALL: [Self; 4] = [Self::Read, Self::Append, Self::Create, Self::Manage];
+
+    /// The word in tokens.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Append => "append",
+            Self::Create => "create",
+            Self::Manage => "manage",
+        }
+    }
+
+    /// The operation with this word.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|operation| operation.as_str() == name)
+    }
+}
+
+/// A set of operations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Operations(u8);
+
+impl Operations {
+    /// The set with `operation` added.
+    pub const fn with(self, operation: Operation) -> Self {
+        Self(self.0 | 1 << operation as u8)
+    }
+
+    /// Every operation.
+    pub fn all() -> Self {
+        Operation::ALL.into_iter().fold(Self::default(), Self::with)
+    }
+
+    /// True if `operation` is in the set.
+    pub const fn contains(self, operation: Operation) -> bool {
+        self.0 & 1 << operation as u8 != 0
+    }
+}
+
+impl FromIterator<Operation> for Operations {
+    fn from_iter<I: IntoIterator<Item = Operation>>(operations: I) -> Self {
+        operations.into_iter().fold(Self::default(), Self::with)
+    }
+}
+
+/// One grant: operations on every session under a prefix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grant {
+    /// Session names that it covers; empty for all.
+    pub prefix: String,
+    /// What may be done with them.
+    pub operations: Operations,
+}
+
+/// Characters that end a segment of a session name.
+const SEPARATORS: [char; 2] = ['/', ':'];
+
+impl Grant {
+    /// True if the grant covers `session`: the prefix is empty, is the name itself, or is followed in the name by a
+    /// segment border (spec AUTH-7). `a` covers `a`, `a/x` and `a:x`, never `ab`; `a/` covers `a/x`, never `a`.
+    pub fn covers(&self, session: &str) -> bool {
+        match session.strip_prefix(self.prefix.as_str()) {
+            Some(rest) => {
+                self.prefix.is_empty()
+                    || rest.is_empty()
+                    || self.prefix.ends_with(SEPARATORS)
+                    || rest.starts_with(SEPARATORS)
+            }
+            None => false,
+        }
+    }
+}
+
+/// All grants of a token.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Grants(pub Vec<Grant>);
+
+impl Grants {
+    /// True if some grant allows `operation` on `session`.
+    pub fn allow(&self, operation: Operation, session: &str) -> bool {
+        self.0.iter().any(|grant| grant.operations.contains(operation) && grant.covers(session))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prefix_matches_whole_segments_only() {
+        let covers = |prefix: &str, session| Grant { prefix: prefix.into(), operations: Operations::all() }.covers(session);
+        for (prefix, session, expected) in [
+            ("", "anything", true),
+            ("a", "a", true),
+            ("a", "a/x", true),
+            ("a", "a:x", true),
+            ("a", "ab", false),
+            ("a/", "a/x", true),
+            ("a/", "a", false),
+            ("a/", "ab", false),
+            ("agent:", "agent:session123", true),
+            ("agent:s", "agent:session123", false),
+            ("é", "é/x", true),
+            ("é", "éa", false),
+        ] {
+            assert_eq!(covers(prefix, session), expected, "{prefix:?} on {session:?}");
+        }
+    }
+}

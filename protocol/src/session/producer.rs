@@ -1,0 +1,279 @@
+//! Producers: what makes appends exactly-once (spec PROD).
+//!
+//! A producer is named within its subject. The server grants it epochs; a newer epoch fences the older one. Its batches
+//! carry a sequence that survives epochs. For the last 256 batches the table knows which seqs they got.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use crate::error::{Code, ProtocolError};
+use crate::registry::{MAX_PRODUCERS, PRODUCER_WINDOW};
+use crate::wire::{Acked, Label, Reader, Subject, Writer};
+
+/// The name of a producer within a session.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ProducerKey {
+    /// The subject that it belongs to.
+    pub subject: Subject,
+    /// Its name.
+    pub name: Label,
+}
+
+/// A reference to a producer of a table, cheap to look up. It goes stale when the producer is evicted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProducerHandle {
+    key: Arc<ProducerKey>,
+    slot: usize,
+}
+
+impl ProducerHandle {
+    /// The producer's name.
+    pub fn key(&self) -> &ProducerKey {
+        &self.key
+    }
+}
+
+/// Where a producer stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Position {
+    epoch: u64,
+    next: u64,
+}
+
+#[derive(Debug)]
+struct Slot {
+    key: Arc<ProducerKey>,
+    durable: Position,
+    /// Durable plus what is in flight.
+    staged: Position,
+    /// Seqs of the batches `durable.next - window.len() .. durable.next`.
+    window: VecDeque<Acked>,
+    /// When it was last used, in the order of the log.
+    used: u64,
+}
+
+/// What may become of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admission {
+    /// It is the next one.
+    Next,
+    /// It is stored already, with these seqs.
+    Stored(Acked),
+    /// It is in flight; its seqs are known once that is durable.
+    InFlight,
+    /// It is refused with a code and its value.
+    Refused(Code, u64),
+}
+
+/// The producers of one session.
+#[derive(Debug, Default)]
+pub struct Producers {
+    slots: Vec<Slot>,
+    by_key: HashMap<Arc<ProducerKey>, usize>,
+    uses: u64,
+    /// The highest epoch of any producer that was evicted: a new producer starts above it, so that an epoch of a name
+    /// is never granted twice.
+    floor: u64,
+}
+
+impl Producers {
+    /// The producer called `key`.
+    pub fn find(&self, key: &ProducerKey) -> Option<ProducerHandle> {
+        let slot = *self.by_key.get(key)?;
+        Some(ProducerHandle { key: self.slots[slot].key.clone(), slot })
+    }
+
+    /// Producers known.
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// True if none is known.
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// Name, epoch and next sequence of the durable positions, most recently used first.
+    pub fn positions(&self) -> Vec<(&ProducerKey, u64, u64)> {
+        let mut slots: Vec<&Slot> = self.slots.iter().filter(|slot| slot.durable.epoch > 0).collect();
+        slots.sort_by_key(|slot| core::cmp::Reverse(slot.used));
+        slots.into_iter().map(|slot| (&*slot.key, slot.durable.epoch, slot.durable.next)).collect()
+    }
+
+    /// Epoch and next sequence that are durable for `handle`, `None` if it is stale.
+    pub fn durable(&self, handle: &ProducerHandle) -> Option<(u64, u64)> {
+        let slot = &self.slots[self.index(handle)?];
+        Some((slot.durable.epoch, slot.durable.next))
+    }
+
+    /// The epoch in force or being granted for `key`; 0 if there is none.
+    pub(super) fn staged_epoch(&self, key: &ProducerKey) -> u64 {
+        self.by_key.get(key).map_or(0, |&slot| self.slots[slot].staged.epoch)
+    }
+
+    /// Where `handle` points now: an eviction may have moved its slot.
+    fn index(&self, handle: &ProducerHandle) -> Option<usize> {
+        match self.slots.get(handle.slot) {
+            Some(slot) if Arc::ptr_eq(&slot.key, &handle.key) => Some(handle.slot),
+            _ => self.by_key.get(&handle.key).copied(),
+        }
+    }
+
+    /// Decides about a batch, and takes its sequence if it is the next one (spec PROD-6, PROD-8).
+    pub(super) fn admit(&mut self, handle: &ProducerHandle, epoch: u64, sequence: u64) -> Admission {
+        let Some(index) = self.index(handle) else { return Admission::Refused(Code::PRODUCER_UNKNOWN, 0) };
+        let slot = &mut self.slots[index];
+        let (durable, staged) = (slot.durable, slot.staged);
+        if epoch < durable.epoch {
+            return Admission::Refused(Code::FENCED, durable.epoch);
+        }
+        if epoch < staged.epoch {
+            // The newer epoch may still fail to become durable, so this one is not fenced yet.
+            return Admission::Refused(Code::UNAVAILABLE, 0);
+        }
+        if epoch > staged.epoch {
+            return Admission::Refused(Code::PRODUCER_UNKNOWN, 0);
+        }
+        if sequence < durable.next {
+            let back = durable.next - sequence;
+            let at = (slot.window.len() as u64).checked_sub(back);
+            return match at.and_then(|at| slot.window.get(at as usize)) {
+                Some(acked) => Admission::Stored(*acked),
+                None => Admission::Refused(Code::DUPLICATE, staged.next),
+            };
+        }
+        if sequence < staged.next {
+            return Admission::InFlight;
+        }
+        if sequence > staged.next {
+            return Admission::Refused(Code::SEQ_GAP, staged.next);
+        }
+        if sequence - durable.next >= PRODUCER_WINDOW as u64 {
+            return Admission::Refused(Code::LIMIT_EXCEEDED, 0);
+        }
+        slot.staged.next += 1;
+        Admission::Next
+    }
+
+    /// Chooses the next epoch of `key` and stages it.
+    pub(super) fn stage_grant(&mut self, key: ProducerKey) -> u64 {
+        let floor = self.floor;
+        let slot = self.slot_or_insert(key);
+        slot.staged.epoch = slot.staged.epoch.max(floor) + 1;
+        slot.staged.epoch
+    }
+
+    /// Takes back everything that is not durable.
+    pub(super) fn roll_back(&mut self) {
+        for slot in &mut self.slots {
+            slot.staged = slot.durable;
+        }
+    }
+
+    fn slot_or_insert(&mut self, key: ProducerKey) -> &mut Slot {
+        let at = match self.by_key.get(&key) {
+            Some(&at) => at,
+            None => {
+                let key = Arc::new(key);
+                let zero = Position { epoch: 0, next: 0 };
+                let slot =
+                    Slot { key: key.clone(), durable: zero, staged: zero, window: VecDeque::new(), used: self.uses };
+                self.slots.push(slot);
+                self.by_key.insert(key, self.slots.len() - 1);
+                self.slots.len() - 1
+            }
+        };
+        &mut self.slots[at]
+    }
+
+    /// A grant became durable. Evicts the producer that was unused for longest if there are too many (spec PROD-9).
+    pub(super) fn granted(&mut self, key: ProducerKey, epoch: u64) {
+        self.uses += 1;
+        let used = self.uses;
+        let slot = self.slot_or_insert(key);
+        slot.durable.epoch = slot.durable.epoch.max(epoch);
+        slot.staged.epoch = slot.staged.epoch.max(epoch);
+        slot.used = used;
+        // Decided by the order of the log alone, so that a rebuilt table is the same.
+        while self.slots.len() > MAX_PRODUCERS {
+            let Some(oldest) = (0..self.slots.len()).min_by_key(|&at| self.slots[at].used) else { break };
+            self.evict(oldest);
+        }
+    }
+
+    fn evict(&mut self, at: usize) {
+        let slot = self.slots.swap_remove(at);
+        self.by_key.remove(&slot.key);
+        self.floor = self.floor.max(slot.durable.epoch);
+        if let Some(moved) = self.slots.get(at) {
+            self.by_key.insert(moved.key.clone(), at);
+        }
+    }
+
+    /// A batch became durable.
+    pub(super) fn stored(&mut self, key: &ProducerKey, epoch: u64, sequence: u64, acked: Acked) {
+        self.uses += 1;
+        let used = self.uses;
+        let slot = match self.by_key.get(key) {
+            Some(&at) => &mut self.slots[at],
+            None => self.slot_or_insert(key.clone()),
+        };
+        slot.used = used;
+        slot.durable.epoch = slot.durable.epoch.max(epoch);
+        slot.durable.next = sequence + 1;
+        slot.staged.epoch = slot.staged.epoch.max(slot.durable.epoch);
+        slot.staged.next = slot.staged.next.max(slot.durable.next);
+        if slot.window.len() == PRODUCER_WINDOW {
+            slot.window.pop_front();
+        }
+        slot.window.push_back(acked);
+    }
+
+    /// The seqs of a durable batch, if they are still known.
+    pub(super) fn lookup(&self, key: &ProducerKey, sequence: u64) -> Option<Acked> {
+        let slot = &self.slots[*self.by_key.get(key)?];
+        let back = slot.durable.next.checked_sub(sequence)?;
+        let at = (slot.window.len() as u64).checked_sub(back)?;
+        slot.window.get(at as usize).copied()
+    }
+
+    /// Writes the durable positions, least recently used first.
+    pub(super) fn put(&self, w: &mut Writer) {
+        let mut slots: Vec<&Slot> = self.slots.iter().filter(|slot| slot.durable.epoch > 0).collect();
+        slots.sort_by_key(|slot| slot.used);
+        w.varint(self.floor);
+        w.varint(slots.len() as u64);
+        for slot in slots {
+            slot.key.subject.put(w);
+            slot.key.name.put(w);
+            w.varint(slot.durable.epoch);
+            w.varint(slot.durable.next);
+            w.varint(slot.window.len() as u64);
+            for acked in &slot.window {
+                w.varint(acked.first);
+                w.varint(acked.count);
+            }
+        }
+    }
+
+    /// Reads what [`Producers::put`] wrote.
+    pub(super) fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
+        let mut this = Self { floor: r.varint()?, ..Self::default() };
+        for _ in 0..r.count(MAX_PRODUCERS + 1)? {
+            let key = ProducerKey { subject: Subject::get(r)?, name: Label::get(r)? };
+            let position = Position { epoch: r.varint()?, next: r.varint()? };
+            let count = r.count(PRODUCER_WINDOW)?;
+            if count as u64 > position.next || position.epoch == 0 {
+                return Err(ProtocolError::malformed("producer position is not consistent"));
+            }
+            let window = (0..count)
+                .map(|_| Ok(Acked { first: r.varint()?, count: r.varint()? }))
+                .collect::<Result<_, ProtocolError>>()?;
+            this.uses += 1;
+            let used = this.uses;
+            let slot = this.slot_or_insert(key);
+            *slot = Slot { key: slot.key.clone(), durable: position, staged: position, window, used };
+        }
+        Ok(this)
+    }
+}

@@ -1,0 +1,20 @@
+//! REFUSED: a batch was not accepted (spec PROD-8).
+
+use crate::error::Code;
+use crate::wire::Message;
+
+plain_frame! {
+    /// Sent on the attachment: the batch used no sequence, and those pipelined behind it will get `SEQ_GAP`.
+    Refused = 0x1e, {
+        /// The producer.
+        producer: u64,
+        /// Sequence of the batch.
+        sequence: u64,
+        /// Why.
+        code: Code,
+        /// The expected sequence for `SEQ_GAP` and `DUPLICATE`, the current epoch for `FENCED`, else 0.
+        value: u64,
+        /// What happened, for people.
+        message: Message,
+    }
+}
