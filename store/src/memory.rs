@@ -1,0 +1,204 @@
+//! The executable model of the contract: correct, simple, and gone when the process ends.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use mainstay_protocol::session::{Chunk, SessionName, State};
+
+use crate::contract::{
+    Committing, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store, StoreError,
+    Writer,
+};
+
+/// Keeps everything in memory. Clones share the same sessions, so that a server can be restarted over them.
+#[derive(Debug, Clone, Default)]
+pub struct MemoryStore {
+    sessions: Arc<Mutex<BTreeMap<SessionName, Session>>>,
+}
+
+#[derive(Debug)]
+struct Session {
+    id: SessionId,
+    created: u64,
+    epoch: u64,
+    /// Chunks removed by trims.
+    trimmed: u64,
+    chunks: Vec<Arc<Chunk>>,
+    tail: u64,
+    snapshot: Option<Bytes>,
+}
+
+impl Session {
+    fn stat(&self) -> SessionStat {
+        SessionStat {
+            session: self.id.clone(),
+            created: self.created,
+            first: self.chunks.first().map_or(self.tail, |chunk| chunk.first()),
+            tail: self.tail,
+            chunks: self.trimmed + self.chunks.len() as u64,
+        }
+    }
+}
+
+impl MemoryStore {
+    /// An empty store.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<SessionName, Session>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with<T>(&self, id: &SessionId, f: impl FnOnce(&mut Session) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        match self.lock().get_mut(&id.name) {
+            Some(session) if session.id == *id => f(session),
+            _ => Err(StoreError::NotFound),
+        }
+    }
+
+    fn written<T>(&self, w: &Writer, f: impl FnOnce(&mut Session) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        self.with(&w.session, |session| {
+            if session.epoch != w.epoch {
+                return Err(StoreError::Fenced { epoch: session.epoch });
+            }
+            f(session)
+        })
+    }
+}
+
+fn ready<T: Send + 'static>(result: Result<T, StoreError>) -> Pending<T> {
+    Box::pin(core::future::ready(result))
+}
+
+impl Store for MemoryStore {
+    fn create(&self, id: SessionId, created: u64) -> Pending<Created> {
+        let mut sessions = self.lock();
+        if let Some(session) = sessions.get(&id.name) {
+            return ready(Ok(Created::Existing(session.stat())));
+        }
+        let name = id.name.clone();
+        let session = Session { id, created, epoch: 0, trimmed: 0, chunks: Vec::new(), tail: 0, snapshot: None };
+        sessions.insert(name, session);
+        ready(Ok(Created::New))
+    }
+
+    fn stat(&self, name: SessionName) -> Pending<Option<SessionStat>> {
+        ready(Ok(self.lock().get(&name).map(Session::stat)))
+    }
+
+    fn open_writer(&self, id: SessionId) -> Pending<Writer> {
+        ready(self.with(&id, |session| {
+            session.epoch += 1;
+            Ok(Writer { session: id.clone(), epoch: session.epoch })
+        }))
+    }
+
+    fn close_writer(&self, _writer: Writer) {}
+
+    fn append(&self, writer: &Writer, chunk: Arc<Chunk>) -> Committing {
+        let result = self.written(writer, |session| {
+            let header = chunk.header();
+            let next = session.trimmed + session.chunks.len() as u64;
+            if header.number != next || header.first != session.tail || header.incarnation != session.id.incarnation {
+                return Err(StoreError::Invalid { what: "the chunk does not follow the last one" });
+            }
+            // What is kept is what a disk would give back.
+            let stored = Chunk::decode(chunk.bytes().clone())
+                .map_err(|_| StoreError::Invalid { what: "the chunk does not decode" })?;
+            session.tail = stored.end();
+            session.chunks.push(Arc::new(stored));
+            Ok(())
+        });
+        Committing::ready(match result {
+            Ok(()) => Outcome::Committed,
+            Err(error) => Outcome::NotCommitted(error),
+        })
+    }
+
+    fn resolve(&self, writer: &Writer, chunk: Arc<Chunk>) -> Pending<bool> {
+        ready(self.written(writer, |session| {
+            let at = chunk.header().number.checked_sub(session.trimmed);
+            let stored = at.and_then(|at| session.chunks.get(at as usize));
+            Ok(stored.is_some_and(|stored| stored.bytes() == chunk.bytes()))
+        }))
+    }
+
+    fn read(&self, id: SessionId, from: ReadFrom, budget: usize) -> Pending<Page> {
+        ready(self.with(&id, |session| {
+            let start = match from {
+                ReadFrom::Seq(seq) => session.chunks.partition_point(|chunk| chunk.end() <= seq),
+                ReadFrom::Chunk { number, .. } => number.saturating_sub(session.trimmed) as usize,
+            };
+            let mut left = budget;
+            let mut chunks = Vec::new();
+            for chunk in session.chunks.iter().skip(start) {
+                let len = chunk.bytes().len();
+                if !chunks.is_empty() && len > left {
+                    break;
+                }
+                left = left.saturating_sub(len);
+                chunks.push(chunk.clone());
+            }
+            let SessionStat { first, tail, .. } = session.stat();
+            Ok(Page { chunks, first, tail })
+        }))
+    }
+
+    fn put_snapshot(&self, writer: &Writer, state: Bytes) -> Pending<()> {
+        ready(self.written(writer, |session| {
+            session.snapshot = Some(state);
+            Ok(())
+        }))
+    }
+
+    fn snapshot(&self, id: SessionId) -> Pending<Option<Bytes>> {
+        ready(self.with(&id, |session| Ok(session.snapshot.clone())))
+    }
+
+    fn trim(&self, writer: &Writer, before: u64) -> Pending<()> {
+        ready(self.written(writer, |session| {
+            let count = session.chunks.partition_point(|chunk| chunk.end() <= before);
+            let covered = session.snapshot.as_ref().and_then(|bytes| State::restore(bytes).ok());
+            if count > 0 && covered.is_none_or(|state| state.number() < session.trimmed + count as u64) {
+                return Err(StoreError::Invalid { what: "a trim needs a snapshot that covers it" });
+            }
+            session.chunks.drain(..count);
+            session.trimmed += count as u64;
+            Ok(())
+        }))
+    }
+
+    fn delete(&self, id: SessionId) -> Pending<()> {
+        let mut sessions = self.lock();
+        ready(match sessions.get(&id.name) {
+            Some(session) if session.id == id => {
+                sessions.remove(&id.name);
+                Ok(())
+            }
+            _ => Err(StoreError::NotFound),
+        })
+    }
+
+    fn list(&self, prefix: Vec<u8>, after: Vec<u8>, limit: usize) -> Pending<ListPage> {
+        let sessions = self.lock();
+        let text = |bytes: &[u8]| core::str::from_utf8(bytes).ok().and_then(|text| SessionName::new(text).ok());
+        let start = match text(&after) {
+            Some(name) if after >= prefix => Bound::Excluded(name),
+            _ => Bound::Unbounded,
+        };
+        let mut matching = sessions
+            .range((start, Bound::Unbounded))
+            .map(|(_, session)| session)
+            .filter(|session| session.id.name.as_str().as_bytes().starts_with(&prefix));
+        let page: Vec<SessionStat> = matching.by_ref().take(limit).map(Session::stat).collect();
+        let after = page.last().map_or(after, |stat| stat.session.name.as_str().as_bytes().to_vec());
+        ready(Ok(ListPage { sessions: page, more: matching.next().is_some(), after }))
+    }
+
+    fn health(&self) -> Health {
+        Health::Serving
+    }
+}

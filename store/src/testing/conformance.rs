@@ -1,0 +1,391 @@
+//! The suite that every engine passes: one case per promise of the contract.
+
+use core::future::Future;
+use core::pin::Pin;
+use std::sync::Arc;
+
+use mainstay_protocol::session::{
+    Author, CheckedBatch, Chunk, ChunkBuilder, Incarnation, Instance, Record, SessionName, State,
+};
+use mainstay_protocol::wire::{Label, Subject, Writer as Bytewriter};
+
+use crate::contract::{Created, Outcome, ReadFrom, SessionId, Store, StoreError, Writer};
+
+/// A promise and the test of it. The store is fresh, or at least holds none of the sessions that the case makes.
+pub type Case = (&'static str, fn(Arc<dyn Store>) -> Pin<Box<dyn Future<Output = ()> + Send>>);
+
+macro_rules! cases {
+    ($($name:ident),+ $(,)?) => {
+        /// Every case, by name.
+        pub const CASES: &[Case] = &[$( (stringify!($name), |store| Box::pin($name(store))) ),+];
+    };
+}
+
+cases! {
+    one_of_several_creates_wins,
+    a_deleted_name_is_free_and_the_old_incarnation_stays_gone,
+    what_is_committed_is_read_back_in_order,
+    a_read_starts_at_the_chunk_that_holds_the_seq,
+    a_page_respects_its_budget_and_returns_at_least_one_chunk,
+    a_chunk_that_does_not_follow_is_refused,
+    a_newer_writer_fences_the_older_one,
+    resolve_tells_a_stored_chunk_from_a_lost_one,
+    control_chunks_have_a_place_but_no_seq,
+    a_snapshot_is_kept_and_replaced,
+    a_trim_needs_a_snapshot_and_keeps_the_rest_readable,
+    sessions_do_not_touch_each_other,
+    a_list_is_ordered_filtered_and_paged,
+    a_missing_session_is_not_found,
+}
+
+/// A session id for tests: the name, and an incarnation made of `life`.
+pub fn session_id(name: &str, life: u8) -> SessionId {
+    let name = SessionName::new(name).expect("a valid test name");
+    SessionId { name, incarnation: Incarnation([life; 16]) }
+}
+
+/// A session being written in a test: makes the chunks and repeats what a faulty store refuses.
+pub struct Log {
+    store: Arc<dyn Store>,
+    /// The writer in use.
+    pub writer: Writer,
+    /// The state after every chunk that is committed.
+    pub state: State,
+    author: Arc<Author>,
+    sequence: u64,
+}
+
+impl Log {
+    /// Creates the session and opens its writer.
+    pub async fn create(store: &Arc<dyn Store>, id: SessionId) -> Self {
+        let created = retry(|| store.create(id.clone(), 1)).await.expect("create");
+        assert_eq!(created, Created::New);
+        Self::open(store, id).await
+    }
+
+    /// Opens a writer on a session and reads its state back.
+    pub async fn open(store: &Arc<dyn Store>, id: SessionId) -> Self {
+        let writer = retry(|| store.open_writer(id.clone())).await.expect("open writer");
+        let mut state = match store.snapshot(id.clone()).await.expect("snapshot") {
+            Some(bytes) => State::restore(&bytes).expect("a snapshot restores"),
+            None => State::new(id.incarnation),
+        };
+        loop {
+            let from = ReadFrom::Chunk { first: state.tail(), number: state.number() };
+            let page = store.read(id.clone(), from, 1 << 16).await.expect("read");
+            for chunk in &page.chunks {
+                state.verify(chunk).expect("chunks follow each other");
+            }
+            if state.tail() == page.tail && page.chunks.is_empty() {
+                break;
+            }
+        }
+        let author =
+            Author { subject: Subject::new("tester").expect("a valid subject"), instance: Instance([9; 16]) };
+        Self { store: store.clone(), writer, state, author: Arc::new(author), sequence: 0 }
+    }
+
+    fn id(&self) -> SessionId {
+        self.writer.session.clone()
+    }
+
+    fn builder(&self) -> ChunkBuilder {
+        let state = &self.state;
+        let number = state.number();
+        ChunkBuilder::new(state.incarnation(), state.tail(), number, self.writer.epoch, 1000 + number, state.chain())
+    }
+
+    /// The next chunk with these payloads, not committed.
+    pub fn chunk(&mut self, payloads: &[&str]) -> Arc<Chunk> {
+        let mut region = Bytewriter::new();
+        payloads.iter().for_each(|payload| Record::data(0, payload.as_bytes().to_vec()).put(&mut region));
+        let batch = CheckedBatch::new(payloads.len() as u64, region.freeze()).expect("a valid batch");
+        let mut builder = self.builder();
+        let name = Label::new("p").expect("a valid name");
+        builder.batch(&self.author, &name, 1, self.sequence, 1000, &batch);
+        self.sequence += 1;
+        Arc::new(builder.finish().expect("a valid chunk"))
+    }
+
+    /// Commits `chunk`, repeating and resolving as the contract asks.
+    pub async fn commit(&mut self, chunk: &Arc<Chunk>) -> Result<(), StoreError> {
+        loop {
+            match self.store.append(&self.writer, chunk.clone()).await {
+                Outcome::Committed => break,
+                Outcome::NotCommitted(error) if error.is_retryable() => {}
+                Outcome::NotCommitted(error) => return Err(error),
+                Outcome::Unknown(_) => {
+                    if retry(|| self.store.resolve(&self.writer, chunk.clone())).await? {
+                        break;
+                    }
+                }
+            }
+        }
+        self.state.verify(chunk).expect("the chunk follows");
+        Ok(())
+    }
+
+    /// Makes and commits a chunk with these payloads.
+    pub async fn append(&mut self, payloads: &[&str]) {
+        let chunk = self.chunk(payloads);
+        self.commit(&chunk).await.expect("append");
+    }
+
+    /// Every payload from the chunk that holds `seq` on.
+    pub async fn payloads(&self, seq: u64) -> Vec<String> {
+        let mut payloads = Vec::new();
+        let mut next = seq;
+        loop {
+            let page = self.store.read(self.id(), ReadFrom::Seq(next), 256).await.expect("read");
+            for chunk in &page.chunks {
+                for record in chunk.records() {
+                    let (_, _, _, record) = record.expect("a record");
+                    payloads.push(String::from_utf8(record.payload.to_vec()).expect("text"));
+                }
+                next = next.max(chunk.end());
+            }
+            if next >= page.tail {
+                return payloads;
+            }
+        }
+    }
+}
+
+/// Repeats a request while the store says that it may succeed later.
+async fn retry<T>(request: impl Fn() -> crate::Pending<T>) -> Result<T, StoreError> {
+    loop {
+        match request().await {
+            Err(error) if error.is_retryable() => {}
+            result => return result,
+        }
+    }
+}
+
+async fn one_of_several_creates_wins(store: Arc<dyn Store>) {
+    let ids = [session_id("cas", 1), session_id("cas", 2), session_id("cas", 3)];
+    let mut new = 0;
+    let mut winners = Vec::new();
+    for id in &ids {
+        match retry(|| store.create(id.clone(), 5)).await.expect("create") {
+            Created::New => {
+                new += 1;
+                winners.push(id.clone());
+            }
+            Created::Existing(stat) => winners.push(stat.session),
+        }
+    }
+    assert_eq!(new, 1);
+    assert!(winners.iter().all(|winner| *winner == winners[0]));
+    let stat = store.stat(ids[0].name.clone()).await.expect("stat").expect("exists");
+    assert_eq!((stat.created, stat.first, stat.tail, stat.chunks), (5, 0, 0, 0));
+}
+
+async fn a_deleted_name_is_free_and_the_old_incarnation_stays_gone(store: Arc<dyn Store>) {
+    let old = session_id("again", 1);
+    let mut log = Log::create(&store, old.clone()).await;
+    log.append(&["a", "b"]).await;
+    retry(|| store.delete(old.clone())).await.expect("delete");
+    assert_eq!(store.stat(old.name.clone()).await, Ok(None));
+    let chunk = log.chunk(&["c"]);
+    assert!(log.commit(&chunk).await.is_err());
+    let new = session_id("again", 2);
+    let mut log = Log::create(&store, new).await;
+    log.append(&["x"]).await;
+    assert_eq!(log.payloads(0).await, ["x"]);
+    let read = store.read(old.clone(), ReadFrom::Seq(0), 1000).await;
+    assert_eq!(read.err(), Some(StoreError::NotFound));
+    assert_eq!(retry(|| store.delete(old.clone())).await, Err(StoreError::NotFound));
+}
+
+async fn what_is_committed_is_read_back_in_order(store: Arc<dyn Store>) {
+    let id = session_id("order", 1);
+    let mut log = Log::create(&store, id.clone()).await;
+    let mut expected = Vec::new();
+    for n in 0..40 {
+        let payloads = [format!("{n}-a"), format!("{n}-b")];
+        log.append(&[&payloads[0], &payloads[1]]).await;
+        expected.extend(payloads);
+    }
+    assert_eq!(log.payloads(0).await, expected);
+    let reopened = Log::open(&store, id).await;
+    assert_eq!(reopened.state.tail(), 80);
+    assert_eq!(reopened.state.view().hash(), log.state.view().hash());
+    assert_eq!(reopened.state.chain(), log.state.chain());
+}
+
+async fn a_read_starts_at_the_chunk_that_holds_the_seq(store: Arc<dyn Store>) {
+    let mut log = Log::create(&store, session_id("start", 1)).await;
+    for n in 0..5 {
+        log.append(&[&format!("{n}0"), &format!("{n}1"), &format!("{n}2")]).await;
+    }
+    assert_eq!(log.payloads(7).await.first().map(String::as_str), Some("20"));
+    assert_eq!(log.payloads(6).await.first().map(String::as_str), Some("20"));
+    assert_eq!(log.payloads(5).await.first().map(String::as_str), Some("10"));
+    assert!(log.payloads(15).await.is_empty());
+    let page = store.read(log.id(), ReadFrom::Seq(99), 1000).await.expect("read");
+    assert!(page.chunks.is_empty());
+    assert_eq!(page.tail, 15);
+}
+
+async fn a_page_respects_its_budget_and_returns_at_least_one_chunk(store: Arc<dyn Store>) {
+    let mut log = Log::create(&store, session_id("budget", 1)).await;
+    let big = "x".repeat(5000);
+    for _ in 0..6 {
+        log.append(&[&big]).await;
+    }
+    let page = store.read(log.id(), ReadFrom::Seq(0), 1).await.expect("read");
+    assert_eq!(page.chunks.len(), 1);
+    let page = store.read(log.id(), ReadFrom::Seq(0), 11_000).await.expect("read");
+    assert!(page.chunks.len() <= 2 && !page.chunks.is_empty());
+}
+
+/// Appends a chunk that must never be stored by this until the store says so.
+async fn refused_for_good(store: &Arc<dyn Store>, writer: &Writer, chunk: &Arc<Chunk>) {
+    loop {
+        match store.append(writer, chunk.clone()).await {
+            Outcome::Committed => panic!("a chunk that does not follow was committed"),
+            Outcome::NotCommitted(StoreError::Invalid { .. }) => return,
+            Outcome::NotCommitted(error) => assert!(error.is_retryable(), "{error}"),
+            Outcome::Unknown(_) => {}
+        }
+    }
+}
+
+async fn a_chunk_that_does_not_follow_is_refused(store: Arc<dyn Store>) {
+    let mut log = Log::create(&store, session_id("follow", 1)).await;
+    log.append(&["a"]).await;
+    let first = log.chunk(&["b"]);
+    log.commit(&first).await.expect("append");
+    refused_for_good(&store, &log.writer, &first).await;
+    let foreign = Log::create(&store, session_id("follow-other", 2)).await.chunk(&["z"]);
+    refused_for_good(&store, &log.writer, &foreign).await;
+    assert_eq!(log.payloads(0).await, ["a", "b"]);
+}
+
+async fn a_newer_writer_fences_the_older_one(store: Arc<dyn Store>) {
+    let id = session_id("fence", 1);
+    let mut old = Log::create(&store, id.clone()).await;
+    old.append(&["a"]).await;
+    let mut new = Log::open(&store, id).await;
+    assert!(new.writer.epoch > old.writer.epoch);
+    let chunk = old.chunk(&["stale"]);
+    assert_eq!(old.commit(&chunk).await, Err(StoreError::Fenced { epoch: new.writer.epoch }));
+    new.append(&["b"]).await;
+    assert_eq!(new.payloads(0).await, ["a", "b"]);
+}
+
+async fn resolve_tells_a_stored_chunk_from_a_lost_one(store: Arc<dyn Store>) {
+    let mut log = Log::create(&store, session_id("resolve", 1)).await;
+    let stored = log.chunk(&["a"]);
+    log.commit(&stored).await.expect("append");
+    let lost = log.chunk(&["b"]);
+    assert_eq!(retry(|| store.resolve(&log.writer, stored.clone())).await, Ok(true));
+    assert_eq!(retry(|| store.resolve(&log.writer, lost.clone())).await, Ok(false));
+}
+
+async fn control_chunks_have_a_place_but_no_seq(store: Arc<dyn Store>) {
+    use mainstay_protocol::session::Control;
+    let id = session_id("control", 1);
+    let mut log = Log::create(&store, id.clone()).await;
+    for n in 0..4 {
+        let mut builder = log.builder();
+        builder.control(Control::Fence { epoch: n });
+        let chunk = Arc::new(builder.finish().expect("a valid chunk"));
+        log.commit(&chunk).await.expect("append");
+        log.append(&[&n.to_string()]).await;
+    }
+    assert_eq!(log.payloads(0).await, ["0", "1", "2", "3"]);
+    assert_eq!(log.payloads(2).await, ["2", "3"]);
+    let stat = store.stat(id.name.clone()).await.expect("stat").expect("exists");
+    assert_eq!((stat.tail, stat.chunks), (4, 8));
+    let reopened = Log::open(&store, id).await;
+    assert_eq!(reopened.state.chain(), log.state.chain());
+}
+
+async fn a_snapshot_is_kept_and_replaced(store: Arc<dyn Store>) {
+    let id = session_id("snapshot", 1);
+    let mut log = Log::create(&store, id.clone()).await;
+    assert_eq!(store.snapshot(id.clone()).await, Ok(None));
+    for n in 0..3 {
+        log.append(&[&n.to_string()]).await;
+        retry(|| store.put_snapshot(&log.writer, log.state.snapshot())).await.expect("put snapshot");
+        assert_eq!(store.snapshot(id.clone()).await, Ok(Some(log.state.snapshot())));
+    }
+    log.append(&["last"]).await;
+    let reopened = Log::open(&store, id).await;
+    assert_eq!(reopened.state.snapshot(), {
+        let mut state = State::restore(&log.state.snapshot()).expect("restores");
+        // Opening took the next writer epoch; that shows in no chunk yet.
+        state = State::restore(&state.snapshot()).expect("restores");
+        state.snapshot()
+    });
+}
+
+async fn a_trim_needs_a_snapshot_and_keeps_the_rest_readable(store: Arc<dyn Store>) {
+    let id = session_id("trim", 1);
+    let mut log = Log::create(&store, id.clone()).await;
+    for n in 0..10 {
+        log.append(&[&format!("{n}a"), &format!("{n}b")]).await;
+    }
+    let refused = retry(|| store.trim(&log.writer, 10)).await;
+    assert!(matches!(refused, Err(StoreError::Invalid { .. })), "{refused:?}");
+    retry(|| store.put_snapshot(&log.writer, log.state.snapshot())).await.expect("put snapshot");
+    retry(|| store.trim(&log.writer, 11)).await.expect("trim");
+    let stat = store.stat(id.name.clone()).await.expect("stat").expect("exists");
+    assert_eq!((stat.first, stat.tail, stat.chunks), (10, 20, 10));
+    assert_eq!(log.payloads(0).await.first().map(String::as_str), Some("5a"));
+    log.append(&["z"]).await;
+    let reopened = Log::open(&store, id).await;
+    assert_eq!(reopened.state.chain(), log.state.chain());
+    assert_eq!(reopened.payloads(18).await, ["9a", "9b", "z"]);
+    // Everything may go.
+    retry(|| store.put_snapshot(&reopened.writer, reopened.state.snapshot())).await.expect("put snapshot");
+    retry(|| store.trim(&reopened.writer, 21)).await.expect("trim");
+    let page = store.read(reopened.id(), ReadFrom::Seq(0), 1000).await.expect("read");
+    assert_eq!((page.chunks.len(), page.first, page.tail), (0, 21, 21));
+}
+
+async fn sessions_do_not_touch_each_other(store: Arc<dyn Store>) {
+    let mut logs = Vec::new();
+    for n in 0..8 {
+        logs.push(Log::create(&store, session_id(&format!("many:{n}"), n + 1)).await);
+    }
+    for round in 0..5 {
+        for (n, log) in logs.iter_mut().enumerate() {
+            log.append(&[&format!("{n}/{round}")]).await;
+        }
+    }
+    for (n, log) in logs.iter().enumerate() {
+        let expected: Vec<String> = (0..5).map(|round| format!("{n}/{round}")).collect();
+        assert_eq!(log.payloads(0).await, expected);
+    }
+}
+
+async fn a_list_is_ordered_filtered_and_paged(store: Arc<dyn Store>) {
+    for name in ["list/b", "list/a", "list/c", "list-other", "list/é"] {
+        retry(|| store.create(session_id(name, 7), 3)).await.expect("create");
+    }
+    let names = |page: &crate::ListPage| -> Vec<String> {
+        page.sessions.iter().map(|stat| stat.session.name.as_str().to_owned()).collect()
+    };
+    let page = store.list(b"list/".to_vec(), Vec::new(), 10).await.expect("list");
+    assert_eq!(names(&page), ["list/a", "list/b", "list/c", "list/é"]);
+    assert!(!page.more);
+    let page = store.list(b"list/".to_vec(), Vec::new(), 2).await.expect("list");
+    assert_eq!(names(&page), ["list/a", "list/b"]);
+    assert!(page.more);
+    let page = store.list(b"list/".to_vec(), page.after, 2).await.expect("list");
+    assert_eq!(names(&page), ["list/c", "list/é"]);
+    assert!(!page.more);
+    let page = store.list(b"nothing".to_vec(), Vec::new(), 2).await.expect("list");
+    assert!(page.sessions.is_empty() && !page.more);
+}
+
+async fn a_missing_session_is_not_found(store: Arc<dyn Store>) {
+    let id = session_id("missing", 1);
+    assert_eq!(store.stat(id.name.clone()).await, Ok(None));
+    assert_eq!(retry(|| store.open_writer(id.clone())).await.err(), Some(StoreError::NotFound));
+    assert_eq!(store.read(id.clone(), ReadFrom::Seq(0), 10).await.err(), Some(StoreError::NotFound));
+    assert_eq!(store.snapshot(id.clone()).await, Err(StoreError::NotFound));
+    assert_eq!(retry(|| store.delete(id.clone())).await, Err(StoreError::NotFound));
+}

@@ -1,0 +1,125 @@
+//! A store that fails on purpose, from a seed.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use mainstay_protocol::session::{Chunk, SessionName};
+
+use crate::contract::{
+    Committing, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store, StoreError,
+    Writer,
+};
+
+/// How often what goes wrong, in thousandths.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Faults {
+    /// An append is refused and not stored.
+    pub not_committed: u32,
+    /// An append is stored and its outcome is unknown.
+    pub unknown_stored: u32,
+    /// An append is not stored and its outcome is unknown.
+    pub unknown_lost: u32,
+    /// A read returns fewer chunks than it could.
+    pub short_read: u32,
+    /// Any other request is refused with `Overloaded`.
+    pub overloaded: u32,
+}
+
+/// Wraps a store and makes it fail as [`Faults`] says. The same seed and the same calls fail in the same places.
+#[derive(Debug)]
+pub struct FaultyStore<S> {
+    inner: S,
+    faults: Faults,
+    random: Arc<Mutex<u64>>,
+}
+
+impl<S> FaultyStore<S> {
+    /// Wraps `inner`.
+    pub fn new(inner: S, faults: Faults, seed: u64) -> Self {
+        Self { inner, faults, random: Arc::new(Mutex::new(seed)) }
+    }
+
+    /// SplitMix64, reduced to thousandths.
+    fn roll(&self) -> u32 {
+        let mut state = self.random.lock().unwrap_or_else(PoisonError::into_inner);
+        *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = *state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % 1000) as u32
+    }
+
+    fn refuse<T: Send + 'static>(&self) -> Option<Pending<T>> {
+        (self.roll() < self.faults.overloaded).then(|| -> Pending<T> {
+            Box::pin(core::future::ready(Err(StoreError::Overloaded)))
+        })
+    }
+}
+
+impl<S: Store> Store for FaultyStore<S> {
+    fn create(&self, session: SessionId, created: u64) -> Pending<Created> {
+        self.refuse().unwrap_or_else(|| self.inner.create(session, created))
+    }
+
+    fn stat(&self, name: SessionName) -> Pending<Option<SessionStat>> {
+        self.inner.stat(name)
+    }
+
+    fn open_writer(&self, session: SessionId) -> Pending<Writer> {
+        self.refuse().unwrap_or_else(|| self.inner.open_writer(session))
+    }
+
+    fn close_writer(&self, writer: Writer) {
+        self.inner.close_writer(writer);
+    }
+
+    fn append(&self, writer: &Writer, chunk: Arc<Chunk>) -> Committing {
+        let Faults { not_committed, unknown_stored, unknown_lost, .. } = self.faults;
+        let roll = self.roll();
+        let unknown = || Committing::ready(Outcome::Unknown(StoreError::Overloaded));
+        if roll < not_committed {
+            Committing::ready(Outcome::NotCommitted(StoreError::Overloaded))
+        } else if roll < not_committed + unknown_stored {
+            // The engine keeps what it was given, whether or not anyone waits.
+            drop(self.inner.append(writer, chunk));
+            unknown()
+        } else if roll < not_committed + unknown_stored + unknown_lost {
+            unknown()
+        } else {
+            self.inner.append(writer, chunk)
+        }
+    }
+
+    fn resolve(&self, writer: &Writer, chunk: Arc<Chunk>) -> Pending<bool> {
+        self.refuse().unwrap_or_else(|| self.inner.resolve(writer, chunk))
+    }
+
+    fn read(&self, session: SessionId, from: ReadFrom, budget: usize) -> Pending<Page> {
+        let budget = if self.roll() < self.faults.short_read { 1 } else { budget };
+        self.inner.read(session, from, budget)
+    }
+
+    fn put_snapshot(&self, writer: &Writer, state: Bytes) -> Pending<()> {
+        self.refuse().unwrap_or_else(|| self.inner.put_snapshot(writer, state))
+    }
+
+    fn snapshot(&self, session: SessionId) -> Pending<Option<Bytes>> {
+        self.inner.snapshot(session)
+    }
+
+    fn trim(&self, writer: &Writer, before: u64) -> Pending<()> {
+        self.refuse().unwrap_or_else(|| self.inner.trim(writer, before))
+    }
+
+    fn delete(&self, session: SessionId) -> Pending<()> {
+        self.refuse().unwrap_or_else(|| self.inner.delete(session))
+    }
+
+    fn list(&self, prefix: Vec<u8>, after: Vec<u8>, limit: usize) -> Pending<ListPage> {
+        self.inner.list(prefix, after, limit)
+    }
+
+    fn health(&self) -> Health {
+        self.inner.health()
+    }
+}

@@ -1,0 +1,26 @@
+//! The suite on the in-memory model, alone and behind faults.
+
+use std::sync::Arc;
+
+use mainstay_store::testing::{CASES, Faults, FaultyStore};
+use mainstay_store::{MemoryStore, Store};
+
+#[tokio::test]
+async fn the_memory_store_keeps_the_contract() {
+    for (name, case) in CASES {
+        println!("{name}");
+        case(Arc::new(MemoryStore::new())).await;
+    }
+}
+
+#[tokio::test]
+async fn a_driver_that_repeats_and_resolves_gets_the_contract_from_a_faulty_store() {
+    let faults = Faults { not_committed: 150, unknown_stored: 150, unknown_lost: 150, short_read: 300, overloaded: 200 };
+    for seed in 0..50 {
+        for (name, case) in CASES {
+            println!("{name} with seed {seed}");
+            let store: Arc<dyn Store> = Arc::new(FaultyStore::new(MemoryStore::new(), faults, seed));
+            case(store).await;
+        }
+    }
+}
