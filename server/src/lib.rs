@@ -1,1 +1,29 @@
-//! mainstay-server
+//! The Mainstay server: drives the protocol core and a store over any transport.
+//!
+//! ```text
+//! listener ── connection ─┬─ control          HELLO, TOKEN, PING, CREDIT
+//!                         ├─ attachment       requests and acks of one session
+//!                         ├─ producer         batches ──▶ owner
+//!                         └─ subscription     ring or store ──▶ deliveries
+//! sessions ── owner (one per hot session) ──▶ store
+//! ```
+//!
+//! The rules live in [`mainstay_protocol::session`]; this crate owns sockets, tasks and time. The owner of a session is
+//! the only one that changes it. Memory is bounded by [`Config`]: what does not fit waits in the peer's flow-control
+//! window or in the log.
+
+pub mod auth;
+mod attachment;
+mod config;
+mod connection;
+mod outbox;
+mod owner;
+mod producer;
+mod requests;
+mod ring;
+mod server;
+mod sessions;
+mod subscription;
+
+pub use config::Config;
+pub use server::Server;

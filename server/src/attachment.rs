@@ -1,0 +1,261 @@
+//! One attachment: a bidirectional QUIC stream bound to a session. Requests in; answers, acks and errors out.
+
+use std::sync::Arc;
+
+use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::registry::FOLD_VERSION;
+use mainstay_protocol::session::{Author, Operation, Refusal, Verdict};
+use mainstay_protocol::wire::{
+    Attach, AttachMode, Attached, Body, CloseSession, DefineStream, Deframer, DeleteSession, Error, Frame, Message,
+    OpenProducer, Subscribe, Trim,
+};
+use mainstay_transport::{Connection, RecvStream, SendStream, priority};
+use tokio::sync::oneshot;
+
+use crate::connection::Conn;
+use crate::outbox::{Next, Outbox};
+use crate::owner::{Command, Standing};
+use crate::sessions::{Session, SessionUse};
+use crate::subscription;
+
+/// What others see of an attachment.
+#[derive(Debug)]
+pub(crate) struct Attachment {
+    pub(crate) conn: Arc<Conn>,
+    pub(crate) author: Arc<Author>,
+    pub(crate) outbox: Outbox,
+}
+
+impl Attachment {
+    /// Answers a request with an error.
+    pub(crate) fn refuse(&self, about: u64, id: u64, refusal: &Refusal) {
+        if about == OpenProducer::KIND {
+            self.conn.release_producer(id);
+        }
+        self.outbox.push(Error {
+            about,
+            id,
+            code: refusal.code,
+            value: refusal.value,
+            message: Message::new(refusal.detail),
+        });
+    }
+}
+
+/// Serves the stream whose first frame is `request` until either side ends it.
+pub(crate) async fn run<C: Connection>(
+    transport: C,
+    conn: Arc<Conn>,
+    request: Attach,
+    mut send: C::Send,
+    mut recv: C::Recv,
+    mut frames: Deframer,
+) {
+    let outbox = Outbox::default();
+    let author = match conn.author() {
+        Ok(author) => author,
+        Err(refusal) => return refuse_attach(&outbox, &mut send, &mut recv, &refusal).await,
+    };
+    let attachment = Arc::new(Attachment { conn, author, outbox });
+    let session = match attach(&attachment, &request).await {
+        Ok(Some(session)) => session,
+        Ok(None) => {
+            attachment.outbox.close();
+            write(&attachment.outbox, &mut send).await;
+            return recv.stop(Code::NO_ERROR.0);
+        }
+        Err(refusal) => return refuse_attach(&attachment.outbox, &mut send, &mut recv, &refusal).await,
+    };
+    send.set_priority(priority::CONTROL);
+    let reading = async {
+        let result = read::<C>(&transport, &attachment, &session, &mut recv, &mut frames).await;
+        if let Err(error) = &result {
+            attachment.refuse(0, 0, &Refusal::new(error.code, error.detail));
+        }
+        attachment.outbox.close();
+        result
+    };
+    let gone = async {
+        let mut extent = session.extent.subscribe();
+        // The sender lives in the session.
+        let code = extent.wait_for(|extent| extent.gone.is_some()).await.ok().and_then(|extent| extent.gone);
+        let code = code.unwrap_or(Code::GOING_AWAY);
+        attachment.refuse(Attach::KIND, 0, &Refusal::new(code, "the session is no longer served here"));
+        attachment.outbox.close();
+    };
+    tokio::select! {
+        // Written to the end even after reading ended: the last answers must arrive.
+        () = write(&attachment.outbox, &mut send) => {}
+        never = async { tokio::join!(async { tokio::select! { _ = reading => {}, () = gone => {} } }, core::future::pending::<()>()) } => {
+            let ((), ()) = never;
+        }
+    }
+    recv.stop(Code::NO_ERROR.0);
+    attachment.conn.detached();
+}
+
+async fn refuse_attach(outbox: &Outbox, send: &mut impl SendStream, recv: &mut impl RecvStream, refusal: &Refusal) {
+    outbox.push(Error {
+        about: Attach::KIND,
+        id: 0,
+        code: refusal.code,
+        value: refusal.value,
+        message: Message::new(refusal.detail),
+    });
+    outbox.close();
+    write(outbox, send).await;
+    recv.stop(refusal.code.0);
+}
+
+/// Writes what is pushed until the outbox is closed and empty, or the peer is gone.
+pub(crate) async fn write(outbox: &Outbox, send: &mut impl SendStream) {
+    loop {
+        match outbox.next().await {
+            Next::Write(bytes) => {
+                if send.write(&mut [bytes]).await.is_err() {
+                    return;
+                }
+            }
+            Next::Finish => return send.finish(),
+            Next::Overflow => return send.reset(Code::CONTROL_BACKLOG.0),
+        }
+    }
+}
+
+/// Answers ATTACH. `None` if the answer was `gone`.
+async fn attach(attachment: &Attachment, request: &Attach) -> Result<Option<SessionUse>, Refusal> {
+    let conn = &attachment.conn;
+    let name = &request.session;
+    conn.allow(Operation::Read, name).or_else(|_| conn.allow(Operation::Append, name))?;
+    let sessions = conn.server.sessions();
+    let create = request.mode != AttachMode::Attach;
+    let (session, new) = match sessions.get(name, false).await {
+        Err(refusal) if refusal.code == Code::SESSION_NOT_FOUND && create => {
+            conn.allow(Operation::Create, name)?;
+            sessions.get(name, true).await?
+        }
+        other => other?,
+    };
+    if request.mode == AttachMode::CreateNew && !new {
+        return Err(Refusal::new(Code::SESSION_EXISTS, "a session of this name exists already"));
+    }
+    let Standing { tail, first, created, closed, view_hash, streams, positions } =
+        ask(&session, |answer| Command::Stand { subject: attachment.author.subject.clone(), answer }).await?;
+    let incarnation = session.id.incarnation;
+    let verdict = match (request.incarnation, request.next) {
+        (Some(held), _) if held != incarnation => Verdict::Gone,
+        (_, Some(next)) if next > tail => {
+            let detail = "the cursor is beyond the tail: records that were shown are missing";
+            return Err(Refusal::new(Code::SESSION_DAMAGED, detail));
+        }
+        (_, Some(next)) if next < first => Verdict::Gap,
+        _ => Verdict::Exact,
+    };
+    attachment.outbox.push(Attached {
+        verdict,
+        incarnation,
+        tail,
+        first,
+        created,
+        closed,
+        fold_version: FOLD_VERSION,
+        view_hash,
+        streams,
+        positions,
+    });
+    Ok((verdict != Verdict::Gone).then_some(session))
+}
+
+/// Asks the owner something.
+pub(crate) async fn ask<T>(
+    session: &Session,
+    command: impl FnOnce(oneshot::Sender<T>) -> Command,
+) -> Result<T, Refusal> {
+    let (answer, asked) = oneshot::channel();
+    // An owner that has ended dropped the mailbox, and with it the question.
+    let _ = session.commands.send(command(answer)).await;
+    asked.await.map_err(|_| {
+        let code = session.extent.borrow().gone.unwrap_or(Code::GOING_AWAY);
+        Refusal::new(code, "the session is no longer served here")
+    })
+}
+
+/// Reads requests until the client ends the stream.
+async fn read<C: Connection>(
+    transport: &C,
+    attachment: &Arc<Attachment>,
+    session: &SessionUse,
+    recv: &mut C::Recv,
+    frames: &mut Deframer,
+) -> Result<(), ProtocolError> {
+    let conn = &attachment.conn;
+    let name = &session.id.name;
+    loop {
+        while let Some(raw) = frames.next_frame()? {
+            let Some(frame) = Frame::decode(&raw)? else { continue };
+            let request = match frame {
+                Frame::OpenProducer(request) => {
+                    let allowed = conn.allow(Operation::Append, name).and_then(|()| conn.reserve_producer(request.id));
+                    if let Err(refusal) = allowed {
+                        attachment.refuse(OpenProducer::KIND, request.id, &refusal);
+                        continue;
+                    }
+                    Command::OpenProducer { attachment: attachment.clone(), request }
+                }
+                Frame::DefineStream(DefineStream { name: stream }) => {
+                    if let Err(refusal) = conn.allow(Operation::Append, name) {
+                        attachment.refuse(DefineStream::KIND, 0, &refusal);
+                        continue;
+                    }
+                    Command::DefineStream { attachment: attachment.clone(), name: stream }
+                }
+                Frame::CloseSession(_) => match conn.allow(Operation::Manage, name) {
+                    Ok(()) => Command::Close { attachment: attachment.clone() },
+                    Err(refusal) => {
+                        attachment.refuse(CloseSession::KIND, 0, &refusal);
+                        continue;
+                    }
+                },
+                Frame::Trim(Trim { before }) => match conn.allow(Operation::Manage, name) {
+                    Ok(()) => Command::Trim { attachment: attachment.clone(), before },
+                    Err(refusal) => {
+                        attachment.refuse(Trim::KIND, 0, &refusal);
+                        continue;
+                    }
+                },
+                Frame::DeleteSession(_) => match conn.allow(Operation::Manage, name) {
+                    Ok(()) => Command::Delete { attachment: attachment.clone() },
+                    Err(refusal) => {
+                        attachment.refuse(DeleteSession::KIND, 0, &refusal);
+                        continue;
+                    }
+                },
+                Frame::Subscribe(request) => {
+                    let id = request.id;
+                    let allowed = conn.allow(Operation::Read, name).and_then(|()| conn.open_subscription(id));
+                    match allowed {
+                        Ok(credit) => {
+                            subscription::spawn(transport, attachment.clone(), session, request, credit);
+                        }
+                        Err(refusal) => attachment.refuse(Subscribe::KIND, id, &refusal),
+                    }
+                    continue;
+                }
+                Frame::Unsubscribe(request) => {
+                    conn.end_subscription(request.id);
+                    continue;
+                }
+                _ => return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of an attachment")),
+            };
+            if session.commands.send(request).await.is_err() {
+                return Ok(());
+            }
+        }
+        match recv.read().await {
+            Ok(Some(piece)) => frames.push(piece),
+            Ok(None) if frames.is_at_border() => return Ok(()),
+            Ok(None) => return Err(ProtocolError::malformed("stream ends inside a frame")),
+            Err(_) => return Ok(()),
+        }
+    }
+}

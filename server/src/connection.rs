@@ -1,0 +1,482 @@
+//! One connection: its control stream, who is at the other end, and the streams that the peer opens.
+
+use core::future::Future;
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::registry::{
+    MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_FRAME, MAX_FRAME_UNAUTHENTICATED, MAX_RECORD, MIN_BULK_WINDOW,
+    PRODUCER_WINDOW,
+};
+use mainstay_protocol::session::{Author, CreditSent, Grants, Instance, Operation, Refusal, SessionName};
+use mainstay_protocol::wire::{
+    Authenticated, Body, Deframer, Error, Frame, Hello, Message, Pong, Produce, Token, put_grease,
+};
+use mainstay_transport::{Connection, RecvStream, SendStream, priority};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+
+use crate::outbox::Outbox;
+use crate::producer::{self, ProducerLink};
+use crate::server::Shared;
+use crate::subscription::SubscriptionCredit;
+use crate::{attachment, requests};
+
+/// Who is at the other end.
+#[derive(Debug)]
+enum Identity {
+    /// Nobody that a token was verified for, and why.
+    Nobody(Code, &'static str),
+    /// The holder of a verified token.
+    Known { author: Arc<Author>, grants: Grants, expires: i64 },
+}
+
+/// What the peer allows this side.
+#[derive(Debug, Clone, Copy)]
+struct PeerLimits {
+    bulk_window: u64,
+    bulk_streams: u64,
+}
+
+#[derive(Debug, Default)]
+struct Opened {
+    producers: HashMap<u64, Arc<ProducerLink>>,
+    /// Producers asked for and not answered yet.
+    reserved: HashSet<u64>,
+    subscriptions: HashMap<u64, Arc<SubscriptionCredit>>,
+    /// Ids are never used twice on a connection; they ascend, so that one number remembers all.
+    next_producer: u64,
+    next_subscription: u64,
+}
+
+type Task = core::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// What all tasks of a connection share.
+pub(crate) struct Conn {
+    pub(crate) id: u64,
+    pub(crate) server: Arc<Shared>,
+    pub(crate) control: Outbox,
+    hello: watch::Sender<Option<PeerLimits>>,
+    instance: RwLock<Option<Instance>>,
+    identity: RwLock<Identity>,
+    opened: Mutex<Opened>,
+    attachments: AtomicUsize,
+    tasks: mpsc::UnboundedSender<Task>,
+}
+
+impl core::fmt::Debug for Conn {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "Conn({})", self.id)
+    }
+}
+
+/// Bulk that a client takes if it says nothing else in HELLO (spec FLOW-3).
+const DEFAULT_BULK_WINDOW: u64 = 256 * 1024;
+const DEFAULT_BULK_STREAMS: u64 = 8;
+
+impl Conn {
+    fn opened(&self) -> MutexGuard<'_, Opened> {
+        self.opened.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs a task for as long as the connection lives.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        // Refused only when the connection has ended, and its tasks with it.
+        let _ = self.tasks.send(Box::pin(task));
+    }
+
+    /// The verified author of what this connection writes. Refusals: `UNAUTHENTICATED`, `TOKEN_INVALID`, `TOKEN_EXPIRED`.
+    pub(crate) fn author(&self) -> Result<Arc<Author>, Refusal> {
+        self.with_identity(|author, _| Ok(author.clone()))
+    }
+
+    /// Succeeds if the token in force allows `operation` on `session`. Refusals: those of [`Conn::author`], `FORBIDDEN`.
+    pub(crate) fn allow(&self, operation: Operation, session: &SessionName) -> Result<(), Refusal> {
+        self.with_identity(|_, grants| {
+            if grants.allow(operation, session.as_str()) {
+                return Ok(());
+            }
+            let detail = match operation {
+                Operation::Read => "the token does not grant `read` on this session",
+                Operation::Append => "the token does not grant `append` on this session",
+                Operation::Create => "the token does not grant `create` on this session",
+                Operation::Manage => "the token does not grant `manage` on this session",
+            };
+            Err(Refusal::new(Code::FORBIDDEN, detail))
+        })
+    }
+
+    fn with_identity<T>(&self, f: impl FnOnce(&Arc<Author>, &Grants) -> Result<T, Refusal>) -> Result<T, Refusal> {
+        match &*self.identity.read().unwrap_or_else(PoisonError::into_inner) {
+            Identity::Nobody(code, detail) => Err(Refusal::new(*code, detail)),
+            Identity::Known { expires, .. } if *expires < self.server.now_seconds() => {
+                Err(Refusal::new(Code::TOKEN_EXPIRED, "the token has expired; present a new one"))
+            }
+            Identity::Known { author, grants, .. } => f(author, grants),
+        }
+    }
+
+    fn is_authenticated(&self) -> bool {
+        self.author().is_ok()
+    }
+
+    /// Takes a token: says AUTHENTICATED, or why not. A bad token leaves what was granted before in force.
+    fn authenticate(&self, token: &[u8]) {
+        let now = self.server.now_seconds();
+        let verified = self.server.keyring().verify(token, now);
+        let instance = *self.instance.read().unwrap_or_else(PoisonError::into_inner);
+        let verified = verified.and_then(|claims| match (claims.device, instance) {
+            (_, None) => Err(crate::auth::AuthError { code: Code::TOKEN_INVALID, detail: "HELLO states no instance" }),
+            (Some(device), Some(instance)) if device != instance => Err(crate::auth::AuthError {
+                code: Code::TOKEN_INVALID,
+                detail: "the token is bound to another device",
+            }),
+            (_, Some(instance)) => Ok((claims, instance)),
+        });
+        match verified {
+            Ok((claims, instance)) => {
+                let author = Arc::new(Author { subject: claims.subject.clone(), instance });
+                let expires = claims.expires;
+                *self.identity.write().unwrap_or_else(PoisonError::into_inner) =
+                    Identity::Known { author, grants: claims.grants, expires };
+                self.control.push(Authenticated { subject: claims.subject, expires: expires.max(0) as u64 });
+            }
+            Err(error) => {
+                let mut identity = self.identity.write().unwrap_or_else(PoisonError::into_inner);
+                if matches!(*identity, Identity::Nobody(..)) {
+                    *identity = Identity::Nobody(error.code, error.detail);
+                }
+                drop(identity);
+                self.control.push(Error {
+                    about: Token::KIND,
+                    id: 0,
+                    code: error.code,
+                    value: 0,
+                    message: Message::new(error.detail),
+                });
+            }
+        }
+    }
+
+    /// Waits until the peer said HELLO.
+    async fn greeted(&self) {
+        let mut hello = self.hello.subscribe();
+        // The sender lives in `self`.
+        let _ = hello.wait_for(Option::is_some).await;
+    }
+
+    /// Makes room for a producer. Refusals: `LIMIT_EXCEEDED`, `FRAME_UNEXPECTED` for an id used before.
+    pub(crate) fn reserve_producer(&self, id: u64) -> Result<(), Refusal> {
+        let mut opened = self.opened();
+        if id < opened.next_producer {
+            return Err(Refusal::new(Code::FRAME_UNEXPECTED, "the producer id was used before on this connection"));
+        }
+        let open = opened.producers.len() + opened.reserved.len();
+        if open as u64 >= self.server.config().producers {
+            return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the connection has too many producers"));
+        }
+        opened.next_producer = id + 1;
+        opened.reserved.insert(id);
+        Ok(())
+    }
+
+    /// A producer was granted: its QUIC stream may come.
+    pub(crate) fn add_producer(&self, link: Arc<ProducerLink>) {
+        let mut opened = self.opened();
+        opened.reserved.remove(&link.id);
+        opened.producers.insert(link.id, link);
+    }
+
+    /// A producer was refused.
+    pub(crate) fn release_producer(&self, id: u64) {
+        self.opened().reserved.remove(&id);
+    }
+
+    /// A producer's QUIC stream has ended.
+    pub(crate) fn drop_producer(&self, link: &Arc<ProducerLink>) {
+        self.opened().producers.remove(&link.id);
+    }
+
+    fn producer(&self, id: u64) -> Option<Arc<ProducerLink>> {
+        self.opened().producers.get(&id).cloned()
+    }
+
+    /// Makes room for a subscription. Refusals: `LIMIT_EXCEEDED` beyond what the client allows, `FRAME_UNEXPECTED`.
+    pub(crate) fn open_subscription(&self, id: u64) -> Result<Arc<SubscriptionCredit>, Refusal> {
+        let limits = (*self.hello.borrow())
+            .unwrap_or(PeerLimits { bulk_window: DEFAULT_BULK_WINDOW, bulk_streams: DEFAULT_BULK_STREAMS });
+        let mut opened = self.opened();
+        if id < opened.next_subscription {
+            return Err(Refusal::new(Code::FRAME_UNEXPECTED, "the subscription id was used before"));
+        }
+        if opened.subscriptions.len() as u64 >= limits.bulk_streams {
+            let detail = "the connection has as many subscriptions as the client's HELLO allows";
+            return Err(Refusal::new(Code::LIMIT_EXCEEDED, detail));
+        }
+        opened.next_subscription = id + 1;
+        let budget = self.server.config().delivery_budget;
+        let credit = CreditSent::new(limits.bulk_window, limits.bulk_streams, budget);
+        let credit = Arc::new(SubscriptionCredit::new(credit));
+        opened.subscriptions.insert(id, credit.clone());
+        Ok(credit)
+    }
+
+    /// The client wants no more of a subscription.
+    pub(crate) fn end_subscription(&self, id: u64) {
+        if let Some(credit) = self.opened().subscriptions.get(&id) {
+            credit.end();
+        }
+    }
+
+    /// A subscription has ended.
+    pub(crate) fn forget_subscription(&self, id: u64) {
+        self.opened().subscriptions.remove(&id);
+    }
+
+    fn attached(&self) -> Result<usize, Refusal> {
+        let open = self.attachments.fetch_add(1, Ordering::Relaxed) + 1;
+        if open > self.server.config().attachments {
+            self.attachments.fetch_sub(1, Ordering::Relaxed);
+            return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the connection has too many attachments"));
+        }
+        Ok(open)
+    }
+
+    /// An attachment has ended.
+    pub(crate) fn detached(&self) {
+        self.attachments.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Serves a connection until it ends.
+pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u64) {
+    let (tasks, mut spawned) = mpsc::unbounded_channel();
+    let conn = Arc::new(Conn {
+        id,
+        server: server.clone(),
+        control: Outbox::default(),
+        hello: watch::channel(None).0,
+        instance: RwLock::new(None),
+        identity: RwLock::new(Identity::Nobody(Code::UNAUTHENTICATED, "no token was presented")),
+        opened: Mutex::default(),
+        attachments: AtomicUsize::new(0),
+        tasks,
+    });
+    tracing::debug!(conn = id, remote = %transport.remote(), "connected");
+    let mut running = JoinSet::new();
+    let deadline = tokio::time::Instant::now() + server.config().hello_timeout;
+    let control = match tokio::time::timeout_at(deadline, transport.accept_bi()).await {
+        Ok(Ok(control)) => control,
+        Ok(Err(_)) => return,
+        Err(_) => return transport.close(Code::HELLO_TIMEOUT.0, "no HELLO came in time"),
+    };
+    running.spawn(Box::pin(control_stream(transport.clone(), conn.clone(), control, deadline)) as Task);
+    let mut goaway = server.goaway();
+    loop {
+        tokio::select! {
+            stream = transport.accept_bi() => match stream {
+                Ok((send, recv)) => {
+                    running.spawn(Box::pin(bidirectional(transport.clone(), conn.clone(), send, recv)));
+                }
+                Err(_) => break,
+            },
+            stream = transport.accept_uni() => match stream {
+                Ok(recv) => {
+                    running.spawn(Box::pin(unidirectional::<C>(conn.clone(), recv)));
+                }
+                Err(_) => break,
+            },
+            Some(task) = spawned.recv() => {
+                running.spawn(task);
+            }
+            Some(_) = running.join_next() => {}
+            Ok(()) = goaway.changed() => {
+                if let Some(frame) = goaway.borrow_and_update().clone() {
+                    conn.control.push(frame);
+                }
+            }
+        }
+    }
+    tracing::debug!(conn = id, "disconnected");
+}
+
+/// Serves the control stream. Ends the connection on a violation: nothing else could be trusted.
+async fn control_stream<C: Connection>(
+    transport: C,
+    conn: Arc<Conn>,
+    (mut send, mut recv): (C::Send, C::Recv),
+    deadline: tokio::time::Instant,
+) {
+    let config = conn.server.config();
+    let hello = Hello {
+        agent: Some(bytes::Bytes::from_static(concat!("mainstay/", env!("CARGO_PKG_VERSION")).as_bytes())),
+        bulk_window: Some(config.producer_window),
+        bulk_streams: Some(config.producers),
+        max_frame: Some(MAX_FRAME as u64),
+        max_record: Some(MAX_RECORD as u64),
+        max_batch_records: Some(MAX_BATCH_RECORDS as u64),
+        max_batch_bytes: Some(MAX_BATCH_BYTES as u64),
+        producer_window: Some(PRODUCER_WINDOW as u64),
+        max_attachments: Some(config.attachments as u64),
+        ..Hello::default()
+    };
+    conn.control.push(hello);
+    conn.control.add(|w| put_grease(rand::random(), &[0; 3], w));
+    send.set_priority(priority::CONTROL);
+    let reading = async {
+        match read_control::<C>(&conn, &transport, &mut recv, deadline).await {
+            Ok(()) => transport.close(Code::NO_ERROR.0, "the client ended its control stream"),
+            Err(error) => {
+                tracing::debug!(conn = conn.id, %error, "control stream violated");
+                transport.close(error.code.0, error.detail);
+            }
+        }
+    };
+    tokio::join!(reading, attachment::write(&conn.control, &mut send));
+}
+
+async fn read_control<C: Connection>(
+    conn: &Arc<Conn>,
+    transport: &C,
+    recv: &mut C::Recv,
+    deadline: tokio::time::Instant,
+) -> Result<(), ProtocolError> {
+    let mut frames = Deframer::new(MAX_FRAME_UNAUTHENTICATED);
+    let mut greeted = false;
+    loop {
+        while let Some(raw) = frames.next_frame()? {
+            let Some(frame) = Frame::decode(&raw)? else { continue };
+            match frame {
+                Frame::Hello(hello) if !greeted => {
+                    greeted = true;
+                    greet(conn, transport, hello)?;
+                }
+                _ if !greeted => {
+                    return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "the first frame is not HELLO"));
+                }
+                Frame::Token(Token { token }) => {
+                    conn.authenticate(&token);
+                    allow_streams(conn, transport);
+                }
+                Frame::Ping(ping) => conn.control.push(Pong { nonce: ping.nonce }),
+                Frame::Pong(_) => {}
+                Frame::Credit(credit) => {
+                    let subscription = conn.opened().subscriptions.get(&credit.id).cloned();
+                    // One that has ended may still be credited.
+                    if let Some(subscription) = subscription {
+                        subscription.credited(credit.consumed)?;
+                    }
+                }
+                _ => return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of the control stream")),
+            }
+        }
+        let read = async {
+            if greeted {
+                return Some(recv.read().await);
+            }
+            tokio::time::timeout_at(deadline, recv.read()).await.ok()
+        };
+        match read.await {
+            Some(Ok(Some(piece))) => frames.push(piece),
+            Some(Ok(None)) if frames.is_at_border() => return Ok(()),
+            Some(Ok(None)) => return Err(ProtocolError::malformed("stream ends inside a frame")),
+            Some(Err(_)) => return Ok(()),
+            None => return Err(ProtocolError::new(Code::HELLO_TIMEOUT, "no HELLO came in time")),
+        }
+    }
+}
+
+fn greet<C: Connection>(conn: &Arc<Conn>, transport: &C, hello: Hello) -> Result<(), ProtocolError> {
+    let bulk_window = hello.bulk_window.unwrap_or(DEFAULT_BULK_WINDOW);
+    let bulk_streams = hello.bulk_streams.unwrap_or(DEFAULT_BULK_STREAMS);
+    let most = conn.server.config().delivery_budget / MIN_BULK_WINDOW;
+    if bulk_window < MIN_BULK_WINDOW || bulk_streams > most {
+        return Err(ProtocolError::new(Code::LIMIT_EXCEEDED, "HELLO states a bulk window or count out of range"));
+    }
+    *conn.instance.write().unwrap_or_else(PoisonError::into_inner) = hello.instance;
+    if let Some(token) = &hello.token {
+        conn.authenticate(token);
+    }
+    allow_streams(conn, transport);
+    conn.hello.send_replace(Some(PeerLimits { bulk_window, bulk_streams }));
+    Ok(())
+}
+
+/// Allows as many streams as are open and some more; before authentication only a few.
+fn allow_streams<C: Connection>(conn: &Conn, transport: &C) {
+    if conn.is_authenticated() {
+        let open = conn.attachments.load(Ordering::Relaxed) as u32;
+        let bidirectional = (open / STEP * STEP + 2 * STEP).min(conn.server.config().attachments as u32 + STEP);
+        transport.allow_streams(bidirectional, conn.server.config().producers as u32);
+    }
+}
+
+/// Streams are allowed in steps of this many, so that idle connections stay small.
+const STEP: u32 = 4;
+
+/// The first frame of a stream, what came behind it, and the bytes taken from the stream so far.
+type First = (Frame, Deframer, u64);
+
+/// Reads the first frame of a stream, which says what the stream is for.
+async fn first_frame<R: RecvStream>(conn: &Conn, recv: &mut R) -> Result<Option<First>, ProtocolError> {
+    conn.greeted().await;
+    let limit = if conn.is_authenticated() { MAX_FRAME } else { MAX_FRAME_UNAUTHENTICATED };
+    let mut frames = Deframer::new(limit);
+    let mut taken = 0;
+    loop {
+        while let Some(raw) = frames.next_frame()? {
+            if let Some(frame) = Frame::decode(&raw)? {
+                return Ok(Some((frame, frames, taken)));
+            }
+        }
+        match recv.read().await {
+            Ok(Some(piece)) => {
+                taken += piece.len() as u64;
+                frames.push(piece);
+            }
+            Ok(None) if frames.is_at_border() => return Ok(None),
+            Ok(None) => return Err(ProtocolError::malformed("stream ends inside a frame")),
+            Err(_) => return Ok(None),
+        }
+    }
+}
+
+async fn bidirectional<C: Connection>(transport: C, conn: Arc<Conn>, mut send: C::Send, mut recv: C::Recv) {
+    let error = match first_frame(&conn, &mut recv).await {
+        Ok(None) => return send.finish(),
+        Ok(Some((Frame::Attach(request), frames, _))) => match conn.attached() {
+            Ok(_) => {
+                allow_streams(&conn, &transport);
+                return attachment::run(transport, conn, request, send, recv, frames).await;
+            }
+            Err(refusal) => ProtocolError::new(refusal.code, refusal.detail),
+        },
+        Ok(Some((Frame::List(request), _, _))) => return requests::list(&conn, request, &mut send).await,
+        Ok(Some(_)) => ProtocolError::new(Code::FRAME_UNEXPECTED, "no stream begins with this frame"),
+        Err(error) => error,
+    };
+    tracing::debug!(conn = conn.id, %error, "stream refused");
+    let message = Message::new(error.detail);
+    let frame = Frame::from(Error { about: 0, id: 0, code: error.code, value: 0, message });
+    // Told in words where the client still reads, and by the code of the stop in any case.
+    if send.write(&mut [frame.to_bytes()]).await.is_ok() {
+        send.finish();
+    }
+    recv.stop(error.code.0);
+}
+
+async fn unidirectional<C: Connection>(conn: Arc<Conn>, mut recv: C::Recv) {
+    let error = match first_frame(&conn, &mut recv).await {
+        Ok(None) => return,
+        Ok(Some((Frame::Produce(Produce { producer }), frames, taken))) => match conn.producer(producer) {
+            Some(link) => return producer::run(conn, link, recv, frames, taken).await,
+            None => ProtocolError::new(Code::PRODUCER_UNKNOWN, "no producer of this id is open"),
+        },
+        Ok(Some(_)) => ProtocolError::new(Code::FRAME_UNEXPECTED, "no stream begins with this frame"),
+        Err(error) => error,
+    };
+    tracing::debug!(conn = conn.id, %error, "stream refused");
+    recv.stop(error.code.0);
+}

@@ -1,0 +1,88 @@
+//! Control frames on their way out of one QUIC stream: bounded, coalesced, never waiting for the peer.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use mainstay_protocol::registry::CONTROL_RESERVE;
+use mainstay_protocol::wire::{Frame, Writer};
+use tokio::sync::Notify;
+
+/// Bytes that may wait. A peer that lets more gather does not read its control stream and loses it.
+const LIMIT: usize = CONTROL_RESERVE;
+
+#[derive(Debug, Default)]
+struct Waiting {
+    frames: Writer,
+    closing: bool,
+    overflowed: bool,
+}
+
+/// What is to be written to a control or attachment stream. Anyone may push; one task takes.
+#[derive(Debug, Default)]
+pub(crate) struct Outbox {
+    waiting: Mutex<Waiting>,
+    ready: Notify,
+}
+
+/// What the writing task does next.
+#[derive(Debug)]
+pub(crate) enum Next {
+    /// Write these bytes.
+    Write(Bytes),
+    /// Everything was written; end the stream.
+    Finish,
+    /// The peer let too much gather.
+    Overflow,
+}
+
+impl Outbox {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a frame.
+    pub(crate) fn push(&self, frame: impl Into<Frame>) {
+        let frame = frame.into();
+        self.add(|w| frame.put(w));
+    }
+
+    /// Adds what `put` writes.
+    pub(crate) fn add(&self, put: impl FnOnce(&mut Writer)) {
+        let mut waiting = self.lock();
+        if waiting.closing || waiting.overflowed {
+            return;
+        }
+        put(&mut waiting.frames);
+        if waiting.frames.len() > LIMIT {
+            waiting.overflowed = true;
+            waiting.frames = Writer::new();
+        }
+        drop(waiting);
+        self.ready.notify_one();
+    }
+
+    /// Lets no more frames in; the stream ends after what waits.
+    pub(crate) fn close(&self) {
+        self.lock().closing = true;
+        self.ready.notify_one();
+    }
+
+    /// Waits for something to do. Cancellation-safe. One task at a time.
+    pub(crate) async fn next(&self) -> Next {
+        loop {
+            {
+                let mut waiting = self.lock();
+                if waiting.overflowed {
+                    return Next::Overflow;
+                }
+                if !waiting.frames.is_empty() {
+                    return Next::Write(waiting.frames.take());
+                }
+                if waiting.closing {
+                    return Next::Finish;
+                }
+            }
+            self.ready.notified().await;
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! One producer's QUIC stream: batches in, to the owner, credit back.
+
+use std::sync::Arc;
+
+use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::registry::PRODUCER_WINDOW;
+use mainstay_protocol::session::{CheckedBatch, CreditReceived, Operation, ProducerHandle, Refusal};
+use mainstay_protocol::wire::{Append, Credit, Deframer, Frame, Message, Refused};
+use mainstay_transport::RecvStream;
+
+use crate::attachment::Attachment;
+use crate::connection::Conn;
+use crate::owner::Command;
+use crate::sessions::Session;
+
+/// A producer that was opened on this connection.
+#[derive(Debug)]
+pub(crate) struct ProducerLink {
+    /// Chosen by the client.
+    pub(crate) id: u64,
+    pub(crate) handle: ProducerHandle,
+    pub(crate) epoch: u64,
+    pub(crate) session: Arc<Session>,
+    pub(crate) attachment: Arc<Attachment>,
+}
+
+impl ProducerLink {
+    fn refuse(&self, sequence: u64, refusal: &Refusal) {
+        self.attachment.outbox.push(Refused {
+            producer: self.id,
+            sequence,
+            code: refusal.code,
+            value: refusal.value,
+            message: Message::new(refusal.detail),
+        });
+    }
+}
+
+/// Reads batches until the stream ends. On a violation stops it with the code.
+///
+/// `taken` bytes of the stream are in `frames` already, or were PRODUCE.
+pub(crate) async fn run<R: RecvStream>(
+    conn: Arc<Conn>,
+    link: Arc<ProducerLink>,
+    mut recv: R,
+    mut frames: Deframer,
+    taken: u64,
+) {
+    let result = pump(&conn, &link, &mut recv, &mut frames, taken).await;
+    if let Err(error) = result {
+        tracing::debug!(conn = conn.id, producer = link.id, %error, "producer stream ended");
+        recv.stop(error.code.0);
+    }
+    conn.drop_producer(&link);
+}
+
+async fn pump<R: RecvStream>(
+    conn: &Conn,
+    link: &Arc<ProducerLink>,
+    recv: &mut R,
+    frames: &mut Deframer,
+    mut pending: u64,
+) -> Result<(), ProtocolError> {
+    let mut credit = CreditReceived::new(conn.server.config().producer_window);
+    loop {
+        let mut batches = Vec::new();
+        let mut bytes = 0;
+        while let Some(raw) = frames.next_frame()? {
+            let Some(frame) = Frame::decode(&raw)? else { continue };
+            let Frame::Append(append) = frame else {
+                return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "only APPEND may follow PRODUCE"));
+            };
+            let Append { sequence, count, records } = append;
+            if let Err(refusal) = conn.allow(Operation::Append, &link.session.id.name) {
+                flush(conn, link, &mut batches, &mut bytes).await?;
+                link.refuse(sequence, &refusal);
+                continue;
+            }
+            match CheckedBatch::new(count, records) {
+                Ok(batch) => {
+                    bytes += batch.len();
+                    batches.push((sequence, batch));
+                }
+                Err(error) => {
+                    // What came before is answered first, so that answers keep the order of the batches.
+                    flush(conn, link, &mut batches, &mut bytes).await?;
+                    link.refuse(sequence, &Refusal::new(error.code, error.detail));
+                }
+            }
+            if batches.len() >= PRODUCER_WINDOW {
+                flush(conn, link, &mut batches, &mut bytes).await?;
+            }
+        }
+        flush(conn, link, &mut batches, &mut bytes).await?;
+        // Credit follows acceptance: bytes that wait for the owner still count against the window.
+        if let Some(consumed) = credit.consumed(core::mem::take(&mut pending)) {
+            conn.control.push(Credit { id: link.id, consumed });
+        }
+        match recv.read().await {
+            Ok(Some(piece)) => {
+                pending = piece.len() as u64;
+                frames.push(piece);
+            }
+            Ok(None) if frames.is_at_border() => return Ok(()),
+            Ok(None) => return Err(ProtocolError::malformed("stream ends inside a frame")),
+            Err(_) => return Ok(()),
+        }
+    }
+}
+
+/// Hands batches to the owner; waits while the server or the session has too much.
+async fn flush(
+    conn: &Conn,
+    link: &Arc<ProducerLink>,
+    batches: &mut Vec<(u64, CheckedBatch)>,
+    bytes: &mut usize,
+) -> Result<(), ProtocolError> {
+    if batches.is_empty() {
+        return Ok(());
+    }
+    let permit = conn.server.ingest(core::mem::take(bytes)).await;
+    let command = Command::Append { link: link.clone(), batches: core::mem::take(batches), permit: Arc::new(permit) };
+    link.session.commands.send(command).await.map_err(|_| {
+        let code = link.session.extent.borrow().gone.unwrap_or(Code::GOING_AWAY);
+        ProtocolError::new(code, "the session is no longer served from here")
+    })
+}

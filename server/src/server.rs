@@ -1,0 +1,144 @@
+//! The server as a whole: accepts connections, and stops in good order.
+
+use core::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
+
+use mainstay_protocol::error::Code;
+use mainstay_protocol::wire::{Frame, GoAway, Message};
+use mainstay_store::Store;
+use mainstay_transport::Listener;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
+
+use crate::auth::Keyring;
+use crate::config::Config;
+use crate::connection;
+use crate::owner::Command;
+use crate::sessions::Sessions;
+
+/// What all connections share.
+pub(crate) struct Shared {
+    sessions: Arc<Sessions>,
+    keyring: Keyring,
+    ingest: Arc<Semaphore>,
+    goaway: watch::Sender<Option<Frame>>,
+}
+
+impl Shared {
+    pub(crate) fn config(&self) -> &Config {
+        &self.sessions.config
+    }
+
+    pub(crate) fn sessions(&self) -> &Arc<Sessions> {
+        &self.sessions
+    }
+
+    pub(crate) fn keyring(&self) -> &Keyring {
+        &self.keyring
+    }
+
+    pub(crate) fn now_seconds(&self) -> i64 {
+        ((self.sessions.clock)() / 1000) as i64
+    }
+
+    pub(crate) fn goaway(&self) -> watch::Receiver<Option<Frame>> {
+        self.goaway.subscribe()
+    }
+
+    /// Room for `bytes` of batches; waits until there is. Given back when the permit is dropped.
+    pub(crate) async fn ingest(&self, bytes: usize) -> OwnedSemaphorePermit {
+        let most = self.config().ingest_budget;
+        let bytes = u32::try_from(bytes.min(most)).unwrap_or(u32::MAX);
+        match self.ingest.clone().acquire_many_owned(bytes).await {
+            Ok(permit) => permit,
+            Err(_) => unreachable!("the semaphore is never closed"),
+        }
+    }
+}
+
+/// Milliseconds since the Unix epoch; a clock before it reads 0.
+fn wall_clock() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A Mainstay server over one store.
+///
+/// ```no_run
+/// # async fn example(listener: mainstay_transport::quic::QuicListener, keys: mainstay_server::auth::Keyring) {
+/// use std::sync::Arc;
+/// use mainstay_server::{Config, Server};
+///
+/// let store = Arc::new(mainstay_store::MemoryStore::new());
+/// let server = Server::new(store, keys, Config::default());
+/// server.serve(listener, std::future::pending()).await;
+/// # }
+/// ```
+pub struct Server {
+    shared: Arc<Shared>,
+}
+
+impl Server {
+    /// A server of the sessions in `store` for the holders of tokens that `keyring` verifies.
+    pub fn new(store: Arc<dyn Store>, keyring: Keyring, config: Config) -> Self {
+        let ingest = Arc::new(Semaphore::new(config.ingest_budget));
+        let sessions = Arc::new(Sessions::new(store, config, wall_clock));
+        Self { shared: Arc::new(Shared { sessions, keyring, ingest, goaway: watch::channel(None).0 }) }
+    }
+
+    /// Serves the connections of `listener` until `stop` is ready, then stops in good order: GOAWAY to every client, no new
+    /// connections, everything accepted is committed and answered, then the connections are closed with `GOING_AWAY`.
+    pub async fn serve<L: Listener>(&self, listener: L, stop: impl Future<Output = ()>) {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let mut connections = JoinSet::new();
+        tokio::pin!(stop);
+        loop {
+            tokio::select! {
+                () = &mut stop => break,
+                Some(_) = connections.join_next() => {}
+                connection = listener.accept() => match connection {
+                    Some(connection) => {
+                        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+                        connections.spawn(connection::run(connection, self.shared.clone(), id));
+                    }
+                    None => break,
+                },
+            }
+        }
+        listener.refuse_new();
+        let frame =
+            GoAway { deadline: GRACE.as_millis() as u64, spread: 1000, message: Message::new("the server stops") };
+        self.shared.goaway.send_replace(Some(frame.into()));
+        self.commit_all().await;
+        listener.close(Code::GOING_AWAY.0, "the server stops").await;
+        connections.shutdown().await;
+    }
+
+    /// Lets every session commit and answer what it accepted, within the grace.
+    async fn commit_all(&self) {
+        let sessions = &self.shared.sessions;
+        let deadline = tokio::time::Instant::now() + GRACE;
+        loop {
+            let left = sessions.left.notified();
+            let hot = sessions.all();
+            if hot.is_empty() {
+                return;
+            }
+            for session in hot {
+                // One that has ended is about to leave.
+                let _ = session.commands.try_send(Command::Stop);
+            }
+            let turn = tokio::time::Instant::now() + Duration::from_millis(20);
+            let _ = tokio::time::timeout_at(turn.min(deadline), left).await;
+            if tokio::time::Instant::now() >= deadline {
+                tracing::warn!("sessions did not come to rest in time; what they had not answered is unknown to clients");
+                return;
+            }
+        }
+    }
+}
+
+/// How long an orderly stop may take before connections are closed.
+const GRACE: Duration = Duration::from_secs(5);

@@ -1,0 +1,228 @@
+//! The sessions that are in memory: found by name, loaded on demand, let go when idle.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use mainstay_protocol::error::Code;
+use mainstay_protocol::session::{Incarnation, Refusal, SessionName, State, Streams};
+use mainstay_store::{Created, ReadFrom, SessionId, SessionStat, Store, StoreError};
+use rand::RngCore;
+use tokio::sync::{OnceCell, mpsc, watch};
+
+use crate::config::Config;
+use crate::owner::{Command, Owner};
+use crate::ring::Ring;
+
+/// How far a session reaches, as far as readers may know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Extent {
+    /// The first seq that may be read.
+    pub(crate) first: u64,
+    /// The durable tail.
+    pub(crate) tail: u64,
+    /// True once `session.closed` is durable.
+    pub(crate) closed: bool,
+    /// Why the session is no longer served from here.
+    pub(crate) gone: Option<Code>,
+}
+
+/// One session in memory.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) id: SessionId,
+    pub(crate) commands: mpsc::Sender<Command>,
+    pub(crate) extent: watch::Sender<Extent>,
+    pub(crate) ring: Mutex<Ring>,
+    pub(crate) streams: RwLock<Arc<Streams>>,
+    users: AtomicUsize,
+}
+
+impl Session {
+    pub(crate) fn ring(&self) -> MutexGuard<'_, Ring> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn streams(&self) -> Arc<Streams> {
+        self.streams.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_streams(&self, streams: &Streams) {
+        *self.streams.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(streams.clone());
+    }
+}
+
+/// Keeps a session in memory while it is used.
+#[derive(Debug)]
+pub(crate) struct SessionUse(Arc<Session>);
+
+impl std::ops::Deref for SessionUse {
+    type Target = Arc<Session>;
+    fn deref(&self) -> &Arc<Session> {
+        &self.0
+    }
+}
+
+impl Drop for SessionUse {
+    fn drop(&mut self) {
+        self.0.users.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What a store error means to a client.
+pub(crate) fn refusal(error: &StoreError) -> Refusal {
+    let (code, detail) = match error {
+        StoreError::NotFound => (Code::SESSION_GONE, "the session was deleted"),
+        StoreError::Fenced { .. } => (Code::WRITER_FENCED, "another server took the session over"),
+        StoreError::Damaged { .. } => (Code::SESSION_DAMAGED, "stored data of the session is damaged"),
+        StoreError::NoSpace => (Code::UNAVAILABLE, "the server's free disk space is below its reserve"),
+        StoreError::Overloaded => (Code::OVERLOADED, "the server's store has too much to do"),
+        StoreError::Failed { .. } => (Code::UNAVAILABLE, "the server's store failed"),
+        _ => (Code::INTERNAL, "the server's store refused"),
+    };
+    Refusal::new(code, detail)
+}
+
+type Cell = Arc<OnceCell<Arc<Session>>>;
+
+/// See the [module](self).
+pub(crate) struct Sessions {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) config: Config,
+    pub(crate) clock: fn() -> u64,
+    ring_total: Arc<AtomicUsize>,
+    hot: Mutex<HashMap<SessionName, Cell>>,
+    /// Woken when a session left memory.
+    pub(crate) left: tokio::sync::Notify,
+}
+
+impl Sessions {
+    pub(crate) fn new(store: Arc<dyn Store>, config: Config, clock: fn() -> u64) -> Self {
+        let hot = Mutex::default();
+        Self { store, config, clock, ring_total: Arc::default(), hot, left: tokio::sync::Notify::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<SessionName, Cell>> {
+        self.hot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finds or loads the session called `name`; creates it if `create` says so. Returns it and whether it is new.
+    ///
+    /// Errors: `SESSION_NOT_FOUND`, and those of the store.
+    pub(crate) async fn get(self: &Arc<Self>, name: &SessionName, create: bool) -> Result<(SessionUse, bool), Refusal> {
+        loop {
+            let cell = self.lock().entry(name.clone()).or_default().clone();
+            let mut new = false;
+            let result = cell.get_or_try_init(|| self.load(name, create, &mut new)).await.cloned();
+            let mut hot = self.lock();
+            match result {
+                Ok(session) => {
+                    // Counted under the lock that the owner takes to leave.
+                    if hot.get(name).is_some_and(|current| Arc::ptr_eq(current, &cell)) {
+                        session.users.fetch_add(1, Ordering::Relaxed);
+                        return Ok((SessionUse(session), new));
+                    }
+                }
+                Err(error) => {
+                    if hot.get(name).is_some_and(|current| Arc::ptr_eq(current, &cell) && !current.initialized()) {
+                        hot.remove(name);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    async fn load(self: &Arc<Self>, name: &SessionName, create: bool, new: &mut bool) -> Result<Arc<Session>, Refusal> {
+        let refused = |error: StoreError| {
+            tracing::warn!(session = %name, %error, "cannot load the session");
+            refusal(&error)
+        };
+        let stat = match self.store.stat(name.clone()).await.map_err(refused)? {
+            Some(stat) => stat,
+            None if create => {
+                let mut incarnation = [0; 16];
+                rand::rng().fill_bytes(&mut incarnation);
+                let id = SessionId { name: name.clone(), incarnation: Incarnation(incarnation) };
+                let created = (self.clock)();
+                match self.store.create(id.clone(), created).await.map_err(refused)? {
+                    Created::New => {
+                        *new = true;
+                        SessionStat { session: id, created, first: 0, tail: 0, chunks: 0 }
+                    }
+                    Created::Existing(stat) => stat,
+                }
+            }
+            None => return Err(Refusal::new(Code::SESSION_NOT_FOUND, "no session has this name")),
+        };
+        let state = self.state(&stat).await.map_err(refused)?;
+        let limit = self.config.ring_bytes;
+        let ring = Ring::new(state.tail(), limit, self.ring_total.clone(), self.config.ring_budget);
+        let closed = state.view().closed().is_some();
+        let (extent, _) = watch::channel(Extent { first: state.first(), tail: state.tail(), closed, gone: None });
+        let (commands, mailbox) = mpsc::channel(32);
+        let session = Arc::new(Session {
+            id: stat.session.clone(),
+            commands,
+            extent,
+            ring: Mutex::new(ring),
+            streams: RwLock::new(Arc::new(state.streams().clone())),
+            users: AtomicUsize::new(0),
+        });
+        tokio::spawn(Owner::new(self.clone(), session.clone(), mailbox, state, stat.created).run());
+        Ok(session)
+    }
+
+    /// Rebuilds the state from the newest snapshot and the chunks behind it.
+    async fn state(&self, stat: &SessionStat) -> Result<State, StoreError> {
+        let id = &stat.session;
+        let snapshot = self.store.snapshot(id.clone()).await?;
+        let mut state = match snapshot.as_ref().and_then(|bytes| State::restore(bytes).ok()) {
+            Some(state) if state.incarnation() == id.incarnation => state,
+            _ => State::new(id.incarnation),
+        };
+        while state.number() < stat.chunks {
+            let from = ReadFrom::Chunk { first: state.tail(), number: state.number() };
+            let page = self.store.read(id.clone(), from, 4 << 20).await?;
+            if page.chunks.is_empty() {
+                return Err(StoreError::Damaged { seq: state.tail(), what: "chunks are missing at the end".into() });
+            }
+            for chunk in &page.chunks {
+                let damaged = |damage: mainstay_protocol::session::Damage| StoreError::Damaged {
+                    seq: damage.seq,
+                    what: damage.what.into(),
+                };
+                state.verify(chunk).map_err(damaged)?;
+            }
+        }
+        Ok(state)
+    }
+
+    /// Lets a session go if nobody uses it. Called by its owner, which then ends.
+    pub(crate) fn leave_if_unused(&self, session: &Arc<Session>) -> bool {
+        let mut hot = self.lock();
+        let unused = session.users.load(Ordering::Relaxed) == 0;
+        if unused {
+            self.remove(&mut hot, session);
+        }
+        unused
+    }
+
+    /// Lets a session go whoever uses it. Called by its owner, which then ends.
+    pub(crate) fn leave(&self, session: &Arc<Session>) {
+        self.remove(&mut self.lock(), session);
+    }
+
+    fn remove(&self, hot: &mut HashMap<SessionName, Cell>, session: &Arc<Session>) {
+        let name = &session.id.name;
+        if hot.get(name).and_then(|cell| cell.get()).is_some_and(|current| Arc::ptr_eq(current, session)) {
+            hot.remove(name);
+        }
+        self.left.notify_waiters();
+    }
+
+    /// Every session in memory.
+    pub(crate) fn all(&self) -> Vec<Arc<Session>> {
+        self.lock().values().filter_map(|cell| cell.get().cloned()).collect()
+    }
+}

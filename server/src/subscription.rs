@@ -1,0 +1,248 @@
+//! One subscription: a QUIC stream that the server opens and feeds from the ring or the store, as far as credit goes.
+
+use core::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::registry::FOLD_VERSION;
+use mainstay_protocol::session::{CreditSent, Feed, Operation, Place, Refusal};
+use mainstay_protocol::wire::{Body, Error, Frame, Message, Snapshot, Start, Subscribe};
+use mainstay_store::ReadFrom;
+use mainstay_transport::{Connection, SendStream, StreamError, priority};
+use tokio::sync::Notify;
+
+use crate::attachment::{Attachment, ask};
+use crate::owner::Command;
+use crate::sessions::{Session, SessionUse, refusal};
+
+/// What the client credited, shared with the control stream's reader.
+#[derive(Debug)]
+pub(crate) struct SubscriptionCredit {
+    credit: Mutex<CreditSent>,
+    changed: Notify,
+    ended: Notify,
+}
+
+impl SubscriptionCredit {
+    pub(crate) fn new(credit: CreditSent) -> Self {
+        Self { credit: Mutex::new(credit), changed: Notify::new(), ended: Notify::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, CreditSent> {
+        self.credit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A CREDIT frame came. Errors: `CREDIT_EXCEEDED`.
+    pub(crate) fn credited(&self, consumed: u64) -> Result<(), ProtocolError> {
+        self.lock().credited(consumed)?;
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    /// The client does not want more.
+    pub(crate) fn end(&self) {
+        self.ended.notify_one();
+    }
+}
+
+/// Bytes read from the store or the ring for one burst of deliveries.
+const BURST: usize = 256 * 1024;
+
+/// How long a client that gives no credit may keep the server from saying why a subscription ends.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// Why a subscription ends early.
+enum End {
+    /// The client left or the connection is gone.
+    Client,
+    /// The server ends it, with an error for the client.
+    Refused(Refusal),
+}
+
+impl From<StreamError> for End {
+    fn from(_: StreamError) -> Self {
+        Self::Client
+    }
+}
+
+/// Starts a subscription.
+pub(crate) fn spawn<C: Connection>(
+    transport: &C,
+    attachment: Arc<Attachment>,
+    session: &SessionUse,
+    request: Subscribe,
+    credit: Arc<SubscriptionCredit>,
+) {
+    let session: Arc<Session> = Arc::clone(session);
+    let conn = attachment.conn.clone();
+    let transport = transport.clone();
+    conn.clone().spawn(async move {
+        let id = request.id;
+        if let Ok(send) = transport.open_uni().await {
+            drop(transport);
+            Box::pin(run(attachment, session, request, credit, send)).await;
+        }
+        conn.forget_subscription(id);
+    });
+}
+
+async fn run<S: SendStream>(
+    attachment: Arc<Attachment>,
+    session: Arc<Session>,
+    request: Subscribe,
+    credit: Arc<SubscriptionCredit>,
+    mut send: S,
+) {
+    let stopped = send.stopped();
+    let mut out = Sender { send: &mut send, credit: &credit };
+    let end = tokio::select! {
+        end = deliver(&attachment, &session, request, &mut out) => end,
+        _ = stopped => Err(End::Client),
+        () = credit.ended.notified() => Err(End::Client),
+    };
+    match end {
+        Ok(()) => send.finish(),
+        Err(End::Client) => send.reset(Code::NO_ERROR.0),
+        Err(End::Refused(refusal)) => {
+            let error = Frame::from(Error {
+                about: Subscribe::KIND,
+                id: 0,
+                code: refusal.code,
+                value: refusal.value,
+                message: Message::new(refusal.detail),
+            });
+            let mut out = Sender { send: &mut send, credit: &credit };
+            let mut pieces = vec![error.to_bytes()];
+            match tokio::time::timeout(LAST_WORDS, out.write(&mut pieces)).await {
+                Ok(Ok(())) => send.finish(),
+                _ => send.reset(refusal.code.0),
+            }
+        }
+    }
+}
+
+/// Delivers until the session is closed and everything was delivered.
+async fn deliver<S: SendStream>(
+    attachment: &Attachment,
+    session: &Arc<Session>,
+    request: Subscribe,
+    out: &mut Sender<'_, S>,
+) -> Result<(), End> {
+    let conn = &attachment.conn;
+    let store = &conn.server.sessions().store;
+    let mut changed = session.extent.subscribe();
+    let mut extent = *changed.borrow_and_update();
+    let mut pieces = Vec::new();
+    let start = request.start;
+    let mut feed = if start == Start::Snapshot {
+        let (next, view) = ask(session, |answer| Command::View { answer }).await.map_err(End::Refused)?;
+        let (feed, verdict) = Feed::new(request, extent.first, next);
+        pieces.push(feed.subscribed(verdict, next).to_bytes());
+        pieces.push(Frame::from(Snapshot { next, fold_version: FOLD_VERSION, view }).to_bytes());
+        feed
+    } else {
+        let (feed, verdict) = Feed::new(request, extent.first, extent.tail);
+        pieces.push(feed.subscribed(verdict, extent.tail).to_bytes());
+        feed
+    };
+    out.write(&mut pieces).await?;
+    let mut level = priority::LIVE;
+    loop {
+        if let Some(code) = extent.gone {
+            return Err(End::Refused(Refusal::new(code, "the session is no longer served here")));
+        }
+        let memory = session.ring().start();
+        let mut chunks = Vec::new();
+        let wanted = match feed.place(extent.first, memory, extent.tail) {
+            Place::AtTail if extent.closed => return Ok(()),
+            Place::AtTail => {
+                if changed.changed().await.is_err() {
+                    return Err(End::Client);
+                }
+                extent = *changed.borrow_and_update();
+                continue;
+            }
+            Place::Trimmed(first) => {
+                feed.skip_trimmed(first, &mut pieces);
+                priority::CATCH_UP
+            }
+            Place::Memory => {
+                session.ring().from(feed.next(), BURST, &mut chunks);
+                priority::LIVE
+            }
+            Place::Store => {
+                let page = store.read(session.id.clone(), ReadFrom::Seq(feed.next()), BURST).await;
+                let page = page.map_err(|error| {
+                    tracing::warn!(session = %session.id, %error, "cannot read for a subscription");
+                    End::Refused(refusal(&error))
+                })?;
+                if page.chunks.is_empty() && page.first <= feed.next() {
+                    let detail = "records below the tail are missing";
+                    return Err(End::Refused(Refusal::new(Code::SESSION_DAMAGED, detail)));
+                }
+                chunks = page.chunks;
+                priority::CATCH_UP
+            }
+        };
+        // A token that expired ends what it allowed.
+        conn.allow(Operation::Read, &session.id.name).map_err(End::Refused)?;
+        if wanted != level {
+            level = wanted;
+            out.send.set_priority(level);
+        }
+        let streams = session.streams();
+        let last = chunks.last().map_or(feed.next(), |chunk| chunk.end());
+        if last < extent.tail {
+            feed.announce_tail(extent.tail, &mut pieces);
+        }
+        for chunk in &chunks {
+            let damaged = |error: ProtocolError| End::Refused(Refusal::new(Code::SESSION_DAMAGED, error.detail));
+            feed.deliver(chunk, &streams, &mut pieces).map_err(damaged)?;
+        }
+        drop(chunks);
+        out.write(&mut pieces).await?;
+        extent = *changed.borrow_and_update();
+    }
+}
+
+/// Writes within the credit.
+struct Sender<'a, S> {
+    send: &'a mut S,
+    credit: &'a SubscriptionCredit,
+}
+
+impl<S: SendStream> Sender<'_, S> {
+    /// Sends all pieces and empties the list; waits for credit where there is too little.
+    async fn write(&mut self, pieces: &mut Vec<Bytes>) -> Result<(), StreamError> {
+        let total: usize = pieces.iter().map(Bytes::len).sum();
+        let fits = {
+            let mut credit = self.credit.lock();
+            let fits = credit.available() >= total as u64;
+            if fits {
+                credit.sent(total as u64);
+            }
+            fits
+        };
+        if fits {
+            self.send.write(pieces).await?;
+            pieces.clear();
+            return Ok(());
+        }
+        for mut piece in pieces.drain(..) {
+            while !piece.is_empty() {
+                let available = loop {
+                    let available = self.credit.lock().available();
+                    if available > 0 {
+                        break available;
+                    }
+                    self.credit.changed.notified().await;
+                };
+                let part = piece.split_to(piece.len().min(usize::try_from(available).unwrap_or(usize::MAX)));
+                self.credit.lock().sent(part.len() as u64);
+                self.send.write(&mut [part]).await?;
+            }
+        }
+        Ok(())
+    }
+}
