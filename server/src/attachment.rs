@@ -6,14 +6,13 @@ use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::FOLD_VERSION;
 use mainstay_protocol::session::{Author, Operation, Refusal, Verdict};
 use mainstay_protocol::wire::{
-    Attach, AttachMode, Attached, Body, CloseSession, DefineStream, Deframer, DeleteSession, Error, Frame, Message,
-    OpenProducer, Subscribe, Trim,
+    Attach, AttachMode, Attached, Body, CloseSession, DefineStream, DeleteSession, Error, Frame, Message, OpenProducer,
+    Subscribe, Trim,
 };
-use mainstay_transport::{Connection, RecvStream, SendStream, priority};
+use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream, SendStream, priority};
 use tokio::sync::oneshot;
 
 use crate::connection::Conn;
-use crate::outbox::{Next, Outbox};
 use crate::owner::{Command, Standing};
 use crate::sessions::{Session, SessionUse};
 use crate::subscription;
@@ -48,32 +47,32 @@ pub(crate) async fn run<C: Connection>(
     conn: Arc<Conn>,
     request: Attach,
     mut send: C::Send,
-    mut recv: C::Recv,
-    mut frames: Deframer,
+    mut frames: FrameReader<C::Recv>,
 ) {
     let outbox = Outbox::default();
     let author = match conn.author() {
         Ok(author) => author,
-        Err(refusal) => return refuse_attach(&outbox, &mut send, &mut recv, &refusal).await,
+        Err(refusal) => return refuse_attach(&outbox, &mut send, &mut frames, &refusal).await,
     };
     let attachment = Arc::new(Attachment { conn, author, outbox });
     let session = match attach(&attachment, &request).await {
         Ok(Some(session)) => session,
         Ok(None) => {
             attachment.outbox.close();
-            write(&attachment.outbox, &mut send).await;
-            return recv.stop(Code::NO_ERROR.0);
+            attachment.outbox.write_to(&mut send).await;
+            return frames.stop(Code::NO_ERROR.0);
         }
-        Err(refusal) => return refuse_attach(&attachment.outbox, &mut send, &mut recv, &refusal).await,
+        Err(refusal) => {
+            return refuse_attach(&attachment.outbox, &mut send, &mut frames, &refusal).await;
+        }
     };
     send.set_priority(priority::CONTROL);
     let reading = async {
-        let result = read::<C>(&transport, &attachment, &session, &mut recv, &mut frames).await;
-        if let Err(error) = &result {
+        let result = read(&transport, &attachment, &session, &mut frames).await;
+        if let Err(FrameError::Violation(error)) = &result {
             attachment.refuse(0, 0, &Refusal::new(error.code, error.detail));
         }
         attachment.outbox.close();
-        result
     };
     let gone = async {
         let mut extent = session.extent.subscribe();
@@ -85,16 +84,25 @@ pub(crate) async fn run<C: Connection>(
     };
     tokio::select! {
         // Written to the end even after reading ended: the last answers must arrive.
-        () = write(&attachment.outbox, &mut send) => {}
-        never = async { tokio::join!(async { tokio::select! { _ = reading => {}, () = gone => {} } }, core::future::pending::<()>()) } => {
-            let ((), ()) = never;
-        }
+        () = attachment.outbox.write_to(&mut send) => {}
+        () = async {
+            tokio::select! {
+                () = reading => {}
+                () = gone => {}
+            }
+            core::future::pending().await
+        } => {}
     }
-    recv.stop(Code::NO_ERROR.0);
+    frames.stop(Code::NO_ERROR.0);
     attachment.conn.detached();
 }
 
-async fn refuse_attach(outbox: &Outbox, send: &mut impl SendStream, recv: &mut impl RecvStream, refusal: &Refusal) {
+async fn refuse_attach<R: RecvStream>(
+    outbox: &Outbox,
+    send: &mut impl SendStream,
+    frames: &mut FrameReader<R>,
+    refusal: &Refusal,
+) {
     outbox.push(Error {
         about: Attach::KIND,
         id: 0,
@@ -103,23 +111,8 @@ async fn refuse_attach(outbox: &Outbox, send: &mut impl SendStream, recv: &mut i
         message: Message::new(refusal.detail),
     });
     outbox.close();
-    write(outbox, send).await;
-    recv.stop(refusal.code.0);
-}
-
-/// Writes what is pushed until the outbox is closed and empty, or the peer is gone.
-pub(crate) async fn write(outbox: &Outbox, send: &mut impl SendStream) {
-    loop {
-        match outbox.next().await {
-            Next::Write(bytes) => {
-                if send.write(&mut [bytes]).await.is_err() {
-                    return;
-                }
-            }
-            Next::Finish => return send.finish(),
-            Next::Overflow => return send.reset(Code::CONTROL_BACKLOG.0),
-        }
-    }
+    outbox.write_to(send).await;
+    frames.stop(refusal.code.0);
 }
 
 /// Answers ATTACH. `None` if the answer was `gone`.
@@ -185,77 +178,70 @@ async fn read<C: Connection>(
     transport: &C,
     attachment: &Arc<Attachment>,
     session: &SessionUse,
-    recv: &mut C::Recv,
-    frames: &mut Deframer,
-) -> Result<(), ProtocolError> {
+    frames: &mut FrameReader<C::Recv>,
+) -> Result<(), FrameError> {
     let conn = &attachment.conn;
     let name = &session.id.name;
-    loop {
-        while let Some(raw) = frames.next_frame()? {
-            let Some(frame) = Frame::decode(&raw)? else { continue };
-            let request = match frame {
-                Frame::OpenProducer(request) => {
-                    let allowed = conn.allow(Operation::Append, name).and_then(|()| conn.reserve_producer(request.id));
-                    if let Err(refusal) = allowed {
-                        attachment.refuse(OpenProducer::KIND, request.id, &refusal);
-                        continue;
-                    }
-                    Command::OpenProducer { attachment: attachment.clone(), request }
-                }
-                Frame::DefineStream(DefineStream { name: stream }) => {
-                    if let Err(refusal) = conn.allow(Operation::Append, name) {
-                        attachment.refuse(DefineStream::KIND, 0, &refusal);
-                        continue;
-                    }
-                    Command::DefineStream { attachment: attachment.clone(), name: stream }
-                }
-                Frame::CloseSession(_) => match conn.allow(Operation::Manage, name) {
-                    Ok(()) => Command::Close { attachment: attachment.clone() },
-                    Err(refusal) => {
-                        attachment.refuse(CloseSession::KIND, 0, &refusal);
-                        continue;
-                    }
-                },
-                Frame::Trim(Trim { before }) => match conn.allow(Operation::Manage, name) {
-                    Ok(()) => Command::Trim { attachment: attachment.clone(), before },
-                    Err(refusal) => {
-                        attachment.refuse(Trim::KIND, 0, &refusal);
-                        continue;
-                    }
-                },
-                Frame::DeleteSession(_) => match conn.allow(Operation::Manage, name) {
-                    Ok(()) => Command::Delete { attachment: attachment.clone() },
-                    Err(refusal) => {
-                        attachment.refuse(DeleteSession::KIND, 0, &refusal);
-                        continue;
-                    }
-                },
-                Frame::Subscribe(request) => {
-                    let id = request.id;
-                    let allowed = conn.allow(Operation::Read, name).and_then(|()| conn.open_subscription(id));
-                    match allowed {
-                        Ok(credit) => {
-                            subscription::spawn(transport, attachment.clone(), session, request, credit);
-                        }
-                        Err(refusal) => attachment.refuse(Subscribe::KIND, id, &refusal),
-                    }
+    while let Some(frame) = frames.next().await? {
+        let request = match frame {
+            Frame::OpenProducer(request) => {
+                let allowed = conn.allow(Operation::Append, name).and_then(|()| conn.reserve_producer(request.id));
+                if let Err(refusal) = allowed {
+                    attachment.refuse(OpenProducer::KIND, request.id, &refusal);
                     continue;
                 }
-                Frame::Unsubscribe(request) => {
-                    conn.end_subscription(request.id);
-                    continue;
-                }
-                _ => return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of an attachment")),
-            };
-            if session.commands.send(request).await.is_err() {
-                return Ok(());
+                Command::OpenProducer { attachment: attachment.clone(), request }
             }
-        }
-        match recv.read().await {
-            Ok(Some(piece)) => frames.push(piece),
-            Ok(None) if frames.is_at_border() => return Ok(()),
-            Ok(None) => return Err(ProtocolError::malformed("stream ends inside a frame")),
-            Err(_) => return Ok(()),
+            Frame::DefineStream(DefineStream { name: stream }) => {
+                if let Err(refusal) = conn.allow(Operation::Append, name) {
+                    attachment.refuse(DefineStream::KIND, 0, &refusal);
+                    continue;
+                }
+                Command::DefineStream { attachment: attachment.clone(), name: stream }
+            }
+            Frame::CloseSession(_) => match conn.allow(Operation::Manage, name) {
+                Ok(()) => Command::Close { attachment: attachment.clone() },
+                Err(refusal) => {
+                    attachment.refuse(CloseSession::KIND, 0, &refusal);
+                    continue;
+                }
+            },
+            Frame::Trim(Trim { before }) => match conn.allow(Operation::Manage, name) {
+                Ok(()) => Command::Trim { attachment: attachment.clone(), before },
+                Err(refusal) => {
+                    attachment.refuse(Trim::KIND, 0, &refusal);
+                    continue;
+                }
+            },
+            Frame::DeleteSession(_) => match conn.allow(Operation::Manage, name) {
+                Ok(()) => Command::Delete { attachment: attachment.clone() },
+                Err(refusal) => {
+                    attachment.refuse(DeleteSession::KIND, 0, &refusal);
+                    continue;
+                }
+            },
+            Frame::Subscribe(request) => {
+                let id = request.id;
+                let allowed = conn.allow(Operation::Read, name).and_then(|()| conn.open_subscription(id));
+                match allowed {
+                    Ok(credit) => {
+                        subscription::spawn(transport, attachment.clone(), session, request, credit);
+                    }
+                    Err(refusal) => attachment.refuse(Subscribe::KIND, id, &refusal),
+                }
+                continue;
+            }
+            Frame::Unsubscribe(request) => {
+                conn.end_subscription(request.id);
+                continue;
+            }
+            _ => {
+                return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of an attachment").into());
+            }
+        };
+        if session.commands.send(request).await.is_err() {
+            return Ok(());
         }
     }
+    Ok(())
 }

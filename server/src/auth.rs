@@ -9,11 +9,11 @@ use mainstay_protocol::error::Code;
 use mainstay_protocol::registry::MAX_TOKEN;
 use mainstay_protocol::session::{Grant, Grants, Instance, Operation, Operations};
 use mainstay_protocol::wire::Subject;
+use pasetors::Public;
 use pasetors::keys::{AsymmetricKeyPair, AsymmetricPublicKey, AsymmetricSecretKey, Generate};
+use pasetors::paserk::{FormatAsPaserk, Id};
 use pasetors::token::UntrustedToken;
 use pasetors::version4::{PublicToken, V4};
-use pasetors::Public;
-use pasetors::paserk::{FormatAsPaserk, Id};
 use serde::{Deserialize, Serialize};
 
 /// Binds tokens to this protocol: a token made for something else does not verify.

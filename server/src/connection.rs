@@ -11,14 +11,11 @@ use mainstay_protocol::registry::{
     PRODUCER_WINDOW,
 };
 use mainstay_protocol::session::{Author, CreditSent, Grants, Instance, Operation, Refusal, SessionName};
-use mainstay_protocol::wire::{
-    Authenticated, Body, Deframer, Error, Frame, Hello, Message, Pong, Produce, Token, put_grease,
-};
-use mainstay_transport::{Connection, RecvStream, SendStream, priority};
+use mainstay_protocol::wire::{Authenticated, Body, Error, Frame, Hello, Message, Pong, Produce, Token, put_grease};
+use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream, SendStream, priority};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use crate::outbox::Outbox;
 use crate::producer::{self, ProducerLink};
 use crate::server::Shared;
 use crate::subscription::SubscriptionCredit;
@@ -306,7 +303,7 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
 async fn control_stream<C: Connection>(
     transport: C,
     conn: Arc<Conn>,
-    (mut send, mut recv): (C::Send, C::Recv),
+    (mut send, recv): (C::Send, C::Recv),
     deadline: tokio::time::Instant,
 ) {
     let config = conn.server.config();
@@ -326,64 +323,58 @@ async fn control_stream<C: Connection>(
     conn.control.add(|w| put_grease(rand::random(), &[0; 3], w));
     send.set_priority(priority::CONTROL);
     let reading = async {
-        match read_control::<C>(&conn, &transport, &mut recv, deadline).await {
+        match read_control(&conn, &transport, recv, deadline).await {
             Ok(()) => transport.close(Code::NO_ERROR.0, "the client ended its control stream"),
-            Err(error) => {
+            Err(FrameError::Lost(_)) => {}
+            Err(FrameError::Violation(error)) => {
                 tracing::debug!(conn = conn.id, %error, "control stream violated");
                 transport.close(error.code.0, error.detail);
             }
         }
     };
-    tokio::join!(reading, attachment::write(&conn.control, &mut send));
+    tokio::join!(reading, conn.control.write_to(&mut send));
 }
 
 async fn read_control<C: Connection>(
     conn: &Arc<Conn>,
     transport: &C,
-    recv: &mut C::Recv,
+    recv: C::Recv,
     deadline: tokio::time::Instant,
-) -> Result<(), ProtocolError> {
-    let mut frames = Deframer::new(MAX_FRAME_UNAUTHENTICATED);
+) -> Result<(), FrameError> {
+    let mut frames = FrameReader::new(recv, MAX_FRAME_UNAUTHENTICATED);
     let mut greeted = false;
     loop {
-        while let Some(raw) = frames.next_frame()? {
-            let Some(frame) = Frame::decode(&raw)? else { continue };
-            match frame {
-                Frame::Hello(hello) if !greeted => {
-                    greeted = true;
-                    greet(conn, transport, hello)?;
-                }
-                _ if !greeted => {
-                    return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "the first frame is not HELLO"));
-                }
-                Frame::Token(Token { token }) => {
-                    conn.authenticate(&token);
-                    allow_streams(conn, transport);
-                }
-                Frame::Ping(ping) => conn.control.push(Pong { nonce: ping.nonce }),
-                Frame::Pong(_) => {}
-                Frame::Credit(credit) => {
-                    let subscription = conn.opened().subscriptions.get(&credit.id).cloned();
-                    // One that has ended may still be credited.
-                    if let Some(subscription) = subscription {
-                        subscription.credited(credit.consumed)?;
-                    }
-                }
-                _ => return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of the control stream")),
-            }
-        }
-        let read = async {
-            if greeted {
-                return Some(recv.read().await);
-            }
-            tokio::time::timeout_at(deadline, recv.read()).await.ok()
+        let next = if greeted {
+            frames.next().await?
+        } else {
+            let late = ProtocolError::new(Code::HELLO_TIMEOUT, "no HELLO came in time");
+            tokio::time::timeout_at(deadline, frames.next()).await.map_err(|_| late)??
         };
-        match read.await {
-            Some(Ok(Some(piece))) => frames.push(piece),
-            Some(Ok(None)) if frames.is_at_border() => return Ok(()),
-            Some(Ok(None)) => return Err(ProtocolError::malformed("stream ends inside a frame")),
-            Some(Err(_)) => return Ok(()),
-            None => return Err(ProtocolError::new(Code::HELLO_TIMEOUT, "no HELLO came in time")),
+        let Some(frame) = next else { return Ok(()) };
+        match frame {
+            Frame::Hello(hello) if !greeted => {
+                greeted = true;
+                greet(conn, transport, hello)?;
+            }
+            _ if !greeted => {
+                return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "the first frame is not HELLO").into());
+            }
+            Frame::Token(Token { token }) => {
+                conn.authenticate(&token);
+                allow_streams(conn, transport);
+            }
+            Frame::Ping(ping) => conn.control.push(Pong { nonce: ping.nonce }),
+            Frame::Pong(_) => {}
+            Frame::Credit(credit) => {
+                let subscription = conn.opened().subscriptions.get(&credit.id).cloned();
+                // One that has ended may still be credited.
+                if let Some(subscription) = subscription {
+                    subscription.credited(credit.consumed)?;
+                }
+            }
+            _ => {
+                return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of the control stream").into());
+            }
         }
     }
 }
@@ -416,46 +407,30 @@ fn allow_streams<C: Connection>(conn: &Conn, transport: &C) {
 /// Streams are allowed in steps of this many, so that idle connections stay small.
 const STEP: u32 = 4;
 
-/// The first frame of a stream, what came behind it, and the bytes taken from the stream so far.
-type First = (Frame, Deframer, u64);
-
 /// Reads the first frame of a stream, which says what the stream is for.
-async fn first_frame<R: RecvStream>(conn: &Conn, recv: &mut R) -> Result<Option<First>, ProtocolError> {
+async fn first_frame<R: RecvStream>(conn: &Conn, frames: &mut FrameReader<R>) -> Result<Option<Frame>, FrameError> {
     conn.greeted().await;
-    let limit = if conn.is_authenticated() { MAX_FRAME } else { MAX_FRAME_UNAUTHENTICATED };
-    let mut frames = Deframer::new(limit);
-    let mut taken = 0;
-    loop {
-        while let Some(raw) = frames.next_frame()? {
-            if let Some(frame) = Frame::decode(&raw)? {
-                return Ok(Some((frame, frames, taken)));
-            }
-        }
-        match recv.read().await {
-            Ok(Some(piece)) => {
-                taken += piece.len() as u64;
-                frames.push(piece);
-            }
-            Ok(None) if frames.is_at_border() => return Ok(None),
-            Ok(None) => return Err(ProtocolError::malformed("stream ends inside a frame")),
-            Err(_) => return Ok(None),
-        }
+    if conn.is_authenticated() {
+        frames.set_limit(MAX_FRAME);
     }
+    frames.next().await
 }
 
-async fn bidirectional<C: Connection>(transport: C, conn: Arc<Conn>, mut send: C::Send, mut recv: C::Recv) {
-    let error = match first_frame(&conn, &mut recv).await {
+async fn bidirectional<C: Connection>(transport: C, conn: Arc<Conn>, mut send: C::Send, recv: C::Recv) {
+    let mut frames = FrameReader::new(recv, MAX_FRAME_UNAUTHENTICATED);
+    let error = match first_frame(&conn, &mut frames).await {
         Ok(None) => return send.finish(),
-        Ok(Some((Frame::Attach(request), frames, _))) => match conn.attached() {
+        Ok(Some(Frame::Attach(request))) => match conn.attached() {
             Ok(_) => {
                 allow_streams(&conn, &transport);
-                return attachment::run(transport, conn, request, send, recv, frames).await;
+                return attachment::run(transport, conn, request, send, frames).await;
             }
             Err(refusal) => ProtocolError::new(refusal.code, refusal.detail),
         },
-        Ok(Some((Frame::List(request), _, _))) => return requests::list(&conn, request, &mut send).await,
+        Ok(Some(Frame::List(request))) => return requests::list(&conn, request, &mut send).await,
         Ok(Some(_)) => ProtocolError::new(Code::FRAME_UNEXPECTED, "no stream begins with this frame"),
-        Err(error) => error,
+        Err(FrameError::Violation(error)) => error,
+        Err(FrameError::Lost(_)) => return,
     };
     tracing::debug!(conn = conn.id, %error, "stream refused");
     let message = Message::new(error.detail);
@@ -464,19 +439,21 @@ async fn bidirectional<C: Connection>(transport: C, conn: Arc<Conn>, mut send: C
     if send.write(&mut [frame.to_bytes()]).await.is_ok() {
         send.finish();
     }
-    recv.stop(error.code.0);
+    frames.stop(error.code.0);
 }
 
-async fn unidirectional<C: Connection>(conn: Arc<Conn>, mut recv: C::Recv) {
-    let error = match first_frame(&conn, &mut recv).await {
+async fn unidirectional<C: Connection>(conn: Arc<Conn>, recv: C::Recv) {
+    let mut frames = FrameReader::new(recv, MAX_FRAME_UNAUTHENTICATED);
+    let error = match first_frame(&conn, &mut frames).await {
         Ok(None) => return,
-        Ok(Some((Frame::Produce(Produce { producer }), frames, taken))) => match conn.producer(producer) {
-            Some(link) => return producer::run(conn, link, recv, frames, taken).await,
+        Ok(Some(Frame::Produce(Produce { producer }))) => match conn.producer(producer) {
+            Some(link) => return producer::run(conn, link, frames).await,
             None => ProtocolError::new(Code::PRODUCER_UNKNOWN, "no producer of this id is open"),
         },
         Ok(Some(_)) => ProtocolError::new(Code::FRAME_UNEXPECTED, "no stream begins with this frame"),
-        Err(error) => error,
+        Err(FrameError::Violation(error)) => error,
+        Err(FrameError::Lost(_)) => return,
     };
     tracing::debug!(conn = conn.id, %error, "stream refused");
-    recv.stop(error.code.0);
+    frames.stop(error.code.0);
 }

@@ -12,11 +12,10 @@
 //! the only one that changes it. Memory is bounded by [`Config`]: what does not fit waits in the peer's flow-control
 //! window or in the log.
 
-pub mod auth;
 mod attachment;
+pub mod auth;
 mod config;
 mod connection;
-mod outbox;
 mod owner;
 mod producer;
 mod requests;

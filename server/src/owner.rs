@@ -215,8 +215,12 @@ impl Owner {
 
     /// Applies the outcome of the commit in flight. False if the session cannot be served any more.
     async fn finish_commit(&mut self, outcome: Committed) -> bool {
-        let Some((_, chunk)) = self.committing.take() else { return true };
-        let Some(Role::Writer { authority, writer }) = &mut self.role else { return true };
+        let Some((_, chunk)) = self.committing.take() else {
+            return true;
+        };
+        let Some(Role::Writer { authority, writer }) = &mut self.role else {
+            return true;
+        };
         let mut outcome = outcome;
         if let Committed::Unknown(error) = &outcome {
             authority.unknown();
@@ -280,7 +284,9 @@ impl Owner {
 
     /// Keeps a snapshot unless one is being kept; with `then_trim` releases the chunks below that seq after it.
     fn snapshot(&mut self, then_trim: Option<u64>) {
-        let Some(Role::Writer { authority, writer }) = &self.role else { return };
+        let Some(Role::Writer { authority, writer }) = &self.role else {
+            return;
+        };
         match &mut self.upkeep {
             Upkeep::None => {
                 let running = self.sessions.store.put_snapshot(writer, authority.state().snapshot());
@@ -298,7 +304,9 @@ impl Owner {
 
     fn continue_upkeep(&mut self, result: Result<(), StoreError>) {
         let done = core::mem::replace(&mut self.upkeep, Upkeep::None);
-        let Some(Role::Writer { authority, writer }) = &self.role else { return };
+        let Some(Role::Writer { authority, writer }) = &self.role else {
+            return;
+        };
         if let Err(error) = result {
             tracing::warn!(session = %self.session.id, %error, "snapshot or trim not done; it will be repeated");
             return;

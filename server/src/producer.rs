@@ -5,8 +5,8 @@ use std::sync::Arc;
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::PRODUCER_WINDOW;
 use mainstay_protocol::session::{CheckedBatch, CreditReceived, Operation, ProducerHandle, Refusal};
-use mainstay_protocol::wire::{Append, Credit, Deframer, Frame, Message, Refused};
-use mainstay_transport::RecvStream;
+use mainstay_protocol::wire::{Append, Credit, Frame, Message, Refused};
+use mainstay_transport::{FrameError, FrameReader, RecvStream};
 
 use crate::attachment::Attachment;
 use crate::connection::Conn;
@@ -37,19 +37,10 @@ impl ProducerLink {
 }
 
 /// Reads batches until the stream ends. On a violation stops it with the code.
-///
-/// `taken` bytes of the stream are in `frames` already, or were PRODUCE.
-pub(crate) async fn run<R: RecvStream>(
-    conn: Arc<Conn>,
-    link: Arc<ProducerLink>,
-    mut recv: R,
-    mut frames: Deframer,
-    taken: u64,
-) {
-    let result = pump(&conn, &link, &mut recv, &mut frames, taken).await;
-    if let Err(error) = result {
+pub(crate) async fn run<R: RecvStream>(conn: Arc<Conn>, link: Arc<ProducerLink>, mut frames: FrameReader<R>) {
+    if let Err(FrameError::Violation(error)) = pump(&conn, &link, &mut frames).await {
         tracing::debug!(conn = conn.id, producer = link.id, %error, "producer stream ended");
-        recv.stop(error.code.0);
+        frames.stop(error.code.0);
     }
     conn.drop_producer(&link);
 }
@@ -57,18 +48,15 @@ pub(crate) async fn run<R: RecvStream>(
 async fn pump<R: RecvStream>(
     conn: &Conn,
     link: &Arc<ProducerLink>,
-    recv: &mut R,
-    frames: &mut Deframer,
-    mut pending: u64,
-) -> Result<(), ProtocolError> {
+    frames: &mut FrameReader<R>,
+) -> Result<(), FrameError> {
     let mut credit = CreditReceived::new(conn.server.config().producer_window);
     loop {
         let mut batches = Vec::new();
         let mut bytes = 0;
-        while let Some(raw) = frames.next_frame()? {
-            let Some(frame) = Frame::decode(&raw)? else { continue };
+        while let Some(frame) = frames.buffered()? {
             let Frame::Append(append) = frame else {
-                return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "only APPEND may follow PRODUCE"));
+                return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "only APPEND may follow PRODUCE").into());
             };
             let Append { sequence, count, records } = append;
             if let Err(refusal) = conn.allow(Operation::Append, &link.session.id.name) {
@@ -93,17 +81,11 @@ async fn pump<R: RecvStream>(
         }
         flush(conn, link, &mut batches, &mut bytes).await?;
         // Credit follows acceptance: bytes that wait for the owner still count against the window.
-        if let Some(consumed) = credit.consumed(core::mem::take(&mut pending)) {
+        if let Some(consumed) = credit.consumed(frames.take_taken()) {
             conn.control.push(Credit { id: link.id, consumed });
         }
-        match recv.read().await {
-            Ok(Some(piece)) => {
-                pending = piece.len() as u64;
-                frames.push(piece);
-            }
-            Ok(None) if frames.is_at_border() => return Ok(()),
-            Ok(None) => return Err(ProtocolError::malformed("stream ends inside a frame")),
-            Err(_) => return Ok(()),
+        if !frames.fill().await? {
+            return Ok(());
         }
     }
 }

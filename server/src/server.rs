@@ -133,7 +133,9 @@ impl Server {
             let turn = tokio::time::Instant::now() + Duration::from_millis(20);
             let _ = tokio::time::timeout_at(turn.min(deadline), left).await;
             if tokio::time::Instant::now() >= deadline {
-                tracing::warn!("sessions did not come to rest in time; what they had not answered is unknown to clients");
+                tracing::warn!(
+                    "sessions did not come to rest in time; what they had not answered is unknown to clients"
+                );
                 return;
             }
         }

@@ -153,7 +153,9 @@ impl Sessions {
                     Created::Existing(stat) => stat,
                 }
             }
-            None => return Err(Refusal::new(Code::SESSION_NOT_FOUND, "no session has this name")),
+            None => {
+                return Err(Refusal::new(Code::SESSION_NOT_FOUND, "no session has this name"));
+            }
         };
         let state = self.state(&stat).await.map_err(refused)?;
         let limit = self.config.ring_bytes;

@@ -73,7 +73,9 @@ impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotFound => f.write_str("no such session"),
-            Self::Fenced { epoch } => write!(f, "a newer writer holds the session under epoch {epoch}"),
+            Self::Fenced { epoch } => {
+                write!(f, "a newer writer holds the session under epoch {epoch}")
+            }
             Self::Damaged { seq, what } => write!(f, "stored data is damaged at seq {seq}: {what}"),
             Self::NoSpace => f.write_str("free disk space is below the reserve"),
             Self::Overloaded => f.write_str("the store has too much to do"),

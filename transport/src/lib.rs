@@ -9,7 +9,9 @@
 //! What a new binding must bring: ordered reliable streams in both kinds, per-stream and per-connection flow control,
 //! reset and stop with a code, and strict priorities among what is ready to be sent.
 
+mod frames;
 pub mod memory;
+mod outbox;
 pub mod quic;
 pub mod sim;
 
@@ -20,6 +22,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use mainstay_protocol::registry::CONTROL_RESERVE;
+
+pub use frames::{FrameError, FrameReader};
+pub use outbox::Outbox;
 
 /// Why a connection ended or could not be made.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,7 +53,9 @@ pub enum ConnectionError {
 impl fmt::Display for ConnectionError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Closed { code, reason } => write!(f, "closed by the peer with code {code:#x}: {reason}"),
+            Self::Closed { code, reason } => {
+                write!(f, "closed by the peer with code {code:#x}: {reason}")
+            }
             Self::ClosedHere => f.write_str("closed by this side"),
             Self::TimedOut => f.write_str("timed out"),
             Self::Reset => f.write_str("reset by the peer, which lost its state"),
@@ -218,21 +226,16 @@ pub struct Limits {
 impl Limits {
     /// The connection's receive window: all bulk windows and the control reserve, so that control always fits.
     pub fn receive_window(&self) -> u64 {
-        self.bulk_window * self.bulk_streams + mainstay_reserve()
+        self.bulk_window * self.bulk_streams + CONTROL_RESERVE as u64
     }
 
     /// The connection's send window, by the same rule.
     pub fn send_window(&self) -> u64 {
-        self.send_budget + mainstay_reserve()
+        self.send_budget + CONTROL_RESERVE as u64
     }
 
     /// The receive window of one stream: a bulk window, and enough for control streams.
     pub fn stream_window(&self) -> u64 {
         self.bulk_window.max(64 * 1024)
     }
-}
-
-/// Control bytes that always fit beside bulk: the registry's `CONTROL_RESERVE`.
-const fn mainstay_reserve() -> u64 {
-    256 * 1024
 }

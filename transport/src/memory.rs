@@ -277,7 +277,9 @@ const PIECE: usize = 1024;
 
 impl MemorySend {
     async fn send(&self, bytes: Bytes) -> Result<(), StreamError> {
-        let Some(pieces) = &self.pieces else { return Err(StreamError::Ended) };
+        let Some(pieces) = &self.pieces else {
+            return Err(StreamError::Ended);
+        };
         let len = bytes.len() as u32;
         let permits = async {
             let stream = self.stream_window.clone().acquire_many_owned(len).await;

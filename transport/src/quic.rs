@@ -284,8 +284,12 @@ fn endpoint_config(keys: &ServerKeys) -> EndpointConfig {
 async fn accept(endpoint: Endpoint, connections: tokio::sync::mpsc::Sender<QuicConnection>) {
     let slots = Arc::new(tokio::sync::Semaphore::new(HANDSHAKES));
     while let Some(incoming) = endpoint.accept().await {
-        let Ok(slot) = slots.clone().acquire_owned().await else { return };
-        let Ok(connecting) = incoming.accept() else { continue };
+        let Ok(slot) = slots.clone().acquire_owned().await else {
+            return;
+        };
+        let Ok(connecting) = incoming.accept() else {
+            continue;
+        };
         let connections = connections.clone();
         tokio::spawn(async move {
             // A handshake that fails concerns nobody else; quinn bounds how long it takes.

@@ -103,14 +103,37 @@ pub enum Step {
 
 #[derive(Debug)]
 enum Work {
-    Batch { author: Arc<Author>, handle: ProducerHandle, epoch: u64, sequence: u64, time: u64, batch: CheckedBatch },
+    Batch {
+        author: Arc<Author>,
+        handle: ProducerHandle,
+        epoch: u64,
+        sequence: u64,
+        time: u64,
+        batch: CheckedBatch,
+    },
     /// A repetition of a batch that is in flight.
-    Again { handle: ProducerHandle, sequence: u64 },
-    Grant { key: ProducerKey, epoch: u64 },
-    Stream { id: u64, name: Label },
-    Close { author: Arc<Author>, time: u64 },
-    Trim { first: u64 },
-    Entry { entry: Control },
+    Again {
+        handle: ProducerHandle,
+        sequence: u64,
+    },
+    Grant {
+        key: ProducerKey,
+        epoch: u64,
+    },
+    Stream {
+        id: u64,
+        name: Label,
+    },
+    Close {
+        author: Arc<Author>,
+        time: u64,
+    },
+    Trim {
+        first: u64,
+    },
+    Entry {
+        entry: Control,
+    },
 }
 
 impl Work {
@@ -230,8 +253,7 @@ impl<T> Authority<T> {
         match self.state.producers.admit(handle, epoch, sequence) {
             Admission::Next => {
                 let time = self.stamp(now);
-                let work =
-                    Work::Batch { author: author.clone(), handle: handle.clone(), epoch, sequence, time, batch };
+                let work = Work::Batch { author: author.clone(), handle: handle.clone(), epoch, sequence, time, batch };
                 self.push(work, Some(ticket));
                 (Outcome::Pending, None)
             }
@@ -240,14 +262,18 @@ impl<T> Authority<T> {
                 (Outcome::Pending, None)
             }
             Admission::Stored(acked) => (Outcome::Done(Reply::Appended { sequence, acked }), Some(ticket)),
-            Admission::Refused(code, value) => refused(code, value, match code {
-                Code::FENCED => "a newer epoch of this producer was granted",
-                Code::SEQ_GAP => "the batch is ahead of the producer's next sequence",
-                Code::DUPLICATE => "the batch was stored long ago",
-                Code::LIMIT_EXCEEDED => "too many batches are unacknowledged",
-                Code::UNAVAILABLE => "a newer epoch of this producer is being granted",
-                _ => "the producer is not known under this epoch; open it again",
-            }),
+            Admission::Refused(code, value) => refused(
+                code,
+                value,
+                match code {
+                    Code::FENCED => "a newer epoch of this producer was granted",
+                    Code::SEQ_GAP => "the batch is ahead of the producer's next sequence",
+                    Code::DUPLICATE => "the batch was stored long ago",
+                    Code::LIMIT_EXCEEDED => "too many batches are unacknowledged",
+                    Code::UNAVAILABLE => "a newer epoch of this producer is being granted",
+                    _ => "the producer is not known under this epoch; open it again",
+                },
+            ),
         }
     }
 
@@ -365,7 +391,9 @@ impl<T> Authority<T> {
             if !work.is_empty() && bytes + next.len() > TURN_BYTES {
                 break;
             }
-            let Some((next, ticket)) = self.waiting.pop_front() else { break };
+            let Some((next, ticket)) = self.waiting.pop_front() else {
+                break;
+            };
             bytes += next.len();
             match &next {
                 Work::Batch { author, handle, epoch, sequence, time, batch } => {
@@ -414,7 +442,9 @@ impl<T> Authority<T> {
     ///
     /// Errors: damage if the chunk does not follow the state; impossible for a chunk of [`Authority::next_chunk`].
     pub fn committed(&mut self) -> Result<Option<(Arc<Chunk>, Vec<(T, Reply)>)>, Damage> {
-        let Some(Flight { chunk, work }) = self.flight.take() else { return Ok(None) };
+        let Some(Flight { chunk, work }) = self.flight.take() else {
+            return Ok(None);
+        };
         self.uncertain = false;
         self.state.apply(&chunk)?;
         let streams = self.state.streams().names();

@@ -113,8 +113,12 @@ impl Control {
             }
             control::STREAM => Self::Stream { id: r.varint()?, name: Label::get(&mut r)? },
             control::TRIM => Self::Trim { first: r.varint()? },
-            kind if is_ignorable(kind) => return Ok(Self::Unknown { entry: entry.clone() }),
-            _ => return Err(ProtocolError::new(Code::FRAME_UNKNOWN, "critical control entry is not known")),
+            kind if is_ignorable(kind) => {
+                return Ok(Self::Unknown { entry: entry.clone() });
+            }
+            _ => {
+                return Err(ProtocolError::new(Code::FRAME_UNKNOWN, "critical control entry is not known"));
+            }
         };
         r.finish()?;
         Ok(this)
@@ -212,9 +216,8 @@ impl Chunk {
         let (writer_epoch, base_time) = (r.varint()?, r.varint()?);
         let link = r.array()?;
         let chain = Chain(r.array()?);
-        let controls = (0..r.count(usize::MAX)?)
-            .map(|_| Control::decode(&r.bytes(usize::MAX)?))
-            .collect::<Result<Vec<_>, _>>()?;
+        let controls =
+            (0..r.count(usize::MAX)?).map(|_| Control::decode(&r.bytes(usize::MAX)?)).collect::<Result<Vec<_>, _>>()?;
         let n = r.count(r.remaining() / MIN_AUTHOR)?;
         let authors = (0..n).map(|_| Author::get(&mut r).map(Arc::new)).collect::<Result<Vec<_>, _>>()?;
         let n = r.count(r.remaining() / MIN_PRODUCER)?;
@@ -254,7 +257,18 @@ impl Chunk {
         r.finish()?;
         let streams = streams_of(&records, count)?;
         let header = ChunkHeader {
-            incarnation, first, count, number, writer_epoch, base_time, link, chain, controls, authors, producers, batches,
+            incarnation,
+            first,
+            count,
+            number,
+            writer_epoch,
+            base_time,
+            link,
+            chain,
+            controls,
+            authors,
+            producers,
+            batches,
         };
         Ok(Self { header, bytes, records, streams, frame: OnceLock::new() })
     }
@@ -347,9 +361,10 @@ impl Chunk {
             let author = self.author(batch.author);
             (0..batch.count).map(move |_| (time, author))
         });
-        (self.first()..).zip(batches).zip(Records::new(&self.records)).map(|((seq, (time, author)), record)| {
-            record.map(|record| (seq, time, author, record))
-        })
+        (self.first()..)
+            .zip(batches)
+            .zip(Records::new(&self.records))
+            .map(|((seq, (time, author)), record)| record.map(|record| (seq, time, author, record)))
     }
 }
 
@@ -446,7 +461,15 @@ impl ChunkBuilder {
     }
 
     /// Adds a batch that a producer sent, accepted at `time`, in milliseconds since the Unix epoch.
-    pub fn batch(&mut self, author: &Arc<Author>, name: &Label, epoch: u64, sequence: u64, time: u64, batch: &CheckedBatch) {
+    pub fn batch(
+        &mut self,
+        author: &Arc<Author>,
+        name: &Label,
+        epoch: u64,
+        sequence: u64,
+        time: u64,
+        batch: &CheckedBatch,
+    ) {
         let author = self.author(author);
         let producers = &mut self.header.producers;
         let known = producers.iter().rposition(|p| p.author == author && p.epoch == epoch && p.name == *name);
@@ -482,14 +505,13 @@ impl ChunkBuilder {
 
     /// Encodes the chunk.
     pub fn finish(self) -> Result<Chunk, ProtocolError> {
-        let mut chunk =
-            Chunk {
-                header: self.header,
-                bytes: Bytes::new(),
-                records: self.records.freeze(),
-                streams: StreamSet::default(),
-                frame: OnceLock::new(),
-            };
+        let mut chunk = Chunk {
+            header: self.header,
+            bytes: Bytes::new(),
+            records: self.records.freeze(),
+            streams: StreamSet::default(),
+            frame: OnceLock::new(),
+        };
         chunk.streams = streams_of(&chunk.records, chunk.header.count)?;
         // The builder kept the chain before the chunk.
         chunk.header.chain = chunk.chain_after(chunk.header.chain)?;

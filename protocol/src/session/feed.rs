@@ -77,8 +77,7 @@ impl Feed {
             _ => Verdict::Exact,
         };
         let filter = Filter { streams: request.streams, kinds: request.kinds };
-        let feed =
-            Self { id: request.id, next, filter, announced: StreamSet::default(), known_tail: tail };
+        let feed = Self { id: request.id, next, filter, announced: StreamSet::default(), known_tail: tail };
         (feed, verdict)
     }
 

@@ -105,7 +105,8 @@ mod tests {
 
     #[test]
     fn a_prefix_matches_whole_segments_only() {
-        let covers = |prefix: &str, session| Grant { prefix: prefix.into(), operations: Operations::all() }.covers(session);
+        let covers =
+            |prefix: &str, session| Grant { prefix: prefix.into(), operations: Operations::all() }.covers(session);
         for (prefix, session, expected) in [
             ("", "anything", true),
             ("a", "a", true),

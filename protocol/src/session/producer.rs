@@ -121,7 +121,9 @@ impl Producers {
 
     /// Decides about a batch, and takes its sequence if it is the next one (spec PROD-6, PROD-8).
     pub(super) fn admit(&mut self, handle: &ProducerHandle, epoch: u64, sequence: u64) -> Admission {
-        let Some(index) = self.index(handle) else { return Admission::Refused(Code::PRODUCER_UNKNOWN, 0) };
+        let Some(index) = self.index(handle) else {
+            return Admission::Refused(Code::PRODUCER_UNKNOWN, 0);
+        };
         let slot = &mut self.slots[index];
         let (durable, staged) = (slot.durable, slot.staged);
         if epoch < durable.epoch {
@@ -196,7 +198,9 @@ impl Producers {
         slot.used = used;
         // Decided by the order of the log alone, so that a rebuilt table is the same.
         while self.slots.len() > MAX_PRODUCERS {
-            let Some(oldest) = (0..self.slots.len()).min_by_key(|&at| self.slots[at].used) else { break };
+            let Some(oldest) = (0..self.slots.len()).min_by_key(|&at| self.slots[at].used) else {
+                break;
+            };
             self.evict(oldest);
         }
     }

@@ -63,7 +63,8 @@ impl View {
     pub(super) fn fold(&mut self, time: u64, r: &mut Reader<'_>, end: usize) -> Result<(), ProtocolError> {
         let head = Head::get(r)?;
         head.skip_to_payload(r)?;
-        let payload = end.checked_sub(r.position()).ok_or(ProtocolError::malformed("record fields exceed the record"))?;
+        let payload =
+            end.checked_sub(r.position()).ok_or(ProtocolError::malformed("record fields exceed the record"))?;
         let seq = self.next;
         self.next += 1;
         self.time = self.time.max(time);

@@ -111,8 +111,7 @@ impl<'a> Reader<'a> {
             return Err(ProtocolError::malformed("text exceeds its limit"));
         }
         let rest = self.rest();
-        let bytes =
-            rest.get(..len as usize).ok_or(ProtocolError::malformed("length exceeds the bytes that follow"))?;
+        let bytes = rest.get(..len as usize).ok_or(ProtocolError::malformed("length exceeds the bytes that follow"))?;
         self.at += len as usize;
         core::str::from_utf8(bytes).map_err(|_| ProtocolError::malformed("text is not UTF-8"))
     }

@@ -110,7 +110,9 @@ impl Deframer {
         let (kind, kind_len) = match varint::parse(bytes) {
             Parsed::Value(kind, len) => (kind, len),
             Parsed::Incomplete => return Ok(None),
-            Parsed::NotMinimal => return Err(ProtocolError::malformed("frame type is not minimal")),
+            Parsed::NotMinimal => {
+                return Err(ProtocolError::malformed("frame type is not minimal"));
+            }
         };
         match varint::parse(&bytes[kind_len..]) {
             Parsed::Value(len, _) if len > self.limit as u64 => {

@@ -50,7 +50,9 @@ impl Params {
 
     /// Removes the parameter `id`, a varint. Errors: `FRAME_MALFORMED` if it is something else.
     pub fn remove_varint(&mut self, id: u64) -> Result<Option<u64>, ProtocolError> {
-        let Some(value) = self.remove(id) else { return Ok(None) };
+        let Some(value) = self.remove(id) else {
+            return Ok(None);
+        };
         let mut r = Reader::new(&value);
         let number = r.varint()?;
         r.finish()?;

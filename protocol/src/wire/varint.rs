@@ -50,12 +50,16 @@ pub(super) enum Parsed {
 
 /// Reads the varint at the front of `bytes`.
 pub(super) fn parse(bytes: &[u8]) -> Parsed {
-    let Some(&first) = bytes.first() else { return Parsed::Incomplete };
+    let Some(&first) = bytes.first() else {
+        return Parsed::Incomplete;
+    };
     let len = 1usize << (first >> 6);
     if len == 1 {
         return Parsed::Value(u64::from(first), 1);
     }
-    let Some(rest) = bytes.get(1..len) else { return Parsed::Incomplete };
+    let Some(rest) = bytes.get(1..len) else {
+        return Parsed::Incomplete;
+    };
     let value = rest.iter().fold(u64::from(first & 0x3f), |value, &byte| value << 8 | u64::from(byte));
     if varint_len(value) == len { Parsed::Value(value, len) } else { Parsed::NotMinimal }
 }

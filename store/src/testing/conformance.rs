@@ -80,8 +80,7 @@ impl Log {
                 break;
             }
         }
-        let author =
-            Author { subject: Subject::new("tester").expect("a valid subject"), instance: Instance([9; 16]) };
+        let author = Author { subject: Subject::new("tester").expect("a valid subject"), instance: Instance([9; 16]) };
         Self { store: store.clone(), writer, state, author: Arc::new(author), sequence: 0 }
     }
 

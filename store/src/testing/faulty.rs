@@ -50,9 +50,8 @@ impl<S> FaultyStore<S> {
     }
 
     fn refuse<T: Send + 'static>(&self) -> Option<Pending<T>> {
-        (self.roll() < self.faults.overloaded).then(|| -> Pending<T> {
-            Box::pin(core::future::ready(Err(StoreError::Overloaded)))
-        })
+        (self.roll() < self.faults.overloaded)
+            .then(|| -> Pending<T> { Box::pin(core::future::ready(Err(StoreError::Overloaded))) })
     }
 }
 

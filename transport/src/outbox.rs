@@ -3,9 +3,12 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
+use mainstay_protocol::Code;
 use mainstay_protocol::registry::CONTROL_RESERVE;
 use mainstay_protocol::wire::{Frame, Writer};
 use tokio::sync::Notify;
+
+use crate::SendStream;
 
 /// Bytes that may wait. A peer that lets more gather does not read its control stream and loses it.
 const LIMIT: usize = CONTROL_RESERVE;
@@ -19,14 +22,14 @@ struct Waiting {
 
 /// What is to be written to a control or attachment stream. Anyone may push; one task takes.
 #[derive(Debug, Default)]
-pub(crate) struct Outbox {
+pub struct Outbox {
     waiting: Mutex<Waiting>,
     ready: Notify,
 }
 
 /// What the writing task does next.
 #[derive(Debug)]
-pub(crate) enum Next {
+enum Next {
     /// Write these bytes.
     Write(Bytes),
     /// Everything was written; end the stream.
@@ -41,13 +44,13 @@ impl Outbox {
     }
 
     /// Adds a frame.
-    pub(crate) fn push(&self, frame: impl Into<Frame>) {
+    pub fn push(&self, frame: impl Into<Frame>) {
         let frame = frame.into();
         self.add(|w| frame.put(w));
     }
 
     /// Adds what `put` writes.
-    pub(crate) fn add(&self, put: impl FnOnce(&mut Writer)) {
+    pub fn add(&self, put: impl FnOnce(&mut Writer)) {
         let mut waiting = self.lock();
         if waiting.closing || waiting.overflowed {
             return;
@@ -62,13 +65,13 @@ impl Outbox {
     }
 
     /// Lets no more frames in; the stream ends after what waits.
-    pub(crate) fn close(&self) {
+    pub fn close(&self) {
         self.lock().closing = true;
         self.ready.notify_one();
     }
 
     /// Waits for something to do. Cancellation-safe. One task at a time.
-    pub(crate) async fn next(&self) -> Next {
+    async fn next(&self) -> Next {
         loop {
             {
                 let mut waiting = self.lock();
@@ -83,6 +86,21 @@ impl Outbox {
                 }
             }
             self.ready.notified().await;
+        }
+    }
+
+    /// Writes what is pushed until the outbox is closed and empty, or the peer is gone.
+    pub async fn write_to(&self, send: &mut impl SendStream) {
+        loop {
+            match self.next().await {
+                Next::Write(bytes) => {
+                    if send.write(&mut [bytes]).await.is_err() {
+                        return;
+                    }
+                }
+                Next::Finish => return send.finish(),
+                Next::Overflow => return send.reset(Code::CONTROL_BACKLOG.0),
+            }
         }
     }
 }
