@@ -1,1 +1,46 @@
-//! mainstay-client
+//! The Mainstay client.
+//!
+//! A [`Client`] keeps one connection to a server and makes it again whenever it is lost. A [`Session`] is an attachment:
+//! it attaches again by itself. What is done through it goes on exactly where it was: a [`Producer`] sends again what was
+//! not acknowledged, under the same sequence, so that nothing is stored twice; a [`Subscription`] goes on at its next seq.
+//!
+//! ```no_run
+//! use mainstay_client::{Client, Config, ConnectFile, Start};
+//!
+//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! let file = ConnectFile::read("connect.json".as_ref())?;
+//! let client = Client::connect_quic(&file, Config::default())?;
+//! let session = client.session("agent:session123")?.create().attach().await?;
+//!
+//! let producer = session.producer("agent").await?;
+//! let ticket = producer.append(session.main(), "hello").await?;
+//! println!("stored as seq {}", ticket.await?);
+//!
+//! let mut subscription = session.subscribe(Start::Earliest).open().await?;
+//! while let Some(event) = subscription.next().await {
+//!     println!("{:?}", event?);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Every error says whether trying again can help, and an append that failed says whether it may have been stored.
+
+mod client;
+mod config;
+mod driver;
+mod error;
+mod link;
+mod producer;
+mod session;
+mod subscription;
+
+pub use client::Client;
+pub use config::{Config, ConnectFile};
+pub use error::{AppendError, ClientError, Stored};
+pub use mainstay_protocol::session::{Author, Cursor, Incarnation, Instance, Kind, Record, SessionName, Verdict, View};
+pub use mainstay_protocol::wire::{ListedSession, Start};
+pub use mainstay_protocol::{Advice, Code};
+pub use producer::{Producer, Ticket};
+pub use session::{Attaching, Session, SessionInfo, StreamId};
+pub use subscription::{Event, ReadRecord, RecordBatch, Subscribing, Subscription};

@@ -43,9 +43,6 @@ struct Opened {
     /// Producers asked for and not answered yet.
     reserved: HashSet<u64>,
     subscriptions: HashMap<u64, Arc<SubscriptionCredit>>,
-    /// Ids are never used twice on a connection; they ascend, so that one number remembers all.
-    next_producer: u64,
-    next_subscription: u64,
 }
 
 type Task = core::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -167,14 +164,13 @@ impl Conn {
     /// Makes room for a producer. Refusals: `LIMIT_EXCEEDED`, `FRAME_UNEXPECTED` for an id used before.
     pub(crate) fn reserve_producer(&self, id: u64) -> Result<(), Refusal> {
         let mut opened = self.opened();
-        if id < opened.next_producer {
-            return Err(Refusal::new(Code::FRAME_UNEXPECTED, "the producer id was used before on this connection"));
+        if opened.producers.contains_key(&id) || opened.reserved.contains(&id) {
+            return Err(Refusal::new(Code::FRAME_UNEXPECTED, "the producer id is in use on this connection"));
         }
         let open = opened.producers.len() + opened.reserved.len();
         if open as u64 >= self.server.config().producers {
             return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the connection has too many producers"));
         }
-        opened.next_producer = id + 1;
         opened.reserved.insert(id);
         Ok(())
     }
@@ -205,14 +201,13 @@ impl Conn {
         let limits = (*self.hello.borrow())
             .unwrap_or(PeerLimits { bulk_window: DEFAULT_BULK_WINDOW, bulk_streams: DEFAULT_BULK_STREAMS });
         let mut opened = self.opened();
-        if id < opened.next_subscription {
-            return Err(Refusal::new(Code::FRAME_UNEXPECTED, "the subscription id was used before"));
+        if opened.subscriptions.contains_key(&id) {
+            return Err(Refusal::new(Code::FRAME_UNEXPECTED, "the subscription id is in use on this connection"));
         }
         if opened.subscriptions.len() as u64 >= limits.bulk_streams {
             let detail = "the connection has as many subscriptions as the client's HELLO allows";
             return Err(Refusal::new(Code::LIMIT_EXCEEDED, detail));
         }
-        opened.next_subscription = id + 1;
         let budget = self.server.config().delivery_budget;
         let credit = CreditSent::new(limits.bulk_window, limits.bulk_streams, budget);
         let credit = Arc::new(SubscriptionCredit::new(credit));

@@ -1,1 +1,3 @@
-//! mainstay-tests
+//! The harness of Mainstay's whole-system tests.
+
+pub mod harness;

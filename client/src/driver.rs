@@ -1,0 +1,538 @@
+//! The driver of one session: attaches, attaches again when the connection is lost, and passes requests and answers on.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::registry::MAX_FRAME;
+use mainstay_protocol::session::{Backoff, Cursor, Incarnation, Verdict};
+use mainstay_protocol::wire::{
+    Attach, AttachMode, Attached, Body, CloseSession, DefineStream, DeleteSession, Frame, Label, OpenProducer, Start,
+    Subscribe, Trim, Unsubscribe,
+};
+use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, SendStream, priority};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::client::{Status, up};
+use crate::config::Config;
+use crate::error::ClientError;
+use crate::link::Link;
+use crate::producer::{self, Shared};
+use crate::session::{ATTACH_PAUSE, Attaching, SessionInfo};
+use crate::subscription::{Event, Opened, Reader};
+
+type Answer<T> = oneshot::Sender<Result<T, ClientError>>;
+
+/// Requests that have one answer each; one at a time is on the wire.
+#[derive(Debug)]
+pub(crate) enum Ask {
+    /// The id of a stream.
+    Stream { name: Label, answer: Answer<u64> },
+    /// Close the session.
+    Close { answer: Answer<u64> },
+    /// Trim it.
+    Trim { before: u64, answer: Answer<u64> },
+    /// Delete it.
+    Delete { answer: Answer<u64> },
+}
+
+impl Ask {
+    fn frame(&self) -> Frame {
+        match self {
+            Self::Stream { name, .. } => DefineStream { name: name.clone() }.into(),
+            Self::Close { .. } => CloseSession {}.into(),
+            Self::Trim { before, .. } => Trim { before: *before }.into(),
+            Self::Delete { .. } => DeleteSession {}.into(),
+        }
+    }
+
+    fn kind(&self) -> u64 {
+        match self {
+            Self::Stream { .. } => DefineStream::KIND,
+            Self::Close { .. } => CloseSession::KIND,
+            Self::Trim { .. } => Trim::KIND,
+            Self::Delete { .. } => DeleteSession::KIND,
+        }
+    }
+
+    fn answer(self, result: Result<u64, ClientError>) {
+        let (Self::Stream { answer, .. } | Self::Close { answer } | Self::Trim { answer, .. } | Self::Delete { answer }) =
+            self;
+        // Whoever asked may be gone.
+        let _ = answer.send(result);
+    }
+}
+
+/// Requests to the driver.
+pub(crate) enum SessionCommand {
+    /// Tell the outcome of the first attach.
+    Attached { answer: Answer<Arc<watch::Receiver<SessionInfo>>> },
+    /// A request with one answer.
+    Ask(Ask),
+    /// Open a producer.
+    Producer { name: Label, config: Arc<Config>, answer: Answer<Arc<Shared>> },
+    /// Open a subscription.
+    Subscribe { start: Start, streams: Vec<Label>, kinds: Vec<u64>, events: mpsc::Sender<Result<Event, ClientError>> },
+    /// A subscription lost its stream and goes on, from `start` if it had begun.
+    Again { subscription: u64, start: Option<Start> },
+    /// Tell when and why the session ended.
+    Ended { answer: oneshot::Sender<ClientError> },
+}
+
+/// Lets a subscription ask for a new stream.
+pub(crate) struct Resubscriber {
+    subscription: u64,
+    commands: mpsc::WeakSender<SessionCommand>,
+}
+
+impl Resubscriber {
+    /// Asks for a new stream. Errors: the session is gone.
+    pub(crate) async fn again(&self, start: Option<Start>) -> Result<(), ()> {
+        let commands = self.commands.upgrade().ok_or(())?;
+        let command = SessionCommand::Again { subscription: self.subscription, start };
+        commands.send(command).await.map_err(|_| ())
+    }
+}
+
+struct ProducerEntry {
+    shared: Arc<Shared>,
+    /// Its id on the current connection.
+    id: Option<u64>,
+    answer: Option<Answer<Arc<Shared>>>,
+}
+
+struct SubscriptionEntry<C: Connection> {
+    start: Start,
+    streams: Vec<Label>,
+    kinds: Vec<u64>,
+    opened: mpsc::Sender<Opened<C>>,
+    /// Its id on the current connection.
+    id: Option<u64>,
+    /// It waits for a stream.
+    wanted: bool,
+}
+
+/// Why an attachment ended.
+enum Over {
+    /// The connection is lost.
+    Lost,
+    /// The server asks to attach again.
+    Again,
+    /// Every handle was dropped.
+    Unused,
+    /// It cannot go on.
+    Failed(ClientError),
+}
+
+/// See the [module](self).
+pub(crate) struct Driver<C: Connection> {
+    status: watch::Receiver<Status<C>>,
+    request: Attaching,
+    commands: mpsc::Receiver<SessionCommand>,
+    again: mpsc::WeakSender<SessionCommand>,
+    info: Option<watch::Sender<SessionInfo>>,
+    attach_answer: Option<Answer<Arc<watch::Receiver<SessionInfo>>>>,
+    asks: VecDeque<Ask>,
+    /// The first of `asks` is on the wire.
+    asked: bool,
+    producers: Vec<ProducerEntry>,
+    subscriptions: HashMap<u64, SubscriptionEntry<C>>,
+    next_subscription: u64,
+    ended: Vec<oneshot::Sender<ClientError>>,
+    incarnation: Option<Incarnation>,
+}
+
+impl<C: Connection> Driver<C> {
+    pub(crate) fn new(
+        status: watch::Receiver<Status<C>>,
+        request: Attaching,
+        commands: mpsc::Receiver<SessionCommand>,
+        again: mpsc::WeakSender<SessionCommand>,
+    ) -> Self {
+        Self {
+            status,
+            incarnation: request.cursor.map(|cursor| cursor.incarnation),
+            request,
+            commands,
+            again,
+            info: None,
+            attach_answer: None,
+            asks: VecDeque::new(),
+            asked: false,
+            producers: Vec::new(),
+            subscriptions: HashMap::new(),
+            next_subscription: 0,
+            ended: Vec::new(),
+        }
+    }
+
+    /// Runs until every handle is dropped or the session cannot be used any more.
+    pub(crate) async fn run(mut self) {
+        let mut backoff = Backoff::new(ATTACH_PAUSE.0, ATTACH_PAUSE.1);
+        let error = loop {
+            let link = match up(&mut self.status).await {
+                Ok(link) => link,
+                Err(error) => break error,
+            };
+            let over = self.attachment(&link).await;
+            self.detached();
+            match over {
+                Over::Unused => return,
+                Over::Failed(error) => break error,
+                Over::Again => tokio::time::sleep(backoff.next(rand::random())).await,
+                Over::Lost => {
+                    backoff.reset();
+                    // The supervisor notices the same loss; until then the link is still published.
+                    let same = |status: &Status<C>| matches!(status, Status::Up(now) if Arc::ptr_eq(now, &link));
+                    let _ = self.status.wait_for(|status| !same(status)).await;
+                }
+            }
+        };
+        self.fail(&error).await;
+    }
+
+    /// Tells everybody that it is over.
+    async fn fail(mut self, error: &ClientError) {
+        if let Some(answer) = self.attach_answer.take() {
+            let _ = answer.send(Err(error.clone()));
+        }
+        self.asks.drain(..).for_each(|ask| ask.answer(Err(error.clone())));
+        for entry in self.producers.drain(..) {
+            entry.shared.end(error);
+            if let Some(answer) = entry.answer {
+                let _ = answer.send(Err(error.clone()));
+            }
+        }
+        for (_, entry) in self.subscriptions.drain() {
+            let told = Opened::Failed(error.clone());
+            tokio::spawn(async move { entry.opened.send(told).await });
+        }
+        self.ended.drain(..).for_each(|answer| drop(answer.send(error.clone())));
+        // Requests that come later get the same answer, until nobody is left to ask.
+        while let Some(command) = self.commands.recv().await {
+            match command {
+                SessionCommand::Attached { answer } => drop(answer.send(Err(error.clone()))),
+                SessionCommand::Ask(ask) => ask.answer(Err(error.clone())),
+                SessionCommand::Producer { answer, .. } => drop(answer.send(Err(error.clone()))),
+                SessionCommand::Subscribe { events, .. } => drop(events.try_send(Err(error.clone()))),
+                SessionCommand::Again { .. } => {}
+                SessionCommand::Ended { answer } => drop(answer.send(error.clone())),
+            }
+        }
+    }
+
+    /// The attachment is gone: what was on it must be asked for again.
+    fn detached(&mut self) {
+        self.asked = false;
+        for entry in &mut self.producers {
+            entry.id = None;
+            entry.shared.unlinked();
+        }
+        for entry in self.subscriptions.values_mut() {
+            // One whose stream runs notices by itself and asks; one that waits for its stream cannot.
+            entry.id = None;
+        }
+    }
+
+    async fn attachment(&mut self, link: &Arc<Link<C>>) -> Over {
+        let Ok((mut send, recv)) = link.transport.open_bi().await else { return Over::Lost };
+        send.set_priority(priority::CONTROL);
+        let outbox = Outbox::default();
+        let cursor = match (self.request.cursor, self.incarnation) {
+            (Some(Cursor { incarnation, next }), Some(known)) if incarnation == known => (Some(incarnation), Some(next)),
+            (_, known) => (known, None),
+        };
+        // After the first attach the session must be there: creating it again would hide that it was deleted.
+        let mode = if self.info.is_some() { AttachMode::Attach } else { self.request.mode };
+        outbox.push(Attach { mode, session: self.request.name.clone(), incarnation: cursor.0, next: cursor.1 });
+        let mut frames = FrameReader::new(recv, MAX_FRAME);
+        let writing = outbox.write_to(&mut send);
+        let over = {
+            let serving = self.serve(link, &outbox, &mut frames);
+            tokio::pin!(serving, writing);
+            tokio::select! {
+                over = &mut serving => over,
+                // The server stopped reading: whatever it says before the end still counts.
+                () = &mut writing => serving.await,
+            }
+        };
+        if matches!(over, Over::Unused) {
+            send.finish();
+        }
+        over
+    }
+
+    async fn serve(&mut self, link: &Arc<Link<C>>, outbox: &Outbox, frames: &mut FrameReader<C::Recv>) -> Over {
+        let mut attached = false;
+        loop {
+            tokio::select! {
+                frame = frames.next() => {
+                    let frame = match frame {
+                        Ok(Some(frame)) => frame,
+                        Ok(None) | Err(FrameError::Lost(mainstay_transport::StreamError::Connection(_))) => {
+                            return Over::Lost;
+                        }
+                        // A stream that was reset alone: attach again on the same connection.
+                        Err(FrameError::Lost(_)) => return Over::Again,
+                        Err(FrameError::Violation(error)) => return Over::Failed(error.into()),
+                    };
+                    let result = match frame {
+                        Frame::Attached(answer) if !attached => {
+                            attached = true;
+                            self.attached(answer, link, outbox)
+                        }
+                        frame => self.handle(frame, attached, link, outbox),
+                    };
+                    if let Err(over) = result {
+                        return over;
+                    }
+                }
+                command = self.commands.recv() => match command {
+                    Some(command) => self.command(command, attached, link, outbox),
+                    None => return Over::Unused,
+                },
+            }
+        }
+    }
+
+    /// ATTACHED came: everything that waits is asked for in one flight.
+    fn attached(&mut self, answer: Attached, link: &Arc<Link<C>>, outbox: &Outbox) -> Result<(), Over> {
+        if answer.verdict == Verdict::Gone {
+            return Err(Over::Failed(ClientError::Gone));
+        }
+        self.incarnation = Some(answer.incarnation);
+        // The cursor of the request was for the first attach; subscriptions keep their own.
+        self.request.cursor = None;
+        let info = SessionInfo::new(self.request.name.clone(), answer);
+        match &self.info {
+            Some(known) => drop(known.send_replace(info)),
+            None => {
+                let (known, receiver) = watch::channel(info);
+                self.info = Some(known);
+                if let Some(answer) = self.attach_answer.take() {
+                    let _ = answer.send(Ok(Arc::new(receiver)));
+                }
+            }
+        }
+        self.producers.retain(|entry| !entry.shared.is_finished());
+        for at in 0..self.producers.len() {
+            self.open_producer(at, link, outbox);
+        }
+        let waiting: Vec<u64> = self.subscriptions.iter().filter(|(_, s)| s.wanted).map(|(id, _)| *id).collect();
+        for subscription in waiting {
+            self.subscribe(subscription, link, outbox);
+        }
+        self.ask_next(outbox);
+        Ok(())
+    }
+
+    fn open_producer(&mut self, at: usize, link: &Arc<Link<C>>, outbox: &Outbox) {
+        let entry = &mut self.producers[at];
+        let id = link.new_id();
+        entry.id = Some(id);
+        outbox.push(OpenProducer { id, name: entry.shared.name.clone(), epoch: entry.shared.epoch() });
+    }
+
+    fn subscribe(&mut self, subscription: u64, link: &Arc<Link<C>>, outbox: &Outbox) {
+        let Some(incarnation) = self.incarnation else { return };
+        let Some(entry) = self.subscriptions.get_mut(&subscription) else { return };
+        if entry.opened.is_closed() {
+            self.subscriptions.remove(&subscription);
+            return;
+        }
+        let id = link.new_id();
+        entry.id = Some(id);
+        // The stream is routed by the connection; this passes it on with what the reader needs.
+        let (incoming, mut arrives) = mpsc::channel(1);
+        link.expect(id, incoming);
+        let (opened, link) = (entry.opened.clone(), link.clone());
+        tokio::spawn(async move {
+            let told = match arrives.recv().await {
+                Some(Ok(incoming)) => Opened::Stream(incoming, link, incarnation),
+                Some(Err((code, message))) => Opened::Refused(code, message),
+                None => Opened::Lost,
+            };
+            // A subscription that was dropped meanwhile stops the stream by dropping it.
+            let _ = opened.send(told).await;
+        });
+        entry.wanted = false;
+        let (start, streams, kinds) = (entry.start, entry.streams.clone(), entry.kinds.clone());
+        outbox.push(Subscribe { id, start, streams, kinds });
+    }
+
+    fn ask_next(&mut self, outbox: &Outbox) {
+        if !self.asked {
+            if let Some(ask) = self.asks.front() {
+                outbox.push(ask.frame());
+                self.asked = true;
+            }
+        }
+    }
+
+    fn answered(&mut self, result: Result<u64, ClientError>, outbox: &Outbox) {
+        self.asked = false;
+        if let Some(ask) = self.asks.pop_front() {
+            ask.answer(result);
+        }
+        self.ask_next(outbox);
+    }
+
+    fn command(&mut self, command: SessionCommand, attached: bool, link: &Arc<Link<C>>, outbox: &Outbox) {
+        match command {
+            SessionCommand::Attached { answer } => match &self.info {
+                Some(info) => drop(answer.send(Ok(Arc::new(info.subscribe())))),
+                None => self.attach_answer = Some(answer),
+            },
+            SessionCommand::Ask(ask) => {
+                self.asks.push_back(ask);
+                if attached {
+                    self.ask_next(outbox);
+                }
+            }
+            SessionCommand::Producer { name, config, answer } => {
+                self.producers.retain(|entry| !entry.shared.is_finished());
+                let shared = Arc::new(Shared::new(name, config));
+                self.producers.push(ProducerEntry { shared, id: None, answer: Some(answer) });
+                if attached {
+                    self.open_producer(self.producers.len() - 1, link, outbox);
+                }
+            }
+            SessionCommand::Subscribe { start, streams, kinds, events } => {
+                let subscription = self.next_subscription;
+                self.next_subscription += 1;
+                let (opened, receiver) = mpsc::channel(1);
+                let resubscriber = Resubscriber { subscription, commands: self.again.clone() };
+                let reader = Reader::<C> { opened: receiver, events, resubscriber };
+                tokio::spawn(reader.run());
+                let entry = SubscriptionEntry { start, streams, kinds, opened, id: None, wanted: true };
+                self.subscriptions.insert(subscription, entry);
+                if attached {
+                    self.subscribe(subscription, link, outbox);
+                }
+            }
+            SessionCommand::Again { subscription, start } => {
+                if let Some(entry) = self.subscriptions.get_mut(&subscription) {
+                    if let Some(id) = entry.id.take() {
+                        // It may still run on this connection, after an error of the stream alone.
+                        link.unexpect(id);
+                        outbox.push(Unsubscribe { id });
+                    }
+                    entry.start = start.unwrap_or(entry.start);
+                    entry.wanted = true;
+                    if attached {
+                        self.subscribe(subscription, link, outbox);
+                    }
+                }
+            }
+            SessionCommand::Ended { answer } => self.ended.push(answer),
+        }
+    }
+
+    fn handle(&mut self, frame: Frame, attached: bool, link: &Arc<Link<C>>, outbox: &Outbox) -> Result<(), Over> {
+        match frame {
+            Frame::Error(error) if error.about == Attach::KIND || error.about == 0 => {
+                let waits = self.request.wait && self.info.is_none() && error.code == Code::SESSION_NOT_FOUND;
+                let known = self.info.is_some();
+                return Err(match error.code {
+                    Code::SESSION_GONE => Over::Failed(ClientError::Gone),
+                    Code::SESSION_NOT_FOUND if known => Over::Failed(ClientError::Gone),
+                    code if waits || code.is_retryable() => {
+                        tracing::debug!(%code, message = %error.message, "attaching again");
+                        Over::Again
+                    }
+                    code => Over::Failed(ClientError::refused(code, error.message.as_str())),
+                });
+            }
+            _ if !attached => {}
+            Frame::Ack(ack) => {
+                if let Some(entry) = self.producer(ack.producer) {
+                    entry.shared.acked(&ack).map_err(|error| Over::Failed(error.into()))?;
+                }
+                return Ok(());
+            }
+            Frame::Refused(refused) => {
+                if let Some(entry) = self.producer(refused.producer) {
+                    entry.shared.refused(refused.producer, &refused);
+                }
+                return Ok(());
+            }
+            Frame::Producer(granted) => {
+                if let Some(entry) = self.producer(granted.id) {
+                    let opened = entry.shared.opened(granted.id, granted.epoch, granted.next);
+                    opened.map_err(|error| Over::Failed(error.into()))?;
+                    let shared = entry.shared.clone();
+                    if let Some(answer) = entry.answer.take() {
+                        let _ = answer.send(Ok(shared.clone()));
+                    }
+                    tokio::spawn(producer::write(shared, link.clone(), granted.id));
+                }
+                return Ok(());
+            }
+            Frame::Stream(stream) => {
+                if matches!(self.asks.front(), Some(Ask::Stream { name, .. }) if *name == stream.name) {
+                    self.answered(Ok(stream.id), outbox);
+                    return Ok(());
+                }
+            }
+            Frame::Closed(closed) => {
+                if matches!(self.asks.front(), Some(Ask::Close { .. })) {
+                    self.answered(Ok(closed.seq), outbox);
+                    return Ok(());
+                }
+            }
+            Frame::Trimmed(trimmed) => {
+                if matches!(self.asks.front(), Some(Ask::Trim { .. })) {
+                    self.answered(Ok(trimmed.first), outbox);
+                    return Ok(());
+                }
+            }
+            Frame::Deleted(_) => {
+                if matches!(self.asks.front(), Some(Ask::Delete { .. })) {
+                    self.answered(Ok(0), outbox);
+                    return Ok(());
+                }
+            }
+            Frame::Error(error) => {
+                self.error(&error, link, outbox);
+                return Ok(());
+            }
+            _ => {}
+        }
+        Err(Over::Failed(ProtocolError::new(Code::FRAME_UNEXPECTED, "not an answer to what was asked").into()))
+    }
+
+    /// An error about one request.
+    fn error(&mut self, error: &mainstay_protocol::wire::Error, link: &Link<C>, outbox: &Outbox) {
+        let failure = ClientError::refused(error.code, error.message.as_str());
+        match error.about {
+            OpenProducer::KIND => {
+                if let Some(at) = self.producers.iter().position(|entry| entry.id == Some(error.id)) {
+                    let entry = self.producers.swap_remove(at);
+                    entry.shared.end(&failure);
+                    if let Some(answer) = entry.answer {
+                        let _ = answer.send(Err(failure));
+                    }
+                }
+            }
+            mainstay_protocol::wire::Producer::KIND => {
+                if let Some(entry) = self.producer(error.id) {
+                    entry.shared.fence(&failure);
+                }
+            }
+            Subscribe::KIND => {
+                if let Some(entry) = self.subscriptions.values_mut().find(|entry| entry.id == Some(error.id)) {
+                    entry.id = None;
+                    link.refuse(error.id, error.code, error.message.as_str());
+                }
+            }
+            about if self.asked && self.asks.front().is_some_and(|ask| ask.kind() == about) => {
+                self.answered(Err(failure), outbox);
+            }
+            about => tracing::warn!(about, code = %error.code, message = %error.message, "error about nothing asked"),
+        }
+    }
+
+    fn producer(&mut self, id: u64) -> Option<&mut ProducerEntry> {
+        self.producers.iter_mut().find(|entry| entry.id == Some(id))
+    }
+}

@@ -1,0 +1,112 @@
+//! What can go wrong, and whether trying again can help.
+
+use core::fmt;
+
+use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_transport::ConnectionError;
+
+/// Why a request failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// The server refused.
+    Refused {
+        /// The registry code.
+        code: Code,
+        /// What the server said, for people.
+        message: String,
+    },
+    /// The server cannot be reached; trying went on for as long as the configuration says.
+    Unreachable {
+        /// The server.
+        target: String,
+        /// The last failure.
+        last: ConnectionError,
+    },
+    /// The server broke the protocol.
+    Protocol(ProtocolError),
+    /// The session was deleted, and perhaps created again: what this handle was attached to is gone.
+    Gone,
+    /// The client was closed.
+    Closed,
+    /// A configuration or an argument is wrong.
+    Invalid(String),
+}
+
+impl ClientError {
+    /// True if the same request may succeed later. The client has retried already for as long as it was told to.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Refused { code, .. } => code.is_retryable(),
+            Self::Unreachable { last, .. } => !matches!(last, ConnectionError::Untrusted(_)),
+            Self::Protocol(_) | Self::Gone | Self::Closed | Self::Invalid(_) => false,
+        }
+    }
+
+    /// The name of the error: a registry name, or `UNREACHABLE`, `GONE`, `CLOSED`, `INVALID`.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Refused { code, .. } => code.to_string(),
+            Self::Unreachable { .. } => "UNREACHABLE".into(),
+            Self::Protocol(error) => error.code.to_string(),
+            Self::Gone => "GONE".into(),
+            Self::Closed => "CLOSED".into(),
+            Self::Invalid(_) => "INVALID".into(),
+        }
+    }
+
+    pub(crate) fn refused(code: Code, message: impl Into<String>) -> Self {
+        Self::Refused { code, message: message.into() }
+    }
+}
+
+impl fmt::Display for ClientError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused { code, message } => write!(f, "the server refused: {message} ({code})"),
+            Self::Unreachable { target, last } => write!(f, "cannot reach the server at {target}: {last}"),
+            Self::Protocol(error) => write!(f, "the server broke the protocol: {error}"),
+            Self::Gone => f.write_str("the session was deleted, or created again under another incarnation"),
+            Self::Closed => f.write_str("the client was closed"),
+            Self::Invalid(what) => f.write_str(what),
+        }
+    }
+}
+
+impl std::error::Error for ClientError {}
+
+impl From<ProtocolError> for ClientError {
+    fn from(error: ProtocolError) -> Self {
+        Self::Protocol(error)
+    }
+}
+
+/// Whether a failed append took effect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stored {
+    /// It is not stored and never will be.
+    NotCommitted,
+    /// It may be stored; only reading the session tells.
+    Unknown,
+}
+
+/// Why an append failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AppendError {
+    /// Whether it took effect.
+    pub stored: Stored,
+    /// Why.
+    pub error: ClientError,
+}
+
+impl fmt::Display for AppendError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let stored = match self.stored {
+            Stored::NotCommitted => "not stored",
+            Stored::Unknown => "not known whether stored",
+        };
+        write!(f, "{stored}: {}", self.error)
+    }
+}
+
+impl std::error::Error for AppendError {}

@@ -1,0 +1,230 @@
+//! One connection: HELLO, the control stream, and which incoming stream belongs to which subscription.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::registry::MAX_FRAME;
+use mainstay_protocol::session::CreditSent;
+use mainstay_protocol::wire::{Credit, Frame, Hello, Pong, Subscribed, put_grease};
+use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, SendStream, priority};
+use tokio::sync::{Notify, mpsc, watch};
+
+use crate::config::Config;
+
+/// Bulk windows of a server whose HELLO says nothing (spec FLOW-3).
+const DEFAULT_BULK_WINDOW: u64 = 256 * 1024;
+
+/// A subscription's stream, with its first frame read.
+pub(crate) type Incoming<C> = (Subscribed, FrameReader<<C as Connection>::Recv>);
+
+/// What may come instead of a stream: the server's refusal.
+pub(crate) type Expected<C> = Result<Incoming<C>, (Code, String)>;
+
+/// The credit that the server gives a producer's stream.
+#[derive(Debug)]
+pub(crate) struct ProducerCredit {
+    credit: Mutex<CreditSent>,
+    changed: Notify,
+}
+
+impl ProducerCredit {
+    fn lock(&self) -> MutexGuard<'_, CreditSent> {
+        self.credit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until at least one byte may be sent; returns how many. Cancellation-safe.
+    pub(crate) async fn available(&self) -> u64 {
+        loop {
+            let available = self.lock().available();
+            if available > 0 {
+                return available;
+            }
+            self.changed.notified().await;
+        }
+    }
+
+    /// Bytes were handed to the transport.
+    pub(crate) fn sent(&self, bytes: u64) {
+        self.lock().sent(bytes);
+    }
+}
+
+/// See the [module](self).
+pub(crate) struct Link<C: Connection> {
+    pub(crate) transport: C,
+    control: Outbox,
+    server: watch::Sender<Option<Hello>>,
+    subscriptions: Mutex<HashMap<u64, mpsc::Sender<Expected<C>>>>,
+    producers: Mutex<HashMap<u64, Arc<ProducerCredit>>>,
+    window: u64,
+}
+
+impl<C: Connection> Link<C> {
+    /// Says HELLO on a new connection. Nothing is waited for: requests may follow at once.
+    pub(crate) async fn start(transport: C, config: &Config) -> Result<Arc<Self>, mainstay_transport::ConnectionError> {
+        let (send, recv) = transport.open_bi().await?;
+        let this = Arc::new(Self {
+            transport,
+            control: Outbox::default(),
+            server: watch::channel(None).0,
+            subscriptions: Mutex::default(),
+            producers: Mutex::default(),
+            window: config.subscription_window,
+        });
+        let agent = concat!("mainstay-client/", env!("CARGO_PKG_VERSION"));
+        this.control.push(Hello {
+            instance: Some(config.instance),
+            agent: Some(Bytes::from_static(agent.as_bytes())),
+            token: config.token.clone().map(Bytes::from),
+            bulk_window: Some(config.subscription_window),
+            bulk_streams: Some(config.subscriptions),
+            ..Hello::default()
+        });
+        this.control.add(|w| put_grease(rand::random(), &[0; 5], w));
+        tokio::spawn(this.clone().serve(send, FrameReader::new(recv, MAX_FRAME)));
+        Ok(this)
+    }
+
+    /// Serves the control stream and accepts subscriptions until the connection ends.
+    async fn serve(self: Arc<Self>, mut send: C::Send, mut control: FrameReader<C::Recv>) {
+        send.set_priority(priority::CONTROL);
+        let writing = self.control.write_to(&mut send);
+        let reading = async {
+            let error = match self.read_control(&mut control).await {
+                Err(FrameError::Violation(error)) => error,
+                Ok(()) => ProtocolError::new(Code::FRAME_UNEXPECTED, "the server ended its control stream"),
+                Err(FrameError::Lost(_)) => return,
+            };
+            tracing::warn!(%error, "the server broke the protocol");
+            self.transport.close(error.code.0, error.detail);
+        };
+        let accepting = async {
+            while let Ok(recv) = self.transport.accept_uni().await {
+                let this = self.clone();
+                tokio::spawn(async move { this.route(FrameReader::new(recv, MAX_FRAME)).await });
+            }
+        };
+        tokio::select! {
+            _ = self.transport.closed() => {}
+            _ = async { tokio::join!(writing, reading, accepting) } => {}
+        }
+        // Whoever waits for a stream or for HELLO must learn that none will come.
+        self.lock_subscriptions().clear();
+        self.server.send_if_modified(|_| true);
+    }
+
+    async fn read_control(&self, control: &mut FrameReader<C::Recv>) -> Result<(), FrameError> {
+        let mut greeted = false;
+        while let Some(frame) = control.next().await? {
+            match frame {
+                Frame::Hello(hello) if !greeted => {
+                    greeted = true;
+                    self.server.send_replace(Some(hello));
+                }
+                _ if !greeted => {
+                    return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "the first frame is not HELLO").into());
+                }
+                Frame::Ping(ping) => self.control.push(Pong { nonce: ping.nonce }),
+                Frame::Credit(credit) => {
+                    let producer =
+                        self.producers.lock().unwrap_or_else(PoisonError::into_inner).get(&credit.id).cloned();
+                    if let Some(producer) = producer {
+                        producer.lock().credited(credit.consumed)?;
+                        producer.changed.notify_one();
+                    }
+                }
+                Frame::Authenticated(auth) => tracing::debug!(subject = %auth.subject, "authenticated"),
+                // Requests that need what the token did not give fail on their own.
+                Frame::Error(error) => tracing::warn!(code = %error.code, message = %error.message, "token refused"),
+                Frame::GoAway(goaway) => tracing::info!(message = %goaway.message, "the server is going away"),
+                Frame::Pong(_) => {}
+                _ => return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of the control stream").into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands a subscription's stream to the subscription.
+    async fn route(&self, mut frames: FrameReader<C::Recv>) {
+        match frames.next().await {
+            Ok(Some(Frame::Subscribed(subscribed))) => {
+                let waiting = self.lock_subscriptions().remove(&subscribed.id);
+                match waiting {
+                    // A subscription that was dropped meanwhile stops the stream by dropping it.
+                    Some(waiting) => drop(waiting.send(Ok((subscribed, frames))).await),
+                    None => frames.stop(Code::NO_ERROR.0),
+                }
+            }
+            Ok(_) => frames.stop(Code::FRAME_UNEXPECTED.0),
+            Err(FrameError::Violation(error)) => frames.stop(error.code.0),
+            Err(FrameError::Lost(_)) => {}
+        }
+    }
+
+    fn lock_subscriptions(&self) -> MutexGuard<'_, HashMap<u64, mpsc::Sender<Expected<C>>>> {
+        self.subscriptions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A new id for a producer or subscription, unique in this process: tasks of a lost connection that still end can
+    /// never be mistaken for those of the next.
+    pub(crate) fn new_id(&self) -> u64 {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The stream of subscription `id` goes to `to`.
+    pub(crate) fn expect(&self, id: u64, to: mpsc::Sender<Expected<C>>) {
+        self.lock_subscriptions().insert(id, to);
+    }
+
+    /// The stream of subscription `id` is not wanted any more.
+    pub(crate) fn unexpect(&self, id: u64) {
+        self.lock_subscriptions().remove(&id);
+    }
+
+    /// The server refused subscription `id`.
+    pub(crate) fn refuse(&self, id: u64, code: Code, message: &str) {
+        if let Some(waiting) = self.lock_subscriptions().remove(&id) {
+            // There is room for one, and nothing else was sent. A dropped subscription does not care.
+            let _ = waiting.try_send(Err((code, message.to_owned())));
+        }
+    }
+
+    /// Waits for the server's HELLO; `None` if the connection is lost before.
+    pub(crate) async fn server(&self) -> Option<Hello> {
+        let mut server = self.server.subscribe();
+        if let Some(hello) = server.borrow_and_update().clone() {
+            return Some(hello);
+        }
+        server.changed().await.ok()?;
+        let hello = server.borrow().clone();
+        hello
+    }
+
+    /// The credit of producer `id`, from now on kept up to date.
+    pub(crate) fn producer_credit(&self, id: u64, server: &Hello, budget: u64) -> Arc<ProducerCredit> {
+        let window = server.bulk_window.unwrap_or(DEFAULT_BULK_WINDOW);
+        let credit = Mutex::new(CreditSent::new(window, 1, budget));
+        let credit = Arc::new(ProducerCredit { credit, changed: Notify::new() });
+        self.producers.lock().unwrap_or_else(PoisonError::into_inner).insert(id, credit.clone());
+        credit
+    }
+
+    /// Producer `id` has no stream any more.
+    pub(crate) fn forget_producer(&self, id: u64) {
+        self.producers.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+    }
+
+    /// The window of a subscription, in bytes.
+    pub(crate) fn window(&self) -> u64 {
+        self.window
+    }
+
+    /// Tells the server how much of subscription `id` was consumed.
+    pub(crate) fn credit(&self, id: u64, consumed: u64) {
+        self.control.push(Credit { id, consumed });
+    }
+}

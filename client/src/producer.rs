@@ -1,0 +1,561 @@
+//! Appending: batches on their way, each until it is acknowledged.
+//!
+//! ```text
+//! append ──▶ ready ──▶ flight (numbered) ──▶ sent ──▶ acknowledged
+//!                        ▲                     │ refused, or the connection is lost
+//!                        └─────────────────────┘
+//! ```
+//!
+//! A batch gets its sequence when it is first sent and keeps it over reconnects, so that the server recognizes it. When a
+//! batch is refused for good it used no sequence: those behind it are numbered anew.
+
+use core::future::{Future, IntoFuture};
+use core::pin::Pin;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use bytes::Bytes;
+use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::registry::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_RECORD, PRODUCER_WINDOW};
+use mainstay_protocol::session::Record;
+use mainstay_protocol::wire::{Ack, Append, Label, Produce, Refused, Writer, put_frame};
+use mainstay_transport::{Connection, SendStream, StreamError};
+use tokio::sync::Notify;
+
+use crate::config::Config;
+use crate::error::{AppendError, ClientError, Stored};
+use crate::link::Link;
+use crate::session::{Session, StreamId};
+
+/// A batch that gathers records stays open up to this many bytes: enough to fill many packets, small enough that the
+/// first record does not wait for the last.
+const GATHER: usize = 32 * 1024;
+/// Bytes handed to the transport in one write.
+const BURST: usize = 64 * 1024;
+/// Bytes of batches on the way to the server at once.
+const SEND_BUDGET: u64 = 4 << 20;
+
+/// The end of one batch: what its tickets wait for.
+#[derive(Debug, Default)]
+struct Done {
+    result: OnceLock<Result<u64, AppendError>>,
+    notify: Notify,
+}
+
+impl Done {
+    fn set(&self, result: Result<u64, AppendError>) {
+        // The first outcome stands.
+        let _ = self.result.set(result);
+        self.notify.notify_waiters();
+    }
+}
+
+#[derive(Debug)]
+struct Batch {
+    count: u64,
+    records: Writer,
+    /// More records may join.
+    open: bool,
+    done: Arc<Done>,
+}
+
+#[derive(Debug)]
+struct Flight {
+    sequence: u64,
+    count: u64,
+    records: Bytes,
+    done: Arc<Done>,
+    /// Sent on the current connection and not answered.
+    sent: bool,
+    /// Refused on the current connection; to be sent again.
+    refused: bool,
+    /// Refused for good; its place is given up.
+    dead: bool,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    epoch: u64,
+    next: u64,
+    flight: VecDeque<Flight>,
+    ready: VecDeque<Batch>,
+    bytes: usize,
+    ended: Option<ClientError>,
+    /// The connection that the batches go over; answers of others are ignored.
+    link: Option<u64>,
+    /// A batch was refused: nothing is sent until everything sent is answered.
+    refusing: bool,
+    /// Refusals in a row that ask for patience.
+    patience: u32,
+    /// Its handle is gone: the stream ends once everything is acknowledged.
+    dropped: bool,
+    /// A newer epoch was granted: nothing more is sent, what was sent still gets its answers.
+    fenced: Option<ClientError>,
+}
+
+/// A producer, shared by its handle, its writing task and the session's driver.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) name: Label,
+    config: Arc<Config>,
+    state: Mutex<State>,
+    /// Something may be sent.
+    work: Notify,
+    /// There is room again.
+    room: Notify,
+}
+
+impl Shared {
+    pub(crate) fn new(name: Label, config: Arc<Config>) -> Self {
+        Self { name, config, state: Mutex::default(), work: Notify::new(), room: Notify::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The epoch to keep on a reconnect; 0 before the first grant.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.lock().epoch
+    }
+
+    /// True if the producer needs no connection any more.
+    pub(crate) fn is_finished(&self) -> bool {
+        let state = self.lock();
+        state.ended.is_some() || state.dropped && state.flight.is_empty() && state.ready.is_empty()
+    }
+
+    /// The server granted or confirmed an epoch on connection `link`. Errors: the server's sequence contradicts what was
+    /// acknowledged.
+    pub(crate) fn opened(&self, link: u64, epoch: u64, next: u64) -> Result<(), ProtocolError> {
+        let mut state = self.lock();
+        if state.epoch == 0 {
+            state.next = next;
+        }
+        state.epoch = epoch;
+        state.link = Some(link);
+        state.refusing = false;
+        for flight in &mut state.flight {
+            (flight.sent, flight.refused) = (false, false);
+        }
+        renumber(&mut state);
+        let first = state.flight.front().map_or(state.next, |flight| flight.sequence);
+        if next < first {
+            return Err(ProtocolError::new(Code::SEQ_GAP, "the server lost batches that it had acknowledged"));
+        }
+        drop(state);
+        self.work.notify_one();
+        Ok(())
+    }
+
+    /// The connection is lost.
+    pub(crate) fn unlinked(&self) {
+        self.lock().link = None;
+        self.work.notify_one();
+    }
+
+    /// Nothing will be sent any more; what may have been stored is `Unknown`.
+    pub(crate) fn end(&self, error: &ClientError) {
+        let mut state = self.lock();
+        if state.ended.is_some() {
+            return;
+        }
+        state.ended = Some(error.clone());
+        for flight in state.flight.drain(..) {
+            flight.done.set(Err(AppendError { stored: Stored::Unknown, error: error.clone() }));
+        }
+        for batch in state.ready.drain(..) {
+            batch.done.set(Err(AppendError { stored: Stored::NotCommitted, error: error.clone() }));
+        }
+        state.bytes = 0;
+        drop(state);
+        self.work.notify_one();
+        self.room.notify_waiters();
+    }
+
+    /// A newer epoch was granted. What is in flight still gets its own answers; nothing more is sent.
+    pub(crate) fn fence(&self, error: &ClientError) {
+        let mut state = self.lock();
+        if state.ended.is_some() {
+            return;
+        }
+        let ready = core::mem::take(&mut state.ready);
+        for batch in ready {
+            state.bytes = state.bytes.saturating_sub(batch.records.len());
+            batch.done.set(Err(AppendError { stored: Stored::NotCommitted, error: error.clone() }));
+        }
+        let waiting = state.flight.iter().any(|flight| flight.sent);
+        if !waiting {
+            drop(state);
+            return self.end(error);
+        }
+        state.fenced = Some(error.clone());
+        drop(state);
+        self.room.notify_waiters();
+    }
+
+    /// Batches are durable.
+    pub(crate) fn acked(&self, ack: &Ack) -> Result<(), ProtocolError> {
+        let mut state = self.lock();
+        for (sequence, acked) in (ack.sequence..).zip(&ack.batches) {
+            let Some(flight) = state.flight.front() else { break };
+            if sequence < flight.sequence {
+                // An answer to a repetition of something answered before.
+                continue;
+            }
+            if sequence > flight.sequence || flight.count != acked.count {
+                return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "ACK of a batch that was not sent"));
+            }
+            if let Some(flight) = state.flight.pop_front() {
+                state.bytes = state.bytes.saturating_sub(flight.records.len());
+                flight.done.set(Ok(acked.first));
+            }
+        }
+        state.patience = 0;
+        self.settle(state);
+        Ok(())
+    }
+
+    /// A batch was refused on connection `link`.
+    pub(crate) fn refused(&self, link: u64, refused: &Refused) {
+        let mut state = self.lock();
+        if state.link != Some(link) {
+            return;
+        }
+        let error = ClientError::refused(refused.code, refused.message.as_str());
+        let Some(flight) = state.flight.iter_mut().find(|flight| flight.sequence == refused.sequence && flight.sent)
+        else {
+            return;
+        };
+        (flight.sent, flight.refused) = (false, true);
+        if !refused.code.is_retryable() {
+            flight.dead = true;
+            let stored = if refused.code == Code::DUPLICATE { Stored::Unknown } else { Stored::NotCommitted };
+            flight.done.set(Err(AppendError { stored, error: error.clone() }));
+        }
+        state.refusing = true;
+        let ends = matches!(refused.code, Code::FENCED | Code::PRODUCER_UNKNOWN | Code::SESSION_CLOSED);
+        if ends && !state.flight.iter().any(|flight| flight.sent && flight.sequence < refused.sequence) {
+            // What is behind it would be refused for the same reason, and was not stored.
+            for flight in &mut state.flight {
+                flight.done.set(Err(AppendError { stored: Stored::NotCommitted, error: error.clone() }));
+            }
+            drop(state);
+            return self.end(&error);
+        }
+        if refused.code.is_retryable() && refused.code != Code::SEQ_GAP {
+            state.patience = state.patience.saturating_add(1);
+        }
+        self.settle(state);
+    }
+
+    /// Goes on after refusals once everything sent behind the first refused batch is answered.
+    fn settle(&self, mut state: MutexGuard<'_, State>) {
+        if state.refusing {
+            let first = state.flight.iter().position(|flight| flight.refused);
+            let open = first.is_some_and(|at| state.flight.iter().skip(at).any(|flight| flight.sent));
+            if !open {
+                renumber(&mut state);
+                state.refusing = false;
+            }
+        }
+        let fenced = state.fenced.clone().filter(|_| !state.flight.iter().any(|flight| flight.sent));
+        drop(state);
+        if let Some(error) = fenced {
+            return self.end(&error);
+        }
+        self.work.notify_one();
+        self.room.notify_waiters();
+    }
+}
+
+/// Drops what was refused for good and closes the holes that it left.
+fn renumber(state: &mut State) {
+    let mut gone = 0;
+    let mut bytes = 0;
+    state.flight.retain_mut(|flight| {
+        if flight.dead {
+            gone += 1;
+            bytes += flight.records.len();
+            return false;
+        }
+        flight.sequence -= gone;
+        flight.refused = false;
+        true
+    });
+    state.next -= gone;
+    state.bytes = state.bytes.saturating_sub(bytes);
+}
+
+/// Writes a producer's batches on one connection until the connection is lost or the producer has ended.
+pub(crate) async fn write<C: Connection>(shared: Arc<Shared>, link: Arc<Link<C>>, id: u64) {
+    let Some(server) = link.server().await else { return };
+    let credit = link.producer_credit(id, &server, SEND_BUDGET);
+    let Ok(mut send) = link.transport.open_uni().await else { return };
+    let stopped = send.stopped();
+    let pump = async {
+        let mut out = Writer::new();
+        put_frame(&Produce { producer: id }, &mut out);
+        loop {
+            // Lets whoever appends go first, so that records gather into batches.
+            tokio::task::yield_now().await;
+            let patience = gather(&shared, id, &mut out);
+            if out.is_empty() {
+                match patience {
+                    Next::Wait => shared.work.notified().await,
+                    Next::Pause(pause) => tokio::time::sleep(pause).await,
+                    Next::End => return Ok::<_, StreamError>(()),
+                }
+                continue;
+            }
+            let mut bytes = out.take();
+            while !bytes.is_empty() {
+                let available = usize::try_from(credit.available().await).unwrap_or(usize::MAX);
+                let part = bytes.split_to(bytes.len().min(available));
+                credit.sent(part.len() as u64);
+                send.write(&mut [part]).await?;
+            }
+        }
+    };
+    tokio::select! {
+        result = pump => match result {
+            Ok(()) => send.finish(),
+            Err(error) => tracing::debug!(producer = %shared.name, %error, "producer stream lost"),
+        },
+        code = stopped => if let Some(code) = code {
+            tracing::debug!(producer = %shared.name, code = %Code(code), "producer stream stopped by the server");
+        },
+    }
+    link.forget_producer(id);
+}
+
+/// What a writer with nothing to write does.
+enum Next {
+    /// Wait for work.
+    Wait,
+    /// Try again after a pause: the server asked for patience.
+    Pause(core::time::Duration),
+    /// The stream has served its purpose.
+    End,
+}
+
+/// Takes what may be sent now and encodes it.
+fn gather(shared: &Shared, link: u64, out: &mut Writer) -> Next {
+    let mut state = shared.lock();
+    if state.ended.is_some() || state.link != Some(link) {
+        return Next::End;
+    }
+    if state.dropped && state.flight.is_empty() && state.ready.is_empty() {
+        return Next::End;
+    }
+    if state.refusing || state.fenced.is_some() {
+        return Next::Wait;
+    }
+    if state.patience > 0 && state.flight.iter().any(|flight| !flight.sent) {
+        let pause = core::time::Duration::from_millis(25 << state.patience.min(5));
+        if !out.is_empty() {
+            return Next::Wait;
+        }
+        // The pause is taken once; the next turn sends.
+        state.patience = 0;
+        return Next::Pause(pause);
+    }
+    for flight in state.flight.iter_mut().filter(|flight| !flight.sent) {
+        if out.len() >= BURST {
+            return Next::Wait;
+        }
+        flight.sent = true;
+        let (sequence, count, records) = (flight.sequence, flight.count, flight.records.clone());
+        put_frame(&Append { sequence, count, records }, out);
+    }
+    while out.len() < BURST && state.flight.len() < PRODUCER_WINDOW {
+        let Some(batch) = state.ready.pop_front() else { break };
+        let sequence = state.next;
+        state.next += 1;
+        let (count, records) = (batch.count, batch.records.freeze());
+        put_frame(&Append { sequence, count, records: records.clone() }, out);
+        let done = batch.done;
+        state.flight.push_back(Flight { sequence, count, records, done, sent: true, refused: false, dead: false });
+    }
+    Next::Wait
+}
+
+/// Appends to a session, exactly once, in the order of the calls.
+///
+/// Records are gathered into batches while earlier ones are on the way; nothing waits for a timer. Dropping a producer does
+/// not take back what was appended; [`Producer::flush`] waits for it.
+#[derive(Debug)]
+pub struct Producer {
+    shared: Arc<Shared>,
+    session: Session,
+}
+
+impl Producer {
+    pub(crate) fn new(shared: Arc<Shared>, session: Session) -> Self {
+        Self { shared, session }
+    }
+
+    /// The epoch that the server granted.
+    pub fn epoch(&self) -> u64 {
+        self.shared.epoch()
+    }
+
+    /// The session that it appends to.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// Appends a `data` record. Waits while too much is on the way; the ticket tells when it is durable.
+    ///
+    /// Errors: the record is too long, or the producer has ended; then nothing was queued.
+    pub async fn append(&self, stream: StreamId, payload: impl Into<Bytes>) -> Result<Ticket, AppendError> {
+        self.append_record(Record::data(stream.0, payload)).await
+    }
+
+    /// Appends a record. As [`Producer::append`].
+    pub async fn append_record(&self, record: Record) -> Result<Ticket, AppendError> {
+        let len = record.encoded_len();
+        if len > MAX_RECORD {
+            return Err(invalid("the record is longer than 256 KiB"));
+        }
+        self.room().await?;
+        let mut state = self.open()?;
+        let joins = |batch: &Batch| {
+            batch.open && (batch.count as usize) < MAX_BATCH_RECORDS && batch.records.len() + len <= GATHER
+        };
+        if !state.ready.back().is_some_and(joins) {
+            let (records, done) = (Writer::new(), Arc::new(Done::default()));
+            state.ready.push_back(Batch { count: 0, records, open: true, done });
+        }
+        let Some(batch) = state.ready.back_mut() else { unreachable!("a batch was just added") };
+        let before = batch.records.len();
+        record.put(&mut batch.records);
+        let ticket = Ticket { done: batch.done.clone(), index: batch.count };
+        batch.count += 1;
+        let added = batch.records.len() - before;
+        state.bytes += added;
+        drop(state);
+        self.shared.work.notify_one();
+        Ok(ticket)
+    }
+
+    /// Appends records that are stored together and contiguously, or not at all. The ticket is that of the first.
+    ///
+    /// Errors: as [`Producer::append`]; also if there are no records, or more than 1,000, or more than 512 KiB of them.
+    pub async fn append_batch(&self, batch: &[Record]) -> Result<Ticket, AppendError> {
+        let mut records = Writer::new();
+        for record in batch {
+            if record.encoded_len() > MAX_RECORD {
+                return Err(invalid("a record of the batch is longer than 256 KiB"));
+            }
+            record.put(&mut records);
+        }
+        if batch.is_empty() || batch.len() > MAX_BATCH_RECORDS || records.len() > MAX_BATCH_BYTES {
+            return Err(invalid("a batch has 1 to 1,000 records and at most 512 KiB"));
+        }
+        self.room().await?;
+        let mut state = self.open()?;
+        state.bytes += records.len();
+        let done = Arc::new(Done::default());
+        state.ready.push_back(Batch { count: batch.len() as u64, records, open: false, done: done.clone() });
+        drop(state);
+        self.shared.work.notify_one();
+        Ok(Ticket { done, index: 0 })
+    }
+
+    /// Waits until everything appended so far is durable. Errors: the first failure among what was in flight.
+    pub async fn flush(&self) -> Result<(), AppendError> {
+        let last: Vec<Arc<Done>> = {
+            let state = self.shared.lock();
+            let flight = state.flight.iter().map(|flight| flight.done.clone());
+            flight.chain(state.ready.iter().map(|batch| batch.done.clone())).collect()
+        };
+        for done in last {
+            Ticket { done, index: 0 }.await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the producer has ended and says why, for example that it was fenced.
+    pub async fn ended(&self) -> ClientError {
+        loop {
+            let room = self.shared.room.notified();
+            tokio::pin!(room);
+            room.as_mut().enable();
+            if let Some(error) = self.shared.lock().ended.clone() {
+                return error;
+            }
+            room.await;
+        }
+    }
+
+    fn open(&self) -> Result<MutexGuard<'_, State>, AppendError> {
+        let state = self.shared.lock();
+        match state.ended.as_ref().or(state.fenced.as_ref()) {
+            Some(error) => Err(AppendError { stored: Stored::NotCommitted, error: error.clone() }),
+            None => Ok(state),
+        }
+    }
+
+    /// Waits until there is room for more.
+    async fn room(&self) -> Result<(), AppendError> {
+        loop {
+            let room = self.shared.room.notified();
+            tokio::pin!(room);
+            room.as_mut().enable();
+            if self.open()?.bytes < self.shared.config.producer_bytes {
+                return Ok(());
+            }
+            room.await;
+        }
+    }
+}
+
+impl Drop for Producer {
+    fn drop(&mut self) {
+        self.shared.lock().dropped = true;
+        self.shared.work.notify_one();
+    }
+}
+
+fn invalid(what: &str) -> AppendError {
+    AppendError { stored: Stored::NotCommitted, error: ClientError::Invalid(what.into()) }
+}
+
+/// A record on its way. Awaiting it gives the record's seq once it is durable.
+#[derive(Debug)]
+pub struct Ticket {
+    done: Arc<Done>,
+    index: u64,
+}
+
+impl Ticket {
+    /// The seq or the failure, if it is known.
+    pub fn outcome(&self) -> Option<Result<u64, AppendError>> {
+        Some(self.done.result.get()?.clone().map(|first| first + self.index))
+    }
+
+    /// Waits for the outcome. Cancellation-safe.
+    pub async fn wait(&self) -> Result<u64, AppendError> {
+        loop {
+            if let Some(outcome) = self.outcome() {
+                return outcome;
+            }
+            let notified = self.done.notify.notified();
+            tokio::pin!(notified);
+            notified.as_mut().enable();
+            if self.done.result.get().is_none() {
+                notified.await;
+            }
+        }
+    }
+}
+
+impl IntoFuture for Ticket {
+    type Output = Result<u64, AppendError>;
+    type IntoFuture = Pin<Box<dyn Future<Output = Self::Output> + Send>>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        Box::pin(async move { self.wait().await })
+    }
+}

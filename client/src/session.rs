@@ -1,0 +1,199 @@
+//! A session as the application sees it.
+
+use core::time::Duration;
+use std::sync::Arc;
+
+use mainstay_protocol::registry::STREAM_MAIN;
+use mainstay_protocol::session::{Cursor, Incarnation, SessionName, Verdict, ViewHash};
+use mainstay_protocol::wire::{AttachMode, Attached, Label, Start};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::client::Client;
+use crate::driver::{Ask, SessionCommand};
+use crate::error::ClientError;
+use crate::producer::Producer;
+use crate::subscription::Subscribing;
+
+/// A session that is about to be attached to.
+#[derive(Debug, Clone)]
+pub struct Attaching {
+    client: Client,
+    pub(crate) name: SessionName,
+    pub(crate) mode: AttachMode,
+    pub(crate) cursor: Option<Cursor>,
+    pub(crate) wait: bool,
+}
+
+impl Attaching {
+    pub(crate) fn new(client: Client, name: SessionName) -> Self {
+        Self { client, name, mode: AttachMode::Attach, cursor: None, wait: false }
+    }
+
+    /// Creates the session if it does not exist.
+    pub fn create(mut self) -> Self {
+        self.mode = AttachMode::Create;
+        self
+    }
+
+    /// Creates the session, and fails with `SESSION_EXISTS` if it exists.
+    pub fn create_new(mut self) -> Self {
+        self.mode = AttachMode::CreateNew;
+        self
+    }
+
+    /// Waits for the session to exist instead of failing with `SESSION_NOT_FOUND`.
+    pub fn wait(mut self) -> Self {
+        self.wait = true;
+        self
+    }
+
+    /// Continues from a cursor: the attach fails with `Gone` if the session has another incarnation now.
+    pub fn at(mut self, cursor: Cursor) -> Self {
+        self.cursor = Some(cursor);
+        self
+    }
+
+    /// Attaches. Errors: `Refused`, `Unreachable`, `Gone`.
+    pub async fn attach(self) -> Result<Session, ClientError> {
+        // Bounded: handles wait while the session's driver is busy or without a connection.
+        let (commands, mailbox) = mpsc::channel(64);
+        let (answer, attached) = oneshot::channel();
+        let core = self.client.core.clone();
+        let client = self.client.clone();
+        commands.send(SessionCommand::Attached { answer }).await.map_err(|_| ClientError::Closed)?;
+        core.drive(self, mailbox, commands.downgrade());
+        let info = attached.await.map_err(|_| ClientError::Closed)??;
+        Ok(Session { commands, info, client })
+    }
+}
+
+/// What an attach told about the session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SessionInfo {
+    /// Its name.
+    pub name: SessionName,
+    /// Its incarnation.
+    pub incarnation: Incarnation,
+    /// What became of the cursor.
+    pub verdict: Verdict,
+    /// The seq that the next record will get.
+    pub tail: u64,
+    /// The first seq that can be read.
+    pub first: u64,
+    /// When it was created, in milliseconds since the Unix epoch.
+    pub created: u64,
+    /// True if it is closed.
+    pub closed: bool,
+    /// Version of the fold that made `view_hash`.
+    pub fold_version: u64,
+    /// Hash of the view at `tail`.
+    pub view_hash: ViewHash,
+    /// Names of its streams, by stream id.
+    pub streams: Vec<String>,
+    /// Name, epoch and next sequence of this subject's producers, most recently granted first.
+    pub producers: Vec<(String, u64, u64)>,
+}
+
+impl SessionInfo {
+    pub(crate) fn new(name: SessionName, attached: Attached) -> Self {
+        let producers = attached.positions.into_iter();
+        Self {
+            name,
+            incarnation: attached.incarnation,
+            verdict: attached.verdict,
+            tail: attached.tail,
+            first: attached.first,
+            created: attached.created,
+            closed: attached.closed,
+            fold_version: attached.fold_version,
+            view_hash: attached.view_hash,
+            streams: attached.streams.iter().map(|name| name.as_str().to_owned()).collect(),
+            producers: producers.map(|p| (p.producer.as_str().to_owned(), p.epoch, p.next)).collect(),
+        }
+    }
+}
+
+/// A stream of one session, as records name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct StreamId(pub(crate) u64);
+
+/// An attachment to a session. It attaches again by itself when the connection is lost, until it is dropped.
+#[derive(Debug, Clone)]
+pub struct Session {
+    pub(crate) commands: mpsc::Sender<SessionCommand>,
+    info: Arc<watch::Receiver<SessionInfo>>,
+    client: Client,
+}
+
+impl Session {
+    /// What the last attach told.
+    pub fn info(&self) -> SessionInfo {
+        self.info.borrow().clone()
+    }
+
+    /// The stream `main`.
+    pub fn main(&self) -> StreamId {
+        StreamId(STREAM_MAIN)
+    }
+
+    /// The stream called `name`; defines it durably if the session has none of this name.
+    ///
+    /// Errors: `Refused` with `LIMIT_EXCEEDED` or `FORBIDDEN`, `Protocol` with `NAME_INVALID`.
+    pub async fn stream(&self, name: &str) -> Result<StreamId, ClientError> {
+        let name = Label::new(name)?;
+        self.ask(|answer| Ask::Stream { name, answer }).await.map(StreamId)
+    }
+
+    /// A producer called `name` within the token's subject. The server grants it the next epoch, which fences every earlier
+    /// holder of the name.
+    ///
+    /// Errors: `Refused`, `Protocol` with `NAME_INVALID`.
+    pub async fn producer(&self, name: &str) -> Result<Producer, ClientError> {
+        let name = Label::new(name)?;
+        let (answer, opened) = oneshot::channel();
+        let config = self.client.core.config().clone();
+        let command = SessionCommand::Producer { name, config, answer };
+        self.commands.send(command).await.map_err(|_| ClientError::Closed)?;
+        let shared = opened.await.map_err(|_| ClientError::Closed)??;
+        Ok(Producer::new(shared, self.clone()))
+    }
+
+    /// A subscription from `start` on.
+    pub fn subscribe(&self, start: Start) -> Subscribing {
+        Subscribing::new(self.clone(), start)
+    }
+
+    /// Closes the session: no record can follow. Returns the seq of the record that says so. Errors: `Refused`.
+    pub async fn close(&self) -> Result<u64, ClientError> {
+        self.ask(|answer| Ask::Close { answer }).await
+    }
+
+    /// Releases the records below `before`. Returns the first seq that can still be read. Errors: `Refused`.
+    pub async fn trim(&self, before: u64) -> Result<u64, ClientError> {
+        self.ask(|answer| Ask::Trim { before, answer }).await
+    }
+
+    /// Deletes the session. Its name is free afterwards. Errors: `Refused`.
+    pub async fn delete(&self) -> Result<(), ClientError> {
+        self.ask(|answer| Ask::Delete { answer }).await.map(|_| ())
+    }
+
+    /// Waits until the session cannot be used any more and says why.
+    pub async fn ended(&self) -> ClientError {
+        let (answer, ended) = oneshot::channel();
+        if self.commands.send(SessionCommand::Ended { answer }).await.is_err() {
+            return ClientError::Closed;
+        }
+        ended.await.unwrap_or(ClientError::Closed)
+    }
+
+    async fn ask(&self, ask: impl FnOnce(oneshot::Sender<Result<u64, ClientError>>) -> Ask) -> Result<u64, ClientError> {
+        let (answer, asked) = oneshot::channel();
+        self.commands.send(SessionCommand::Ask(ask(answer))).await.map_err(|_| ClientError::Closed)?;
+        asked.await.map_err(|_| ClientError::Closed)?
+    }
+}
+
+/// How long to wait before attaching again to a session that does not exist yet or is not served yet.
+pub(crate) const ATTACH_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));

@@ -1,0 +1,392 @@
+//! Reading: a stream of events that goes on over reconnects without gap or repetition.
+
+use core::pin::Pin;
+use core::task::{Context, Poll};
+use std::sync::Arc;
+
+use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::session::{Author, Backoff, CreditReceived, Incarnation, Kind, Record, Records, Verdict, View};
+use mainstay_protocol::wire::{Delivery, Frame, Label, Start};
+use mainstay_transport::{Connection, FrameError};
+use tokio::sync::mpsc;
+
+use crate::driver::{Resubscriber, SessionCommand};
+use crate::error::ClientError;
+use crate::link::Incoming;
+use crate::session::{ATTACH_PAUSE, Session};
+
+/// A subscription that is about to be opened.
+#[derive(Debug, Clone)]
+pub struct Subscribing {
+    session: Session,
+    start: Start,
+    pub(crate) streams: Vec<String>,
+    pub(crate) kinds: Vec<Kind>,
+}
+
+impl Subscribing {
+    pub(crate) fn new(session: Session, start: Start) -> Self {
+        Self { session, start, streams: Vec::new(), kinds: Vec::new() }
+    }
+
+    /// Delivers only records of this stream, or of others named so. A stream may be defined later.
+    pub fn stream(mut self, name: impl Into<String>) -> Self {
+        self.streams.push(name.into());
+        self
+    }
+
+    /// Delivers only records of this kind, or of others named so.
+    pub fn kind(mut self, kind: Kind) -> Self {
+        self.kinds.push(kind);
+        self
+    }
+
+    /// Opens the subscription. Errors: `Protocol` with `NAME_INVALID`, `Closed`. What the server refuses is an event.
+    pub async fn open(self) -> Result<Subscription, ClientError> {
+        let streams = self.streams.iter().map(|name| Label::new(name)).collect::<Result<_, _>>()?;
+        let kinds = self.kinds.iter().map(|kind| kind.0).collect();
+        // A few: the application's back-pressure must reach the server's credit.
+        let (events, receiver) = mpsc::channel(4);
+        let command = SessionCommand::Subscribe { start: self.start, streams, kinds, events };
+        self.session.commands.send(command).await.map_err(|_| ClientError::Closed)?;
+        Ok(Subscription { events: receiver, _session: self.session })
+    }
+}
+
+/// What a subscription tells.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Event {
+    /// The subscription has begun.
+    Started {
+        /// What became of the position asked for.
+        verdict: Verdict,
+        /// The first seq that will be covered.
+        next: u64,
+        /// The session's tail.
+        tail: u64,
+        /// The session's incarnation.
+        incarnation: Incarnation,
+    },
+    /// The view at a seq; records from there on follow.
+    Snapshot(Box<View>),
+    /// Records, in order.
+    Records(RecordBatch),
+    /// Everything below this tail was delivered. Comes once for each time that the subscription had fallen behind.
+    CaughtUp {
+        /// The tail.
+        tail: u64,
+    },
+    /// Records that will never be delivered.
+    Gap {
+        /// First seq that is missing.
+        from: u64,
+        /// First seq that follows.
+        to: u64,
+        /// Why: `trimmed`.
+        reason: &'static str,
+    },
+    /// The connection was lost and the subscription goes on.
+    Resumed {
+        /// What became of the position.
+        verdict: Verdict,
+        /// The next seq.
+        next: u64,
+    },
+    /// The session is closed and everything was delivered. Nothing follows.
+    Ended,
+}
+
+/// Records that were delivered together.
+#[derive(Debug, Clone)]
+pub struct RecordBatch {
+    delivery: Delivery,
+    streams: Arc<Vec<Option<Label>>>,
+}
+
+/// One record as it was read.
+#[derive(Debug, Clone)]
+pub struct ReadRecord<'a> {
+    /// Its seq.
+    pub seq: u64,
+    /// When the server accepted it, in milliseconds since the Unix epoch.
+    pub time: u64,
+    /// Who wrote it.
+    pub author: &'a Author,
+    /// Name of its stream.
+    pub stream: &'a str,
+    /// The record.
+    pub record: Record,
+}
+
+impl RecordBatch {
+    /// First seq covered.
+    pub fn from(&self) -> u64 {
+        self.delivery.from
+    }
+
+    /// First seq not covered: where to go on.
+    pub fn next(&self) -> u64 {
+        self.delivery.to
+    }
+
+    /// Number of records.
+    pub fn len(&self) -> u64 {
+        self.delivery.runs.iter().map(|run| run.count).sum()
+    }
+
+    /// True if the interval holds no record that passes the filter.
+    pub fn is_empty(&self) -> bool {
+        self.delivery.runs.is_empty()
+    }
+
+    /// Every record. Errors: `Protocol` if the server delivered something that is not a record.
+    pub fn iter(&self) -> impl Iterator<Item = Result<ReadRecord<'_>, ClientError>> {
+        let mut seq = self.delivery.from;
+        let heads = self.delivery.runs.iter().flat_map(move |run| {
+            let first = seq + run.skip;
+            seq = first + run.count;
+            let time = self.delivery.base_time + run.time;
+            let author = self.delivery.authors.get(run.author as usize);
+            (first..seq).map(move |seq| (seq, time, author))
+        });
+        heads.zip(Records::new(&self.delivery.records)).map(|((seq, time, author), record)| {
+            let record = record?;
+            let stream = usize::try_from(record.stream).ok().and_then(|id| self.streams.get(id)?.as_ref());
+            let unknown = ProtocolError::new(Code::FRAME_MALFORMED, "delivery names something that was not told");
+            let (Some(author), Some(stream)) = (author, stream) else { return Err(unknown.into()) };
+            Ok(ReadRecord { seq, time, author, stream: stream.as_str(), record })
+        })
+    }
+}
+
+/// A read of a session from a position on. Drop it to end it.
+#[derive(Debug)]
+pub struct Subscription {
+    events: mpsc::Receiver<Result<Event, ClientError>>,
+    _session: Session,
+}
+
+impl Subscription {
+    /// The next event; `None` after the last. An error is the last. Cancellation-safe.
+    pub async fn next(&mut self) -> Option<Result<Event, ClientError>> {
+        self.events.recv().await
+    }
+}
+
+impl futures_core::Stream for Subscription {
+    type Item = Result<Event, ClientError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.events.poll_recv(cx)
+    }
+}
+
+/// What the session's driver hands to a subscription's task.
+pub(crate) enum Opened<C: Connection> {
+    /// Its stream on a new connection, and what is needed to give credit.
+    Stream(Incoming<C>, Arc<crate::link::Link<C>>, Incarnation),
+    /// The connection was lost before its stream came.
+    Lost,
+    /// The server refused.
+    Refused(Code, String),
+    /// The session cannot be used any more.
+    Failed(ClientError),
+}
+
+/// Reads one subscription over all its connections.
+pub(crate) struct Reader<C: Connection> {
+    pub(crate) opened: mpsc::Receiver<Opened<C>>,
+    pub(crate) events: mpsc::Sender<Result<Event, ClientError>>,
+    pub(crate) resubscriber: Resubscriber,
+}
+
+/// The application dropped the subscription.
+struct Dropped;
+
+enum Over {
+    /// The connection is gone, or the server asks to come back.
+    Again { patience: bool },
+    /// Done: every record was delivered.
+    Ended,
+    /// It cannot go on.
+    Failed(ClientError),
+}
+
+#[derive(Default)]
+struct Progress {
+    started: bool,
+    next: u64,
+    tail: u64,
+    behind: bool,
+}
+
+impl<C: Connection> Reader<C> {
+    /// Runs until the subscription ends.
+    pub(crate) async fn run(mut self) {
+        let mut progress = Progress::default();
+        let mut backoff = Backoff::new(ATTACH_PAUSE.0, ATTACH_PAUSE.1);
+        loop {
+            let opened = tokio::select! {
+                opened = self.opened.recv() => opened,
+                () = self.events.closed() => return,
+            };
+            let over = match opened {
+                Some(Opened::Stream(incoming, link, incarnation)) => {
+                    let read = self.read(incoming, &link, incarnation, &mut progress);
+                    match read.await {
+                        Ok(over) => over,
+                        Err(Dropped) => return,
+                    }
+                }
+                // The server may not have forgotten the stream before.
+                Some(Opened::Refused(code, message))
+                    if code.is_retryable() || progress.started && code == Code::LIMIT_EXCEEDED =>
+                {
+                    tracing::debug!(%code, message, "subscription refused; trying again");
+                    Over::Again { patience: true }
+                }
+                Some(Opened::Refused(code, message)) => Over::Failed(ClientError::refused(code, message)),
+                Some(Opened::Lost) => Over::Again { patience: false },
+                Some(Opened::Failed(error)) => Over::Failed(error),
+                None => return,
+            };
+            match over {
+                Over::Again { patience } => {
+                    if patience {
+                        tokio::time::sleep(backoff.next(rand::random())).await;
+                    } else {
+                        backoff.reset();
+                    }
+                    let start = progress.started.then_some(Start::Seq(progress.next));
+                    if self.resubscriber.again(start).await.is_err() {
+                        return;
+                    }
+                }
+                Over::Ended => {
+                    // An application that left does not mind.
+                    let _ = self.events.send(Ok(Event::Ended)).await;
+                    return;
+                }
+                Over::Failed(error) => {
+                    let _ = self.events.send(Err(error)).await;
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn send(&self, event: Event) -> Result<(), Dropped> {
+        self.events.send(Ok(event)).await.map_err(|_| Dropped)
+    }
+
+    /// Reads one stream to its end.
+    async fn read(
+        &self,
+        (subscribed, mut frames): Incoming<C>,
+        link: &crate::link::Link<C>,
+        incarnation: Incarnation,
+        progress: &mut Progress,
+    ) -> Result<Over, Dropped> {
+        let (verdict, next, tail) = (subscribed.verdict, subscribed.next, subscribed.tail);
+        if progress.started {
+            if next > progress.next && verdict == Verdict::Exact {
+                let skipped = ProtocolError::new(Code::FRAME_MALFORMED, "subscription goes on behind its position");
+                return Ok(Over::Failed(skipped.into()));
+            }
+            self.send(Event::Resumed { verdict, next }).await?;
+        } else {
+            *progress = Progress { started: true, next, tail, behind: true };
+            self.send(Event::Started { verdict, next, tail, incarnation }).await?;
+        }
+        progress.tail = progress.tail.max(tail);
+        progress.behind = true;
+        self.caught_up(progress).await?;
+        let mut credit = CreditReceived::new(link.window());
+        let mut streams: Arc<Vec<Option<Label>>> = Arc::default();
+        loop {
+            loop {
+                let frame = match frames.buffered() {
+                    Ok(Some(frame)) => frame,
+                    Ok(None) => break,
+                    Err(error) => return Ok(Over::Failed(error.into())),
+                };
+                match frame {
+                    Frame::Delivery(delivery) => {
+                        if delivery.from != progress.next {
+                            let gap = ProtocolError::new(Code::FRAME_MALFORMED, "delivery does not go on where it must");
+                            return Ok(Over::Failed(gap.into()));
+                        }
+                        progress.next = delivery.to;
+                        progress.tail = progress.tail.max(delivery.to);
+                        let batch = RecordBatch { delivery, streams: streams.clone() };
+                        self.send(Event::Records(batch)).await?;
+                        self.caught_up(progress).await?;
+                    }
+                    Frame::Stream(stream) => {
+                        let Some(id) = usize::try_from(stream.id).ok().filter(|id| *id < MAX_STREAM) else { continue };
+                        let table = Arc::make_mut(&mut streams);
+                        if table.len() <= id {
+                            table.resize(id + 1, None);
+                        }
+                        table[id] = Some(stream.name);
+                    }
+                    Frame::Tail(tail) => {
+                        progress.tail = progress.tail.max(tail.tail);
+                        progress.behind = true;
+                    }
+                    Frame::Gap(gap) => {
+                        progress.next = gap.to;
+                        progress.tail = progress.tail.max(gap.to);
+                        self.send(Event::Gap { from: gap.from, to: gap.to, reason: "trimmed" }).await?;
+                        self.caught_up(progress).await?;
+                    }
+                    Frame::Snapshot(snapshot) => match View::decode(&snapshot.view) {
+                        Ok(view) => {
+                            progress.next = snapshot.next;
+                            self.send(Event::Snapshot(Box::new(view))).await?;
+                        }
+                        Err(error) => return Ok(Over::Failed(error.into())),
+                    },
+                    Frame::Error(error) => {
+                        let code = error.code;
+                        return Ok(match code {
+                            Code::SESSION_GONE => Over::Failed(ClientError::Gone),
+                            code if code.is_retryable() => Over::Again { patience: true },
+                            code => Over::Failed(ClientError::refused(code, error.message.as_str())),
+                        });
+                    }
+                    _ => {
+                        let error = ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of a subscription");
+                        return Ok(Over::Failed(error.into()));
+                    }
+                }
+            }
+            if let Some(consumed) = credit.consumed(frames.take_taken()) {
+                link.credit(subscribed.id, consumed);
+            }
+            let filled = tokio::select! {
+                filled = frames.fill() => filled,
+                () = self.events.closed() => return Err(Dropped),
+            };
+            match filled {
+                Ok(true) => {}
+                Ok(false) => return Ok(Over::Ended),
+                Err(FrameError::Violation(error)) => return Ok(Over::Failed(error.into())),
+                Err(FrameError::Lost(_)) => return Ok(Over::Again { patience: false }),
+            }
+        }
+    }
+
+    async fn caught_up(&self, progress: &mut Progress) -> Result<(), Dropped> {
+        if progress.behind && progress.next >= progress.tail {
+            progress.behind = false;
+            self.send(Event::CaughtUp { tail: progress.tail }).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Streams that a session can have.
+const MAX_STREAM: usize = mainstay_protocol::registry::MAX_STREAMS;
+

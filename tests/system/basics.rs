@@ -1,0 +1,65 @@
+//! The main path: create, append, follow, come back.
+
+use std::sync::Arc;
+
+use mainstay_client::{Event, Start, Subscription};
+use mainstay_server::Config;
+use mainstay_store::MemoryStore;
+use mainstay_tests::harness::{MemoryServer, QuicServer};
+
+/// Reads payloads until `count` have come.
+async fn payloads(subscription: &mut Subscription, count: usize) -> Vec<String> {
+    let mut all = Vec::new();
+    while all.len() < count {
+        match subscription.next().await.expect("an event").expect("no error") {
+            Event::Records(batch) => {
+                for record in batch.iter() {
+                    let record = record.expect("a record");
+                    assert_eq!(record.seq, all.len() as u64);
+                    all.push(String::from_utf8(record.record.payload.to_vec()).expect("text"));
+                }
+            }
+            Event::Ended => panic!("ended after {} records", all.len()),
+            _ => {}
+        }
+    }
+    all
+}
+
+async fn append_and_follow(client: mainstay_client::Client) {
+    let session = client.session("agent:session123").expect("a name").create().attach().await.expect("attach");
+    let mut live = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+    let producer = session.producer("agent").await.expect("producer");
+    let mut tickets = Vec::new();
+    for n in 0..1000 {
+        tickets.push(producer.append(session.main(), format!("line {n}")).await.expect("append"));
+    }
+    for (n, ticket) in tickets.into_iter().enumerate() {
+        assert_eq!(ticket.await, Ok(n as u64));
+    }
+    let expected: Vec<String> = (0..1000).map(|n| format!("line {n}")).collect();
+    assert_eq!(payloads(&mut live, 1000).await, expected);
+    let mut late = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+    assert_eq!(payloads(&mut late, 1000).await, expected);
+    let seq = session.close().await.expect("close");
+    assert_eq!(seq, 1000);
+    loop {
+        if matches!(late.next().await.expect("an event").expect("no error"), Event::Ended) {
+            break;
+        }
+    }
+}
+
+#[tokio::test]
+async fn appends_are_acknowledged_in_order_and_followed_live_over_memory() {
+    let server = MemoryServer::start(Arc::new(MemoryStore::new()), Config::default());
+    append_and_follow(server.client()).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn appends_are_acknowledged_in_order_and_followed_live_over_quic() {
+    let server = QuicServer::start(Arc::new(MemoryStore::new()), Config::default());
+    append_and_follow(server.client()).await;
+    server.stop().await;
+}
