@@ -60,7 +60,12 @@ pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 /// What handles need of a connection, whatever its transport.
 pub(crate) trait Core: Send + Sync {
     /// Starts the driver of a session.
-    fn drive(&self, session: Attaching, commands: mpsc::Receiver<SessionCommand>, again: mpsc::WeakSender<SessionCommand>);
+    fn drive(
+        &self,
+        session: Attaching,
+        commands: mpsc::Receiver<SessionCommand>,
+        again: mpsc::WeakSender<SessionCommand>,
+    );
     /// Waits for a connection.
     fn connected(&self) -> BoxFuture<'_, Result<(), ClientError>>;
     /// One page of sessions and where the next starts.

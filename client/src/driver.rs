@@ -56,8 +56,10 @@ impl Ask {
     }
 
     fn answer(self, result: Result<u64, ClientError>) {
-        let (Self::Stream { answer, .. } | Self::Close { answer } | Self::Trim { answer, .. } | Self::Delete { answer }) =
-            self;
+        let (Self::Stream { answer, .. }
+        | Self::Close { answer }
+        | Self::Trim { answer, .. }
+        | Self::Delete { answer }) = self;
         // Whoever asked may be gone.
         let _ = answer.send(result);
     }
@@ -239,7 +241,9 @@ impl<C: Connection> Driver<C> {
         send.set_priority(priority::CONTROL);
         let outbox = Outbox::default();
         let cursor = match (self.request.cursor, self.incarnation) {
-            (Some(Cursor { incarnation, next }), Some(known)) if incarnation == known => (Some(incarnation), Some(next)),
+            (Some(Cursor { incarnation, next }), Some(known)) if incarnation == known => {
+                (Some(incarnation), Some(next))
+            }
             (_, known) => (known, None),
         };
         // After the first attach the session must be there: creating it again would hide that it was deleted.

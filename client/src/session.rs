@@ -188,7 +188,10 @@ impl Session {
         ended.await.unwrap_or(ClientError::Closed)
     }
 
-    async fn ask(&self, ask: impl FnOnce(oneshot::Sender<Result<u64, ClientError>>) -> Ask) -> Result<u64, ClientError> {
+    async fn ask(
+        &self,
+        ask: impl FnOnce(oneshot::Sender<Result<u64, ClientError>>) -> Ask,
+    ) -> Result<u64, ClientError> {
         let (answer, asked) = oneshot::channel();
         self.commands.send(SessionCommand::Ask(ask(answer))).await.map_err(|_| ClientError::Closed)?;
         asked.await.map_err(|_| ClientError::Closed)?

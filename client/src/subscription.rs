@@ -314,7 +314,8 @@ impl<C: Connection> Reader<C> {
                 match frame {
                     Frame::Delivery(delivery) => {
                         if delivery.from != progress.next {
-                            let gap = ProtocolError::new(Code::FRAME_MALFORMED, "delivery does not go on where it must");
+                            let gap =
+                                ProtocolError::new(Code::FRAME_MALFORMED, "delivery does not go on where it must");
                             return Ok(Over::Failed(gap.into()));
                         }
                         progress.next = delivery.to;
@@ -389,4 +390,3 @@ impl<C: Connection> Reader<C> {
 
 /// Streams that a session can have.
 const MAX_STREAM: usize = mainstay_protocol::registry::MAX_STREAMS;
-

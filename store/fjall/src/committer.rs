@@ -1,0 +1,682 @@
+//! The committer: the one thread that writes.
+//!
+//! It takes what is ready, builds one fjall batch, commits it with one `fdatasync`, notes the commit in the witness file, and
+//! only then answers. What arrives meanwhile is the next turn. Each session has at most one append in a turn, so that turns
+//! are fair by construction.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use fjall::PersistMode;
+use mainstay_protocol::session::{Chunk, Incarnation, SessionName, State};
+use mainstay_store::{Created, Outcome, SessionId, StoreError, Writer};
+use tokio::sync::oneshot;
+
+use crate::keys::{self, Base, Segment, SessionRow};
+use crate::open::{self, Engine, Format};
+use crate::reader::{self, Reader};
+use crate::store::{Condition, Shared};
+use crate::witness::{Witness, WitnessFile};
+
+/// The caller's end of a request.
+pub(crate) type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
+
+/// What the committer can be asked to do.
+pub(crate) enum Request {
+    Append { session: SessionId, epoch: u64, chunk: Arc<Chunk>, answer: oneshot::Sender<Outcome> },
+    Resolve { session: SessionId, epoch: u64, chunk: Arc<Chunk>, answer: Answer<bool> },
+    Create { session: SessionId, created: u64, answer: Answer<Created> },
+    OpenWriter { session: SessionId, answer: Answer<Writer> },
+    CloseWriter { session: SessionId, epoch: u64 },
+    PutSnapshot { session: SessionId, epoch: u64, state: Bytes, answer: Answer<()> },
+    Trim { session: SessionId, epoch: u64, before: u64, answer: Answer<()> },
+    Delete { session: SessionId, answer: Answer<()> },
+    Quarantine { incarnation: Incarnation },
+    Stop,
+}
+
+/// Bytes of chunks in one commit: enough to be bandwidth-bound, small enough that a turn stays short.
+const TURN_BYTES: usize = 4 << 20;
+/// Requests in one commit.
+const TURN_REQUESTS: usize = 4096;
+/// The witness file is synced at least this often while commits go on.
+const WITNESS_SYNC: Duration = Duration::from_millis(100);
+/// Chunks of dead segments removed in one step.
+const SWEEP_CHUNKS: usize = 256;
+/// How long the committer waits at most for fjall to flush before it commits all the same.
+const MAX_WAIT: Duration = Duration::from_secs(10);
+/// How often a full disk is looked at again.
+const SPACE_PAUSE: Duration = Duration::from_millis(200);
+
+/// Where an open writer stands.
+struct Open {
+    epoch: u64,
+    name: SessionName,
+    row: SessionRow,
+    next: (u64, u64),
+    link: [u8; 8],
+    segment_bytes: u64,
+    /// The position must be read back: a commit failed.
+    stale: bool,
+}
+
+/// One change of one row.
+struct Edit {
+    keyspace: usize,
+    key: Bytes,
+    value: Option<Bytes>,
+}
+
+/// What is told when the turn is durable, or is not.
+type Told = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
+
+/// A commit in the making.
+#[derive(Default)]
+struct Turn {
+    edits: Vec<Edit>,
+    /// Rows changed in this turn, which later requests of the turn must see.
+    rows: HashMap<SessionName, Option<SessionRow>>,
+    told: Vec<Told>,
+    bytes: usize,
+}
+
+pub(crate) struct Committer {
+    shared: Arc<Shared>,
+    requests: Receiver<Request>,
+    file: WitnessFile,
+    format: Format,
+    witness: Witness,
+    writers: HashMap<Incarnation, Open>,
+    next_segment: u64,
+    dead: Vec<u64>,
+    last_sync: Instant,
+    unsynced: bool,
+}
+
+impl Committer {
+    /// Prepares the thread's state from an open engine.
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        requests: Receiver<Request>,
+        file: WitnessFile,
+        format: Format,
+        engine: &Engine,
+    ) -> Result<Self, open::OpenError> {
+        let damaged = |error: fjall::Error| open::OpenError::Damaged(error.to_string());
+        let mut next_segment = 1;
+        if let Some(guard) = engine.log().last_key_value() {
+            let key = guard.key().map_err(damaged)?;
+            next_segment = keys::chunk_parts(&key).map_or(1, |(segment, _, _)| segment + 1);
+        }
+        let mut dead = Vec::new();
+        for guard in engine.meta().prefix([keys::DEAD]) {
+            let key = guard.key().map_err(damaged)?;
+            if let Some(segment) = keys::dead_segment(&key) {
+                dead.push(segment);
+                next_segment = next_segment.max(segment + 1);
+            }
+        }
+        let mut quarantined = HashSet::new();
+        for guard in engine.meta().prefix([keys::QUARANTINED]) {
+            let key = guard.key().map_err(damaged)?;
+            if let Some(id) = key.get(1..).and_then(|id| id.try_into().ok()) {
+                quarantined.insert(Incarnation(id));
+            }
+        }
+        *shared.quarantined.write().unwrap_or_else(PoisonError::into_inner) = quarantined;
+        Ok(Self {
+            witness: engine.witness,
+            shared,
+            requests,
+            file,
+            format,
+            writers: HashMap::new(),
+            next_segment,
+            dead,
+            last_sync: Instant::now(),
+            unsynced: true,
+        })
+    }
+
+    /// Serves until told to stop.
+    pub(crate) fn run(mut self) {
+        loop {
+            let wait = match self.shared.condition() {
+                Condition::NoSpace | Condition::Reopening => {
+                    self.recover();
+                    SPACE_PAUSE
+                }
+                _ if self.unsynced || !self.dead.is_empty() => WITNESS_SYNC / 4,
+                _ => Duration::from_secs(3600),
+            };
+            let first = match self.requests.recv_timeout(wait) {
+                Ok(request) => Some(request),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => break,
+            };
+            let idle = first.is_none();
+            let mut turn = Turn::default();
+            let mut stop = false;
+            let mut next = first;
+            let mut count = 0;
+            while let Some(request) = next {
+                stop |= matches!(request, Request::Stop);
+                self.take(request, &mut turn);
+                count += 1;
+                if turn.bytes >= TURN_BYTES || count >= TURN_REQUESTS || stop {
+                    break;
+                }
+                next = match self.requests.try_recv() {
+                    Ok(request) => Some(request),
+                    Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
+                };
+            }
+            if idle {
+                self.sweep(&mut turn);
+            }
+            self.commit(turn);
+            if self.unsynced && (idle || self.last_sync.elapsed() >= WITNESS_SYNC) {
+                self.sync_witness();
+            }
+            if stop {
+                break;
+            }
+        }
+        self.sync_witness();
+    }
+
+    fn engine(&self) -> Result<Arc<Engine>, StoreError> {
+        self.shared.engine()
+    }
+
+    fn take(&mut self, request: Request, turn: &mut Turn) {
+        match request {
+            Request::Append { session, epoch, chunk, answer } => {
+                // Whoever waits may have gone; the outcome stands.
+                match self.append(&session, epoch, &chunk, turn) {
+                    Ok(()) => turn.tell(move |result| {
+                        drop(answer.send(match result {
+                            Ok(()) => Outcome::Committed,
+                            Err(error) => Outcome::Unknown(error),
+                        }));
+                    }),
+                    Err(error) => drop(answer.send(Outcome::NotCommitted(error))),
+                }
+            }
+            Request::Resolve { session, epoch, chunk, answer } => {
+                drop(answer.send(self.resolve(&session, epoch, &chunk)));
+            }
+            Request::Create { session, created, answer } => match self.create(&session, created, turn) {
+                Ok(Created::New) => turn.tell(move |result| drop(answer.send(result.map(|()| Created::New)))),
+                other => drop(answer.send(other)),
+            },
+            Request::OpenWriter { session, answer } => match self.open_writer(&session, turn) {
+                Ok(epoch) => turn.tell(move |result| drop(answer.send(result.map(|()| Writer { session, epoch })))),
+                Err(error) => drop(answer.send(Err(error))),
+            },
+            Request::CloseWriter { session, epoch } => {
+                if self.writers.get(&session.incarnation).is_some_and(|open| open.epoch == epoch) {
+                    self.writers.remove(&session.incarnation);
+                }
+            }
+            Request::PutSnapshot { session, epoch, state, answer } => {
+                let result = self.put_snapshot(&session, epoch, &state, turn);
+                turn.answer(result, answer);
+            }
+            Request::Trim { session, epoch, before, answer } => {
+                let result = self.trim(&session, epoch, before, turn);
+                turn.answer(result, answer);
+            }
+            Request::Delete { session, answer } => {
+                let result = self.delete(&session, turn);
+                turn.answer(result, answer);
+            }
+            Request::Quarantine { incarnation } => {
+                self.writers.remove(&incarnation);
+                turn.put(3, keys::quarantined(incarnation).to_vec(), Bytes::new());
+            }
+            Request::Stop => {}
+        }
+    }
+
+    /// Refuses what needs space while there is too little.
+    fn need_space(&self) -> Result<(), StoreError> {
+        match self.shared.condition() {
+            Condition::Serving => Ok(()),
+            Condition::NoSpace | Condition::Reopening => Err(StoreError::NoSpace),
+            Condition::Failed(what) => Err(StoreError::Failed { what }),
+        }
+    }
+
+    fn row(&self, engine: &Engine, id: &SessionId, turn: &Turn) -> Result<SessionRow, StoreError> {
+        if self.shared.is_quarantined(id.incarnation) {
+            return Err(StoreError::Damaged { seq: 0, what: "the session is quarantined".into() });
+        }
+        match turn.rows.get(&id.name) {
+            Some(Some(row)) if row.incarnation == id.incarnation => Ok(row.clone()),
+            Some(_) => Err(StoreError::NotFound),
+            None => Reader::new(engine).row_of(id),
+        }
+    }
+
+    fn writer(&mut self, id: &SessionId, epoch: u64) -> Result<&mut Open, StoreError> {
+        match self.writers.get_mut(&id.incarnation) {
+            Some(open) if open.epoch == epoch => Ok(open),
+            Some(open) => Err(StoreError::Fenced { epoch: open.epoch }),
+            None => Err(StoreError::NotFound),
+        }
+    }
+
+    /// Reads an open writer's position back if a commit failed since it was known.
+    fn refresh(&mut self, id: &SessionId, epoch: u64) -> Result<(), StoreError> {
+        if !self.writer(id, epoch)?.stale {
+            return Ok(());
+        }
+        let engine = self.engine()?;
+        let reader = Reader::new(&engine);
+        let row = reader.row_of(id)?;
+        let (next, link) = position(&reader, &row)?;
+        let open = self.writer(id, epoch)?;
+        (open.row, open.next, open.link, open.stale) = (row, next, link, false);
+        Ok(())
+    }
+
+    fn append(&mut self, id: &SessionId, epoch: u64, chunk: &Chunk, turn: &mut Turn) -> Result<(), StoreError> {
+        self.need_space()?;
+        self.refresh(id, epoch)?;
+        let segment_limit = self.shared.config.segment_bytes;
+        let next_segment = self.next_segment;
+        let open = self.writer(id, epoch)?;
+        let header = chunk.header();
+        if (header.first, header.number, header.link) != (open.next.0, open.next.1, open.link)
+            || header.incarnation != id.incarnation
+        {
+            return Err(StoreError::Invalid { what: "the chunk does not follow the last one" });
+        }
+        let mut rolled = None;
+        if open.row.segments.is_empty() || open.segment_bytes >= segment_limit {
+            let segment = Segment { id: next_segment, first: header.first, number: header.number };
+            open.row.segments.push(segment);
+            open.segment_bytes = 0;
+            rolled = Some((open.name.clone(), open.row.clone()));
+        }
+        let segment = open.row.segments.last().map_or(0, |segment| segment.id);
+        open.segment_bytes += chunk.bytes().len() as u64;
+        open.next = (chunk.end(), header.number + 1);
+        open.link = header.chain.link();
+        turn.bytes += chunk.bytes().len();
+        turn.put(0, keys::chunk(segment, header.first, header.number).to_vec(), chunk.bytes().clone());
+        if let Some((name, row)) = rolled {
+            self.next_segment += 1;
+            turn.put_row(name, row);
+        }
+        Ok(())
+    }
+
+    fn resolve(&mut self, id: &SessionId, epoch: u64, chunk: &Chunk) -> Result<bool, StoreError> {
+        if let Condition::Reopening = self.shared.condition() {
+            return Err(StoreError::NoSpace);
+        }
+        self.refresh(id, epoch)?;
+        let engine = self.engine()?;
+        let reader = Reader::new(&engine);
+        let row = reader.row_of(id)?;
+        let last = reader.last(&row)?;
+        Ok(last.is_some_and(|last| last.bytes() == chunk.bytes()) || {
+            let header = chunk.header();
+            let key = |segment: &Segment| keys::chunk(segment.id, header.first, header.number);
+            let stored = row.segments.iter().rev().find_map(|segment| engine.log().get(key(segment)).ok().flatten());
+            stored.is_some_and(|stored| stored.as_ref() == chunk.bytes().as_ref())
+        })
+    }
+
+    fn create(&mut self, id: &SessionId, created: u64, turn: &mut Turn) -> Result<Created, StoreError> {
+        let engine = self.engine()?;
+        let reader = Reader::new(&engine);
+        let existing = match turn.rows.get(&id.name) {
+            Some(row) => row.clone(),
+            None => reader.row(&id.name)?,
+        };
+        if let Some(row) = existing {
+            return reader.stat(id.name.clone(), &row).map(Created::Existing);
+        }
+        self.need_space()?;
+        turn.put_row(id.name.clone(), SessionRow::new(id.incarnation, created));
+        Ok(Created::New)
+    }
+
+    fn open_writer(&mut self, id: &SessionId, turn: &mut Turn) -> Result<u64, StoreError> {
+        self.need_space()?;
+        let engine = self.engine()?;
+        let mut row = self.row(&engine, id, turn)?;
+        row.writer_epoch += 1;
+        let epoch = row.writer_epoch;
+        let (next, link) = match self.writers.get(&id.incarnation) {
+            // What the old writer has in this turn is not readable yet.
+            Some(open) if !open.stale => (open.next, open.link),
+            _ => position(&Reader::new(&engine), &row)?,
+        };
+        let name = id.name.clone();
+        let open = Open { epoch, name: name.clone(), row: row.clone(), next, link, segment_bytes: 0, stale: false };
+        self.writers.insert(id.incarnation, open);
+        turn.put_row(name, row);
+        Ok(epoch)
+    }
+
+    fn put_snapshot(&mut self, id: &SessionId, epoch: u64, state: &Bytes, turn: &mut Turn) -> Result<(), StoreError> {
+        self.need_space()?;
+        self.writer(id, epoch)?;
+        turn.put(2, id.incarnation.0.to_vec(), keys::encode_snapshot(state));
+        Ok(())
+    }
+
+    fn trim(&mut self, id: &SessionId, epoch: u64, before: u64, turn: &mut Turn) -> Result<(), StoreError> {
+        self.refresh(id, epoch)?;
+        let engine = self.engine()?;
+        let reader = Reader::new(&engine);
+        let row = self.row(&engine, id, turn)?;
+        let (tail, end) = reader.end(&row)?;
+        let base = self.base_after(&engine, &row, before.min(tail))?;
+        if base.number <= row.base.number {
+            return Ok(());
+        }
+        let snapshot = reader.snapshot_of(id)?.and_then(|bytes| State::restore(&bytes).ok());
+        if snapshot.is_none_or(|state| state.number() < base.number) {
+            return Err(StoreError::Invalid { what: "a trim needs a snapshot that covers it" });
+        }
+        let open = self.writer(id, epoch)?;
+        // Positions of the writer may be ahead of what is readable; only the front changes.
+        open.row.base = base;
+        let everything = base.number >= end && open.next.1 == end;
+        let mut dead = Vec::new();
+        while let [first, rest @ ..] = open.row.segments.as_slice() {
+            let whole = rest.first().map_or(everything, |next| next.number <= base.number);
+            let last = rest.is_empty();
+            dead.push((first.id, if whole { u64::MAX } else { base.number }));
+            if !whole || last {
+                break;
+            }
+            open.row.segments.remove(0);
+        }
+        if everything && open.row.segments.len() == 1 && dead.last().is_some_and(|(_, before)| *before == u64::MAX) {
+            open.row.segments.clear();
+            open.segment_bytes = u64::MAX;
+        }
+        let (name, row) = (open.name.clone(), open.row.clone());
+        for (segment, before) in dead {
+            turn.put(3, keys::dead(segment).to_vec(), keys::encode_dead(before));
+            self.dead.push(segment);
+        }
+        turn.put_row(name, row);
+        Ok(())
+    }
+
+    /// The base after whole chunks below `before` are gone.
+    fn base_after(&self, engine: &Engine, row: &SessionRow, before: u64) -> Result<Base, StoreError> {
+        let mut base = row.base;
+        for segment in &row.segments {
+            if segment.first > before {
+                break;
+            }
+            let start = keys::chunk(segment.id, 0, 0);
+            let end = keys::chunk(segment.id, before, u64::MAX);
+            // Chunks that begin below `before`; the last of them may reach beyond it.
+            for guard in engine.log().range(start..=end).rev() {
+                let (key, value) = guard
+                    .into_inner()
+                    .map_err(|error| StoreError::Damaged { seq: segment.first, what: error.to_string() })?;
+                let chunk = reader::decode(row, &key, value.into())?;
+                if chunk.end() <= before {
+                    let header = chunk.header();
+                    if header.number >= base.number {
+                        base = Base { first: chunk.end(), number: header.number + 1, chain: header.chain };
+                    }
+                    break;
+                }
+            }
+        }
+        Ok(base)
+    }
+
+    fn delete(&mut self, id: &SessionId, turn: &mut Turn) -> Result<(), StoreError> {
+        let engine = self.engine()?;
+        if let Condition::Failed(what) = self.shared.condition() {
+            return Err(StoreError::Failed { what });
+        }
+        let row = match turn.rows.get(&id.name) {
+            Some(Some(row)) if row.incarnation == id.incarnation => row.clone(),
+            Some(_) => return Err(StoreError::NotFound),
+            None => Reader::new(&engine).row_of(id)?,
+        };
+        let segments = match self.writers.remove(&id.incarnation) {
+            Some(open) => open.row.segments,
+            None => row.segments,
+        };
+        for segment in segments {
+            turn.put(3, keys::dead(segment.id).to_vec(), keys::encode_dead(u64::MAX));
+            self.dead.push(segment.id);
+        }
+        turn.remove(2, id.incarnation.0.to_vec());
+        turn.remove(3, keys::quarantined(id.incarnation).to_vec());
+        turn.remove(1, id.name.as_str().as_bytes().to_vec());
+        turn.rows.insert(id.name.clone(), None);
+        self.shared.quarantined.write().unwrap_or_else(PoisonError::into_inner).remove(&id.incarnation);
+        Ok(())
+    }
+
+    /// Removes some chunks of dead segments. Small steps: appends that arrive wait for one of them at most.
+    fn sweep(&mut self, turn: &mut Turn) {
+        let (Ok(engine), Some(&segment)) = (self.engine(), self.dead.last()) else { return };
+        if matches!(self.shared.condition(), Condition::Failed(_) | Condition::Reopening) {
+            return;
+        }
+        let row = engine.meta().get(keys::dead(segment)).ok().flatten();
+        let Some(before) = row.and_then(|row| keys::decode_dead(&row.into()).ok()) else {
+            // Damaged rows are reported by `verify`; the chunks stay.
+            self.dead.pop();
+            return;
+        };
+        let mut removed = 0;
+        let mut more = false;
+        for guard in engine.log().range(keys::chunk(segment, 0, 0)..keys::chunk(segment + 1, 0, 0)) {
+            let Ok(key) = guard.key() else { break };
+            if keys::chunk_parts(&key).is_none_or(|(_, _, number)| number >= before) {
+                break;
+            }
+            if removed == SWEEP_CHUNKS {
+                more = true;
+                break;
+            }
+            turn.remove(0, key.to_vec());
+            removed += 1;
+        }
+        if !more {
+            turn.remove(3, keys::dead(segment).to_vec());
+            self.dead.pop();
+        }
+    }
+
+    /// Commits a turn and answers. Nobody is answered before the batch is synced and noted.
+    fn commit(&mut self, turn: Turn) {
+        let Turn { edits, told, .. } = turn;
+        if edits.is_empty() {
+            return told.into_iter().for_each(|tell| tell(Ok(())));
+        }
+        let result = self.write(&edits);
+        if result.is_err() {
+            self.writers.values_mut().for_each(|open| open.stale = true);
+        }
+        told.into_iter().for_each(|tell| tell(result.clone()));
+    }
+
+    fn write(&mut self, edits: &[Edit]) -> Result<(), StoreError> {
+        let engine = self.engine()?;
+        self.wait_for_flushes(&engine);
+        let mut witness = self.witness;
+        witness.commits += 1;
+        let mut batch = engine.db.batch().durability(Some(PersistMode::SyncData));
+        // Several edits of one row in a turn count against what the one before left.
+        let mut pending: HashMap<(usize, Bytes), Option<Bytes>> = HashMap::new();
+        for Edit { keyspace, key, value } in edits {
+            let ks = &engine.keyspaces[*keyspace];
+            // A chunk that is put is always new.
+            let fresh = *keyspace == 0 && value.is_some();
+            let slot = (*keyspace, key.clone());
+            let old = if fresh {
+                None
+            } else if let Some(old) = pending.get(&slot) {
+                old.clone()
+            } else {
+                let old = ks.get(key).map_err(|error| self.failed(&error))?;
+                old.map(Bytes::from)
+            };
+            if let Some(old) = &old {
+                witness.rows -= 1;
+                witness.sum = witness.sum.wrapping_sub(keys::digest(*keyspace, key, old));
+            }
+            match value {
+                Some(value) => {
+                    witness.rows += 1;
+                    witness.sum = witness.sum.wrapping_add(keys::digest(*keyspace, key, value));
+                    batch.insert(ks, key.clone(), value.clone());
+                }
+                None if old.is_some() => batch.remove(ks, key.clone()),
+                None => {}
+            }
+            if !fresh {
+                pending.insert(slot, value.clone());
+            }
+        }
+        batch.insert(engine.meta(), WITNESS_KEY.clone(), witness.encode(&engine.id));
+        batch.commit().map_err(|error| self.failed(&error))?;
+        self.witness = witness;
+        if let Err(error) = self.file.note(witness.commits) {
+            // The commit is durable; without the note the store could not prove it.
+            return Err(self.fail(format!("the witness file cannot be written: {error}")));
+        }
+        self.unsynced = true;
+        self.look_at_space();
+        Ok(())
+    }
+
+    /// Waits for fjall's flushes before it would stall: its own stalls sleep in long steps under its locks.
+    fn wait_for_flushes(&self, engine: &Engine) {
+        let deadline = Instant::now() + MAX_WAIT;
+        let behind = || engine.log().sealed_memtable_count() >= 3 || engine.log().l0_table_count() >= 16;
+        while behind() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// A write failed: for lack of space, or for good.
+    fn failed(&self, error: &fjall::Error) -> StoreError {
+        let full = |error: &std::io::Error| {
+            matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+        };
+        let no_space = match error {
+            fjall::Error::Io(error) => full(error),
+            // A flush or compaction in the background failed; what failed is not told.
+            fjall::Error::Poisoned => self.shared.free() < self.shared.config.reserve,
+            _ => false,
+        };
+        if no_space {
+            tracing::warn!(%error, "the disk is full; appends are refused until there is space again");
+            self.shared.set_condition(Condition::Reopening);
+            return StoreError::NoSpace;
+        }
+        self.fail(error.to_string())
+    }
+
+    /// fsync failed, or something like it: what the disk holds is not known any more (fail-stop).
+    fn fail(&self, what: String) -> StoreError {
+        tracing::error!(what, "the store failed and takes nothing more");
+        self.shared.set_condition(Condition::Failed(what.clone()));
+        StoreError::Failed { what }
+    }
+
+    /// Refuses appends below the reserve, takes them again above it.
+    fn look_at_space(&self) {
+        match self.shared.condition() {
+            Condition::Serving if self.shared.free() < self.shared.config.reserve => {
+                tracing::warn!("free disk space is below the reserve; appends are refused");
+                self.shared.set_condition(Condition::NoSpace);
+            }
+            Condition::NoSpace if self.shared.free() >= self.shared.config.reserve => {
+                tracing::info!("there is disk space again; appends are taken");
+                self.shared.set_condition(Condition::Serving);
+            }
+            _ => {}
+        }
+    }
+
+    /// Takes appends again once there is space; after a failed commit the engine is opened anew first.
+    fn recover(&mut self) {
+        if self.shared.condition() != Condition::Reopening {
+            return self.look_at_space();
+        }
+        if self.shared.free() < self.shared.config.reserve {
+            return;
+        }
+        // Readers hold the old engine for a moment; fjall's lock is free when the last one is done.
+        self.shared.take_engine();
+        match open::open_checked(&self.shared.layout, &self.shared.config, &self.format, self.witness.commits) {
+            Ok(engine) => {
+                self.witness = engine.witness;
+                self.shared.put_engine(engine);
+                self.shared.set_condition(Condition::Serving);
+                tracing::info!("the store is open again");
+            }
+            Err(error @ open::OpenError::Damaged(_)) => drop(self.fail(error.to_string())),
+            Err(error) => tracing::warn!(%error, "the store does not open yet"),
+        }
+    }
+
+    fn sync_witness(&mut self) {
+        if let Err(error) = self.file.sync() {
+            self.fail(format!("the witness file cannot be synced: {error}"));
+        }
+        self.last_sync = Instant::now();
+        self.unsynced = false;
+    }
+}
+
+static WITNESS_KEY: Bytes = Bytes::from_static(keys::WITNESS);
+
+/// Next seq and number of a session, and the link that its next chunk must carry.
+fn position(reader: &Reader<'_>, row: &SessionRow) -> Result<((u64, u64), [u8; 8]), StoreError> {
+    Ok(match reader.last(row)? {
+        Some(chunk) if chunk.header().number >= row.base.number => {
+            ((chunk.end(), chunk.header().number + 1), chunk.header().chain.link())
+        }
+        _ => ((row.base.first, row.base.number), row.base.chain.link()),
+    })
+}
+
+impl Turn {
+    fn put(&mut self, keyspace: usize, key: Vec<u8>, value: Bytes) {
+        self.edits.push(Edit { keyspace, key: key.into(), value: Some(value) });
+    }
+
+    fn remove(&mut self, keyspace: usize, key: Vec<u8>) {
+        self.edits.push(Edit { keyspace, key: key.into(), value: None });
+    }
+
+    fn put_row(&mut self, name: SessionName, row: SessionRow) {
+        self.put(1, name.as_str().as_bytes().to_vec(), row.encode());
+        self.rows.insert(name, Some(row));
+    }
+
+    fn tell(&mut self, tell: impl FnOnce(Result<(), StoreError>) + Send + 'static) {
+        self.told.push(Box::new(tell));
+    }
+
+    fn answer(&mut self, result: Result<(), StoreError>, answer: Answer<()>) {
+        match result {
+            Ok(()) => self.tell(move |result| drop(answer.send(result))),
+            Err(error) => drop(answer.send(Err(error))),
+        }
+    }
+}

@@ -1,0 +1,354 @@
+//! Opening and creating the directory.
+
+use core::fmt;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use fjall::config::{BlockSizePolicy, CompressionPolicy};
+use fjall::{CompressionType, Database, Keyspace, KeyspaceCreateOptions, PersistMode};
+use rand::RngCore;
+
+use crate::check::{self, CheckError};
+use crate::keys::{KEYSPACES, WITNESS};
+use crate::witness::{StoreId, Witness, WitnessFile};
+
+/// Knobs of the engine. `Default` suits one machine.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Config {
+    /// Free bytes on the file system below which appends are refused, so that deleting and compaction still work.
+    pub reserve: u64,
+    /// Bytes of chunks after which a session begins a new segment.
+    pub segment_bytes: u64,
+    /// Block cache, in bytes.
+    pub cache_bytes: u64,
+    /// Memtable of the log, in bytes. Bounds memory and what a start must replay.
+    pub memtable_bytes: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { reserve: 64 << 20, segment_bytes: 64 << 20, cache_bytes: 64 << 20, memtable_bytes: 32 << 20 }
+    }
+}
+
+/// Why a store does not open. Nothing was changed, except that a torn tail may have been cut off.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// Another process has it open.
+    Locked(PathBuf),
+    /// Stored data is damaged or missing; what, where, and what to do.
+    Damaged(String),
+    /// The directory is of a version that this engine does not know.
+    Version(String),
+    /// The file system failed.
+    Io(PathBuf, io::Error),
+    /// fjall failed.
+    Engine(String),
+}
+
+impl OpenError {
+    /// True if data is damaged or missing.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, Self::Damaged(_))
+    }
+}
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Locked(dir) => write!(f, "{} is in use by another process", dir.display()),
+            Self::Damaged(what) => write!(f, "the store is damaged: {what}; restore it from a backup"),
+            Self::Version(what) => write!(f, "the store is of another version: {what}"),
+            Self::Io(path, error) => write!(f, "{}: {error}", path.display()),
+            Self::Engine(what) => write!(f, "the engine failed: {what}"),
+        }
+    }
+}
+
+impl std::error::Error for OpenError {}
+
+fn io_at(path: &Path) -> impl Fn(io::Error) -> OpenError {
+    let path = path.to_owned();
+    move |error| OpenError::Io(path.clone(), error)
+}
+
+fn engine(error: fjall::Error) -> OpenError {
+    OpenError::Engine(error.to_string())
+}
+
+/// An open database.
+pub(crate) struct Engine {
+    pub(crate) db: Database,
+    /// In the order of [`KEYSPACES`].
+    pub(crate) keyspaces: [Keyspace; KEYSPACES.len()],
+    pub(crate) id: StoreId,
+    /// What the last commit said.
+    pub(crate) witness: Witness,
+}
+
+impl Engine {
+    pub(crate) fn log(&self) -> &Keyspace {
+        &self.keyspaces[0]
+    }
+    pub(crate) fn sessions(&self) -> &Keyspace {
+        &self.keyspaces[1]
+    }
+    pub(crate) fn snapshots(&self) -> &Keyspace {
+        &self.keyspaces[2]
+    }
+    pub(crate) fn meta(&self) -> &Keyspace {
+        &self.keyspaces[3]
+    }
+}
+
+/// The parts of a directory.
+#[derive(Debug, Clone)]
+pub(crate) struct Layout {
+    pub(crate) dir: PathBuf,
+}
+
+impl Layout {
+    pub(crate) fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_owned() }
+    }
+    pub(crate) fn lock(&self) -> PathBuf {
+        self.dir.join("lock")
+    }
+    pub(crate) fn format(&self) -> PathBuf {
+        self.dir.join("format")
+    }
+    pub(crate) fn witness(&self) -> PathBuf {
+        self.dir.join("witness")
+    }
+    pub(crate) fn log(&self) -> PathBuf {
+        self.dir.join("log")
+    }
+    fn creating(&self) -> PathBuf {
+        self.dir.join("creating")
+    }
+}
+
+/// Holds the directory until dropped.
+pub(crate) fn lock(layout: &Layout) -> Result<File, OpenError> {
+    let path = layout.lock();
+    let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
+    let file = open.map_err(io_at(&path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(OpenError::Locked(layout.dir.clone())),
+        Err(TryLockError::Error(error)) => Err(OpenError::Io(path, error)),
+    }
+}
+
+/// What the format file says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Format {
+    pub(crate) id: StoreId,
+    /// fjall's numbers of the keyspaces, in the order of [`KEYSPACES`].
+    pub(crate) keyspaces: [u64; KEYSPACES.len()],
+}
+
+const FORMAT: &str = "mainstay store 1";
+
+impl Format {
+    fn encode(&self) -> String {
+        let id: String = self.id.iter().map(|byte| format!("{byte:02x}")).collect();
+        let keyspaces: Vec<String> = self.keyspaces.iter().map(u64::to_string).collect();
+        let body = format!("{FORMAT}\nid {id}\nkeyspaces {}\n", keyspaces.join(" "));
+        let checksum = xxhash_rust::xxh3::xxh3_64(body.as_bytes());
+        format!("{body}checksum {checksum:016x}\n")
+    }
+
+    /// Reads the file. Errors: `Damaged`, `Version`, `Io`.
+    pub(crate) fn read(layout: &Layout) -> Result<Self, OpenError> {
+        let path = layout.format();
+        let text = fs::read(&path).map_err(io_at(&path))?;
+        let damaged = || OpenError::Damaged(format!("{} is not what was written to it", path.display()));
+        let text = String::from_utf8(text).map_err(|_| damaged())?;
+        let mut lines = text.lines();
+        match lines.next() {
+            Some(FORMAT) => {}
+            Some(first) if first.starts_with("mainstay store ") && first.len() < 40 => {
+                return Err(OpenError::Version(format!(
+                    "{} says {first:?}, this engine knows {FORMAT:?}",
+                    path.display()
+                )));
+            }
+            _ => return Err(damaged()),
+        }
+        let id = lines.next().and_then(|line| line.strip_prefix("id ")).ok_or_else(damaged)?;
+        let id: mainstay_protocol::session::Incarnation = id.parse().map_err(|_| damaged())?;
+        let numbers = lines.next().and_then(|line| line.strip_prefix("keyspaces ")).ok_or_else(damaged)?;
+        let numbers: Result<Vec<u64>, _> = numbers.split(' ').map(str::parse).collect();
+        let keyspaces = numbers.ok().and_then(|numbers| numbers.try_into().ok()).ok_or_else(damaged)?;
+        let format = Self { id: id.0, keyspaces };
+        if format.encode() == text { Ok(format) } else { Err(damaged()) }
+    }
+}
+
+/// Opens the store in `layout`, creating it if the directory is empty.
+pub(crate) fn open(layout: &Layout, config: &Config) -> Result<(Engine, WitnessFile), OpenError> {
+    if !layout.format().exists() {
+        create(layout, config)?;
+    }
+    let format = Format::read(layout)?;
+    let (file, seen) = WitnessFile::open(&layout.witness(), format.id, true).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => OpenError::Damaged("the witness file of a used store is missing".into()),
+        _ => OpenError::Io(layout.witness(), error),
+    })?;
+    let seen = seen.ok_or_else(|| OpenError::Damaged("no slot of the witness file is valid".into()))?;
+    let engine = open_checked(layout, config, &format, seen)?;
+    Ok((engine, file))
+}
+
+/// Checks the journals against the witness, cuts off a torn tail, opens fjall and checks that it came back whole.
+pub(crate) fn open_checked(layout: &Layout, config: &Config, format: &Format, seen: u64) -> Result<Engine, OpenError> {
+    let log = layout.log();
+    let journals = check::check(&log, &format.id, format.keyspaces[3]).map_err(|error| match error {
+        CheckError::Damaged(what) => OpenError::Damaged(what),
+        CheckError::Io(error) => OpenError::Io(log.clone(), error),
+    })?;
+    if let Some(last) = journals.last {
+        if last.commits < seen {
+            return Err(OpenError::Damaged(format!(
+                "the journal ends at commit {}, but commit {seen} was acknowledged",
+                last.commits
+            )));
+        }
+    }
+    check_keyspaces(&log, format)?;
+    if let Some(torn) = &journals.torn {
+        tracing::warn!(journal = %torn.0.display(), at = torn.1, bytes = torn.2, "cutting off a torn, unacknowledged tail");
+        check::cut(torn, &layout.dir).map_err(io_at(&log))?;
+    }
+    let engine = open_database(&log, config, format.id)?;
+    if journals.last.is_some_and(|last| last.commits != engine.witness.commits) {
+        return Err(OpenError::Damaged(format!(
+            "the database came back at commit {}, its journal holds {}",
+            engine.witness.commits,
+            journals.last.map_or(0, |last| last.commits)
+        )));
+    }
+    if engine.witness.commits < seen {
+        return Err(OpenError::Damaged(format!(
+            "the database came back at commit {}, but commit {seen} was acknowledged",
+            engine.witness.commits
+        )));
+    }
+    Ok(engine)
+}
+
+/// fjall removes a keyspace directory that it cannot make sense of; so what it would find is looked at first.
+fn check_keyspaces(log: &Path, format: &Format) -> Result<(), OpenError> {
+    for number in [0].iter().chain(&format.keyspaces) {
+        let marker = log.join("keyspaces").join(number.to_string()).join("current");
+        if !marker.exists() {
+            return Err(OpenError::Damaged(format!("{} is missing", marker.display())));
+        }
+    }
+    Ok(())
+}
+
+fn builder(log: &Path, config: &Config) -> fjall::DatabaseBuilder<Database> {
+    Database::builder(log)
+        .cache_size(config.cache_bytes)
+        .max_journaling_size(128 << 20)
+        .worker_threads(2)
+        .journal_compression(CompressionType::None)
+}
+
+fn options(name: &str, config: &Config) -> KeyspaceCreateOptions {
+    let options = KeyspaceCreateOptions::default();
+    match name {
+        // Chunks are large; a block holds a few of them, and a read wants them in order.
+        "log" => options
+            .max_memtable_size(config.memtable_bytes)
+            .data_block_size_policy(BlockSizePolicy::all(16 * 1024))
+            .data_block_compression_policy(CompressionPolicy::disabled()),
+        _ => options.max_memtable_size(8 << 20),
+    }
+}
+
+/// Opens fjall and its keyspaces. fjall panics on some damage; that is caught and reported.
+fn open_database(log: &Path, config: &Config, id: StoreId) -> Result<Engine, OpenError> {
+    let opened = catch_unwind(AssertUnwindSafe(|| -> Result<Engine, OpenError> {
+        let db = builder(log, config).open().map_err(|error| match error {
+            fjall::Error::Io(error) => OpenError::Io(log.to_owned(), error),
+            fjall::Error::Locked => OpenError::Locked(log.to_owned()),
+            error => OpenError::Damaged(format!("the database does not open: {error}")),
+        })?;
+        for name in KEYSPACES {
+            if !db.keyspace_exists(name) {
+                return Err(OpenError::Damaged(format!("keyspace {name} is missing")));
+            }
+        }
+        let mut keyspaces = Vec::with_capacity(KEYSPACES.len());
+        for name in KEYSPACES {
+            keyspaces.push(db.keyspace(name, || options(name, config)).map_err(engine)?);
+        }
+        let missing = || OpenError::Damaged("keyspaces are missing".into());
+        let keyspaces: [Keyspace; KEYSPACES.len()] = keyspaces.try_into().map_err(|_| missing())?;
+        let row = keyspaces[3].get(WITNESS).map_err(|error| OpenError::Damaged(error.to_string()))?;
+        let row = row.ok_or_else(|| OpenError::Damaged("the witness row of a used store is missing".into()))?;
+        let witness = Witness::decode(&id, &Bytes::from(row))
+            .ok_or_else(|| OpenError::Damaged("the witness row is not this store's".into()))?;
+        Ok(Engine { db, keyspaces, id, witness })
+    }));
+    opened.unwrap_or_else(|_| Err(OpenError::Damaged("the database does not open: fjall panicked".into())))
+}
+
+/// Makes a new store: everything under another name first, the format file last.
+fn create(layout: &Layout, config: &Config) -> Result<(), OpenError> {
+    let (path, new) = (layout.format(), layout.format().with_extension("new"));
+    if layout.log().exists() {
+        // The last step of a creation was interrupted, or a used store lost its format file.
+        if new.exists() {
+            fs::rename(&new, &path).map_err(io_at(&path))?;
+            return sync_dir(&layout.dir);
+        }
+        return Err(OpenError::Damaged(format!("{} is missing from a used store", layout.format().display())));
+    }
+    let creating = layout.creating();
+    if creating.exists() {
+        // Left by a creation that was interrupted; nothing was ever acknowledged from it.
+        fs::remove_dir_all(&creating).map_err(io_at(&creating))?;
+    }
+    let mut id = [0; 16];
+    rand::rng().fill_bytes(&mut id);
+    let numbers = {
+        let db = builder(&creating, config).open().map_err(engine)?;
+        let mut numbers = [0; KEYSPACES.len()];
+        let mut keyspaces = Vec::new();
+        for (name, number) in KEYSPACES.iter().zip(&mut numbers) {
+            let keyspace = db.keyspace(name, || options(name, config)).map_err(engine)?;
+            *number = keyspace.id();
+            keyspaces.push(keyspace);
+        }
+        let mut batch = db.batch().durability(Some(PersistMode::SyncAll));
+        let witness = Witness { commits: 1, ..Witness::default() };
+        batch.insert(&keyspaces[3], WITNESS, witness.encode(&id));
+        batch.commit().map_err(engine)?;
+        numbers
+    };
+    WitnessFile::create(&layout.witness(), id).map_err(io_at(&layout.witness()))?;
+    let write = || -> io::Result<()> {
+        let mut file = File::create(&new)?;
+        file.write_all(Format { id, keyspaces: numbers }.encode().as_bytes())?;
+        file.sync_all()
+    };
+    write().map_err(io_at(&new))?;
+    sync_dir(&layout.dir)?;
+    fs::rename(&creating, layout.log()).map_err(io_at(&creating))?;
+    sync_dir(&layout.dir)?;
+    fs::rename(&new, &path).map_err(io_at(&path))?;
+    sync_dir(&layout.dir)
+}
+
+fn sync_dir(dir: &Path) -> Result<(), OpenError> {
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(io_at(dir))
+}

@@ -1,0 +1,192 @@
+//! Reads: chunks of a session in order, checked.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use fjall::{Readable, Snapshot};
+use mainstay_protocol::session::{Chunk, SessionName};
+use mainstay_store::{ListPage, Page, ReadFrom, SessionId, SessionStat, StoreError};
+
+use crate::keys::{self, SessionRow};
+use crate::open::Engine;
+
+/// A consistent picture of the engine.
+pub(crate) struct Reader<'a> {
+    engine: &'a Engine,
+    snapshot: Snapshot,
+}
+
+/// What went wrong in fjall while reading: a checksum of its own, or the disk. Either way the session's data cannot be
+/// trusted from `seq` on.
+fn damaged(seq: u64, error: impl core::fmt::Display) -> StoreError {
+    StoreError::Damaged { seq, what: error.to_string() }
+}
+
+impl<'a> Reader<'a> {
+    pub(crate) fn new(engine: &'a Engine) -> Self {
+        Self { engine, snapshot: engine.db.snapshot() }
+    }
+
+    /// The row of the session called `name`.
+    pub(crate) fn row(&self, name: &SessionName) -> Result<Option<SessionRow>, StoreError> {
+        let row = self.snapshot.get(self.engine.sessions(), name.as_str()).map_err(|error| damaged(0, error))?;
+        row.map(|row| SessionRow::decode(&Bytes::from(row)).map_err(|error| damaged(0, error))).transpose()
+    }
+
+    /// The row of this very session. Errors: `NotFound`, `Damaged`, also if it is quarantined.
+    pub(crate) fn row_of(&self, id: &SessionId) -> Result<SessionRow, StoreError> {
+        match self.row(&id.name)? {
+            Some(row) if row.incarnation == id.incarnation => Ok(row),
+            _ => Err(StoreError::NotFound),
+        }
+    }
+
+    /// The last chunk of a session; `None` if it has none that is kept.
+    pub(crate) fn last(&self, row: &SessionRow) -> Result<Option<Chunk>, StoreError> {
+        let Some(segment) = row.segments.last() else { return Ok(None) };
+        let range = keys::chunk(segment.id, 0, 0)..keys::chunk(segment.id + 1, 0, 0);
+        match self.snapshot.range(self.engine.log(), range).next_back() {
+            Some(guard) => {
+                let (key, value) = guard.into_inner().map_err(|error| damaged(segment.first, error))?;
+                decode(row, &key, value.into()).map(Some)
+            }
+            // A segment is begun by its first chunk.
+            None if row.base.number > segment.number
+                || row.segments.len() == 1 && row.base.number >= segment.number =>
+            {
+                Ok(None)
+            }
+            None => Err(damaged(segment.first, "the newest segment has no chunk")),
+        }
+    }
+
+    /// Where a session ends: the next seq and the next number.
+    pub(crate) fn end(&self, row: &SessionRow) -> Result<(u64, u64), StoreError> {
+        Ok(match self.last(row)? {
+            Some(chunk) if chunk.header().number >= row.base.number => (chunk.end(), chunk.header().number + 1),
+            _ => (row.base.first, row.base.number),
+        })
+    }
+
+    pub(crate) fn stat(&self, name: SessionName, row: &SessionRow) -> Result<SessionStat, StoreError> {
+        let (tail, chunks) = self.end(row)?;
+        let session = SessionId { name, incarnation: row.incarnation };
+        Ok(SessionStat { session, created: row.created, first: row.base.first, tail, chunks })
+    }
+
+    /// Consecutive chunks from `from` on, about `budget` bytes of them.
+    pub(crate) fn page(&self, row: &SessionRow, from: ReadFrom, budget: usize) -> Result<Page, StoreError> {
+        let (tail, end) = self.end(row)?;
+        let mut page = Page { chunks: Vec::new(), first: row.base.first, tail };
+        let start = match from {
+            ReadFrom::Seq(seq) => {
+                if seq >= tail {
+                    return Ok(page);
+                }
+                self.start_of(row, seq.max(row.base.first))?
+            }
+            ReadFrom::Chunk { first, number } if number >= row.base.number => (first, number),
+            ReadFrom::Chunk { .. } => (row.base.first, row.base.number),
+        };
+        let at = row.segments.partition_point(|segment| segment.number <= start.1).saturating_sub(1);
+        let mut left = budget;
+        let mut expected: Option<(u64, u64, [u8; 8])> = None;
+        for segment in row.segments.iter().skip(at) {
+            let range = keys::chunk(segment.id, start.0, start.1)..keys::chunk(segment.id + 1, 0, 0);
+            for guard in self.snapshot.range(self.engine.log(), range) {
+                let seq = expected.map_or(start.0, |(seq, _, _)| seq);
+                let (key, value) = guard.into_inner().map_err(|error| damaged(seq, error))?;
+                let len = value.len();
+                if !page.chunks.is_empty() && len > left {
+                    return Ok(page);
+                }
+                left = left.saturating_sub(len);
+                let chunk = decode(row, &key, value.into())?;
+                let header = chunk.header();
+                let follows = match expected {
+                    Some((seq, number, link)) => (header.first, header.number, header.link) == (seq, number, link),
+                    None => (header.first, header.number) == start,
+                };
+                if !follows {
+                    return Err(damaged(seq, "a chunk is missing or does not follow the one before"));
+                }
+                expected = Some((chunk.end(), header.number + 1, header.chain.link()));
+                page.chunks.push(Arc::new(chunk));
+                if left == 0 {
+                    return Ok(page);
+                }
+            }
+        }
+        let (seq, number) = expected.map_or(start, |(seq, number, _)| (seq, number));
+        if number < end {
+            return Err(damaged(seq, "chunks are missing at the end"));
+        }
+        Ok(page)
+    }
+
+    /// First seq and number of the chunk that holds `seq`.
+    fn start_of(&self, row: &SessionRow, seq: u64) -> Result<(u64, u64), StoreError> {
+        let at = row.segments.partition_point(|segment| segment.first <= seq).saturating_sub(1);
+        let missing = || damaged(seq, "the chunk that holds it is missing");
+        // A segment may begin with control entries alone, at a seq that the one before still has no record for.
+        for segment in row.segments.iter().take(at + 1).rev() {
+            let range = keys::chunk(segment.id, 0, 0)..=keys::chunk(segment.id, seq, u64::MAX);
+            if let Some(guard) = self.snapshot.range(self.engine.log(), range).next_back() {
+                let key = guard.key().map_err(|error| damaged(seq, error))?;
+                let (_, first, number) = keys::chunk_parts(&key).ok_or_else(missing)?;
+                if number < row.base.number {
+                    break;
+                }
+                return Ok((first, number));
+            }
+        }
+        Ok((row.base.first, row.base.number))
+    }
+
+    pub(crate) fn snapshot_of(&self, id: &SessionId) -> Result<Option<Bytes>, StoreError> {
+        let row = self.snapshot.get(self.engine.snapshots(), id.incarnation.0).map_err(|error| damaged(0, error))?;
+        row.map(|row| keys::decode_snapshot(&Bytes::from(row)).map_err(|error| damaged(0, error))).transpose()
+    }
+
+    pub(crate) fn list(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<ListPage, StoreError> {
+        let failed = |error: fjall::Error| StoreError::Failed { what: error.to_string() };
+        let mut page = ListPage { sessions: Vec::new(), more: false, after: after.to_vec() };
+        let start = if after < prefix { prefix } else { after };
+        for guard in self.snapshot.range(self.engine.sessions(), start..) {
+            let (key, value) = guard.into_inner().map_err(failed)?;
+            if key.as_ref() == after {
+                continue;
+            }
+            if !key.starts_with(prefix) {
+                break;
+            }
+            if page.sessions.len() == limit {
+                page.more = true;
+                break;
+            }
+            page.after = key.to_vec();
+            let name = core::str::from_utf8(&key).ok().and_then(|name| SessionName::new(name).ok());
+            let row = SessionRow::decode(&value.into());
+            // A damaged session is listed by `verify`; it must not hide the others.
+            if let (Some(name), Ok(row)) = (name, row) {
+                match self.stat(name.clone(), &row) {
+                    Ok(stat) => page.sessions.push(stat),
+                    Err(error) => tracing::warn!(session = %name, %error, "left out of a list"),
+                }
+            }
+        }
+        Ok(page)
+    }
+}
+
+/// Decodes a chunk and checks that it is what its key says.
+pub(crate) fn decode(row: &SessionRow, key: &[u8], value: Bytes) -> Result<Chunk, StoreError> {
+    let parts = keys::chunk_parts(key);
+    let seq = parts.map_or(0, |(_, first, _)| first);
+    let chunk = Chunk::decode(value).map_err(|error| damaged(seq, error.detail))?;
+    let header = chunk.header();
+    if header.incarnation != row.incarnation || parts.is_none_or(|(_, f, n)| (f, n) != (header.first, header.number)) {
+        return Err(damaged(seq, "a chunk is not where it belongs"));
+    }
+    Ok(chunk)
+}

@@ -1,0 +1,268 @@
+//! The store: requests to the committer, reads on their own threads.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::path::Path;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use mainstay_protocol::session::{Chunk, Incarnation, SessionName};
+use mainstay_store::{
+    Committing, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store, StoreError,
+    Writer,
+};
+use tokio::sync::{Semaphore, oneshot};
+
+use crate::committer::{Answer, Committer, Request};
+use crate::open::{self, Config, Engine, Format, Layout, OpenError};
+use crate::reader::Reader;
+
+/// What the store can do now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Condition {
+    /// Everything.
+    Serving,
+    /// Reads, and what frees space.
+    NoSpace,
+    /// Reads; a commit failed for lack of space and the engine must be opened anew.
+    Reopening,
+    /// Reads, as long as the process lives.
+    Failed(String),
+}
+
+/// What the committer and the readers share.
+pub(crate) struct Shared {
+    pub(crate) layout: Layout,
+    pub(crate) config: Config,
+    engine: RwLock<Option<Arc<Engine>>>,
+    condition: RwLock<Condition>,
+    pub(crate) quarantined: RwLock<HashSet<Incarnation>>,
+}
+
+impl Shared {
+    pub(crate) fn engine(&self) -> Result<Arc<Engine>, StoreError> {
+        self.engine.read().unwrap_or_else(PoisonError::into_inner).clone().ok_or(StoreError::Overloaded)
+    }
+
+    pub(crate) fn put_engine(&self, engine: Engine) {
+        *self.engine.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(engine));
+    }
+
+    /// Closes the engine: waits until no reader holds it.
+    pub(crate) fn take_engine(&self) {
+        let Some(mut engine) = self.engine.write().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match Arc::try_unwrap(engine) {
+                Ok(engine) => return drop(engine),
+                Err(_) if Instant::now() >= deadline => return,
+                Err(shared) => engine = shared,
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    pub(crate) fn condition(&self) -> Condition {
+        self.condition.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn set_condition(&self, condition: Condition) {
+        *self.condition.write().unwrap_or_else(PoisonError::into_inner) = condition;
+    }
+
+    pub(crate) fn is_quarantined(&self, incarnation: Incarnation) -> bool {
+        self.quarantined.read().unwrap_or_else(PoisonError::into_inner).contains(&incarnation)
+    }
+
+    /// Free bytes on the file system; a file system that cannot be asked counts as empty.
+    pub(crate) fn free(&self) -> u64 {
+        rustix::fs::statvfs(&self.layout.dir).map_or(0, |fs| fs.f_bavail.saturating_mul(fs.f_frsize))
+    }
+}
+
+/// Reads that may run at once; the disk gains nothing from more.
+const READS: usize = 16;
+
+/// The embedded engine. See the [crate](crate).
+pub struct FjallStore {
+    shared: Arc<Shared>,
+    requests: Sender<Request>,
+    reads: Arc<Semaphore>,
+    committer: Mutex<Option<JoinHandle<()>>>,
+    _lock: File,
+}
+
+impl core::fmt::Debug for FjallStore {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "FjallStore({})", self.shared.layout.dir.display())
+    }
+}
+
+impl FjallStore {
+    /// Opens the store in `dir`, creating it if the directory is empty or missing. Blocks: a start replays the journal.
+    ///
+    /// Errors: `Locked`; `Damaged`, which says what is missing; `Version`; `Io`; `Engine`.
+    pub fn open(dir: &Path, config: Config) -> Result<Self, OpenError> {
+        std::fs::create_dir_all(dir).map_err(|error| OpenError::Io(dir.to_owned(), error))?;
+        let layout = Layout::new(dir);
+        let lock = open::lock(&layout)?;
+        let (engine, file) = open::open(&layout, &config)?;
+        let format = Format::read(&layout)?;
+        let shared = Arc::new(Shared {
+            layout,
+            config,
+            engine: RwLock::new(None),
+            condition: RwLock::new(Condition::Serving),
+            quarantined: RwLock::default(),
+        });
+        // Bounded by what the callers hold: one append per session, and the requests of tasks that wait for the answer.
+        let (requests, inbox) = channel();
+        let committer = Committer::new(shared.clone(), inbox, file, format, &engine)?;
+        shared.put_engine(engine);
+        if shared.free() < shared.config.reserve {
+            shared.set_condition(Condition::NoSpace);
+        }
+        let thread = std::thread::Builder::new().name("committer".into()).spawn(move || committer.run());
+        let thread = thread.map_err(|error| OpenError::Engine(format!("no thread: {error}")))?;
+        let reads = Arc::new(Semaphore::new(READS));
+        Ok(Self { shared, requests, reads, committer: Mutex::new(Some(thread)), _lock: lock })
+    }
+
+    fn ask<T: Send + 'static>(&self, request: impl FnOnce(Answer<T>) -> Request) -> Pending<T> {
+        let (answer, asked) = oneshot::channel();
+        let sent = self.requests.send(request(answer));
+        Box::pin(async move {
+            let stopped = || StoreError::Failed { what: "the store is closed".into() };
+            sent.map_err(|_| stopped())?;
+            asked.await.map_err(|_| stopped())?
+        })
+    }
+
+    /// Runs a read on a thread that may block. Damage that it finds puts the session into quarantine.
+    fn read<T: Send + 'static>(
+        &self,
+        session: Option<SessionId>,
+        read: impl FnOnce(&Reader<'_>) -> Result<T, StoreError> + Send + 'static,
+    ) -> Pending<T> {
+        let (shared, reads, requests) = (self.shared.clone(), self.reads.clone(), self.requests.clone());
+        Box::pin(async move {
+            if let Some(id) = session.as_ref().filter(|id| shared.is_quarantined(id.incarnation)) {
+                tracing::debug!(session = %id, "read of a quarantined session");
+            }
+            let permit = reads.acquire_owned().await;
+            let task = tokio::task::spawn_blocking(move || {
+                let _permit = permit;
+                let engine = shared.engine()?;
+                let result = read(&Reader::new(&engine));
+                if let (Err(StoreError::Damaged { seq, what }), Some(id)) = (&result, &session) {
+                    let new = shared.quarantined.write().unwrap_or_else(PoisonError::into_inner).insert(id.incarnation);
+                    if new {
+                        tracing::error!(session = %id, seq, what, "stored data is damaged; the session is quarantined");
+                        // A store that is closing remembers nothing more.
+                        let _ = requests.send(Request::Quarantine { incarnation: id.incarnation });
+                    }
+                }
+                result
+            });
+            task.await.unwrap_or_else(|error| Err(StoreError::Failed { what: error.to_string() }))
+        })
+    }
+}
+
+impl Store for FjallStore {
+    fn create(&self, session: SessionId, created: u64) -> Pending<Created> {
+        self.ask(|answer| Request::Create { session, created, answer })
+    }
+
+    fn stat(&self, name: SessionName) -> Pending<Option<SessionStat>> {
+        self.read(None, move |reader| match reader.row(&name)? {
+            Some(row) => reader.stat(name, &row).map(Some),
+            None => Ok(None),
+        })
+    }
+
+    fn open_writer(&self, session: SessionId) -> Pending<Writer> {
+        self.ask(|answer| Request::OpenWriter { session, answer })
+    }
+
+    fn close_writer(&self, writer: Writer) {
+        let Writer { session, epoch } = writer;
+        // A store that is closing has forgotten it.
+        let _ = self.requests.send(Request::CloseWriter { session, epoch });
+    }
+
+    fn append(&self, writer: &Writer, chunk: Arc<Chunk>) -> Committing {
+        let (answer, committing) = Committing::channel();
+        let request = Request::Append { session: writer.session.clone(), epoch: writer.epoch, chunk, answer };
+        match self.requests.send(request) {
+            Ok(()) => committing,
+            Err(_) => {
+                let what = "the store is closed".into();
+                Committing::ready(Outcome::NotCommitted(StoreError::Failed { what }))
+            }
+        }
+    }
+
+    fn resolve(&self, writer: &Writer, chunk: Arc<Chunk>) -> Pending<bool> {
+        let (session, epoch) = (writer.session.clone(), writer.epoch);
+        self.ask(|answer| Request::Resolve { session, epoch, chunk, answer })
+    }
+
+    fn read(&self, session: SessionId, from: ReadFrom, budget: usize) -> Pending<Page> {
+        Self::read(self, Some(session.clone()), move |reader| {
+            let row = reader.row_of(&session)?;
+            reader.page(&row, from, budget)
+        })
+    }
+
+    fn put_snapshot(&self, writer: &Writer, state: Bytes) -> Pending<()> {
+        let (session, epoch) = (writer.session.clone(), writer.epoch);
+        self.ask(|answer| Request::PutSnapshot { session, epoch, state, answer })
+    }
+
+    fn snapshot(&self, session: SessionId) -> Pending<Option<Bytes>> {
+        self.read(Some(session.clone()), move |reader| {
+            reader.row_of(&session)?;
+            reader.snapshot_of(&session)
+        })
+    }
+
+    fn trim(&self, writer: &Writer, before: u64) -> Pending<()> {
+        let (session, epoch) = (writer.session.clone(), writer.epoch);
+        self.ask(|answer| Request::Trim { session, epoch, before, answer })
+    }
+
+    fn delete(&self, session: SessionId) -> Pending<()> {
+        self.ask(|answer| Request::Delete { session, answer })
+    }
+
+    fn list(&self, prefix: Vec<u8>, after: Vec<u8>, limit: usize) -> Pending<ListPage> {
+        self.read(None, move |reader| reader.list(&prefix, &after, limit))
+    }
+
+    fn health(&self) -> Health {
+        match self.shared.condition() {
+            Condition::Serving => Health::Serving,
+            Condition::NoSpace | Condition::Reopening => Health::NoSpace,
+            Condition::Failed(what) => Health::Failed { what },
+        }
+    }
+}
+
+impl Drop for FjallStore {
+    /// Waits until what was asked before is committed and the witness is synced.
+    fn drop(&mut self) {
+        // The thread may have ended by a failure.
+        let _ = self.requests.send(Request::Stop);
+        let thread = self.committer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            if thread.join().is_err() {
+                tracing::error!("the committer panicked");
+            }
+        }
+        self.shared.take_engine();
+    }
+}
