@@ -1,1 +1,66 @@
-fn main() {}
+//! The `mainstay` binary: parses the command line, runs one command, and turns its outcome into an exit code.
+
+mod args;
+mod commands;
+mod data;
+mod failure;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Args, Command};
+use crate::failure::Failure;
+use crate::output::Output;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let output = Output::new(args.json());
+    logging(&args);
+    let outcome = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        // Reads of the store run there; the disk gains nothing from more.
+        .max_blocking_threads(64)
+        .build()
+        .map_err(|error| Failure::failed("INTERNAL", format!("cannot start: {error}")))
+        .and_then(|runtime| {
+            let outcome = runtime.block_on(run(args.command, output));
+            // A read of standard input may be blocked for ever; it holds nothing that matters.
+            runtime.shutdown_background();
+            outcome
+        });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            output.failure(&failure);
+            failure.exit.into()
+        }
+    }
+}
+
+/// Logs go to standard error; `MAINSTAY_LOG` sets what is logged.
+fn logging(args: &Args) {
+    let default = if matches!(args.command, Command::Serve(_)) { "info" } else { "error" };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("MAINSTAY_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .init();
+}
+
+async fn run(command: Command, output: Output) -> Result<(), Failure> {
+    match command {
+        Command::Serve(args) => commands::serve::run(args, output).await,
+        Command::Demo(args) => commands::demo::run(args, output).await,
+        Command::Append(args) => commands::append::run(args, output).await,
+        Command::Tail(args) => commands::tail::run(args, output).await,
+        Command::Session(args) => commands::session::run(args, output).await,
+        Command::Token(args) => commands::token::run(args, output),
+        Command::Verify(args) => commands::verify::run(&args, output),
+        Command::Completions(args) => commands::manual::completions(&args),
+        Command::Man(args) => commands::manual::man(&args),
+    }
+}

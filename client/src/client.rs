@@ -72,6 +72,8 @@ pub(crate) trait Core: Send + Sync {
     fn list(&self, request: List) -> BoxFuture<'_, Result<(Vec<ListedSession>, Bytes), ClientError>>;
     /// The configuration.
     fn config(&self) -> &Arc<Config>;
+    /// True while there is a connection.
+    fn connection(&self) -> watch::Receiver<bool>;
     /// Closes the connection for good.
     fn close(&self);
 }
@@ -79,6 +81,7 @@ pub(crate) trait Core: Send + Sync {
 struct Wired<C: Connection> {
     status: watch::Receiver<Status<C>>,
     config: Arc<Config>,
+    connected: watch::Receiver<bool>,
     stop: watch::Sender<bool>,
 }
 
@@ -118,6 +121,10 @@ impl<C: Connection> Core for Wired<C> {
 
     fn config(&self) -> &Arc<Config> {
         &self.config
+    }
+
+    fn connection(&self) -> watch::Receiver<bool> {
+        self.connected.clone()
     }
 
     fn close(&self) {
@@ -164,8 +171,9 @@ impl Client {
         let config = Arc::new(config);
         let (publish, status) = watch::channel(Status::Down);
         let (stop, stopping) = watch::channel(false);
-        tokio::spawn(supervise(connector, config.clone(), publish, stopping));
-        Self { core: Arc::new(Wired { status, config, stop }) }
+        let (tell, connected) = watch::channel(false);
+        tokio::spawn(supervise(connector, config.clone(), publish, tell, stopping));
+        Self { core: Arc::new(Wired { status, config, connected, stop }) }
     }
 
     /// A client over QUIC of the server that a connection file names. Errors: `Invalid`.
@@ -180,6 +188,11 @@ impl Client {
     /// Waits until the server has answered. Errors: `Unreachable`, `Closed`.
     pub async fn connected(&self) -> Result<(), ClientError> {
         self.core.connected().await
+    }
+
+    /// Follows whether there is a connection.
+    pub fn connection(&self) -> ConnectionWatch {
+        ConnectionWatch(self.core.connection())
     }
 
     /// A session to attach to. Errors: `Protocol` with `NAME_INVALID`.
@@ -210,11 +223,24 @@ impl Client {
     }
 }
 
+/// Tells when the connection is lost and when it is back.
+#[derive(Debug, Clone)]
+pub struct ConnectionWatch(watch::Receiver<bool>);
+
+impl ConnectionWatch {
+    /// Waits for a change; true if there is a connection now, `None` once the client is closed. Cancellation-safe.
+    pub async fn changed(&mut self) -> Option<bool> {
+        self.0.changed().await.ok()?;
+        Some(*self.0.borrow_and_update())
+    }
+}
+
 /// Makes the connection, and makes it again when it is lost.
 async fn supervise<T: Connector>(
     connector: T,
     config: Arc<Config>,
     publish: watch::Sender<Status<T::Connection>>,
+    tell: watch::Sender<bool>,
     mut stopping: watch::Receiver<bool>,
 ) {
     let mut backoff = Backoff::new(PAUSE.0, PAUSE.1);
@@ -238,6 +264,7 @@ async fn supervise<T: Connector>(
                 };
                 if answered {
                     backoff.reset();
+                    tell.send_replace(true);
                 }
                 let lost = tokio::select! {
                     lost = link.transport.closed() => lost,
@@ -250,6 +277,7 @@ async fn supervise<T: Connector>(
                     down_since = Instant::now();
                 }
                 publish.send_replace(Status::Down);
+                tell.send_replace(false);
                 tracing::info!(%lost, "connection lost");
                 lost
             }

@@ -35,7 +35,7 @@ mod producer;
 mod session;
 mod subscription;
 
-pub use client::Client;
+pub use client::{Client, ConnectionWatch};
 pub use config::{Config, ConnectFile};
 pub use error::{AppendError, ClientError, Stored};
 pub use mainstay_protocol::session::{Author, Cursor, Incarnation, Instance, Kind, Record, SessionName, Verdict, View};

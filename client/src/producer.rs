@@ -20,7 +20,8 @@ use mainstay_protocol::registry::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_RECORD
 use mainstay_protocol::session::Record;
 use mainstay_protocol::wire::{Ack, Append, Label, Produce, Refused, Writer, put_frame};
 use mainstay_transport::{Connection, SendStream, StreamError};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 
 use crate::config::Config;
 use crate::error::{AppendError, ClientError, Stored};
@@ -85,8 +86,9 @@ struct State {
     link: Option<u64>,
     /// A batch was refused: nothing is sent until everything sent is answered.
     refusing: bool,
-    /// Refusals in a row that ask for patience.
+    /// Refusals in a row that ask for patience, and since when.
     patience: u32,
+    refused_since: Option<Instant>,
     /// Its handle is gone: the stream ends once everything is acknowledged.
     dropped: bool,
     /// A newer epoch was granted: nothing more is sent, what was sent still gets its answers.
@@ -103,11 +105,20 @@ pub(crate) struct Shared {
     work: Notify,
     /// There is room again.
     room: Notify,
+    /// The last refusal that is being retried.
+    trouble: watch::Sender<Option<ClientError>>,
 }
 
 impl Shared {
     pub(crate) fn new(name: Label, config: Arc<Config>) -> Self {
-        Self { name, config, state: Mutex::default(), work: Notify::new(), room: Notify::new() }
+        Self {
+            name,
+            config,
+            state: Mutex::default(),
+            work: Notify::new(),
+            room: Notify::new(),
+            trouble: watch::channel(None).0,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -211,7 +222,7 @@ impl Shared {
                 flight.done.set(Ok(acked.first));
             }
         }
-        state.patience = 0;
+        (state.patience, state.refused_since) = (0, None);
         self.settle(state);
         Ok(())
     }
@@ -245,6 +256,12 @@ impl Shared {
         }
         if refused.code.is_retryable() && refused.code != Code::SEQ_GAP {
             state.patience = state.patience.saturating_add(1);
+            let since = *state.refused_since.get_or_insert_with(Instant::now);
+            self.trouble.send_replace(Some(error.clone()));
+            if self.config.give_up_after.is_some_and(|limit| since.elapsed() >= limit) {
+                drop(state);
+                return self.end(&error);
+            }
         }
         self.settle(state);
     }
@@ -474,6 +491,18 @@ impl Producer {
             Ticket { done, index: 0 }.await?;
         }
         Ok(())
+    }
+
+    /// Waits for the next refusal that is being retried, for example for lack of disk space. Cancellation-safe.
+    pub async fn trouble(&self) -> ClientError {
+        let mut trouble = self.shared.trouble.subscribe();
+        loop {
+            // The sender lives in `self`.
+            let _ = trouble.changed().await;
+            if let Some(error) = trouble.borrow_and_update().clone() {
+                return error;
+            }
+        }
     }
 
     /// Waits until the producer has ended and says why, for example that it was fenced.

@@ -2,6 +2,7 @@
 
 use core::time::Duration;
 use std::net::{SocketAddr, UdpSocket};
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -14,6 +15,7 @@ use quinn_proto::{ConnectionId, ConnectionIdGenerator, InvalidCid};
 use rand::RngCore;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_signature};
+use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{CertificateError, DigitallySignedStruct, SignatureScheme};
 
@@ -78,6 +80,15 @@ impl Identity {
         let certificate = params.self_signed(&key).map_err(|error| error.to_string())?;
         let der = PrivateKeyDer::try_from(key.serialize_der()).map_err(|error| error.to_string())?;
         Ok(Self { chain: vec![certificate.der().clone()], key: der })
+    }
+
+    /// Reads a chain and a key from PEM files. Errors: what is wrong with which file.
+    pub fn from_pem_files(chain: &Path, key: &Path) -> Result<Self, String> {
+        let at = |path: &Path, error: rustls::pki_types::pem::Error| format!("{}: {error}", path.display());
+        let certificates = CertificateDer::pem_file_iter(chain).map_err(|error| at(chain, error))?;
+        let chain = certificates.collect::<Result<_, _>>().map_err(|error| at(chain, error))?;
+        let key = PrivateKeyDer::from_pem_file(key).map_err(|error| at(key, error))?;
+        Ok(Self { chain, key })
     }
 
     /// A new P-256 key, PKCS #8 PEM. Errors: the random generator failed.

@@ -1,0 +1,289 @@
+//! The command line, as users see it in `--help`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+use clap_complete::Shell;
+
+/// Durable sessions for long-running AI agents, over QUIC.
+///
+/// Start a server with `mainstay serve --dev`; in another terminal append with `mainstay append SESSION` and follow with
+/// `mainstay tail SESSION`. Client commands find a server on this machine by themselves.
+#[derive(Debug, Parser)]
+#[command(name = "mainstay", version, propagate_version = true, after_help = EXIT_CODES, max_term_width = 100)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused by the server, 4 server not reachable, \
+    5 stored data is damaged.\n\nEnvironment: MAINSTAY_CONNECT names the connection file, MAINSTAY_LOG what is logged \
+    (for example `debug`).";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a server.
+    Serve(Serve),
+    /// Show the whole story on this machine and verify it.
+    Demo(Demo),
+    /// Append standard input to a session, one record per line.
+    Append(Append),
+    /// Follow a session: its records so far, then new ones as they come.
+    Tail(Tail),
+    /// Create, list, show, close, trim and delete sessions.
+    Session(Session),
+    /// Make and read capability tokens.
+    Token(Token),
+    /// Check a data directory offline.
+    Verify(Verify),
+    /// Print a completion script for a shell.
+    Completions(Completions),
+    /// Write the manual pages.
+    Man(Man),
+}
+
+impl Args {
+    /// True if output is to be JSON lines.
+    pub(crate) fn json(&self) -> bool {
+        match &self.command {
+            Command::Serve(args) => args.json,
+            Command::Demo(args) => args.json,
+            Command::Append(args) => args.json,
+            Command::Tail(args) => args.json,
+            Command::Session(args) => args.json,
+            Command::Token(args) => args.json,
+            Command::Verify(args) => args.json || args.dump,
+            Command::Completions(_) | Command::Man(_) => false,
+        }
+    }
+}
+
+/// Runs a server until it is told to stop with Ctrl-C or SIGTERM; a second signal stops it at once.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Serve {
+    /// Make keys, a certificate and a token by itself, and write a connection file for clients on this machine.
+    #[arg(long)]
+    pub(crate) dev: bool,
+    /// Directory for all data; made if missing.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
+    /// UDP address to listen on; port 0 picks a free one. [default: 127.0.0.1:4433]
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) listen: Option<SocketAddr>,
+    /// Configuration file (TOML); flags go before it.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Print JSON lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Starts a server, lets a process stream a text into a session, follows it with two clients, kills and restarts one of them
+/// and the server, and verifies that both saw the whole text once.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Demo {
+    /// Print JSON lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How to find the server.
+#[derive(Debug, Clone, ClapArgs)]
+pub(crate) struct Connect {
+    /// Connection file of the server. [default: the one that `serve --dev` wrote on this machine]
+    #[arg(long, value_name = "FILE", env = "MAINSTAY_CONNECT")]
+    pub(crate) connect: Option<PathBuf>,
+}
+
+/// Appends each line of standard input as a record as soon as it is read. The session is made if it does not exist. When the
+/// server is lost it is tried again for 60 s; no line is lost or stored twice.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Append {
+    /// Name of the session, for example agent:session123.
+    pub(crate) session: String,
+    /// Stream of the session to append to.
+    #[arg(long, value_name = "S", default_value = "main")]
+    pub(crate) stream: String,
+    /// Producer to append as; whoever appended under this name before is fenced. [default: a fresh name]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) producer: Option<String>,
+    /// Print `{"event":"ack","seq":…,"line":…}` for each line once it is durable.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) connect: Connect,
+}
+
+/// Follows a session. Waits for it if it does not exist yet. Comes back by itself when the server is lost.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Tail {
+    /// Name of the session.
+    pub(crate) session: String,
+    /// Where to start: earliest, latest, or a seq. [default: earliest]
+    #[arg(long, value_name = "POSITION")]
+    pub(crate) from: Option<From>,
+    /// Keep the position in this file and go on from it; it goes before --from.
+    #[arg(long, value_name = "F")]
+    pub(crate) cursor_file: Option<PathBuf>,
+    /// Write rows to this file instead of standard output. With --cursor-file the file is exact whatever happens.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// Only records of this stream; may be repeated.
+    #[arg(long, value_name = "S")]
+    pub(crate) stream: Vec<String>,
+    /// Only records of this kind, for example data; may be repeated.
+    #[arg(long, value_name = "K")]
+    pub(crate) kind: Vec<String>,
+    /// End when caught up and nothing has come for so many milliseconds.
+    #[arg(long, value_name = "MS")]
+    pub(crate) until_idle: Option<u64>,
+    /// End after so many records.
+    #[arg(long, value_name = "N")]
+    pub(crate) max: Option<u64>,
+    /// Print JSON lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) connect: Connect,
+}
+
+/// A start position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum From {
+    Earliest,
+    Latest,
+    Seq(u64),
+}
+
+impl std::str::FromStr for From {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "earliest" => Ok(Self::Earliest),
+            "latest" => Ok(Self::Latest),
+            seq => seq.parse().map(Self::Seq).map_err(|_| "not earliest, latest or a seq".into()),
+        }
+    }
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Session {
+    #[command(subcommand)]
+    pub(crate) action: SessionAction,
+    /// Print JSON lines.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Connection file of the server. [default: the one that `serve --dev` wrote on this machine]
+    #[arg(long, value_name = "FILE", env = "MAINSTAY_CONNECT", global = true)]
+    pub(crate) connect: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SessionAction {
+    /// Create a session; fails if it exists.
+    Create {
+        /// Its name.
+        session: String,
+    },
+    /// List the sessions that the token lets you read.
+    Ls {
+        /// Only sessions whose name starts so.
+        #[arg(default_value = "")]
+        prefix: String,
+    },
+    /// Show what a session holds.
+    Show {
+        /// Its name.
+        session: String,
+    },
+    /// Close a session: it can be read, and nothing can follow.
+    Close {
+        /// Its name.
+        session: String,
+    },
+    /// Release old records; readers are told of the gap.
+    Trim {
+        /// Its name.
+        session: String,
+        /// Release the records below this seq.
+        #[arg(long, value_name = "SEQ")]
+        before: u64,
+    },
+    /// Delete a session with everything in it.
+    Delete {
+        /// Its name.
+        session: String,
+    },
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Token {
+    #[command(subcommand)]
+    pub(crate) action: TokenAction,
+    /// Print JSON lines.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TokenAction {
+    /// Make a signing key. Prints the verification key for the server's configuration.
+    Keygen {
+        /// File for the signing key; it is a secret.
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
+    /// Make a token.
+    Mint {
+        /// Who holds it; authors of records carry it.
+        #[arg(long, value_name = "NAME")]
+        subject: String,
+        /// What it allows: PREFIX=OPERATIONS, for example agent:=read,append. Operations are read, append, create, manage
+        /// and all. An empty prefix is every session. May be repeated.
+        #[arg(long, value_name = "PREFIX=OPS", required = true)]
+        grant: Vec<String>,
+        /// Seconds until it expires.
+        #[arg(long, value_name = "SECS", default_value_t = 3600)]
+        ttl: u32,
+        /// Bind it to one client instance (32 hexadecimal digits).
+        #[arg(long, value_name = "ID")]
+        device: Option<String>,
+        /// Signing key file. [default: the one of `serve --dev` on this machine]
+        #[arg(long, value_name = "FILE")]
+        key: Option<PathBuf>,
+    },
+    /// Print what a token says, without verifying it.
+    Inspect {
+        /// The token, or - to read it from standard input.
+        token: String,
+    },
+}
+
+/// Checks everything in a data directory: journals, checksums, links, chain, views, and that no row is missing. Changes
+/// nothing. Names session and seq of the first damage and exits with 5.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Verify {
+    /// Data directory of a stopped server.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
+    /// Print every record as a JSON line, and nothing else.
+    #[arg(long)]
+    pub(crate) dump: bool,
+    /// Print JSON lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Completions {
+    /// The shell.
+    pub(crate) shell: Shell,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Man {
+    /// Directory for the pages.
+    pub(crate) dir: PathBuf,
+}

@@ -1,0 +1,99 @@
+//! `append`: standard input to a session, one record per line.
+
+use mainstay_client::{Client, Config, Producer, Ticket};
+use serde_json::json;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::sync::mpsc;
+
+use crate::args;
+use crate::data::client;
+use crate::failure::Failure;
+use crate::output::Output;
+
+/// Lines on their way that the printing task may lag behind.
+const LAG: usize = 64 * 1024;
+
+pub(crate) async fn run(args: args::Append, output: Output) -> Result<(), Failure> {
+    let client = client(args.connect.connect.as_deref(), Config::default())?;
+    tokio::select! {
+        result = append(&client, &args, output) => result,
+        result = warn(&client, output) => result,
+    }
+}
+
+/// Tells of every loss of the server, for as long as the command runs.
+async fn warn(client: &Client, output: Output) -> Result<(), Failure> {
+    let mut connection = client.connection();
+    while let Some(connected) = connection.changed().await {
+        if !connected {
+            output.warning("UNAVAILABLE", "the server is lost; trying again for 60 s")?;
+        }
+    }
+    core::future::pending().await
+}
+
+async fn append(client: &Client, args: &args::Append, output: Output) -> Result<(), Failure> {
+    let session = client.session(&args.session)?.create().attach().await?;
+    let stream = if args.stream == "main" { session.main() } else { session.stream(&args.stream).await? };
+    let name = args.producer.clone().unwrap_or_else(|| format!("append-{:032x}", rand::random::<u128>()));
+    let producer = session.producer(&name).await?;
+    let (tickets, printing) = mpsc::channel(LAG);
+    let reading = async {
+        let tickets = tickets;
+        let mut input = BufReader::with_capacity(64 * 1024, tokio::io::stdin());
+        let mut number = 0u64;
+        loop {
+            let mut line = Vec::new();
+            let read = input.read_until(b'\n', &mut line).await;
+            if read.map_err(|error| Failure::io("standard input", &error))? == 0 {
+                return Ok::<_, Failure>(());
+            }
+            if line.last() == Some(&b'\n') {
+                line.pop();
+            }
+            let ticket = producer.append(stream, line).await?;
+            if tickets.send((number, ticket)).await.is_err() {
+                // Printing has failed; its error is the one to tell.
+                return Ok(());
+            }
+            number += 1;
+        }
+    };
+    let both = async { tokio::try_join!(reading, print(printing, output)) };
+    let (first, last) = tokio::select! {
+        result = both => result?.1,
+        // Told at once, without waiting for more input.
+        error = producer.ended() => return Err(error.into()),
+        result = trouble(&producer, output) => return result,
+    };
+    if !output.is_json() {
+        match last {
+            Some(last) => println!("appended {} records to {}, seqs {}..={last}", first.1, args.session, first.0),
+            None => println!("nothing to append"),
+        }
+    }
+    Ok(())
+}
+
+/// Tells of refusals that are being retried.
+async fn trouble(producer: &Producer, output: Output) -> Result<(), Failure> {
+    loop {
+        let error = producer.trouble().await;
+        output.warning("UNAVAILABLE", &format!("{error}; trying again"))?;
+    }
+}
+
+type Span = ((u64, u64), Option<u64>);
+
+/// Prints acks in order. Returns the first seq, the number of records, and the last seq.
+async fn print(mut tickets: mpsc::Receiver<(u64, Ticket)>, output: Output) -> Result<Span, Failure> {
+    let (mut first, mut count, mut last) = (None, 0, None);
+    while let Some((line, ticket)) = tickets.recv().await {
+        let seq = ticket.wait().await?;
+        output.json_only(&json!({"event": "ack", "seq": seq, "line": line}))?;
+        first.get_or_insert(seq);
+        count += 1;
+        last = Some(seq);
+    }
+    Ok(((first.unwrap_or(0), count), last))
+}

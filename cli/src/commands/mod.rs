@@ -1,0 +1,10 @@
+//! One module per command.
+
+pub(crate) mod append;
+pub(crate) mod demo;
+pub(crate) mod manual;
+pub(crate) mod serve;
+pub(crate) mod session;
+pub(crate) mod tail;
+pub(crate) mod token;
+pub(crate) mod verify;

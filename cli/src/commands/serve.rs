@@ -1,0 +1,205 @@
+//! `serve`: a server on the embedded store.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use mainstay_client::ConnectFile;
+use mainstay_protocol::registry::ALPN;
+use mainstay_protocol::session::{Grant, Grants, Operations};
+use mainstay_protocol::wire::Subject;
+use mainstay_server::auth::{Claims, Keyring, SigningKey, VerifyingKey};
+use mainstay_server::{Config as ServerConfig, Server};
+use mainstay_store::{Health, Store};
+use mainstay_store_fjall::{Config as StoreConfig, FjallStore};
+use mainstay_transport::Listener;
+use mainstay_transport::quic::{Identity, QuicListener, bind};
+use serde::Deserialize;
+use serde_json::json;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::args;
+use crate::data::{Data, write_secret};
+use crate::failure::Failure;
+use crate::output::Output;
+
+/// The configuration file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct File {
+    /// As --data.
+    data: Option<PathBuf>,
+    /// As --listen.
+    listen: Option<SocketAddr>,
+    tls: Tls,
+    auth: Auth,
+    store: StoreFile,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Tls {
+    /// PEM file with the certificate chain, leaf first.
+    cert: Option<PathBuf>,
+    /// PEM file with the private key.
+    key: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Auth {
+    /// Verification keys (PASERK k4.public), one per signing key in use.
+    keys: Vec<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct StoreFile {
+    /// Free bytes on the file system below which appends are refused.
+    reserve_bytes: Option<u64>,
+}
+
+const DEFAULT_LISTEN: ([u8; 4], u16) = ([127, 0, 0, 1], 4433);
+/// How long a development token lasts; it is renewed at a start when less than half of it is left.
+const DEV_TOKEN: i64 = 365 * 24 * 3600;
+
+fn now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
+pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure> {
+    let file = match &args.config {
+        Some(path) => read_config(path)?,
+        None => File::default(),
+    };
+    let data = Data::new(args.data.as_deref().or(file.data.as_deref()))?;
+    data.create()?;
+    let mut keys = Vec::new();
+    for text in &file.auth.keys {
+        keys.push(VerifyingKey::from_paserk(text).map_err(Failure::usage)?);
+    }
+    let dev = if args.dev { Some(data.signing_key()?) } else { None };
+    keys.extend(dev.as_ref().map(SigningKey::verifying_key));
+    if keys.is_empty() {
+        return Err(Failure::usage(
+            "no key to verify tokens with: use --dev, or list verification keys under [auth] keys in --config (make one \
+             with `mainstay token keygen`)",
+        ));
+    }
+    let identity = identity(&file.tls, args.dev, &data)?;
+    let pin = identity.pin().map_err(Failure::usage)?;
+
+    let mut store_config = StoreConfig::default();
+    if let Some(reserve) = file.store.reserve_bytes {
+        store_config.reserve = reserve;
+    }
+    let dir = data.store();
+    let store = tokio::task::spawn_blocking(move || FjallStore::open(&dir, store_config)).await;
+    let store = Arc::new(store.map_err(|error| Failure::failed("INTERNAL", error.to_string()))??);
+
+    let listen = args.listen.or(file.listen).unwrap_or_else(|| DEFAULT_LISTEN.into());
+    let socket = bind(listen).map_err(|error| Failure::io(format!("cannot listen on {listen}"), &error))?;
+    let config = ServerConfig::default();
+    let listener = QuicListener::new(socket, identity, &data.server_keys()?, &config.transport_limits(), ALPN)
+        .map_err(|error| Failure::failed("INTERNAL", error))?;
+    let addr = listener.local_addr().ok_or_else(|| Failure::failed("INTERNAL", "the socket has no address"))?;
+    let connect = match &dev {
+        Some(key) => Some(write_connect_file(&data, addr, &pin.to_hex(), key)?),
+        None => None,
+    };
+    let event = json!({
+        "event": "listening",
+        "addr": addr.to_string(),
+        "connect": connect.as_ref().map(|path| path.display().to_string()),
+        "pin": pin.to_hex(),
+    });
+    output.event(&event, || {
+        let known = connect.as_ref().map_or_else(String::new, |path| {
+            format!("\nclients on this machine find it by {}; try `mainstay tail demo`", path.display())
+        });
+        format!("listening on {addr}, data in {}, key pin {}{known}", data.dir().display(), pin.to_hex())
+    })?;
+
+    let server = Server::new(store.clone(), Keyring::new(keys), config);
+    let mut failed = None;
+    let stop = async {
+        tokio::select! {
+            () = signalled() => tracing::info!("stopping; a second signal stops at once"),
+            what = store_failed(&store) => failed = Some(what),
+        }
+    };
+    tokio::select! {
+        () = server.serve(listener, stop) => {}
+        () = async { signalled().await; signalled().await } => {
+            return Err(Failure::failed("INTERRUPTED", "stopped at once by a second signal"));
+        }
+    }
+    if let Some(what) = failed {
+        return Err(Failure::integrity(format!(
+            "the store failed and the server stopped: {what}; check the disk, then start again"
+        )));
+    }
+    Ok(())
+}
+
+fn read_config(path: &Path) -> Result<File, Failure> {
+    let text = std::fs::read_to_string(path).map_err(|error| Failure::io(path.display(), &error))?;
+    toml::from_str(&text).map_err(|error| Failure::usage(format!("{}: {error}", path.display())))
+}
+
+fn identity(tls: &Tls, dev: bool, data: &Data) -> Result<Identity, Failure> {
+    match (&tls.cert, &tls.key) {
+        (Some(cert), Some(key)) => Identity::from_pem_files(cert, key).map_err(Failure::usage),
+        (None, None) if dev => Identity::self_signed(&data.tls_key()?, now().unsigned_abs()).map_err(Failure::usage),
+        (None, None) => Err(Failure::usage("no certificate: use --dev, or set cert and key under [tls] in --config")),
+        _ => Err(Failure::usage("[tls] needs both cert and key")),
+    }
+}
+
+/// Writes the connection file, unless the one that is there is still right.
+fn write_connect_file(data: &Data, addr: SocketAddr, pin: &str, key: &SigningKey) -> Result<PathBuf, Failure> {
+    let path = data.connect_file();
+    let keyring = Keyring::new([key.verifying_key()]);
+    if let Ok(old) = ConnectFile::read(&path) {
+        let fresh = |token: &str| keyring.verify(token.as_bytes(), now() + DEV_TOKEN / 2).is_ok();
+        if old.addr == addr && old.pin == pin && fresh(&old.token) {
+            return Ok(path);
+        }
+    }
+    let subject = Subject::new("dev").map_err(|error| Failure::failed("INTERNAL", error.to_string()))?;
+    let grant = Grant { prefix: String::new(), operations: Operations::all() };
+    let (issued, expires) = (now(), now() + DEV_TOKEN);
+    let claims = Claims { subject, device: None, grants: Grants(vec![grant]), issued, expires };
+    let token = key.mint(&claims).map_err(|error| Failure::failed("INTERNAL", error))?;
+    let protocol = String::from_utf8_lossy(ALPN).into_owned();
+    let file = ConnectFile { protocol, addr, pin: pin.to_owned(), token };
+    let text = serde_json::to_vec_pretty(&file).map_err(|error| Failure::failed("INTERNAL", error.to_string()))?;
+    write_secret(&path, &text).map_err(|error| Failure::io(path.display(), &error))?;
+    Ok(path)
+}
+
+/// Waits for Ctrl-C or SIGTERM.
+async fn signalled() {
+    match signal(SignalKind::terminate()) {
+        Ok(mut terminate) => {
+            tokio::select! {
+                _ = tokio::signal::ctrl_c() => {}
+                _ = terminate.recv() => {}
+            }
+        }
+        // Without a handler the default action of the signal ends the process.
+        Err(_) => drop(tokio::signal::ctrl_c().await),
+    }
+}
+
+/// Waits until the store has failed for good.
+async fn store_failed(store: &FjallStore) -> String {
+    loop {
+        if let Health::Failed { what } = store.health() {
+            return what;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}

@@ -1,0 +1,94 @@
+//! `session`: create, list, show, close, trim, delete.
+
+use mainstay_client::{Client, Config, SessionInfo};
+use serde_json::{Value, json};
+
+use crate::args::{self, SessionAction};
+use crate::data::client;
+use crate::failure::Failure;
+use crate::output::{Output, time};
+
+pub(crate) async fn run(args: args::Session, output: Output) -> Result<(), Failure> {
+    let client = client(args.connect.as_deref(), Config::default())?;
+    match args.action {
+        SessionAction::Create { session } => {
+            let info = client.session(&session)?.create_new().attach().await?.info();
+            output.event(&row("created", &info), || format!("created {session} ({})", info.incarnation))
+        }
+        SessionAction::Ls { prefix } => list(&client, &prefix, output).await,
+        SessionAction::Show { session } => {
+            let info = client.session(&session)?.attach().await?.info();
+            output.event(&row("session", &info), || show(&info))
+        }
+        SessionAction::Close { session } => {
+            let seq = client.session(&session)?.attach().await?.close().await?;
+            let event = json!({"event": "closed", "name": session, "seq": seq});
+            output.event(&event, || format!("closed {session}; its last record is seq {seq}"))
+        }
+        SessionAction::Trim { session, before } => {
+            let first = client.session(&session)?.attach().await?.trim(before).await?;
+            let event = json!({"event": "trimmed", "name": session, "first": first});
+            output.event(&event, || format!("trimmed {session}; its first record is seq {first}"))
+        }
+        SessionAction::Delete { session } => {
+            client.session(&session)?.attach().await?.delete().await?;
+            output.event(&json!({"event": "deleted", "name": session}), || format!("deleted {session}"))
+        }
+    }
+}
+
+async fn list(client: &Client, prefix: &str, output: Output) -> Result<(), Failure> {
+    let sessions = client.list(prefix).await?;
+    if sessions.is_empty() && !output.is_json() {
+        println!("no sessions");
+    }
+    for session in sessions {
+        let event = json!({
+            "event": "session",
+            "name": session.name.as_str(),
+            "incarnation": session.incarnation.to_string(),
+            "created": time(session.created),
+            "first": session.first,
+            "tail": session.tail,
+        });
+        output.event(&event, || {
+            let records = session.tail - session.first;
+            format!("{}  {records:>10} records  {}", time(session.created), session.name)
+        })?;
+    }
+    Ok(())
+}
+
+fn row(event: &str, info: &SessionInfo) -> Value {
+    json!({
+        "event": event,
+        "name": info.name.as_str(),
+        "incarnation": info.incarnation.to_string(),
+        "created": time(info.created),
+        "first": info.first,
+        "tail": info.tail,
+        "closed": info.closed,
+        "fold_version": info.fold_version,
+        "view_hash": info.view_hash.to_string(),
+        "streams": info.streams,
+        "producers": info.producers.iter().map(|(name, epoch, next)| {
+            json!({"name": name, "epoch": epoch, "next": next})
+        }).collect::<Vec<_>>(),
+    })
+}
+
+fn show(info: &SessionInfo) -> String {
+    let mut lines = vec![
+        format!("session      {}", info.name),
+        format!("incarnation  {}", info.incarnation),
+        format!("created      {}", time(info.created)),
+        format!("state        {}", if info.closed { "closed" } else { "open" }),
+        format!("records      {} (seqs {}..{})", info.tail - info.first, info.first, info.tail),
+        format!("streams      {}", info.streams.join(", ")),
+        format!("view hash    {} (fold version {})", info.view_hash, info.fold_version),
+    ];
+    for (name, epoch, next) in &info.producers {
+        lines.push(format!("producer     {name}: epoch {epoch}, next sequence {next}"));
+    }
+    lines.join("\n")
+}

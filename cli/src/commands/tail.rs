@@ -1,0 +1,304 @@
+//! `tail`: a session's records so far, then new ones as they come.
+//!
+//! # The cursor file
+//!
+//! Before rows are written the file says up to where (`pending`); after they are written it says that they are (`next`).
+//! After a kill the rows between the two may or may not have been written: they are printed again, marked as repeated. With
+//! an output file its length is noted too, and what is behind it is cut off at the next start, so that the file is exact.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use base64::Engine as _;
+use mainstay_client::{Config, Cursor, Event, Incarnation, Kind, ReadRecord, RecordBatch, Start};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep_until};
+
+use crate::args;
+use crate::data::client;
+use crate::failure::Failure;
+use crate::output::{Output, time};
+
+/// What the cursor file holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct CursorFile {
+    session: String,
+    incarnation: String,
+    /// Rows below are written.
+    next: u64,
+    /// Rows below may be written.
+    pending: u64,
+    /// Length of the output file when `next` was noted.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    length: Option<u64>,
+}
+
+/// Where rows go.
+enum Sink {
+    Stdout,
+    File { file: File, length: u64, path: PathBuf },
+}
+
+impl Sink {
+    fn write(&mut self, rows: &[u8]) -> Result<(), Failure> {
+        match self {
+            Self::Stdout => {
+                let mut out = io::stdout().lock();
+                out.write_all(rows).and_then(|()| out.flush()).map_err(|error| Failure::io("standard output", &error))
+            }
+            Self::File { file, length, path } => {
+                *length += rows.len() as u64;
+                file.write_all(rows).map_err(|error| Failure::io(path.display(), &error))
+            }
+        }
+    }
+
+    fn length(&self) -> Option<u64> {
+        match self {
+            Self::Stdout => None,
+            Self::File { length, .. } => Some(*length),
+        }
+    }
+}
+
+struct Printer {
+    output: Output,
+    sink: Sink,
+    cursor_path: Option<PathBuf>,
+    cursor: Option<CursorFile>,
+    /// Rows below may have been printed by an earlier run.
+    repeat_below: u64,
+    rows: u64,
+    max: Option<u64>,
+}
+
+pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure> {
+    let client = client(args.connect.connect.as_deref(), Config::default())?;
+    let kinds = args.kind.iter().map(|name| kind(name)).collect::<Result<Vec<_>, _>>()?;
+    let known = match &args.cursor_file {
+        Some(path) => read_cursor(path, &args.session)?,
+        None => None,
+    };
+    let mut attaching = client.session(&args.session)?.wait();
+    let start = match &known {
+        Some(known) => {
+            let incarnation: Incarnation = known.incarnation.parse().map_err(|_| {
+                Failure::usage(
+                    "the cursor file's incarnation is not 32 hexadecimal digits; remove the file to start over",
+                )
+            })?;
+            attaching = attaching.at(Cursor { incarnation, next: known.next });
+            Start::Seq(known.next)
+        }
+        None => match args.from.unwrap_or(args::From::Earliest) {
+            args::From::Earliest => Start::Earliest,
+            args::From::Latest => Start::Latest,
+            args::From::Seq(seq) => Start::Seq(seq),
+        },
+    };
+    let sink = match &args.output {
+        None => Sink::Stdout,
+        Some(path) => open_output(path, known.as_ref())?,
+    };
+    let mut printer = Printer {
+        output,
+        repeat_below: match sink {
+            // The file was cut back to what is certain.
+            Sink::File { .. } => 0,
+            Sink::Stdout => known.as_ref().map_or(0, |known| known.pending),
+        },
+        sink,
+        cursor_path: args.cursor_file.clone(),
+        cursor: known,
+        rows: 0,
+        max: args.max,
+    };
+    let session = attaching.attach().await?;
+    let mut subscribing = session.subscribe(start);
+    for stream in &args.stream {
+        subscribing = subscribing.stream(stream);
+    }
+    for kind in kinds {
+        subscribing = subscribing.kind(kind);
+    }
+    let mut subscription = subscribing.open().await?;
+    let idle = args.until_idle.map(Duration::from_millis);
+    let mut idle_since: Option<Instant> = None;
+    if args.max == Some(0) {
+        return Ok(());
+    }
+    loop {
+        let deadline = idle.zip(idle_since).map(|(idle, since)| since + idle);
+        let event = tokio::select! {
+            event = subscription.next() => event,
+            () = async { sleep_until(deadline.unwrap_or_else(Instant::now)).await }, if deadline.is_some() => break,
+            _ = tokio::signal::ctrl_c() => break,
+        };
+        let Some(event) = event else { break };
+        match event? {
+            Event::Started { verdict, next, tail, incarnation } => {
+                let event = json!({
+                    "event": "attached", "verdict": verdict.as_str(), "next": next, "tail": tail,
+                    "incarnation": incarnation.to_string(),
+                });
+                output.json_only(&event)?;
+                printer.started(&args.session, incarnation, next)?;
+            }
+            Event::Records(batch) => {
+                let more = printer.batch(&batch)?;
+                idle_since = idle_since.map(|_| Instant::now());
+                if !more {
+                    break;
+                }
+            }
+            Event::CaughtUp { tail } => {
+                output.json_only(&json!({"event": "caught_up", "tail": tail}))?;
+                idle_since = Some(Instant::now());
+            }
+            Event::Gap { from, to, reason } => {
+                let event = json!({"event": "gap", "from": from, "to": to, "reason": reason});
+                output.json_only(&event)?;
+                if !output.is_json() {
+                    eprintln!("mainstay: records {from}..{to} are gone: {reason}");
+                }
+                printer.advance(to)?;
+            }
+            Event::Resumed { verdict, next } => {
+                output.json_only(&json!({"event": "reconnected", "verdict": verdict.as_str(), "next": next}))?;
+            }
+            Event::Ended => break,
+            _ => {}
+        }
+    }
+    printer.save()
+}
+
+fn kind(name: &str) -> Result<Kind, Failure> {
+    let known = || Kind::ALL.iter().filter_map(|kind| kind.name()).collect::<Vec<_>>().join(", ");
+    Kind::from_name(name)
+        .ok_or_else(|| Failure::usage(format!("no record kind is called {name}; there are: {}", known())))
+}
+
+fn read_cursor(path: &Path, session: &str) -> Result<Option<CursorFile>, Failure> {
+    let text = match fs::read(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Failure::io(path.display(), &error)),
+    };
+    let wrong = |what: &str| Failure::usage(format!("{}: {what}; remove it to start over", path.display()));
+    let cursor: CursorFile = serde_json::from_slice(&text).map_err(|_| wrong("not a cursor file"))?;
+    if cursor.session != session {
+        return Err(wrong(&format!("it is of session {}", cursor.session)));
+    }
+    Ok(Some(cursor))
+}
+
+/// Opens the output file. With a cursor it is cut back to what is certain, without one it starts empty.
+fn open_output(path: &Path, known: Option<&CursorFile>) -> Result<Sink, Failure> {
+    let failed = |error: &io::Error| Failure::io(path.display(), error);
+    let open = OpenOptions::new().create(true).append(true).open(path);
+    let file = open.map_err(|error| failed(&error))?;
+    let length = known.map_or(Some(0), |known| known.length);
+    let length = length
+        .ok_or_else(|| Failure::usage("the cursor file was kept without --output; remove it to start over with one"))?;
+    let present = file.metadata().map_err(|error| failed(&error))?.len();
+    if present < length {
+        let message = format!("{} has {present} bytes, the cursor file says {length}; it lost rows", path.display());
+        return Err(Failure::integrity(message));
+    }
+    file.set_len(length).map_err(|error| failed(&error))?;
+    Ok(Sink::File { file, length, path: path.to_owned() })
+}
+
+impl Printer {
+    fn started(&mut self, session: &str, incarnation: Incarnation, next: u64) -> Result<(), Failure> {
+        let length = self.sink.length();
+        let known = self.cursor.get_or_insert_with(|| CursorFile {
+            session: session.to_owned(),
+            incarnation: incarnation.to_string(),
+            next,
+            pending: next,
+            length,
+        });
+        known.next = next;
+        self.save()
+    }
+
+    /// Prints a batch. False once enough rows were printed.
+    fn batch(&mut self, batch: &RecordBatch) -> Result<bool, Failure> {
+        if let Some(cursor) = &mut self.cursor {
+            cursor.pending = cursor.pending.max(batch.next());
+        }
+        self.save()?;
+        let mut rows = Vec::new();
+        let mut next = batch.next();
+        for record in batch.iter() {
+            let record = record?;
+            self.row(&record, &mut rows);
+            self.rows += 1;
+            if self.max.is_some_and(|max| self.rows >= max) {
+                next = record.seq + 1;
+                break;
+            }
+        }
+        self.sink.write(&rows)?;
+        self.advance(next)?;
+        Ok(self.max.is_none_or(|max| self.rows < max))
+    }
+
+    fn row(&self, record: &ReadRecord<'_>, rows: &mut Vec<u8>) {
+        if self.output.is_json() {
+            let mut row = record_row(record);
+            if record.seq < self.repeat_below {
+                row["repeat"] = json!(true);
+            }
+            rows.extend_from_slice(row.to_string().as_bytes());
+        } else if record.record.kind == Kind::DATA {
+            rows.extend_from_slice(&record.record.payload);
+        } else {
+            let name = record.record.kind.name().unwrap_or("unknown");
+            rows.extend_from_slice(format!("[{name}]").as_bytes());
+        }
+        rows.push(b'\n');
+    }
+
+    /// Everything below `next` is written. Noted in memory; it reaches the file with the next note.
+    fn advance(&mut self, next: u64) -> Result<(), Failure> {
+        let length = self.sink.length();
+        let Some(cursor) = &mut self.cursor else { return Ok(()) };
+        (cursor.next, cursor.length) = (next, length);
+        cursor.pending = cursor.pending.max(next);
+        self.save()
+    }
+
+    fn save(&self) -> Result<(), Failure> {
+        let (Some(path), Some(cursor)) = (&self.cursor_path, &self.cursor) else { return Ok(()) };
+        let write = || -> io::Result<()> {
+            let new = path.with_extension("new");
+            fs::write(&new, serde_json::to_vec(cursor).map_err(io::Error::other)?)?;
+            fs::rename(&new, path)
+        };
+        write().map_err(|error| Failure::io(path.display(), &error))
+    }
+}
+
+/// A record as a JSON row.
+pub(crate) fn record_row(record: &ReadRecord<'_>) -> Value {
+    let ReadRecord { seq, time: at, author, stream, record } = record;
+    let mut row = json!({
+        "event": "record",
+        "seq": seq,
+        "time": time(*at),
+        "stream": stream,
+        "kind": record.kind.name().map_or_else(|| record.kind.0.to_string(), str::to_owned),
+        "author": author.to_string(),
+    });
+    match std::str::from_utf8(&record.payload) {
+        Ok(text) => row["data"] = json!(text),
+        Err(_) => row["data_base64"] = json!(base64::engine::general_purpose::STANDARD.encode(&record.payload)),
+    }
+    row
+}

@@ -1,0 +1,160 @@
+//! The data directory: where things are, and the secrets in it.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use mainstay_client::{Client, Config, ConnectFile};
+use mainstay_server::auth::SigningKey;
+use mainstay_transport::quic::{Identity, ServerKeys};
+
+use crate::failure::Failure;
+
+/// A data directory.
+#[derive(Debug, Clone)]
+pub(crate) struct Data {
+    dir: PathBuf,
+}
+
+impl Data {
+    /// The directory given, or the per-user default.
+    pub(crate) fn new(dir: Option<&Path>) -> Result<Self, Failure> {
+        let dir = match dir {
+            Some(dir) => dir.to_owned(),
+            None => default_dir()?,
+        };
+        Ok(Self { dir })
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The engine's directory.
+    pub(crate) fn store(&self) -> PathBuf {
+        self.dir.join("store")
+    }
+
+    /// The file that clients on this machine read.
+    pub(crate) fn connect_file(&self) -> PathBuf {
+        self.dir.join("connect.json")
+    }
+
+    /// The key that `serve --dev` signs tokens with.
+    pub(crate) fn signing_key_file(&self) -> PathBuf {
+        self.dir.join("keys").join("signing")
+    }
+
+    /// Makes the directory, readable by its owner only.
+    pub(crate) fn create(&self) -> Result<(), Failure> {
+        let keys = self.dir.join("keys");
+        fs::create_dir_all(&keys).map_err(|error| Failure::io(keys.display(), &error))
+    }
+
+    /// The keys that let clients learn of a restart at once.
+    pub(crate) fn server_keys(&self) -> Result<ServerKeys, Failure> {
+        let path = self.dir.join("keys").join("quic");
+        let text = self.secret(&path, || {
+            let keys = ServerKeys::generate();
+            Ok([&keys.reset[..], &keys.connection_id, &keys.token].map(hex).join("\n") + "\n")
+        })?;
+        let mut lines = text.lines();
+        let keys = (|| {
+            Some(ServerKeys {
+                reset: unhex(lines.next()?)?,
+                connection_id: unhex(lines.next()?)?,
+                token: unhex(lines.next()?)?,
+            })
+        })();
+        keys.ok_or_else(|| {
+            Failure::integrity(format!("{} does not hold three keys; restore or remove it", path.display()))
+        })
+    }
+
+    /// The key of the development certificate.
+    pub(crate) fn tls_key(&self) -> Result<String, Failure> {
+        let path = self.dir.join("keys").join("tls.pem");
+        self.secret(&path, || Identity::generate_key().map_err(|error| Failure::failed("INTERNAL", error)))
+    }
+
+    /// The key that signs development tokens.
+    pub(crate) fn signing_key(&self) -> Result<SigningKey, Failure> {
+        let path = self.signing_key_file();
+        let text = self.secret(&path, || {
+            let key = SigningKey::generate().map_err(|error| Failure::failed("INTERNAL", error))?;
+            Ok(key.to_paserk() + "\n")
+        })?;
+        SigningKey::from_paserk(&text).map_err(|error| Failure::integrity(format!("{}: {error}", path.display())))
+    }
+
+    /// Reads a secret, or makes it.
+    fn secret(&self, path: &Path, make: impl FnOnce() -> Result<String, Failure>) -> Result<String, Failure> {
+        match fs::read_to_string(path) {
+            Ok(text) => Ok(text),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let text = make()?;
+                write_secret(path, text.as_bytes()).map_err(|error| Failure::io(path.display(), &error))?;
+                Ok(text)
+            }
+            Err(error) => Err(Failure::io(path.display(), &error)),
+        }
+    }
+}
+
+/// Writes a file that only its owner may read, whole or not at all.
+pub(crate) fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let new = path.with_extension("new");
+    let _ = fs::remove_file(&new);
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&new, path)
+}
+
+fn default_dir() -> Result<PathBuf, Failure> {
+    let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(|dir| dir.is_absolute());
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local").join("state"));
+    let state =
+        state.or_else(home).ok_or_else(|| Failure::usage("neither XDG_STATE_HOME nor HOME is set; use --data"))?;
+    Ok(state.join("mainstay"))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let text = text.as_bytes();
+    let mut bytes = [0; N];
+    if text.len() != 2 * N {
+        return None;
+    }
+    for (byte, pair) in bytes.iter_mut().zip(text.chunks_exact(2)) {
+        let digit = |at: usize| (pair[at] as char).to_digit(16);
+        *byte = (digit(0)? << 4 | digit(1)?) as u8;
+    }
+    Some(bytes)
+}
+
+/// A client of the server that the connection file names.
+pub(crate) fn client(connect: Option<&Path>, config: Config) -> Result<Client, Failure> {
+    let path = match connect {
+        Some(path) => path.to_owned(),
+        None => Data::new(None)?.connect_file(),
+    };
+    if connect.is_none() && !path.exists() {
+        return Err(Failure {
+            exit: crate::failure::Exit::Unreachable,
+            code: "UNREACHABLE".into(),
+            message: format!(
+                "no server is known: {} does not exist; start one with `mainstay serve --dev`, or name its connection \
+                 file with --connect or MAINSTAY_CONNECT",
+                path.display()
+            ),
+            retryable: true,
+        });
+    }
+    let file = ConnectFile::read(&path)?;
+    Ok(Client::connect_quic(&file, config)?)
+}

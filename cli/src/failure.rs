@@ -1,0 +1,97 @@
+//! Why a command failed, and its exit code.
+
+use std::fmt;
+use std::process::ExitCode;
+
+use mainstay_client::{AppendError, ClientError, Code};
+use mainstay_store_fjall::OpenError;
+
+/// The exit codes of the command line contract.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Exit {
+    Failed = 1,
+    Usage = 2,
+    Refused = 3,
+    Unreachable = 4,
+    Integrity = 5,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// What went wrong.
+#[derive(Debug, Clone)]
+pub(crate) struct Failure {
+    pub(crate) exit: Exit,
+    /// Name of the error, for scripts.
+    pub(crate) code: String,
+    /// What happened, to what, and what to do, for people.
+    pub(crate) message: String,
+    pub(crate) retryable: bool,
+}
+
+impl Failure {
+    fn new(exit: Exit, code: &str, message: impl Into<String>) -> Self {
+        Self { exit, code: code.into(), message: message.into(), retryable: false }
+    }
+
+    pub(crate) fn failed(code: &str, message: impl Into<String>) -> Self {
+        Self::new(Exit::Failed, code, message)
+    }
+
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self::new(Exit::Usage, "USAGE", message)
+    }
+
+    pub(crate) fn integrity(message: impl Into<String>) -> Self {
+        Self::new(Exit::Integrity, "DAMAGED", message)
+    }
+
+    /// A file or stream that cannot be read or written.
+    pub(crate) fn io(what: impl fmt::Display, error: &std::io::Error) -> Self {
+        Self::failed("IO", format!("{what}: {error}"))
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl From<ClientError> for Failure {
+    fn from(error: ClientError) -> Self {
+        let exit = match &error {
+            ClientError::Refused { code: Code::SESSION_DAMAGED, .. } => Exit::Integrity,
+            ClientError::Refused { .. } | ClientError::Gone => Exit::Refused,
+            ClientError::Unreachable { .. } => Exit::Unreachable,
+            ClientError::Invalid(_) => Exit::Usage,
+            ClientError::Protocol(error) if error.code == Code::NAME_INVALID => Exit::Usage,
+            _ => Exit::Failed,
+        };
+        Self { exit, code: error.name(), message: error.to_string(), retryable: error.is_retryable() }
+    }
+}
+
+impl From<AppendError> for Failure {
+    fn from(error: AppendError) -> Self {
+        let message = error.to_string();
+        Self { message, ..error.error.into() }
+    }
+}
+
+impl From<OpenError> for Failure {
+    fn from(error: OpenError) -> Self {
+        let exit = if error.is_damage() { Exit::Integrity } else { Exit::Failed };
+        let code = match &error {
+            OpenError::Locked(_) => "LOCKED",
+            OpenError::Damaged(_) => "DAMAGED",
+            OpenError::Version(_) => "VERSION",
+            _ => "IO",
+        };
+        Self::new(exit, code, error.to_string())
+    }
+}

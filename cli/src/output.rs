@@ -1,0 +1,67 @@
+//! What commands print: text for people, or one JSON object per line and nothing else.
+
+use std::io::{self, Write};
+
+use serde_json::{Value, json};
+
+use crate::failure::Failure;
+
+/// Where output goes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Output {
+    json: bool,
+}
+
+impl Output {
+    pub(crate) fn new(json: bool) -> Self {
+        Self { json }
+    }
+
+    /// True if output is JSON lines.
+    pub(crate) fn is_json(self) -> bool {
+        self.json
+    }
+
+    /// Prints an event: as JSON, or as what people read.
+    pub(crate) fn event(self, event: &Value, text: impl FnOnce() -> String) -> Result<(), Failure> {
+        let mut out = io::stdout().lock();
+        let written = if self.json { writeln!(out, "{event}") } else { writeln!(out, "{}", text()) };
+        written.and_then(|()| out.flush()).map_err(|error| Failure::io("standard output", &error))
+    }
+
+    /// Prints an event for scripts only.
+    pub(crate) fn json_only(self, event: &Value) -> Result<(), Failure> {
+        if self.json { self.event(event, String::new) } else { Ok(()) }
+    }
+
+    /// Tells of something that is being dealt with.
+    pub(crate) fn warning(self, code: &str, message: &str) -> Result<(), Failure> {
+        if self.json {
+            return self.event(&json!({"event": "warning", "code": code, "message": message}), String::new);
+        }
+        eprintln!("mainstay: {message}");
+        Ok(())
+    }
+
+    /// Tells why the command failed.
+    pub(crate) fn failure(self, failure: &Failure) {
+        if self.json {
+            let event = json!({
+                "event": "error",
+                "code": failure.code,
+                "message": failure.message,
+                "retryable": failure.retryable,
+            });
+            // Standard output may be what failed; the exit code says it anyway.
+            let _ = writeln!(io::stdout().lock(), "{event}");
+        } else {
+            eprintln!("mainstay: {failure}");
+        }
+    }
+}
+
+/// A time in milliseconds since the Unix epoch as RFC 3339 in UTC.
+pub(crate) fn time(milliseconds: u64) -> String {
+    let time = i64::try_from(milliseconds).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
+    time.map_or_else(|| format!("+{milliseconds}ms"), |time| format!("{time:.3}"))
+}
