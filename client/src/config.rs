@@ -28,6 +28,9 @@ pub struct Config {
     /// Bytes of one subscription that may wait to be read by the application. With `subscriptions` it bounds the client's
     /// memory.
     pub subscription_window: u64,
+    /// How often an idle connection shows that it is alive. Keeps NAT bindings open, and bounds how long a follower that
+    /// has nothing to send goes without noticing that its server is gone. Phones in the background want more.
+    pub keep_alive: Duration,
     /// Bytes of records that a producer keeps, sent or not, before `append` waits.
     pub producer_bytes: usize,
 }
@@ -42,6 +45,7 @@ impl Default for Config {
             give_up_after: Some(Duration::from_secs(60)),
             subscriptions: 8,
             subscription_window: 512 * 1024,
+            keep_alive: Duration::from_secs(5),
             producer_bytes: 4 << 20,
         }
     }
@@ -54,6 +58,7 @@ impl Config {
             bulk_window: self.subscription_window,
             bulk_streams: self.subscriptions,
             send_budget: 4 << 20,
+            keep_alive: Some(self.keep_alive),
             bidirectional: 0,
             unidirectional: u32::try_from(self.subscriptions).unwrap_or(u32::MAX),
         }

@@ -268,7 +268,14 @@ impl<C: Connection> Driver<C> {
 
     async fn serve(&mut self, link: &Arc<Link<C>>, outbox: &Outbox, frames: &mut FrameReader<C::Recv>) -> Over {
         let mut attached = false;
+        let mut expecting = None;
         loop {
+            let waits = !attached || self.asked || self.producers.iter().any(|entry| entry.answer.is_some());
+            if !waits {
+                expecting = None;
+            } else if expecting.is_none() {
+                expecting = Some(link.expect_answer());
+            }
             tokio::select! {
                 frame = frames.next() => {
                     let frame = match frame {

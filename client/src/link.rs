@@ -1,5 +1,6 @@
 //! One connection: HELLO, the control stream, and which incoming stream belongs to which subscription.
 
+use core::time::Duration;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,7 +9,7 @@ use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::MAX_FRAME;
 use mainstay_protocol::session::CreditSent;
-use mainstay_protocol::wire::{Credit, Frame, Hello, Pong, Subscribed, put_grease};
+use mainstay_protocol::wire::{Credit, Frame, Hello, Ping, Pong, Subscribed, put_grease};
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, SendStream, priority};
 use tokio::sync::{Notify, mpsc, watch};
 
@@ -60,7 +61,25 @@ pub(crate) struct Link<C: Connection> {
     subscriptions: Mutex<HashMap<u64, mpsc::Sender<Expected<C>>>>,
     producers: Mutex<HashMap<u64, Arc<ProducerCredit>>>,
     window: u64,
+    /// How many answers are waited for.
+    expecting: watch::Sender<usize>,
+    /// Frames that came on the control stream.
+    heard: AtomicU64,
 }
+
+/// Somebody waits for an answer: the connection is asked for a sign of life until this is dropped.
+pub(crate) struct Expecting<C: Connection>(Arc<Link<C>>);
+
+impl<C: Connection> Drop for Expecting<C> {
+    fn drop(&mut self) {
+        self.0.expecting.send_modify(|count| *count -= 1);
+    }
+}
+
+/// How often a connection is asked while an answer is waited for. A restarted server answers the first with a reset.
+const HEARTBEAT: Duration = Duration::from_millis(500);
+/// Heartbeats without an answer after which the connection is given up.
+const MISSED: u32 = 20;
 
 impl<C: Connection> Link<C> {
     /// Says HELLO on a new connection. Nothing is waited for: requests may follow at once.
@@ -73,6 +92,8 @@ impl<C: Connection> Link<C> {
             subscriptions: Mutex::default(),
             producers: Mutex::default(),
             window: config.subscription_window,
+            expecting: watch::channel(0).0,
+            heard: AtomicU64::new(0),
         });
         let agent = concat!("mainstay-client/", env!("CARGO_PKG_VERSION"));
         this.control.push(Hello {
@@ -101,6 +122,25 @@ impl<C: Connection> Link<C> {
             tracing::warn!(%error, "the server broke the protocol");
             self.transport.close(error.code.0, error.detail);
         };
+        let beating = async {
+            let mut expecting = self.expecting.subscribe();
+            // The sender lives in `self`.
+            while expecting.wait_for(|count| *count > 0).await.is_ok() {
+                let mut missed = 0;
+                let mut heard = self.heard.load(Ordering::Relaxed);
+                while missed < MISSED && *self.expecting.borrow() > 0 {
+                    tokio::time::sleep(HEARTBEAT).await;
+                    self.control.push(Ping { nonce: heard });
+                    let now = self.heard.load(Ordering::Relaxed);
+                    missed = if now == heard { missed + 1 } else { 0 };
+                    heard = now;
+                }
+                if missed == MISSED {
+                    tracing::info!("the server does not answer; connecting again");
+                    return self.transport.close(Code::NO_ERROR.0, "no answer");
+                }
+            }
+        };
         let accepting = async {
             while let Ok(recv) = self.transport.accept_uni().await {
                 let this = self.clone();
@@ -109,7 +149,7 @@ impl<C: Connection> Link<C> {
         };
         tokio::select! {
             _ = self.transport.closed() => {}
-            _ = async { tokio::join!(writing, reading, accepting) } => {}
+            _ = async { tokio::join!(writing, reading, accepting, beating) } => {}
         }
         // Whoever waits for a stream or for HELLO must learn that none will come.
         self.lock_subscriptions().clear();
@@ -119,6 +159,7 @@ impl<C: Connection> Link<C> {
     async fn read_control(&self, control: &mut FrameReader<C::Recv>) -> Result<(), FrameError> {
         let mut greeted = false;
         while let Some(frame) = control.next().await? {
+            self.heard.fetch_add(1, Ordering::Relaxed);
             match frame {
                 Frame::Hello(hello) if !greeted => {
                     greeted = true;
@@ -166,6 +207,12 @@ impl<C: Connection> Link<C> {
 
     fn lock_subscriptions(&self) -> MutexGuard<'_, HashMap<u64, mpsc::Sender<Expected<C>>>> {
         self.subscriptions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An answer is waited for.
+    pub(crate) fn expect_answer(self: &Arc<Self>) -> Expecting<C> {
+        self.expecting.send_modify(|count| *count += 1);
+        Expecting(self.clone())
     }
 
     /// A new id for a producer or subscription, unique in this process: tasks of a lost connection that still end can

@@ -313,10 +313,16 @@ pub(crate) async fn write<C: Connection>(shared: Arc<Shared>, link: Arc<Link<C>>
     let pump = async {
         let mut out = Writer::new();
         put_frame(&Produce { producer: id }, &mut out);
+        let mut expecting = None;
         loop {
             // Lets whoever appends go first, so that records gather into batches.
             tokio::task::yield_now().await;
             let patience = gather(&shared, id, &mut out);
+            if shared.lock().flight.is_empty() {
+                expecting = None;
+            } else if expecting.is_none() {
+                expecting = Some(link.expect_answer());
+            }
             if out.is_empty() {
                 match patience {
                     Next::Wait => shared.work.notified().await,

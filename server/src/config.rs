@@ -59,6 +59,8 @@ impl Config {
             bulk_window: self.producer_window,
             bulk_streams: self.producers,
             send_budget: self.delivery_budget,
+            // Keep-alive is the clients' business: only they know what it costs them.
+            keep_alive: None,
             // Few at first: QUIC implementations set memory aside for each stream that they allow.
             bidirectional: 4,
             unidirectional: 4,

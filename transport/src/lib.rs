@@ -217,6 +217,8 @@ pub struct Limits {
     pub bulk_streams: u64,
     /// Bytes of bulk that this side is willing to have on the way.
     pub send_budget: u64,
+    /// How often an idle connection is kept alive, if at all.
+    pub keep_alive: Option<Duration>,
     /// Bidirectional streams that the peer may open at first.
     pub bidirectional: u32,
     /// Unidirectional streams that the peer may open at first.

@@ -178,8 +178,6 @@ impl ConnectionIdGenerator for TaggedIds {
 const SOCKET_BUFFER: usize = 4 << 20;
 /// A silent peer is given up after this long.
 const IDLE: Duration = Duration::from_secs(75);
-/// Clients keep NAT bindings alive with this; RFC 9000 section 10.1.2 names 30 s as what most survive.
-const KEEP_ALIVE: Duration = Duration::from_secs(25);
 /// First guess of the round-trip time: what a mobile path has, so that a lost first packet costs little.
 const INITIAL_RTT: Duration = Duration::from_millis(120);
 
@@ -194,7 +192,7 @@ fn transport_config(limits: &Limits, client: bool) -> TransportConfig {
         .send_window(limits.send_window())
         .datagram_receive_buffer_size(None)
         .max_idle_timeout(IdleTimeout::try_from(IDLE).ok())
-        .keep_alive_interval(client.then_some(KEEP_ALIVE))
+        .keep_alive_interval(limits.keep_alive)
         .initial_rtt(INITIAL_RTT);
     if client {
         // A path that is found to carry more may change to one that does not.

@@ -1,9 +1,79 @@
 //! `verify`: check a data directory offline.
 
+use std::io::{self, BufWriter, Write};
+
+use mainstay_client::ReadRecord;
+use mainstay_protocol::session::{Chunk, SessionName, State};
+use mainstay_store_fjall::verify;
+use serde_json::json;
+
 use crate::args;
+use crate::commands::tail::record_row;
+use crate::data::Data;
 use crate::failure::Failure;
 use crate::output::Output;
 
-pub(crate) fn run(_args: &args::Verify, _output: Output) -> Result<(), Failure> {
-    Err(Failure::failed("INTERNAL", "not built yet"))
+pub(crate) fn run(args: &args::Verify, output: Output) -> Result<(), Failure> {
+    let data = Data::new(args.data.as_deref())?;
+    let mut out = BufWriter::new(io::stdout().lock());
+    let mut written = Ok(());
+    let mut each = |session: &SessionName, state: &State, chunk: &Chunk| {
+        if args.dump && written.is_ok() {
+            written = dump(&mut out, session, state, chunk);
+        }
+    };
+    let report = verify::verify(&data.store(), &mut each)?;
+    written.and_then(|()| out.flush()).map_err(|error| Failure::io("standard output", &error))?;
+    drop(out);
+    for problem in &report.problems {
+        let event = json!({
+            "event": "damage", "session": problem.session, "seq": problem.seq, "what": problem.what,
+        });
+        let text = || {
+            let session = problem.session.as_deref().map_or_else(String::new, |name| format!("session {name}: "));
+            let seq = problem.seq.map_or_else(String::new, |seq| format!("seq {seq}: "));
+            format!("damage: {session}{seq}{}", problem.what)
+        };
+        if args.dump {
+            eprintln!("mainstay: {}", text());
+        } else {
+            output.event(&event, text)?;
+        }
+    }
+    if let Some(first) = report.problems.first() {
+        let place = match (&first.session, first.seq) {
+            (Some(session), Some(seq)) => format!("session {session} at seq {seq}: "),
+            (Some(session), None) => format!("session {session}: "),
+            _ => String::new(),
+        };
+        let message = format!("{} is damaged: {place}{}", data.store().display(), first.what);
+        return Err(Failure::integrity(message));
+    }
+    if args.dump {
+        return Ok(());
+    }
+    let event = json!({
+        "event": "verified", "sessions": report.sessions, "chunks": report.chunks, "records": report.records,
+        "commits": report.commits, "torn_bytes": report.torn,
+    });
+    output.event(&event, || {
+        let torn = match report.torn {
+            0 => String::new(),
+            bytes => format!("; a torn, unacknowledged tail of {bytes} bytes will be cut off at the next start"),
+        };
+        let (sessions, records) = (report.sessions, report.records);
+        format!("{}: {sessions} sessions with {records} records are whole{torn}", data.store().display())
+    })
+}
+
+/// Prints the records of a chunk as `tail` does, with the session's name.
+fn dump(out: &mut impl Write, session: &SessionName, state: &State, chunk: &Chunk) -> io::Result<()> {
+    for record in chunk.records() {
+        let (seq, time, author, record) = record.map_err(io::Error::other)?;
+        let stream = state.streams().name(record.stream).map_or("", |name| name.as_str());
+        let mut row = record_row(&ReadRecord { seq, time, author, stream, record: record.clone() });
+        row["session"] = json!(session.as_str());
+        writeln!(out, "{row}")?;
+    }
+    Ok(())
 }

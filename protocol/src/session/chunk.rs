@@ -19,7 +19,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::chain::Chain;
 use super::record::{CheckedBatch, Head, Record, Records};
-use super::state::StreamSet;
+use super::state::{Damage, StreamSet};
 use super::words::{Author, Incarnation, SessionName};
 use crate::error::{Code, ProtocolError};
 use crate::registry::{CHUNK_VERSION, control, is_ignorable};
@@ -306,6 +306,21 @@ impl Chunk {
     /// The author at `index` of this chunk. The index was checked when the chunk was made or read.
     pub(super) fn author(&self, index: u64) -> &Arc<Author> {
         &self.header.authors[index as usize]
+    }
+
+    /// Computes the chain over every entry, from the chain before the chunk, and compares (spec CHAIN).
+    ///
+    /// Errors: damage at the chunk's first seq if the chunk does not link to `chain`, or its own value is not the computed one.
+    pub fn verify_chain(&self, chain: Chain) -> Result<Chain, Damage> {
+        let damage = |what| Damage { seq: self.first(), what };
+        if self.header.link != chain.link() {
+            return Err(damage("chunk does not link to the one before"));
+        }
+        let after = self.chain_after(chain).map_err(|error| damage(error.detail))?;
+        if after != self.header.chain {
+            return Err(damage("chain value does not match the entries"));
+        }
+        Ok(after)
     }
 
     /// The chain after this chunk, computed from the chain before it and every entry (spec CHAIN).

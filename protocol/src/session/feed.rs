@@ -99,12 +99,12 @@ impl Feed {
     /// Where to look for the next records: those with seq `memory..tail` are in memory, those with `first..tail` in the
     /// store.
     pub fn place(&self, first: u64, memory: u64, tail: u64) -> Place {
-        if self.next >= tail {
+        if self.next < first {
+            Place::Trimmed(first)
+        } else if self.next >= tail {
             Place::AtTail
         } else if self.next >= memory {
             Place::Memory
-        } else if self.next < first {
-            Place::Trimmed(first)
         } else {
             Place::Store
         }

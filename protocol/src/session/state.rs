@@ -209,10 +209,7 @@ impl State {
     /// chunk before, or if its chain value is not the one computed.
     pub fn verify(&mut self, chunk: &Chunk) -> Result<(), Damage> {
         self.check(chunk)?;
-        let damage = |what| Damage { seq: chunk.first(), what };
-        if chunk.chain_after(self.chain).map_err(|error| damage(error.detail))? != chunk.header().chain {
-            return Err(damage("chain value does not match the entries"));
-        }
+        chunk.verify_chain(self.chain)?;
         self.fold(chunk)
     }
 

@@ -133,10 +133,10 @@ impl Layout {
     }
 }
 
-/// Holds the directory until dropped.
-pub(crate) fn lock(layout: &Layout) -> Result<File, OpenError> {
+/// Holds the directory until dropped. Makes the lock file if `create` says so.
+pub(crate) fn lock(layout: &Layout, create: bool) -> Result<File, OpenError> {
     let path = layout.lock();
-    let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
+    let open = OpenOptions::new().read(true).write(create).create(create).truncate(false).open(&path);
     let file = open.map_err(io_at(&path))?;
     match file.try_lock() {
         Ok(()) => Ok(file),

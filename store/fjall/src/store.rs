@@ -108,7 +108,7 @@ impl FjallStore {
     pub fn open(dir: &Path, config: Config) -> Result<Self, OpenError> {
         std::fs::create_dir_all(dir).map_err(|error| OpenError::Io(dir.to_owned(), error))?;
         let layout = Layout::new(dir);
-        let lock = open::lock(&layout)?;
+        let lock = open::lock(&layout, true)?;
         let (engine, file) = open::open(&layout, &config)?;
         let format = Format::read(&layout)?;
         let shared = Arc::new(Shared {

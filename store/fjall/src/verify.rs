@@ -1,1 +1,312 @@
-//! Offline verification.
+//! Offline verification: reads everything and believes nothing.
+//!
+//! The directory is left byte-identical. fjall cannot open without writing, so a copy is opened: tables, which fjall never
+//! changes once written, are linked where the file system allows it; the rest is small.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use mainstay_protocol::session::{Chain, Chunk, Control, SessionName, State};
+
+use crate::check::{self, CheckError};
+use crate::keys::{self, KEYSPACES, SessionRow};
+use crate::open::{self, Config, Engine, Format, Layout, OpenError};
+use crate::reader;
+use crate::witness::WitnessFile;
+
+/// Damage that was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// The session, where it is known.
+    pub session: Option<String>,
+    /// The first seq that cannot be trusted, where it is known.
+    pub seq: Option<u64>,
+    /// What is wrong.
+    pub what: String,
+}
+
+/// What was read.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Report {
+    /// Sessions.
+    pub sessions: u64,
+    /// Chunks that are whole and follow each other.
+    pub chunks: u64,
+    /// Records in them.
+    pub records: u64,
+    /// The last commit.
+    pub commits: u64,
+    /// Bytes of a torn, unacknowledged tail that the next start will cut off.
+    pub torn: u64,
+    /// What is damaged, in the order found; at most 100 entries.
+    pub problems: Vec<Problem>,
+}
+
+/// Problems that are listed.
+const MAX_PROBLEMS: usize = 100;
+
+impl Report {
+    fn problem(&mut self, session: Option<&SessionName>, seq: Option<u64>, what: impl Into<String>) {
+        if self.problems.len() < MAX_PROBLEMS {
+            let session = session.map(|name| name.as_str().to_owned());
+            self.problems.push(Problem { session, seq, what: what.into() });
+        }
+    }
+}
+
+/// Called for each verified chunk, with the session's name and its state after the chunk.
+pub type EachChunk<'a> = dyn FnMut(&SessionName, &State, &Chunk) + 'a;
+
+/// Verifies the store in `dir`, which no process may have open.
+///
+/// Errors: `Locked`, `Version`, `Io`. Damage is not an error: it is in the report.
+pub fn verify(dir: &Path, each: &mut EachChunk<'_>) -> Result<Report, OpenError> {
+    let layout = Layout::new(dir);
+    let mut report = Report::default();
+    if !dir.exists() {
+        let error = std::io::Error::from(std::io::ErrorKind::NotFound);
+        return Err(OpenError::Io(dir.to_owned(), error));
+    }
+    let _lock = if layout.lock().exists() { Some(open::lock(&layout, false)?) } else { None };
+    match check_and_open(&layout, &mut report) {
+        Ok((copy, engine)) => {
+            scan(&engine, &mut report, each);
+            drop(engine);
+            drop(copy);
+        }
+        Err(OpenError::Damaged(what)) => report.problem(None, None, what),
+        Err(error) => return Err(error),
+    }
+    Ok(report)
+}
+
+/// Checks what is outside of fjall, then opens a copy.
+fn check_and_open(layout: &Layout, report: &mut Report) -> Result<(Copy, Engine), OpenError> {
+    let missing = |path: PathBuf| OpenError::Damaged(format!("{} is missing", path.display()));
+    if !layout.format().exists() {
+        return Err(missing(layout.format()));
+    }
+    let format = Format::read(layout)?;
+    if !layout.witness().exists() {
+        return Err(missing(layout.witness()));
+    }
+    let (_, seen) = WitnessFile::open(&layout.witness(), format.id, false)
+        .map_err(|error| OpenError::Io(layout.witness(), error))?;
+    let seen = seen.ok_or_else(|| OpenError::Damaged("no slot of the witness file is valid".into()))?;
+    let journals = check::check(&layout.log(), &format.id, format.keyspaces[3]).map_err(|error| match error {
+        CheckError::Damaged(what) => OpenError::Damaged(what),
+        CheckError::Io(error) => OpenError::Io(layout.log(), error),
+    })?;
+    report.torn = journals.torn.as_ref().map_or(0, |(_, _, len)| *len);
+    let copy = Copy::of(layout)?;
+    let engine = open::open_checked(&copy.layout, &Config::default(), &format, seen)?;
+    report.commits = engine.witness.commits;
+    Ok((copy, engine))
+}
+
+/// A copy of a store's directory beside it, removed when dropped.
+struct Copy {
+    layout: Layout,
+}
+
+impl Copy {
+    fn of(layout: &Layout) -> Result<Self, OpenError> {
+        let mut name = layout.dir.as_os_str().to_owned();
+        name.push(format!(".verify-{}", std::process::id()));
+        let copy = Self { layout: Layout::new(Path::new(&name)) };
+        fs::create_dir_all(&copy.layout.dir).map_err(|error| OpenError::Io(copy.layout.dir.clone(), error))?;
+        copy_dir(&layout.log(), &copy.layout.log(), false).map_err(|error| OpenError::Io(layout.log(), error))?;
+        Ok(copy)
+    }
+}
+
+impl Drop for Copy {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.layout.dir) {
+            tracing::warn!(dir = %self.layout.dir.display(), %error, "the copy could not be removed");
+        }
+    }
+}
+
+/// Copies a directory; below `tables` and `blobs` files are linked, since fjall only ever adds and removes them.
+fn copy_dir(from: &Path, to: &Path, immutable: bool) -> std::io::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let (name, path) = (entry.file_name(), entry.path());
+        let target = to.join(&name);
+        if entry.file_type()?.is_dir() {
+            copy_dir(&path, &target, immutable || name == "tables" || name == "blobs")?;
+        } else if !(immutable && fs::hard_link(&path, &target).is_ok()) {
+            fs::copy(&path, &target)?;
+        }
+    }
+    Ok(())
+}
+
+fn scan(engine: &Engine, report: &mut Report, each: &mut EachChunk<'_>) {
+    sum_rows(engine, report);
+    let mut known = HashSet::new();
+    for guard in engine.meta().prefix([keys::DEAD]) {
+        match guard.key() {
+            Ok(key) => known.extend(keys::dead_segment(&key)),
+            Err(error) => report.problem(None, None, error.to_string()),
+        }
+    }
+    for guard in engine.sessions().iter() {
+        let (key, value) = match guard.into_inner() {
+            Ok(row) => row,
+            Err(error) => {
+                report.problem(None, None, format!("the list of sessions cannot be read: {error}"));
+                break;
+            }
+        };
+        let name = core::str::from_utf8(&key).ok().and_then(|name| SessionName::new(name).ok());
+        let Some(name) = name else {
+            report.problem(None, None, "a session row has no valid name");
+            continue;
+        };
+        report.sessions += 1;
+        match SessionRow::decode(&Bytes::from(value)) {
+            Ok(row) => {
+                known.extend(row.segments.iter().map(|segment| segment.id));
+                session(engine, &name, &row, report, each);
+            }
+            Err(error) => report.problem(Some(&name), Some(0), format!("session row: {}", error.detail)),
+        }
+    }
+    orphans(engine, &known, report);
+}
+
+/// Compares every row with the sum of the witness row: a row that vanished, wherever, shows here.
+fn sum_rows(engine: &Engine, report: &mut Report) {
+    let (mut rows, mut sum) = (0u64, 0u128);
+    for (at, keyspace) in engine.keyspaces.iter().enumerate() {
+        for guard in keyspace.iter() {
+            match guard.into_inner() {
+                Ok((key, _)) if at == 3 && key.as_ref() == keys::WITNESS => {}
+                Ok((key, value)) => {
+                    rows += 1;
+                    sum = sum.wrapping_add(keys::digest(at, &key, &value));
+                }
+                Err(error) => {
+                    report.problem(None, None, format!("keyspace {} cannot be read: {error}", KEYSPACES[at]));
+                    return;
+                }
+            }
+        }
+    }
+    let expected = engine.witness;
+    if rows != expected.rows {
+        report.problem(None, None, format!("there are {rows} rows, and {} were committed", expected.rows));
+    } else if sum != expected.sum {
+        report.problem(None, None, "the rows are not those that were committed");
+    }
+}
+
+fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut Report, each: &mut EachChunk<'_>) {
+    let snapshot = match engine.snapshots().get(row.incarnation.0) {
+        Ok(None) => None,
+        Ok(Some(value)) => match keys::decode_snapshot(&Bytes::from(value)).and_then(|bytes| {
+            let state = State::restore(&bytes)?;
+            Ok((bytes, state))
+        }) {
+            Ok(snapshot) => Some(snapshot),
+            Err(error) => {
+                return report.problem(Some(name), Some(row.base.first), format!("snapshot: {}", error.detail));
+            }
+        },
+        Err(error) => return report.problem(Some(name), Some(row.base.first), format!("snapshot: {error}")),
+    };
+    let mut state = State::new(row.incarnation);
+    if row.base.number > 0 {
+        match &snapshot {
+            Some((_, saved)) if saved.number() >= row.base.number => {}
+            _ => return report.problem(Some(name), Some(row.base.first), "the snapshot behind a trim is missing"),
+        }
+    }
+    // Below the snapshot of a trimmed session only the chain can be checked.
+    let fold_from = if row.base.number > 0 { snapshot.as_ref().map_or(0, |(_, saved)| saved.number()) } else { 0 };
+    let mut chain = row.base.chain;
+    let mut next = (row.base.first, row.base.number);
+    for segment in &row.segments {
+        for guard in engine.log().range(keys::chunk(segment.id, 0, 0)..keys::chunk(segment.id + 1, 0, 0)) {
+            let chunk = match guard.into_inner() {
+                Ok((key, _)) if keys::chunk_parts(&key).is_some_and(|(_, _, number)| number < row.base.number) => {
+                    continue;
+                }
+                Ok((key, value)) => reader::decode(row, &key, Bytes::from(value)),
+                Err(error) => return report.problem(Some(name), Some(next.0), error.to_string()),
+            };
+            let chunk = match chunk {
+                Ok(chunk) => chunk,
+                Err(error) => return report.problem(Some(name), Some(next.0), error.to_string()),
+            };
+            let header = chunk.header();
+            if (header.first, header.number) != next {
+                return report.problem(Some(name), Some(next.0), "chunks are missing");
+            }
+            if header.number == fold_from && fold_from > 0 {
+                if let Some((bytes, _)) = &snapshot {
+                    if let Ok(saved) = State::restore(bytes) {
+                        state = saved;
+                    }
+                }
+            }
+            if let Err(damage) = step(&mut state, &mut chain, &chunk, header.number >= fold_from) {
+                return report.problem(Some(name), Some(damage.0), damage.1);
+            }
+            if let Some(Control::Created { name: created, .. }) = header.controls.first() {
+                if created != name {
+                    return report.problem(Some(name), Some(0), format!("its first chunk is of session {created}"));
+                }
+            }
+            next = (chunk.end(), header.number + 1);
+            report.chunks += 1;
+            report.records += header.count;
+            each(name, &state, &chunk);
+            let compares = snapshot.as_ref().filter(|(_, saved)| fold_from == 0 && saved.number() == state.number());
+            if compares.is_some_and(|(bytes, _)| *bytes != state.snapshot()) {
+                return report.problem(Some(name), Some(next.0), "the snapshot is not what the records fold to");
+            }
+        }
+    }
+    if snapshot.is_some_and(|(_, saved)| saved.number() > next.1) {
+        report.problem(Some(name), Some(next.0), "chunks are missing at the end: the snapshot reaches further");
+    }
+}
+
+/// Adds a chunk: to the state, or where the state before it is not known to the chain alone.
+fn step(state: &mut State, chain: &mut Chain, chunk: &Chunk, fold: bool) -> Result<(), (u64, String)> {
+    let after = chunk.verify_chain(*chain).map_err(|damage| (damage.seq, damage.what.to_owned()))?;
+    *chain = after;
+    if fold {
+        state.apply(chunk).map_err(|damage| (damage.seq, damage.what.to_owned()))?;
+    }
+    Ok(())
+}
+
+/// Chunks that belong to no session: its row is gone.
+fn orphans(engine: &Engine, known: &HashSet<u64>, report: &mut Report) {
+    let mut seen: HashMap<u64, ()> = HashMap::new();
+    for guard in engine.log().iter() {
+        let Ok((key, value)) = guard.into_inner() else { return };
+        let Some((segment, first, _)) = keys::chunk_parts(&key) else {
+            report.problem(None, None, "a chunk has a key that no chunk has");
+            continue;
+        };
+        if known.contains(&segment) || seen.insert(segment, ()).is_some() {
+            continue;
+        }
+        let named = Chunk::decode(Bytes::from(value)).ok().and_then(|chunk| {
+            chunk.header().controls.iter().find_map(|control| match control {
+                Control::Created { name, .. } => Some(name.clone()),
+                _ => None,
+            })
+        });
+        report.problem(named.as_ref(), Some(first), "chunks without a session row");
+    }
+}
