@@ -58,7 +58,8 @@ pub(crate) struct Link<C: Connection> {
     pub(crate) transport: C,
     control: Outbox,
     server: watch::Sender<Option<Hello>>,
-    subscriptions: Mutex<HashMap<u64, mpsc::Sender<Expected<C>>>>,
+    /// `None` once the connection has ended: no stream will come.
+    subscriptions: Mutex<Option<HashMap<u64, mpsc::Sender<Expected<C>>>>>,
     producers: Mutex<HashMap<u64, Arc<ProducerCredit>>>,
     window: u64,
     /// How many answers are waited for.
@@ -89,7 +90,7 @@ impl<C: Connection> Link<C> {
             transport,
             control: Outbox::default(),
             server: watch::channel(None).0,
-            subscriptions: Mutex::default(),
+            subscriptions: Mutex::new(Some(HashMap::new())),
             producers: Mutex::default(),
             window: config.subscription_window,
             expecting: watch::channel(0).0,
@@ -151,9 +152,8 @@ impl<C: Connection> Link<C> {
             _ = self.transport.closed() => {}
             _ = async { tokio::join!(writing, reading, accepting, beating) } => {}
         }
-        // Whoever waits for a stream or for HELLO must learn that none will come.
-        self.lock_subscriptions().clear();
-        self.server.send_if_modified(|_| true);
+        // Whoever waits for a stream must learn that none will come.
+        *self.lock_subscriptions() = None;
     }
 
     async fn read_control(&self, control: &mut FrameReader<C::Recv>) -> Result<(), FrameError> {
@@ -192,7 +192,7 @@ impl<C: Connection> Link<C> {
     async fn route(&self, mut frames: FrameReader<C::Recv>) {
         match frames.next().await {
             Ok(Some(Frame::Subscribed(subscribed))) => {
-                let waiting = self.lock_subscriptions().remove(&subscribed.id);
+                let waiting = self.take_expected(subscribed.id);
                 match waiting {
                     // A subscription that was dropped meanwhile stops the stream by dropping it.
                     Some(waiting) => drop(waiting.send(Ok((subscribed, frames))).await),
@@ -205,7 +205,7 @@ impl<C: Connection> Link<C> {
         }
     }
 
-    fn lock_subscriptions(&self) -> MutexGuard<'_, HashMap<u64, mpsc::Sender<Expected<C>>>> {
+    fn lock_subscriptions(&self) -> MutexGuard<'_, Option<HashMap<u64, mpsc::Sender<Expected<C>>>>> {
         self.subscriptions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -224,17 +224,24 @@ impl<C: Connection> Link<C> {
 
     /// The stream of subscription `id` goes to `to`.
     pub(crate) fn expect(&self, id: u64, to: mpsc::Sender<Expected<C>>) {
-        self.lock_subscriptions().insert(id, to);
+        // Where the connection has ended, `to` is dropped, which tells the same as the loss of the connection.
+        if let Some(expected) = self.lock_subscriptions().as_mut() {
+            expected.insert(id, to);
+        }
     }
 
     /// The stream of subscription `id` is not wanted any more.
     pub(crate) fn unexpect(&self, id: u64) {
-        self.lock_subscriptions().remove(&id);
+        drop(self.take_expected(id));
+    }
+
+    fn take_expected(&self, id: u64) -> Option<mpsc::Sender<Expected<C>>> {
+        self.lock_subscriptions().as_mut()?.remove(&id)
     }
 
     /// The server refused subscription `id`.
     pub(crate) fn refuse(&self, id: u64, code: Code, message: &str) {
-        if let Some(waiting) = self.lock_subscriptions().remove(&id) {
+        if let Some(waiting) = self.take_expected(id) {
             // There is room for one, and nothing else was sent. A dropped subscription does not care.
             let _ = waiting.try_send(Err((code, message.to_owned())));
         }
@@ -243,12 +250,11 @@ impl<C: Connection> Link<C> {
     /// Waits for the server's HELLO; `None` if the connection is lost before.
     pub(crate) async fn server(&self) -> Option<Hello> {
         let mut server = self.server.subscribe();
-        if let Some(hello) = server.borrow_and_update().clone() {
-            return Some(hello);
+        let hello = async { server.wait_for(Option::is_some).await.ok().and_then(|hello| hello.clone()) };
+        tokio::select! {
+            hello = hello => hello,
+            _ = self.transport.closed() => None,
         }
-        server.changed().await.ok()?;
-        let hello = server.borrow().clone();
-        hello
     }
 
     /// The credit of producer `id`, from now on kept up to date.

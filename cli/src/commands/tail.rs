@@ -76,7 +76,10 @@ struct Printer {
 }
 
 pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure> {
-    let client = client(args.connect.connect.as_deref(), Config::default())?;
+    let mut config = Config::default();
+    // Somebody is watching: a server that is gone should show soon.
+    config.keep_alive = Duration::from_secs(1);
+    let client = client(args.connect.connect.as_deref(), config)?;
     let kinds = args.kind.iter().map(|name| kind(name)).collect::<Result<Vec<_>, _>>()?;
     let known = match &args.cursor_file {
         Some(path) => read_cursor(path, &args.session)?,

@@ -17,9 +17,9 @@ pub(crate) fn run(args: &args::Verify, output: Output) -> Result<(), Failure> {
     let data = Data::new(args.data.as_deref())?;
     let mut out = BufWriter::new(io::stdout().lock());
     let mut written = Ok(());
-    let mut each = |session: &SessionName, state: &State, chunk: &Chunk| {
+    let mut each = |session: &SessionName, first: u64, state: &State, chunk: &Chunk| {
         if args.dump && written.is_ok() {
-            written = dump(&mut out, session, state, chunk);
+            written = dump(&mut out, session, first, state, chunk);
         }
     };
     let report = verify::verify(&data.store(), &mut each)?;
@@ -67,11 +67,14 @@ pub(crate) fn run(args: &args::Verify, output: Output) -> Result<(), Failure> {
 }
 
 /// Prints the records of a chunk as `tail` does, with the session's name.
-fn dump(out: &mut impl Write, session: &SessionName, state: &State, chunk: &Chunk) -> io::Result<()> {
+fn dump(out: &mut impl Write, session: &SessionName, first: u64, state: &State, chunk: &Chunk) -> io::Result<()> {
     for record in chunk.records() {
         let (seq, time, author, record) = record.map_err(io::Error::other)?;
+        if seq < first {
+            continue;
+        }
         let stream = state.streams().name(record.stream).map_or("", |name| name.as_str());
-        let mut row = record_row(&ReadRecord { seq, time, author, stream, record: record.clone() });
+        let mut row = record_row(&ReadRecord { seq, time, author, stream, record });
         row["session"] = json!(session.as_str());
         writeln!(out, "{row}")?;
     }

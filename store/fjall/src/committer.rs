@@ -380,7 +380,12 @@ impl Committer {
         let row = self.row(&engine, id, turn)?;
         let (tail, end) = reader.end(&row)?;
         let base = self.base_after(&engine, &row, before.min(tail))?;
+        let released = row.released.max(before.min(tail));
         if base.number <= row.base.number {
+            let open = self.writer(id, epoch)?;
+            open.row.released = released;
+            let (name, row) = (open.name.clone(), open.row.clone());
+            turn.put_row(name, row);
             return Ok(());
         }
         let snapshot = reader.snapshot_of(id)?.and_then(|bytes| State::restore(&bytes).ok());
@@ -389,7 +394,7 @@ impl Committer {
         }
         let open = self.writer(id, epoch)?;
         // Positions of the writer may be ahead of what is readable; only the front changes.
-        open.row.base = base;
+        (open.row.base, open.row.released) = (base, released);
         let everything = base.number >= end && open.next.1 == end;
         let mut dead = Vec::new();
         while let [first, rest @ ..] = open.row.segments.as_slice() {

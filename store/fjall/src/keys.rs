@@ -111,6 +111,8 @@ pub(crate) struct SessionRow {
     pub(crate) incarnation: Incarnation,
     pub(crate) created: u64,
     pub(crate) writer_epoch: u64,
+    /// Records below were released; those in a chunk that is kept are still there.
+    pub(crate) released: u64,
     pub(crate) base: Base,
     /// Ascending; empty until the first chunk.
     pub(crate) segments: Vec<Segment>,
@@ -122,13 +124,13 @@ const MAX_SEGMENTS: usize = 1 << 20;
 impl SessionRow {
     pub(crate) fn new(incarnation: Incarnation, created: u64) -> Self {
         let base = Base { first: 0, number: 0, chain: Chain::start(incarnation) };
-        Self { incarnation, created, writer_epoch: 0, base, segments: Vec::new() }
+        Self { incarnation, created, writer_epoch: 0, released: 0, base, segments: Vec::new() }
     }
 
     pub(crate) fn encode(&self) -> Bytes {
         let mut w = Writer::new();
         w.raw(&self.incarnation.0);
-        for field in [self.created, self.writer_epoch, self.base.first, self.base.number] {
+        for field in [self.created, self.writer_epoch, self.released, self.base.first, self.base.number] {
             w.varint(field);
         }
         w.raw(&self.base.chain.0);
@@ -145,13 +147,13 @@ impl SessionRow {
         let body = unseal(row)?;
         let mut r = Reader::new(&body);
         let incarnation = Incarnation(r.array()?);
-        let (created, writer_epoch) = (r.varint()?, r.varint()?);
+        let (created, writer_epoch, released) = (r.varint()?, r.varint()?, r.varint()?);
         let base = Base { first: r.varint()?, number: r.varint()?, chain: Chain(r.array()?) };
         let segments = (0..r.count(MAX_SEGMENTS)?)
             .map(|_| Ok(Segment { id: r.varint()?, first: r.varint()?, number: r.varint()? }))
             .collect::<Result<_, ProtocolError>>()?;
         r.finish()?;
-        Ok(Self { incarnation, created, writer_epoch, base, segments })
+        Ok(Self { incarnation, created, writer_epoch, released, base, segments })
     }
 }
 

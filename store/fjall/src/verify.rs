@@ -57,8 +57,8 @@ impl Report {
     }
 }
 
-/// Called for each verified chunk, with the session's name and its state after the chunk.
-pub type EachChunk<'a> = dyn FnMut(&SessionName, &State, &Chunk) + 'a;
+/// Called for each verified chunk, with the session's name, the first seq that may be read, and the state after the chunk.
+pub type EachChunk<'a> = dyn FnMut(&SessionName, u64, &State, &Chunk) + 'a;
 
 /// Verifies the store in `dir`, which no process may have open.
 ///
@@ -267,7 +267,7 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
             next = (chunk.end(), header.number + 1);
             report.chunks += 1;
             report.records += header.count;
-            each(name, &state, &chunk);
+            each(name, row.released, &state, &chunk);
             let compares = snapshot.as_ref().filter(|(_, saved)| fold_from == 0 && saved.number() == state.number());
             if compares.is_some_and(|(bytes, _)| *bytes != state.snapshot()) {
                 return report.problem(Some(name), Some(next.0), "the snapshot is not what the records fold to");
