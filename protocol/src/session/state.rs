@@ -11,11 +11,8 @@ use super::producer::{ProducerKey, Producers};
 use super::view::View;
 use super::words::Incarnation;
 use crate::error::ProtocolError;
-use crate::registry::{MAX_STREAMS, STREAM_MAIN_NAME};
+use crate::registry::{MAX_STREAMS, SNAPSHOT_VERSION, STREAM_MAIN_NAME};
 use crate::wire::{Acked, Label, Reader, Writer};
-
-/// Version of the snapshot encoding.
-const SNAPSHOT_VERSION: u8 = 1;
 
 /// Names of a session's streams; the stream id is the position.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,0 +1,157 @@
+//! The code against `spec/registry.toml`, number by number, in both directions.
+
+use std::collections::BTreeMap;
+
+use mainstay_protocol::registry as numbers;
+use mainstay_protocol::session::{Kind, Operation};
+use mainstay_protocol::wire::Frame;
+use mainstay_protocol::{Advice, Code, Scope};
+use toml::{Table, Value};
+
+fn registry() -> Table {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../spec/registry.toml");
+    std::fs::read_to_string(path).expect("the registry").parse().expect("TOML")
+}
+
+fn table<'a>(registry: &'a Table, path: &str) -> &'a Table {
+    path.split('.').fold(registry, |table, key| table[key].as_table().expect("a table"))
+}
+
+/// Name to number of a table whose entries hold the number under `key`, or are the number.
+fn entries(registry: &Table, path: &str, key: &str) -> BTreeMap<String, u64> {
+    table(registry, path)
+        .iter()
+        .map(|(name, value)| {
+            let number = value.get(key).unwrap_or(value).as_integer().expect("a number");
+            (name.clone(), u64::try_from(number).expect("not negative"))
+        })
+        .collect()
+}
+
+fn code<'a>(pairs: impl IntoIterator<Item = (&'a str, u64)>) -> BTreeMap<String, u64> {
+    pairs.into_iter().map(|(name, number)| (name.to_owned(), number)).collect()
+}
+
+#[test]
+fn frame_types_are_those_of_the_registry() {
+    let in_code = code(Frame::TYPES.iter().map(|(kind, name)| (*name, *kind)));
+    assert_eq!(in_code, entries(&registry(), "frames", "type"));
+    assert!(Frame::TYPES.iter().all(|(kind, _)| !numbers::is_ignorable(*kind)), "every frame so far is critical");
+}
+
+#[test]
+fn errors_are_those_of_the_registry_with_scope_and_advice() {
+    let registry = registry();
+    let in_code = code(Code::ALL.iter().map(|code| (code.name().expect("a known code"), code.0)));
+    assert_eq!(in_code, entries(&registry, "errors", "code"));
+    for code in Code::ALL {
+        let entry = &table(&registry, "errors")[code.name().expect("a known code")];
+        let scope = match code.scope() {
+            Scope::Request => "request",
+            Scope::Stream => "stream",
+            Scope::Connection => "connection",
+        };
+        let advice = match code.advice() {
+            Advice::Retry => "retry",
+            Advice::Reattach => "reattach",
+            Advice::Reauthenticate => "reauthenticate",
+            Advice::Fix => "fix",
+            Advice::GiveUp => "give up",
+        };
+        assert_eq!(entry["ends"].as_str(), Some(scope), "{code}");
+        assert_eq!(entry["advice"].as_str(), Some(advice), "{code}");
+    }
+}
+
+#[test]
+fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
+    let registry = registry();
+    let kinds = code(Kind::ALL.iter().map(|kind| (kind.name().expect("a known kind"), kind.0)));
+    assert_eq!(kinds, entries(&registry, "kinds", "kind"));
+    for kind in Kind::ALL {
+        let from = if kind.is_server_only() { "server" } else { "client" };
+        let entry = &table(&registry, "kinds")[kind.name().expect("a known kind")];
+        assert_eq!(entry["from"].as_str(), Some(from));
+    }
+    use numbers::control;
+    let controls = code([
+        ("created", control::CREATED),
+        ("fence", control::FENCE),
+        ("producer", control::PRODUCER),
+        ("stream", control::STREAM),
+        ("trim", control::TRIM),
+    ]);
+    assert_eq!(controls, entries(&registry, "controls", ""));
+    use numbers::{attach, hello, subscribe};
+    let hello = code([
+        ("instance", hello::INSTANCE),
+        ("agent", hello::AGENT),
+        ("token", hello::TOKEN),
+        ("bulk_window", hello::BULK_WINDOW),
+        ("bulk_streams", hello::BULK_STREAMS),
+        ("max_frame", hello::MAX_FRAME),
+        ("max_record", hello::MAX_RECORD),
+        ("max_batch_records", hello::MAX_BATCH_RECORDS),
+        ("max_batch_bytes", hello::MAX_BATCH_BYTES),
+        ("producer_window", hello::PRODUCER_WINDOW),
+        ("max_attachments", hello::MAX_ATTACHMENTS),
+    ]);
+    assert_eq!(hello, entries(&registry, "parameters.HELLO", "id"));
+    let attach = code([("incarnation", attach::INCARNATION), ("next", attach::NEXT)]);
+    assert_eq!(attach, entries(&registry, "parameters.ATTACH", "id"));
+    let subscribe = code([("streams", subscribe::STREAMS), ("kinds", subscribe::KINDS)]);
+    assert_eq!(subscribe, entries(&registry, "parameters.SUBSCRIBE", "id"));
+    let operations: Vec<&str> = Operation::ALL.into_iter().map(Operation::as_str).collect();
+    let named: Vec<&str> = table(&registry, "operations").keys().map(String::as_str).collect();
+    assert_eq!(
+        {
+            let mut sorted = operations.clone();
+            sorted.sort_unstable();
+            sorted
+        },
+        {
+            let mut sorted = named;
+            sorted.sort_unstable();
+            sorted
+        }
+    );
+}
+
+#[test]
+fn limits_and_versions_are_those_of_the_registry() {
+    let registry = registry();
+    let limits: [(&str, usize); 20] = [
+        ("max_name", numbers::MAX_NAME),
+        ("max_label", numbers::MAX_LABEL),
+        ("max_subject", numbers::MAX_SUBJECT),
+        ("max_token", numbers::MAX_TOKEN),
+        ("max_record", numbers::MAX_RECORD),
+        ("max_headers", numbers::MAX_HEADERS),
+        ("max_batch_records", numbers::MAX_BATCH_RECORDS),
+        ("max_batch_bytes", numbers::MAX_BATCH_BYTES),
+        ("max_frame", numbers::MAX_FRAME),
+        ("max_frame_unauthenticated", numbers::MAX_FRAME_UNAUTHENTICATED),
+        ("max_message", numbers::MAX_MESSAGE),
+        ("producer_window", numbers::PRODUCER_WINDOW),
+        ("max_streams", numbers::MAX_STREAMS),
+        ("max_producers", numbers::MAX_PRODUCERS),
+        ("turn_bytes", numbers::TURN_BYTES),
+        ("max_listed", numbers::MAX_LISTED),
+        ("max_positions", numbers::MAX_POSITIONS),
+        ("max_filter", numbers::MAX_FILTER),
+        ("control_reserve", numbers::CONTROL_RESERVE),
+        ("min_bulk_window", numbers::MIN_BULK_WINDOW as usize),
+    ];
+    let in_code = code(limits.iter().map(|(name, limit)| (*name, *limit as u64)));
+    assert_eq!(in_code, entries(&registry, "limits", ""));
+    let integer = |key: &str| registry[key].as_integer();
+    assert_eq!(registry["alpn"].as_str().map(str::as_bytes), Some(numbers::ALPN));
+    assert_eq!(integer("chunk_version"), Some(i64::from(numbers::CHUNK_VERSION)));
+    assert_eq!(integer("fold_version"), Some(numbers::FOLD_VERSION as i64));
+    assert_eq!(integer("snapshot_version"), Some(i64::from(numbers::SNAPSHOT_VERSION)));
+    let grease = table(&registry, "grease");
+    let (base, step) = (&grease["base"], &grease["step"]);
+    assert_eq!(*base, Value::Integer(numbers::grease(0) as i64));
+    assert_eq!(*step, Value::Integer((numbers::grease(1) - numbers::grease(0)) as i64));
+    assert!((0..10_000).all(|n| numbers::is_ignorable(numbers::grease(n))));
+}

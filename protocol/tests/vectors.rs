@@ -1,0 +1,672 @@
+//! `spec/vectors`: golden bytes, and malformed bytes with the error that they must give.
+//!
+//! Three tests: the files are what this code makes (run with `UPDATE_VECTORS=1` to write them after a deliberate change of the
+//! wire); every golden vector decodes and encodes to the same bytes, and no strict prefix of it decodes; every malformed
+//! vector gives its error.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use mainstay_protocol::session::Kind;
+use mainstay_protocol::session::{
+    Author, Chain, CheckedBatch, Chunk, ChunkBuilder, Control, Incarnation, Instance, Record, SessionName, State,
+    Verdict, View, ViewHash,
+};
+use mainstay_protocol::wire::*;
+use mainstay_protocol::{Code, ProtocolError};
+use toml::Table;
+
+/// One golden vector.
+struct Golden {
+    name: &'static str,
+    note: &'static str,
+    bytes: Bytes,
+    value: String,
+}
+
+/// One malformed vector.
+struct Malformed {
+    name: &'static str,
+    note: &'static str,
+    bytes: Vec<u8>,
+    error: Code,
+}
+
+fn label(text: &str) -> Label {
+    Label::new(text).expect("a valid label")
+}
+
+fn session() -> SessionName {
+    SessionName::new("agent:session123").expect("a valid name")
+}
+
+fn author(subject: &str, instance: u8) -> Author {
+    Author { subject: Subject::new(subject).expect("a valid subject"), instance: Instance([instance; 16]) }
+}
+
+fn region(records: &[Record]) -> Bytes {
+    let mut w = Writer::new();
+    records.iter().for_each(|record| record.put(&mut w));
+    w.freeze()
+}
+
+fn full_record() -> Record {
+    Record {
+        kind: Kind::DATA,
+        stream: 3,
+        message: Some([0x11; 16]),
+        run: Some([0x22; 16]),
+        headers: vec![(Bytes::from_static(b"content-type"), Bytes::from_static(b"text/plain"))],
+        payload: Bytes::from_static(b"hello"),
+    }
+}
+
+fn frames() -> Vec<(&'static str, &'static str, Frame)> {
+    let incarnation = Incarnation([0xab; 16]);
+    vec![
+        (
+            "HELLO",
+            "a client's first frame",
+            Frame::from(Hello {
+                instance: Some(Instance([1; 16])),
+                agent: Some(Bytes::from_static(b"example/1")),
+                token: Some(Bytes::from_static(b"v4.public.AAAA")),
+                bulk_window: Some(524_288),
+                bulk_streams: Some(8),
+                ..Hello::default()
+            }),
+        ),
+        (
+            "HELLO",
+            "a server's first frame",
+            Hello {
+                bulk_window: Some(131_072),
+                bulk_streams: Some(32),
+                max_frame: Some(589_824),
+                max_record: Some(262_144),
+                max_batch_records: Some(1000),
+                max_batch_bytes: Some(524_288),
+                producer_window: Some(256),
+                max_attachments: Some(1024),
+                ..Hello::default()
+            }
+            .into(),
+        ),
+        ("HELLO", "without parameters", Hello::default().into()),
+        ("TOKEN", "", Token { token: Bytes::from_static(b"v4.public.AAAA") }.into()),
+        ("AUTHENTICATED", "", Authenticated { subject: author("alice", 0).subject, expires: 1_900_000_000 }.into()),
+        ("PING", "", Ping { nonce: 7 }.into()),
+        ("PONG", "the largest varint", Pong { nonce: MAX_VARINT }.into()),
+        ("GOAWAY", "", GoAway { deadline: 5000, spread: 1000, message: Message::new("the server stops") }.into()),
+        ("CREDIT", "", Credit { id: 4, consumed: 131_072 }.into()),
+        (
+            "ERROR",
+            "about ATTACH",
+            Error {
+                about: 0x10,
+                id: 0,
+                code: Code::SESSION_NOT_FOUND,
+                value: 0,
+                message: Message::new("no session has this name"),
+            }
+            .into(),
+        ),
+        (
+            "ERROR",
+            "a code that the receiver does not know",
+            Error { about: 0x22, id: 9, code: Code(0x3001), value: 5, message: Message::default() }.into(),
+        ),
+        (
+            "ATTACH",
+            "without a cursor",
+            Attach { mode: AttachMode::Create, session: session(), incarnation: None, next: None }.into(),
+        ),
+        (
+            "ATTACH",
+            "with a cursor",
+            Attach { mode: AttachMode::Attach, session: session(), incarnation: Some(incarnation), next: Some(1234) }
+                .into(),
+        ),
+        (
+            "ATTACHED",
+            "",
+            Attached {
+                verdict: Verdict::Exact,
+                incarnation,
+                tail: 57,
+                first: 0,
+                created: 1_800_000_000_000,
+                closed: false,
+                fold_version: 1,
+                view_hash: ViewHash([0x5a; 32]),
+                streams: vec![label("main"), label("tools")],
+                positions: vec![Position { producer: label("agent"), epoch: 2, next: 31 }],
+            }
+            .into(),
+        ),
+        (
+            "ATTACHED",
+            "another incarnation",
+            Attached {
+                verdict: Verdict::Gone,
+                incarnation,
+                tail: 0,
+                first: 0,
+                created: 1_800_000_000_000,
+                closed: true,
+                fold_version: 1,
+                view_hash: ViewHash([0; 32]),
+                streams: vec![label("main")],
+                positions: vec![],
+            }
+            .into(),
+        ),
+        ("OPEN_PRODUCER", "the next epoch", OpenProducer { id: 1, name: label("agent"), epoch: 0 }.into()),
+        ("OPEN_PRODUCER", "keep an epoch", OpenProducer { id: 2, name: label("agent"), epoch: 3 }.into()),
+        ("PRODUCER", "", Producer { id: 1, epoch: 3, next: 120 }.into()),
+        ("DEFINE_STREAM", "", DefineStream { name: label("tools") }.into()),
+        ("STREAM", "", Stream { id: 1, name: label("tools") }.into()),
+        (
+            "ACK",
+            "two batches",
+            Ack {
+                producer: 1,
+                sequence: 120,
+                batches: vec![Acked { first: 57, count: 2 }, Acked { first: 59, count: 1 }],
+            }
+            .into(),
+        ),
+        (
+            "REFUSED",
+            "a gap",
+            Refused {
+                producer: 1,
+                sequence: 9,
+                code: Code::SEQ_GAP,
+                value: 7,
+                message: Message::new("the batch is ahead of the producer's next sequence"),
+            }
+            .into(),
+        ),
+        ("SUBSCRIBE", "everything", Subscribe { id: 5, start: Start::Earliest, streams: vec![], kinds: vec![] }.into()),
+        (
+            "SUBSCRIBE",
+            "with a filter",
+            Subscribe {
+                id: 6,
+                start: Start::Seq(1234),
+                streams: vec![label("main"), label("tools")],
+                kinds: vec![0, 2],
+            }
+            .into(),
+        ),
+        (
+            "SUBSCRIBE",
+            "the last ten",
+            Subscribe { id: 7, start: Start::Last(10), streams: vec![], kinds: vec![] }.into(),
+        ),
+        ("SUBSCRIBE", "the view", Subscribe { id: 8, start: Start::Snapshot, streams: vec![], kinds: vec![] }.into()),
+        (
+            "SUBSCRIBE",
+            "from the tail",
+            Subscribe { id: 9, start: Start::Latest, streams: vec![], kinds: vec![] }.into(),
+        ),
+        ("UNSUBSCRIBE", "", Unsubscribe { id: 5 }.into()),
+        ("CLOSE_SESSION", "", CloseSession {}.into()),
+        ("CLOSED", "", Closed { seq: 1000 }.into()),
+        ("DELETE_SESSION", "", DeleteSession {}.into()),
+        ("DELETED", "", Deleted {}.into()),
+        ("TRIM", "", Trim { before: 100 }.into()),
+        ("TRIMMED", "", Trimmed { first: 100 }.into()),
+        ("SUBSCRIBED", "", Subscribed { id: 5, verdict: Verdict::Exact, next: 0, tail: 57 }.into()),
+        ("SUBSCRIBED", "behind a trim", Subscribed { id: 6, verdict: Verdict::Gap, next: 3, tail: 57 }.into()),
+        ("SNAPSHOT", "", Snapshot { next: 2, fold_version: 1, view: view().encode() }.into()),
+        (
+            "DELIVERY",
+            "two runs, the second behind what the filter left out",
+            Delivery {
+                from: 57,
+                to: 62,
+                base_time: 1_800_000_000_000,
+                authors: vec![author("alice", 1), author("server", 0)],
+                runs: vec![
+                    Run { skip: 0, count: 2, author: 0, time: 0 },
+                    Run { skip: 2, count: 1, author: 1, time: 12 },
+                ],
+                records: region(&[
+                    Record::data(0, &b"one"[..]),
+                    Record::data(1, &b"two"[..]),
+                    Record { kind: Kind::SESSION_CLOSED, ..Record::data(0, &b""[..]) },
+                ]),
+            }
+            .into(),
+        ),
+        (
+            "DELIVERY",
+            "an interval of which the filter left nothing",
+            Delivery { from: 10, to: 20, base_time: 0, authors: vec![], runs: vec![], records: Bytes::new() }.into(),
+        ),
+        ("GAP", "", Gap { from: 3, to: 12, reason: 0 }.into()),
+        ("TAIL", "", Tail { tail: 5000 }.into()),
+        ("PRODUCE", "", Produce { producer: 1 }.into()),
+        (
+            "APPEND",
+            "two records",
+            Append { sequence: 120, count: 2, records: region(&[Record::data(0, &b"hello"[..]), full_record()]) }
+                .into(),
+        ),
+        ("LIST", "", List { prefix: Bytes::from_static(b"agent:"), after: Bytes::new(), limit: 256 }.into()),
+        (
+            "LISTED",
+            "a page with more behind it",
+            Listed {
+                sessions: vec![ListedSession {
+                    name: session(),
+                    incarnation,
+                    created: 1_800_000_000_000,
+                    first: 0,
+                    tail: 57,
+                }],
+                next: Bytes::from_static(b"agent:session123"),
+            }
+            .into(),
+        ),
+        ("LISTED", "the end", Listed { sessions: vec![], next: Bytes::new() }.into()),
+    ]
+}
+
+fn view() -> View {
+    let mut view = View::default();
+    for (time, record) in [
+        (1_800_000_000_000, Record::data(0, &b"one"[..])),
+        (1_800_000_000_012, Record::data(1, &b"two"[..])),
+        (1_800_000_000_020, Record { kind: Kind::SESSION_CLOSED, ..Record::data(0, &b""[..]) }),
+    ] {
+        let region = region(&[record]);
+        let mut r = Reader::new(&region);
+        let bytes = r.bytes(usize::MAX).expect("a record");
+        view.apply(time, &bytes).expect("a record folds");
+    }
+    view
+}
+
+fn chunks() -> Vec<(&'static str, Chunk)> {
+    let incarnation = Incarnation([0xab; 16]);
+    let alice = Arc::new(author("alice", 1));
+    let records = [Record::data(0, &b"one"[..]), full_record()];
+    let batch = CheckedBatch::new(2, region(&records)).expect("a valid batch");
+    let mut first = ChunkBuilder::new(incarnation, 0, 0, 1, 1_800_000_000_000, Chain::start(incarnation));
+    first.control(Control::Created { name: session(), time: 1_800_000_000_000 });
+    first.control(Control::Fence { epoch: 1 });
+    first.control(Control::Producer { subject: alice.subject.clone(), name: label("agent"), epoch: 1 });
+    first.control(Control::Stream { id: 1, name: label("tools") });
+    first.batch(&alice, &label("agent"), 1, 0, 1_800_000_000_005, &batch);
+    let first = first.finish().expect("a chunk");
+    let mut second = ChunkBuilder::new(incarnation, 2, 1, 1, 1_800_000_000_010, first.header().chain);
+    second.record(&alice, 1_800_000_000_011, &Record { kind: Kind::SESSION_CLOSED, ..Record::data(0, &b""[..]) });
+    let second = second.finish().expect("a chunk");
+    let mut third = ChunkBuilder::new(incarnation, 3, 2, 2, 1_800_000_000_020, second.header().chain);
+    third.control(Control::Trim { first: 2 });
+    let third = third.finish().expect("a chunk");
+    vec![
+        ("creation, grant, stream and one batch", first),
+        ("a record that the server wrote", second),
+        ("control entries alone", third),
+    ]
+}
+
+fn golden_frames() -> Vec<Golden> {
+    let golden = |(name, note, frame): (_, _, Frame)| Golden {
+        name,
+        note,
+        bytes: frame.to_bytes(),
+        value: format!("{frame:?}"),
+    };
+    frames().into_iter().map(golden).collect()
+}
+
+fn golden_records() -> Vec<Golden> {
+    let record = |name, note, record: Record| Golden {
+        name,
+        note,
+        bytes: region(std::slice::from_ref(&record)),
+        value: format!("{record:?}"),
+    };
+    vec![
+        record("data", "the shortest", Record::data(0, Bytes::new())),
+        record("data", "a payload", Record::data(1, &b"hello"[..])),
+        record("data", "everything", full_record()),
+        record("session.closed", "", Record { kind: Kind::SESSION_CLOSED, ..Record::data(0, &b""[..]) }),
+    ]
+}
+
+fn golden_chunks() -> Vec<Golden> {
+    let chunk = |(note, chunk): (_, Chunk)| Golden {
+        name: "chunk",
+        note,
+        bytes: chunk.bytes().clone(),
+        value: format!("{:?}", chunk.header()),
+    };
+    chunks().into_iter().map(chunk).collect()
+}
+
+fn golden_states() -> Vec<Golden> {
+    let mut state = State::new(Incarnation([0xab; 16]));
+    for (_, chunk) in chunks() {
+        state.verify(&chunk).expect("the chunks follow each other");
+    }
+    vec![
+        Golden {
+            name: "view",
+            note: "three records",
+            bytes: view().encode(),
+            value: format!("hash {}", view().hash()),
+        },
+        Golden {
+            name: "snapshot",
+            note: "the state after the chunk vectors",
+            bytes: state.snapshot(),
+            value: format!("chain {:?}, view hash {}", state.chain(), state.view().hash()),
+        },
+    ]
+}
+
+/// Bodies that are wrong in a way that every frame shares, and some that are wrong in their own.
+fn malformed_frames() -> Vec<Malformed> {
+    let mut list = Vec::new();
+    let mut seen = Vec::new();
+    for (name, _, frame) in frames() {
+        if seen.contains(&name) {
+            continue;
+        }
+        seen.push(name);
+        let bytes = frame.to_bytes();
+        let mut frames = Deframer::new(1 << 20);
+        frames.push(bytes);
+        let raw = frames.next_frame().expect("valid").expect("whole");
+        let reframed = |body: &[u8]| {
+            let mut w = Writer::new();
+            w.varint(raw.kind);
+            w.bytes(body);
+            w.freeze().to_vec()
+        };
+        let critical = [&raw.body[..], &[0x7f, 0x3e, 0x00]].concat();
+        list.push(Malformed {
+            name,
+            note: "a critical parameter that nobody knows",
+            bytes: reframed(&critical),
+            error: Code::FRAME_UNKNOWN,
+        });
+        if !raw.body.is_empty() {
+            let cut = reframed(&raw.body[..raw.body.len() - 1]);
+            list.push(Malformed {
+                name,
+                note: "the last byte of the body is missing",
+                bytes: cut,
+                error: Code::FRAME_MALFORMED,
+            });
+        }
+    }
+    let own: [(&str, &str, &[u8], Code); 24] = [
+        ("(any)", "the type is not a minimal varint", &[0x40, 0x06, 0x01, 0x07], Code::FRAME_MALFORMED),
+        ("(any)", "the length is not a minimal varint", &[0x06, 0x40, 0x01, 0x07], Code::FRAME_MALFORMED),
+        ("(any)", "longer than any frame may be", &[0x3e, 0x80, 0x10, 0x00, 0x00], Code::FRAME_TOO_LARGE),
+        ("(any)", "a critical type that nobody knows", &[0x7f, 0xfe, 0x00], Code::FRAME_UNKNOWN),
+        ("PING", "a field is not a minimal varint", &[0x06, 0x02, 0x40, 0x07], Code::FRAME_MALFORMED),
+        ("PING", "a parameter twice", &[0x06, 0x05, 0x07, 0x21, 0x00, 0x21, 0x00], Code::FRAME_MALFORMED),
+        ("PING", "parameters out of order", &[0x06, 0x06, 0x07, 0x40, 0x5f, 0x00, 0x21, 0x00], Code::FRAME_MALFORMED),
+        (
+            "HELLO",
+            "an instance of 15 bytes",
+            &[0x00, 0x11, 0x00, 0x0f, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+            Code::FRAME_MALFORMED,
+        ),
+        ("HELLO", "a number with bytes behind it", &[0x00, 0x04, 0x04, 0x02, 0x07, 0x00], Code::FRAME_MALFORMED),
+        ("ATTACH", "a mode that nobody knows", &[0x10, 0x03, 0x05, 0x01, b'a'], Code::FRAME_MALFORMED),
+        ("ATTACH", "an empty name", &[0x10, 0x02, 0x00, 0x00], Code::NAME_INVALID),
+        ("ATTACH", "a name with a control character", &[0x10, 0x03, 0x00, 0x01, 0x07], Code::NAME_INVALID),
+        ("ATTACH", "a name that is not UTF-8", &[0x10, 0x03, 0x00, 0x01, 0xff], Code::FRAME_MALFORMED),
+        (
+            "ATTACH",
+            "next without an incarnation",
+            &[0x10, 0x06, 0x00, 0x01, b'a', 0x02, 0x01, 0x05],
+            Code::FRAME_MALFORMED,
+        ),
+        ("ACK", "of no batch", &[0x1c, 0x03, 0x01, 0x00, 0x00], Code::FRAME_MALFORMED),
+        ("ACK", "more batches than bytes", &[0x1c, 0x04, 0x01, 0x00, 0x3f, 0x00], Code::FRAME_MALFORMED),
+        ("SUBSCRIBE", "a start that nobody knows", &[0x22, 0x03, 0x01, 0x05, 0x00], Code::FRAME_MALFORMED),
+        ("SUBSCRIBE", "earliest with a value", &[0x22, 0x03, 0x01, 0x00, 0x01], Code::FRAME_MALFORMED),
+        ("SUBSCRIBE", "an empty filter", &[0x22, 0x05, 0x01, 0x00, 0x00, 0x02, 0x00], Code::FRAME_MALFORMED),
+        ("SUBSCRIBED", "a verdict that nobody knows", &[0x32, 0x04, 0x01, 0x04, 0x00, 0x00], Code::FRAME_MALFORMED),
+        (
+            "DELIVERY",
+            "the interval runs backwards",
+            &[0x36, 0x06, 0x05, 0x04, 0x00, 0x00, 0x00, 0x00],
+            Code::FRAME_MALFORMED,
+        ),
+        (
+            "DELIVERY",
+            "a run names an author that is not listed",
+            &[0x36, 0x0a, 0x00, 0x01, 0x00, 0x00, 0x01, 0x00, 0x01, 0x00, 0x00, 0x00],
+            Code::FRAME_MALFORMED,
+        ),
+        (
+            "DELIVERY",
+            "more authors than bytes",
+            &[0x36, 0x06, 0x00, 0x01, 0x00, 0x3f, 0x00, 0x00],
+            Code::FRAME_MALFORMED,
+        ),
+        ("LISTED", "more sessions than bytes", &[0x42, 0x02, 0x3f, 0x00], Code::FRAME_MALFORMED),
+    ];
+    let own = own.into_iter().map(|(name, note, bytes, error)| {
+        // Types above 0x3f take two bytes.
+        let bytes = match name {
+            "LISTED" => [&[0x40, 0x42], &bytes[1..]].concat(),
+            _ => bytes.to_vec(),
+        };
+        Malformed { name: leak(name), note: leak(note), bytes, error }
+    });
+    list.extend(own);
+    list
+}
+
+fn leak(text: &str) -> &'static str {
+    Box::leak(text.to_owned().into_boxed_str())
+}
+
+fn malformed_records() -> Vec<Malformed> {
+    let m = |name, note, bytes: &[u8], error| Malformed { name, note, bytes: bytes.to_vec(), error };
+    vec![
+        m("data", "a reserved flag", &[0x03, 0x00, 0x00, 0x08], Code::RECORD_MALFORMED),
+        m("data", "a message id that is cut", &[0x05, 0x00, 0x00, 0x01, 1, 1], Code::RECORD_MALFORMED),
+        m("data", "an empty list of headers", &[0x04, 0x00, 0x00, 0x04, 0x00], Code::RECORD_MALFORMED),
+        m(
+            "data",
+            "a header that reaches beyond the record",
+            &[0x06, 0x00, 0x00, 0x04, 0x01, 0x05, b'a'],
+            Code::RECORD_MALFORMED,
+        ),
+        m("data", "longer than any record may be", &[0x80, 0x04, 0x00, 0x01], Code::RECORD_TOO_LARGE),
+        m("data", "the region ends inside the record", &[0x05, 0x00, 0x00, 0x00], Code::RECORD_MALFORMED),
+        m("data", "no bytes at all", &[0x00], Code::RECORD_MALFORMED),
+        m("session.closed", "from a client", &[0x03, 0x02, 0x00, 0x00], Code::KIND_REFUSED),
+        m("(any)", "a critical kind that nobody knows", &[0x04, 0x7f, 0xfe, 0x00, 0x00], Code::KIND_UNKNOWN),
+    ]
+}
+
+fn malformed_chunks() -> Vec<Malformed> {
+    let chunk = chunks().remove(0).1;
+    let flip = |at: usize| {
+        let mut bytes = chunk.bytes().to_vec();
+        bytes[at] ^= 1;
+        bytes
+    };
+    let len = chunk.bytes().len();
+    let m = |note, bytes| Malformed { name: "chunk", note, bytes, error: Code::FRAME_MALFORMED };
+    vec![
+        m("a bit of the checksum is flipped", flip(0)),
+        m("a bit of the first seq is flipped", flip(25)),
+        m("a bit of the last record is flipped", flip(len - 1)),
+        m("the last byte is missing", chunk.bytes()[..len - 1].to_vec()),
+    ]
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    let digit = |at: usize| u8::from_str_radix(&text[at..at + 2], 16).expect("hexadecimal");
+    (0..text.len()).step_by(2).map(digit).collect()
+}
+
+fn file(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../spec/vectors").join(name)
+}
+
+fn render(golden: &[Golden], malformed: &[Malformed]) -> String {
+    let mut text = String::from(
+        "# Made by `UPDATE_VECTORS=1 cargo test -p mainstay-protocol --test vectors`; see spec/vectors/README.md.\n",
+    );
+    for Golden { name, note, bytes, value } in golden {
+        let _ = write!(
+            text,
+            "\n[[golden]]\nname = {name:?}\nnote = {note:?}\nhex = \"{}\"\nvalue = '''{value}'''\n",
+            hex(bytes)
+        );
+    }
+    for Malformed { name, note, bytes, error } in malformed {
+        let _ = write!(
+            text,
+            "\n[[malformed]]\nname = {name:?}\nnote = {note:?}\nhex = \"{}\"\nerror = \"{error}\"\n",
+            hex(bytes)
+        );
+    }
+    text
+}
+
+const FILES: [&str; 4] = ["frames.toml", "records.toml", "chunks.toml", "states.toml"];
+
+fn rendered(name: &str) -> String {
+    match name {
+        "frames.toml" => render(&golden_frames(), &malformed_frames()),
+        "records.toml" => render(&golden_records(), &malformed_records()),
+        "chunks.toml" => render(&golden_chunks(), &malformed_chunks()),
+        _ => render(&golden_states(), &[]),
+    }
+}
+
+#[test]
+fn the_vector_files_are_what_the_code_makes() {
+    for name in FILES {
+        if std::env::var_os("UPDATE_VECTORS").is_some() {
+            std::fs::write(file(name), rendered(name)).expect("write");
+        }
+        let stored = std::fs::read_to_string(file(name)).expect("a vector file");
+        assert_eq!(
+            stored,
+            rendered(name),
+            "{name} changed; if the wire was meant to change, run with UPDATE_VECTORS=1"
+        );
+    }
+}
+
+fn vectors(name: &str, kind: &str) -> Vec<(String, String, Vec<u8>, String)> {
+    let table: Table = std::fs::read_to_string(file(name)).expect("a vector file").parse().expect("TOML");
+    let list = table.get(kind).and_then(|list| list.as_array()).cloned().unwrap_or_default();
+    list.iter()
+        .map(|entry| {
+            let text = |key: &str| entry.get(key).and_then(|text| text.as_str()).unwrap_or_default().to_owned();
+            (text("name"), text("note"), unhex(&text("hex")), text("error"))
+        })
+        .collect()
+}
+
+fn decode_frame(bytes: &[u8]) -> Result<Option<Frame>, ProtocolError> {
+    let mut frames = Deframer::new(mainstay_protocol::registry::MAX_FRAME);
+    frames.push(Bytes::copy_from_slice(bytes));
+    match frames.next_frame()? {
+        Some(raw) => Frame::decode(&raw),
+        None => Ok(None),
+    }
+}
+
+#[test]
+fn every_golden_frame_round_trips_and_no_prefix_of_it_decodes() {
+    let mut covered = Vec::new();
+    for (name, note, bytes, _) in vectors("frames.toml", "golden") {
+        let frame = decode_frame(&bytes).expect("a golden frame decodes").expect("and is known");
+        assert_eq!(frame.name(), name, "{note}");
+        assert_eq!(hex(&frame.to_bytes()), hex(&bytes), "{name}: {note}");
+        for len in 0..bytes.len() {
+            assert_eq!(decode_frame(&bytes[..len]).ok().flatten(), None, "{name}: a prefix of {len} bytes decodes");
+        }
+        covered.push(name);
+    }
+    for (_, name) in Frame::TYPES {
+        assert!(covered.iter().any(|covered| covered == name), "{name} has no golden vector");
+    }
+}
+
+#[test]
+fn every_malformed_frame_gives_its_error() {
+    let mut covered = Vec::new();
+    for (name, note, bytes, error) in vectors("frames.toml", "malformed") {
+        let result = decode_frame(&bytes);
+        assert_eq!(result.expect_err(&format!("{name}: {note}")).code.to_string(), error, "{name}: {note}");
+        covered.push(name);
+    }
+    for (_, name) in Frame::TYPES {
+        assert!(covered.iter().any(|covered| covered == name), "{name} has no malformed vector");
+    }
+}
+
+#[test]
+fn every_golden_record_round_trips_and_every_kind_has_one() {
+    let mut covered = Vec::new();
+    for (name, note, bytes, _) in vectors("records.toml", "golden") {
+        let bytes = Bytes::from(bytes);
+        let record = Record::get(&mut Reader::new(&bytes)).expect("a golden record decodes");
+        assert_eq!(record.kind.name(), Some(name.as_str()), "{note}");
+        assert_eq!(region(&[record]), bytes, "{name}: {note}");
+        covered.push(name);
+    }
+    for kind in Kind::ALL {
+        assert!(covered.iter().any(|name| Some(name.as_str()) == kind.name()), "{kind:?} has no golden vector");
+    }
+}
+
+#[test]
+fn every_malformed_record_gives_its_error() {
+    for (name, note, bytes, error) in vectors("records.toml", "malformed") {
+        let result = CheckedBatch::new(1, bytes.into());
+        assert_eq!(result.expect_err(&format!("{name}: {note}")).code.to_string(), error, "{name}: {note}");
+    }
+}
+
+#[test]
+fn golden_chunks_decode_follow_each_other_and_malformed_ones_do_not_decode() {
+    let mut state = State::new(Incarnation([0xab; 16]));
+    for (_, note, bytes, _) in vectors("chunks.toml", "golden") {
+        let chunk = Chunk::decode(bytes.into()).expect("a golden chunk decodes");
+        state.verify(&chunk).unwrap_or_else(|damage| panic!("{note}: {damage}"));
+    }
+    for (_, note, bytes, error) in vectors("chunks.toml", "malformed") {
+        assert_eq!(Chunk::decode(bytes.into()).expect_err(&note).code.to_string(), error, "{note}");
+    }
+    for (name, note, bytes, _) in vectors("states.toml", "golden") {
+        let bytes = Bytes::from(bytes);
+        match name.as_str() {
+            "view" => assert_eq!(View::decode(&bytes).expect("a view").encode(), bytes, "{note}"),
+            _ => {
+                assert_eq!(State::restore(&bytes).expect("a snapshot").snapshot(), bytes, "{note}");
+                assert_eq!(state.snapshot(), bytes, "{note}");
+            }
+        }
+    }
+}
