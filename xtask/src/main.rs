@@ -1,1 +1,146 @@
-fn main() {}
+//! `cargo xtask`: everything that a contributor or CI runs.
+//!
+//! No dependencies, so that it builds in a moment.
+
+mod fuzz;
+mod tidy;
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+const USAGE: &str = "\
+Tasks:
+  cargo xtask test                 everything that CI runs: format, lints, docs, every test, a short fuzz
+  cargo xtask fuzz [TARGET] [SECS] fuzz one target, or all in turn, for so long (default 60 s each)
+  cargo xtask fuzz --smoke         every target for a few seconds, as in `test`
+  cargo xtask bench [ARGS…]        the load generator in release mode; without arguments the whole table
+  cargo xtask campaign [SECS]      the crash, damage and network tests over and over with new seeds (default 1800 s)
+";
+
+type Outcome = Result<(), String>;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let outcome = match words.as_slice() {
+        ["test"] => test(),
+        ["fuzz", rest @ ..] => fuzz::run(rest),
+        ["bench", rest @ ..] => bench(rest),
+        ["campaign", rest @ ..] => campaign(rest),
+        _ => Err(format!("unknown task\n\n{USAGE}")),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(what) => {
+            eprintln!("xtask: {what}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The root of the repository.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new(".")).to_owned()
+}
+
+fn cargo(args: &[&str]) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(args).current_dir(root());
+    command
+}
+
+/// Runs a step and says what it is and how long it took.
+fn step(name: &str, command: &mut Command) -> Outcome {
+    eprintln!("== {name}");
+    let begun = Instant::now();
+    let status = command.status().map_err(|error| format!("{name}: cannot run: {error}"))?;
+    eprintln!("== {name}: {} after {:.1} s", if status.success() { "ok" } else { "FAILED" }, begun.elapsed().as_secs_f64());
+    if status.success() { Ok(()) } else { Err(format!("{name} failed ({status})")) }
+}
+
+/// True if a command runs and succeeds.
+fn has(program: &str, args: &[&str]) -> bool {
+    Command::new(program).args(args).output().is_ok_and(|output| output.status.success())
+}
+
+/// Says loudly that something was not done.
+fn skipped(what: &str, why: &str) {
+    eprintln!("== SKIPPED: {what}: {why}");
+}
+
+/// Installs a cargo subcommand that is missing.
+fn need(subcommand: &str, package: &str) -> Outcome {
+    if has("cargo", &[subcommand, "--version"]) {
+        return Ok(());
+    }
+    eprintln!("== installing {package}, which is missing");
+    step(&format!("install {package}"), &mut cargo(&["install", "--locked", package]))
+}
+
+fn test() -> Outcome {
+    tidy::run(&root())?;
+    step("format", &mut cargo(&["fmt", "--all", "--", "--check"]))?;
+    step("build", &mut cargo(&["build", "--workspace", "--all-targets", "--locked"]))?;
+    step("lints", &mut cargo(&["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]))?;
+    wasm()?;
+    need("nextest", "cargo-nextest")?;
+    step("tests", &mut cargo(&["nextest", "run", "--workspace", "--locked"]))?;
+    step("doc examples", &mut cargo(&["test", "--doc", "--workspace", "--locked"]))?;
+    let mut doc = cargo(&["doc", "--workspace", "--no-deps", "--locked"]);
+    step("documentation", doc.env("RUSTDOCFLAGS", "-D warnings"))?;
+    step("demo", &mut cargo(&["run", "--quiet", "--locked", "-p", "mainstay", "--", "demo"]))?;
+    deny()?;
+    fuzz::run(&["--smoke"])
+}
+
+/// The core must build without a runtime, a clock or a socket.
+fn wasm() -> Outcome {
+    let output = Command::new("rustup").args(["target", "list", "--installed"]).output();
+    let installed = output.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains("wasm32-unknown-unknown"));
+    if !installed {
+        skipped("protocol on wasm32", "the target is not installed (rustup target add wasm32-unknown-unknown)");
+        return Ok(());
+    }
+    step(
+        "protocol on wasm32",
+        &mut cargo(&["build", "-p", "mainstay-protocol", "--target", "wasm32-unknown-unknown", "--locked"]),
+    )
+}
+
+/// Licences, bans and sources. The advisory database needs a network that CI may not have.
+fn deny() -> Outcome {
+    if !has("cargo", &["deny", "--version"]) {
+        skipped("dependency policy", "cargo-deny is not installed (cargo install --locked cargo-deny)");
+        return Ok(());
+    }
+    step("dependency policy", &mut cargo(&["deny", "--offline", "check", "bans", "licenses", "sources"]))
+}
+
+fn bench(args: &[&str]) -> Outcome {
+    let mut command = cargo(&["run", "--release", "--quiet", "--locked", "-p", "mainstay", "--", "bench"]);
+    step("bench", command.args(if args.is_empty() { &["all"] } else { args }))
+}
+
+/// Repeats the randomized tests with new seeds until the time is over.
+fn campaign(args: &[&str]) -> Outcome {
+    let seconds: u64 = match args {
+        [] => 1800,
+        [seconds] => seconds.parse().map_err(|_| format!("{seconds} is not a number of seconds"))?,
+        _ => return Err(format!("too many arguments\n\n{USAGE}")),
+    };
+    need("nextest", "cargo-nextest")?;
+    step("build", &mut cargo(&["build", "--workspace", "--all-targets", "--locked"]))?;
+    let begun = Instant::now();
+    let mut seed = u64::from(std::process::id()) << 32;
+    let mut rounds = 0;
+    while begun.elapsed().as_secs() < seconds {
+        seed += 1;
+        let mut command = cargo(&["nextest", "run", "--workspace", "--locked", "-E", "test(/random|crash|damage|network/)"]);
+        step(&format!("round with MAINSTAY_SEED={seed}"), command.env("MAINSTAY_SEED", seed.to_string()))?;
+        rounds += 1;
+    }
+    eprintln!("== {rounds} rounds without a failure");
+    Ok(())
+}

@@ -1,0 +1,123 @@
+//! Rules about the tree that no compiler checks.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::Outcome;
+
+/// Which of our crates a crate may use. Arrows point down only.
+const EDGES: &[(&str, &[&str])] = &[
+    ("protocol", &[]),
+    ("store", &["protocol"]),
+    ("store/fjall", &["protocol", "store"]),
+    ("transport", &["protocol"]),
+    ("server", &["protocol", "store", "transport"]),
+    ("client", &["protocol", "transport"]),
+    ("bench", &["protocol", "store", "store-fjall", "transport", "server", "client"]),
+    ("cli", &["protocol", "store", "store-fjall", "transport", "server", "client", "bench"]),
+];
+
+/// Checks the tree. Errors: every rule that is broken, one a line.
+pub(crate) fn run(root: &Path) -> Outcome {
+    eprintln!("== tidy");
+    let mut broken = Vec::new();
+    edges(root, &mut broken);
+    let mut sources = Vec::new();
+    for dir in EDGES.iter().map(|(dir, _)| *dir).chain(["tests", "xtask", "fuzz"]) {
+        collect(&root.join(dir), &mut sources);
+    }
+    for path in &sources {
+        source(root, path, &mut broken);
+    }
+    requirements(root, &sources, &mut broken);
+    if broken.is_empty() { Ok(()) } else { Err(format!("the tree is not tidy:\n  {}", broken.join("\n  "))) }
+}
+
+fn edges(root: &Path, broken: &mut Vec<String>) {
+    for (dir, allowed) in EDGES {
+        let Ok(manifest) = fs::read_to_string(root.join(dir).join("Cargo.toml")) else {
+            broken.push(format!("{dir}/Cargo.toml is missing"));
+            continue;
+        };
+        // Tests of a crate may use more.
+        let dependencies = manifest.split("[dev-dependencies]").next().unwrap_or_default();
+        for line in dependencies.lines() {
+            let Some(rest) = line.strip_prefix("mainstay-") else { continue };
+            let used = rest.split(['.', ' ', '=']).next().unwrap_or_default();
+            if !allowed.contains(&used) {
+                broken.push(format!("{dir} may not use mainstay-{used}"));
+            }
+        }
+    }
+}
+
+fn collect(dir: &Path, sources: &mut Vec<PathBuf>) {
+    let Ok(entries) = fs::read_dir(dir) else { return };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let name = path.file_name().unwrap_or_default();
+        if path.is_dir() && name != "target" {
+            collect(&path, sources);
+        } else if path.extension().is_some_and(|extension| extension == "rs") && !sources.contains(&path) {
+            sources.push(path);
+        }
+    }
+}
+
+fn source(root: &Path, path: &Path, broken: &mut Vec<String>) {
+    let name = path.strip_prefix(root).unwrap_or(path).display();
+    let text = fs::read_to_string(path).unwrap_or_default();
+    if !text.starts_with("//!") && !text.starts_with("#!") {
+        broken.push(format!("{name} does not say what it is for (//!)"));
+    }
+    // Put together here so that this file does not break its own rule.
+    for mark in ["TO", "FIX"].map(|start| format!("{start}{}", if start == "TO" { "DO" } else { "ME" })) {
+        if text.contains(&mark) {
+            broken.push(format!("{name} holds a {mark}"));
+        }
+    }
+    if text.contains("#[ignore") && !name.to_string().ends_with("tidy.rs") {
+        broken.push(format!("{name} ignores a test"));
+    }
+}
+
+/// Every requirement id that the code cites must stand in the spec, and no id twice.
+fn requirements(root: &Path, sources: &[PathBuf], broken: &mut Vec<String>) {
+    let mut known = Vec::new();
+    let Ok(entries) = fs::read_dir(root.join("spec")) else {
+        broken.push("spec/ is missing".into());
+        return;
+    };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        if path.extension().is_none_or(|extension| extension != "md") {
+            continue;
+        }
+        for line in fs::read_to_string(&path).unwrap_or_default().lines() {
+            let Some((id, _)) = line.strip_prefix("**").and_then(|line| line.split_once("**")) else { continue };
+            if is_id(id) {
+                if known.contains(&id.to_owned()) {
+                    broken.push(format!("requirement {id} stands twice in the spec"));
+                }
+                known.push(id.to_owned());
+            }
+        }
+    }
+    for path in sources {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        for word in text.split(|c: char| !c.is_ascii_alphanumeric() && c != '-') {
+            if is_id(word) && !known.contains(&word.to_owned()) {
+                let name = path.strip_prefix(root).unwrap_or(path).display();
+                broken.push(format!("{name} cites {word}, which the spec does not have"));
+            }
+        }
+    }
+}
+
+/// The first parts of requirement ids.
+const FAMILIES: &[&str] =
+    &["WIRE", "CONN", "AUTH", "REC", "KIND", "FOLD", "SESS", "SUB", "PROD", "DUR", "CHUNK", "CHAIN", "FLOW", "EARLY", "ERR"];
+
+fn is_id(word: &str) -> bool {
+    word.split_once('-').is_some_and(|(family, number)| {
+        FAMILIES.contains(&family) && !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
+    })
+}
