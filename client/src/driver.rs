@@ -372,11 +372,11 @@ impl<C: Connection> Driver<C> {
     }
 
     fn ask_next(&mut self, outbox: &Outbox) {
-        if !self.asked {
-            if let Some(ask) = self.asks.front() {
-                outbox.push(ask.frame());
-                self.asked = true;
-            }
+        if !self.asked
+            && let Some(ask) = self.asks.front()
+        {
+            outbox.push(ask.frame());
+            self.asked = true;
         }
     }
 

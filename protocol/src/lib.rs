@@ -16,6 +16,8 @@
 pub mod error;
 pub mod registry;
 pub mod session;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod wire;
 
 pub use error::{Advice, Code, ProtocolError, Scope};

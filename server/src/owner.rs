@@ -205,11 +205,11 @@ impl Owner {
         if self.committing.is_some() {
             return;
         }
-        if let Some(Role::Writer { authority, writer }) = &mut self.role {
-            if let Step::Commit(chunk) = authority.next_chunk() {
-                let append = self.sessions.store.append(writer, chunk.clone());
-                self.committing = Some((append, chunk));
-            }
+        if let Some(Role::Writer { authority, writer }) = &mut self.role
+            && let Step::Commit(chunk) = authority.next_chunk()
+        {
+            let append = self.sessions.store.append(writer, chunk.clone());
+            self.committing = Some((append, chunk));
         }
     }
 
@@ -343,17 +343,17 @@ impl Owner {
                 let key = handle.key().clone();
                 let link = Arc::new(ProducerLink { id, handle, epoch, session, attachment: attachment.clone() });
                 attachment.conn.add_producer(link.clone());
-                if let Some(old) = self.holders.insert(key, link) {
-                    if old.epoch < epoch {
-                        let error = Error {
-                            about: Producer::KIND,
-                            id: old.id,
-                            code: Code::FENCED,
-                            value: epoch,
-                            message: Message::new("a newer epoch of this producer was granted"),
-                        };
-                        old.attachment.outbox.push(error);
-                    }
+                if let Some(old) = self.holders.insert(key, link)
+                    && old.epoch < epoch
+                {
+                    let error = Error {
+                        about: Producer::KIND,
+                        id: old.id,
+                        code: Code::FENCED,
+                        value: epoch,
+                        message: Message::new("a newer epoch of this producer was granted"),
+                    };
+                    old.attachment.outbox.push(error);
                 }
                 outbox.push(Producer { id, epoch, next });
             }

@@ -51,10 +51,8 @@ fn known(target: &str, targets: &[String]) -> Result<String, String> {
 fn targets() -> Result<Vec<String>, String> {
     let dir = root().join("fuzz").join("fuzz_targets");
     let entries = fs::read_dir(&dir).map_err(|error| format!("{}: {error}", dir.display()))?;
-    let mut targets: Vec<String> = entries
-        .flatten()
-        .filter_map(|entry| Some(entry.path().file_stem()?.to_str()?.to_owned()))
-        .collect();
+    let mut targets: Vec<String> =
+        entries.flatten().filter_map(|entry| Some(entry.path().file_stem()?.to_str()?.to_owned())).collect();
     targets.sort();
     Ok(targets)
 }

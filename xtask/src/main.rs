@@ -56,7 +56,11 @@ fn step(name: &str, command: &mut Command) -> Outcome {
     eprintln!("== {name}");
     let begun = Instant::now();
     let status = command.status().map_err(|error| format!("{name}: cannot run: {error}"))?;
-    eprintln!("== {name}: {} after {:.1} s", if status.success() { "ok" } else { "FAILED" }, begun.elapsed().as_secs_f64());
+    eprintln!(
+        "== {name}: {} after {:.1} s",
+        if status.success() { "ok" } else { "FAILED" },
+        begun.elapsed().as_secs_f64()
+    );
     if status.success() { Ok(()) } else { Err(format!("{name} failed ({status})")) }
 }
 
@@ -98,7 +102,8 @@ fn test() -> Outcome {
 /// The core must build without a runtime, a clock or a socket.
 fn wasm() -> Outcome {
     let output = Command::new("rustup").args(["target", "list", "--installed"]).output();
-    let installed = output.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains("wasm32-unknown-unknown"));
+    let installed =
+        output.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).contains("wasm32-unknown-unknown"));
     if !installed {
         skipped("protocol on wasm32", "the target is not installed (rustup target add wasm32-unknown-unknown)");
         return Ok(());
@@ -137,7 +142,8 @@ fn campaign(args: &[&str]) -> Outcome {
     let mut rounds = 0;
     while begun.elapsed().as_secs() < seconds {
         seed += 1;
-        let mut command = cargo(&["nextest", "run", "--workspace", "--locked", "-E", "test(/random|crash|damage|network/)"]);
+        let mut command =
+            cargo(&["nextest", "run", "--workspace", "--locked", "-E", "test(/random|crash|damage|network/)"]);
         step(&format!("round with MAINSTAY_SEED={seed}"), command.env("MAINSTAY_SEED", seed.to_string()))?;
         rounds += 1;
     }

@@ -113,8 +113,10 @@ fn requirements(root: &Path, sources: &[PathBuf], broken: &mut Vec<String>) {
 }
 
 /// The first parts of requirement ids.
-const FAMILIES: &[&str] =
-    &["WIRE", "CONN", "AUTH", "REC", "KIND", "FOLD", "SESS", "SUB", "PROD", "DUR", "CHUNK", "CHAIN", "FLOW", "EARLY", "ERR"];
+const FAMILIES: &[&str] = &[
+    "WIRE", "CONN", "AUTH", "REC", "KIND", "FOLD", "SESS", "SUB", "PROD", "DUR", "CHUNK", "CHAIN", "FLOW", "EARLY",
+    "ERR",
+];
 
 fn is_id(word: &str) -> bool {
     word.split_once('-').is_some_and(|(family, number)| {

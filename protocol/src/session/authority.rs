@@ -151,6 +151,9 @@ struct Flight<T> {
     work: Vec<(Work, Option<T>)>,
 }
 
+/// A durable chunk and the answers that it gives.
+pub type Committed<T> = (Arc<Chunk>, Vec<(T, Reply)>);
+
 /// See the [module](self).
 #[derive(Debug)]
 pub struct Authority<T> {
@@ -441,7 +444,7 @@ impl<T> Authority<T> {
     /// The chunk in flight is durable. Returns it with the answers, in the order of the requests.
     ///
     /// Errors: damage if the chunk does not follow the state; impossible for a chunk of [`Authority::next_chunk`].
-    pub fn committed(&mut self) -> Result<Option<(Arc<Chunk>, Vec<(T, Reply)>)>, Damage> {
+    pub fn committed(&mut self) -> Result<Option<Committed<T>>, Damage> {
         let Some(Flight { chunk, work }) = self.flight.take() else {
             return Ok(None);
         };
@@ -457,10 +460,10 @@ impl<T> Authority<T> {
                 Work::Close { .. } => 1,
                 _ => 0,
             };
-            if let Some(ticket) = ticket {
-                if let Some(reply) = self.reply(work, first) {
-                    replies.push((ticket, reply));
-                }
+            if let Some(ticket) = ticket
+                && let Some(reply) = self.reply(work, first)
+            {
+                replies.push((ticket, reply));
             }
             first += count;
         }

@@ -16,7 +16,7 @@ mod state;
 mod view;
 mod words;
 
-pub use authority::{Authority, Outcome, Refusal, Reply, Step};
+pub use authority::{Authority, Committed, Outcome, Refusal, Reply, Step};
 pub use backoff::Backoff;
 pub use chain::Chain;
 pub use chunk::{Chunk, ChunkBatch, ChunkBuilder, ChunkHeader, ChunkProducer, Control};

@@ -5,7 +5,7 @@
 //! are fair by construction.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -169,10 +169,7 @@ impl Committer {
                 if turn.bytes >= TURN_BYTES || count >= TURN_REQUESTS || stop {
                     break;
                 }
-                next = match self.requests.try_recv() {
-                    Ok(request) => Some(request),
-                    Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
-                };
+                next = self.requests.try_recv().ok();
             }
             if idle {
                 self.sweep(&mut turn);
@@ -484,9 +481,9 @@ impl Committer {
             self.dead.pop();
             return;
         };
-        let mut removed = 0;
+        let range = keys::chunk(segment, 0, 0)..keys::chunk(segment + 1, 0, 0);
         let mut more = false;
-        for guard in engine.log().range(keys::chunk(segment, 0, 0)..keys::chunk(segment + 1, 0, 0)) {
+        for (removed, guard) in engine.log().range(range).enumerate() {
             let Ok(key) = guard.key() else { break };
             if keys::chunk_parts(&key).is_none_or(|(_, _, number)| number >= before) {
                 break;
@@ -496,7 +493,6 @@ impl Committer {
                 break;
             }
             turn.remove(0, key.to_vec());
-            removed += 1;
         }
         if !more {
             turn.remove(3, keys::dead(segment).to_vec());

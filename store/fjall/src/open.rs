@@ -213,13 +213,13 @@ pub(crate) fn open_checked(layout: &Layout, config: &Config, format: &Format, se
         CheckError::Damaged(what) => OpenError::Damaged(what),
         CheckError::Io(error) => OpenError::Io(log.clone(), error),
     })?;
-    if let Some(last) = journals.last {
-        if last.commits < seen {
-            return Err(OpenError::Damaged(format!(
-                "the journal ends at commit {}, but commit {seen} was acknowledged",
-                last.commits
-            )));
-        }
+    if let Some(last) = journals.last
+        && last.commits < seen
+    {
+        return Err(OpenError::Damaged(format!(
+            "the journal ends at commit {}, but commit {seen} was acknowledged",
+            last.commits
+        )));
     }
     check_keyspaces(&log, format)?;
     if let Some(torn) = &journals.torn {

@@ -258,10 +258,10 @@ impl Drop for FjallStore {
         // The thread may have ended by a failure.
         let _ = self.requests.send(Request::Stop);
         let thread = self.committer.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(thread) = thread {
-            if thread.join().is_err() {
-                tracing::error!("the committer panicked");
-            }
+        if let Some(thread) = thread
+            && thread.join().is_err()
+        {
+            tracing::error!("the committer panicked");
         }
         self.shared.take_engine();
     }

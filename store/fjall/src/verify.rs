@@ -249,20 +249,20 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
             if (header.first, header.number) != next {
                 return report.problem(Some(name), Some(next.0), "chunks are missing");
             }
-            if header.number == fold_from && fold_from > 0 {
-                if let Some((bytes, _)) = &snapshot {
-                    if let Ok(saved) = State::restore(bytes) {
-                        state = saved;
-                    }
-                }
+            if header.number == fold_from
+                && fold_from > 0
+                && let Some((bytes, _)) = &snapshot
+                && let Ok(saved) = State::restore(bytes)
+            {
+                state = saved;
             }
             if let Err(damage) = step(&mut state, &mut chain, &chunk, header.number >= fold_from) {
                 return report.problem(Some(name), Some(damage.0), damage.1);
             }
-            if let Some(Control::Created { name: created, .. }) = header.controls.first() {
-                if created != name {
-                    return report.problem(Some(name), Some(0), format!("its first chunk is of session {created}"));
-                }
+            if let Some(Control::Created { name: created, .. }) = header.controls.first()
+                && created != name
+            {
+                return report.problem(Some(name), Some(0), format!("its first chunk is of session {created}"));
             }
             next = (chunk.end(), header.number + 1);
             report.chunks += 1;
