@@ -109,6 +109,11 @@ impl QuicServer {
         Self { addr, key, trust, stop: Some(stop), running }
     }
 
+    /// How clients know the server.
+    pub fn trust(&self) -> &Trust {
+        &self.trust
+    }
+
     /// A client that may do everything, over `addr`.
     pub fn client_at(&self, addr: SocketAddr, mut config: ClientConfig) -> Client {
         let claims = claims("tester", "", Operation::ALL);

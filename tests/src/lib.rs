@@ -1,3 +1,6 @@
-//! The harness of Mainstay's whole-system tests.
+//! The harness of Mainstay's whole-system tests, and the UDP fault proxy.
 
 pub mod harness;
+pub mod process;
+pub mod proxy;
+pub mod random;

@@ -1,3 +1,11 @@
 //! Whole-system tests, in one binary.
 
+mod auth;
 mod basics;
+mod crash;
+mod damage;
+mod disk;
+mod hostile;
+mod network;
+mod slow;
+mod tail;

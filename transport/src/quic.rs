@@ -181,12 +181,18 @@ const IDLE: Duration = Duration::from_secs(75);
 /// First guess of the round-trip time: what a mobile path has, so that a lost first packet costs little.
 const INITIAL_RTT: Duration = Duration::from_millis(120);
 
+/// quinn tells the peer of streams that ended only once an eighth of the allowance has: so more is allowed than may be open,
+/// and a peer that keeps to the protocol's own limit never waits.
+fn headroom(streams: u32) -> u32 {
+    streams.saturating_add(streams / 4 + 2)
+}
+
 fn transport_config(limits: &Limits, client: bool) -> TransportConfig {
     let varint = |value: u64| VarInt::from_u64(value).unwrap_or(VarInt::MAX);
     let mut config = TransportConfig::default();
     config
-        .max_concurrent_bidi_streams(limits.bidirectional.into())
-        .max_concurrent_uni_streams(limits.unidirectional.into())
+        .max_concurrent_bidi_streams(headroom(limits.bidirectional).into())
+        .max_concurrent_uni_streams(headroom(limits.unidirectional).into())
         .stream_receive_window(varint(limits.stream_window()))
         .receive_window(varint(limits.receive_window()))
         .send_window(limits.send_window())
@@ -501,8 +507,8 @@ impl Connection for QuicConnection {
     }
 
     fn allow_streams(&self, bidirectional: u32, unidirectional: u32) {
-        self.0.set_max_concurrent_bi_streams(bidirectional.into());
-        self.0.set_max_concurrent_uni_streams(unidirectional.into());
+        self.0.set_max_concurrent_bi_streams(headroom(bidirectional).into());
+        self.0.set_max_concurrent_uni_streams(headroom(unidirectional).into());
     }
 
     fn close(&self, code: u64, reason: &str) {

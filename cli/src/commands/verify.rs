@@ -3,7 +3,7 @@
 use std::io::{self, BufWriter, Write};
 
 use mainstay_client::ReadRecord;
-use mainstay_protocol::session::{Chunk, SessionName, State};
+use mainstay_protocol::session::{Chunk, SessionName, Streams};
 use mainstay_store_fjall::verify;
 use serde_json::json;
 
@@ -17,9 +17,9 @@ pub(crate) fn run(args: &args::Verify, output: Output) -> Result<(), Failure> {
     let data = Data::new(args.data.as_deref())?;
     let mut out = BufWriter::new(io::stdout().lock());
     let mut written = Ok(());
-    let mut each = |session: &SessionName, first: u64, state: &State, chunk: &Chunk| {
+    let mut each = |session: &SessionName, first: u64, streams: &Streams, chunk: &Chunk| {
         if args.dump && written.is_ok() {
-            written = dump(&mut out, session, first, state, chunk);
+            written = dump(&mut out, session, first, streams, chunk);
         }
     };
     let report = verify::verify(&data.store(), &mut each)?;
@@ -67,13 +67,13 @@ pub(crate) fn run(args: &args::Verify, output: Output) -> Result<(), Failure> {
 }
 
 /// Prints the records of a chunk as `tail` does, with the session's name.
-fn dump(out: &mut impl Write, session: &SessionName, first: u64, state: &State, chunk: &Chunk) -> io::Result<()> {
+fn dump(out: &mut impl Write, session: &SessionName, first: u64, streams: &Streams, chunk: &Chunk) -> io::Result<()> {
     for record in chunk.records() {
         let (seq, time, author, record) = record.map_err(io::Error::other)?;
         if seq < first {
             continue;
         }
-        let stream = state.streams().name(record.stream).map_or("", |name| name.as_str());
+        let stream = streams.name(record.stream).map_or("", |name| name.as_str());
         let mut row = record_row(&ReadRecord { seq, time, author, stream, record });
         row["session"] = json!(session.as_str());
         writeln!(out, "{row}")?;

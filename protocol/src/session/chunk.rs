@@ -205,7 +205,7 @@ impl Chunk {
     pub fn decode(bytes: Bytes) -> Result<Self, ProtocolError> {
         let mut r = Reader::new(&bytes);
         let checksum = u64::from_be_bytes(r.array()?);
-        if checksum != xxh3_64(&bytes[r.position()..]) {
+        if checksum != Self::checksum(&bytes[r.position()..]) {
             return Err(ProtocolError::malformed("chunk checksum does not match"));
         }
         if r.u8()? != CHUNK_VERSION {
@@ -271,6 +271,11 @@ impl Chunk {
             batches,
         };
         Ok(Self { header, bytes, records, streams, frame: OnceLock::new() })
+    }
+
+    /// The checksum of what follows it in a chunk.
+    pub fn checksum(body: &[u8]) -> u64 {
+        xxh3_64(body)
     }
 
     /// Everything but the records.
@@ -565,7 +570,7 @@ impl ChunkBuilder {
         w.varint(chunk.records.len() as u64);
         let region = w.len();
         w.raw(&chunk.records);
-        let checksum = xxh3_64(&w.as_slice()[8..]);
+        let checksum = Chunk::checksum(&w.as_slice()[8..]);
         w.patch(0, &checksum.to_be_bytes());
         chunk.bytes = w.freeze();
         // The records live on in the encoding; the copy they came in is let go.

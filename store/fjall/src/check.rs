@@ -67,45 +67,71 @@ pub(crate) fn check(dir: &Path, id: &StoreId, meta: u64) -> Result<Journals, Che
     }
     paths.sort();
     let mut found = Journals::default();
-    let mut seqno = None;
-    let count = paths.len();
+    let mut walk = Walk::new(*id, meta);
+    let last = paths.len().saturating_sub(1);
     for (at, (_, path)) in paths.into_iter().enumerate() {
         let bytes = Bytes::from(fs::read(&path)?);
+        walk.journal(&path, &bytes, at == last, &mut found)?;
+    }
+    Ok(found)
+}
+
+/// A walk over the journals of a store, in order.
+pub(crate) struct Walk {
+    id: StoreId,
+    meta: u64,
+    seqno: Option<u64>,
+}
+
+impl Walk {
+    pub(crate) fn new(id: StoreId, meta: u64) -> Self {
+        Self { id, meta, seqno: None }
+    }
+
+    /// Reads the next journal; only the `last` one may end in a torn batch.
+    pub(crate) fn journal(
+        &mut self,
+        path: &Path,
+        bytes: &Bytes,
+        last: bool,
+        found: &mut Journals,
+    ) -> Result<(), CheckError> {
         let damaged = |position: usize, what: &str| {
             CheckError::Damaged(format!("journal {} at byte {position}: {what}", path.display()))
         };
         let mut position = 0;
-        while let Some(batch) = Batch::parse(&bytes[position..], id, meta) {
+        while let Some(batch) = Batch::parse(&bytes[position..], &self.id, self.meta) {
             let Some(witness) = batch.witness else { return Err(damaged(position, "a batch without the witness")) };
-            if found.last.is_some_and(|last| witness.commits != last.commits + 1) {
+            if found.last.is_some_and(|last| Some(witness.commits) != last.commits.checked_add(1)) {
                 return Err(damaged(position, "commits are missing before it"));
             }
-            let step = seqno.map(|last| batch.seqno.checked_sub(last));
+            let step = self.seqno.map(|last| batch.seqno.checked_sub(last));
             if step.is_some_and(|step| step.is_none_or(|step| step == 0 || step > MAX_SEQNO_STEP)) {
                 return Err(damaged(position, "its sequence number does not follow"));
             }
-            seqno = Some(batch.seqno);
+            self.seqno = Some(batch.seqno);
             found.last = Some(witness);
             position += batch.len;
         }
         let rest = &bytes[position..];
-        if rest.iter().all(|byte| *byte == 0) {
-            continue;
+        let end = rest.len() - rest.iter().rev().take_while(|byte| **byte == 0).count();
+        if end == 0 {
+            return Ok(());
         }
-        let later = (1..rest.len()).filter(|&at| rest[at] == 1).find_map(|at| {
-            let batch = Batch::parse(&rest[at..], id, meta)?;
-            batch.witness.filter(|witness| found.last.is_none_or(|last| witness.commits > last.commits))
+        let later = (1..end).filter(|&at| rest[at] == 1).any(|at| {
+            let batch = Batch::parse(&rest[at..], &self.id, self.meta);
+            let witness = batch.and_then(|batch| batch.witness);
+            witness.is_some_and(|witness| found.last.is_none_or(|last| witness.commits > last.commits))
         });
-        if later.is_some() {
+        if later {
             return Err(damaged(position, "undecodable, and later commits follow it"));
         }
-        if at + 1 < count {
+        if !last {
             return Err(damaged(position, "undecodable, and a later journal follows it"));
         }
-        let end = rest.len() - rest.iter().rev().take_while(|byte| **byte == 0).count();
-        found.torn = Some((path.clone(), position as u64, end as u64));
+        found.torn = Some((path.to_owned(), position as u64, end as u64));
+        Ok(())
     }
-    Ok(found)
 }
 
 /// Cuts a torn tail off its journal, after keeping a copy of it in `keep`. fjall would cut it too, or refuse to open.

@@ -157,6 +157,7 @@ impl Committer {
                 Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => break,
             };
+            self.look_at_space();
             let idle = first.is_none();
             let mut turn = Turn::default();
             let mut stop = false;
@@ -559,7 +560,6 @@ impl Committer {
             return Err(self.fail(format!("the witness file cannot be written: {error}")));
         }
         self.unsynced = true;
-        self.look_at_space();
         Ok(())
     }
 
@@ -598,7 +598,7 @@ impl Committer {
         StoreError::Failed { what }
     }
 
-    /// Refuses appends below the reserve, takes them again above it.
+    /// Refuses appends below the reserve, before the engine sees them; takes them again above it.
     fn look_at_space(&self) {
         match self.shared.condition() {
             Condition::Serving if self.shared.free() < self.shared.config.reserve => {

@@ -29,6 +29,8 @@
 
 mod check;
 mod committer;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod keys;
 mod open;
 mod reader;

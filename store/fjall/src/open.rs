@@ -62,7 +62,7 @@ impl fmt::Display for OpenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Locked(dir) => write!(f, "{} is in use by another process", dir.display()),
-            Self::Damaged(what) => write!(f, "the store is damaged: {what}; restore it from a backup"),
+            Self::Damaged(what) => write!(f, "{what}; restore the store from a backup"),
             Self::Version(what) => write!(f, "the store is of another version: {what}"),
             Self::Io(path, error) => write!(f, "{}: {error}", path.display()),
             Self::Engine(what) => write!(f, "the engine failed: {what}"),

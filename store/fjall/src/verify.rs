@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
-use mainstay_protocol::session::{Chain, Chunk, Control, SessionName, State};
+use mainstay_protocol::session::{Chain, Chunk, Control, SessionName, State, Streams};
 
 use crate::check::{self, CheckError};
 use crate::keys::{self, KEYSPACES, SessionRow};
@@ -57,8 +57,8 @@ impl Report {
     }
 }
 
-/// Called for each verified chunk, with the session's name, the first seq that may be read, and the state after the chunk.
-pub type EachChunk<'a> = dyn FnMut(&SessionName, u64, &State, &Chunk) + 'a;
+/// Called for each verified chunk, with the session's name, the first seq that may be read, and the names of its streams.
+pub type EachChunk<'a> = dyn FnMut(&SessionName, u64, &Streams, &Chunk) + 'a;
 
 /// Verifies the store in `dir`, which no process may have open.
 ///
@@ -102,7 +102,9 @@ fn check_and_open(layout: &Layout, report: &mut Report) -> Result<(Copy, Engine)
     })?;
     report.torn = journals.torn.as_ref().map_or(0, |(_, _, len)| *len);
     let copy = Copy::of(layout)?;
-    let engine = open::open_checked(&copy.layout, &Config::default(), &format, seen)?;
+    // The copy is readable and nobody else has it: what keeps it from opening is damage.
+    let damaged = |error: OpenError| OpenError::Damaged(error.to_string());
+    let engine = open::open_checked(&copy.layout, &Config::default(), &format, seen).map_err(damaged)?;
     report.commits = engine.witness.commits;
     Ok((copy, engine))
 }
@@ -267,7 +269,12 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
             next = (chunk.end(), header.number + 1);
             report.chunks += 1;
             report.records += header.count;
-            each(name, row.released, &state, &chunk);
+            // Where the state is not known yet, the snapshot knows at least as many streams.
+            let streams = match &snapshot {
+                Some((_, saved)) if header.number < fold_from => saved.streams(),
+                _ => state.streams(),
+            };
+            each(name, row.released, streams, &chunk);
             let compares = snapshot.as_ref().filter(|(_, saved)| fold_from == 0 && saved.number() == state.number());
             if compares.is_some_and(|(bytes, _)| *bytes != state.snapshot()) {
                 return report.problem(Some(name), Some(next.0), "the snapshot is not what the records fold to");

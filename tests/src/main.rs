@@ -1,0 +1,124 @@
+//! `mainstay-tests proxy`: the UDP fault proxy on its own.
+
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use mainstay_tests::proxy::{Faults, Proxy};
+
+/// Tools of Mainstay's whole-system tests.
+#[derive(Parser)]
+struct Args {
+    #[command(subcommand)]
+    tool: Tool,
+}
+
+#[derive(Subcommand)]
+enum Tool {
+    /// Relay UDP and make the network bad, from a seed. Prints what it did when it is stopped with Ctrl-C.
+    Proxy {
+        /// Server to relay to.
+        #[arg(long, value_name = "ADDR:PORT")]
+        upstream: SocketAddr,
+        /// Where clients connect to.
+        #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:0")]
+        listen: SocketAddr,
+        /// Milliseconds that each direction takes.
+        #[arg(long, default_value_t = 0)]
+        delay_ms: u64,
+        /// Up to so many milliseconds more.
+        #[arg(long, default_value_t = 0)]
+        jitter_ms: u64,
+        /// Percent of datagrams that are lost.
+        #[arg(long, default_value_t = 0.0)]
+        loss: f64,
+        /// Percent of datagrams that begin a burst of lost ones.
+        #[arg(long, default_value_t = 0.0)]
+        burst: f64,
+        /// Percent of datagrams that arrive out of order.
+        #[arg(long, default_value_t = 0.0)]
+        reorder: f64,
+        /// Percent of datagrams that arrive twice.
+        #[arg(long, default_value_t = 0.0)]
+        duplicate: f64,
+        /// Bits per second in each direction; 0 for no limit.
+        #[arg(long, default_value_t = 0)]
+        rate: u64,
+        /// Bytes that may wait for the rate.
+        #[arg(long, default_value_t = 65_536)]
+        queue: u64,
+        /// Longest datagram; 0 for no limit.
+        #[arg(long, default_value_t = 0)]
+        mtu: usize,
+        /// Give every flow another address each so many seconds; 0 for never.
+        #[arg(long, default_value_t = 0)]
+        rebind_every: u64,
+        /// Seed of everything random.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let Tool::Proxy {
+        upstream,
+        listen,
+        delay_ms,
+        jitter_ms,
+        loss,
+        burst,
+        reorder,
+        duplicate,
+        rate,
+        queue,
+        mtu,
+        rebind_every,
+        seed,
+    } = Args::parse().tool;
+    let faults = Faults {
+        delay: Duration::from_millis(delay_ms),
+        jitter: Duration::from_millis(jitter_ms),
+        loss: loss / 100.0,
+        burst: burst / 100.0,
+        reorder: reorder / 100.0,
+        duplicate: duplicate / 100.0,
+        rate: rate / 8,
+        queue,
+        mtu,
+        ..Faults::default()
+    };
+    let proxy = match Proxy::start(listen, upstream, faults, seed).await {
+        Ok(proxy) => proxy,
+        Err(error) => {
+            eprintln!("mainstay-tests: cannot listen on {listen}: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    println!("listening on {}, relaying to {upstream}, seed {seed}", proxy.addr());
+    let mut turn = 0u8;
+    let every = Duration::from_secs(if rebind_every == 0 { u64::from(u32::MAX) } else { rebind_every });
+    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {
+                turn = turn % 200 + 1;
+                proxy.rebind([127, 0, 0, turn].into());
+            }
+            _ = tokio::signal::ctrl_c() => break,
+        }
+    }
+    let counts = proxy.counts();
+    let read = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
+    println!(
+        "passed {}, lost {}, duplicated {}, reordered {}, rebound {}",
+        read(&counts.passed),
+        read(&counts.lost),
+        read(&counts.duplicated),
+        read(&counts.reordered),
+        read(&counts.rebound)
+    );
+    ExitCode::SUCCESS
+}

@@ -1,0 +1,179 @@
+//! Real processes: a server that can be killed, and client commands.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+use std::time::Duration;
+
+use mainstay_client::{Client, Config, ConnectFile};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+/// The `mainstay` binary: `MAINSTAY_BIN`, or the one beside the test binary.
+///
+/// # Panics
+///
+/// If there is none; `cargo xtask test` builds it.
+pub fn binary() -> PathBuf {
+    if let Some(path) = std::env::var_os("MAINSTAY_BIN") {
+        return path.into();
+    }
+    let test = std::env::current_exe().expect("the path of the test");
+    let path = test.ancestors().nth(2).expect("a target directory").join("mainstay");
+    assert!(path.exists(), "{} is missing; run `cargo build -p mainstay` or `cargo xtask test`", path.display());
+    path
+}
+
+/// Nothing in a test takes longer than this.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A `mainstay serve --dev` process on a data directory of its own.
+#[derive(Debug)]
+pub struct Server {
+    dir: PathBuf,
+    _temp: Option<TempDir>,
+    addr: SocketAddr,
+    child: Option<Child>,
+    extra: Vec<String>,
+}
+
+impl Server {
+    /// Starts a server on a new data directory and a free port.
+    pub async fn start() -> Self {
+        let temp = tempfile::tempdir().expect("a temporary directory");
+        let dir = temp.path().to_owned();
+        Self { _temp: Some(temp), ..Self::start_in(&dir, &[]).await }
+    }
+
+    /// Starts a server on `dir` with more arguments.
+    pub async fn start_in(dir: &Path, extra: &[&str]) -> Self {
+        let extra = extra.iter().map(|text| (*text).to_owned()).collect();
+        let any = ([127, 0, 0, 1], 0).into();
+        let mut this = Self { dir: dir.to_owned(), _temp: None, addr: any, child: None, extra };
+        this.restart().await;
+        this
+    }
+
+    /// Where it listens.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Its data directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Its connection file.
+    pub fn connect_file(&self) -> PathBuf {
+        self.dir.join("connect.json")
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().and_then(Child::id).expect("a running server")
+    }
+
+    /// Kills it with SIGKILL.
+    pub async fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().await.expect("kill the server");
+        }
+    }
+
+    /// Starts it again on the same data and address, if it does not run.
+    pub async fn restart(&mut self) {
+        match self.try_restart().await {
+            Ok(()) => {}
+            Err((code, said)) => panic!("the server did not start, exit code {code:?}: {said}"),
+        }
+    }
+
+    /// As [`Server::restart`]; tells the exit code and output of a server that refuses to start.
+    pub async fn try_restart(&mut self) -> Result<(), (Option<i32>, String)> {
+        if self.child.is_some() {
+            return Ok(());
+        }
+        let mut child = Command::new(binary())
+            .args(["serve", "--dev", "--json", "--data"])
+            .arg(&self.dir)
+            .args(["--listen", &self.addr.to_string()])
+            .args(&self.extra)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("start the server");
+        let mut lines = BufReader::new(child.stdout.take().expect("output")).lines();
+        let mut said = String::new();
+        while let Some(line) = lines.next_line().await.expect("output of the server") {
+            let event: Value = serde_json::from_str(&line).expect("JSON from the server");
+            if event["event"] == "listening" {
+                self.addr = event["addr"].as_str().and_then(|addr| addr.parse().ok()).expect("an address");
+                tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+                self.child = Some(child);
+                return Ok(());
+            }
+            said.push_str(&line);
+        }
+        let status = child.wait().await.expect("the server's exit status");
+        Err((status.code(), said))
+    }
+
+    /// Stops it with SIGTERM and returns its exit code.
+    pub async fn terminate(&mut self) -> Option<i32> {
+        let mut child = self.child.take()?;
+        let pid = child.id().expect("a running server").to_string();
+        let killed = Command::new("kill").args(["-TERM", &pid]).status().await.expect("kill");
+        assert!(killed.success());
+        let status = tokio::time::timeout(PATIENCE, child.wait()).await.expect("the server stops in time");
+        status.expect("an exit status").code()
+    }
+
+    /// A client command against this server.
+    pub fn command(&self, args: &[&str]) -> Command {
+        command(&self.connect_file(), args)
+    }
+
+    /// A client in this process.
+    pub fn client(&self, config: Config) -> Client {
+        let file = ConnectFile::read(&self.connect_file()).expect("a connection file");
+        Client::connect_quic(&file, config).expect("a client")
+    }
+
+    /// A connection file for clients that reach the server at `addr`.
+    pub fn connect_file_at(&self, addr: SocketAddr, name: &str) -> PathBuf {
+        let text = std::fs::read_to_string(self.connect_file()).expect("a connection file");
+        let mut file: Value = serde_json::from_str(&text).expect("JSON");
+        file["addr"] = addr.to_string().into();
+        let path = self.dir.join(name);
+        std::fs::write(&path, file.to_string()).expect("write a connection file");
+        path
+    }
+}
+
+/// A client command with a connection file.
+pub fn command(connect: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(binary());
+    command.args(args).env("MAINSTAY_CONNECT", connect).stdin(Stdio::null()).kill_on_drop(true);
+    command
+}
+
+/// Runs a command to its end.
+pub async fn run(mut command: Command) -> Output {
+    let output = command.stdout(Stdio::piped()).stderr(Stdio::piped()).output();
+    tokio::time::timeout(PATIENCE, output).await.expect("the command ends in time").expect("the command runs")
+}
+
+/// The JSON lines of an output.
+pub fn events(output: &[u8]) -> Vec<Value> {
+    let text = String::from_utf8_lossy(output);
+    text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("not JSON: {line}"))).collect()
+}
+
+/// The events of this name.
+pub fn named<'a>(events: &'a [Value], name: &str) -> Vec<&'a Value> {
+    events.iter().filter(|event| event["event"] == name).collect()
+}

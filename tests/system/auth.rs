@@ -1,0 +1,97 @@
+//! Capability tokens: what is refused, with which name, and that the connection goes on.
+
+use std::sync::Arc;
+
+use mainstay_client::{Client, ClientError, Code, Config as ClientConfig, Start};
+use mainstay_protocol::session::{Instance, Operation};
+use mainstay_server::Config;
+use mainstay_server::auth::SigningKey;
+use mainstay_store::MemoryStore;
+use mainstay_tests::harness::{MemoryServer, claims, now};
+
+fn server() -> MemoryServer {
+    MemoryServer::start(Arc::new(MemoryStore::new()), Config::default())
+}
+
+fn code(error: ClientError) -> Code {
+    match error {
+        ClientError::Refused { code, .. } => code,
+        other => panic!("not a refusal: {other}"),
+    }
+}
+
+fn with_token(server: &MemoryServer, token: Option<String>) -> Client {
+    let mut config = ClientConfig::default();
+    config.token = token;
+    Client::new(server.network(), config)
+}
+
+async fn attach_error(client: &Client, name: &str) -> Code {
+    code(client.session(name).expect("a name").create().attach().await.expect_err("refused"))
+}
+
+#[tokio::test]
+async fn a_missing_forged_expired_or_garbled_token_gets_its_own_error() {
+    let server = server();
+    assert_eq!(attach_error(&with_token(&server, None), "s").await, Code::UNAUTHENTICATED);
+    let garbled = Some("v4.public.not-a-token".to_owned());
+    assert_eq!(attach_error(&with_token(&server, garbled), "s").await, Code::TOKEN_INVALID);
+    let everything = claims("mallory", "", Operation::ALL);
+    let forged = SigningKey::generate().expect("a key").mint(&everything).expect("a token");
+    assert_eq!(attach_error(&with_token(&server, Some(forged)), "s").await, Code::TOKEN_INVALID);
+    let mut token = server.key.mint(&everything).expect("a token").into_bytes();
+    let last = token.len() / 2;
+    token[last] = if token[last] == b'A' { b'B' } else { b'A' };
+    let flipped = String::from_utf8(token).expect("text");
+    assert_eq!(attach_error(&with_token(&server, Some(flipped)), "s").await, Code::TOKEN_INVALID);
+    let mut old = everything.clone();
+    (old.issued, old.expires) = (now() - 7200, now() - 3600);
+    let expired = server.key.mint(&old).expect("a token");
+    assert_eq!(attach_error(&with_token(&server, Some(expired)), "s").await, Code::TOKEN_EXPIRED);
+    let mut bound = everything;
+    bound.device = Some(Instance([9; 16]));
+    let bound = server.key.mint(&bound).expect("a token");
+    assert_eq!(attach_error(&with_token(&server, Some(bound)), "s").await, Code::TOKEN_INVALID);
+}
+
+#[tokio::test]
+async fn what_is_not_granted_is_refused_and_what_is_granted_still_works_on_the_same_connection() {
+    let server = server();
+    let owner = server.client();
+    let session = owner.session("team/a").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("owner").await.expect("a producer");
+    producer.append(session.main(), "hello").await.expect("append").await.expect("stored");
+    owner.session("teams").expect("a name").create().attach().await.expect("attach");
+
+    let reader = server.client_as(&claims("reader", "team", [Operation::Read]), ClientConfig::default());
+    let session = reader.session("team/a").expect("a name").attach().await.expect("attach to read");
+    assert_eq!(code(session.producer("p").await.expect_err("refused")), Code::FORBIDDEN);
+    assert_eq!(code(session.stream("other").await.expect_err("refused")), Code::FORBIDDEN);
+    assert_eq!(code(session.close().await.expect_err("refused")), Code::FORBIDDEN);
+    assert_eq!(code(session.trim(1).await.expect_err("refused")), Code::FORBIDDEN);
+    assert_eq!(code(session.delete().await.expect_err("refused")), Code::FORBIDDEN);
+    assert_eq!(attach_error(&reader, "team/b").await, Code::FORBIDDEN, "creating is not granted");
+    assert_eq!(attach_error(&reader, "teams").await, Code::FORBIDDEN, "a prefix ends at a separator");
+    let listed = reader.list("").await.expect("a list");
+    assert_eq!(listed.iter().map(|session| session.name.as_str()).collect::<Vec<_>>(), ["team/a"]);
+    let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+    let mut seen = Vec::new();
+    while seen.is_empty() {
+        if let mainstay_client::Event::Records(batch) = subscription.next().await.expect("an event").expect("no error")
+        {
+            for record in batch.iter() {
+                let record = record.expect("a record");
+                assert_eq!(record.author.subject.as_str(), "tester", "the author is the verified subject");
+                seen.push(record.seq);
+            }
+        }
+    }
+
+    let writer = server.client_as(&claims("writer", "team/", [Operation::Append]), ClientConfig::default());
+    let session = writer.session("team/a").expect("a name").attach().await.expect("attach to append");
+    let producer = session.producer("p").await.expect("a producer");
+    assert_eq!(producer.append(session.main(), "more").await.expect("append").await, Ok(1));
+    let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+    let error = subscription.next().await.expect("an event").expect_err("refused");
+    assert_eq!(code(error), Code::FORBIDDEN);
+}

@@ -1,0 +1,81 @@
+//! A full disk: refused by name, reads go on, service resumes by itself.
+
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use mainstay_tests::process::{PATIENCE, Server, events, named, run};
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::time::timeout;
+
+/// A small file system in memory, unmounted when dropped.
+struct Tmpfs(tempfile::TempDir);
+
+impl Tmpfs {
+    fn mount(megabytes: u64) -> Option<Self> {
+        let dir = tempfile::tempdir().expect("a directory");
+        let size = format!("size={megabytes}m");
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(dir.path()).output();
+        mounted.is_ok_and(|output| output.status.success()).then_some(Self(dir))
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
+    let Some(disk) = Tmpfs::mount(256) else {
+        eprintln!("SKIPPED: a full disk: mounting a tmpfs needs root");
+        return;
+    };
+    let data = disk.0.path().join("data");
+    let mut server = Server::start_in(&data, &[]).await;
+    let mut command = server.command(&["append", "s1", "--json"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("append");
+    let mut stdin = child.stdin.take().expect("input");
+    let mut lines = BufReader::new(child.stdout.take().expect("output")).lines();
+    let mut line = async || -> Value {
+        let line = timeout(PATIENCE, lines.next_line()).await.expect("in time").expect("output").expect("a line");
+        serde_json::from_str(&line).expect("JSON")
+    };
+    for n in 0..100u64 {
+        stdin.write_all(format!("{n}\n").as_bytes()).await.expect("write");
+        let event = line().await;
+        assert_eq!((event["event"].as_str(), event["seq"].as_u64()), (Some("ack"), Some(n)));
+    }
+    // Another file takes the space, all but a little.
+    let filler = disk.0.path().join("filler");
+    let block = vec![0u8; 1 << 20];
+    let mut file = std::fs::File::create(&filler).expect("a file");
+    while std::io::Write::write_all(&mut file, &block).is_ok() {}
+    drop(file);
+    // The next line meets a full disk or the reserve; either is told, and retried.
+    stdin.write_all(b"100\n").await.expect("write");
+    let event = line().await;
+    assert_eq!((event["event"].as_str(), event["code"].as_str()), (Some("warning"), Some("UNAVAILABLE")), "{event}");
+    let output = run(server.command(&["tail", "s1", "--max", "100", "--json"])).await;
+    assert!(output.status.success(), "reads go on");
+    assert_eq!(named(&events(&output.stdout), "record").len(), 100);
+    std::fs::remove_file(&filler).expect("remove");
+    loop {
+        let event = line().await;
+        if event["event"] == "ack" {
+            assert_eq!(event["seq"].as_u64(), Some(100));
+            break;
+        }
+        assert_eq!(event["event"], "warning", "{event}");
+    }
+    drop(stdin);
+    assert!(timeout(PATIENCE, child.wait()).await.expect("in time").expect("exit status").success());
+    server.kill().await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    server.restart().await;
+    let output = run(server.command(&["tail", "s1", "--max", "101", "--json"])).await;
+    let rows = events(&output.stdout);
+    let data: Vec<_> = named(&rows, "record").iter().map(|row| row["data"].as_str().map(str::to_owned)).collect();
+    assert!(data.into_iter().eq((0..101).map(|n| Some(n.to_string()))));
+}

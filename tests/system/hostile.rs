@@ -1,0 +1,275 @@
+//! A client made by hand that breaks the rules: the named error each time, and the server goes on.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use mainstay_client::{Client, Config as ClientConfig};
+use mainstay_protocol::Code;
+use mainstay_protocol::registry::{ALPN, MAX_FRAME};
+use mainstay_protocol::session::{Instance, Operation, Record};
+use mainstay_protocol::wire::{
+    Append, Attach, AttachMode, Frame, Hello, OpenProducer, Ping, Produce, Start, Subscribe, Writer, put_grease,
+};
+use mainstay_server::Config;
+use mainstay_store::MemoryStore;
+use mainstay_tests::harness::{QuicServer, claims};
+use mainstay_transport::quic::{QuicConnection, QuicConnector};
+use mainstay_transport::{Connection, ConnectionError, Connector, FrameReader, SendStream, StreamError};
+use tokio::time::timeout;
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+type Send = <QuicConnection as Connection>::Send;
+type Recv = <QuicConnection as Connection>::Recv;
+
+/// A connection on which nothing is said that the test does not say.
+struct Raw {
+    connection: QuicConnection,
+    control: (Send, FrameReader<Recv>),
+}
+
+fn server() -> QuicServer {
+    QuicServer::start(Arc::new(MemoryStore::new()), Config::default())
+}
+
+impl Raw {
+    /// Connects and sends `first` on the control stream.
+    async fn connect(server: &QuicServer, first: &[u8]) -> Self {
+        let limits = ClientConfig::default().transport_limits();
+        let connector = QuicConnector::new(server.addr, server.trust(), &limits, ALPN).expect("a connector");
+        let connection = connector.connect().await.expect("a connection");
+        let (mut send, recv) = connection.open_bi().await.expect("a stream");
+        send.write(&mut [Bytes::copy_from_slice(first)]).await.expect("write");
+        Self { connection, control: (send, FrameReader::new(recv, MAX_FRAME)) }
+    }
+
+    /// Connects and says HELLO with a token that allows everything.
+    async fn hello(server: &QuicServer) -> Self {
+        let token = server.key.mint(&claims("mallory", "", Operation::ALL)).expect("a token");
+        let hello = Hello { instance: Some(Instance([3; 16])), token: Some(token.into()), ..Hello::default() };
+        Self::connect(server, &Frame::from(hello).to_bytes()).await
+    }
+
+    async fn open(&self, first: &[u8]) -> (Send, FrameReader<Recv>) {
+        let (mut send, recv) = self.connection.open_bi().await.expect("a stream");
+        // A server that refused what came before may have stopped the stream already.
+        let _ = send.write(&mut [Bytes::copy_from_slice(first)]).await;
+        (send, FrameReader::new(recv, MAX_FRAME))
+    }
+
+    /// The code with which the server closes the connection.
+    async fn closed(&self) -> Code {
+        match timeout(PATIENCE, self.connection.closed()).await.expect("the server closes") {
+            ConnectionError::Closed { code, .. } => Code(code),
+            other => panic!("not closed by the server: {other}"),
+        }
+    }
+}
+
+/// The code of the ERROR that the server answers with, passing over other frames.
+async fn error(frames: &mut FrameReader<Recv>) -> Code {
+    loop {
+        match timeout(PATIENCE, frames.next()).await.expect("an answer") {
+            Ok(Some(Frame::Error(error))) => return error.code,
+            Ok(Some(Frame::Refused(refused))) => return refused.code,
+            Ok(Some(_)) => {}
+            other => panic!("no error came: {other:?}"),
+        }
+    }
+}
+
+fn attach(name: &str) -> Bytes {
+    let session = name.parse().expect("a valid name");
+    Frame::from(Attach { mode: AttachMode::Create, session, incarnation: None, next: None }).to_bytes()
+}
+
+/// An honest client is served.
+async fn still_serves(client: &Client, round: u64) {
+    let session = client.session("honest").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer(&format!("p{round}")).await.expect("a producer");
+    assert_eq!(producer.append(session.main(), "x").await.expect("append").await, Ok(round));
+}
+
+#[tokio::test]
+async fn violations_on_control_close_the_connection_with_their_code() {
+    let server = server();
+    let honest = server.client();
+    let hello = |hello: Hello| Frame::from(hello).to_bytes();
+    let valid = hello(Hello { instance: Some(Instance([3; 16])), ..Hello::default() });
+    let after_hello = |more: &[u8]| [&valid[..], more].concat();
+    let cases: Vec<(&str, Vec<u8>, Code)> = vec![
+        ("garbage", vec![0xff; 64], Code::FRAME_TOO_LARGE),
+        ("not HELLO first", Frame::from(Ping { nonce: 1 }).to_bytes().to_vec(), Code::FRAME_UNEXPECTED),
+        ("HELLO twice", after_hello(&valid), Code::FRAME_UNEXPECTED),
+        ("an unknown critical frame", after_hello(&[0x7f, 0xfe, 0x00]), Code::FRAME_UNKNOWN),
+        ("an oversized frame", after_hello(&[0x06, 0x80, 0x00, 0x40, 0x00]), Code::FRAME_TOO_LARGE),
+        ("a non-minimal varint", after_hello(&[0x40, 0x06, 0x01, 0x07]), Code::FRAME_MALFORMED),
+        ("a truncated field", after_hello(&[0x06, 0x01, 0x40]), Code::FRAME_MALFORMED),
+        ("an unknown critical parameter", after_hello(&[0x06, 0x04, 0x07, 0x7f, 0x3e, 0x00]), Code::FRAME_UNKNOWN),
+        ("a frame of another stream", after_hello(&attach("s")), Code::FRAME_UNEXPECTED),
+        (
+            "a window that is too small",
+            hello(Hello { bulk_window: Some(1), ..Hello::default() }).to_vec(),
+            Code::LIMIT_EXCEEDED,
+        ),
+        (
+            "too many streams",
+            hello(Hello { bulk_streams: Some(1 << 40), ..Hello::default() }).to_vec(),
+            Code::LIMIT_EXCEEDED,
+        ),
+    ];
+    for (round, (what, bytes, expected)) in cases.into_iter().enumerate() {
+        let raw = Raw::connect(&server, &bytes).await;
+        assert_eq!(raw.closed().await, expected, "{what}");
+        still_serves(&honest, round as u64).await;
+    }
+}
+
+#[tokio::test]
+async fn violations_on_another_stream_end_that_stream_and_nothing_else() {
+    let server = server();
+    let honest = server.client();
+    let raw = Raw::hello(&server).await;
+    let cases: [(&str, &[u8], Code); 5] = [
+        ("garbage", &[0xff; 32], Code::FRAME_TOO_LARGE),
+        ("an unknown critical frame", &[0x7f, 0xfe, 0x00], Code::FRAME_UNKNOWN),
+        ("a frame that begins no stream", &[0x24, 0x01, 0x05], Code::FRAME_UNEXPECTED),
+        ("an empty name", &[0x10, 0x02, 0x00, 0x00], Code::NAME_INVALID),
+        ("a mode that nobody knows", &[0x10, 0x03, 0x05, 0x01, b'a'], Code::FRAME_MALFORMED),
+    ];
+    for (round, (what, bytes, expected)) in cases.into_iter().enumerate() {
+        let (_send, mut frames) = raw.open(bytes).await;
+        assert_eq!(error(&mut frames).await, expected, "{what}");
+        still_serves(&honest, round as u64).await;
+    }
+    // A stream that ends inside a frame.
+    let (mut send, mut frames) = raw.open(&attach("s")[..4]).await;
+    send.finish();
+    assert_eq!(error(&mut frames).await, Code::FRAME_MALFORMED);
+    // The same connection still works.
+    let (_send, mut frames) = raw.open(&attach("s")).await;
+    assert!(matches!(frames.next().await, Ok(Some(Frame::Attached(_)))));
+}
+
+#[tokio::test]
+async fn bad_batches_are_refused_by_name_and_good_ones_behind_them_are_stored() {
+    let server = server();
+    let raw = Raw::hello(&server).await;
+    let (mut send, mut frames) = raw.open(&attach("s")).await;
+    assert!(matches!(frames.next().await, Ok(Some(Frame::Attached(_)))));
+    let open = OpenProducer { id: 7, name: "p".parse().expect("a name"), epoch: 0 };
+    send.write(&mut [Frame::from(open).to_bytes()]).await.expect("write");
+    assert!(matches!(frames.next().await, Ok(Some(Frame::Producer(granted))) if granted.next == 0));
+    let mut batches = raw.connection.open_uni().await.expect("a stream");
+    batches.write(&mut [Frame::from(Produce { producer: 7 }).to_bytes()]).await.expect("write");
+    let region = |record: Record| {
+        let mut w = Writer::new();
+        record.put(&mut w);
+        w.freeze()
+    };
+    let append = |sequence, count, records: Bytes| Frame::from(Append { sequence, count, records }).to_bytes();
+    let good = region(Record::data(0, &b"good"[..]));
+    let bad: Vec<(Bytes, Code)> = vec![
+        (append(0, 2, good.clone()), Code::RECORD_MALFORMED),
+        (append(0, 0, Bytes::new()), Code::BATCH_TOO_LARGE),
+        (append(0, 1001, good.clone()), Code::BATCH_TOO_LARGE),
+        (append(0, 1, Bytes::from_static(&[0x03, 0x02, 0x00, 0x00])), Code::KIND_REFUSED),
+        (append(0, 1, Bytes::from_static(&[0x04, 0x7f, 0xfe, 0x00, 0x00])), Code::KIND_UNKNOWN),
+        (append(0, 1, Bytes::from_static(&[0x03, 0x00, 0x00, 0x80])), Code::RECORD_MALFORMED),
+        (append(0, 1, region(Record::data(99, &b"x"[..]))), Code::STREAM_UNDEFINED),
+        (append(5, 1, good.clone()), Code::SEQ_GAP),
+    ];
+    for (bytes, expected) in bad {
+        batches.write(&mut [bytes]).await.expect("write");
+        assert_eq!(error(&mut frames).await, expected);
+    }
+    let mut grease = Writer::new();
+    put_grease(12345, b"skip me", &mut grease);
+    batches.write(&mut [grease.freeze(), append(0, 1, good)]).await.expect("write");
+    match timeout(PATIENCE, frames.next()).await.expect("an answer") {
+        Ok(Some(Frame::Ack(ack))) => assert_eq!((ack.producer, ack.sequence, ack.batches[0].first), (7, 0, 0)),
+        other => panic!("not acknowledged: {other:?}"),
+    }
+    // A producer that nobody opened.
+    let mut stranger = raw.connection.open_uni().await.expect("a stream");
+    stranger.write(&mut [Frame::from(Produce { producer: 8 }).to_bytes()]).await.expect("write");
+    let stopped = timeout(PATIENCE, stranger.stopped()).await.expect("the server stops the stream");
+    assert_eq!(stopped.map(Code), Some(Code::PRODUCER_UNKNOWN));
+}
+
+#[tokio::test]
+async fn limits_of_a_connection_are_refused_by_name() {
+    let server = server();
+    let raw = Raw::hello(&server).await;
+    let (mut send, mut frames) = raw.open(&attach("s")).await;
+    assert!(matches!(frames.next().await, Ok(Some(Frame::Attached(_)))));
+    let mut w = Writer::new();
+    for id in 0..40 {
+        Frame::from(OpenProducer { id, name: format!("p{id}").parse().expect("a name"), epoch: 0 }).put(&mut w);
+    }
+    // The default HELLO allows eight subscriptions.
+    for id in 0..9 {
+        Frame::from(Subscribe { id, start: Start::Earliest, streams: vec![], kinds: vec![] }).put(&mut w);
+    }
+    send.write(&mut [w.freeze()]).await.expect("write");
+    let (mut granted, mut refused, mut subscriptions) = (0, 0, 0);
+    while granted + refused < 40 || subscriptions == 0 {
+        match timeout(PATIENCE, frames.next()).await.expect("an answer") {
+            Ok(Some(Frame::Producer(_))) => granted += 1,
+            Ok(Some(Frame::Error(error))) => {
+                assert_eq!(error.code, Code::LIMIT_EXCEEDED);
+                if error.about == 0x22 { subscriptions += 1 } else { refused += 1 }
+            }
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+    assert_eq!((granted, refused, subscriptions), (32, 8, 1));
+}
+
+#[tokio::test]
+async fn a_client_that_says_nothing_is_told_so_and_dropped() {
+    let mut config = Config::default();
+    config.hello_timeout = Duration::from_millis(200);
+    let server = QuicServer::start(Arc::new(MemoryStore::new()), config);
+    let raw = Raw::connect(&server, &[]).await;
+    assert_eq!(raw.closed().await, Code::HELLO_TIMEOUT);
+    let raw = Raw::connect(&server, &[0x00]).await;
+    assert_eq!(raw.closed().await, Code::HELLO_TIMEOUT);
+}
+
+#[tokio::test]
+async fn random_garbage_on_every_kind_of_stream_disturbs_nobody() {
+    let mut random = mainstay_tests::random::Random::for_test("random_garbage");
+    let server = server();
+    let honest = server.client();
+    for round in 0..20 {
+        let mut raw = Raw::hello(&server).await;
+        for _ in 0..20 {
+            let bytes: Bytes = (0..random.below(200)).map(|_| random.bits() as u8).collect::<Vec<u8>>().into();
+            match random.below(4) {
+                0 => drop(raw.open(&bytes).await),
+                1 => {
+                    if let Ok(mut stream) = raw.connection.open_uni().await {
+                        let _ = stream.write(&mut [bytes]).await;
+                    }
+                }
+                2 => {
+                    let mut framed = attach("s").to_vec();
+                    framed.extend_from_slice(&bytes);
+                    drop(raw.open(&framed).await);
+                }
+                _ if round % 2 == 0 => {
+                    if matches!(raw.control.0.write(&mut [bytes]).await, Err(StreamError::Connection(_))) {
+                        break;
+                    }
+                }
+                _ => {}
+            }
+            if timeout(Duration::from_millis(1), raw.connection.closed()).await.is_ok() {
+                break;
+            }
+        }
+        still_serves(&honest, round).await;
+    }
+}

@@ -1,0 +1,123 @@
+//! Readers that do not read: they cost a cursor and delay nobody.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mainstay_client::{Client, Config as ClientConfig, Event, Start, Subscription};
+use mainstay_server::Config;
+use mainstay_store::MemoryStore;
+use mainstay_tests::harness::{MemoryServer, QuicServer};
+use mainstay_tests::process::Server;
+
+/// Resident memory of a process in bytes.
+fn resident(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process's status");
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS");
+    line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).expect("a number") * 1024
+}
+
+/// Latencies from append to delivery of `count` records, one after the other.
+async fn latencies(client: &Client, name: &str, count: usize) -> Vec<Duration> {
+    let session = client.session(name).expect("a name").create().attach().await.expect("attach");
+    let mut subscription = session.subscribe(Start::Latest).open().await.expect("subscribe");
+    until(&mut subscription, |event| matches!(event, Event::CaughtUp { .. })).await;
+    let producer = session.producer("p").await.expect("a producer");
+    let mut latencies = Vec::new();
+    for _ in 0..count {
+        let begun = Instant::now();
+        producer.append(session.main(), vec![b'x'; 100]).await.expect("append");
+        until(&mut subscription, |event| matches!(event, Event::Records(_))).await;
+        latencies.push(begun.elapsed());
+    }
+    latencies.sort();
+    latencies
+}
+
+async fn until(subscription: &mut Subscription, wanted: impl Fn(&Event) -> bool) {
+    loop {
+        let event = tokio::time::timeout(Duration::from_secs(20), subscription.next()).await.expect("in time");
+        if wanted(&event.expect("an event").expect("no error")) {
+            return;
+        }
+    }
+}
+
+fn many(subscriptions: u64) -> ClientConfig {
+    let mut config = ClientConfig::default();
+    config.subscriptions = subscriptions;
+    config.subscription_window = 64 * 1024;
+    config
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_subscriptions_that_are_never_read_cost_the_server_little_and_delay_nobody() {
+    let server = Server::start().await;
+    let honest = server.client(ClientConfig::default());
+    let before = latencies(&honest, "other", 300).await;
+    // 16 MiB of history that nobody will read, a thousand times.
+    let session = honest.session("big").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let mut last = None;
+    for _ in 0..256 {
+        last = Some(producer.append(session.main(), vec![b'x'; 64 * 1024]).await.expect("append"));
+    }
+    last.expect("a ticket").await.expect("stored");
+    let memory = resident(server.pid());
+
+    let stuck = server.client(many(1000));
+    let session = stuck.session("big").expect("a name").attach().await.expect("attach");
+    let mut unread = Vec::new();
+    for _ in 0..1000 {
+        unread.push(session.subscribe(Start::Earliest).open().await.expect("subscribe"));
+    }
+    // The first event of the last one says that the server has taken them all.
+    until(unread.last_mut().expect("a subscription"), |event| matches!(event, Event::Started { .. })).await;
+    let after = latencies(&honest, "other", 300).await;
+    let grown = resident(server.pid()).saturating_sub(memory);
+    let p99 = |latencies: &[Duration]| latencies[latencies.len() * 99 / 100];
+    println!("server grew by {} KiB; p99 before {:?}, with them {:?}", grown / 1024, p99(&before), p99(&after));
+    // Deliveries on the way are bounded by the connection's budget; the rest is a few KiB for each QUIC stream and task.
+    let bound = Config::default().delivery_budget + 1000 * 24 * 1024 + (16 << 20);
+    assert!(grown < bound, "the server grew by {grown} bytes, at most {bound} are allowed");
+    // Control on the same connection is not delayed either.
+    let producer = session.producer("beside").await.expect("a producer on the stuck connection");
+    let ticket = producer.append(session.main(), "still here").await.expect("append");
+    tokio::time::timeout(Duration::from_secs(10), ticket.wait()).await.expect("in time").expect("stored");
+}
+
+async fn control_passes_a_reader_that_stopped(client: Client) {
+    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let mut unread = Vec::new();
+    for _ in 0..8 {
+        unread.push(session.subscribe(Start::Earliest).open().await.expect("subscribe"));
+    }
+    // Far more than all windows together.
+    for _ in 0..400 {
+        let ticket = producer.append(session.main(), vec![b'x'; 60 * 1024]).await.expect("append");
+        tokio::time::timeout(Duration::from_secs(20), ticket.wait()).await.expect("acks keep coming").expect("stored");
+    }
+    tokio::time::timeout(Duration::from_secs(20), session.stream("new")).await.expect("in time").expect("a stream");
+    // One that reads goes on beside those that do not.
+    drop(unread.pop());
+    let mut reading = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+    let mut next = 0;
+    while next < 400 {
+        let event = tokio::time::timeout(Duration::from_secs(20), reading.next()).await.expect("in time");
+        if let Event::Records(batch) = event.expect("an event").expect("no error") {
+            next = batch.next();
+        }
+    }
+}
+
+#[tokio::test]
+async fn control_always_fits_beside_bulk_that_nobody_reads_over_memory() {
+    let server = MemoryServer::start(Arc::new(MemoryStore::new()), Config::default());
+    control_passes_a_reader_that_stopped(server.client()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn control_always_fits_beside_bulk_that_nobody_reads_over_quic() {
+    let server = QuicServer::start(Arc::new(MemoryStore::new()), Config::default());
+    control_passes_a_reader_that_stopped(server.client()).await;
+}

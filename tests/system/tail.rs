@@ -1,0 +1,156 @@
+//! Followers that are killed and go on at their cursor.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use mainstay_tests::process::{PATIENCE, Server};
+use mainstay_tests::random::Random;
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout};
+
+/// Appends the numbers `0..count`, slowly enough that kills fall among them.
+async fn appending(server: &Server, count: u64) -> JoinHandle<()> {
+    let mut command = server.command(&["append", "s1"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("append");
+    let mut stdin = child.stdin.take().expect("input");
+    tokio::spawn(async move {
+        for n in 0..count {
+            stdin.write_all(format!("{n}\n").as_bytes()).await.expect("write");
+            if n % 20 == 19 {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        }
+        drop(stdin);
+        assert!(child.wait().await.expect("exit status").success());
+    })
+}
+
+fn rows(text: &str) -> Vec<Value> {
+    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// The data of rows, which must be the numbers from 0 on.
+fn assert_exact(rows: &[Value], count: u64) {
+    let expected = (0..count).map(|n| (Some(n), Some(n.to_string())));
+    let found = rows.iter().map(|row| (row["seq"].as_u64(), row["data"].as_str().map(str::to_owned)));
+    assert!(found.eq(expected), "{} rows, {count} expected", rows.len());
+}
+
+const COUNT: u64 = 20_000;
+const ROUNDS: u64 = 20;
+
+#[tokio::test]
+async fn a_file_written_by_a_follower_that_is_killed_at_random_has_no_hole_and_no_repetition() {
+    let mut random = Random::for_test("a_file_written_by_a_follower");
+    let mut server = Server::start().await;
+    let (file, cursor) = (server.dir().join("rows"), server.dir().join("cursor"));
+    let appending = appending(&server, COUNT).await;
+    let args = ["tail", "s1", "--cursor-file", text(&cursor), "--output", text(&file), "--json"];
+    let mut partly = 0;
+    for round in 0..ROUNDS {
+        let mut follower = server.command(&args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("tail");
+        tokio::time::sleep(Duration::from_millis(20 + random.below(120))).await;
+        if round == ROUNDS / 2 {
+            server.kill().await;
+            server.restart().await;
+        }
+        follower.kill().await.expect("kill");
+        let seen = std::fs::read_to_string(&file).map_or(0, |text| text.lines().count());
+        partly += u64::from(seen > 0 && (seen as u64) < COUNT);
+    }
+    assert!(partly >= 3, "the kills fell before or behind everything");
+    timeout(PATIENCE, appending).await.expect("in time").expect("append");
+    let mut follower = server.command(&args).stdout(Stdio::null()).spawn().expect("tail");
+    let deadline = Instant::now() + PATIENCE;
+    while std::fs::read_to_string(&file).map_or(0, |text| text.lines().count()) < COUNT as usize {
+        assert!(Instant::now() < deadline, "the file does not fill");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    follower.kill().await.expect("kill");
+    assert_exact(&rows(&std::fs::read_to_string(&file).expect("the file")), COUNT);
+}
+
+#[tokio::test]
+async fn a_pipe_repeats_at_most_what_it_marks_as_repeated() {
+    let mut random = Random::for_test("a_pipe_repeats_at_most");
+    let mut server = Server::start().await;
+    let cursor = server.dir().join("cursor");
+    let appending = appending(&server, COUNT).await;
+    let args = ["tail", "s1", "--cursor-file", text(&cursor), "--json"];
+    let mut all = Vec::new();
+    let mut repeated = 0;
+    for round in 0..=ROUNDS {
+        let last = round == ROUNDS;
+        let mut more = args.to_vec();
+        if last {
+            more.extend(["--until-idle", "1500"]);
+        }
+        let mut command = server.command(&more);
+        let mut follower = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("tail");
+        let mut stdout = follower.stdout.take().expect("output");
+        let reading = tokio::spawn(async move {
+            let mut text = Vec::new();
+            stdout.read_to_end(&mut text).await.expect("output");
+            text
+        });
+        if last {
+            assert!(timeout(PATIENCE, follower.wait()).await.expect("in time").expect("exit status").success());
+        } else {
+            tokio::time::sleep(Duration::from_millis(20 + random.below(120))).await;
+            if round == ROUNDS / 2 {
+                server.kill().await;
+                server.restart().await;
+            }
+            follower.kill().await.expect("kill");
+        }
+        // A torn last line does not parse and is dropped.
+        let text = reading.await.expect("reading");
+        for row in rows(&String::from_utf8_lossy(&text)) {
+            if row["event"] == "record" {
+                repeated += u64::from(row["repeat"] == true);
+                all.push(row);
+            }
+        }
+    }
+    timeout(PATIENCE, appending).await.expect("in time").expect("append");
+    // A row that is not marked was never printed before; a marked one may have been.
+    let mut seen = BTreeSet::new();
+    for row in &all {
+        let seq = row["seq"].as_u64().expect("a seq");
+        let new = seen.insert(seq);
+        assert!(new || row["repeat"] == true, "seq {seq} is repeated without a mark");
+    }
+    assert!(seen.into_iter().eq(0..COUNT), "a row is missing");
+    println!("{repeated} rows were marked as repeated");
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a path of text")
+}
+
+#[tokio::test]
+async fn a_follower_that_only_listens_notices_the_loss_of_its_server_and_goes_on() {
+    let mut server = Server::start().await;
+    let file = server.dir().join("rows");
+    let mut command = server.command(&["tail", "s1", "--output", text(&file), "--json"]);
+    let mut follower = command.stdout(Stdio::null()).spawn().expect("tail");
+    for round in 0..5u64 {
+        let mut child =
+            server.command(&["append", "s1"]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("append");
+        child.stdin.take().expect("input").write_all(format!("{round}\n").as_bytes()).await.expect("write");
+        assert!(timeout(PATIENCE, child.wait()).await.expect("in time").expect("exit status").success());
+        let deadline = Instant::now() + PATIENCE;
+        while std::fs::read_to_string(&file).map_or(0, |text| text.lines().count() as u64) <= round {
+            assert!(Instant::now() < deadline, "the follower did not come back in round {round}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        server.kill().await;
+        server.restart().await;
+    }
+    follower.kill().await.expect("kill");
+    assert_exact(&rows(&std::fs::read_to_string(&file).expect("the file")), 5);
+}
