@@ -37,6 +37,8 @@ pub(crate) enum Command {
     Token(Token),
     /// Check a data directory offline.
     Verify(Verify),
+    /// Measure a server.
+    Bench(Bench),
     /// Print a completion script for a shell.
     Completions(Completions),
     /// Write the manual pages.
@@ -54,6 +56,7 @@ impl Args {
             Command::Session(args) => args.json,
             Command::Token(args) => args.json,
             Command::Verify(args) => args.json || args.dump,
+            Command::Bench(args) => args.json,
             Command::Completions(_) | Command::Man(_) => false,
         }
     }
@@ -274,6 +277,70 @@ pub(crate) struct Verify {
     /// Print JSON lines.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Loads a server and prints figures beside yardsticks of the machine. Starts a server of its own unless --connect names one.
+/// Run it from a release build.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Bench {
+    /// What to measure; `all` is the whole table.
+    #[arg(value_enum)]
+    pub(crate) scenario: Scenario,
+    /// Connections.
+    #[arg(long, value_name = "C")]
+    pub(crate) connections: Option<usize>,
+    /// Sessions, spread over the connections. [default: one for each connection]
+    #[arg(long, value_name = "S")]
+    pub(crate) sessions: Option<usize>,
+    /// Records in flight for each session.
+    #[arg(long, value_name = "W", default_value_t = 16)]
+    pub(crate) window: usize,
+    /// Bytes of a record.
+    #[arg(long, value_name = "B", default_value_t = 100)]
+    pub(crate) bytes: usize,
+    /// Records a second for each session.
+    #[arg(long, value_name = "R")]
+    pub(crate) rate: Option<u64>,
+    /// Followers.
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    pub(crate) subscribers: usize,
+    /// Records to write before a replay.
+    #[arg(long, value_name = "N", default_value_t = 1_000_000)]
+    pub(crate) records: u64,
+    /// Round-trip time to emulate, in milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = 50)]
+    pub(crate) rtt: u64,
+    /// How long load lasts, in seconds.
+    #[arg(long, value_name = "T", default_value_t = 5)]
+    pub(crate) secs: u64,
+    /// How often everything is repeated.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) runs: u32,
+    /// Measure the server of this connection file instead of one that is started.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) connect: Option<PathBuf>,
+    /// Print JSON lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What `bench` measures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Scenario {
+    /// Durable appends in a closed loop.
+    Append,
+    /// Latency at a modest rate.
+    Live,
+    /// One session, many followers.
+    Fanout,
+    /// A long session from its beginning.
+    Replay,
+    /// Idle connections and cold sessions.
+    Idle,
+    /// Connect, attach, first record over a long path.
+    Reconnect,
+    /// The whole table.
+    All,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -60,6 +60,7 @@ async fn run(command: Command, output: Output) -> Result<(), Failure> {
         Command::Session(args) => commands::session::run(args, output).await,
         Command::Token(args) => commands::token::run(args, output),
         Command::Verify(args) => commands::verify::run(&args, output),
+        Command::Bench(args) => commands::bench::run(args, output).await,
         Command::Completions(args) => commands::manual::completions(&args),
         Command::Man(args) => commands::manual::man(&args),
     }

@@ -201,6 +201,9 @@ pub(crate) struct Reader<C: Connection> {
     pub(crate) resubscriber: Resubscriber,
 }
 
+/// How often a new subscription is refused for the limit before that is believed: about two seconds.
+const PATIENCE: u32 = 8;
+
 /// The application dropped the subscription.
 struct Dropped;
 
@@ -239,9 +242,10 @@ impl<C: Connection> Reader<C> {
                         Err(Dropped) => return,
                     }
                 }
-                // The server may not have forgotten the stream before.
+                // Of a subscription that was just dropped the server may not know yet.
                 Some(Opened::Refused(code, message))
-                    if code.is_retryable() || progress.started && code == Code::LIMIT_EXCEEDED =>
+                    if code.is_retryable()
+                        || code == Code::LIMIT_EXCEEDED && (progress.started || backoff.failures() < PATIENCE) =>
                 {
                     tracing::debug!(%code, message, "subscription refused; trying again");
                     Over::Again { patience: true }

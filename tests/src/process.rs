@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
-/// The `mainstay` binary: `MAINSTAY_BIN`, or the one beside the test binary.
+/// The `mainstay` binary: `MAINSTAY_BIN`, this process if it is one, or the one beside the test binary.
 ///
 /// # Panics
 ///
@@ -20,8 +20,11 @@ pub fn binary() -> PathBuf {
     if let Some(path) = std::env::var_os("MAINSTAY_BIN") {
         return path.into();
     }
-    let test = std::env::current_exe().expect("the path of the test");
-    let path = test.ancestors().nth(2).expect("a target directory").join("mainstay");
+    let this = std::env::current_exe().expect("the path of this program");
+    if this.file_name().is_some_and(|name| name == "mainstay") {
+        return this;
+    }
+    let path = this.ancestors().nth(2).expect("a target directory").join("mainstay");
     assert!(path.exists(), "{} is missing; run `cargo build -p mainstay` or `cargo xtask test`", path.display());
     path
 }

@@ -13,7 +13,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("transport", &["protocol"]),
     ("server", &["protocol", "store", "transport"]),
     ("client", &["protocol", "transport"]),
-    ("bench", &["protocol", "store", "store-fjall", "transport", "server", "client"]),
+    ("bench", &["protocol", "transport", "client", "tests"]),
     ("cli", &["protocol", "store", "store-fjall", "transport", "server", "client", "bench"]),
 ];
 

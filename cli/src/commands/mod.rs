@@ -1,6 +1,7 @@
 //! One module per command.
 
 pub(crate) mod append;
+pub(crate) mod bench;
 pub(crate) mod demo;
 pub(crate) mod manual;
 pub(crate) mod serve;

@@ -1,0 +1,431 @@
+//! The scenarios.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use mainstay_client::{Client, Config, Event, Producer, Session, Start, Subscription, Ticket};
+use mainstay_tests::proxy::{Faults, Proxy};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
+
+use crate::report::{Latencies, Report};
+use crate::target::Target;
+
+/// Settings of a scenario; each uses those that concern it.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Connections.
+    pub connections: usize,
+    /// Sessions, spread over the connections.
+    pub sessions: usize,
+    /// Records in flight for each session.
+    pub window: usize,
+    /// Bytes of a record's payload.
+    pub bytes: usize,
+    /// Records a second for each session.
+    pub rate: u64,
+    /// Subscribers, each with a connection of its own.
+    pub subscribers: usize,
+    /// Records to write before a replay.
+    pub records: u64,
+    /// How long load lasts.
+    pub time: Duration,
+    /// Round-trip time to emulate.
+    pub rtt: Duration,
+}
+
+type Outcome = Result<Report, String>;
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+/// Names that no earlier run used.
+fn fresh(prefix: &str) -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    format!("bench:{}:{prefix}:{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+async fn clients(target: &Target, count: usize) -> Result<Vec<Client>, String> {
+    let mut clients = Vec::with_capacity(count);
+    for _ in 0..count {
+        clients.push(target.client(Config::default()).map_err(text)?);
+    }
+    for client in &clients {
+        client.connected().await.map_err(text)?;
+    }
+    Ok(clients)
+}
+
+async fn session(client: &Client, name: &str) -> Result<Session, String> {
+    client.session(name).map_err(text)?.create().attach().await.map_err(text)
+}
+
+async fn producer(client: &Client, name: &str) -> Result<(Session, Producer), String> {
+    let session = session(client, name).await?;
+    let producer = session.producer("bench").await.map_err(text)?;
+    Ok((session, producer))
+}
+
+async fn join<T: 'static>(mut tasks: JoinSet<Result<T, String>>) -> Result<Vec<T>, String> {
+    let mut all = Vec::new();
+    while let Some(result) = tasks.join_next().await {
+        all.push(result.map_err(text)??);
+    }
+    Ok(all)
+}
+
+/// Durable appends in a closed loop: each session keeps a window of records in flight.
+pub async fn append(target: &Target, options: &Options) -> Outcome {
+    let Options { connections, sessions, window, bytes, time, .. } = *options;
+    let clients = clients(target, connections).await?;
+    let mut producers = Vec::with_capacity(sessions);
+    for n in 0..sessions {
+        producers.push(producer(&clients[n % connections], &fresh("append")).await?);
+    }
+    let cpu = target.cpu();
+    let begun = Instant::now();
+    let end = begun + time;
+    let mut tasks = JoinSet::new();
+    for (session, producer) in producers {
+        let payload = Bytes::from(vec![b'x'; bytes]);
+        tasks.spawn(async move {
+            let mut flying: VecDeque<(Instant, Ticket)> = VecDeque::with_capacity(window);
+            let (mut latencies, mut count) = (Latencies::default(), 0u64);
+            let main = session.main();
+            loop {
+                let now = Instant::now();
+                if now >= end {
+                    break;
+                }
+                while flying.len() < window {
+                    flying.push_back((now, producer.append(main, payload.clone()).await.map_err(text)?));
+                }
+                if let Some((sent, ticket)) = flying.pop_front() {
+                    ticket.wait().await.map_err(text)?;
+                    latencies.add(sent.elapsed());
+                    count += 1;
+                }
+                // Everything that is known by now is taken together.
+                while let Some((sent, ticket)) = flying.front() {
+                    match ticket.outcome() {
+                        Some(outcome) => drop(outcome.map_err(text)?),
+                        None => break,
+                    }
+                    latencies.add(sent.elapsed());
+                    count += 1;
+                    flying.pop_front();
+                }
+            }
+            for (_, ticket) in flying {
+                ticket.wait().await.map_err(text)?;
+                count += 1;
+            }
+            Ok((count, latencies))
+        });
+    }
+    let results = join(tasks).await?;
+    let took = begun.elapsed();
+    let mut latencies = Latencies::default();
+    results.iter().for_each(|(_, more)| latencies.merge(more));
+    let count: u64 = results.iter().map(|(count, _)| count).sum();
+    let mut report = Report::new(format!("append {connections} connections, {sessions} sessions x {window}"));
+    report.add("durable appends", "records/s", count as f64 / took.as_secs_f64());
+    report.latencies(["append to ack p50", "append to ack p99", "append to ack p99.9"], &latencies);
+    if let (Some(before), Some(after)) = (cpu, target.cpu()) {
+        report.add("server CPU", "s per million", (after - before).as_secs_f64() / (count as f64 / 1e6));
+    }
+    Ok(report)
+}
+
+/// Payloads that say when they should have been sent.
+fn stamped(epoch: Instant, due: Instant, bytes: usize) -> Bytes {
+    let mut payload = vec![b'x'; bytes.max(8)];
+    let nanos = u64::try_from(due.duration_since(epoch).as_nanos()).unwrap_or(u64::MAX);
+    payload[..8].copy_from_slice(&nanos.to_be_bytes());
+    payload.into()
+}
+
+/// Reads until the end of the run, and how late each record came.
+async fn follow(mut subscription: Subscription, epoch: Instant, until: Instant) -> Result<(u64, Latencies), String> {
+    let (mut count, mut latencies) = (0, Latencies::default());
+    loop {
+        let event = tokio::select! {
+            event = subscription.next() => event,
+            () = sleep_until(until) => return Ok((count, latencies)),
+        };
+        let event = event.ok_or("a subscription ended")?.map_err(text)?;
+        if let Event::Records(batch) = event {
+            let now = Instant::now();
+            for record in batch.iter() {
+                let record = record.map_err(text)?;
+                let stamp = record.record.payload.first_chunk::<8>().ok_or("a record is too short")?;
+                let due = epoch + Duration::from_nanos(u64::from_be_bytes(*stamp));
+                latencies.add(now.saturating_duration_since(due));
+                count += 1;
+            }
+        }
+    }
+}
+
+/// Appends at a fixed rate and measures from when each record was due.
+async fn paced(
+    session: Session,
+    producer: Producer,
+    options: Options,
+    epoch: Instant,
+    offset: Duration,
+    end: Instant,
+) -> Result<Latencies, String> {
+    let interval = Duration::from_secs_f64(1.0 / options.rate as f64);
+    let (tickets, mut waiting) = mpsc::channel::<(Instant, Ticket)>(65_536);
+    let acks = tokio::spawn(async move {
+        let mut latencies = Latencies::default();
+        while let Some((due, ticket)) = waiting.recv().await {
+            ticket.wait().await.map_err(text)?;
+            latencies.add(due.elapsed());
+        }
+        Ok::<_, String>(latencies)
+    });
+    let mut due = epoch + offset;
+    while due < end {
+        sleep_until(due).await;
+        let payload = stamped(epoch, due, options.bytes);
+        let ticket = producer.append(session.main(), payload).await.map_err(text)?;
+        tickets.send((due, ticket)).await.map_err(text)?;
+        due += interval;
+    }
+    drop(tickets);
+    acks.await.map_err(text)?
+}
+
+async fn caught_up(session: &Session) -> Result<Subscription, String> {
+    let mut subscription = session.subscribe(Start::Latest).open().await.map_err(text)?;
+    loop {
+        let event = subscription.next().await.ok_or("a subscription ended")?.map_err(text)?;
+        if matches!(event, Event::CaughtUp { .. }) {
+            return Ok(subscription);
+        }
+    }
+}
+
+/// Time before the first measured record, for everything to have started.
+const LEAD: Duration = Duration::from_millis(200);
+/// Time after the last record for it to arrive.
+const TRAIL: Duration = Duration::from_millis(500);
+
+/// Sessions at a modest rate, each with a producer and a follower on connections of their own.
+pub async fn live(target: &Target, options: &Options) -> Outcome {
+    let Options { sessions, rate, time, .. } = *options;
+    let (writers, readers) = (clients(target, sessions).await?, clients(target, sessions).await?);
+    let mut pairs = Vec::new();
+    for (writer, reader) in writers.iter().zip(&readers) {
+        let name = fresh("live");
+        let pair = producer(writer, &name).await?;
+        pairs.push((pair, caught_up(&session(reader, &name).await?).await?));
+    }
+    let epoch = Instant::now() + LEAD;
+    let end = epoch + time;
+    let cpu = target.cpu();
+    let (mut writing, mut reading) = (JoinSet::new(), JoinSet::new());
+    for (n, ((session, producer), subscription)) in pairs.into_iter().enumerate() {
+        let offset = Duration::from_secs_f64(n as f64 / sessions as f64 / rate as f64);
+        writing.spawn(paced(session, producer, options.clone(), epoch, offset, end));
+        reading.spawn(follow(subscription, epoch, end + TRAIL));
+    }
+    let (mut acks, mut deliveries) = (Latencies::default(), Latencies::default());
+    join(writing).await?.iter().for_each(|more| acks.merge(more));
+    let read = join(reading).await?;
+    read.iter().for_each(|(_, more)| deliveries.merge(more));
+    let count: u64 = read.iter().map(|(count, _)| count).sum();
+    let mut report = Report::new(format!("live {sessions} sessions x {rate}/s"));
+    report.add("deliveries", "records/s", count as f64 / time.as_secs_f64());
+    report.latencies(["append to ack p50", "append to ack p99", "append to ack p99.9"], &acks);
+    report.latencies(["append to delivered p50", "append to delivered p99", "append to delivered p99.9"], &deliveries);
+    if let (Some(before), Some(after)) = (cpu, target.cpu()) {
+        report.add("server CPU", "s per million", (after - before).as_secs_f64() / (count as f64 / 1e6));
+    }
+    Ok(report)
+}
+
+/// One session and many followers.
+pub async fn fanout(target: &Target, options: &Options) -> Outcome {
+    let Options { subscribers, rate, time, .. } = *options;
+    let writer = clients(target, 1).await?.remove(0);
+    let name = fresh("fanout");
+    let (session_, producer) = producer(&writer, &name).await?;
+    let readers = clients(target, subscribers).await?;
+    let mut subscriptions = Vec::new();
+    for reader in &readers {
+        subscriptions.push(caught_up(&session(reader, &name).await?).await?);
+    }
+    let epoch = Instant::now() + LEAD;
+    let end = epoch + time;
+    let cpu = target.cpu();
+    let mut reading = JoinSet::new();
+    for subscription in subscriptions {
+        reading.spawn(follow(subscription, epoch, end + TRAIL));
+    }
+    paced(session_, producer, options.clone(), epoch, Duration::ZERO, end).await?;
+    let read = join(reading).await?;
+    let mut deliveries = Latencies::default();
+    read.iter().for_each(|(_, more)| deliveries.merge(more));
+    let count: u64 = read.iter().map(|(count, _)| count).sum();
+    let mut report = Report::new(format!("fanout {rate}/s to {subscribers}"));
+    report.add("deliveries", "records/s", count as f64 / time.as_secs_f64());
+    report.latencies(["append to delivered p50", "append to delivered p99", "append to delivered p99.9"], &deliveries);
+    if let (Some(before), Some(after)) = (cpu, target.cpu()) {
+        report.add("server CPU", "s per million", (after - before).as_secs_f64() / (count as f64 / 1e6));
+    }
+    Ok(report)
+}
+
+/// Fills a session.
+async fn fill(client: &Client, name: &str, records: u64, bytes: usize) -> Result<(), String> {
+    let (session, producer) = producer(client, name).await?;
+    let payload = Bytes::from(vec![b'x'; bytes]);
+    let mut last = None;
+    for _ in 0..records {
+        last = Some(producer.append(session.main(), payload.clone()).await.map_err(text)?);
+    }
+    if let Some(ticket) = last {
+        ticket.wait().await.map_err(text)?;
+    }
+    Ok(())
+}
+
+/// Reads a long session from its beginning.
+pub async fn replay(target: &Target, options: &Options) -> Outcome {
+    let Options { records, bytes, .. } = *options;
+    let writer = clients(target, 1).await?.remove(0);
+    let name = fresh("replay");
+    let disk = target.disk();
+    fill(&writer, &name, records, bytes).await?;
+    let reader = clients(target, 1).await?.remove(0);
+    let session = session(&reader, &name).await?;
+    let (before, cpu) = (target.memory(), target.cpu());
+    let most = Arc::new(AtomicU64::new(0));
+    let begun = Instant::now();
+    let mut subscription = session.subscribe(Start::Earliest).open().await.map_err(text)?;
+    let (mut next, mut first, mut looked) = (0, None, begun);
+    while next < records {
+        let event = subscription.next().await.ok_or("the subscription ended")?.map_err(text)?;
+        if let Event::Records(batch) = event {
+            first.get_or_insert_with(|| begun.elapsed());
+            for record in batch.iter() {
+                let record = record.map_err(text)?;
+                if record.record.payload.len() != bytes {
+                    return Err("a record has another length".into());
+                }
+                next = record.seq + 1;
+            }
+        }
+        if looked.elapsed() > Duration::from_millis(50) {
+            looked = Instant::now();
+            most.fetch_max(target.memory().unwrap_or(0.0) as u64, Ordering::Relaxed);
+        }
+    }
+    let took = begun.elapsed().as_secs_f64();
+    let mut report = Report::new(format!("replay {records} records"));
+    report.add("read, delivered and decoded", "records/s", records as f64 / took);
+    report.add("time to first record", "ms", first.unwrap_or_default().as_secs_f64() * 1e3);
+    if let Some(before) = before {
+        let grown = (most.load(Ordering::Relaxed) as f64 - before).max(0.0);
+        report.add("server memory grew by", "MiB", grown / (1 << 20) as f64);
+    }
+    if let (Some(before), Some(after)) = (cpu, target.cpu()) {
+        report.add("server CPU", "s per million", (after - before).as_secs_f64() / (records as f64 / 1e6));
+    }
+    if let (Some(before), Some(after)) = (disk, target.disk()) {
+        report.add("disk for each record", "B", (after - before) / records as f64);
+    }
+    Ok(report)
+}
+
+/// Idle attached connections, and cold sessions.
+pub async fn idle(target: &mut Target, options: &Options) -> Outcome {
+    let Options { connections, sessions, bytes, .. } = *options;
+    let mut report = Report::new(format!("idle {connections} connections, {sessions} cold sessions"));
+    let before = target.memory();
+    let readers = clients(target, connections).await?;
+    let mut held = Vec::new();
+    for (n, reader) in readers.iter().enumerate() {
+        let session = session(reader, &format!("bench:idle:{}:{n}", std::process::id())).await?;
+        let subscription = caught_up(&session).await?;
+        held.push((session, subscription));
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    if let (Some(before), Some(after)) = (before, target.memory()) {
+        report.add("server memory for each attached connection", "KiB", (after - before) / connections as f64 / 1024.0);
+    }
+    drop((held, readers));
+    if sessions == 0 {
+        return Ok(report);
+    }
+    let writers = clients(target, 16).await?;
+    let (memory, disk) = (target.memory(), target.disk());
+    let run = fresh("cold");
+    let mut tasks = JoinSet::new();
+    for (w, writer) in writers.into_iter().enumerate() {
+        let run = run.clone();
+        tasks.spawn(async move {
+            for n in (w..sessions).step_by(16) {
+                fill(&writer, &format!("{run}:{n}"), 10, bytes).await?;
+            }
+            Ok(())
+        });
+    }
+    join(tasks).await?;
+    if let (Some(before), Some(after)) = (disk, target.disk()) {
+        report.add("disk for each record of a cold session", "B", (after - before) / (sessions * 10) as f64);
+    }
+    // Sessions leave memory ten seconds after their last use.
+    tokio::time::sleep(Duration::from_secs(14)).await;
+    if let (Some(before), Some(after)) = (memory, target.memory()) {
+        report.add("server memory for each cold session", "B", (after - before) / sessions as f64);
+    }
+    if let Some(server) = target.server() {
+        server.terminate().await;
+        server.restart().await;
+        let before = target.memory().unwrap_or(0.0);
+        report.add("server memory after a restart", "MiB", before / (1 << 20) as f64);
+    }
+    Ok(report)
+}
+
+/// A cold attach over a long path: connect, attach, subscribe, first record.
+pub async fn reconnect(target: &mut Target, options: &Options) -> Outcome {
+    let Options { rtt, .. } = *options;
+    let client = clients(target, 1).await?.remove(0);
+    let name = fresh("reconnect");
+    fill(&client, &name, 100, options.bytes).await?;
+    let server = target.server().ok_or("reconnect needs a server of its own")?;
+    let faults = Faults { delay: rtt / 2, ..Faults::default() };
+    let proxy = Proxy::start(([127, 0, 0, 1], 0).into(), server.addr(), faults, 1).await.map_err(text)?;
+    let file = server.connect_file_at(proxy.addr(), "bench-proxy.json");
+    let file = mainstay_client::ConnectFile::read(&file).map_err(text)?;
+    let (mut attached, mut first) = (Latencies::default(), Latencies::default());
+    for _ in 0..20 {
+        let begun = Instant::now();
+        let client = Client::connect_quic(&file, Config::default()).map_err(text)?;
+        let session = client.session(&name).map_err(text)?.attach().await.map_err(text)?;
+        attached.add(begun.elapsed());
+        let mut subscription = session.subscribe(Start::Earliest).open().await.map_err(text)?;
+        loop {
+            let event = subscription.next().await.ok_or("the subscription ended")?.map_err(text)?;
+            if matches!(event, Event::Records(_)) {
+                break;
+            }
+        }
+        first.add(begun.elapsed());
+    }
+    let mut report = Report::new(format!("reconnect at {} ms", rtt.as_millis()));
+    report.add("attached p50", "ms", attached.at(0.5));
+    report.add("first record p50", "ms", first.at(0.5));
+    report.add("first record p99", "ms", first.at(0.99));
+    Ok(report)
+}

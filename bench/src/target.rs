@@ -1,0 +1,79 @@
+//! The server under load: one that is started for it, or one that is there.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use mainstay_client::{Client, ClientError, Config, ConnectFile};
+use mainstay_tests::process::Server;
+
+/// Where load goes.
+pub enum Target {
+    /// A server that runs for this alone; its process can be measured.
+    Own(Box<Server>),
+    /// A server that somebody else runs.
+    Given(PathBuf),
+}
+
+/// Clock ticks of the kernel's process accounting: 100 a second on every Linux that matters.
+const TICKS: f64 = 100.0;
+
+impl Target {
+    /// Starts a server on a new data directory.
+    pub async fn start() -> Self {
+        Self::Own(Box::new(Server::start().await))
+    }
+
+    /// A client of it.
+    pub fn client(&self, config: Config) -> Result<Client, ClientError> {
+        let file = match self {
+            Self::Own(server) => server.connect_file(),
+            Self::Given(path) => path.clone(),
+        };
+        Client::connect_quic(&ConnectFile::read(&file)?, config)
+    }
+
+    /// CPU time that its process has used.
+    pub fn cpu(&self) -> Option<Duration> {
+        let Self::Own(server) = self else { return None };
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", server.pid())).ok()?;
+        // The name in parentheses may hold spaces.
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        let ticks: f64 = fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?;
+        Some(Duration::from_secs_f64(ticks / TICKS))
+    }
+
+    /// Resident memory of its process that is not backed by files, in bytes.
+    pub fn memory(&self) -> Option<f64> {
+        let Self::Own(server) = self else { return None };
+        let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).ok()?;
+        let line = status.lines().find(|line| line.starts_with("RssAnon:"))?;
+        line.split_whitespace().nth(1)?.parse::<f64>().ok().map(|kib| kib * 1024.0)
+    }
+
+    /// Bytes that its data takes on the disk.
+    pub fn disk(&self) -> Option<f64> {
+        let Self::Own(server) = self else { return None };
+        Some(allocated(&server.dir().join("store")))
+    }
+
+    /// The server, if it was started for this.
+    pub fn server(&mut self) -> Option<&mut Server> {
+        match self {
+            Self::Own(server) => Some(server),
+            Self::Given(_) => None,
+        }
+    }
+}
+
+/// Bytes of allocated blocks below a directory.
+fn allocated(dir: &Path) -> f64 {
+    use std::os::unix::fs::MetadataExt;
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .map(|entry| match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => allocated(&entry.path()),
+            Ok(metadata) => metadata.blocks() as f64 * 512.0,
+            Err(_) => 0.0,
+        })
+        .sum()
+}

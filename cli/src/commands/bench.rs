@@ -1,0 +1,96 @@
+//! `bench`: load and figures.
+
+use std::time::Duration;
+
+use mainstay_bench::{Options, Report, Spread, Target};
+
+use crate::args::{self, Scenario};
+use crate::failure::Failure;
+use crate::output::Output;
+
+fn failed(what: String) -> Failure {
+    Failure::failed("BENCH", what)
+}
+
+pub(crate) async fn run(args: args::Bench, output: Output) -> Result<(), Failure> {
+    if cfg!(debug_assertions) {
+        eprintln!("mainstay: this is a debug build; its figures mean little");
+    }
+    let mut spread = Spread::default();
+    for run in 1..=args.runs {
+        let dir = tempfile::tempdir().map_err(|error| Failure::io("a temporary directory", &error))?;
+        spread.add(&mainstay_bench::yardstick::all(dir.path()).await.map_err(failed)?);
+        for (scenario, options) in plan(&args) {
+            let report = measure(scenario, &options, &args).await?;
+            if !output.is_json() {
+                eprintln!("run {run} of {}: {}", args.runs, line(&report));
+            }
+            spread.add(&report);
+        }
+    }
+    if output.is_json() {
+        for figure in spread.json() {
+            output.json_only(&figure)?;
+        }
+        return Ok(());
+    }
+    print!("{}", spread.table());
+    Ok(())
+}
+
+fn line(report: &Report) -> String {
+    let figures: Vec<String> = report.figures.iter().map(|f| format!("{} {:.3} {}", f.name, f.value, f.unit)).collect();
+    format!("{}: {}", report.scenario, figures.join(", "))
+}
+
+/// Every scenario gets a server of its own, so that none inherits another's memory or files.
+async fn measure(scenario: Scenario, options: &Options, args: &args::Bench) -> Result<Report, Failure> {
+    let mut target = match &args.connect {
+        Some(path) => Target::Given(path.clone()),
+        None => Target::start().await,
+    };
+    let report = match scenario {
+        Scenario::Append => mainstay_bench::append(&target, options).await,
+        Scenario::Live => mainstay_bench::live(&target, options).await,
+        Scenario::Fanout => mainstay_bench::fanout(&target, options).await,
+        Scenario::Replay => mainstay_bench::replay(&target, options).await,
+        Scenario::Idle => mainstay_bench::idle(&mut target, options).await,
+        Scenario::Reconnect | Scenario::All => mainstay_bench::reconnect(&mut target, options).await,
+    };
+    report.map_err(failed)
+}
+
+/// The scenarios of this invocation with their settings.
+fn plan(args: &args::Bench) -> Vec<(Scenario, Options)> {
+    let base = |connections: usize, sessions: usize, window: usize, rate: u64| Options {
+        connections: args.connections.unwrap_or(connections),
+        sessions: args.sessions.unwrap_or(args.connections.unwrap_or(sessions)),
+        window,
+        bytes: args.bytes,
+        rate: args.rate.unwrap_or(rate),
+        subscribers: args.subscribers,
+        records: args.records,
+        time: Duration::from_secs(args.secs),
+        rtt: Duration::from_millis(args.rtt),
+    };
+    match args.scenario {
+        Scenario::Append => vec![(Scenario::Append, base(1, 1, args.window, 0))],
+        Scenario::Live => vec![(Scenario::Live, base(50, 50, 0, 20))],
+        Scenario::Fanout => vec![(Scenario::Fanout, base(1, 1, 0, 100))],
+        Scenario::Replay => vec![(Scenario::Replay, base(1, 1, 0, 0))],
+        Scenario::Idle => vec![(Scenario::Idle, base(1000, 0, 0, 0))],
+        Scenario::Reconnect => vec![(Scenario::Reconnect, base(1, 1, 0, 0))],
+        Scenario::All => vec![
+            (Scenario::Append, base(1, 1, 512, 0)),
+            (Scenario::Append, base(1, 1, 8192, 0)),
+            (Scenario::Append, base(100, 100, 16, 0)),
+            (Scenario::Append, base(1000, 1000, 4, 0)),
+            (Scenario::Append, base(50, 1000, 4, 0)),
+            (Scenario::Live, base(50, 50, 0, 20)),
+            (Scenario::Fanout, base(1, 1, 0, 100)),
+            (Scenario::Replay, base(1, 1, 0, 0)),
+            (Scenario::Idle, base(1000, 10_000, 0, 0)),
+            (Scenario::Reconnect, base(1, 1, 0, 0)),
+        ],
+    }
+}
