@@ -1,47 +1,14 @@
-//! Seeded randomness: the same seed gives the same run.
+//! Seeds of random tests.
 
-/// SplitMix64.
-#[derive(Debug, Clone)]
-pub struct Random(u64);
+pub use mainstay_transport::sim::Random;
 
-impl Random {
-    /// A generator that starts at `seed`.
-    pub fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    /// The seed of this run: `MAINSTAY_SEED`, or a new one. It is printed with what repeats the test.
-    pub fn for_test(test: &str) -> Self {
-        let given = std::env::var("MAINSTAY_SEED").ok().and_then(|seed| seed.parse().ok());
-        let seed = given.unwrap_or_else(|| {
-            let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-            since.as_nanos() as u64 ^ u64::from(std::process::id()) << 40
-        });
-        println!("repeat with MAINSTAY_SEED={seed} cargo nextest run -p mainstay-tests -E 'test({test})'");
-        Self(seed)
-    }
-
-    /// The next 64 random bits.
-    pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `bound`; 0 if that is 0.
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.bits().checked_rem(bound).unwrap_or(0)
-    }
-
-    /// True with this probability.
-    pub fn chance(&mut self, probability: f64) -> bool {
-        (self.bits() >> 11) as f64 / (1u64 << 53) as f64 <= probability && probability > 0.0
-    }
-
-    /// A generator of its own, for another purpose.
-    pub fn fork(&mut self) -> Self {
-        Self(self.bits())
-    }
+/// A generator for a test, from `MAINSTAY_SEED` or a new seed. The seed is printed with what repeats the test.
+pub fn for_test(test: &str) -> Random {
+    let given = std::env::var("MAINSTAY_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = given.unwrap_or_else(|| {
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        since.as_nanos() as u64 ^ u64::from(std::process::id()) << 40
+    });
+    println!("repeat with MAINSTAY_SEED={seed} cargo nextest run -p mainstay-tests -E 'test({test})'");
+    Random::new(seed)
 }

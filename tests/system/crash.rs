@@ -4,7 +4,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use mainstay_tests::process::{PATIENCE, Server, binary, events, named, run};
-use mainstay_tests::random::Random;
+use mainstay_tests::random;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::Child;
@@ -38,7 +38,7 @@ async fn read_back(server: &Server, session: &str, count: u64) -> Vec<String> {
 #[tokio::test]
 async fn append_survives_five_crashes_of_the_server_without_losing_or_doubling_a_line() {
     const LINES: u64 = 200_000;
-    let mut random = Random::for_test("append_survives_five_crashes");
+    let mut random = random::for_test("append_survives_five_crashes");
     let mut server = Server::start().await;
     let mut command = server.command(&["append", "s1", "--json"]);
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("append");
@@ -152,7 +152,7 @@ async fn verify_dump_and_tail_agree_record_by_record() {
 
 #[tokio::test]
 async fn many_random_crashes_leave_every_acknowledged_line_exactly_once() {
-    let mut random = Random::for_test("many_random_crashes");
+    let mut random = random::for_test("many_random_crashes");
     let mut server = Server::start().await;
     let mut command = server.command(&["append", "s1", "--json"]);
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("append");

@@ -11,7 +11,7 @@ use mainstay_protocol::session::{
 use mainstay_protocol::wire::{Label, Subject, Writer};
 use mainstay_store::{Outcome, SessionId, Store};
 use mainstay_store_fjall::{Config, FjallStore, OpenError, verify};
-use mainstay_tests::random::Random;
+use mainstay_tests::random;
 
 type Stored = BTreeMap<String, Vec<(u64, Vec<u8>)>>;
 
@@ -146,7 +146,7 @@ async fn an_undamaged_directory_verifies_and_stays_byte_identical() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn random_damage_is_reported_or_harmless() {
     const ROUNDS: u64 = 150;
-    let mut random = Random::for_test("random_damage");
+    let mut random = random::for_test("random_damage");
     let (temp, dir, stored) = filled().await;
     let mut paths = Vec::new();
     files(&dir, &mut paths);

@@ -240,7 +240,7 @@ async fn a_client_that_says_nothing_is_told_so_and_dropped() {
 
 #[tokio::test]
 async fn random_garbage_on_every_kind_of_stream_disturbs_nobody() {
-    let mut random = mainstay_tests::random::Random::for_test("random_garbage");
+    let mut random = mainstay_tests::random::for_test("random_garbage");
     let server = server();
     let honest = server.client();
     for round in 0..20 {

@@ -7,5 +7,6 @@ mod damage;
 mod disk;
 mod hostile;
 mod network;
+mod simulated;
 mod slow;
 mod tail;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use mainstay_tests::process::{PATIENCE, Server, command, events, named, run};
 use mainstay_tests::proxy::{Faults, Proxy};
-use mainstay_tests::random::Random;
+use mainstay_tests::random::{self, Random};
 use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
 
@@ -17,7 +17,7 @@ async fn proxy(server: &Server, random: &mut Random, faults: Faults) -> Proxy {
 #[tokio::test]
 async fn appends_and_reads_are_exact_over_a_network_that_loses_reorders_and_duplicates() {
     const LINES: u64 = 5000;
-    let mut random = Random::for_test("appends_and_reads_are_exact_over_a_network");
+    let mut random = random::for_test("appends_and_reads_are_exact_over_a_network");
     let mut server = Server::start().await;
     let proxy = proxy(&server, &mut random, Faults::mobile()).await;
     let connect = server.connect_file_at(proxy.addr(), "through-proxy.json");
@@ -61,7 +61,7 @@ async fn appends_and_reads_are_exact_over_a_network_that_loses_reorders_and_dupl
 #[tokio::test]
 async fn a_nat_that_forgets_costs_no_record_over_a_bad_network() {
     const LINES: u64 = 2000;
-    let mut random = Random::for_test("a_nat_that_forgets");
+    let mut random = random::for_test("a_nat_that_forgets");
     let server = Server::start().await;
     let proxy = proxy(&server, &mut random, Faults::mobile()).await;
     let connect = server.connect_file_at(proxy.addr(), "through-proxy.json");

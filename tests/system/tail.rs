@@ -6,7 +6,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use mainstay_tests::process::{PATIENCE, Server};
-use mainstay_tests::random::Random;
+use mainstay_tests::random;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinHandle;
@@ -45,7 +45,7 @@ const ROUNDS: u64 = 20;
 
 #[tokio::test]
 async fn a_file_written_by_a_follower_that_is_killed_at_random_has_no_hole_and_no_repetition() {
-    let mut random = Random::for_test("a_file_written_by_a_follower");
+    let mut random = random::for_test("a_file_written_by_a_follower");
     let mut server = Server::start().await;
     let (file, cursor) = (server.dir().join("rows"), server.dir().join("cursor"));
     let appending = appending(&server, COUNT).await;
@@ -76,7 +76,7 @@ async fn a_file_written_by_a_follower_that_is_killed_at_random_has_no_hole_and_n
 
 #[tokio::test]
 async fn a_pipe_repeats_at_most_what_it_marks_as_repeated() {
-    let mut random = Random::for_test("a_pipe_repeats_at_most");
+    let mut random = random::for_test("a_pipe_repeats_at_most");
     let mut server = Server::start().await;
     let cursor = server.dir().join("cursor");
     let appending = appending(&server, COUNT).await;
