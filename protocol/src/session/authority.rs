@@ -154,7 +154,7 @@ struct Flight<T> {
 /// A durable chunk and the answers that it gives.
 pub type Committed<T> = (Arc<Chunk>, Vec<(T, Reply)>);
 
-/// See the [module](self).
+/// Decides what happens to one session: accepts or refuses requests, assigns seqs, makes chunks, answers once they are durable.
 #[derive(Debug)]
 pub struct Authority<T> {
     state: State,

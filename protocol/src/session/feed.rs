@@ -47,7 +47,7 @@ pub enum Place {
     Trimmed(u64),
 }
 
-/// See the [module](self).
+/// A cursor and a filter: decides which bytes a subscriber gets next, and never leaves out or repeats one.
 #[derive(Debug)]
 pub struct Feed {
     id: u64,

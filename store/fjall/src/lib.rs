@@ -22,7 +22,7 @@
 //! # Damage is loud
 //!
 //! fjall takes an undecodable journal entry for a torn tail and cuts the journal there, and it refuses to open after some
-//! torn tails that are legal. So the [journal check](check) runs before it: what follows a hole is compared with the
+//! torn tails that are legal. So the journal check (`check`) runs before it: what follows a hole is compared with the
 //! witness, and only a tail that was never acknowledged is cut off. Chunks carry checksums, numbers and links, which every
 //! read checks. The witness row counts commits and sums up a digest of every row, so that [`verify`] notices a row that
 //! vanished anywhere.

@@ -15,6 +15,8 @@ use tokio::sync::mpsc;
 use super::{Conditions, Faults, Link, Random};
 
 type Datagram = (SocketAddr, Vec<u8>);
+/// Where a link comes from and leads to.
+type Path = (SocketAddr, SocketAddr);
 
 /// Sockets inside one process, connected by [`Link`]s. Use it with `tokio::time` paused: hours pass in moments, and the same seed gives
 /// the same fates to the same datagrams.
@@ -23,8 +25,7 @@ pub struct SimNetwork {
     conditions: Arc<Conditions>,
     random: Mutex<Random>,
     sockets: Mutex<HashMap<SocketAddr, mpsc::UnboundedSender<Datagram>>>,
-    /// Links by where they come from and lead to.
-    links: Mutex<HashMap<(SocketAddr, SocketAddr), mpsc::UnboundedSender<Vec<u8>>>>,
+    links: Mutex<HashMap<Path, mpsc::UnboundedSender<Vec<u8>>>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
