@@ -1,6 +1,6 @@
 //! One attachment: a bidirectional QUIC stream bound to a session. Requests in; answers, acks and errors out.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::FOLD_VERSION;
@@ -20,7 +20,8 @@ use crate::subscription;
 /// What others see of an attachment.
 #[derive(Debug)]
 pub(crate) struct Attachment {
-    pub(crate) conn: Arc<Conn>,
+    /// Weak: the connection owns its producers, and those their attachment, which may outlive it at a session's owner.
+    pub(crate) conn: Weak<Conn>,
     pub(crate) author: Arc<Author>,
     pub(crate) outbox: Outbox,
 }
@@ -28,8 +29,10 @@ pub(crate) struct Attachment {
 impl Attachment {
     /// Answers a request with an error.
     pub(crate) fn refuse(&self, about: u64, id: u64, refusal: &Refusal) {
-        if about == OpenProducer::KIND {
-            self.conn.release_producer(id);
+        if about == OpenProducer::KIND
+            && let Some(conn) = self.conn.upgrade()
+        {
+            conn.release_producer(id);
         }
         self.outbox.push(Error {
             about,
@@ -54,8 +57,8 @@ pub(crate) async fn run<C: Connection>(
         Ok(author) => author,
         Err(refusal) => return refuse_attach(&outbox, &mut send, &mut frames, &refusal).await,
     };
-    let attachment = Arc::new(Attachment { conn, author, outbox });
-    let session = match attach(&attachment, &request).await {
+    let attachment = Arc::new(Attachment { conn: Arc::downgrade(&conn), author, outbox });
+    let session = match attach(&conn, &attachment, &request).await {
         Ok(Some(session)) => session,
         Ok(None) => {
             attachment.outbox.close();
@@ -68,7 +71,7 @@ pub(crate) async fn run<C: Connection>(
     };
     send.set_priority(priority::CONTROL);
     let reading = async {
-        let result = read(&transport, &attachment, &session, &mut frames).await;
+        let result = read(&transport, &conn, &attachment, &session, &mut frames).await;
         if let Err(FrameError::Violation(error)) = &result {
             attachment.refuse(0, 0, &Refusal::new(error.code, error.detail));
         }
@@ -94,7 +97,7 @@ pub(crate) async fn run<C: Connection>(
         } => {}
     }
     frames.stop(Code::NO_ERROR.0);
-    attachment.conn.detached();
+    conn.drop_producers(&attachment);
 }
 
 async fn refuse_attach<R: RecvStream>(
@@ -116,8 +119,7 @@ async fn refuse_attach<R: RecvStream>(
 }
 
 /// Answers ATTACH. `None` if the answer was `gone`.
-async fn attach(attachment: &Attachment, request: &Attach) -> Result<Option<SessionUse>, Refusal> {
-    let conn = &attachment.conn;
+async fn attach(conn: &Conn, attachment: &Attachment, request: &Attach) -> Result<Option<SessionUse>, Refusal> {
     let name = &request.session;
     conn.allow(Operation::Read, name).or_else(|_| conn.allow(Operation::Append, name))?;
     let sessions = conn.server.sessions();
@@ -176,11 +178,11 @@ pub(crate) async fn ask<T>(
 /// Reads requests until the client ends the stream.
 async fn read<C: Connection>(
     transport: &C,
+    conn: &Arc<Conn>,
     attachment: &Arc<Attachment>,
     session: &SessionUse,
     frames: &mut FrameReader<C::Recv>,
 ) -> Result<(), FrameError> {
-    let conn = &attachment.conn;
     let name = &session.id.name;
     while let Some(frame) = frames.next().await? {
         let request = match frame {
@@ -225,7 +227,7 @@ async fn read<C: Connection>(
                 let allowed = conn.allow(Operation::Read, name).and_then(|()| conn.open_subscription(id));
                 match allowed {
                     Ok(credit) => {
-                        subscription::spawn(transport, attachment.clone(), session, request, credit);
+                        subscription::spawn(transport, conn, session, request, credit);
                     }
                     Err(refusal) => attachment.refuse(Subscribe::KIND, id, &refusal),
                 }

@@ -19,7 +19,10 @@ use tokio::task::JoinSet;
 use crate::producer::{self, ProducerLink};
 use crate::server::Shared;
 use crate::subscription::SubscriptionCredit;
-use crate::{attachment, requests};
+use crate::{
+    attachment::{self, Attachment},
+    requests,
+};
 
 /// Who is at the other end.
 #[derive(Debug)]
@@ -227,18 +230,27 @@ impl Conn {
         self.opened().subscriptions.remove(&id);
     }
 
-    fn attached(&self) -> Result<usize, Refusal> {
-        let open = self.attachments.fetch_add(1, Ordering::Relaxed) + 1;
-        if open > self.server.config().attachments {
-            self.attachments.fetch_sub(1, Ordering::Relaxed);
-            return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the connection has too many attachments"));
-        }
-        Ok(open)
+    /// The attachment has ended: so have the producers whose QUIC stream has not come.
+    pub(crate) fn drop_producers(&self, attachment: &Arc<Attachment>) {
+        self.opened().producers.retain(|_, link| !Arc::ptr_eq(&link.attachment, attachment));
     }
 
-    /// An attachment has ended.
-    pub(crate) fn detached(&self) {
-        self.attachments.fetch_sub(1, Ordering::Relaxed);
+    /// Counts an attachment for as long as the result lives.
+    fn attached(self: &Arc<Self>) -> Result<Attached, Refusal> {
+        let attached = Attached(self.clone());
+        if self.attachments.fetch_add(1, Ordering::Relaxed) as u64 >= self.server.config().attachments as u64 {
+            return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the connection has too many attachments"));
+        }
+        Ok(attached)
+    }
+}
+
+/// One of a connection's attachments.
+struct Attached(Arc<Conn>);
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        self.0.attachments.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -416,7 +428,7 @@ async fn bidirectional<C: Connection>(transport: C, conn: Arc<Conn>, mut send: C
     let error = match first_frame(&conn, &mut frames).await {
         Ok(None) => return send.finish(),
         Ok(Some(Frame::Attach(request))) => match conn.attached() {
-            Ok(_) => {
+            Ok(_attached) => {
                 allow_streams(&conn, &transport);
                 return attachment::run(transport, conn, request, send, frames).await;
             }

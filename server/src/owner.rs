@@ -342,7 +342,9 @@ impl Owner {
                 let session = self.session.clone();
                 let key = handle.key().clone();
                 let link = Arc::new(ProducerLink { id, handle, epoch, session, attachment: attachment.clone() });
-                attachment.conn.add_producer(link.clone());
+                if let Some(conn) = attachment.conn.upgrade() {
+                    conn.add_producer(link.clone());
+                }
                 if let Some(old) = self.holders.insert(key, link)
                     && old.epoch < epoch
                 {

@@ -52,6 +52,10 @@ async fn pump<R: RecvStream>(
 ) -> Result<(), FrameError> {
     let mut credit = CreditReceived::new(conn.server.config().producer_window);
     loop {
+        if link.attachment.outbox.is_closed() {
+            // Nothing could be acknowledged (spec SESS-12).
+            return Err(ProtocolError::new(Code::PRODUCER_UNKNOWN, "the producer's attachment has ended").into());
+        }
         let mut batches = Vec::new();
         let mut bytes = 0;
         while let Some(frame) = frames.buffered()? {

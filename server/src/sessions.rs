@@ -63,6 +63,13 @@ impl std::ops::Deref for SessionUse {
     }
 }
 
+impl Clone for SessionUse {
+    fn clone(&self) -> Self {
+        self.0.users.fetch_add(1, Ordering::Relaxed);
+        Self(self.0.clone())
+    }
+}
+
 impl Drop for SessionUse {
     fn drop(&mut self) {
         self.0.users.fetch_sub(1, Ordering::Relaxed);

@@ -12,7 +12,8 @@ use mainstay_store::ReadFrom;
 use mainstay_transport::{Connection, SendStream, StreamError, priority};
 use tokio::sync::Notify;
 
-use crate::attachment::{Attachment, ask};
+use crate::attachment::ask;
+use crate::connection::Conn;
 use crate::owner::Command;
 use crate::sessions::{Session, SessionUse, refusal};
 
@@ -69,27 +70,27 @@ impl From<StreamError> for End {
 /// Starts a subscription.
 pub(crate) fn spawn<C: Connection>(
     transport: &C,
-    attachment: Arc<Attachment>,
+    conn: &Arc<Conn>,
     session: &SessionUse,
     request: Subscribe,
     credit: Arc<SubscriptionCredit>,
 ) {
-    let session: Arc<Session> = Arc::clone(session);
-    let conn = attachment.conn.clone();
+    let session = session.clone();
+    let conn = conn.clone();
     let transport = transport.clone();
     conn.clone().spawn(async move {
         let id = request.id;
         if let Ok(send) = transport.open_uni().await {
             drop(transport);
-            Box::pin(run(attachment, session, request, credit, send)).await;
+            Box::pin(run(&conn, session, request, credit, send)).await;
         }
         conn.forget_subscription(id);
     });
 }
 
 async fn run<S: SendStream>(
-    attachment: Arc<Attachment>,
-    session: Arc<Session>,
+    conn: &Conn,
+    session: SessionUse,
     request: Subscribe,
     credit: Arc<SubscriptionCredit>,
     mut send: S,
@@ -97,7 +98,7 @@ async fn run<S: SendStream>(
     let stopped = send.stopped();
     let mut out = Sender { send: &mut send, credit: &credit };
     let end = tokio::select! {
-        end = deliver(&attachment, &session, request, &mut out) => end,
+        end = deliver(conn, &session, request, &mut out) => end,
         _ = stopped => Err(End::Client),
         () = credit.ended.notified() => Err(End::Client),
     };
@@ -124,12 +125,11 @@ async fn run<S: SendStream>(
 
 /// Delivers until the session is closed and everything was delivered.
 async fn deliver<S: SendStream>(
-    attachment: &Attachment,
+    conn: &Conn,
     session: &Arc<Session>,
     request: Subscribe,
     out: &mut Sender<'_, S>,
 ) -> Result<(), End> {
-    let conn = &attachment.conn;
     let store = &conn.server.sessions().store;
     let mut changed = session.extent.subscribe();
     let mut extent = *changed.borrow_and_update();

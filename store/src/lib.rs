@@ -27,7 +27,7 @@
 //! trim needs one.
 //!
 //! [`MemoryStore`] is the executable model of this text; the `testing` feature holds the suite that every engine
-//! passes, and [`FaultyStore`](testing::FaultyStore), which makes any engine fail on purpose.
+//! passes, and `FaultyStore`, which makes any engine fail on purpose.
 
 mod contract;
 mod memory;

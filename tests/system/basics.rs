@@ -1,6 +1,7 @@
 //! The main path: create, append, follow, come back.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mainstay_client::{Event, Start, Subscription};
 use mainstay_server::Config;
@@ -62,4 +63,26 @@ async fn appends_are_acknowledged_in_order_and_followed_live_over_quic() {
     let server = QuicServer::start(Arc::new(MemoryStore::new()), Config::default());
     append_and_follow(server.client()).await;
     server.stop().await;
+}
+
+/// A producer that was granted and never used once kept its connection in memory, and with it everything else.
+#[tokio::test]
+async fn lost_connections_leave_nothing_in_memory() {
+    let store = Arc::new(MemoryStore::new());
+    let server = MemoryServer::start(store.clone(), Config::default());
+    for _ in 0..3 {
+        let client = server.client();
+        let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+        let producer = session.producer("p").await.expect("a producer");
+        producer.append(session.main(), "x").await.expect("append").await.expect("stored");
+        let _unused = session.producer("unused").await.expect("a producer");
+    }
+    server.stop().await;
+    let alone = async {
+        while Arc::strong_count(&store) > 1 {
+            tokio::task::yield_now().await;
+        }
+    };
+    let waited = tokio::time::timeout(Duration::from_secs(10), alone).await;
+    assert_eq!(waited, Ok(()), "{} still hold the store", Arc::strong_count(&store) - 1);
 }

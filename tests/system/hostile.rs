@@ -228,6 +228,18 @@ async fn limits_of_a_connection_are_refused_by_name() {
 }
 
 #[tokio::test]
+async fn refused_attachments_do_not_count_against_the_connection() {
+    let server = server();
+    let raw = Raw::hello(&server).await;
+    let absent =
+        Attach { mode: AttachMode::Attach, session: "absent".parse().expect("a name"), incarnation: None, next: None };
+    for _ in 0..Config::default().attachments + 1 {
+        let (_send, mut frames) = raw.open(&Frame::from(absent.clone()).to_bytes()).await;
+        assert_eq!(error(&mut frames).await, Code::SESSION_NOT_FOUND);
+    }
+}
+
+#[tokio::test]
 async fn a_client_that_says_nothing_is_told_so_and_dropped() {
     let mut config = Config::default();
     config.hello_timeout = Duration::from_millis(200);

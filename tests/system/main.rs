@@ -2,6 +2,7 @@
 
 mod auth;
 mod basics;
+mod cli;
 mod crash;
 mod damage;
 mod disk;

@@ -64,6 +64,11 @@ impl Outbox {
         self.ready.notify_one();
     }
 
+    /// True once [`Outbox::close`] was called.
+    pub fn is_closed(&self) -> bool {
+        self.lock().closing
+    }
+
     /// Lets no more frames in; the stream ends after what waits.
     pub fn close(&self) {
         self.lock().closing = true;

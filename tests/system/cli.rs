@@ -1,0 +1,165 @@
+//! The command line as scripts use it: names, fields, exit codes.
+
+use std::process::Stdio;
+
+use mainstay_tests::process::{Server, binary, events, named, run};
+use tokio::io::AsyncWriteExt;
+use tokio::process::Command;
+
+async fn append(server: &Server, args: &[&str], input: &[u8]) -> i32 {
+    let mut command = server.command(&[&["append"], args].concat());
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("append");
+    child.stdin.take().expect("input").write_all(input).await.expect("write");
+    child.wait().await.expect("exit status").code().expect("an exit code")
+}
+
+fn code(output: &std::process::Output) -> Option<i32> {
+    output.status.code()
+}
+
+#[tokio::test]
+async fn a_session_is_created_shown_listed_closed_and_deleted() {
+    let server = Server::start().await;
+    let session = async |args: &[&str]| run(server.command(&[&["session"], args, &["--json"]].concat())).await;
+    assert_eq!(code(&session(&["create", "agent:1"]).await), Some(0));
+    let again = session(&["create", "agent:1"]).await;
+    assert_eq!(code(&again), Some(3));
+    assert_eq!(events(&again.stdout)[0]["code"], "SESSION_EXISTS");
+    assert_eq!(append(&server, &["agent:1"], b"one\ntwo\n").await, 0);
+    let shown = events(&session(&["show", "agent:1"]).await.stdout);
+    assert_eq!((shown[0]["tail"].as_u64(), shown[0]["closed"].as_bool()), (Some(2), Some(false)));
+    let listed = events(&session(&["ls", "agent:"]).await.stdout);
+    assert_eq!((listed.len(), listed[0]["name"].as_str()), (1, Some("agent:1")));
+    assert_eq!(events(&session(&["close", "agent:1"]).await.stdout)[0]["seq"], 2);
+    assert_eq!(append(&server, &["agent:1"], b"three\n").await, 3, "a closed session refuses");
+    // A follower of a closed session ends by itself.
+    let tail = run(server.command(&["tail", "agent:1", "--json"])).await;
+    let rows = events(&tail.stdout);
+    let kinds: Vec<_> = named(&rows, "record").iter().map(|row| row["kind"].as_str()).collect();
+    assert_eq!(kinds, [Some("data"), Some("data"), Some("session.closed")]);
+    assert_eq!(code(&session(&["delete", "agent:1"]).await), Some(0));
+    let gone = session(&["show", "agent:1"]).await;
+    assert_eq!((code(&gone), events(&gone.stdout)[0]["code"].as_str()), (Some(3), Some("SESSION_NOT_FOUND")));
+}
+
+#[tokio::test]
+async fn a_cursor_of_another_incarnation_is_gone_not_continued() {
+    let server = Server::start().await;
+    let cursor = server.dir().join("cursor");
+    let cursor = cursor.to_str().expect("text");
+    assert_eq!(append(&server, &["s"], b"old\n").await, 0);
+    let tail =
+        async || run(server.command(&["tail", "s", "--cursor-file", cursor, "--until-idle", "100", "--json"])).await;
+    assert_eq!(code(&tail().await), Some(0));
+    run(server.command(&["session", "delete", "s"])).await;
+    assert_eq!(append(&server, &["s"], b"new\n").await, 0);
+    let output = tail().await;
+    assert_eq!((code(&output), events(&output.stdout)[0]["code"].as_str()), (Some(3), Some("GONE")));
+}
+
+#[tokio::test]
+async fn filters_positions_and_binary_payloads_come_out_as_documented() {
+    let server = Server::start().await;
+    assert_eq!(append(&server, &["s"], b"a\nb\n").await, 0);
+    assert_eq!(append(&server, &["s", "--stream", "tools"], b"c\n\xff\xfe\n").await, 0);
+    let tail = async |args: &[&str]| {
+        let args = [&["tail", "s", "--until-idle", "100", "--json"], args].concat();
+        events(&run(server.command(&args)).await.stdout)
+    };
+    let all = tail(&[]).await;
+    assert_eq!(all[0]["event"], "attached");
+    assert_eq!(
+        (all[0]["verdict"].as_str(), all[0]["next"].as_u64(), all[0]["tail"].as_u64()),
+        (Some("exact"), Some(0), Some(4))
+    );
+    let records = named(&all, "record");
+    assert_eq!(records.len(), 4);
+    assert_eq!((records[3]["data_base64"].as_str(), &records[3]["data"]), (Some("//4="), &serde_json::Value::Null));
+    assert!(records[0]["author"].as_str().is_some_and(|author| author.starts_with("dev/")));
+    assert_eq!(named(&all, "caught_up")[0]["tail"], 4);
+    let tools = tail(&["--stream", "tools"]).await;
+    let seqs: Vec<_> = named(&tools, "record").iter().map(|row| row["seq"].as_u64()).collect();
+    assert_eq!(seqs, [Some(2), Some(3)]);
+    assert_eq!(named(&tail(&["--from", "3"]).await, "record").len(), 1);
+    assert_eq!(named(&tail(&["--from", "latest"]).await, "record").len(), 0);
+    assert_eq!(named(&tail(&["--kind", "session.closed"]).await, "record").len(), 0);
+    assert_eq!(named(&tail(&["--max", "2"]).await, "record").len(), 2);
+}
+
+#[tokio::test]
+async fn exit_codes_and_error_names_are_those_of_the_contract() {
+    let mut server = Server::start().await;
+    let usage = run(server.command(&["tail"])).await;
+    assert_eq!(code(&usage), Some(2));
+    let usage = run(server.command(&["tail", "s", "--kind", "nonsense", "--json"])).await;
+    assert_eq!((code(&usage), events(&usage.stdout)[0]["code"].as_str()), (Some(2), Some("USAGE")));
+    let usage = run(server.command(&["tail", "", "--json"])).await;
+    assert_eq!((code(&usage), events(&usage.stdout)[0]["code"].as_str()), (Some(2), Some("NAME_INVALID")));
+    // The data directory of a running server is not verified behind its back.
+    let mut verify = Command::new(binary());
+    verify.args(["verify", "--json", "--data"]).arg(server.dir());
+    let locked = run(verify).await;
+    assert_eq!((code(&locked), events(&locked.stdout)[0]["code"].as_str()), (Some(1), Some("LOCKED")));
+    server.kill().await;
+    std::fs::remove_file(server.dir().join("store").join("witness")).expect("remove");
+    let (code, said) = server.try_restart().await.expect_err("a damaged store does not start");
+    assert_eq!(code, Some(5));
+    assert!(said.contains("DAMAGED") && said.contains("witness"), "{said}");
+    // Without a connection file nobody can be reached.
+    let mut lost = Command::new(binary());
+    let empty = tempfile::tempdir().expect("a directory");
+    lost.args(["tail", "s", "--json"]).env_remove("MAINSTAY_CONNECT").env("XDG_STATE_HOME", empty.path());
+    let unreachable = run(lost).await;
+    assert_eq!(
+        (unreachable.status.code(), events(&unreachable.stdout)[0]["code"].as_str()),
+        (Some(4), Some("UNREACHABLE"))
+    );
+}
+
+#[tokio::test]
+async fn tokens_are_made_read_and_believed_by_a_server_that_knows_their_key() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let key = dir.path().join("key");
+    let mainstay = async |args: &[&str]| {
+        let mut command = Command::new(binary());
+        command.args(args);
+        run(command).await
+    };
+    let keygen = mainstay(&["token", "keygen", "--out", key.to_str().expect("text"), "--json"]).await;
+    let public = events(&keygen.stdout)[0]["public"].as_str().expect("a key").to_owned();
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&key).expect("the key").permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    let mint = ["token", "mint", "--subject", "alice", "--grant", "team/=read,append,create", "--key"];
+    let minted = mainstay(&[&mint[..], &[key.to_str().expect("text"), "--json"]].concat()).await;
+    let token = events(&minted.stdout)[0]["token"].as_str().expect("a token").to_owned();
+    let inspected = events(&mainstay(&["token", "inspect", &token, "--json"]).await.stdout);
+    assert_eq!(inspected[0]["subject"], "alice");
+    assert_eq!(inspected[0]["grants"][0]["ops"], serde_json::json!(["read", "append", "create"]));
+
+    let config = dir.path().join("config.toml");
+    std::fs::write(&config, format!("[auth]\nkeys = [\"{public}\"]\n")).expect("write");
+    let server = Server::start_in(&dir.path().join("data"), &["--config", config.to_str().expect("text")]).await;
+    let text = std::fs::read_to_string(server.connect_file()).expect("a connection file");
+    let mut file: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    file["token"] = token.into();
+    let alice = dir.path().join("alice.json");
+    std::fs::write(&alice, file.to_string()).expect("write");
+    let create = |name: &str| mainstay_tests::process::command(&alice, &["session", "create", name, "--json"]);
+    assert_eq!(run(create("team/a")).await.status.code(), Some(0));
+    let refused = run(create("other")).await;
+    assert_eq!((refused.status.code(), events(&refused.stdout)[0]["code"].as_str()), (Some(3), Some("FORBIDDEN")));
+}
+
+#[tokio::test]
+async fn completions_and_manual_pages_are_made_from_the_command_line() {
+    let dir = tempfile::tempdir().expect("a directory");
+    for shell in ["bash", "zsh", "fish"] {
+        let mut command = Command::new(binary());
+        command.args(["completions", shell]);
+        assert!(String::from_utf8_lossy(&run(command).await.stdout).contains("mainstay"));
+    }
+    let mut command = Command::new(binary());
+    command.arg("man").arg(dir.path());
+    assert!(run(command).await.status.success());
+    assert!(dir.path().join("mainstay-append.1").exists());
+}
