@@ -16,7 +16,7 @@ use mainstay_protocol::wire::{
     Ack, Acked, Body, CloseSession, Closed, DefineStream, DeleteSession, Deleted, Error, Label, Message, OpenProducer,
     Position, Producer, Refused, Stream, Subject, Trim, Trimmed, put_frame,
 };
-use mainstay_store::{Committing, Outcome as Committed, Pending, StoreError, Writer};
+use mainstay_store::{Committing, Outcome as Committed, Pending, SessionStat, StoreError, Writer};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::{Duration, Instant};
 
@@ -76,8 +76,15 @@ enum Role {
 /// Work on the store beside commits.
 enum Upkeep {
     None,
-    Snapshot { running: Pending<()>, then_trim: Option<u64> },
-    Trim(Pending<()>),
+    /// `first` is the state's in the snapshot.
+    Snapshot {
+        running: Pending<()>,
+        first: u64,
+    },
+    Trim {
+        running: Pending<()>,
+        first: u64,
+    },
 }
 
 /// See the [module](self).
@@ -91,6 +98,8 @@ pub(crate) struct Owner {
     upkeep: Upkeep,
     /// Chunk bytes since the last snapshot.
     unsnapshotted: usize,
+    /// Records below it were released by the store, as far as is known.
+    released: u64,
     /// Who appends as which producer, to tell them when they are fenced.
     holders: HashMap<ProducerKey, Arc<ProducerLink>>,
     stopping: bool,
@@ -105,7 +114,7 @@ impl Owner {
         session: Arc<Session>,
         mailbox: mpsc::Receiver<Command>,
         state: State,
-        created: u64,
+        SessionStat { created, first: released, .. }: SessionStat,
     ) -> Self {
         Self {
             sessions,
@@ -116,6 +125,7 @@ impl Owner {
             committing: None,
             upkeep: Upkeep::None,
             unsnapshotted: 0,
+            released,
             holders: HashMap::new(),
             stopping: false,
         }
@@ -185,7 +195,7 @@ impl Owner {
         });
         self.sessions.leave(&self.session);
         match core::mem::replace(&mut self.upkeep, Upkeep::None) {
-            Upkeep::Snapshot { running, .. } | Upkeep::Trim(running) => drop(running.await),
+            Upkeep::Snapshot { running, .. } | Upkeep::Trim { running, .. } => drop(running.await),
             Upkeep::None => {}
         }
         if let Some(Role::Writer { authority, writer }) = self.role.take() {
@@ -277,45 +287,43 @@ impl Owner {
         }
         self.answer(replies);
         self.unsnapshotted += chunk.bytes().len();
-        if self.unsnapshotted >= self.sessions.config.snapshot_bytes {
-            self.snapshot(None);
-        }
+        self.keep_up();
     }
 
-    /// Keeps a snapshot unless one is being kept; with `then_trim` releases the chunks below that seq after it.
-    fn snapshot(&mut self, then_trim: Option<u64>) {
+    /// Starts what is due and not running: a snapshot after many bytes and before a trim.
+    fn keep_up(&mut self) {
         let Some(Role::Writer { authority, writer }) = &self.role else {
             return;
         };
-        match &mut self.upkeep {
-            Upkeep::None => {
-                let running = self.sessions.store.put_snapshot(writer, authority.state().snapshot());
-                self.upkeep = Upkeep::Snapshot { running, then_trim };
-                self.unsnapshotted = 0;
-            }
-            // A trim that comes while something runs is done by the next snapshot.
-            Upkeep::Snapshot { .. } | Upkeep::Trim(_) => {
-                if then_trim.is_some() {
-                    self.unsnapshotted = self.sessions.config.snapshot_bytes;
-                }
-            }
+        let state = authority.state();
+        let due = self.unsnapshotted >= self.sessions.config.snapshot_bytes || state.first() > self.released;
+        if due && matches!(self.upkeep, Upkeep::None) {
+            let running = self.sessions.store.put_snapshot(writer, state.snapshot());
+            self.upkeep = Upkeep::Snapshot { running, first: state.first() };
+            self.unsnapshotted = 0;
         }
     }
 
     fn continue_upkeep(&mut self, result: Result<(), StoreError>) {
         let done = core::mem::replace(&mut self.upkeep, Upkeep::None);
-        let Some(Role::Writer { authority, writer }) = &self.role else {
+        let Some(Role::Writer { writer, .. }) = &self.role else {
             return;
         };
         if let Err(error) = result {
+            // Tried again after the next commit, not at once: the store has too much to do or no space.
             tracing::warn!(session = %self.session.id, %error, "snapshot or trim not done; it will be repeated");
             return;
         }
-        if let Upkeep::Snapshot { then_trim, .. } = done {
-            let first = authority.state().first();
-            if then_trim.is_some() || first > 0 {
-                self.upkeep = Upkeep::Trim(self.sessions.store.trim(writer, then_trim.unwrap_or(first)));
+        match done {
+            Upkeep::Snapshot { first, .. } if first > self.released => {
+                let running = self.sessions.store.trim(writer, first);
+                self.upkeep = Upkeep::Trim { running, first };
             }
+            Upkeep::Trim { first, .. } => {
+                self.released = first;
+                self.keep_up();
+            }
+            _ => self.keep_up(),
         }
     }
 
@@ -361,10 +369,7 @@ impl Owner {
             }
             Reply::Stream { id, name } => outbox.push(Stream { id, name }),
             Reply::Closed { seq } => outbox.push(Closed { seq }),
-            Reply::Trimmed { first } => {
-                outbox.push(Trimmed { first });
-                self.snapshot(Some(first));
-            }
+            Reply::Trimmed { first } => outbox.push(Trimmed { first }),
             Reply::Appended { .. } => {}
         }
     }
@@ -573,7 +578,7 @@ async fn committed(committing: &mut Option<(Committing, Arc<Chunk>)>) -> Committ
 /// Waits for the upkeep that runs, for ever if there is none.
 async fn upkeep(upkeep: &mut Upkeep) -> Result<(), StoreError> {
     match upkeep {
-        Upkeep::Snapshot { running, .. } | Upkeep::Trim(running) => running.await,
+        Upkeep::Snapshot { running, .. } | Upkeep::Trim { running, .. } => running.await,
         Upkeep::None => core::future::pending().await,
     }
 }

@@ -178,7 +178,7 @@ impl Sessions {
             streams: RwLock::new(Arc::new(state.streams().clone())),
             users: AtomicUsize::new(0),
         });
-        tokio::spawn(Owner::new(self.clone(), session.clone(), mailbox, state, stat.created).run());
+        tokio::spawn(Owner::new(self.clone(), session.clone(), mailbox, state, stat).run());
         Ok(session)
     }
 

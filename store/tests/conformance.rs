@@ -15,8 +15,14 @@ async fn the_memory_store_keeps_the_contract() {
 
 #[tokio::test]
 async fn a_driver_that_repeats_and_resolves_gets_the_contract_from_a_faulty_store() {
-    let faults =
-        Faults { not_committed: 150, unknown_stored: 150, unknown_lost: 150, short_read: 300, overloaded: 200 };
+    let faults = Faults {
+        not_committed: 150,
+        unknown_stored: 150,
+        unknown_lost: 150,
+        short_read: 300,
+        overloaded: 200,
+        trim_refused: 0,
+    };
     for seed in 0..50 {
         for (name, case) in CASES {
             println!("{name} with seed {seed}");

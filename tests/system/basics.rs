@@ -4,8 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mainstay_client::{Event, Start, Subscription};
+use mainstay_protocol::session::SessionName;
 use mainstay_server::Config;
-use mainstay_store::MemoryStore;
+use mainstay_store::testing::{Faults, FaultyStore};
+use mainstay_store::{MemoryStore, Store};
 use mainstay_tests::harness::{MemoryServer, QuicServer};
 
 /// Reads payloads until `count` have come.
@@ -85,4 +87,37 @@ async fn lost_connections_leave_nothing_in_memory() {
     };
     let waited = tokio::time::timeout(Duration::from_secs(10), alone).await;
     assert_eq!(waited, Ok(()), "{} still hold the store", Arc::strong_count(&store) - 1);
+}
+
+/// A crash, or a store with too much to do, between the durable TRIM entry and the release of the space behind it.
+#[tokio::test]
+async fn space_that_a_trim_did_not_release_is_released_after_the_next_load() {
+    let refusing = Faults { trim_refused: 1000, ..Faults::default() };
+    let store = Arc::new(FaultyStore::new(MemoryStore::new(), refusing, 1));
+    let name: SessionName = "s".parse().expect("a name");
+    let kept_from = async || store.stat(name.clone()).await.expect("the store answers").expect("the session").first;
+    let append = async |server: &MemoryServer| {
+        let session = server.client().session("s").expect("a name").create().attach().await.expect("attach");
+        let producer = session.producer("p").await.expect("a producer");
+        producer.append(session.main(), "x").await.expect("append").await.expect("stored");
+        session
+    };
+    let server = MemoryServer::start(store.clone(), Config::default());
+    append(&server).await;
+    let session = append(&server).await;
+    assert_eq!(session.trim(1).await, Ok(1));
+    drop(session);
+    server.stop().await;
+    assert_eq!(kept_from().await, 0, "the trim was to be refused");
+
+    store.set_faults(Faults::default());
+    let server = MemoryServer::start(store.clone(), Config::default());
+    let _session = append(&server).await;
+    let released = async {
+        while kept_from().await != 1 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), released).await.expect("the space is released");
+    server.stop().await;
 }

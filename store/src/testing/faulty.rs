@@ -23,20 +23,31 @@ pub struct Faults {
     pub short_read: u32,
     /// Any other request is refused with `Overloaded`.
     pub overloaded: u32,
+    /// A trim is refused with `Overloaded`.
+    pub trim_refused: u32,
 }
 
 /// Wraps a store and makes it fail as [`Faults`] says. The same seed and the same calls fail in the same places.
 #[derive(Debug)]
 pub struct FaultyStore<S> {
     inner: S,
-    faults: Faults,
+    faults: Mutex<Faults>,
     random: Arc<Mutex<u64>>,
 }
 
 impl<S> FaultyStore<S> {
     /// Wraps `inner`.
     pub fn new(inner: S, faults: Faults, seed: u64) -> Self {
-        Self { inner, faults, random: Arc::new(Mutex::new(seed)) }
+        Self { inner, faults: Mutex::new(faults), random: Arc::new(Mutex::new(seed)) }
+    }
+
+    /// Changes what goes wrong from now on.
+    pub fn set_faults(&self, faults: Faults) {
+        *self.faults.lock().unwrap_or_else(PoisonError::into_inner) = faults;
+    }
+
+    fn faults(&self) -> Faults {
+        *self.faults.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// SplitMix64, reduced to thousandths.
@@ -50,7 +61,7 @@ impl<S> FaultyStore<S> {
     }
 
     fn refuse<T: Send + 'static>(&self) -> Option<Pending<T>> {
-        (self.roll() < self.faults.overloaded)
+        (self.roll() < self.faults().overloaded)
             .then(|| -> Pending<T> { Box::pin(core::future::ready(Err(StoreError::Overloaded))) })
     }
 }
@@ -73,7 +84,7 @@ impl<S: Store> Store for FaultyStore<S> {
     }
 
     fn append(&self, writer: &Writer, chunk: Arc<Chunk>) -> Committing {
-        let Faults { not_committed, unknown_stored, unknown_lost, .. } = self.faults;
+        let Faults { not_committed, unknown_stored, unknown_lost, .. } = self.faults();
         let roll = self.roll();
         let unknown = || Committing::ready(Outcome::Unknown(StoreError::Overloaded));
         if roll < not_committed {
@@ -94,7 +105,7 @@ impl<S: Store> Store for FaultyStore<S> {
     }
 
     fn read(&self, session: SessionId, from: ReadFrom, budget: usize) -> Pending<Page> {
-        let budget = if self.roll() < self.faults.short_read { 1 } else { budget };
+        let budget = if self.roll() < self.faults().short_read { 1 } else { budget };
         self.inner.read(session, from, budget)
     }
 
@@ -107,6 +118,9 @@ impl<S: Store> Store for FaultyStore<S> {
     }
 
     fn trim(&self, writer: &Writer, before: u64) -> Pending<()> {
+        if self.roll() < self.faults().trim_refused {
+            return Box::pin(core::future::ready(Err(StoreError::Overloaded)));
+        }
         self.refuse().unwrap_or_else(|| self.inner.trim(writer, before))
     }
 
