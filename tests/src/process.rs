@@ -125,6 +125,13 @@ impl Server {
         Err((status.code(), said))
     }
 
+    /// Waits until it ends by itself and returns its exit code.
+    pub async fn ended(&mut self) -> Option<i32> {
+        let mut child = self.child.take()?;
+        let status = tokio::time::timeout(PATIENCE, child.wait()).await.expect("the server ends in time");
+        status.expect("an exit status").code()
+    }
+
     /// Stops it with SIGTERM and returns its exit code.
     pub async fn terminate(&mut self) -> Option<i32> {
         let mut child = self.child.take()?;

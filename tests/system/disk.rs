@@ -1,4 +1,4 @@
-//! A full disk: refused by name, reads go on, service resumes by itself.
+//! A full disk: refused by name, reads go on, service resumes by itself. A disk that fails: nothing more is believed.
 
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -78,4 +78,65 @@ async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
     let rows = events(&output.stdout);
     let data: Vec<_> = named(&rows, "record").iter().map(|row| row["data"].as_str().map(str::to_owned)).collect();
     assert!(data.into_iter().eq((0..101).map(|n| Some(n.to_string()))));
+}
+
+#[tokio::test]
+async fn a_failed_sync_stops_the_server_and_what_was_pending_is_stored_once_after_a_restart() {
+    let mut server = Server::start().await;
+    let mut command = server.command(&["append", "s1", "--json"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("append");
+    let mut stdin = child.stdin.take().expect("input");
+    let mut lines = BufReader::new(child.stdout.take().expect("output")).lines();
+    let mut ack = async |line: u64| {
+        loop {
+            let text = timeout(PATIENCE, lines.next_line()).await.expect("in time").expect("output").expect("a line");
+            let event: Value = serde_json::from_str(&text).expect("JSON");
+            if event["event"] == "ack" {
+                assert_eq!((event["line"].as_u64(), event["seq"].as_u64()), (Some(line), Some(line)));
+                return;
+            }
+            assert_eq!(event["event"], "warning", "{event}");
+        }
+    };
+    for line in 0..10 {
+        stdin.write_all(format!("{line}\n").as_bytes()).await.expect("write");
+        ack(line).await;
+    }
+    // From here on every sync fails, as on a disk that is dying.
+    let trace = server.dir().join("trace");
+    let strace = tokio::process::Command::new("strace")
+        .args(["-f", "-e", "trace=fdatasync,fsync", "-e", "inject=fdatasync,fsync:error=EIO", "-o"])
+        .arg(&trace)
+        .args(["-p", &server.pid().to_string()])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn();
+    let Ok(mut strace) = strace else {
+        eprintln!("SKIPPED: a failed sync: strace is not installed");
+        return;
+    };
+    let mut said = BufReader::new(strace.stderr.take().expect("messages")).lines();
+    let attached = timeout(PATIENCE, said.next_line()).await.expect("in time").expect("messages").unwrap_or_default();
+    if !attached.contains("attached") {
+        eprintln!("SKIPPED: a failed sync: strace may not trace here: {attached}");
+        return;
+    }
+    stdin.write_all(b"10\n11\n").await.expect("write");
+    assert_eq!(server.ended().await, Some(5), "the server stops with the code for a failed store");
+    let injected = std::fs::read_to_string(&trace).expect("what strace saw");
+    assert!(injected.contains("INJECTED"), "no sync was made to fail: {injected}");
+    strace.wait().await.expect("strace ends with the server");
+
+    server.restart().await;
+    for line in 10..12 {
+        ack(line).await;
+    }
+    drop(stdin);
+    let status = timeout(PATIENCE, child.wait()).await.expect("in time").expect("a status");
+    assert!(status.success());
+    let output = run(server.command(&["tail", "s1", "--from", "earliest", "--max", "12", "--json"])).await;
+    let rows = events(&output.stdout);
+    let data: Vec<_> = named(&rows, "record").iter().filter_map(|row| row["data"].as_str()).map(String::from).collect();
+    assert_eq!(data, (0..12).map(|n: u64| n.to_string()).collect::<Vec<_>>());
 }
