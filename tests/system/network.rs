@@ -19,7 +19,9 @@ async fn appends_and_reads_are_exact_over_a_network_that_loses_reorders_and_dupl
     const LINES: u64 = 5000;
     let mut random = random::for_test("appends_and_reads_are_exact_over_a_network");
     let mut server = Server::start().await;
-    let proxy = proxy(&server, &mut random, Faults::mobile()).await;
+    // Often enough that a run of a few hundred datagrams without any of them is out of the question.
+    let faults = Faults { loss: 0.08, reorder: 0.1, duplicate: 0.1, ..Faults::mobile() };
+    let proxy = proxy(&server, &mut random, faults).await;
     let connect = server.connect_file_at(proxy.addr(), "through-proxy.json");
     let mut append = command(&connect, &["append", "s1", "--json"]);
     let mut child = append.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("append");
