@@ -1,7 +1,6 @@
 //! A full disk: refused by name, reads go on, service resumes by itself. A disk that fails: nothing more is believed.
 
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use mainstay_tests::process::{PATIENCE, Server, events, named, run};
 use serde_json::Value;
@@ -72,7 +71,6 @@ async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
     drop(stdin);
     assert!(timeout(PATIENCE, child.wait()).await.expect("in time").expect("exit status").success());
     server.kill().await;
-    tokio::time::sleep(Duration::from_millis(50)).await;
     server.restart().await;
     let output = run(server.command(&["tail", "s1", "--max", "101", "--json"])).await;
     let rows = events(&output.stdout);
