@@ -13,7 +13,7 @@ use mainstay_store::MemoryStore;
 use mainstay_tests::harness::{claims, now};
 use mainstay_tests::proxy::Faults;
 use mainstay_tests::random::{self, Random};
-use mainstay_transport::quic::{Identity, QuicConnector, QuicListener, ServerKeys, TokioRuntime, Trust};
+use mainstay_transport::quic::{GatheringRuntime, Identity, QuicConnector, QuicListener, ServerKeys, Trust};
 use mainstay_transport::sim::SimNetwork;
 use tokio::task::JoinHandle;
 
@@ -54,7 +54,7 @@ impl World {
         let identity = Identity::self_signed(&self.tls_key, now() as u64).expect("a certificate");
         let socket = self.network.bind(server_addr());
         let limits = config.transport_limits();
-        let runtime = Arc::new(TokioRuntime);
+        let runtime = Arc::new(GatheringRuntime);
         let listener = QuicListener::over(socket, runtime, identity, &self.keys, &limits, ALPN).expect("a listener");
         let server = Server::new(Arc::new(self.store.clone()), Keyring::new([self.key.verifying_key()]), config);
         self.server = tokio::spawn(async move { server.serve(listener, std::future::pending()).await });
@@ -69,7 +69,7 @@ impl World {
         config.give_up_after = None;
         let socket = self.network.bind(([10, 0, 1, 1], self.clients).into());
         let limits = config.transport_limits();
-        let runtime = Arc::new(TokioRuntime);
+        let runtime = Arc::new(GatheringRuntime);
         let connector =
             QuicConnector::over(socket, runtime, server_addr(), &trust, &limits, ALPN).expect("a connector");
         Client::new(connector, config)

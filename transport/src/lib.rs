@@ -10,6 +10,7 @@
 //! reset and stop with a code, and strict priorities among what is ready to be sent.
 
 mod frames;
+mod gather;
 pub mod memory;
 mod outbox;
 pub mod quic;

@@ -6,7 +6,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-pub use quinn::TokioRuntime;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
     AsyncUdpSocket, ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, ServerConfig,
@@ -20,6 +19,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{CertificateError, DigitallySignedStruct, SignatureScheme};
 
+pub use crate::gather::GatheringRuntime;
 use crate::{Connection, ConnectionError, Connector, Limits, Listener, RecvStream, SendStream, StreamError};
 
 /// SHA-256 of a certificate's public key (SubjectPublicKeyInfo): what a client pins.
@@ -250,8 +250,8 @@ impl QuicListener {
         limits: &Limits,
         alpn: &[u8],
     ) -> Result<Self, String> {
-        let socket = TokioRuntime.wrap_udp_socket(socket).map_err(|error| error.to_string())?;
-        Self::over(socket, Arc::new(TokioRuntime), identity, keys, limits, alpn)
+        let socket = GatheringRuntime.wrap_udp_socket(socket).map_err(|error| error.to_string())?;
+        Self::over(socket, Arc::new(GatheringRuntime), identity, keys, limits, alpn)
     }
 
     /// Listens on any socket that quinn accepts.
@@ -370,9 +370,9 @@ impl QuicConnector {
         // An IPv4 socket for loopback and other IPv4 servers: one that cannot speak IPv6 must not need it.
         let any: SocketAddr =
             if addr.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { (std::net::Ipv6Addr::UNSPECIFIED, 0).into() };
-        let socket = bind(any).and_then(|socket| TokioRuntime.wrap_udp_socket(socket));
+        let socket = bind(any).and_then(|socket| GatheringRuntime.wrap_udp_socket(socket));
         let socket = socket.map_err(|error| error.to_string())?;
-        Self::over(socket, Arc::new(TokioRuntime), addr, trust, limits, alpn)
+        Self::over(socket, Arc::new(GatheringRuntime), addr, trust, limits, alpn)
     }
 
     /// A connector over any socket that quinn accepts.
