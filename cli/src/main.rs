@@ -14,6 +14,10 @@ use crate::args::{Args, Command};
 use crate::failure::Failure;
 use crate::output::Output;
 
+#[cfg(not(target_env = "msvc"))]
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     let args = Args::parse();
     let output = Output::new(args.json());
