@@ -115,7 +115,7 @@ struct World {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Accepted {
     Batch { producer: u8, payloads: Vec<String> },
-    Again,
+    Again { producer: u8, sequence: u64 },
     Grant { producer: u8 },
     Define { name: String },
     Close,
@@ -144,7 +144,7 @@ impl World {
                 }
             }
             Accepted::Trim { first } => self.first = self.first.max(*first),
-            Accepted::Again | Accepted::CloseAgain => {}
+            Accepted::Again { .. } | Accepted::CloseAgain => {}
         }
     }
 
@@ -316,18 +316,24 @@ impl Run {
         if self.uncertain {
             return self.refused(&outcome, Code::UNAVAILABLE);
         }
+        let in_flight = (stored.len() as u64..next).contains(&sequence);
         if staged.closed.is_some() || undefined {
-            return match known {
+            match known {
                 Some(acked) => {
                     assert_eq!(outcome, Outcome::Done(Reply::Appended { sequence, acked }));
                     self.counts.repeated += 1;
+                    return;
                 }
-                None if staged.closed.is_some() => self.refused(&outcome, Code::SESSION_CLOSED),
-                None => self.refused(&outcome, Code::STREAM_UNDEFINED),
-            };
+                None if self.durable.closed.is_some() => return self.refused(&outcome, Code::SESSION_CLOSED),
+                None if staged.closed.is_none() => return self.refused(&outcome, Code::STREAM_UNDEFINED),
+                None if !in_flight => return self.refused(&outcome, Code::UNAVAILABLE),
+                None => {}
+            }
         }
         if epoch < self.durable.epoch(producer) {
             self.refused(&outcome, Code::FENCED);
+        } else if epoch > self.durable.epoch(producer) {
+            self.refused(&outcome, Code::PRODUCER_UNKNOWN);
         } else if epoch < staged.epoch(producer) {
             self.refused(&outcome, Code::UNAVAILABLE);
         } else if let Some(acked) = known {
@@ -336,7 +342,7 @@ impl Run {
         } else if sequence < stored.len() as u64 {
             self.refused(&outcome, Code::DUPLICATE);
         } else if sequence < next {
-            self.expect(ticket, outcome, Accepted::Again);
+            self.expect(ticket, outcome, Accepted::Again { producer, sequence });
             self.counts.repeated += 1;
         } else if sequence > next {
             self.refused(&outcome, Code::SEQ_GAP);
@@ -440,7 +446,10 @@ impl Run {
                     assert_eq!(self.durable.batches(*producer)[sequence as usize], acked);
                     assert_eq!(acked.count, payloads.len() as u64);
                 }
-                (Accepted::Again, Reply::Appended { .. }) | (Accepted::Trim { .. }, Reply::Trimmed { .. }) => {}
+                (Accepted::Again { producer, sequence }, Reply::Appended { sequence: answered, acked }) => {
+                    assert_eq!((answered, acked), (*sequence, self.durable.batches(*producer)[*sequence as usize]));
+                }
+                (Accepted::Trim { .. }, Reply::Trimmed { .. }) => {}
                 (Accepted::Grant { producer }, Reply::Producer { handle, epoch, .. }) => {
                     let last = grants.insert(*producer, epoch);
                     assert!(last.is_none_or(|last| epoch > last) && epoch <= self.durable.epoch(*producer));

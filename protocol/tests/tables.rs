@@ -188,11 +188,11 @@ fn what_becomes_of_a_request_in_every_state() {
       trim below 1         waits for durability
     close in flight
       batch 0, epoch 2     stored as seq 0
-      batch 2, epoch 2     SESSION_CLOSED (0)
-      batch 3, epoch 2     SESSION_CLOSED (0)
-      batch 9, epoch 2     SESSION_CLOSED (0)
-      batch 2, epoch 1     SESSION_CLOSED (0)
-      batch 2, epoch 9     SESSION_CLOSED (0)
+      batch 2, epoch 2     UNAVAILABLE (0)
+      batch 3, epoch 2     UNAVAILABLE (0)
+      batch 9, epoch 2     UNAVAILABLE (0)
+      batch 2, epoch 1     UNAVAILABLE (0)
+      batch 2, epoch 9     UNAVAILABLE (0)
       open, next epoch     waits for durability
       open, keep epoch 2   epoch 2, next 2
       define stream main   stream 0

@@ -245,13 +245,22 @@ impl<T> Authority<T> {
         if self.uncertain {
             return (Outcome::Refused(Self::uncertain()), None);
         }
+        let closed = self.state.view().closed().is_some();
         if self.staged_closed || batch.max_stream >= self.state.streams().len() {
-            // A repetition of something stored is still acknowledged.
-            return match self.state.producers.lookup(handle.key(), sequence) {
-                Some(acked) => (Outcome::Done(Reply::Appended { sequence, acked }), Some(ticket)),
-                None if self.staged_closed => refused(Code::SESSION_CLOSED, 0, "the session is closed"),
-                None => refused(Code::STREAM_UNDEFINED, 0, "the session has no stream with this id"),
-            };
+            // A repetition of something stored is still acknowledged, and one of something in flight still waits for it.
+            if let Some(acked) = self.state.producers.lookup(handle.key(), sequence) {
+                return (Outcome::Done(Reply::Appended { sequence, acked }), Some(ticket));
+            }
+            if closed {
+                return refused(Code::SESSION_CLOSED, 0, "the session is closed");
+            }
+            if !self.staged_closed {
+                return refused(Code::STREAM_UNDEFINED, 0, "the session has no stream with this id");
+            }
+            if !self.state.producers.is_in_flight(handle, sequence) {
+                // The close may still fail to become durable.
+                return refused(Code::UNAVAILABLE, 0, "the session is being closed");
+            }
         }
         match self.state.producers.admit(handle, epoch, sequence) {
             Admission::Next => {

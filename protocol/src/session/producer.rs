@@ -44,8 +44,8 @@ struct Position {
 struct Slot {
     key: Arc<ProducerKey>,
     durable: Position,
-    /// Durable plus what is in flight.
-    staged: Position,
+    /// The next sequence, counting what is in flight.
+    staged_next: u64,
     /// Seqs of the batches `durable.next - window.len() .. durable.next`.
     window: VecDeque<Acked>,
     /// When it was last used, in the order of the log.
@@ -70,6 +70,8 @@ pub enum Admission {
 pub struct Producers {
     slots: Vec<Slot>,
     by_key: HashMap<Arc<ProducerKey>, usize>,
+    /// The highest epoch that is being granted, of each producer that one is being granted to.
+    granting: HashMap<ProducerKey, u64>,
     uses: u64,
     /// The highest epoch of any producer that was evicted: a new producer starts above it, so that an epoch of a name
     /// is never granted twice.
@@ -95,7 +97,7 @@ impl Producers {
 
     /// Name, epoch and next sequence of the durable positions, most recently used first.
     pub fn positions(&self) -> Vec<(&ProducerKey, u64, u64)> {
-        let mut slots: Vec<&Slot> = self.slots.iter().filter(|slot| slot.durable.epoch > 0).collect();
+        let mut slots: Vec<&Slot> = self.slots.iter().collect();
         slots.sort_by_key(|slot| core::cmp::Reverse(slot.used));
         slots.into_iter().map(|slot| (&*slot.key, slot.durable.epoch, slot.durable.next)).collect()
     }
@@ -108,7 +110,8 @@ impl Producers {
 
     /// The epoch in force or being granted for `key`; 0 if there is none.
     pub(super) fn staged_epoch(&self, key: &ProducerKey) -> u64 {
-        self.by_key.get(key).map_or(0, |&slot| self.slots[slot].staged.epoch)
+        let granting = self.granting.get(key).copied();
+        granting.unwrap_or_else(|| self.by_key.get(key).map_or(0, |&slot| self.slots[slot].durable.epoch))
     }
 
     /// Where `handle` points now: an eviction may have moved its slot.
@@ -125,50 +128,56 @@ impl Producers {
             return Admission::Refused(Code::PRODUCER_UNKNOWN, 0);
         };
         let slot = &mut self.slots[index];
-        let (durable, staged) = (slot.durable, slot.staged);
+        let durable = slot.durable;
         if epoch < durable.epoch {
             return Admission::Refused(Code::FENCED, durable.epoch);
         }
-        if epoch < staged.epoch {
+        if epoch > durable.epoch {
+            return Admission::Refused(Code::PRODUCER_UNKNOWN, 0);
+        }
+        if !self.granting.is_empty() && self.granting.contains_key(&*slot.key) {
             // The newer epoch may still fail to become durable, so this one is not fenced yet.
             return Admission::Refused(Code::UNAVAILABLE, 0);
-        }
-        if epoch > staged.epoch {
-            return Admission::Refused(Code::PRODUCER_UNKNOWN, 0);
         }
         if sequence < durable.next {
             let back = durable.next - sequence;
             let at = (slot.window.len() as u64).checked_sub(back);
             return match at.and_then(|at| slot.window.get(at as usize)) {
                 Some(acked) => Admission::Stored(*acked),
-                None => Admission::Refused(Code::DUPLICATE, staged.next),
+                None => Admission::Refused(Code::DUPLICATE, slot.staged_next),
             };
         }
-        if sequence < staged.next {
+        if sequence < slot.staged_next {
             return Admission::InFlight;
         }
-        if sequence > staged.next {
-            return Admission::Refused(Code::SEQ_GAP, staged.next);
+        if sequence > slot.staged_next {
+            return Admission::Refused(Code::SEQ_GAP, slot.staged_next);
         }
         if sequence - durable.next >= PRODUCER_WINDOW as u64 {
             return Admission::Refused(Code::LIMIT_EXCEEDED, 0);
         }
-        slot.staged.next += 1;
+        slot.staged_next += 1;
         Admission::Next
+    }
+
+    /// True if a batch with this sequence was accepted and is not durable yet.
+    pub(super) fn is_in_flight(&self, handle: &ProducerHandle, sequence: u64) -> bool {
+        let slot = self.index(handle).map(|at| &self.slots[at]);
+        slot.is_some_and(|slot| (slot.durable.next..slot.staged_next).contains(&sequence))
     }
 
     /// Chooses the next epoch of `key` and stages it.
     pub(super) fn stage_grant(&mut self, key: ProducerKey) -> u64 {
-        let floor = self.floor;
-        let slot = self.slot_or_insert(key);
-        slot.staged.epoch = slot.staged.epoch.max(floor) + 1;
-        slot.staged.epoch
+        let epoch = self.staged_epoch(&key).max(self.floor) + 1;
+        self.granting.insert(key, epoch);
+        epoch
     }
 
     /// Takes back everything that is not durable.
     pub(super) fn roll_back(&mut self) {
+        self.granting.clear();
         for slot in &mut self.slots {
-            slot.staged = slot.durable;
+            slot.staged_next = slot.durable.next;
         }
     }
 
@@ -179,7 +188,7 @@ impl Producers {
                 let key = Arc::new(key);
                 let zero = Position { epoch: 0, next: 0 };
                 let slot =
-                    Slot { key: key.clone(), durable: zero, staged: zero, window: VecDeque::new(), used: self.uses };
+                    Slot { key: key.clone(), durable: zero, staged_next: 0, window: VecDeque::new(), used: self.uses };
                 self.slots.push(slot);
                 self.by_key.insert(key, self.slots.len() - 1);
                 self.slots.len() - 1
@@ -188,15 +197,22 @@ impl Producers {
         &mut self.slots[at]
     }
 
-    /// A grant became durable. Evicts the producer that was unused for longest if there are too many (spec PROD-9).
+    /// A grant became durable.
     pub(super) fn granted(&mut self, key: ProducerKey, epoch: u64) {
+        if self.granting.get(&key).is_some_and(|&last| last <= epoch) {
+            self.granting.remove(&key);
+        }
         self.uses += 1;
         let used = self.uses;
         let slot = self.slot_or_insert(key);
         slot.durable.epoch = slot.durable.epoch.max(epoch);
-        slot.staged.epoch = slot.staged.epoch.max(epoch);
         slot.used = used;
-        // Decided by the order of the log alone, so that a rebuilt table is the same.
+        self.evict_surplus();
+    }
+
+    /// Evicts the producers that were unused for longest if there are too many (spec PROD-9). Decided by the order of the log
+    /// alone, so that a rebuilt table is the same.
+    fn evict_surplus(&mut self) {
         while self.slots.len() > MAX_PRODUCERS {
             let Some(oldest) = (0..self.slots.len()).min_by_key(|&at| self.slots[at].used) else {
                 break;
@@ -225,12 +241,13 @@ impl Producers {
         slot.used = used;
         slot.durable.epoch = slot.durable.epoch.max(epoch);
         slot.durable.next = sequence + 1;
-        slot.staged.epoch = slot.staged.epoch.max(slot.durable.epoch);
-        slot.staged.next = slot.staged.next.max(slot.durable.next);
+        slot.staged_next = slot.staged_next.max(slot.durable.next);
         if slot.window.len() == PRODUCER_WINDOW {
             slot.window.pop_front();
         }
         slot.window.push_back(acked);
+        // A producer that a grant of the same chunk evicted is back.
+        self.evict_surplus();
     }
 
     /// The seqs of a durable batch, if they are still known.
@@ -243,7 +260,7 @@ impl Producers {
 
     /// Writes the durable positions, least recently used first.
     pub(super) fn put(&self, w: &mut Writer) {
-        let mut slots: Vec<&Slot> = self.slots.iter().filter(|slot| slot.durable.epoch > 0).collect();
+        let mut slots: Vec<&Slot> = self.slots.iter().collect();
         slots.sort_by_key(|slot| slot.used);
         w.varint(self.floor);
         w.varint(slots.len() as u64);
@@ -263,7 +280,7 @@ impl Producers {
     /// Reads what [`Producers::put`] wrote.
     pub(super) fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
         let mut this = Self { floor: r.varint()?, ..Self::default() };
-        for _ in 0..r.count(MAX_PRODUCERS + 1)? {
+        for _ in 0..r.count(MAX_PRODUCERS)? {
             let key = ProducerKey { subject: Subject::get(r)?, name: Label::get(r)? };
             let position = Position { epoch: r.varint()?, next: r.varint()? };
             let count = r.count(PRODUCER_WINDOW)?;
@@ -276,7 +293,7 @@ impl Producers {
             this.uses += 1;
             let used = this.uses;
             let slot = this.slot_or_insert(key);
-            *slot = Slot { key: slot.key.clone(), durable: position, staged: position, window, used };
+            *slot = Slot { key: slot.key.clone(), durable: position, staged_next: position.next, window, used };
         }
         Ok(this)
     }

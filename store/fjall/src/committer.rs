@@ -44,12 +44,19 @@ const TURN_BYTES: usize = 4 << 20;
 const TURN_REQUESTS: usize = 4096;
 /// The witness file is synced at least this often while commits go on.
 const WITNESS_SYNC: Duration = Duration::from_millis(100);
-/// Chunks of dead segments removed in one step.
+/// Chunks of dead segments removed in one step, and bytes of them: a turn of appends waits for one step at most.
 const SWEEP_CHUNKS: usize = 256;
+const SWEEP_BYTES: usize = 1 << 20;
+/// The time from one step to the next while there are requests: space comes back under load too, at up to 20 MiB/s.
+const SWEEP_PAUSE: Duration = Duration::from_millis(50);
 /// How long the committer waits at most for fjall to flush before it commits all the same.
 const MAX_WAIT: Duration = Duration::from_secs(10);
 /// How often a full disk is looked at again.
 const SPACE_PAUSE: Duration = Duration::from_millis(200);
+/// How often the engine is opened anew before its background work counts as broken, and the service after which the count
+/// starts again.
+const REOPENINGS: u32 = 3;
+const REOPENED_WELL: Duration = Duration::from_secs(60);
 
 /// Where an open writer stands.
 struct Open {
@@ -79,6 +86,8 @@ struct Turn {
     edits: Vec<Edit>,
     /// Rows changed in this turn, which later requests of the turn must see.
     rows: HashMap<SessionName, Option<SessionRow>>,
+    /// Sessions that do not exist any more once the turn is durable.
+    deleted: Vec<Incarnation>,
     told: Vec<Told>,
     bytes: usize,
 }
@@ -93,7 +102,10 @@ pub(crate) struct Committer {
     next_segment: u64,
     dead: Vec<u64>,
     last_sync: Instant,
+    last_sweep: Instant,
     unsynced: bool,
+    reopenings: u32,
+    reopened: Instant,
 }
 
 impl Committer {
@@ -137,8 +149,15 @@ impl Committer {
             next_segment,
             dead,
             last_sync: Instant::now(),
+            last_sweep: Instant::now(),
             unsynced: true,
+            reopenings: 0,
+            reopened: Instant::now(),
         })
+    }
+
+    pub(crate) fn shared(&self) -> Arc<Shared> {
+        self.shared.clone()
     }
 
     /// Serves until told to stop.
@@ -172,8 +191,9 @@ impl Committer {
                 }
                 next = self.requests.try_recv().ok();
             }
-            if idle {
+            if !self.dead.is_empty() && (idle || self.last_sweep.elapsed() >= SWEEP_PAUSE) {
                 self.sweep(&mut turn);
+                self.last_sweep = Instant::now();
             }
             self.commit(turn);
             if self.unsynced && (idle || self.last_sync.elapsed() >= WITNESS_SYNC) {
@@ -233,8 +253,11 @@ impl Committer {
                 turn.answer(result, answer);
             }
             Request::Quarantine { incarnation } => {
-                self.writers.remove(&incarnation);
-                turn.put(3, keys::quarantined(incarnation).to_vec(), Bytes::new());
+                // The readers' mark holds at once. While the engine is away it is not stored; who reads on finds the damage
+                // again after a restart.
+                if self.need_engine().is_ok() {
+                    turn.put(3, keys::quarantined(incarnation).to_vec(), Bytes::new());
+                }
             }
             Request::Stop => {}
         }
@@ -249,9 +272,18 @@ impl Committer {
         }
     }
 
+    /// Refuses what writes while the engine takes nothing.
+    fn need_engine(&self) -> Result<(), StoreError> {
+        match self.shared.condition() {
+            Condition::Serving | Condition::NoSpace => Ok(()),
+            Condition::Reopening => Err(StoreError::NoSpace),
+            Condition::Failed(what) => Err(StoreError::Failed { what }),
+        }
+    }
+
     fn row(&self, engine: &Engine, id: &SessionId, turn: &Turn) -> Result<SessionRow, StoreError> {
         if self.shared.is_quarantined(id.incarnation) {
-            return Err(StoreError::Damaged { seq: 0, what: "the session is quarantined".into() });
+            return Err(quarantined());
         }
         match turn.rows.get(&id.name) {
             Some(Some(row)) if row.incarnation == id.incarnation => Ok(row.clone()),
@@ -261,6 +293,9 @@ impl Committer {
     }
 
     fn writer(&mut self, id: &SessionId, epoch: u64) -> Result<&mut Open, StoreError> {
+        if self.shared.is_quarantined(id.incarnation) {
+            return Err(quarantined());
+        }
         match self.writers.get_mut(&id.incarnation) {
             Some(open) if open.epoch == epoch => Ok(open),
             Some(open) => Err(StoreError::Fenced { epoch: open.epoch }),
@@ -284,6 +319,9 @@ impl Committer {
 
     fn append(&mut self, id: &SessionId, epoch: u64, chunk: &Chunk, turn: &mut Turn) -> Result<(), StoreError> {
         self.need_space()?;
+        if turn.deleted.contains(&id.incarnation) {
+            return Err(StoreError::NotFound);
+        }
         self.refresh(id, epoch)?;
         let segment_limit = self.shared.config.segment_bytes;
         let next_segment = self.next_segment;
@@ -315,20 +353,25 @@ impl Committer {
     }
 
     fn resolve(&mut self, id: &SessionId, epoch: u64, chunk: &Chunk) -> Result<bool, StoreError> {
-        if let Condition::Reopening = self.shared.condition() {
-            return Err(StoreError::NoSpace);
-        }
+        // After a failed sync the memory of the engine and the disk may differ: nothing that is read says what is stored.
+        self.need_engine()?;
         self.refresh(id, epoch)?;
         let engine = self.engine()?;
         let reader = Reader::new(&engine);
         let row = reader.row_of(id)?;
         let last = reader.last(&row)?;
-        Ok(last.is_some_and(|last| last.bytes() == chunk.bytes()) || {
-            let header = chunk.header();
-            let key = |segment: &Segment| keys::chunk(segment.id, header.first, header.number);
-            let stored = row.segments.iter().rev().find_map(|segment| engine.log().get(key(segment)).ok().flatten());
-            stored.is_some_and(|stored| stored.as_ref() == chunk.bytes().as_ref())
-        })
+        if last.is_some_and(|last| last.bytes() == chunk.bytes()) {
+            return Ok(true);
+        }
+        let header = chunk.header();
+        for segment in row.segments.iter().rev() {
+            let key = keys::chunk(segment.id, header.first, header.number);
+            let stored = engine.log().get(key).map_err(|error| reader::read_error(header.first, &error))?;
+            if let Some(stored) = stored {
+                return Ok(stored.as_ref() == chunk.bytes().as_ref());
+            }
+        }
+        Ok(false)
     }
 
     fn create(&mut self, id: &SessionId, created: u64, turn: &mut Turn) -> Result<Created, StoreError> {
@@ -367,12 +410,19 @@ impl Committer {
     fn put_snapshot(&mut self, id: &SessionId, epoch: u64, state: &Bytes, turn: &mut Turn) -> Result<(), StoreError> {
         self.need_space()?;
         self.writer(id, epoch)?;
+        // What is replaced must be readable, for the witness.
+        Reader::new(&*self.engine()?).snapshot_of(id)?;
         turn.put(2, id.incarnation.0.to_vec(), keys::encode_snapshot(state));
         Ok(())
     }
 
     fn trim(&mut self, id: &SessionId, epoch: u64, before: u64, turn: &mut Turn) -> Result<(), StoreError> {
+        self.need_engine()?;
         self.refresh(id, epoch)?;
+        if turn.rows.contains_key(&id.name) {
+            // A segment that begins in this turn cannot be read yet.
+            return Err(StoreError::Overloaded);
+        }
         let engine = self.engine()?;
         let reader = Reader::new(&engine);
         let row = self.row(&engine, id, turn)?;
@@ -428,9 +478,7 @@ impl Committer {
             let end = keys::chunk(segment.id, before, u64::MAX);
             // Chunks that begin below `before`; the last of them may reach beyond it.
             for guard in engine.log().range(start..=end).rev() {
-                let (key, value) = guard
-                    .into_inner()
-                    .map_err(|error| StoreError::Damaged { seq: segment.first, what: error.to_string() })?;
+                let (key, value) = guard.into_inner().map_err(|error| reader::read_error(segment.first, &error))?;
                 let chunk = reader::decode(row, &key, value.into())?;
                 if chunk.end() <= before {
                     let header = chunk.header();
@@ -445,18 +493,19 @@ impl Committer {
     }
 
     fn delete(&mut self, id: &SessionId, turn: &mut Turn) -> Result<(), StoreError> {
+        self.need_engine()?;
         let engine = self.engine()?;
-        if let Condition::Failed(what) = self.shared.condition() {
-            return Err(StoreError::Failed { what });
-        }
+        let reader = Reader::new(&engine);
         let row = match turn.rows.get(&id.name) {
             Some(Some(row)) if row.incarnation == id.incarnation => row.clone(),
             Some(_) => return Err(StoreError::NotFound),
-            None => Reader::new(&engine).row_of(id)?,
+            None => reader.row_of(id)?,
         };
-        let segments = match self.writers.remove(&id.incarnation) {
-            Some(open) => open.row.segments,
-            None => row.segments,
+        // What is removed must be readable, for the witness.
+        reader.snapshot_of(id)?;
+        let segments = match self.writers.get(&id.incarnation) {
+            Some(open) if !open.stale => open.row.segments.clone(),
+            _ => row.segments,
         };
         for segment in segments {
             turn.put(3, keys::dead(segment.id).to_vec(), keys::encode_dead(u64::MAX));
@@ -466,7 +515,7 @@ impl Committer {
         turn.remove(3, keys::quarantined(id.incarnation).to_vec());
         turn.remove(1, id.name.as_str().as_bytes().to_vec());
         turn.rows.insert(id.name.clone(), None);
-        self.shared.quarantined.write().unwrap_or_else(PoisonError::into_inner).remove(&id.incarnation);
+        turn.deleted.push(id.incarnation);
         Ok(())
     }
 
@@ -483,16 +532,25 @@ impl Committer {
             return;
         };
         let range = keys::chunk(segment, 0, 0)..keys::chunk(segment + 1, 0, 0);
-        let mut more = false;
+        let (mut more, mut bytes) = (false, 0);
         for (removed, guard) in engine.log().range(range).enumerate() {
-            let Ok(key) = guard.key() else { break };
+            // What is removed must be readable, for the witness.
+            let (key, value) = match guard.into_inner() {
+                Ok(row) => row,
+                Err(error) => {
+                    tracing::error!(segment, %error, "a removed chunk cannot be read; its segment keeps its space");
+                    self.dead.pop();
+                    return;
+                }
+            };
             if keys::chunk_parts(&key).is_none_or(|(_, _, number)| number >= before) {
                 break;
             }
-            if removed == SWEEP_CHUNKS {
+            if removed == SWEEP_CHUNKS || bytes >= SWEEP_BYTES {
                 more = true;
                 break;
             }
+            bytes += value.len();
             turn.remove(0, key.to_vec());
         }
         if !more {
@@ -503,13 +561,20 @@ impl Committer {
 
     /// Commits a turn and answers. Nobody is answered before the batch is synced and noted.
     fn commit(&mut self, turn: Turn) {
-        let Turn { edits, told, .. } = turn;
+        let Turn { edits, told, deleted, .. } = turn;
         if edits.is_empty() {
             return told.into_iter().for_each(|tell| tell(Ok(())));
         }
         let result = self.write(&edits);
-        if result.is_err() {
-            self.writers.values_mut().for_each(|open| open.stale = true);
+        match result {
+            Ok(()) => {
+                let mut quarantined = self.shared.quarantined.write().unwrap_or_else(PoisonError::into_inner);
+                for incarnation in deleted {
+                    self.writers.remove(&incarnation);
+                    quarantined.remove(&incarnation);
+                }
+            }
+            Err(_) => self.writers.values_mut().for_each(|open| open.stale = true),
         }
         told.into_iter().for_each(|tell| tell(result.clone()));
     }
@@ -572,19 +637,21 @@ impl Committer {
         }
     }
 
-    /// A write failed: for lack of space, or for good.
+    /// A write failed: for lack of space, because of what the engine does in the background, or for good.
     fn failed(&self, error: &fjall::Error) -> StoreError {
-        let full = |error: &std::io::Error| {
-            matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
-        };
-        let no_space = match error {
-            fjall::Error::Io(error) => full(error),
-            // A flush or compaction in the background failed; what failed is not told.
-            fjall::Error::Poisoned => self.shared.free() < self.shared.config.reserve,
+        let reopen = match error {
+            // `write` says so before anything is in the page cache. A sync that says so on a disk that has space has lost
+            // pages, like any other failed sync.
+            fjall::Error::Io(error) => {
+                matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+                    && self.shared.free() < self.shared.config.reserve
+            }
+            // Nothing of this batch was written: a flush or compaction had failed before, and what failed is not told.
+            fjall::Error::Poisoned => true,
             _ => false,
         };
-        if no_space {
-            tracing::warn!(%error, "the disk is full; appends are refused until there is space again");
+        if reopen {
+            tracing::warn!(%error, "the engine takes no writes; it is opened anew as soon as there is space");
             self.shared.set_condition(Condition::Reopening);
             return StoreError::NoSpace;
         }
@@ -621,6 +688,14 @@ impl Committer {
         if self.shared.free() < self.shared.config.reserve {
             return;
         }
+        if self.reopened.elapsed() >= REOPENED_WELL {
+            self.reopenings = 0;
+        }
+        if self.reopenings >= REOPENINGS {
+            let what = "the engine's background work fails again and again; `mainstay verify` says what is damaged";
+            return drop(self.fail(what.into()));
+        }
+        (self.reopenings, self.reopened) = (self.reopenings + 1, Instant::now());
         // Readers hold the old engine for a moment; fjall's lock is free when the last one is done.
         self.shared.take_engine();
         match open::open_checked(&self.shared.layout, &self.shared.config, &self.format, self.witness.commits) {
@@ -642,6 +717,10 @@ impl Committer {
         self.last_sync = Instant::now();
         self.unsynced = false;
     }
+}
+
+fn quarantined() -> StoreError {
+    StoreError::Damaged { seq: 0, what: "the session is quarantined".into() }
 }
 
 static WITNESS_KEY: Bytes = Bytes::from_static(keys::WITNESS);

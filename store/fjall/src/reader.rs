@@ -16,8 +16,25 @@ pub(crate) struct Reader<'a> {
     snapshot: Snapshot,
 }
 
-/// What went wrong in fjall while reading: a checksum of its own, or the disk. Either way the session's data cannot be
-/// trusted from `seq` on.
+/// What went wrong in the engine while reading. Damage, unless the process has run out of something: then the same read may
+/// succeed later, and nothing is said about the data.
+pub(crate) fn read_error(seq: u64, error: &fjall::Error) -> StoreError {
+    use rustix::io::Errno;
+    let exhausted = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::INTR].map(Errno::raw_os_error);
+    let io = match error {
+        fjall::Error::Io(io) | fjall::Error::Storage(fjall::LsmError::Io(io)) => io.raw_os_error(),
+        _ => None,
+    };
+    match io {
+        Some(code) if exhausted.contains(&code) => {
+            tracing::warn!(%error, "a read of the store failed; it may succeed later");
+            StoreError::Overloaded
+        }
+        _ => damaged(seq, error),
+    }
+}
+
+/// The session's data cannot be trusted from `seq` on.
 fn damaged(seq: u64, error: impl core::fmt::Display) -> StoreError {
     StoreError::Damaged { seq, what: error.to_string() }
 }
@@ -29,7 +46,7 @@ impl<'a> Reader<'a> {
 
     /// The row of the session called `name`.
     pub(crate) fn row(&self, name: &SessionName) -> Result<Option<SessionRow>, StoreError> {
-        let row = self.snapshot.get(self.engine.sessions(), name.as_str()).map_err(|error| damaged(0, error))?;
+        let row = self.snapshot.get(self.engine.sessions(), name.as_str()).map_err(|error| read_error(0, &error))?;
         row.map(|row| SessionRow::decode(&Bytes::from(row)).map_err(|error| damaged(0, error))).transpose()
     }
 
@@ -47,7 +64,7 @@ impl<'a> Reader<'a> {
         let range = keys::chunk(segment.id, 0, 0)..keys::chunk(segment.id + 1, 0, 0);
         match self.snapshot.range(self.engine.log(), range).next_back() {
             Some(guard) => {
-                let (key, value) = guard.into_inner().map_err(|error| damaged(segment.first, error))?;
+                let (key, value) = guard.into_inner().map_err(|error| read_error(segment.first, &error))?;
                 decode(row, &key, value.into()).map(Some)
             }
             // A segment is begun by its first chunk.
@@ -95,7 +112,7 @@ impl<'a> Reader<'a> {
             let range = keys::chunk(segment.id, start.0, start.1)..keys::chunk(segment.id + 1, 0, 0);
             for guard in self.snapshot.range(self.engine.log(), range) {
                 let seq = expected.map_or(start.0, |(seq, _, _)| seq);
-                let (key, value) = guard.into_inner().map_err(|error| damaged(seq, error))?;
+                let (key, value) = guard.into_inner().map_err(|error| read_error(seq, &error))?;
                 let len = value.len();
                 if !page.chunks.is_empty() && len > left {
                     return Ok(page);
@@ -132,7 +149,7 @@ impl<'a> Reader<'a> {
         for segment in row.segments.iter().take(at + 1).rev() {
             let range = keys::chunk(segment.id, 0, 0)..=keys::chunk(segment.id, seq, u64::MAX);
             if let Some(guard) = self.snapshot.range(self.engine.log(), range).next_back() {
-                let key = guard.key().map_err(|error| damaged(seq, error))?;
+                let key = guard.key().map_err(|error| read_error(seq, &error))?;
                 let (_, first, number) = keys::chunk_parts(&key).ok_or_else(missing)?;
                 if number < row.base.number {
                     break;
@@ -144,16 +161,16 @@ impl<'a> Reader<'a> {
     }
 
     pub(crate) fn snapshot_of(&self, id: &SessionId) -> Result<Option<Bytes>, StoreError> {
-        let row = self.snapshot.get(self.engine.snapshots(), id.incarnation.0).map_err(|error| damaged(0, error))?;
+        let row =
+            self.snapshot.get(self.engine.snapshots(), id.incarnation.0).map_err(|error| read_error(0, &error))?;
         row.map(|row| keys::decode_snapshot(&Bytes::from(row)).map_err(|error| damaged(0, error))).transpose()
     }
 
     pub(crate) fn list(&self, prefix: &[u8], after: &[u8], limit: usize) -> Result<ListPage, StoreError> {
-        let failed = |error: fjall::Error| StoreError::Failed { what: error.to_string() };
         let mut page = ListPage { sessions: Vec::new(), more: false, after: after.to_vec() };
         let start = if after < prefix { prefix } else { after };
         for guard in self.snapshot.range(self.engine.sessions(), start..) {
-            let (key, value) = guard.into_inner().map_err(failed)?;
+            let (key, value) = guard.into_inner().map_err(|error| read_error(0, &error))?;
             if key.as_ref() == after {
                 continue;
             }

@@ -83,6 +83,17 @@ impl Shared {
     }
 }
 
+/// Says that the store failed if the thread that writes ends by a panic.
+struct Ended(Arc<Shared>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.set_condition(Condition::Failed("the committer panicked".into()));
+        }
+    }
+}
+
 /// Reads that may run at once; the disk gains nothing from more.
 const READS: usize = 16;
 
@@ -125,7 +136,11 @@ impl FjallStore {
         if shared.free() < shared.config.reserve {
             shared.set_condition(Condition::NoSpace);
         }
-        let thread = std::thread::Builder::new().name("committer".into()).spawn(move || committer.run());
+        let thread = std::thread::Builder::new().name("committer".into()).spawn(move || {
+            let ended = Ended(committer.shared());
+            committer.run();
+            drop(ended);
+        });
         let thread = thread.map_err(|error| OpenError::Engine(format!("no thread: {error}")))?;
         let reads = Arc::new(Semaphore::new(READS));
         Ok(Self { shared, requests, reads, committer: Mutex::new(Some(thread)), _lock: lock })
