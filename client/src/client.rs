@@ -92,7 +92,7 @@ impl<C: Connection> Core for Wired<C> {
         commands: mpsc::Receiver<SessionCommand>,
         again: mpsc::WeakSender<SessionCommand>,
     ) {
-        tokio::spawn(Driver::new(self.status.clone(), session, commands, again).run());
+        tokio::spawn(Driver::new(self.status.clone(), session, commands, again, self.config.give_up_after).run());
     }
 
     fn connected(&self) -> BoxFuture<'_, Result<(), ClientError>> {

@@ -1,5 +1,6 @@
 //! The driver of one session: attaches, attaches again when the connection is lost, and passes requests and answers on.
 
+use core::time::Duration;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use mainstay_protocol::wire::{
 };
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, SendStream, priority};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 
 use crate::client::{Status, up};
 use crate::config::Config;
@@ -142,6 +144,10 @@ pub(crate) struct Driver<C: Connection> {
     next_subscription: u64,
     ended: Vec<oneshot::Sender<ClientError>>,
     incarnation: Option<Incarnation>,
+    /// How long refusals that may pass are borne.
+    give_up_after: Option<Duration>,
+    /// Since when attaching is refused.
+    refused_since: Option<Instant>,
 }
 
 impl<C: Connection> Driver<C> {
@@ -150,8 +156,10 @@ impl<C: Connection> Driver<C> {
         request: Attaching,
         commands: mpsc::Receiver<SessionCommand>,
         again: mpsc::WeakSender<SessionCommand>,
+        give_up_after: Option<Duration>,
     ) -> Self {
         Self {
+            give_up_after,
             status,
             incarnation: request.cursor.map(|cursor| cursor.incarnation),
             request,
@@ -165,6 +173,7 @@ impl<C: Connection> Driver<C> {
             subscriptions: HashMap::new(),
             next_subscription: 0,
             ended: Vec::new(),
+            refused_since: None,
         }
     }
 
@@ -280,11 +289,9 @@ impl<C: Connection> Driver<C> {
                 frame = frames.next() => {
                     let frame = match frame {
                         Ok(Some(frame)) => frame,
-                        Ok(None) | Err(FrameError::Lost(mainstay_transport::StreamError::Connection(_))) => {
-                            return Over::Lost;
-                        }
-                        // A stream that was reset alone: attach again on the same connection.
-                        Err(FrameError::Lost(_)) => return Over::Again,
+                        Err(FrameError::Lost(mainstay_transport::StreamError::Connection(_))) => return Over::Lost,
+                        // A stream that ended alone: attach again on the same connection.
+                        Ok(None) | Err(FrameError::Lost(_)) => return Over::Again,
                         Err(FrameError::Violation(error)) => return Over::Failed(error.into()),
                     };
                     let result = match frame {
@@ -312,6 +319,7 @@ impl<C: Connection> Driver<C> {
             return Err(Over::Failed(ClientError::Gone));
         }
         self.incarnation = Some(answer.incarnation);
+        self.refused_since = None;
         // The cursor of the request was for the first attach; subscriptions keep their own.
         self.request.cursor = None;
         let info = SessionInfo::new(self.request.name.clone(), answer);
@@ -447,8 +455,12 @@ impl<C: Connection> Driver<C> {
                 return Err(match error.code {
                     Code::SESSION_GONE => Over::Failed(ClientError::Gone),
                     Code::SESSION_NOT_FOUND if known => Over::Failed(ClientError::Gone),
-                    code if waits || code.is_retryable() => {
-                        tracing::debug!(%code, message = %error.message, "attaching again");
+                    code if waits => {
+                        tracing::debug!(%code, "waiting for the session to be created");
+                        Over::Again
+                    }
+                    code if code.is_retryable() && self.may_attach_again() => {
+                        tracing::warn!(%code, message = %error.message, "attaching again");
                         Over::Again
                     }
                     code => Over::Failed(ClientError::refused(code, error.message.as_str())),
@@ -503,21 +515,28 @@ impl<C: Connection> Driver<C> {
                     return Ok(());
                 }
             }
-            Frame::Error(error) => {
-                self.error(&error, link, outbox);
-                return Ok(());
-            }
+            Frame::Error(error) => return self.error(&error, link, outbox),
             _ => {}
         }
         Err(Over::Failed(ProtocolError::new(Code::FRAME_UNEXPECTED, "not an answer to what was asked").into()))
     }
 
+    /// True unless attaching was refused for too long.
+    fn may_attach_again(&mut self) -> bool {
+        let since = *self.refused_since.get_or_insert_with(Instant::now);
+        self.give_up_after.is_none_or(|limit| since.elapsed() < limit)
+    }
+
     /// An error about one request.
-    fn error(&mut self, error: &mainstay_protocol::wire::Error, link: &Link<C>, outbox: &Outbox) {
+    fn error(&mut self, error: &mainstay_protocol::wire::Error, link: &Link<C>, outbox: &Outbox) -> Result<(), Over> {
         let failure = ClientError::refused(error.code, error.message.as_str());
         match error.about {
             OpenProducer::KIND => {
                 if let Some(at) = self.producers.iter().position(|entry| entry.id == Some(error.id)) {
+                    if error.code.is_retryable() && self.producers[at].shared.reopen(&failure) {
+                        tracing::warn!(code = %error.code, message = %error.message, "opening the producer again");
+                        return Err(Over::Again);
+                    }
                     let entry = self.producers.swap_remove(at);
                     entry.shared.end(&failure);
                     if let Some(answer) = entry.answer {
@@ -541,6 +560,7 @@ impl<C: Connection> Driver<C> {
             }
             about => tracing::warn!(about, code = %error.code, message = %error.message, "error about nothing asked"),
         }
+        Ok(())
     }
 
     fn producer(&mut self, id: u64) -> Option<&mut ProducerEntry> {

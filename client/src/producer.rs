@@ -68,10 +68,29 @@ struct Flight {
     done: Arc<Done>,
     /// Sent on the current connection and not answered.
     sent: bool,
+    /// Sent on an earlier connection too, without an answer.
+    earlier: bool,
     /// Refused on the current connection; to be sent again.
     refused: bool,
     /// Refused for good; its place is given up.
     dead: bool,
+}
+
+impl Flight {
+    /// What a final refusal says about the batch. One for a reason that the server looks at before it looks for the batch
+    /// says nothing about an earlier sending (spec PROD-8).
+    fn stored(&self, code: Code) -> Stored {
+        let unseen = matches!(
+            code,
+            Code::FENCED
+                | Code::PRODUCER_UNKNOWN
+                | Code::UNAUTHENTICATED
+                | Code::TOKEN_EXPIRED
+                | Code::TOKEN_INVALID
+                | Code::FORBIDDEN
+        );
+        if code == Code::DUPLICATE || self.earlier && unseen { Stored::Unknown } else { Stored::NotCommitted }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -86,8 +105,9 @@ struct State {
     link: Option<u64>,
     /// A batch was refused: nothing is sent until everything sent is answered.
     refusing: bool,
-    /// Refusals in a row that ask for patience, and since when.
+    /// Refusals in a row that ask for patience, whether the pause was taken, and since when.
     patience: u32,
+    paused: bool,
     refused_since: Option<Instant>,
     /// Its handle is gone: the stream ends once everything is acknowledged.
     dropped: bool,
@@ -145,8 +165,10 @@ impl Shared {
         }
         state.epoch = epoch;
         state.link = Some(link);
+        state.refused_since = None;
         state.refusing = false;
         for flight in &mut state.flight {
+            flight.earlier |= flight.sent;
             (flight.sent, flight.refused) = (false, false);
         }
         renumber(&mut state);
@@ -157,6 +179,13 @@ impl Shared {
         drop(state);
         self.work.notify_one();
         Ok(())
+    }
+
+    /// Opening it was refused for a reason that may pass. False if it has lasted too long.
+    pub(crate) fn reopen(&self, error: &ClientError) -> bool {
+        let since = *self.lock().refused_since.get_or_insert_with(Instant::now);
+        self.trouble.send_replace(Some(error.clone()));
+        self.config.give_up_after.is_none_or(|limit| since.elapsed() < limit)
     }
 
     /// The connection is lost.
@@ -241,21 +270,21 @@ impl Shared {
         (flight.sent, flight.refused) = (false, true);
         if !refused.code.is_retryable() {
             flight.dead = true;
-            let stored = if refused.code == Code::DUPLICATE { Stored::Unknown } else { Stored::NotCommitted };
-            flight.done.set(Err(AppendError { stored, error: error.clone() }));
+            flight.done.set(Err(AppendError { stored: flight.stored(refused.code), error: error.clone() }));
         }
         state.refusing = true;
         let ends = matches!(refused.code, Code::FENCED | Code::PRODUCER_UNKNOWN | Code::SESSION_CLOSED);
         if ends && !state.flight.iter().any(|flight| flight.sent && flight.sequence < refused.sequence) {
             // What is behind it would be refused for the same reason, and was not stored.
             for flight in &mut state.flight {
-                flight.done.set(Err(AppendError { stored: Stored::NotCommitted, error: error.clone() }));
+                flight.done.set(Err(AppendError { stored: flight.stored(refused.code), error: error.clone() }));
             }
             drop(state);
             return self.end(&error);
         }
         if refused.code.is_retryable() && refused.code != Code::SEQ_GAP {
             state.patience = state.patience.saturating_add(1);
+            state.paused = false;
             let since = *state.refused_since.get_or_insert_with(Instant::now);
             self.trouble.send_replace(Some(error.clone()));
             if self.config.give_up_after.is_some_and(|limit| since.elapsed() >= limit) {
@@ -374,13 +403,13 @@ fn gather(shared: &Shared, link: u64, out: &mut Writer) -> Next {
     if state.refusing || state.fenced.is_some() {
         return Next::Wait;
     }
-    if state.patience > 0 && state.flight.iter().any(|flight| !flight.sent) {
+    if state.patience > 0 && !state.paused && state.flight.iter().any(|flight| !flight.sent) {
         let pause = core::time::Duration::from_millis(25 << state.patience.min(5));
         if !out.is_empty() {
             return Next::Wait;
         }
-        // The pause is taken once; the next turn sends.
-        state.patience = 0;
+        // The next turn sends; another refusal makes the next pause longer.
+        state.paused = true;
         return Next::Pause(pause);
     }
     for flight in state.flight.iter_mut().filter(|flight| !flight.sent) {
@@ -398,7 +427,16 @@ fn gather(shared: &Shared, link: u64, out: &mut Writer) -> Next {
         let (count, records) = (batch.count, batch.records.freeze());
         put_frame(&Append { sequence, count, records: records.clone() }, out);
         let done = batch.done;
-        state.flight.push_back(Flight { sequence, count, records, done, sent: true, refused: false, dead: false });
+        state.flight.push_back(Flight {
+            sequence,
+            count,
+            records,
+            done,
+            sent: true,
+            earlier: false,
+            refused: false,
+            dead: false,
+        });
     }
     Next::Wait
 }

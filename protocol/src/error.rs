@@ -79,6 +79,8 @@ codes! {
     CREDIT_EXCEEDED = 0x08, Stream, Fix;
     /// The peer let unread control data grow beyond the bound.
     CONTROL_BACKLOG = 0x09, Stream, Reattach;
+    /// The id of a producer or subscription is in use on the connection.
+    ID_IN_USE = 0x0a, Request, Fix;
     /// No capability token was presented.
     UNAUTHENTICATED = 0x10, Request, Reauthenticate;
     /// The capability token has expired.

@@ -58,8 +58,8 @@ fn grants_and_batches_of_evicted_producers_in_one_chunk_keep_the_table_in_its_li
     assert_eq!(authority.state().producers().len(), MAX_PRODUCERS);
     restored_is_the_same(&authority);
     // Two grants evict producers 0 and 1, whose batches are in the same chunk and bring them back.
-    for n in 0..2 {
-        let outcome = authority.append(2, &author(), (&handles[n], 1), 0, batch("x"), n).0;
+    for (n, handle) in handles.iter().take(2).enumerate() {
+        let outcome = authority.append(2, &author(), (handle, 1), 0, batch("x"), n).0;
         assert_eq!(outcome, Outcome::Pending);
     }
     for n in [MAX_PRODUCERS, MAX_PRODUCERS + 1] {

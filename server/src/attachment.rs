@@ -10,7 +10,7 @@ use mainstay_protocol::wire::{
     Subscribe, Trim,
 };
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream, SendStream, priority};
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 
 use crate::connection::Conn;
 use crate::owner::{Command, Standing};
@@ -24,9 +24,22 @@ pub(crate) struct Attachment {
     pub(crate) conn: Weak<Conn>,
     pub(crate) author: Arc<Author>,
     pub(crate) outbox: Outbox,
+    /// Never has a permit; closed when the attachment ends.
+    alive: Semaphore,
 }
 
 impl Attachment {
+    /// Waits until nothing can be answered on it any more.
+    pub(crate) async fn ended(&self) {
+        // An error is what is waited for.
+        let _ = self.alive.acquire().await;
+    }
+
+    /// True once nothing can be answered on it.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.alive.is_closed()
+    }
+
     /// Answers a request with an error.
     pub(crate) fn refuse(&self, about: u64, id: u64, refusal: &Refusal) {
         if about == OpenProducer::KIND
@@ -57,7 +70,7 @@ pub(crate) async fn run<C: Connection>(
         Ok(author) => author,
         Err(refusal) => return refuse_attach(&outbox, &mut send, &mut frames, &refusal).await,
     };
-    let attachment = Arc::new(Attachment { conn: Arc::downgrade(&conn), author, outbox });
+    let attachment = Arc::new(Attachment { conn: Arc::downgrade(&conn), author, outbox, alive: Semaphore::new(0) });
     let session = match attach(&conn, &attachment, &request).await {
         Ok(Some(session)) => session,
         Ok(None) => {
@@ -70,33 +83,39 @@ pub(crate) async fn run<C: Connection>(
         }
     };
     send.set_priority(priority::CONTROL);
-    let reading = async {
-        let result = read(&transport, &conn, &attachment, &session, &mut frames).await;
-        if let Err(FrameError::Violation(error)) = &result {
-            attachment.refuse(0, 0, &Refusal::new(error.code, error.detail));
+    let mut code = Code::NO_ERROR;
+    let served = async {
+        let gone = async {
+            let mut extent = session.extent.subscribe();
+            // The sender lives in the session.
+            let code = extent.wait_for(|extent| extent.gone.is_some()).await.ok().and_then(|extent| extent.gone);
+            code.unwrap_or(Code::GOING_AWAY)
+        };
+        tokio::select! {
+            // First: what ends the session also ends the reading, and is the better reason.
+            biased;
+            ended = gone => {
+                code = ended;
+                attachment.refuse(Attach::KIND, 0, &Refusal::new(code, "the session is no longer served here"));
+            }
+            result = read(&transport, &conn, &attachment, &session, &mut frames) => {
+                if let Err(FrameError::Violation(error)) = &result {
+                    code = error.code;
+                    attachment.refuse(0, 0, &Refusal::new(error.code, error.detail));
+                }
+            }
         }
         attachment.outbox.close();
-    };
-    let gone = async {
-        let mut extent = session.extent.subscribe();
-        // The sender lives in the session.
-        let code = extent.wait_for(|extent| extent.gone.is_some()).await.ok().and_then(|extent| extent.gone);
-        let code = code.unwrap_or(Code::GOING_AWAY);
-        attachment.refuse(Attach::KIND, 0, &Refusal::new(code, "the session is no longer served here"));
-        attachment.outbox.close();
+        core::future::pending().await
     };
     tokio::select! {
         // Written to the end even after reading ended: the last answers must arrive.
         () = attachment.outbox.write_to(&mut send) => {}
-        () = async {
-            tokio::select! {
-                () = reading => {}
-                () = gone => {}
-            }
-            core::future::pending().await
-        } => {}
+        () = served => {}
     }
-    frames.stop(Code::NO_ERROR.0);
+    attachment.outbox.close();
+    attachment.alive.close();
+    frames.stop(code.0);
     conn.drop_producers(&attachment);
 }
 
@@ -242,7 +261,8 @@ async fn read<C: Connection>(
             }
         };
         if session.commands.send(request).await.is_err() {
-            return Ok(());
+            let code = session.extent.borrow().gone.unwrap_or(Code::GOING_AWAY);
+            return Err(ProtocolError::new(code, "the session is no longer served here").into());
         }
     }
     Ok(())

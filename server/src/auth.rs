@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 /// Binds tokens to this protocol: a token made for something else does not verify.
 const IMPLICIT: &[u8] = b"mainstay/1 capability";
 
-/// Clock difference between issuer and server that is forgiven, in seconds.
+/// How far ahead of the server's clock an issuer's may be, in seconds. Expiry is by the server's clock alone.
 const LEEWAY: i64 = 60;
 
 /// What a capability token says.
@@ -202,7 +202,7 @@ impl Keyring {
         let token = untrusted(token)?;
         PublicToken::verify(&key.key, &token, Some(token.untrusted_footer()), Some(IMPLICIT))
             .map_err(|_| AuthError::invalid("the token's signature does not verify"))?;
-        if claims.expires < now - LEEWAY {
+        if claims.expires < now {
             return Err(AuthError { code: Code::TOKEN_EXPIRED, detail: "the token has expired" });
         }
         if claims.issued > now + LEEWAY {

@@ -13,7 +13,7 @@ use mainstay_protocol::registry::{
 use mainstay_protocol::session::{Author, CreditSent, Grants, Instance, Operation, Refusal, SessionName};
 use mainstay_protocol::wire::{Authenticated, Body, Error, Frame, Hello, Message, Pong, Produce, Token, put_grease};
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream, SendStream, priority};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::producer::{self, ProducerLink};
@@ -57,7 +57,9 @@ pub(crate) struct Conn {
     pub(crate) control: Outbox,
     hello: watch::Sender<Option<PeerLimits>>,
     instance: RwLock<Option<Instance>>,
-    identity: RwLock<Identity>,
+    identity: watch::Sender<Identity>,
+    /// Bytes that subscriptions may hold while they wait for credit.
+    pub(crate) held: Semaphore,
     opened: Mutex<Opened>,
     attachments: AtomicUsize,
     tasks: mpsc::UnboundedSender<Task>,
@@ -72,6 +74,9 @@ impl core::fmt::Debug for Conn {
 /// Bulk that a client takes if it says nothing else in HELLO (spec FLOW-3).
 const DEFAULT_BULK_WINDOW: u64 = 256 * 1024;
 const DEFAULT_BULK_STREAMS: u64 = 8;
+
+/// How long a token that has not expired is taken for granted by what waits.
+const RECHECK: core::time::Duration = core::time::Duration::from_secs(60);
 
 impl Conn {
     fn opened(&self) -> MutexGuard<'_, Opened> {
@@ -106,12 +111,33 @@ impl Conn {
     }
 
     fn with_identity<T>(&self, f: impl FnOnce(&Arc<Author>, &Grants) -> Result<T, Refusal>) -> Result<T, Refusal> {
-        match &*self.identity.read().unwrap_or_else(PoisonError::into_inner) {
+        match &*self.identity.borrow() {
             Identity::Nobody(code, detail) => Err(Refusal::new(*code, detail)),
             Identity::Known { expires, .. } if *expires < self.server.now_seconds() => {
                 Err(Refusal::new(Code::TOKEN_EXPIRED, "the token has expired; present a new one"))
             }
             Identity::Known { author, grants, .. } => f(author, grants),
+        }
+    }
+
+    /// Waits until the token in force does not allow `operation` on `session` any more, and says why.
+    pub(crate) async fn forbidden(&self, operation: Operation, session: &SessionName) -> Refusal {
+        let mut changed = self.identity.subscribe();
+        loop {
+            if let Err(refusal) = self.allow(operation, session) {
+                return refusal;
+            }
+            let left = match &*changed.borrow_and_update() {
+                Identity::Known { expires, .. } => expires.saturating_sub(self.server.now_seconds()).saturating_add(1),
+                Identity::Nobody(..) => 0,
+            };
+            // The clock may be set meanwhile: it is looked at from time to time.
+            let left = core::time::Duration::from_secs(u64::try_from(left).unwrap_or(0)).min(RECHECK);
+            tokio::select! {
+                () = tokio::time::sleep(left) => {}
+                // The sender lives in `self`.
+                _ = changed.changed() => {}
+            }
         }
     }
 
@@ -136,16 +162,17 @@ impl Conn {
             Ok((claims, instance)) => {
                 let author = Arc::new(Author { subject: claims.subject.clone(), instance });
                 let expires = claims.expires;
-                *self.identity.write().unwrap_or_else(PoisonError::into_inner) =
-                    Identity::Known { author, grants: claims.grants, expires };
+                self.identity.send_replace(Identity::Known { author, grants: claims.grants, expires });
                 self.control.push(Authenticated { subject: claims.subject, expires: expires.max(0) as u64 });
             }
             Err(error) => {
-                let mut identity = self.identity.write().unwrap_or_else(PoisonError::into_inner);
-                if matches!(*identity, Identity::Nobody(..)) {
-                    *identity = Identity::Nobody(error.code, error.detail);
-                }
-                drop(identity);
+                self.identity.send_if_modified(|identity| {
+                    let nobody = matches!(identity, Identity::Nobody(..));
+                    if nobody {
+                        *identity = Identity::Nobody(error.code, error.detail);
+                    }
+                    nobody
+                });
                 self.control.push(Error {
                     about: Token::KIND,
                     id: 0,
@@ -164,11 +191,11 @@ impl Conn {
         let _ = hello.wait_for(Option::is_some).await;
     }
 
-    /// Makes room for a producer. Refusals: `LIMIT_EXCEEDED`, `FRAME_UNEXPECTED` for an id used before.
+    /// Makes room for a producer. Refusals: `LIMIT_EXCEEDED`, `ID_IN_USE`.
     pub(crate) fn reserve_producer(&self, id: u64) -> Result<(), Refusal> {
         let mut opened = self.opened();
         if opened.producers.contains_key(&id) || opened.reserved.contains(&id) {
-            return Err(Refusal::new(Code::FRAME_UNEXPECTED, "the producer id is in use on this connection"));
+            return Err(Refusal::new(Code::ID_IN_USE, "the producer id is in use on this connection"));
         }
         let open = opened.producers.len() + opened.reserved.len();
         if open as u64 >= self.server.config().producers {
@@ -178,11 +205,16 @@ impl Conn {
         Ok(())
     }
 
-    /// A producer was granted: its QUIC stream may come.
-    pub(crate) fn add_producer(&self, link: Arc<ProducerLink>) {
+    /// A producer was granted: its QUIC stream may come. False if its attachment has ended.
+    pub(crate) fn add_producer(&self, link: &Arc<ProducerLink>) -> bool {
         let mut opened = self.opened();
         opened.reserved.remove(&link.id);
-        opened.producers.insert(link.id, link);
+        // Under the lock that `drop_producers` takes after the end.
+        let open = !link.attachment.has_ended();
+        if open {
+            opened.producers.insert(link.id, link.clone());
+        }
+        open
     }
 
     /// A producer was refused.
@@ -192,20 +224,24 @@ impl Conn {
 
     /// A producer's QUIC stream has ended.
     pub(crate) fn drop_producer(&self, link: &Arc<ProducerLink>) {
-        self.opened().producers.remove(&link.id);
+        let mut opened = self.opened();
+        // The id may be another producer's by now.
+        if opened.producers.get(&link.id).is_some_and(|held| Arc::ptr_eq(held, link)) {
+            opened.producers.remove(&link.id);
+        }
     }
 
     fn producer(&self, id: u64) -> Option<Arc<ProducerLink>> {
         self.opened().producers.get(&id).cloned()
     }
 
-    /// Makes room for a subscription. Refusals: `LIMIT_EXCEEDED` beyond what the client allows, `FRAME_UNEXPECTED`.
+    /// Makes room for a subscription. Refusals: `LIMIT_EXCEEDED` beyond what the client allows, `ID_IN_USE`.
     pub(crate) fn open_subscription(&self, id: u64) -> Result<Arc<SubscriptionCredit>, Refusal> {
         let limits = (*self.hello.borrow())
             .unwrap_or(PeerLimits { bulk_window: DEFAULT_BULK_WINDOW, bulk_streams: DEFAULT_BULK_STREAMS });
         let mut opened = self.opened();
         if opened.subscriptions.contains_key(&id) {
-            return Err(Refusal::new(Code::FRAME_UNEXPECTED, "the subscription id is in use on this connection"));
+            return Err(Refusal::new(Code::ID_IN_USE, "the subscription id is in use on this connection"));
         }
         if opened.subscriptions.len() as u64 >= limits.bulk_streams {
             let detail = "the connection has as many subscriptions as the client's HELLO allows";
@@ -263,7 +299,8 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
         control: Outbox::default(),
         hello: watch::channel(None).0,
         instance: RwLock::new(None),
-        identity: RwLock::new(Identity::Nobody(Code::UNAUTHENTICATED, "no token was presented")),
+        identity: watch::channel(Identity::Nobody(Code::UNAUTHENTICATED, "no token was presented")).0,
+        held: Semaphore::new(usize::try_from(server.config().delivery_budget).unwrap_or(Semaphore::MAX_PERMITS)),
         opened: Mutex::default(),
         attachments: AtomicUsize::new(0),
         tasks,
@@ -339,7 +376,13 @@ async fn control_stream<C: Connection>(
             }
         }
     };
-    tokio::join!(reading, conn.control.write_to(&mut send));
+    tokio::select! {
+        () = reading => {}
+        // It ends only if the client let its control frames gather: nothing could be told to it any more (spec CONN-3).
+        () = conn.control.write_to(&mut send) => {
+            transport.close(Code::CONTROL_BACKLOG.0, "the client does not read its control stream");
+        }
+    }
 }
 
 async fn read_control<C: Connection>(

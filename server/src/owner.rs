@@ -3,8 +3,10 @@
 //! It feeds requests to the [`Authority`], commits one chunk at a time, and when a chunk is durable publishes it to the
 //! readers and answers the requests, in this order.
 
+use core::pin::Pin;
+use core::sync::atomic::{AtomicBool, Ordering};
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use mainstay_protocol::error::Code;
@@ -18,7 +20,7 @@ use mainstay_protocol::wire::{
 };
 use mainstay_store::{Committing, Outcome as Committed, Pending, SessionStat, StoreError, Writer};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
-use tokio::time::{Duration, Instant};
+use tokio::time::{Duration, Instant, Sleep};
 
 use crate::attachment::Attachment;
 use crate::producer::ProducerLink;
@@ -73,6 +75,30 @@ enum Role {
     Writer { authority: Authority<Ticket>, writer: Writer },
 }
 
+/// The chunk on its way into the store.
+enum Commit {
+    None,
+    /// The store has it.
+    Running(Committing, Arc<Chunk>),
+    /// Its outcome is unknown and asked for.
+    Resolving(Pending<bool>, Arc<Chunk>),
+    /// The store could not tell yet; it is asked again after the pause.
+    Waiting(Pin<Box<Sleep>>, Arc<Chunk>),
+}
+
+/// What is known of the chunk in flight.
+enum Fate {
+    Committed,
+    /// It is not stored and never will be.
+    NotCommitted(StoreError),
+    /// The store has to be asked.
+    Unknown,
+    /// The store cannot tell yet.
+    NotYet,
+    /// Nobody can tell; what happened is found at the next load.
+    Lost(StoreError),
+}
+
 /// Work on the store beside commits.
 enum Upkeep {
     None,
@@ -94,16 +120,22 @@ pub(crate) struct Owner {
     mailbox: mpsc::Receiver<Command>,
     role: Option<Role>,
     created: u64,
-    committing: Option<(Committing, Arc<Chunk>)>,
+    commit: Commit,
     upkeep: Upkeep,
     /// Chunk bytes since the last snapshot.
     unsnapshotted: usize,
     /// Records below it were released by the store, as far as is known.
     released: u64,
     /// Who appends as which producer, to tell them when they are fenced.
-    holders: HashMap<ProducerKey, Arc<ProducerLink>>,
+    holders: HashMap<ProducerKey, Weak<ProducerLink>>,
     stopping: bool,
 }
+
+/// How long a store that cannot tell an outcome yet is left alone.
+const RESOLVE_PAUSE: Duration = Duration::from_millis(100);
+
+const FENCED: &str = "a newer epoch of this producer was granted";
+const DISPLACED: &str = "the producer was opened again under its epoch";
 
 /// Commands taken from the mailbox at once.
 const TURN: usize = 32;
@@ -122,7 +154,7 @@ impl Owner {
             mailbox,
             role: Some(Role::Reader(state)),
             created,
-            committing: None,
+            commit: Commit::None,
             upkeep: Upkeep::None,
             unsnapshotted: 0,
             released,
@@ -152,13 +184,16 @@ impl Owner {
         let mut last_use = Instant::now();
         loop {
             self.start_commit();
-            if self.stopping && self.committing.is_none() && self.mailbox.is_empty() {
+            let idle_store = matches!(self.commit, Commit::None);
+            if self.stopping && idle_store && self.mailbox.is_empty() {
                 break;
             }
             let open = self.backlog() < self.sessions.config.session_backlog;
             tokio::select! {
-                outcome = committed(&mut self.committing) => {
-                    if !self.finish_commit(outcome).await {
+                // First: whoever asks where the session stands must not be told less than a reader of the store has seen.
+                biased;
+                fate = commit(&mut self.commit) => {
+                    if !self.finish_commit(fate) {
                         break;
                     }
                 }
@@ -175,7 +210,7 @@ impl Owner {
                     }
                 }
                 result = upkeep(&mut self.upkeep) => self.continue_upkeep(result),
-                () = tokio::time::sleep_until(last_use + idle), if self.committing.is_none() => {
+                () = tokio::time::sleep_until(last_use + idle), if idle_store => {
                     last_use = Instant::now();
                     if self.sessions.leave_if_unused(&self.session) {
                         break;
@@ -212,33 +247,28 @@ impl Owner {
     }
 
     fn start_commit(&mut self) {
-        if self.committing.is_some() {
+        if !matches!(self.commit, Commit::None) {
             return;
         }
         if let Some(Role::Writer { authority, writer }) = &mut self.role
             && let Step::Commit(chunk) = authority.next_chunk()
         {
-            let append = self.sessions.store.append(writer, chunk.clone());
-            self.committing = Some((append, chunk));
+            self.commit = Commit::Running(self.sessions.store.append(writer, chunk.clone()), chunk);
         }
     }
 
-    /// Applies the outcome of the commit in flight. False if the session cannot be served any more.
-    async fn finish_commit(&mut self, outcome: Committed) -> bool {
-        let Some((_, chunk)) = self.committing.take() else {
+    /// Applies what is known of the chunk in flight. False if the session cannot be served any more.
+    fn finish_commit(&mut self, fate: Fate) -> bool {
+        let (Commit::Running(_, chunk) | Commit::Resolving(_, chunk) | Commit::Waiting(_, chunk)) =
+            core::mem::replace(&mut self.commit, Commit::None)
+        else {
             return true;
         };
         let Some(Role::Writer { authority, writer }) = &mut self.role else {
             return true;
         };
-        let mut outcome = outcome;
-        if let Committed::Unknown(error) = &outcome {
-            authority.unknown();
-            tracing::warn!(session = %self.session.id, %error, "outcome of a commit is unknown; reading it back");
-            outcome = resolve(&self.sessions, writer, &chunk).await;
-        }
-        match outcome {
-            Committed::Committed => match authority.committed() {
+        match fate {
+            Fate::Committed => match authority.committed() {
                 Ok(Some((chunk, replies))) => self.publish(&chunk, replies),
                 Ok(None) => {}
                 Err(damage) => {
@@ -247,7 +277,7 @@ impl Owner {
                     return false;
                 }
             },
-            Committed::NotCommitted(error) => {
+            Fate::NotCommitted(error) => {
                 let refusal = refusal(&error);
                 for ticket in authority.not_committed() {
                     refuse(&ticket, &refusal);
@@ -257,10 +287,18 @@ impl Owner {
                     return false;
                 }
             }
-            Committed::Unknown(error) => {
-                // Resolving gave up because the store is gone; what happened is found at the next load.
-                tracing::error!(session = %self.session.id, %error, "the store failed");
-                self.gone(Code::UNAVAILABLE);
+            Fate::Unknown => {
+                if !authority.is_uncertain() {
+                    tracing::warn!(session = %self.session.id, "outcome of a commit is unknown; reading it back");
+                }
+                authority.unknown();
+                self.commit = Commit::Resolving(self.sessions.store.resolve(writer, chunk.clone()), chunk);
+            }
+            Fate::NotYet => self.commit = Commit::Waiting(Box::pin(tokio::time::sleep(RESOLVE_PAUSE)), chunk),
+            // The requests stay without an answer: any would be a guess (spec DUR-4).
+            Fate::Lost(error) => {
+                tracing::error!(session = %self.session.id, %error, "the outcome of a commit cannot be found out");
+                self.gone(refusal(&error).code);
                 return false;
             }
         }
@@ -349,21 +387,35 @@ impl Owner {
             Reply::Producer { handle, epoch, next } => {
                 let session = self.session.clone();
                 let key = handle.key().clone();
-                let link = Arc::new(ProducerLink { id, handle, epoch, session, attachment: attachment.clone() });
-                if let Some(conn) = attachment.conn.upgrade() {
-                    conn.add_producer(link.clone());
+                let attachment = attachment.clone();
+                let link = Arc::new(ProducerLink {
+                    id,
+                    handle,
+                    epoch,
+                    session,
+                    attachment: attachment.clone(),
+                    displaced: AtomicBool::new(false),
+                });
+                if self.holders.len() >= self.holders.capacity() {
+                    self.holders.retain(|_, holder| holder.strong_count() > 0);
                 }
-                if let Some(old) = self.holders.insert(key, link)
-                    && old.epoch < epoch
-                {
+                let held = self.holders.insert(key, Arc::downgrade(&link)).and_then(|held| held.upgrade());
+                if let Some(old) = held {
+                    old.displaced.store(true, Ordering::Relaxed);
                     let error = Error {
                         about: Producer::KIND,
                         id: old.id,
                         code: Code::FENCED,
                         value: epoch,
-                        message: Message::new("a newer epoch of this producer was granted"),
+                        message: Message::new(if old.epoch < epoch { FENCED } else { DISPLACED }),
                     };
                     old.attachment.outbox.push(error);
+                }
+                // An attachment that has ended has dropped its producers already.
+                if let Some(conn) = attachment.conn.upgrade()
+                    && !conn.add_producer(&link)
+                {
+                    return;
                 }
                 outbox.push(Producer { id, epoch, next });
             }
@@ -463,9 +515,12 @@ impl Owner {
         batches: Vec<(u64, CheckedBatch)>,
         permit: &Arc<OwnedSemaphorePermit>,
     ) {
+        let displaced = link.displaced.load(Ordering::Relaxed);
         let authority = match self.authority().await {
-            Ok(authority) => authority,
-            Err(refusal) => {
+            Ok(authority) if !displaced => authority,
+            other => {
+                let refusal =
+                    other.err().unwrap_or(Refusal { code: Code::FENCED, value: link.epoch, detail: DISPLACED });
                 for (sequence, _) in batches {
                     refuse_batch(link, sequence, &refusal);
                 }
@@ -512,10 +567,19 @@ impl Owner {
 
     async fn delete(&mut self, attachment: &Arc<Attachment>) {
         // Let what is in flight land first, so that its answers are honest.
-        if self.committing.is_some() {
-            let outcome = committed(&mut self.committing).await;
-            if !self.finish_commit(outcome).await {
-                return;
+        match core::mem::replace(&mut self.commit, Commit::None) {
+            Commit::None => {}
+            Commit::Running(append, chunk) => {
+                self.commit = Commit::Running(append, chunk);
+                let fate = commit(&mut self.commit).await;
+                if !self.finish_commit(fate) {
+                    return;
+                }
+            }
+            uncertain => {
+                self.commit = uncertain;
+                let detail = "the outcome of an earlier commit is being resolved";
+                return attachment.refuse(DeleteSession::KIND, 0, &Refusal::new(Code::UNAVAILABLE, detail));
             }
         }
         match self.sessions.store.delete(self.session.id.clone()).await {
@@ -567,11 +631,26 @@ fn refuse_batch(link: &ProducerLink, sequence: u64, refusal: &Refusal) {
     });
 }
 
-/// Waits for the commit in flight, for ever if there is none.
-async fn committed(committing: &mut Option<(Committing, Arc<Chunk>)>) -> Committed {
-    match committing {
-        Some((append, _)) => append.await,
-        None => core::future::pending().await,
+/// Waits until something is known of the chunk in flight, for ever if there is none. Cancellation-safe.
+async fn commit(commit: &mut Commit) -> Fate {
+    match commit {
+        Commit::None => core::future::pending().await,
+        Commit::Running(append, _) => match append.await {
+            Committed::Committed => Fate::Committed,
+            Committed::NotCommitted(error) => Fate::NotCommitted(error),
+            Committed::Unknown(_) => Fate::Unknown,
+        },
+        Commit::Resolving(resolve, _) => match resolve.await {
+            Ok(true) => Fate::Committed,
+            Ok(false) => Fate::NotCommitted(StoreError::Overloaded),
+            // Not now. Everything else leaves it open for good.
+            Err(error) if error.is_retryable() => Fate::NotYet,
+            Err(error) => Fate::Lost(error),
+        },
+        Commit::Waiting(pause, _) => {
+            pause.await;
+            Fate::Unknown
+        }
     }
 }
 
@@ -580,23 +659,5 @@ async fn upkeep(upkeep: &mut Upkeep) -> Result<(), StoreError> {
     match upkeep {
         Upkeep::Snapshot { running, .. } | Upkeep::Trim { running, .. } => running.await,
         Upkeep::None => core::future::pending().await,
-    }
-}
-
-/// Reads back whether a chunk is stored, until the store says so or has failed for good.
-async fn resolve(sessions: &Sessions, writer: &Writer, chunk: &Arc<Chunk>) -> Committed {
-    let mut pause = Duration::from_millis(10);
-    loop {
-        match sessions.store.resolve(writer, chunk.clone()).await {
-            Ok(true) => return Committed::Committed,
-            Ok(false) => return Committed::NotCommitted(StoreError::Overloaded),
-            Err(error @ (StoreError::NoSpace | StoreError::Overloaded)) => {
-                tracing::warn!(session = %writer.session, %error, "cannot read back a commit yet");
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(Duration::from_secs(1));
-            }
-            Err(error @ StoreError::Failed { .. }) => return Committed::Unknown(error),
-            Err(error) => return Committed::NotCommitted(error),
-        }
     }
 }

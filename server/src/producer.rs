@@ -1,5 +1,6 @@
 //! One producer's QUIC stream: batches in, to the owner, credit back.
 
+use core::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -22,6 +23,8 @@ pub(crate) struct ProducerLink {
     pub(crate) epoch: u64,
     pub(crate) session: Arc<Session>,
     pub(crate) attachment: Arc<Attachment>,
+    /// Another holder opened the producer: nothing more is taken from this one.
+    pub(crate) displaced: AtomicBool,
 }
 
 impl ProducerLink {
@@ -52,10 +55,6 @@ async fn pump<R: RecvStream>(
 ) -> Result<(), FrameError> {
     let mut credit = CreditReceived::new(conn.server.config().producer_window);
     loop {
-        if link.attachment.outbox.is_closed() {
-            // Nothing could be acknowledged (spec SESS-12).
-            return Err(ProtocolError::new(Code::PRODUCER_UNKNOWN, "the producer's attachment has ended").into());
-        }
         let mut batches = Vec::new();
         let mut bytes = 0;
         while let Some(frame) = frames.buffered()? {
@@ -88,8 +87,16 @@ async fn pump<R: RecvStream>(
         if let Some(consumed) = credit.consumed(frames.take_taken()) {
             conn.control.push(Credit { id: link.id, consumed });
         }
-        if !frames.fill().await? {
-            return Ok(());
+        tokio::select! {
+            // Nothing could be acknowledged any more (spec SESS-12).
+            () = link.attachment.ended() => {
+                return Err(ProtocolError::new(Code::PRODUCER_UNKNOWN, "the producer's attachment has ended").into());
+            }
+            more = frames.fill() => {
+                if !more? {
+                    return Ok(());
+                }
+            }
         }
     }
 }

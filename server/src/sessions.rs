@@ -117,9 +117,9 @@ impl Sessions {
     ///
     /// Errors: `SESSION_NOT_FOUND`, and those of the store.
     pub(crate) async fn get(self: &Arc<Self>, name: &SessionName, create: bool) -> Result<(SessionUse, bool), Refusal> {
+        let mut new = false;
         loop {
             let cell = self.lock().entry(name.clone()).or_default().clone();
-            let mut new = false;
             let result = cell.get_or_try_init(|| self.load(name, create, &mut new)).await.cloned();
             let mut hot = self.lock();
             match result {
@@ -131,9 +131,12 @@ impl Sessions {
                     }
                 }
                 Err(error) => {
-                    if hot.get(name).is_some_and(|current| Arc::ptr_eq(current, &cell) && !current.initialized()) {
+                    // The last one that looks into an empty cell removes it. Who still waits for it may fill it.
+                    let unused = |current: &Cell| Arc::ptr_eq(current, &cell) && Arc::strong_count(current) == 2;
+                    if hot.get(name).is_some_and(|current| unused(current) && !current.initialized()) {
                         hot.remove(name);
                     }
+                    drop(cell);
                     return Err(error);
                 }
             }
@@ -190,6 +193,9 @@ impl Sessions {
             Some(state) if state.incarnation() == id.incarnation => state,
             _ => State::new(id.incarnation),
         };
+        if state.number() > stat.chunks {
+            return Err(StoreError::Damaged { seq: stat.tail, what: "the snapshot is ahead of the log".into() });
+        }
         while state.number() < stat.chunks {
             let from = ReadFrom::Chunk { first: state.tail(), number: state.number() };
             let page = self.store.read(id.clone(), from, 4 << 20).await?;

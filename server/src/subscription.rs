@@ -10,7 +10,7 @@ use mainstay_protocol::session::{CreditSent, Feed, Operation, Place, Refusal};
 use mainstay_protocol::wire::{Body, Error, Frame, Message, Snapshot, Start, Subscribe};
 use mainstay_store::ReadFrom;
 use mainstay_transport::{Connection, SendStream, StreamError, priority};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, SemaphorePermit};
 
 use crate::attachment::ask;
 use crate::connection::Conn;
@@ -97,6 +97,7 @@ async fn run<S: SendStream>(
 ) {
     let stopped = send.stopped();
     let mut out = Sender { send: &mut send, credit: &credit };
+    let id = request.id;
     let end = tokio::select! {
         end = deliver(conn, &session, request, &mut out) => end,
         _ = stopped => Err(End::Client),
@@ -108,7 +109,7 @@ async fn run<S: SendStream>(
         Err(End::Refused(refusal)) => {
             let error = Frame::from(Error {
                 about: Subscribe::KIND,
-                id: 0,
+                id,
                 code: refusal.code,
                 value: refusal.value,
                 message: Message::new(refusal.detail),
@@ -131,6 +132,7 @@ async fn deliver<S: SendStream>(
     out: &mut Sender<'_, S>,
 ) -> Result<(), End> {
     let store = &conn.server.sessions().store;
+    let budget = conn.server.config().delivery_budget;
     let mut changed = session.extent.subscribe();
     let mut extent = *changed.borrow_and_update();
     let mut pieces = Vec::new();
@@ -147,32 +149,56 @@ async fn deliver<S: SendStream>(
         feed
     };
     out.write(&mut pieces).await?;
+    let name = &session.id.name;
     let mut level = priority::LIVE;
+    // What it may keep in memory beyond the credit, once it had to wait for that.
+    let mut room: Option<SemaphorePermit<'_>> = None;
     loop {
         if let Some(code) = extent.gone {
             return Err(End::Refused(Refusal::new(code, "the session is no longer served here")));
         }
-        let memory = session.ring().start();
-        let mut chunks = Vec::new();
-        let wanted = match feed.place(extent.first, memory, extent.tail) {
-            Place::AtTail if extent.closed => return Ok(()),
-            Place::AtTail => {
-                if changed.changed().await.is_err() {
-                    return Err(End::Client);
-                }
-                extent = *changed.borrow_and_update();
-                continue;
+        if feed.place(extent.first, session.ring().start(), extent.tail) == Place::AtTail {
+            if extent.closed {
+                return Ok(());
             }
+            tokio::select! {
+                more = changed.changed() => if more.is_err() {
+                    return Err(End::Client);
+                },
+                // A token that expired or was replaced ends what it allowed.
+                refusal = conn.forbidden(Operation::Read, name) => return Err(End::Refused(refusal)),
+            }
+            extent = *changed.borrow_and_update();
+            continue;
+        }
+        // Nothing is held while there is no credit: a reader that stopped costs a cursor.
+        let available = tokio::select! {
+            biased;
+            available = out.available() => available,
+            refusal = conn.forbidden(Operation::Read, name) => return Err(End::Refused(refusal)),
+            _ = changed.wait_for(|extent| extent.gone.is_some()) => 0,
+        };
+        extent = *changed.borrow_and_update();
+        if available == 0 {
+            continue;
+        }
+        conn.allow(Operation::Read, name).map_err(End::Refused)?;
+        let burst = usize::try_from(available).unwrap_or(BURST).min(BURST);
+        let mark = feed.mark();
+        let mut chunks = Vec::new();
+        let memory = session.ring().start();
+        let wanted = match feed.place(extent.first, memory, extent.tail) {
+            Place::AtTail => continue,
             Place::Trimmed(first) => {
                 feed.skip_trimmed(first, &mut pieces);
                 priority::CATCH_UP
             }
             Place::Memory => {
-                session.ring().from(feed.next(), BURST, &mut chunks);
+                session.ring().from(feed.next(), burst, &mut chunks);
                 priority::LIVE
             }
             Place::Store => {
-                let page = store.read(session.id.clone(), ReadFrom::Seq(feed.next()), BURST).await;
+                let page = store.read(session.id.clone(), ReadFrom::Seq(feed.next()), burst).await;
                 let page = page.map_err(|error| {
                     tracing::warn!(session = %session.id, %error, "cannot read for a subscription");
                     End::Refused(refusal(&error))
@@ -182,11 +208,11 @@ async fn deliver<S: SendStream>(
                     return Err(End::Refused(Refusal::new(Code::SESSION_DAMAGED, detail)));
                 }
                 chunks = page.chunks;
+                // The store may be ahead of what was shown to anyone.
+                chunks.retain(|chunk| chunk.end() <= extent.tail);
                 priority::CATCH_UP
             }
         };
-        // A token that expired ends what it allowed.
-        conn.allow(Operation::Read, &session.id.name).map_err(End::Refused)?;
         if wanted != level {
             level = wanted;
             out.send.set_priority(level);
@@ -201,6 +227,23 @@ async fn deliver<S: SendStream>(
             feed.deliver(chunk, &streams, &mut pieces).map_err(damaged)?;
         }
         drop(chunks);
+        // A burst that exceeds the credit waits in memory, within the connection's budget; without room there it is made
+        // again later.
+        let total: usize = pieces.iter().map(Bytes::len).sum();
+        let rest = u32::try_from(total.min(usize::try_from(budget).unwrap_or(usize::MAX))).unwrap_or(u32::MAX);
+        let kept = room.take().filter(|room| room.num_permits() >= rest as usize);
+        let _held = match kept {
+            None if total as u64 > available => match conn.held.try_acquire_many(rest) {
+                Ok(permit) => Some(permit),
+                Err(_) => {
+                    feed.rewind(mark);
+                    pieces.clear();
+                    room = conn.held.acquire_many(rest).await.ok();
+                    continue;
+                }
+            },
+            kept => kept,
+        };
         out.write(&mut pieces).await?;
         extent = *changed.borrow_and_update();
     }
@@ -213,6 +256,17 @@ struct Sender<'a, S> {
 }
 
 impl<S: SendStream> Sender<'_, S> {
+    /// Waits until something may be sent, and says how much.
+    async fn available(&self) -> u64 {
+        loop {
+            let available = self.credit.lock().available();
+            if available > 0 {
+                return available;
+            }
+            self.credit.changed.notified().await;
+        }
+    }
+
     /// Sends all pieces and empties the list; waits for credit where there is too little.
     async fn write(&mut self, pieces: &mut Vec<Bytes>) -> Result<(), StreamError> {
         let total: usize = pieces.iter().map(Bytes::len).sum();
@@ -231,13 +285,7 @@ impl<S: SendStream> Sender<'_, S> {
         }
         for mut piece in pieces.drain(..) {
             while !piece.is_empty() {
-                let available = loop {
-                    let available = self.credit.lock().available();
-                    if available > 0 {
-                        break available;
-                    }
-                    self.credit.changed.notified().await;
-                };
+                let available = self.available().await;
                 let part = piece.split_to(piece.len().min(usize::try_from(available).unwrap_or(usize::MAX)));
                 self.credit.lock().sent(part.len() as u64);
                 self.send.write(&mut [part]).await?;

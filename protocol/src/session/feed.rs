@@ -59,7 +59,25 @@ pub struct Feed {
     known_tail: u64,
 }
 
+/// Where a feed stood, to go back to.
+#[derive(Debug, Clone, Copy)]
+pub struct Mark {
+    next: u64,
+    announced: StreamSet,
+    known_tail: u64,
+}
+
 impl Feed {
+    /// Where the feed stands.
+    pub fn mark(&self) -> Mark {
+        Mark { next: self.next, announced: self.announced, known_tail: self.known_tail }
+    }
+
+    /// Goes back to where it stood: the frames since then were thrown away, and will be made again.
+    pub fn rewind(&mut self, mark: Mark) {
+        (self.next, self.announced, self.known_tail) = (mark.next, mark.announced, mark.known_tail);
+    }
+
     /// Starts a subscription on a session whose readable records are `first..tail`. Returns the feed and its verdict:
     /// `gap` if records from the wanted position on were trimmed, `snapshot` if it starts with the view, else `exact`.
     ///
