@@ -49,7 +49,11 @@ impl Data {
     /// Makes the directory, readable by its owner only.
     pub(crate) fn create(&self) -> Result<(), Failure> {
         let keys = self.dir.join("keys");
-        fs::create_dir_all(&keys).map_err(|error| Failure::io(keys.display(), &error))
+        let mut dirs = fs::DirBuilder::new();
+        dirs.recursive(true);
+        #[cfg(unix)]
+        std::os::unix::fs::DirBuilderExt::mode(&mut dirs, 0o700);
+        dirs.create(&keys).map_err(|error| Failure::io(keys.display(), &error))
     }
 
     /// The keys that let clients learn of a restart at once.

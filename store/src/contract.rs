@@ -155,7 +155,7 @@ pub struct SessionStat {
     pub session: SessionId,
     /// When it was created, in milliseconds since the Unix epoch.
     pub created: u64,
-    /// The first seq that is kept.
+    /// The first seq that the last trim left; the chunk that holds it may begin below.
     pub first: u64,
     /// The seq that the next record will get.
     pub tail: u64,
@@ -182,7 +182,7 @@ pub enum ReadFrom {
 pub struct Page {
     /// The chunks, possibly none.
     pub chunks: Vec<Arc<Chunk>>,
-    /// The first seq that is kept.
+    /// The first seq of the first chunk that is kept.
     pub first: u64,
     /// The durable end: the seq that the next record will get.
     pub tail: u64,

@@ -25,6 +25,8 @@ struct Session {
     epoch: u64,
     /// Chunks removed by trims.
     trimmed: u64,
+    /// What the last trim asked for.
+    first: u64,
     chunks: Vec<Arc<Chunk>>,
     tail: u64,
     snapshot: Option<Bytes>,
@@ -35,7 +37,7 @@ impl Session {
         SessionStat {
             session: self.id.clone(),
             created: self.created,
-            first: self.chunks.first().map_or(self.tail, |chunk| chunk.first()),
+            first: self.first,
             tail: self.tail,
             chunks: self.trimmed + self.chunks.len() as u64,
         }
@@ -80,7 +82,8 @@ impl Store for MemoryStore {
             return ready(Ok(Created::Existing(session.stat())));
         }
         let name = id.name.clone();
-        let session = Session { id, created, epoch: 0, trimmed: 0, chunks: Vec::new(), tail: 0, snapshot: None };
+        let session =
+            Session { id, created, epoch: 0, trimmed: 0, first: 0, chunks: Vec::new(), tail: 0, snapshot: None };
         sessions.insert(name, session);
         ready(Ok(Created::New))
     }
@@ -142,8 +145,8 @@ impl Store for MemoryStore {
                 left = left.saturating_sub(len);
                 chunks.push(chunk.clone());
             }
-            let SessionStat { first, tail, .. } = session.stat();
-            Ok(Page { chunks, first, tail })
+            let first = session.chunks.first().map_or(session.tail, |chunk| chunk.first());
+            Ok(Page { chunks, first, tail: session.tail })
         }))
     }
 
@@ -167,6 +170,7 @@ impl Store for MemoryStore {
             }
             session.chunks.drain(..count);
             session.trimmed += count as u64;
+            session.first = session.first.max(before.min(session.tail));
             Ok(())
         }))
     }

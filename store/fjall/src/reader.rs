@@ -88,7 +88,8 @@ impl<'a> Reader<'a> {
     pub(crate) fn stat(&self, name: SessionName, row: &SessionRow) -> Result<SessionStat, StoreError> {
         let (tail, chunks) = self.end(row)?;
         let session = SessionId { name, incarnation: row.incarnation };
-        Ok(SessionStat { session, created: row.created, first: row.base.first, tail, chunks })
+        let first = row.base.first.max(row.released);
+        Ok(SessionStat { session, created: row.created, first, tail, chunks })
     }
 
     /// Consecutive chunks from `from` on, about `budget` bytes of them.

@@ -232,6 +232,7 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
     }
     // Below the snapshot of a trimmed session only the chain can be checked.
     let fold_from = if row.base.number > 0 { snapshot.as_ref().map_or(0, |(_, saved)| saved.number()) } else { 0 };
+    let released = released(engine, row, snapshot.as_ref().map(|(_, saved)| saved));
     let mut chain = row.base.chain;
     let mut next = (row.base.first, row.base.number);
     for segment in &row.segments {
@@ -274,7 +275,7 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
                 Some((_, saved)) if header.number < fold_from => saved.streams(),
                 _ => state.streams(),
             };
-            each(name, row.released, streams, &chunk);
+            each(name, released, streams, &chunk);
             let compares = snapshot.as_ref().filter(|(_, saved)| fold_from == 0 && saved.number() == state.number());
             if compares.is_some_and(|(bytes, _)| *bytes != state.snapshot()) {
                 return report.problem(Some(name), Some(next.0), "the snapshot is not what the records fold to");
@@ -284,6 +285,28 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
     if snapshot.is_some_and(|(_, saved)| saved.number() > next.1) {
         report.problem(Some(name), Some(next.0), "chunks are missing at the end: the snapshot reaches further");
     }
+}
+
+/// The first seq that may be read. A TRIM is durable before the row says so: entries behind the snapshot count too.
+fn released(engine: &Engine, row: &SessionRow, snapshot: Option<&State>) -> u64 {
+    let number = snapshot.map_or(row.base.number, State::number);
+    let mut released = snapshot.map_or(row.released, |saved| saved.first().max(row.released));
+    for segment in row.segments.iter().rev() {
+        for guard in engine.log().range(keys::chunk(segment.id, 0, 0)..keys::chunk(segment.id + 1, 0, 0)).rev() {
+            // What cannot be read is reported by the pass over the chunks.
+            let Ok((key, value)) = guard.into_inner() else { return released };
+            let Ok(chunk) = reader::decode(row, &key, Bytes::from(value)) else { return released };
+            if chunk.header().number < number {
+                return released;
+            }
+            for control in &chunk.header().controls {
+                if let Control::Trim { first } = control {
+                    released = released.max(*first);
+                }
+            }
+        }
+    }
+    released
 }
 
 /// Adds a chunk: to the state, or where the state before it is not known to the chain alone.

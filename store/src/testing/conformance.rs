@@ -331,7 +331,7 @@ async fn a_trim_needs_a_snapshot_and_keeps_the_rest_readable(store: Arc<dyn Stor
     retry(|| store.put_snapshot(&log.writer, log.state.snapshot())).await.expect("put snapshot");
     retry(|| store.trim(&log.writer, 11)).await.expect("trim");
     let stat = store.stat(id.name.clone()).await.expect("stat").expect("exists");
-    assert_eq!((stat.first, stat.tail, stat.chunks), (10, 20, 10));
+    assert_eq!((stat.first, stat.tail, stat.chunks), (11, 20, 10));
     assert_eq!(log.payloads(0).await.first().map(String::as_str), Some("5a"));
     log.append(&["z"]).await;
     let reopened = Log::open(&store, id).await;
