@@ -189,6 +189,9 @@ pub(crate) enum SessionAction {
     Create {
         /// Its name.
         session: String,
+        /// Delete it once it was neither attached nor appended to for so many seconds. [default: never]
+        #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
+        expire_after: Option<u64>,
     },
     /// List the sessions that the token lets you read.
     Ls {

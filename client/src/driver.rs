@@ -257,7 +257,13 @@ impl<C: Connection> Driver<C> {
         };
         // After the first attach the session must be there: creating it again would hide that it was deleted.
         let mode = if self.info.is_some() { AttachMode::Attach } else { self.request.mode };
-        outbox.push(Attach { mode, session: self.request.name.clone(), incarnation: cursor.0, next: cursor.1 });
+        outbox.push(Attach {
+            mode,
+            session: self.request.name.clone(),
+            incarnation: cursor.0,
+            next: cursor.1,
+            expire_after: self.request.expire_after,
+        });
         let mut frames = FrameReader::new(recv, MAX_FRAME);
         let writing = outbox.write_to(&mut send);
         let over = {

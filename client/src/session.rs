@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use mainstay_protocol::registry::STREAM_MAIN;
 use mainstay_protocol::session::{Cursor, Incarnation, SessionName, Verdict, ViewHash};
-use mainstay_protocol::wire::{AttachMode, Attached, Label, Start};
+use mainstay_protocol::wire::{AttachMode, Attached, Label, MAX_VARINT, Start};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::client::Client;
@@ -22,11 +22,12 @@ pub struct Attaching {
     pub(crate) mode: AttachMode,
     pub(crate) cursor: Option<Cursor>,
     pub(crate) wait: bool,
+    pub(crate) expire_after: Option<u64>,
 }
 
 impl Attaching {
     pub(crate) fn new(client: Client, name: SessionName) -> Self {
-        Self { client, name, mode: AttachMode::Attach, cursor: None, wait: false }
+        Self { client, name, mode: AttachMode::Attach, cursor: None, wait: false, expire_after: None }
     }
 
     /// Creates the session if it does not exist.
@@ -38,6 +39,12 @@ impl Attaching {
     /// Creates the session, and fails with `SESSION_EXISTS` if it exists.
     pub fn create_new(mut self) -> Self {
         self.mode = AttachMode::CreateNew;
+        self
+    }
+
+    /// If this attach creates the session: the server deletes it once it was neither attached nor appended to for so long.
+    pub fn expire_after(mut self, unused: Duration) -> Self {
+        self.expire_after = Some(u64::try_from(unused.as_millis()).unwrap_or(MAX_VARINT).min(MAX_VARINT));
         self
     }
 

@@ -32,7 +32,7 @@ fn key() -> &'static (SigningKey, String) {
 
 fn attach(name: &str) -> Bytes {
     let session = name.parse().expect("a valid name");
-    Frame::from(Attach { mode: AttachMode::Create, session, incarnation: None, next: None }).to_bytes()
+    Frame::from(Attach { mode: AttachMode::Create, session, incarnation: None, next: None, expire_after: None }).to_bytes()
 }
 
 async fn open(connection: &MemoryConnection, first: Bytes) -> Option<<MemoryConnection as Connection>::Send> {

@@ -115,6 +115,8 @@ pub mod attach {
     pub const INCARNATION: u64 = 0x00;
     /// Next seq of the cursor that the client holds.
     pub const NEXT: u64 = 0x02;
+    /// Milliseconds without use after which a created session is deleted.
+    pub const EXPIRE_AFTER: u64 = 0x04;
 }
 
 /// SUBSCRIBE parameter ids (spec SUB-3).

@@ -97,7 +97,8 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
         ("max_attachments", hello::MAX_ATTACHMENTS),
     ]);
     assert_eq!(hello, entries(&registry, "parameters.HELLO", "id"));
-    let attach = code([("incarnation", attach::INCARNATION), ("next", attach::NEXT)]);
+    let attach =
+        code([("incarnation", attach::INCARNATION), ("next", attach::NEXT), ("expire_after", attach::EXPIRE_AFTER)]);
     assert_eq!(attach, entries(&registry, "parameters.ATTACH", "id"));
     let subscribe = code([("streams", subscribe::STREAMS), ("kinds", subscribe::KINDS)]);
     assert_eq!(subscribe, entries(&registry, "parameters.SUBSCRIBE", "id"));

@@ -121,13 +121,26 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
         (
             "ATTACH",
             "without a cursor",
-            Attach { mode: AttachMode::Create, session: session(), incarnation: None, next: None }.into(),
+            Attach {
+                mode: AttachMode::Create,
+                session: session(),
+                incarnation: None,
+                next: None,
+                expire_after: Some(604_800_000),
+            }
+            .into(),
         ),
         (
             "ATTACH",
             "with a cursor",
-            Attach { mode: AttachMode::Attach, session: session(), incarnation: Some(incarnation), next: Some(1234) }
-                .into(),
+            Attach {
+                mode: AttachMode::Attach,
+                session: session(),
+                incarnation: Some(incarnation),
+                next: Some(1234),
+                expire_after: None,
+            }
+            .into(),
         ),
         (
             "ATTACHED",
@@ -409,7 +422,7 @@ fn malformed_frames() -> Vec<Malformed> {
             });
         }
     }
-    let own: [(&str, &str, &[u8], Code); 24] = [
+    let own: [(&str, &str, &[u8], Code); 29] = [
         ("(any)", "the type is not a minimal varint", &[0x40, 0x06, 0x01, 0x07], Code::FRAME_MALFORMED),
         ("(any)", "the length is not a minimal varint", &[0x06, 0x40, 0x01, 0x07], Code::FRAME_MALFORMED),
         ("(any)", "longer than any frame may be", &[0x3e, 0x80, 0x10, 0x00, 0x00], Code::FRAME_TOO_LARGE),
@@ -432,6 +445,31 @@ fn malformed_frames() -> Vec<Malformed> {
             "ATTACH",
             "next without an incarnation",
             &[0x10, 0x06, 0x00, 0x01, b'a', 0x02, 0x01, 0x05],
+            Code::FRAME_MALFORMED,
+        ),
+        ("ATTACHED", "a flag that is neither 0 nor 1", &attached_with_flag_2(), Code::FRAME_MALFORMED),
+        ("DEFINE_STREAM", "an empty name", &[0x18, 0x01, 0x00], Code::NAME_INVALID),
+        (
+            "ACK",
+            "of 257 batches",
+            &[&[0x1c, 0x42, 0x05, 0x01, 0x00, 0x41, 0x01][..], &[0; 514]].concat(),
+            Code::FRAME_MALFORMED,
+        ),
+        (
+            "SUBSCRIBE",
+            "65 kinds",
+            &[&[0x22, 0x40, 0x47, 0x01, 0x00, 0x00, 0x02, 0x40, 0x41][..], &[0; 65]].concat(),
+            Code::LIMIT_EXCEEDED,
+        ),
+        (
+            "DELIVERY",
+            "a run that reaches beyond the interval",
+            &[
+                &[0x36, 0x1f, 0x00, 0x01, 0x00, 0x01, 0x01, b'a'][..],
+                &[7; 16],
+                &[0x01, 0x00, 0x02, 0x00, 0x00, 0x06, 0x03, 0, 0, 0],
+            ]
+            .concat(),
             Code::FRAME_MALFORMED,
         ),
         ("ACK", "of no batch", &[0x1c, 0x03, 0x01, 0x00, 0x00], Code::FRAME_MALFORMED),
@@ -472,6 +510,32 @@ fn malformed_frames() -> Vec<Malformed> {
     list
 }
 
+/// The golden ATTACHED with its flag, behind verdict, incarnation, tail, first and created, changed.
+fn attached_with_flag_2() -> Vec<u8> {
+    let frame = frames().into_iter().find(|(name, ..)| *name == "ATTACHED").expect("a golden vector").2;
+    let Frame::Attached(attached) = &frame else { panic!("not ATTACHED") };
+    let mut other = attached.clone();
+    other.closed = !other.closed;
+    let (mut bytes, other) = (frame.to_bytes().to_vec(), Frame::from(other).to_bytes());
+    let at = bytes.iter().zip(&other).position(|(a, b)| a != b).expect("the flag");
+    bytes[at] = 2;
+    bytes
+}
+
+/// What a receiver must accept although it does not know all of it: the bytes, and the bytes that mean the same, none if all
+/// is skipped.
+fn skipped() -> Vec<(&'static str, &'static str, Vec<u8>, Vec<u8>)> {
+    vec![
+        ("(any)", "an ignorable type that nobody knows", vec![0x7f, 0xff, 0x02, 0x01, 0x02], vec![]),
+        (
+            "PING",
+            "an ignorable parameter that nobody knows",
+            vec![0x06, 0x05, 0x07, 0x7f, 0x3f, 0x01, 0xff],
+            vec![0x06, 0x01, 0x07],
+        ),
+    ]
+}
+
 fn leak(text: &str) -> &'static str {
     Box::leak(text.to_owned().into_boxed_str())
 }
@@ -488,6 +552,8 @@ fn malformed_records() -> Vec<Malformed> {
             &[0x06, 0x00, 0x00, 0x04, 0x01, 0x05, b'a'],
             Code::RECORD_MALFORMED,
         ),
+        m("data", "33 headers", &[&[0x40, 0x46, 0x00, 0x00, 0x04, 33][..], &[0; 66]].concat(), Code::RECORD_MALFORMED),
+        m("data", "a stream that is not a minimal varint", &[0x04, 0x00, 0x40, 0x00, 0x00], Code::RECORD_MALFORMED),
         m("data", "longer than any record may be", &[0x80, 0x04, 0x00, 0x01], Code::RECORD_TOO_LARGE),
         m("data", "the region ends inside the record", &[0x05, 0x00, 0x00, 0x00], Code::RECORD_MALFORMED),
         m("data", "no bytes at all", &[0x00], Code::RECORD_MALFORMED),
@@ -529,7 +595,7 @@ fn file(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../spec/vectors").join(name)
 }
 
-fn render(golden: &[Golden], malformed: &[Malformed]) -> String {
+fn render(golden: &[Golden], malformed: &[Malformed], skipped: &[(&str, &str, Vec<u8>, Vec<u8>)]) -> String {
     let mut text = String::from(
         "# Made by `UPDATE_VECTORS=1 cargo test -p mainstay-protocol --test vectors`; see spec/vectors/README.md.\n",
     );
@@ -547,6 +613,14 @@ fn render(golden: &[Golden], malformed: &[Malformed]) -> String {
             hex(bytes)
         );
     }
+    for (name, note, bytes, means) in skipped {
+        let _ = write!(
+            text,
+            "\n[[skipped]]\nname = {name:?}\nnote = {note:?}\nhex = \"{}\"\nmeans = \"{}\"\n",
+            hex(bytes),
+            hex(means)
+        );
+    }
     text
 }
 
@@ -554,10 +628,10 @@ const FILES: [&str; 4] = ["frames.toml", "records.toml", "chunks.toml", "states.
 
 fn rendered(name: &str) -> String {
     match name {
-        "frames.toml" => render(&golden_frames(), &malformed_frames()),
-        "records.toml" => render(&golden_records(), &malformed_records()),
-        "chunks.toml" => render(&golden_chunks(), &malformed_chunks()),
-        _ => render(&golden_states(), &[]),
+        "frames.toml" => render(&golden_frames(), &malformed_frames(), &skipped()),
+        "records.toml" => render(&golden_records(), &malformed_records(), &[]),
+        "chunks.toml" => render(&golden_chunks(), &malformed_chunks(), &[]),
+        _ => render(&golden_states(), &[], &[]),
     }
 }
 
@@ -582,7 +656,8 @@ fn vectors(name: &str, kind: &str) -> Vec<(String, String, Vec<u8>, String)> {
     list.iter()
         .map(|entry| {
             let text = |key: &str| entry.get(key).and_then(|text| text.as_str()).unwrap_or_default().to_owned();
-            (text("name"), text("note"), unhex(&text("hex")), text("error"))
+            let last = if kind == "skipped" { text("means") } else { text("error") };
+            (text("name"), text("note"), unhex(&text("hex")), last)
         })
         .collect()
 }
@@ -623,6 +698,17 @@ fn every_malformed_frame_gives_its_error() {
     }
     for (_, name) in Frame::TYPES {
         assert!(covered.iter().any(|covered| covered == name), "{name} has no malformed vector");
+    }
+}
+
+#[test]
+fn what_is_ignorable_is_skipped() {
+    let list = vectors("frames.toml", "skipped");
+    assert!(list.len() >= 2);
+    for (name, note, bytes, means) in list {
+        let frame = decode_frame(&bytes).unwrap_or_else(|error| panic!("{name}: {note}: {error}"));
+        let means = decode_frame(&unhex(&means)).expect("a golden frame");
+        assert_eq!(frame, means, "{name}: {note}");
     }
 }
 

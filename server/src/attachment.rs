@@ -142,11 +142,11 @@ async fn attach(conn: &Conn, attachment: &Attachment, request: &Attach) -> Resul
     let name = &request.session;
     conn.allow(Operation::Read, name).or_else(|_| conn.allow(Operation::Append, name))?;
     let sessions = conn.server.sessions();
-    let create = request.mode != AttachMode::Attach;
-    let (session, new) = match sessions.get(name, false).await {
-        Err(refusal) if refusal.code == Code::SESSION_NOT_FOUND && create => {
+    let create = (request.mode != AttachMode::Attach).then_some(request.expire_after.unwrap_or(0));
+    let (session, new) = match sessions.get(name, None).await {
+        Err(refusal) if refusal.code == Code::SESSION_NOT_FOUND && create.is_some() => {
             conn.allow(Operation::Create, name)?;
-            sessions.get(name, true).await?
+            sessions.get(name, create).await?
         }
         other => other?,
     };

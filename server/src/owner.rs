@@ -120,6 +120,7 @@ pub(crate) struct Owner {
     mailbox: mpsc::Receiver<Command>,
     role: Option<Role>,
     created: u64,
+    expire_after: u64,
     commit: Commit,
     upkeep: Upkeep,
     /// Chunk bytes since the last snapshot.
@@ -146,7 +147,7 @@ impl Owner {
         session: Arc<Session>,
         mailbox: mpsc::Receiver<Command>,
         state: State,
-        SessionStat { created, first: released, .. }: SessionStat,
+        SessionStat { created, first: released, expire_after, .. }: SessionStat,
     ) -> Self {
         Self {
             sessions,
@@ -154,6 +155,7 @@ impl Owner {
             mailbox,
             role: Some(Role::Reader(state)),
             created,
+            expire_after,
             commit: Commit::None,
             upkeep: Upkeep::None,
             unsnapshotted: 0,
@@ -233,8 +235,14 @@ impl Owner {
             Upkeep::Snapshot { running, .. } | Upkeep::Trim { running, .. } => drop(running.await),
             Upkeep::None => {}
         }
+        let deleted = self.session.extent.borrow().gone == Some(Code::SESSION_GONE);
+        if self.expire_after > 0 && !deleted {
+            let until = (self.sessions.clock)().saturating_add(self.expire_after);
+            if let Err(error) = self.sessions.store.postpone(self.session.id.clone(), until).await {
+                tracing::warn!(session = %self.session.id, %error, "its use until now does not keep it from expiring");
+            }
+        }
         if let Some(Role::Writer { authority, writer }) = self.role.take() {
-            let deleted = self.session.extent.borrow().gone == Some(Code::SESSION_GONE);
             // Loading again should not repeat more than a page of work.
             if self.unsnapshotted > self.sessions.config.snapshot_bytes / 64 && !deleted && !authority.is_uncertain() {
                 let saved = self.sessions.store.put_snapshot(&writer, authority.state().snapshot()).await;

@@ -94,9 +94,12 @@ impl Server {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let mut connections = JoinSet::new();
         tokio::pin!(stop);
+        let expiring = self.shared.sessions.expire();
+        tokio::pin!(expiring);
         loop {
             tokio::select! {
                 () = &mut stop => break,
+                () = &mut expiring => {}
                 Some(_) = connections.join_next() => {}
                 connection = listener.accept() => match connection {
                     Some(connection) => {

@@ -90,6 +90,9 @@ pub(crate) fn refusal(error: &StoreError) -> Refusal {
     Refusal::new(code, detail)
 }
 
+/// Sessions that expire in one step.
+const EXPIRY_STEP: usize = 64;
+
 type Cell = Arc<OnceCell<Arc<Session>>>;
 
 /// See the [module](self).
@@ -113,10 +116,15 @@ impl Sessions {
         self.hot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Finds or loads the session called `name`; creates it if `create` says so. Returns it and whether it is new.
+    /// Finds or loads the session called `name`; creates it if `create` says after how many milliseconds without use it
+    /// expires (0 for never). Returns it and whether it is new.
     ///
     /// Errors: `SESSION_NOT_FOUND`, and those of the store.
-    pub(crate) async fn get(self: &Arc<Self>, name: &SessionName, create: bool) -> Result<(SessionUse, bool), Refusal> {
+    pub(crate) async fn get(
+        self: &Arc<Self>,
+        name: &SessionName,
+        create: Option<u64>,
+    ) -> Result<(SessionUse, bool), Refusal> {
         let mut new = false;
         loop {
             let cell = self.lock().entry(name.clone()).or_default().clone();
@@ -143,27 +151,40 @@ impl Sessions {
         }
     }
 
-    async fn load(self: &Arc<Self>, name: &SessionName, create: bool, new: &mut bool) -> Result<Arc<Session>, Refusal> {
+    async fn load(
+        self: &Arc<Self>,
+        name: &SessionName,
+        create: Option<u64>,
+        new: &mut bool,
+    ) -> Result<Arc<Session>, Refusal> {
         let refused = |error: StoreError| {
             tracing::warn!(session = %name, %error, "cannot load the session");
             refusal(&error)
         };
-        let stat = match self.store.stat(name.clone()).await.map_err(refused)? {
-            Some(stat) => stat,
-            None if create => {
+        let stat = match (self.store.stat(name.clone()).await.map_err(refused)?, create) {
+            (Some(stat), _) => stat,
+            (None, Some(expire_after)) => {
                 let mut incarnation = [0; 16];
                 rand::rng().fill_bytes(&mut incarnation);
                 let id = SessionId { name: name.clone(), incarnation: Incarnation(incarnation) };
                 let created = (self.clock)();
-                match self.store.create(id.clone(), created).await.map_err(refused)? {
+                match self.store.create(id.clone(), created, expire_after).await.map_err(refused)? {
                     Created::New => {
                         *new = true;
-                        SessionStat { session: id, created, first: 0, tail: 0, chunks: 0 }
+                        SessionStat {
+                            session: id,
+                            created,
+                            first: 0,
+                            tail: 0,
+                            expire_after,
+                            written: created,
+                            chunks: 0,
+                        }
                     }
                     Created::Existing(stat) => stat,
                 }
             }
-            None => {
+            (None, None) => {
                 return Err(Refusal::new(Code::SESSION_NOT_FOUND, "no session has this name"));
             }
         };
@@ -234,6 +255,46 @@ impl Sessions {
             hot.remove(name);
         }
         self.left.notify_waiters();
+    }
+
+    /// Deletes sessions that were not used for as long as they asked for, a few at a time (spec SESS-21). Never returns.
+    pub(crate) async fn expire(&self) {
+        loop {
+            tokio::time::sleep(self.config.expiry_pause).await;
+            let now = (self.clock)();
+            match self.store.due(now, EXPIRY_STEP).await {
+                Ok(due) => {
+                    for stat in due {
+                        if let Err(error) = self.expire_one(&stat, now).await {
+                            tracing::warn!(session = %stat.session, %error, "cannot expire a session now");
+                        }
+                    }
+                }
+                Err(error) => tracing::warn!(%error, "cannot look for sessions to expire"),
+            }
+        }
+    }
+
+    async fn expire_one(&self, stat: &SessionStat, now: u64) -> Result<(), StoreError> {
+        let id = &stat.session;
+        let until = stat.written.saturating_add(stat.expire_after);
+        if self.lock().contains_key(&id.name) {
+            // In use: its owner says until when, once it lets it go.
+            return self.store.postpone(id.clone(), now.saturating_add(stat.expire_after)).await;
+        }
+        if until > now {
+            return self.store.postpone(id.clone(), until).await;
+        }
+        self.store.delete(id.clone()).await?;
+        tracing::info!(session = %id, "expired");
+        // Somebody may have attached meanwhile, and is told as after any delete.
+        let attached = self.lock().get(&id.name).and_then(|cell| cell.get().cloned());
+        if let Some(session) = attached.filter(|session| session.id == *id) {
+            session.extent.send_modify(|extent| extent.gone = Some(Code::SESSION_GONE));
+            // Wakes its owner. One that is busy looks by itself.
+            let _ = session.commands.try_send(Command::Stop);
+        }
+        Ok(())
     }
 
     /// Every session in memory.

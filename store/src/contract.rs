@@ -159,6 +159,10 @@ pub struct SessionStat {
     pub first: u64,
     /// The seq that the next record will get.
     pub tail: u64,
+    /// Milliseconds without use after which it expires; 0 for never.
+    pub expire_after: u64,
+    /// The time of the last chunk, or of the creation, in milliseconds since the Unix epoch.
+    pub written: u64,
     /// Chunks written so far, trimmed ones included: the number of the next chunk.
     pub chunks: u64,
 }
@@ -217,10 +221,11 @@ pub enum Health {
 ///
 /// Every method may be called from any task; none blocks the caller.
 pub trait Store: Send + Sync + 'static {
-    /// Creates a session under a name that is free, by compare-and-set on the name.
+    /// Creates a session under a name that is free, by compare-and-set on the name. With `expire_after` other than 0 it is
+    /// due so many milliseconds after `created`; the engine only remembers, see [`Store::due`].
     ///
     /// Errors: `NoSpace`, `Overloaded`, `Failed`.
-    fn create(&self, session: SessionId, created: u64) -> Pending<Created>;
+    fn create(&self, session: SessionId, created: u64, expire_after: u64) -> Pending<Created>;
 
     /// What is known of the session that has this name now. Errors: `Failed`, `Damaged`.
     fn stat(&self, name: SessionName) -> Pending<Option<SessionStat>>;
@@ -260,6 +265,14 @@ pub trait Store: Send + Sync + 'static {
     /// Deletes the session: the name is free at once, the space comes back in the background. Errors: `NotFound`, `NoSpace`,
     /// `Failed`.
     fn delete(&self, session: SessionId) -> Pending<()>;
+
+    /// Sessions whose expiry is due at `now`, in milliseconds since the Unix epoch, at most `limit`, the longest due first.
+    /// Errors: `Failed`.
+    fn due(&self, now: u64, limit: usize) -> Pending<Vec<SessionStat>>;
+
+    /// Moves the time at which a session is due. Nothing happens to one that never expires. Errors: `NotFound`, `NoSpace`,
+    /// `Failed`.
+    fn postpone(&self, session: SessionId, until: u64) -> Pending<()>;
 
     /// Sessions whose name starts with `prefix` and sorts after `after`, at most `limit`. Errors: `Failed`.
     fn list(&self, prefix: Vec<u8>, after: Vec<u8>, limit: usize) -> Pending<ListPage>;

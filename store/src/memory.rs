@@ -22,6 +22,9 @@ pub struct MemoryStore {
 struct Session {
     id: SessionId,
     created: u64,
+    expire_after: u64,
+    /// When its expiry is due.
+    due: u64,
     epoch: u64,
     /// Chunks removed by trims.
     trimmed: u64,
@@ -37,6 +40,8 @@ impl Session {
         SessionStat {
             session: self.id.clone(),
             created: self.created,
+            expire_after: self.expire_after,
+            written: self.chunks.last().map_or(self.created, |chunk| chunk.time()),
             first: self.first,
             tail: self.tail,
             chunks: self.trimmed + self.chunks.len() as u64,
@@ -76,14 +81,24 @@ fn ready<T: Send + 'static>(result: Result<T, StoreError>) -> Pending<T> {
 }
 
 impl Store for MemoryStore {
-    fn create(&self, id: SessionId, created: u64) -> Pending<Created> {
+    fn create(&self, id: SessionId, created: u64, expire_after: u64) -> Pending<Created> {
         let mut sessions = self.lock();
         if let Some(session) = sessions.get(&id.name) {
             return ready(Ok(Created::Existing(session.stat())));
         }
         let name = id.name.clone();
-        let session =
-            Session { id, created, epoch: 0, trimmed: 0, first: 0, chunks: Vec::new(), tail: 0, snapshot: None };
+        let session = Session {
+            id,
+            created,
+            expire_after,
+            due: created.saturating_add(expire_after),
+            epoch: 0,
+            trimmed: 0,
+            first: 0,
+            chunks: Vec::new(),
+            tail: 0,
+            snapshot: None,
+        };
         sessions.insert(name, session);
         ready(Ok(Created::New))
     }
@@ -184,6 +199,21 @@ impl Store for MemoryStore {
             }
             _ => Err(StoreError::NotFound),
         })
+    }
+
+    fn due(&self, now: u64, limit: usize) -> Pending<Vec<SessionStat>> {
+        let sessions = self.lock();
+        let mut due: Vec<&Session> =
+            sessions.values().filter(|session| session.expire_after > 0 && session.due <= now).collect();
+        due.sort_by_key(|session| session.due);
+        ready(Ok(due.into_iter().take(limit).map(Session::stat).collect()))
+    }
+
+    fn postpone(&self, id: SessionId, until: u64) -> Pending<()> {
+        ready(self.with(&id, |session| {
+            session.due = until;
+            Ok(())
+        }))
     }
 
     fn list(&self, prefix: Vec<u8>, after: Vec<u8>, limit: usize) -> Pending<ListPage> {

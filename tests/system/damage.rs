@@ -26,7 +26,7 @@ async fn fill(dir: &Path) -> Stored {
     for life in 0..4u8 {
         let session = SessionName::new(&format!("session:{life}")).expect("a name");
         let id = SessionId { name: session, incarnation: Incarnation([life + 1; 16]) };
-        store.create(id.clone(), 1000).await.expect("create");
+        store.create(id.clone(), 1000, 0).await.expect("create");
         let writer = store.open_writer(id.clone()).await.expect("a writer");
         let mut state = State::new(id.incarnation);
         let mut records = Vec::new();

@@ -81,7 +81,8 @@ async fn error(frames: &mut FrameReader<Recv>) -> Code {
 
 fn attach(name: &str) -> Bytes {
     let session = name.parse().expect("a valid name");
-    Frame::from(Attach { mode: AttachMode::Create, session, incarnation: None, next: None }).to_bytes()
+    Frame::from(Attach { mode: AttachMode::Create, session, incarnation: None, next: None, expire_after: None })
+        .to_bytes()
 }
 
 /// An honest client is served.
@@ -231,12 +232,55 @@ async fn limits_of_a_connection_are_refused_by_name() {
 async fn refused_attachments_do_not_count_against_the_connection() {
     let server = server();
     let raw = Raw::hello(&server).await;
-    let absent =
-        Attach { mode: AttachMode::Attach, session: "absent".parse().expect("a name"), incarnation: None, next: None };
+    let absent = Attach {
+        mode: AttachMode::Attach,
+        session: "absent".parse().expect("a name"),
+        incarnation: None,
+        next: None,
+        expire_after: None,
+    };
     for _ in 0..Config::default().attachments + 1 {
         let (_send, mut frames) = raw.open(&Frame::from(absent.clone()).to_bytes()).await;
         assert_eq!(error(&mut frames).await, Code::SESSION_NOT_FOUND);
     }
+}
+
+#[tokio::test]
+async fn an_epoch_has_one_holder_and_the_one_before_is_told() {
+    let server = server();
+    let first = Raw::hello(&server).await;
+    let (mut send, mut frames) = first.open(&attach("s")).await;
+    assert!(matches!(frames.next().await, Ok(Some(Frame::Attached(_)))));
+    let open = |id, epoch| Frame::from(OpenProducer { id, name: "p".parse().expect("a name"), epoch }).to_bytes();
+    send.write(&mut [open(1, 0), open(1, 0)]).await.expect("write");
+    assert_eq!(error(&mut frames).await, Code::ID_IN_USE);
+    let Ok(Some(Frame::Producer(granted))) = frames.next().await else { panic!("no grant") };
+    let append = |sequence: u64| {
+        let mut region = Writer::new();
+        Record::data(0, "x").put(&mut region);
+        Frame::from(Append { sequence, count: 1, records: region.freeze() }).to_bytes()
+    };
+    let mut producing = first.connection.open_uni().await.expect("a stream");
+    producing.write(&mut [Frame::from(Produce { producer: 1 }).to_bytes(), append(0)]).await.expect("write");
+    assert!(matches!(frames.next().await, Ok(Some(Frame::Ack(_)))));
+
+    let second = Raw::hello(&server).await;
+    let (mut send, mut others) = second.open(&attach("s")).await;
+    assert!(matches!(others.next().await, Ok(Some(Frame::Attached(_)))));
+    send.write(&mut [open(7, granted.epoch)]).await.expect("write");
+    let Ok(Some(Frame::Producer(confirmed))) = others.next().await else { panic!("not confirmed") };
+    assert_eq!((confirmed.epoch, confirmed.next), (granted.epoch, 1));
+    match timeout(PATIENCE, frames.next()).await.expect("in time") {
+        Ok(Some(Frame::Error(told))) => {
+            assert_eq!((told.id, told.code, told.value), (1, Code::FENCED, granted.epoch));
+        }
+        other => panic!("the first holder is not told: {other:?}"),
+    }
+    producing.write(&mut [append(1)]).await.expect("write");
+    assert_eq!(error(&mut frames).await, Code::FENCED);
+    let mut producing = second.connection.open_uni().await.expect("a stream");
+    producing.write(&mut [Frame::from(Produce { producer: 7 }).to_bytes(), append(1)]).await.expect("write");
+    assert!(matches!(others.next().await, Ok(Some(Frame::Ack(_)))));
 }
 
 #[tokio::test]

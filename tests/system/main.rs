@@ -7,6 +7,7 @@ mod crash;
 mod damage;
 mod disk;
 mod hostile;
+mod lifetime;
 mod network;
 mod simulated;
 mod slow;

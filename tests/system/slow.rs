@@ -33,6 +33,17 @@ async fn latencies(client: &Client, name: &str, count: usize) -> Vec<Duration> {
     latencies
 }
 
+/// The median of the 99th percentiles of several rounds: one hiccup of the machine says nothing.
+async fn p99(client: &Client) -> Duration {
+    let mut rounds = Vec::new();
+    for _ in 0..5 {
+        let latencies = latencies(client, "other", 200).await;
+        rounds.push(latencies[latencies.len() * 99 / 100]);
+    }
+    rounds.sort();
+    rounds[rounds.len() / 2]
+}
+
 async fn until(subscription: &mut Subscription, wanted: impl Fn(&Event) -> bool) {
     loop {
         let event = tokio::time::timeout(Duration::from_secs(20), subscription.next()).await.expect("in time");
@@ -53,29 +64,36 @@ fn many(subscriptions: u64) -> ClientConfig {
 async fn a_thousand_subscriptions_that_are_never_read_cost_the_server_little_and_delay_nobody() {
     let server = Server::start().await;
     let honest = server.client(ClientConfig::default());
-    let before = latencies(&honest, "other", 300).await;
-    // 16 MiB of history that nobody will read, a thousand times.
-    let session = honest.session("big").expect("a name").create().attach().await.expect("attach");
-    let producer = session.producer("p").await.expect("a producer");
-    let mut last = None;
-    for _ in 0..256 {
-        last = Some(producer.append(session.main(), vec![b'x'; 64 * 1024]).await.expect("append"));
+    let before = p99(&honest).await;
+    // 16 MiB of history that nobody will read, hundreds of times: in large records, and in small ones, of which each subscription
+    // would make its own copies.
+    for (name, count, len) in [("big", 256, 64 * 1024), ("small", 16 * 1024, 1024)] {
+        let session = honest.session(name).expect("a name").create().attach().await.expect("attach");
+        let producer = session.producer("p").await.expect("a producer");
+        let mut last = None;
+        for _ in 0..count {
+            last = Some(producer.append(session.main(), vec![b'x'; len]).await.expect("append"));
+        }
+        last.expect("a ticket").await.expect("stored");
     }
-    last.expect("a ticket").await.expect("stored");
     let memory = resident(server.pid());
 
     let stuck = server.client(many(1000));
     let session = stuck.session("big").expect("a name").attach().await.expect("attach");
+    let small = stuck.session("small").expect("a name").attach().await.expect("attach");
     let mut unread = Vec::new();
-    for _ in 0..1000 {
+    for n in 0..1000 {
+        let session = if n % 2 == 0 { &small } else { &session };
         unread.push(session.subscribe(Start::Earliest).open().await.expect("subscribe"));
     }
     // The first event of the last one says that the server has taken them all.
     until(unread.last_mut().expect("a subscription"), |event| matches!(event, Event::Started { .. })).await;
-    let after = latencies(&honest, "other", 300).await;
+    let after = p99(&honest).await;
     let grown = resident(server.pid()).saturating_sub(memory);
-    let p99 = |latencies: &[Duration]| latencies[latencies.len() * 99 / 100];
-    println!("server grew by {} KiB; p99 before {:?}, with them {:?}", grown / 1024, p99(&before), p99(&after));
+    println!("server grew by {} KiB; p99 before {before:?}, with them {after:?}", grown / 1024);
+    // Below a few milliseconds the scheduler of a small machine decides, not the server.
+    let most = 2 * before.max(Duration::from_millis(5));
+    assert!(after <= most, "p99 of others was {before:?} before and is {after:?}, at most {most:?} is allowed");
     // Deliveries on the way are bounded by the connection's budget; the rest is a few KiB for each QUIC stream and task.
     let bound = Config::default().delivery_budget + 1000 * 24 * 1024 + (16 << 20);
     assert!(grown < bound, "the server grew by {grown} bytes, at most {bound} are allowed");

@@ -1,5 +1,7 @@
 //! `session`: create, list, show, close, trim, delete.
 
+use core::time::Duration;
+
 use mainstay_client::{Client, Config, SessionInfo};
 use serde_json::{Value, json};
 
@@ -11,8 +13,12 @@ use crate::output::{Output, time};
 pub(crate) async fn run(args: args::Session, output: Output) -> Result<(), Failure> {
     let client = client(args.connect.as_deref(), Config::default())?;
     match args.action {
-        SessionAction::Create { session } => {
-            let info = client.session(&session)?.create_new().attach().await?.info();
+        SessionAction::Create { session, expire_after } => {
+            let mut attaching = client.session(&session)?.create_new();
+            if let Some(seconds) = expire_after {
+                attaching = attaching.expire_after(Duration::from_secs(seconds));
+            }
+            let info = attaching.attach().await?.info();
             output.event(&row("created", &info), || format!("created {session} ({})", info.incarnation))
         }
         SessionAction::Ls { prefix } => list(&client, &prefix, output).await,

@@ -303,6 +303,12 @@ impl Chunk {
         self.header.first + self.header.count
     }
 
+    /// The time of what it holds last, in milliseconds since the Unix epoch.
+    pub fn time(&self) -> u64 {
+        let batches = self.header.batches.iter().map(|batch| batch.time);
+        self.header.base_time.saturating_add(batches.max().unwrap_or(0))
+    }
+
     /// The streams that its records are in.
     pub(super) fn streams(&self) -> &StreamSet {
         &self.streams

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use fjall::PersistMode;
 use mainstay_protocol::session::{Chunk, Incarnation, SessionName, State};
+use mainstay_protocol::wire::MAX_VARINT;
 use mainstay_store::{Created, Outcome, SessionId, StoreError, Writer};
 use tokio::sync::oneshot;
 
@@ -28,7 +29,8 @@ pub(crate) type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
 pub(crate) enum Request {
     Append { session: SessionId, epoch: u64, chunk: Arc<Chunk>, answer: oneshot::Sender<Outcome> },
     Resolve { session: SessionId, epoch: u64, chunk: Arc<Chunk>, answer: Answer<bool> },
-    Create { session: SessionId, created: u64, answer: Answer<Created> },
+    Create { session: SessionId, created: u64, expire_after: u64, answer: Answer<Created> },
+    Postpone { session: SessionId, until: u64, answer: Answer<()> },
     OpenWriter { session: SessionId, answer: Answer<Writer> },
     CloseWriter { session: SessionId, epoch: u64 },
     PutSnapshot { session: SessionId, epoch: u64, state: Bytes, answer: Answer<()> },
@@ -227,10 +229,16 @@ impl Committer {
             Request::Resolve { session, epoch, chunk, answer } => {
                 drop(answer.send(self.resolve(&session, epoch, &chunk)));
             }
-            Request::Create { session, created, answer } => match self.create(&session, created, turn) {
-                Ok(Created::New) => turn.tell(move |result| drop(answer.send(result.map(|()| Created::New)))),
-                other => drop(answer.send(other)),
-            },
+            Request::Create { session, created, expire_after, answer } => {
+                match self.create(&session, created, expire_after, turn) {
+                    Ok(Created::New) => turn.tell(move |result| drop(answer.send(result.map(|()| Created::New)))),
+                    other => drop(answer.send(other)),
+                }
+            }
+            Request::Postpone { session, until, answer } => {
+                let result = self.postpone(&session, until, turn);
+                turn.answer(result, answer);
+            }
             Request::OpenWriter { session, answer } => match self.open_writer(&session, turn) {
                 Ok(epoch) => turn.tell(move |result| drop(answer.send(result.map(|()| Writer { session, epoch })))),
                 Err(error) => drop(answer.send(Err(error))),
@@ -374,7 +382,13 @@ impl Committer {
         Ok(false)
     }
 
-    fn create(&mut self, id: &SessionId, created: u64, turn: &mut Turn) -> Result<Created, StoreError> {
+    fn create(
+        &mut self,
+        id: &SessionId,
+        created: u64,
+        expire_after: u64,
+        turn: &mut Turn,
+    ) -> Result<Created, StoreError> {
         let engine = self.engine()?;
         let reader = Reader::new(&engine);
         let existing = match turn.rows.get(&id.name) {
@@ -385,8 +399,33 @@ impl Committer {
             return reader.stat(id.name.clone(), &row).map(Created::Existing);
         }
         self.need_space()?;
-        turn.put_row(id.name.clone(), SessionRow::new(id.incarnation, created));
+        let row = SessionRow::new(id.incarnation, created, expire_after);
+        if row.due > 0 {
+            turn.put_due(&id.name, &row);
+        }
+        turn.put_row(id.name.clone(), row);
         Ok(Created::New)
+    }
+
+    fn postpone(&mut self, id: &SessionId, until: u64, turn: &mut Turn) -> Result<(), StoreError> {
+        self.need_space()?;
+        let engine = self.engine()?;
+        let mut row = match self.writers.get(&id.incarnation) {
+            // What the writer changed in this turn is not readable yet.
+            Some(open) if !open.stale && !turn.deleted.contains(&id.incarnation) => open.row.clone(),
+            _ => self.row(&engine, id, turn)?,
+        };
+        if row.due == 0 {
+            return Ok(());
+        }
+        turn.remove(3, keys::due(row.due, row.incarnation).to_vec());
+        row.due = until.clamp(1, MAX_VARINT);
+        turn.put_due(&id.name, &row);
+        if let Some(open) = self.writers.get_mut(&id.incarnation) {
+            open.row.due = row.due;
+        }
+        turn.put_row(id.name.clone(), row);
+        Ok(())
     }
 
     fn open_writer(&mut self, id: &SessionId, turn: &mut Turn) -> Result<u64, StoreError> {
@@ -505,7 +544,7 @@ impl Committer {
         reader.snapshot_of(id)?;
         let segments = match self.writers.get(&id.incarnation) {
             Some(open) if !open.stale => open.row.segments.clone(),
-            _ => row.segments,
+            _ => row.segments.clone(),
         };
         for segment in segments {
             turn.put(3, keys::dead(segment.id).to_vec(), keys::encode_dead(u64::MAX));
@@ -513,6 +552,9 @@ impl Committer {
         }
         turn.remove(2, id.incarnation.0.to_vec());
         turn.remove(3, keys::quarantined(id.incarnation).to_vec());
+        if row.due > 0 {
+            turn.remove(3, keys::due(row.due, row.incarnation).to_vec());
+        }
         turn.remove(1, id.name.as_str().as_bytes().to_vec());
         turn.rows.insert(id.name.clone(), None);
         turn.deleted.push(id.incarnation);
@@ -747,6 +789,10 @@ impl Turn {
     fn put_row(&mut self, name: SessionName, row: SessionRow) {
         self.put(1, name.as_str().as_bytes().to_vec(), row.encode());
         self.rows.insert(name, Some(row));
+    }
+
+    fn put_due(&mut self, name: &SessionName, row: &SessionRow) {
+        self.put(3, keys::due(row.due, row.incarnation).to_vec(), Bytes::copy_from_slice(name.as_str().as_bytes()));
     }
 
     fn tell(&mut self, tell: impl FnOnce(Result<(), StoreError>) + Send + 'static) {

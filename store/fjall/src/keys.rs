@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use mainstay_protocol::ProtocolError;
 use mainstay_protocol::session::{Chain, Incarnation};
-use mainstay_protocol::wire::{Reader, Writer};
+use mainstay_protocol::wire::{MAX_VARINT, Reader, Writer};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 /// Names of the keyspaces, in the order of their creation.
@@ -15,6 +15,22 @@ pub(crate) const WITNESS: &[u8] = b"witness";
 pub(crate) const DEAD: u8 = b'd';
 /// Prefix of the rows of quarantined sessions in `meta`.
 pub(crate) const QUARANTINED: u8 = b'q';
+
+/// Prefix of the rows of sessions that expire in `meta`.
+pub(crate) const DUE: u8 = b'e';
+
+/// Key of the row of a session that expires in `meta`: when it is due, and its incarnation. The value is its name.
+pub(crate) fn due(at: u64, incarnation: Incarnation) -> [u8; 25] {
+    let mut key = [DUE; 25];
+    key[1..9].copy_from_slice(&at.to_be_bytes());
+    key[9..].copy_from_slice(&incarnation.0);
+    key
+}
+
+/// When the session of a due row is due.
+pub(crate) fn due_at(key: &[u8]) -> Option<u64> {
+    key.strip_prefix(&[DUE])?.get(..8)?.try_into().map(u64::from_be_bytes).ok()
+}
 
 /// Key of a chunk: segment, first seq, number.
 pub(crate) fn chunk(segment: u64, first: u64, number: u64) -> [u8; 24] {
@@ -110,6 +126,10 @@ pub(crate) struct Base {
 pub(crate) struct SessionRow {
     pub(crate) incarnation: Incarnation,
     pub(crate) created: u64,
+    /// Milliseconds without use after which it expires; 0 for never.
+    pub(crate) expire_after: u64,
+    /// When that is due; 0 for never.
+    pub(crate) due: u64,
     pub(crate) writer_epoch: u64,
     /// Records below were released; those in a chunk that is kept are still there.
     pub(crate) released: u64,
@@ -122,17 +142,20 @@ pub(crate) struct SessionRow {
 const MAX_SEGMENTS: usize = 1 << 20;
 
 impl SessionRow {
-    pub(crate) fn new(incarnation: Incarnation, created: u64) -> Self {
+    pub(crate) fn new(incarnation: Incarnation, created: u64, expire_after: u64) -> Self {
+        let due = if expire_after == 0 { 0 } else { created.saturating_add(expire_after).min(MAX_VARINT) };
         let base = Base { first: 0, number: 0, chain: Chain::start(incarnation) };
-        Self { incarnation, created, writer_epoch: 0, released: 0, base, segments: Vec::new() }
+        Self { incarnation, created, expire_after, due, writer_epoch: 0, released: 0, base, segments: Vec::new() }
     }
 
     pub(crate) fn encode(&self) -> Bytes {
         let mut w = Writer::new();
         w.raw(&self.incarnation.0);
-        for field in [self.created, self.writer_epoch, self.released, self.base.first, self.base.number] {
+        for field in [self.created, self.expire_after, self.due, self.writer_epoch, self.released] {
             w.varint(field);
         }
+        w.varint(self.base.first);
+        w.varint(self.base.number);
         w.raw(&self.base.chain.0);
         w.varint(self.segments.len() as u64);
         for segment in &self.segments {
@@ -147,13 +170,14 @@ impl SessionRow {
         let body = unseal(row)?;
         let mut r = Reader::new(&body);
         let incarnation = Incarnation(r.array()?);
-        let (created, writer_epoch, released) = (r.varint()?, r.varint()?, r.varint()?);
+        let (created, expire_after, due) = (r.varint()?, r.varint()?, r.varint()?);
+        let (writer_epoch, released) = (r.varint()?, r.varint()?);
         let base = Base { first: r.varint()?, number: r.varint()?, chain: Chain(r.array()?) };
         let segments = (0..r.count(MAX_SEGMENTS)?)
             .map(|_| Ok(Segment { id: r.varint()?, first: r.varint()?, number: r.varint()? }))
             .collect::<Result<_, ProtocolError>>()?;
         r.finish()?;
-        Ok(Self { incarnation, created, writer_epoch, released, base, segments })
+        Ok(Self { incarnation, created, expire_after, due, writer_epoch, released, base, segments })
     }
 }
 

@@ -77,19 +77,37 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// Sessions whose expiry is due at `now`, at most `limit`, the longest due first.
+    pub(crate) fn due(&self, now: u64, limit: usize) -> Result<Vec<SessionStat>, StoreError> {
+        let mut due = Vec::new();
+        for guard in self.snapshot.prefix(self.engine.meta(), [keys::DUE]) {
+            let (key, name) = guard.into_inner().map_err(|error| read_error(0, &error))?;
+            if due.len() == limit || keys::due_at(&key).is_none_or(|at| at > now) {
+                break;
+            }
+            let name = core::str::from_utf8(&name).ok().and_then(|name| SessionName::new(name).ok());
+            let name = name.ok_or_else(|| damaged(0, "a due row names no session"))?;
+            match self.row(&name).and_then(|row| row.map(|row| self.stat(name.clone(), &row)).transpose()) {
+                Ok(stat) => due.extend(stat),
+                // It must not keep the others from expiring.
+                Err(error) => tracing::warn!(session = %name, %error, "is due to expire and cannot be read"),
+            }
+        }
+        Ok(due)
+    }
+
     /// Where a session ends: the next seq and the next number.
     pub(crate) fn end(&self, row: &SessionRow) -> Result<(u64, u64), StoreError> {
-        Ok(match self.last(row)? {
-            Some(chunk) if chunk.header().number >= row.base.number => (chunk.end(), chunk.header().number + 1),
-            _ => (row.base.first, row.base.number),
-        })
+        self.last(row).map(|last| end(row, last.as_ref()))
     }
 
     pub(crate) fn stat(&self, name: SessionName, row: &SessionRow) -> Result<SessionStat, StoreError> {
-        let (tail, chunks) = self.end(row)?;
+        let last = self.last(row)?;
+        let written = last.as_ref().map_or(row.created, Chunk::time);
+        let (tail, chunks) = end(row, last.as_ref());
         let session = SessionId { name, incarnation: row.incarnation };
         let first = row.base.first.max(row.released);
-        Ok(SessionStat { session, created: row.created, first, tail, chunks })
+        Ok(SessionStat { session, created: row.created, first, tail, expire_after: row.expire_after, written, chunks })
     }
 
     /// Consecutive chunks from `from` on, about `budget` bytes of them.
@@ -194,6 +212,14 @@ impl<'a> Reader<'a> {
             }
         }
         Ok(page)
+    }
+}
+
+/// The next seq and the next number behind the last chunk that is stored.
+fn end(row: &SessionRow, last: Option<&Chunk>) -> (u64, u64) {
+    match last {
+        Some(chunk) if chunk.header().number >= row.base.number => (chunk.end(), chunk.header().number + 1),
+        _ => (row.base.first, row.base.number),
     }
 }
 

@@ -188,8 +188,8 @@ impl FjallStore {
 }
 
 impl Store for FjallStore {
-    fn create(&self, session: SessionId, created: u64) -> Pending<Created> {
-        self.ask(|answer| Request::Create { session, created, answer })
+    fn create(&self, session: SessionId, created: u64, expire_after: u64) -> Pending<Created> {
+        self.ask(|answer| Request::Create { session, created, expire_after, answer })
     }
 
     fn stat(&self, name: SessionName) -> Pending<Option<SessionStat>> {
@@ -252,6 +252,14 @@ impl Store for FjallStore {
 
     fn delete(&self, session: SessionId) -> Pending<()> {
         self.ask(|answer| Request::Delete { session, answer })
+    }
+
+    fn due(&self, now: u64, limit: usize) -> Pending<Vec<SessionStat>> {
+        self.read(None, move |reader| reader.due(now, limit))
+    }
+
+    fn postpone(&self, session: SessionId, until: u64) -> Pending<()> {
+        self.ask(|answer| Request::Postpone { session, until, answer })
     }
 
     fn list(&self, prefix: Vec<u8>, after: Vec<u8>, limit: usize) -> Pending<ListPage> {

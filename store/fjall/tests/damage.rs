@@ -22,7 +22,7 @@ struct Log {
 impl Log {
     async fn create(store: &FjallStore, name: &str, incarnation: u8) -> Self {
         let id = SessionId { name: SessionName::new(name).unwrap(), incarnation: Incarnation([incarnation; 16]) };
-        store.create(id.clone(), 1000).await.unwrap();
+        store.create(id.clone(), 1000, 0).await.unwrap();
         Self::open(store, id, State::new(Incarnation([incarnation; 16]))).await.unwrap()
     }
 

@@ -35,6 +35,7 @@ cases! {
     a_trim_needs_a_snapshot_and_keeps_the_rest_readable,
     sessions_do_not_touch_each_other,
     a_list_is_ordered_filtered_and_paged,
+    a_session_that_expires_is_due_until_it_is_postponed_or_deleted,
     a_missing_session_is_not_found,
 }
 
@@ -58,7 +59,7 @@ pub struct Log {
 impl Log {
     /// Creates the session and opens its writer.
     pub async fn create(store: &Arc<dyn Store>, id: SessionId) -> Self {
-        let created = retry(|| store.create(id.clone(), 1)).await.expect("create");
+        let created = retry(|| store.create(id.clone(), 1, 0)).await.expect("create");
         assert_eq!(created, Created::New);
         Self::open(store, id).await
     }
@@ -165,7 +166,7 @@ async fn one_of_several_creates_wins(store: Arc<dyn Store>) {
     let mut new = 0;
     let mut winners = Vec::new();
     for id in &ids {
-        match retry(|| store.create(id.clone(), 5)).await.expect("create") {
+        match retry(|| store.create(id.clone(), 5, 0)).await.expect("create") {
             Created::New => {
                 new += 1;
                 winners.push(id.clone());
@@ -362,7 +363,7 @@ async fn sessions_do_not_touch_each_other(store: Arc<dyn Store>) {
 
 async fn a_list_is_ordered_filtered_and_paged(store: Arc<dyn Store>) {
     for name in ["list/b", "list/a", "list/c", "list-other", "list/é"] {
-        retry(|| store.create(session_id(name, 7), 3)).await.expect("create");
+        retry(|| store.create(session_id(name, 7), 3, 0)).await.expect("create");
     }
     let names = |page: &crate::ListPage| -> Vec<String> {
         page.sessions.iter().map(|stat| stat.session.name.as_str().to_owned()).collect()
@@ -378,6 +379,36 @@ async fn a_list_is_ordered_filtered_and_paged(store: Arc<dyn Store>) {
     assert!(!page.more);
     let page = store.list(b"nothing".to_vec(), Vec::new(), 2).await.expect("list");
     assert!(page.sessions.is_empty() && !page.more);
+}
+
+async fn a_session_that_expires_is_due_until_it_is_postponed_or_deleted(store: Arc<dyn Store>) {
+    let (early, late, never) = (session_id("due/early", 1), session_id("due/late", 2), session_id("due/never", 3));
+    for (id, after) in [(&late, 500), (&early, 100), (&never, 0)] {
+        retry(|| store.create(id.clone(), 1000, after)).await.expect("create");
+    }
+    let due = async |now: u64, limit: usize| -> Vec<String> {
+        let due = store.due(now, limit).await.expect("due");
+        due.into_iter().map(|stat| stat.session.name.as_str().to_owned()).collect()
+    };
+    assert_eq!(due(1099, 10).await, [""; 0]);
+    assert_eq!(due(1100, 10).await, ["due/early"]);
+    assert_eq!(due(9000, 10).await, ["due/early", "due/late"], "the longest due first");
+    assert_eq!(due(9000, 1).await, ["due/early"]);
+    let stat = store.stat(early.name.clone()).await.expect("stat").expect("exists");
+    assert_eq!((stat.expire_after, stat.written), (100, 1000));
+    // What is written later does not lose it.
+    let mut log = Log::open(&store, early.clone()).await;
+    log.append(&["a"]).await;
+    retry(|| store.postpone(early.clone(), 2000)).await.expect("postpone");
+    retry(|| store.postpone(never.clone(), 1)).await.expect("postpone");
+    log.append(&["b"]).await;
+    assert_eq!(due(1999, 10).await, ["due/late"]);
+    assert_eq!(due(9000, 10).await, ["due/late", "due/early"]);
+    let stat = store.stat(early.name.clone()).await.expect("stat").expect("exists");
+    assert_eq!(stat.expire_after, 100);
+    retry(|| store.delete(late.clone())).await.expect("delete");
+    assert_eq!(due(9000, 10).await, ["due/early"]);
+    assert_eq!(retry(|| store.postpone(late.clone(), 1)).await, Err(StoreError::NotFound));
 }
 
 async fn a_missing_session_is_not_found(store: Arc<dyn Store>) {

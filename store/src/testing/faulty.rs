@@ -67,8 +67,8 @@ impl<S> FaultyStore<S> {
 }
 
 impl<S: Store> Store for FaultyStore<S> {
-    fn create(&self, session: SessionId, created: u64) -> Pending<Created> {
-        self.refuse().unwrap_or_else(|| self.inner.create(session, created))
+    fn create(&self, session: SessionId, created: u64, expire_after: u64) -> Pending<Created> {
+        self.refuse().unwrap_or_else(|| self.inner.create(session, created, expire_after))
     }
 
     fn stat(&self, name: SessionName) -> Pending<Option<SessionStat>> {
@@ -126,6 +126,14 @@ impl<S: Store> Store for FaultyStore<S> {
 
     fn delete(&self, session: SessionId) -> Pending<()> {
         self.refuse().unwrap_or_else(|| self.inner.delete(session))
+    }
+
+    fn due(&self, now: u64, limit: usize) -> Pending<Vec<SessionStat>> {
+        self.inner.due(now, limit)
+    }
+
+    fn postpone(&self, session: SessionId, until: u64) -> Pending<()> {
+        self.refuse().unwrap_or_else(|| self.inner.postpone(session, until))
     }
 
     fn list(&self, prefix: Vec<u8>, after: Vec<u8>, limit: usize) -> Pending<ListPage> {

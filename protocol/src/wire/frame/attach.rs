@@ -29,6 +29,8 @@ pub struct Attach {
     pub incarnation: Option<Incarnation>,
     /// Next seq of the cursor that the client holds; needs `incarnation`.
     pub next: Option<u64>,
+    /// Milliseconds without use after which the session is deleted, if this attach creates it (spec SESS-21).
+    pub expire_after: Option<u64>,
 }
 
 impl Body for Attach {
@@ -43,6 +45,9 @@ impl Body for Attach {
         }
         if let Some(next) = self.next {
             params.insert_varint(attach::NEXT, next);
+        }
+        if let Some(after) = self.expire_after {
+            params.insert_varint(attach::EXPIRE_AFTER, after);
         }
         params.put(w);
     }
@@ -67,7 +72,8 @@ impl Body for Attach {
         if next.is_some() && incarnation.is_none() {
             return Err(ProtocolError::malformed("next without an incarnation"));
         }
+        let expire_after = params.remove_varint(attach::EXPIRE_AFTER)?;
         params.finish()?;
-        Ok(Self { mode, session, incarnation, next })
+        Ok(Self { mode, session, incarnation, next, expire_after })
     }
 }
