@@ -172,16 +172,34 @@ async fn follow(mut subscription: Subscription, epoch: Instant, until: Instant) 
     }
 }
 
-/// Appends at a fixed rate and measures from when each record was due.
+/// Says when each record of `sessions` is due, evenly spread, from a thread of its own: the runtime's timers are only good to a
+/// millisecond, which would be measured as latency of the server.
+fn pace(sessions: usize, rate: u64, epoch: Instant, end: Instant) -> Vec<mpsc::Receiver<Instant>> {
+    // A second's worth: a session that falls further behind makes the others late too, and shows.
+    let capacity = usize::try_from(rate).unwrap_or(usize::MAX).clamp(16, 65_536);
+    let (tell, due): (Vec<_>, Vec<_>) = (0..sessions).map(|_| mpsc::channel(capacity)).unzip();
+    let step = Duration::from_secs_f64(1.0 / rate as f64 / sessions as f64);
+    std::thread::spawn(move || {
+        let mut at = epoch;
+        for tell in tell.iter().cycle() {
+            std::thread::sleep(at.saturating_duration_since(Instant::now()));
+            if at >= end || tell.blocking_send(at).is_err() {
+                return;
+            }
+            at += step;
+        }
+    });
+    due
+}
+
+/// Appends a record whenever one is due and measures from then.
 async fn paced(
     session: Session,
     producer: Producer,
-    options: Options,
+    bytes: usize,
     epoch: Instant,
-    offset: Duration,
-    end: Instant,
+    mut due: mpsc::Receiver<Instant>,
 ) -> Result<Latencies, String> {
-    let interval = Duration::from_secs_f64(1.0 / options.rate as f64);
     let (tickets, mut waiting) = mpsc::channel::<(Instant, Ticket)>(65_536);
     let acks = tokio::spawn(async move {
         let mut latencies = Latencies::default();
@@ -191,13 +209,9 @@ async fn paced(
         }
         Ok::<_, String>(latencies)
     });
-    let mut due = epoch + offset;
-    while due < end {
-        sleep_until(due).await;
-        let payload = stamped(epoch, due, options.bytes);
-        let ticket = producer.append(session.main(), payload).await.map_err(text)?;
+    while let Some(due) = due.recv().await {
+        let ticket = producer.append(session.main(), stamped(epoch, due, bytes)).await.map_err(text)?;
         tickets.send((due, ticket)).await.map_err(text)?;
-        due += interval;
     }
     drop(tickets);
     acks.await.map_err(text)?
@@ -232,9 +246,9 @@ pub async fn live(target: &Target, options: &Options) -> Outcome {
     let end = epoch + time;
     let cpu = target.cpu();
     let (mut writing, mut reading) = (JoinSet::new(), JoinSet::new());
-    for (n, ((session, producer), subscription)) in pairs.into_iter().enumerate() {
-        let offset = Duration::from_secs_f64(n as f64 / sessions as f64 / rate as f64);
-        writing.spawn(paced(session, producer, options.clone(), epoch, offset, end));
+    let due = pace(sessions, rate, epoch, end);
+    for (((session, producer), subscription), due) in pairs.into_iter().zip(due) {
+        writing.spawn(paced(session, producer, options.bytes, epoch, due));
         reading.spawn(follow(subscription, epoch, end + TRAIL));
     }
     let (mut acks, mut deliveries) = (Latencies::default(), Latencies::default());
@@ -270,7 +284,8 @@ pub async fn fanout(target: &Target, options: &Options) -> Outcome {
     for subscription in subscriptions {
         reading.spawn(follow(subscription, epoch, end + TRAIL));
     }
-    paced(session_, producer, options.clone(), epoch, Duration::ZERO, end).await?;
+    let due = pace(1, rate, epoch, end).remove(0);
+    paced(session_, producer, options.bytes, epoch, due).await?;
     let read = join(reading).await?;
     let mut deliveries = Latencies::default();
     read.iter().for_each(|(_, more)| deliveries.merge(more));
@@ -296,6 +311,14 @@ async fn fill(client: &Client, name: &str, records: u64, bytes: usize) -> Result
         ticket.wait().await.map_err(text)?;
     }
     Ok(())
+}
+
+/// What records take on the disk: all of it, and without the journals, which are reused and never outgrow their own bound.
+fn add_disk(report: &mut Report, (before, after): (Option<(f64, f64)>, Option<(f64, f64)>), records: f64) {
+    if let (Some((before, journals_before)), Some((after, journals_after))) = (before, after) {
+        report.add("disk for each record", "B", (after - before) / records);
+        report.add("the same without journals", "B", (after - before - journals_after + journals_before) / records);
+    }
 }
 
 /// Reads a long session from its beginning.
@@ -340,9 +363,7 @@ pub async fn replay(target: &Target, options: &Options) -> Outcome {
     if let (Some(before), Some(after)) = (cpu, target.cpu()) {
         report.add("server CPU", "s per million", (after - before).as_secs_f64() / (records as f64 / 1e6));
     }
-    if let (Some(before), Some(after)) = (disk, target.disk()) {
-        report.add("disk for each record", "B", (after - before) / records as f64);
-    }
+    add_disk(&mut report, (disk, target.disk()), records as f64);
     Ok(report)
 }
 
@@ -350,7 +371,7 @@ pub async fn replay(target: &Target, options: &Options) -> Outcome {
 pub async fn idle(target: &mut Target, options: &Options) -> Outcome {
     let Options { connections, sessions, bytes, .. } = *options;
     let mut report = Report::new(format!("idle {connections} connections, {sessions} cold sessions"));
-    let before = target.memory();
+    let (before, heap) = (target.memory(), target.heap().await);
     let readers = clients(target, connections).await?;
     let mut held = Vec::new();
     for (n, reader) in readers.iter().enumerate() {
@@ -362,12 +383,15 @@ pub async fn idle(target: &mut Target, options: &Options) -> Outcome {
     if let (Some(before), Some(after)) = (before, target.memory()) {
         report.add("server memory for each attached connection", "KiB", (after - before) / connections as f64 / 1024.0);
     }
+    if let (Some(before), Some(after)) = (heap, target.heap().await) {
+        report.add("server heap for each attached connection", "KiB", (after - before) / connections as f64 / 1024.0);
+    }
     drop((held, readers));
     if sessions == 0 {
         return Ok(report);
     }
     let writers = clients(target, 16).await?;
-    let (memory, disk) = (target.memory(), target.disk());
+    let (memory, heap, disk) = (target.memory(), target.heap().await, target.disk());
     let run = fresh("cold");
     let mut tasks = JoinSet::new();
     for (w, writer) in writers.into_iter().enumerate() {
@@ -380,19 +404,23 @@ pub async fn idle(target: &mut Target, options: &Options) -> Outcome {
         });
     }
     join(tasks).await?;
-    if let (Some(before), Some(after)) = (disk, target.disk()) {
-        report.add("disk for each record of a cold session", "B", (after - before) / (sessions * 10) as f64);
-    }
+    add_disk(&mut report, (disk, target.disk()), (sessions * 10) as f64);
     // Sessions leave memory ten seconds after their last use.
     tokio::time::sleep(Duration::from_secs(14)).await;
     if let (Some(before), Some(after)) = (memory, target.memory()) {
         report.add("server memory for each cold session", "B", (after - before) / sessions as f64);
+    }
+    if let (Some(before), Some(after)) = (heap, target.heap().await) {
+        report.add("server heap for each cold session", "B", (after - before) / sessions as f64);
     }
     if let Some(server) = target.server() {
         server.terminate().await;
         server.restart().await;
         let before = target.memory().unwrap_or(0.0);
         report.add("server memory after a restart", "MiB", before / (1 << 20) as f64);
+        if let Some(heap) = target.heap().await {
+            report.add("server heap after a restart", "MiB", heap / (1 << 20) as f64);
+        }
     }
     Ok(report)
 }

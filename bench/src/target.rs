@@ -50,10 +50,20 @@ impl Target {
         line.split_whitespace().nth(1)?.parse::<f64>().ok().map(|kib| kib * 1024.0)
     }
 
-    /// Bytes that its data takes on the disk.
-    pub fn disk(&self) -> Option<f64> {
+    /// Bytes that its process has allocated, by its own account.
+    pub async fn heap(&mut self) -> Option<f64> {
+        match self {
+            Self::Own(server) => Some(server.allocated().await as f64),
+            Self::Given(_) => None,
+        }
+    }
+
+    /// Bytes that its data takes on the disk, and how many of them are journals, whose size does not depend on that of the data.
+    pub fn disk(&self) -> Option<(f64, f64)> {
         let Self::Own(server) = self else { return None };
-        Some(allocated(&server.dir().join("store")))
+        let dir = server.dir().join("store");
+        let journal = |path: &Path| path.extension().is_some_and(|extension| extension == "jnl");
+        Some((allocated(&dir, &|_| true), allocated(&dir, &journal)))
     }
 
     /// The server, if it was started for this.
@@ -65,15 +75,15 @@ impl Target {
     }
 }
 
-/// Bytes of allocated blocks below a directory.
-fn allocated(dir: &Path) -> f64 {
+/// Bytes of allocated blocks of the files below a directory that are `counted`.
+fn allocated(dir: &Path, counted: &impl Fn(&Path) -> bool) -> f64 {
     use std::os::unix::fs::MetadataExt;
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     entries
         .map(|entry| match entry.metadata() {
-            Ok(metadata) if metadata.is_dir() => allocated(&entry.path()),
-            Ok(metadata) => metadata.blocks() as f64 * 512.0,
-            Err(_) => 0.0,
+            Ok(metadata) if metadata.is_dir() => allocated(&entry.path(), counted),
+            Ok(metadata) if counted(&entry.path()) => metadata.blocks() as f64 * 512.0,
+            _ => 0.0,
         })
         .sum()
 }

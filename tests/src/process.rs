@@ -10,6 +10,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
+use tokio::sync::mpsc;
 
 /// The `mainstay` binary: `MAINSTAY_BIN`, this process if it is one, or the one beside the test binary.
 ///
@@ -39,6 +40,8 @@ pub struct Server {
     _temp: Option<TempDir>,
     addr: SocketAddr,
     child: Option<Child>,
+    /// What it says after it listens.
+    said: Option<mpsc::Receiver<Value>>,
     extra: Vec<String>,
 }
 
@@ -54,7 +57,7 @@ impl Server {
     pub async fn start_in(dir: &Path, extra: &[&str]) -> Self {
         let extra = extra.iter().map(|text| (*text).to_owned()).collect();
         let any = ([127, 0, 0, 1], 0).into();
-        let mut this = Self { dir: dir.to_owned(), _temp: None, addr: any, child: None, extra };
+        let mut this = Self { dir: dir.to_owned(), _temp: None, addr: any, child: None, said: None, extra };
         this.restart().await;
         this
     }
@@ -115,7 +118,14 @@ impl Server {
             let event: Value = serde_json::from_str(&line).expect("JSON from the server");
             if event["event"] == "listening" {
                 self.addr = event["addr"].as_str().and_then(|addr| addr.parse().ok()).expect("an address");
-                tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+                let (tell, said) = mpsc::channel(16);
+                tokio::spawn(async move {
+                    while let Ok(Some(line)) = lines.next_line().await {
+                        // Full when nobody asked: what comes then interests nobody.
+                        let _ = serde_json::from_str(&line).map(|event| tell.try_send(event));
+                    }
+                });
+                self.said = Some(said);
                 self.child = Some(child);
                 return Ok(());
             }
@@ -123,6 +133,22 @@ impl Server {
         }
         let status = child.wait().await.expect("the server's exit status");
         Err((status.code(), said))
+    }
+
+    /// Bytes that it has allocated, by its own account.
+    pub async fn allocated(&mut self) -> u64 {
+        let pid = self.pid().to_string();
+        let said = self.said.as_mut().expect("a running server");
+        while said.try_recv().is_ok() {}
+        let asked = Command::new("kill").args(["-USR1", &pid]).status().await.expect("kill");
+        assert!(asked.success());
+        loop {
+            let event =
+                tokio::time::timeout(PATIENCE, said.recv()).await.expect("an answer").expect("a running server");
+            if event["event"] == "memory" {
+                return event["allocated"].as_u64().expect("a number");
+            }
+        }
     }
 
     /// Waits until it ends by itself and returns its exit code.

@@ -122,6 +122,7 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
         format!("listening on {addr}, data in {}, key pin {}{known}", data.dir().display(), pin.to_hex())
     })?;
 
+    let asked = tokio::spawn(tell_memory(output));
     let server = Server::new(store.clone(), Keyring::new(keys), config);
     let mut failed = None;
     let stop = async {
@@ -136,6 +137,7 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
             return Err(Failure::failed("INTERRUPTED", "stopped at once by a second signal"));
         }
     }
+    asked.abort();
     if let Some(what) = failed {
         return Err(Failure::integrity(format!(
             "the store failed and the server stopped: {what}; check the disk, then start again"
@@ -178,6 +180,33 @@ fn write_connect_file(data: &Data, addr: SocketAddr, pin: &str, key: &SigningKey
     let text = serde_json::to_vec_pretty(&file).map_err(|error| Failure::failed("INTERNAL", error.to_string()))?;
     write_secret(&path, &text).map_err(|error| Failure::io(path.display(), &error))?;
     Ok(path)
+}
+
+/// At each SIGUSR1 tells how much memory is allocated, and how much of it the system has given.
+async fn tell_memory(output: Output) {
+    let Ok(mut asked) = signal(SignalKind::user_defined1()) else { return };
+    while asked.recv().await.is_some() {
+        let Some((allocated, resident)) = memory() else { continue };
+        let event = json!({"event": "memory", "allocated": allocated, "resident": resident});
+        let told = output.event(&event, || format!("memory: {allocated} bytes allocated, {resident} resident"));
+        if told.is_err() {
+            // Nobody reads standard output any more.
+            return;
+        }
+    }
+}
+
+/// Bytes that the allocator has handed out, and bytes that it holds.
+#[cfg(not(target_env = "msvc"))]
+fn memory() -> Option<(usize, usize)> {
+    use tikv_jemalloc_ctl::{epoch, stats};
+    epoch::advance().ok()?;
+    Some((stats::allocated::read().ok()?, stats::resident::read().ok()?))
+}
+
+#[cfg(target_env = "msvc")]
+fn memory() -> Option<(usize, usize)> {
+    None
 }
 
 /// Waits for Ctrl-C or SIGTERM.
