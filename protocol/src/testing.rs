@@ -182,7 +182,6 @@ struct Run {
     accepted: Vec<Accepted>,
     /// Tickets of what waits, in order, with the index of the request.
     expected: BTreeMap<usize, Accepted>,
-    in_flight: usize,
     uncertain: bool,
     chunks: Vec<Arc<Chunk>>,
     snapshot: Bytes,
@@ -191,6 +190,9 @@ struct Run {
     epoch: u64,
     counts: Counts,
 }
+
+/// Bytes of a turn: a few batches, so that histories fill some.
+const TURN: usize = 300;
 
 fn incarnation() -> Incarnation {
     Incarnation([7; 16])
@@ -215,13 +217,12 @@ pub fn run(ops: &[Op]) -> Counts {
     let name = SessionName::new("session").unwrap_or_else(|_| unreachable!("a fixed valid name"));
     let mut run = Run {
         snapshot: state.snapshot(),
-        authority: Authority::new(state, 1, Some((name, 0))),
+        authority: Authority::new(state, 1, Some((name, 0))).with_turn(TURN),
         handles: BTreeMap::new(),
         author: Arc::new(Author { subject: subject(), instance: Instance([1; 16]) }),
         durable: World { streams: vec!["main".into()], ..World::default() },
         accepted: Vec::new(),
         expected: BTreeMap::new(),
-        in_flight: 0,
         uncertain: false,
         chunks: Vec::new(),
         now: 1000,
@@ -284,12 +285,13 @@ impl Run {
             Op::NotCommitted => self.not_committed(),
             Op::Unknown => {
                 self.authority.unknown();
-                self.uncertain = self.in_flight > 0 || self.authority.in_flight();
+                self.uncertain = self.authority.in_flight();
                 self.counts.unknown += u64::from(self.uncertain);
             }
             Op::Restart => self.restart(),
             Op::Time { now } => self.now = 1000 + u64::from(now),
         }
+        self.authority.prepare();
     }
 
     fn append(&mut self, producer: u8, age: u8, ahead: u8, count: u8, stream: u8) {
@@ -419,9 +421,7 @@ impl Run {
 
     fn commit(&mut self) {
         if let Step::Commit(chunk) = self.authority.next_chunk() {
-            assert!(!self.uncertain && self.in_flight == 0);
-            // All of it: nothing here is as large as a turn.
-            self.in_flight = self.accepted.len();
+            assert!(!self.uncertain);
             assert_eq!(chunk.header().first, self.durable.records.len() as u64);
             self.chunks.push(chunk);
         }
@@ -431,13 +431,15 @@ impl Run {
         let Ok(answer) = self.authority.committed() else { panic!("a chunk of the authority does not follow it") };
         let Some((chunk, replies)) = answer else { return };
         self.uncertain = false;
-        let committed: Vec<Accepted> = self.accepted.drain(..self.in_flight).collect();
-        self.in_flight = 0;
+        // In the order of requests, as many as the chunk took.
+        let committed: Vec<Accepted> = self.accepted.drain(..replies.len()).collect();
+        let batches = committed.iter().filter(|accepted| matches!(accepted, Accepted::Batch { .. })).count();
+        let closes = committed.iter().filter(|accepted| matches!(accepted, Accepted::Close)).count();
+        assert_eq!(chunk.header().batches.len(), batches + closes, "every record is a request's");
         for accepted in &committed {
             self.durable.apply(accepted);
             self.counts.stored += u64::from(matches!(accepted, Accepted::Batch { .. }));
         }
-        assert_eq!(replies.len(), committed.len(), "one answer for each request");
         let mut grants: BTreeMap<u8, u64> = BTreeMap::new();
         for ((ticket, reply), accepted) in replies.into_iter().zip(&committed) {
             assert_eq!(self.expected.remove(&ticket).as_ref(), Some(accepted), "answers keep the order of requests");
@@ -480,7 +482,7 @@ impl Run {
             assert!(self.expected.remove(&ticket).is_some());
         }
         self.accepted.clear();
-        (self.in_flight, self.uncertain) = (0, false);
+        self.uncertain = false;
         self.counts.rolled_back += 1;
     }
 
@@ -511,7 +513,7 @@ impl Run {
         }
         self.epoch += 1;
         let created = SessionName::new("session").ok().filter(|_| state.number() == 0).map(|name| (name, 0));
-        self.authority = Authority::new(state, self.epoch, created);
+        self.authority = Authority::new(state, self.epoch, created).with_turn(TURN);
         self.handles.clear();
         for producer in self.durable.producers.keys() {
             if let Some(handle) = self.authority.state().producers().find(&key(*producer)) {

@@ -123,3 +123,35 @@ fn a_close_that_is_not_durable_decides_nothing() {
     assert_eq!(refused(append(&mut authority, 1, 7)), Code::SESSION_CLOSED);
     assert!(matches!(append(&mut authority, 0, 8), Outcome::Done(Reply::Appended { .. })));
 }
+
+#[test]
+fn a_chunk_made_ahead_of_time_follows_the_one_in_flight_or_falls_with_it() {
+    let mut authority = Authority::new(State::new(Incarnation([1; 16])), 1, None).with_turn(200);
+    let handle = open(&mut authority, 0..1).remove(0);
+    let append = |authority: &mut Authority<usize>, sequence| {
+        let outcome = authority.append(2, &author(), (&handle, 1), sequence, batch("x"), sequence as usize).0;
+        assert_eq!(outcome, Outcome::Pending);
+    };
+    let next = |authority: &mut Authority<usize>| match authority.next_chunk() {
+        Step::Commit(chunk) => chunk,
+        Step::Idle => panic!("nothing to commit"),
+    };
+    (0..8).for_each(|sequence| append(&mut authority, sequence));
+    let first = next(&mut authority);
+    let waiting = authority.waiting_bytes();
+    authority.prepare();
+    assert!(authority.waiting_bytes() < waiting, "the next chunk is made");
+    append(&mut authority, 8);
+    assert!(matches!(authority.next_chunk(), Step::Idle), "one is in flight at a time");
+    let acked = authority.committed().unwrap().unwrap().1.len();
+    let second = next(&mut authority);
+    assert_eq!((second.first(), second.header().number), (first.end(), first.header().number + 1));
+    assert_eq!(second.header().link, first.header().chain.link());
+    authority.prepare();
+    // What is not committed takes along what was made behind it.
+    let dropped = authority.not_committed();
+    assert!(dropped.into_iter().eq(acked..9), "everything behind the first chunk, in order");
+    assert!(authority.is_idle());
+    append(&mut authority, acked as u64);
+    assert_eq!(next(&mut authority).first(), first.end());
+}

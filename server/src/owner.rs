@@ -186,6 +186,9 @@ impl Owner {
         let mut last_use = Instant::now();
         loop {
             self.start_commit();
+            if let Some(Role::Writer { authority, .. }) = &mut self.role {
+                authority.prepare();
+            }
             let idle_store = matches!(self.commit, Commit::None);
             if self.stopping && idle_store && self.mailbox.is_empty() {
                 break;

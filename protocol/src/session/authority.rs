@@ -10,11 +10,13 @@
 //!                    ▼ refused          └───────────────────────┴──────────────▶ dropped, answered
 //! ```
 //!
-//! At most one chunk is in flight. `T` is the driver's ticket: it comes back with the answer.
+//! At most one chunk is in flight. While it is, and a whole turn waits behind it, the next one is made ahead of time, so that
+//! hashing and syncing of a busy session overlap. `T` is the driver's ticket: it comes back with the answer.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use super::chain::Chain;
 use super::chunk::{Chunk, ChunkBuilder, Control};
 use super::producer::{Admission, ProducerHandle, ProducerKey};
 use super::record::{CheckedBatch, Kind, Record};
@@ -162,6 +164,10 @@ pub struct Authority<T> {
     waiting: VecDeque<(Work, Option<T>)>,
     waiting_bytes: usize,
     flight: Option<Flight<T>>,
+    /// The chunk behind the one in flight, made ahead of time.
+    prepared: Option<Flight<T>>,
+    /// Bytes of one chunk, unless a single batch is larger.
+    turn: usize,
     /// Durable plus what is accepted.
     staged_closed: bool,
     staged_time: u64,
@@ -181,6 +187,8 @@ impl<T> Authority<T> {
             waiting: VecDeque::new(),
             waiting_bytes: 0,
             flight: None,
+            prepared: None,
+            turn: TURN_BYTES,
             staged_streams: Vec::new(),
             uncertain: false,
         };
@@ -189,6 +197,12 @@ impl<T> Authority<T> {
             this.push(Work::Entry { entry: Control::Created { name, time } }, None);
         }
         this
+    }
+
+    /// Puts at most `bytes` into a chunk instead of the registry's `turn_bytes`; for tests.
+    pub fn with_turn(mut self, bytes: usize) -> Self {
+        self.turn = bytes;
+        self
     }
 
     /// The durable state: all that a client may be shown.
@@ -208,7 +222,7 @@ impl<T> Authority<T> {
 
     /// True if nothing waits and nothing is in flight.
     pub fn is_idle(&self) -> bool {
-        self.flight.is_none() && self.waiting.is_empty()
+        self.flight.is_none() && self.prepared.is_none() && self.waiting.is_empty()
     }
 
     fn push(&mut self, work: Work, ticket: Option<T>) {
@@ -381,26 +395,55 @@ impl<T> Authority<T> {
     /// The next chunk to commit, if none is in flight and something waits (spec DUR-5): at most 64 KiB of records, or one
     /// larger batch.
     pub fn next_chunk(&mut self) -> Step {
-        if self.flight.is_some() || self.uncertain || self.waiting.is_empty() {
+        if self.flight.is_some() || self.uncertain {
             return Step::Idle;
         }
-        let state = &self.state;
-        let base_time = state.time().max(self.waiting.iter().find_map(|(work, _)| time_of(work)).unwrap_or(0));
+        let flight = match self.prepared.take() {
+            Some(prepared) => prepared,
+            None if self.waiting.is_empty() => return Step::Idle,
+            None => {
+                let state = &self.state;
+                let end = (state.tail(), state.number(), state.time(), state.chain());
+                self.make(end, self.writer_epoch != state.writer_epoch())
+            }
+        };
+        let chunk = flight.chunk.clone();
+        self.flight = Some(flight);
+        Step::Commit(chunk)
+    }
+
+    /// Makes the chunk behind the one in flight, if a whole turn waits for it. Less would be smaller chunks for nothing: more may
+    /// come until the one in flight is durable.
+    pub fn prepare(&mut self) {
+        if self.prepared.is_some() || self.uncertain || self.waiting_bytes < self.turn {
+            return;
+        }
+        if let Some(Flight { chunk, .. }) = &self.flight {
+            let header = chunk.header();
+            let end = (chunk.end(), header.number + 1, chunk.time().max(self.state.time()), header.chain);
+            self.prepared = Some(self.make(end, false));
+        }
+    }
+
+    /// Makes a chunk of what waits, behind a log that ends at this seq, number, time and chain.
+    fn make(&mut self, end: (u64, u64, u64, Chain), fence: bool) -> Flight<T> {
+        let (tail, number, time, chain) = end;
+        let base_time = time.max(self.waiting.iter().find_map(|(work, _)| time_of(work)).unwrap_or(0));
         let mut builder = ChunkBuilder::new(
-            state.incarnation(),
-            state.tail(),
-            state.number(),
+            self.state.incarnation(),
+            tail,
+            number,
             self.writer_epoch,
             base_time.max(self.staged_time_if_control_only()),
-            state.chain(),
+            chain,
         );
-        if self.writer_epoch != state.writer_epoch() {
+        if fence {
             builder.control(Control::Fence { epoch: self.writer_epoch });
         }
         let mut work = Vec::new();
         let mut bytes = 0;
         while let Some((next, _)) = self.waiting.front() {
-            if !work.is_empty() && bytes + next.len() > TURN_BYTES {
+            if !work.is_empty() && bytes + next.len() > self.turn {
                 break;
             }
             let Some((next, ticket)) = self.waiting.pop_front() else {
@@ -435,11 +478,7 @@ impl<T> Authority<T> {
         }
         self.waiting_bytes -= bytes;
         match builder.finish() {
-            Ok(chunk) => {
-                let chunk = Arc::new(chunk);
-                self.flight = Some(Flight { chunk: chunk.clone(), work });
-                Step::Commit(chunk)
-            }
+            Ok(chunk) => Flight { chunk: Arc::new(chunk), work },
             // The batches were checked when they were accepted; a region that no longer parses cannot happen.
             Err(_) => unreachable!("checked batches make a valid chunk"),
         }
@@ -502,8 +541,8 @@ impl<T> Authority<T> {
     /// The chunk in flight is not stored. Everything accepted since the last commit is dropped; returns its tickets, each
     /// to be answered `NOT_COMMITTED` (spec DUR-4).
     pub fn not_committed(&mut self) -> Vec<T> {
-        let flight = self.flight.take().map(|flight| flight.work).unwrap_or_default();
-        let dropped = flight.into_iter().chain(self.waiting.drain(..));
+        let made = [self.flight.take(), self.prepared.take()].into_iter().flatten();
+        let dropped = made.flat_map(|flight| flight.work).chain(self.waiting.drain(..));
         // What has no ticket was not asked for by anyone and must still be written.
         let (kept, tickets): (Vec<_>, Vec<_>) = dropped.partition(|(_, ticket)| ticket.is_none());
         self.waiting = kept.into();
