@@ -71,7 +71,8 @@ pub(crate) async fn run<C: Connection>(
         Err(refusal) => return refuse_attach(&outbox, &mut send, &mut frames, &refusal).await,
     };
     let attachment = Arc::new(Attachment { conn: Arc::downgrade(&conn), author, outbox, alive: Semaphore::new(0) });
-    let session = match attach(&conn, &attachment, &request).await {
+    // On its own: every attachment would carry its size.
+    let session = match Box::pin(attach(&conn, &attachment, &request)).await {
         Ok(Some(session)) => session,
         Ok(None) => {
             attachment.outbox.close();

@@ -182,7 +182,7 @@ impl Owner {
     /// Serves until the session is idle, deleted, or can no longer be served.
     pub(crate) async fn run(mut self) {
         let idle = self.sessions.config.idle;
-        let mut commands = Vec::with_capacity(TURN);
+        let mut commands = Vec::new();
         let mut last_use = Instant::now();
         loop {
             self.start_commit();
@@ -223,7 +223,8 @@ impl Owner {
                 }
             }
         }
-        self.end().await;
+        // On its own: every hot session would carry its size.
+        Box::pin(self.end()).await;
     }
 
     /// Tells everyone that the session is no longer served from here, keeps a snapshot and lets the writer go.
