@@ -17,6 +17,15 @@ impl Tmpfs {
         let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(dir.path()).output();
         mounted.is_ok_and(|output| output.status.success()).then_some(Self(dir))
     }
+
+    /// Takes all space that is left, and returns the file that holds it.
+    fn fill(&self) -> std::path::PathBuf {
+        let filler = self.0.path().join("filler");
+        let block = vec![0u8; 64 << 10];
+        let mut file = std::fs::File::create(&filler).expect("a file");
+        while std::io::Write::write_all(&mut file, &block).is_ok() {}
+        filler
+    }
 }
 
 impl Drop for Tmpfs {
@@ -47,11 +56,7 @@ async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
         assert_eq!((event["event"].as_str(), event["seq"].as_u64()), (Some("ack"), Some(n)));
     }
     // Another file takes the space, all but a little.
-    let filler = disk.0.path().join("filler");
-    let block = vec![0u8; 1 << 20];
-    let mut file = std::fs::File::create(&filler).expect("a file");
-    while std::io::Write::write_all(&mut file, &block).is_ok() {}
-    drop(file);
+    let filler = disk.fill();
     // The next line meets a full disk or the reserve; either is told, and retried.
     stdin.write_all(b"100\n").await.expect("write");
     let event = line().await;
@@ -76,6 +81,69 @@ async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
     let rows = events(&output.stdout);
     let data: Vec<_> = named(&rows, "record").iter().map(|row| row["data"].as_str().map(str::to_owned)).collect();
     assert!(data.into_iter().eq((0..101).map(|n| Some(n.to_string()))));
+}
+
+#[tokio::test]
+async fn a_write_that_finds_no_space_is_taken_back_and_the_engine_opened_anew() {
+    const LINES: u64 = 600;
+    let Some(disk) = Tmpfs::mount(256) else {
+        eprintln!("SKIPPED: a write without space: mounting a tmpfs needs root");
+        return;
+    };
+    let data = disk.0.path().join("data");
+    // Without a reserve nothing is refused before the disk itself refuses.
+    let config = disk.0.path().join("config.toml");
+    std::fs::write(&config, "[store]\nreserve_bytes = 0\n").expect("write");
+    let config = config.to_str().expect("text").to_owned();
+    let mut server = Server::start_in(&data, &["--config", &config]).await;
+    let mut command = server.command(&["append", "s1", "--json"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("append");
+    let mut stdin = child.stdin.take().expect("input");
+    let mut lines = BufReader::new(child.stdout.take().expect("output")).lines();
+    let mut line = async || -> Value {
+        let line = timeout(PATIENCE, lines.next_line()).await.expect("in time").expect("output").expect("a line");
+        serde_json::from_str(&line).expect("JSON")
+    };
+    let long = |n: u64| format!("{n} {}\n", "x".repeat(20_000));
+    stdin.write_all(long(0).as_bytes()).await.expect("write");
+    assert_eq!(line().await["event"], "ack");
+    let filler = disk.fill();
+    let feeding = tokio::spawn(async move {
+        for n in 1..LINES {
+            stdin.write_all(long(n).as_bytes()).await.expect("write");
+        }
+    });
+    let mut acks = 1;
+    let warning = loop {
+        let event = line().await;
+        if event["event"] != "ack" {
+            break event;
+        }
+        acks += 1;
+    };
+    assert_eq!(warning["code"], "UNAVAILABLE", "{warning}");
+    assert!(acks < LINES, "the disk was not full");
+    let output = run(server.command(&["tail", "s1", "--max", &acks.to_string(), "--json"])).await;
+    assert!(output.status.success(), "reads go on");
+    std::fs::remove_file(&filler).expect("remove");
+    while acks < LINES {
+        let event = line().await;
+        if event["event"] == "ack" {
+            assert_eq!(event["seq"].as_u64(), Some(acks));
+            acks += 1;
+        }
+    }
+    feeding.await.expect("feeding");
+    assert!(timeout(PATIENCE, child.wait()).await.expect("in time").expect("exit status").success());
+    server.kill().await;
+    server.restart().await;
+    let output = run(server.command(&["tail", "s1", "--max", &LINES.to_string(), "--json"])).await;
+    let rows = events(&output.stdout);
+    let numbers: Vec<_> = named(&rows, "record")
+        .iter()
+        .filter_map(|row| row["data"].as_str()?.split(' ').next()?.parse::<u64>().ok())
+        .collect();
+    assert!(numbers.into_iter().eq(0..LINES));
 }
 
 #[tokio::test]

@@ -55,8 +55,10 @@ const SWEEP_PAUSE: Duration = Duration::from_millis(50);
 const MAX_WAIT: Duration = Duration::from_secs(10);
 /// How often a full disk is looked at again.
 const SPACE_PAUSE: Duration = Duration::from_millis(200);
-/// How often the engine is opened anew before its background work counts as broken, and the service after which the count
-/// starts again.
+/// Free bytes below which a write, a flush or a compaction may have failed for lack of space, whatever the reserve is.
+const ROOM: u64 = 48 << 20;
+/// How often the engine is opened anew because its background work failed on a disk that has room, before that counts as broken;
+/// and the service after which the count starts again.
 const REOPENINGS: u32 = 3;
 const REOPENED_WELL: Duration = Duration::from_secs(60);
 
@@ -106,6 +108,8 @@ pub(crate) struct Committer {
     last_sync: Instant,
     last_sweep: Instant,
     unsynced: bool,
+    /// The engine's background work failed, and not for lack of space.
+    broken: bool,
     reopenings: u32,
     reopened: Instant,
 }
@@ -153,6 +157,7 @@ impl Committer {
             last_sync: Instant::now(),
             last_sweep: Instant::now(),
             unsynced: true,
+            broken: false,
             reopenings: 0,
             reopened: Instant::now(),
         })
@@ -680,16 +685,19 @@ impl Committer {
     }
 
     /// A write failed: for lack of space, because of what the engine does in the background, or for good.
-    fn failed(&self, error: &fjall::Error) -> StoreError {
+    fn failed(&mut self, error: &fjall::Error) -> StoreError {
+        let full = self.shared.free() < self.shared.config.reserve.max(ROOM);
         let reopen = match error {
             // `write` says so before anything is in the page cache. A sync that says so on a disk that has space has lost
             // pages, like any other failed sync.
             fjall::Error::Io(error) => {
-                matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
-                    && self.shared.free() < self.shared.config.reserve
+                full && matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
             }
             // Nothing of this batch was written: a flush or compaction had failed before, and what failed is not told.
-            fjall::Error::Poisoned => true,
+            fjall::Error::Poisoned => {
+                self.broken = !full;
+                true
+            }
             _ => false,
         };
         if reopen {
@@ -727,17 +735,20 @@ impl Committer {
         if self.shared.condition() != Condition::Reopening {
             return self.look_at_space();
         }
-        if self.shared.free() < self.shared.config.reserve {
+        if self.shared.free() < self.shared.config.reserve.max(ROOM / 4) {
             return;
         }
         if self.reopened.elapsed() >= REOPENED_WELL {
             self.reopenings = 0;
         }
-        if self.reopenings >= REOPENINGS {
-            let what = "the engine's background work fails again and again; `mainstay verify` says what is damaged";
-            return drop(self.fail(what.into()));
+        if core::mem::take(&mut self.broken) {
+            if self.reopenings >= REOPENINGS {
+                let what = "the engine's background work fails again and again; `mainstay verify` says what is damaged";
+                return drop(self.fail(what.into()));
+            }
+            self.reopenings += 1;
         }
-        (self.reopenings, self.reopened) = (self.reopenings + 1, Instant::now());
+        self.reopened = Instant::now();
         // Readers hold the old engine for a moment; fjall's lock is free when the last one is done.
         self.shared.take_engine();
         match open::open_checked(&self.shared.layout, &self.shared.config, &self.format, self.witness.commits) {
