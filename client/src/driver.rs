@@ -102,8 +102,13 @@ struct ProducerEntry {
     shared: Arc<Shared>,
     /// Its id on the current connection.
     id: Option<u64>,
+    /// When to open it again after a refusal.
+    again: Option<Instant>,
     answer: Option<Answer<Arc<Shared>>>,
 }
+
+/// How long a server that cannot open a producer now is left alone.
+const REOPEN_PAUSE: Duration = Duration::from_millis(200);
 
 struct SubscriptionEntry<C: Connection> {
     start: Start,
@@ -186,13 +191,14 @@ impl<C: Connection> Driver<C> {
                 Err(error) => break error,
             };
             let over = self.attachment(&link).await;
-            self.detached();
+            self.detached(&link);
             match over {
                 Over::Unused => return,
                 Over::Failed(error) => break error,
                 Over::Again => tokio::time::sleep(backoff.next(rand::random())).await,
                 Over::Lost => {
                     backoff.reset();
+                    self.refused_since = None;
                     // The supervisor notices the same loss; until then the link is still published.
                     let same = |status: &Status<C>| matches!(status, Status::Up(now) if Arc::ptr_eq(now, &link));
                     let _ = self.status.wait_for(|status| !same(status)).await;
@@ -233,15 +239,18 @@ impl<C: Connection> Driver<C> {
     }
 
     /// The attachment is gone: what was on it must be asked for again.
-    fn detached(&mut self) {
+    fn detached(&mut self, link: &Link<C>) {
         self.asked = false;
         for entry in &mut self.producers {
             entry.id = None;
             entry.shared.unlinked();
         }
         for entry in self.subscriptions.values_mut() {
-            // One whose stream runs notices by itself and asks; one that waits for its stream cannot.
-            entry.id = None;
+            // One whose stream runs notices by itself and asks. One that waits for its stream is told that it will not come: it
+            // may never have been asked for.
+            if let Some(id) = entry.id.take() {
+                link.unexpect(id);
+            }
         }
     }
 
@@ -291,7 +300,15 @@ impl<C: Connection> Driver<C> {
             } else if expecting.is_none() {
                 expecting = Some(link.expect_answer());
             }
+            let again = self.producers.iter().filter_map(|entry| entry.again).min();
             tokio::select! {
+                () = tokio::time::sleep_until(again.unwrap_or_else(Instant::now)), if attached && again.is_some() => {
+                    for at in 0..self.producers.len() {
+                        if self.producers[at].again.is_some_and(|again| again <= Instant::now()) {
+                            self.open_producer(at, link, outbox);
+                        }
+                    }
+                }
                 frame = frames.next() => {
                     let frame = match frame {
                         Ok(Some(frame)) => frame,
@@ -354,7 +371,7 @@ impl<C: Connection> Driver<C> {
     fn open_producer(&mut self, at: usize, link: &Arc<Link<C>>, outbox: &Outbox) {
         let entry = &mut self.producers[at];
         let id = link.new_id();
-        entry.id = Some(id);
+        (entry.id, entry.again) = (Some(id), None);
         outbox.push(OpenProducer { id, name: entry.shared.name.clone(), epoch: entry.shared.epoch() });
     }
 
@@ -417,7 +434,7 @@ impl<C: Connection> Driver<C> {
             SessionCommand::Producer { name, config, answer } => {
                 self.producers.retain(|entry| !entry.shared.is_finished());
                 let shared = Arc::new(Shared::new(name, config));
-                self.producers.push(ProducerEntry { shared, id: None, answer: Some(answer) });
+                self.producers.push(ProducerEntry { shared, id: None, again: None, answer: Some(answer) });
                 if attached {
                     self.open_producer(self.producers.len() - 1, link, outbox);
                 }
@@ -539,9 +556,12 @@ impl<C: Connection> Driver<C> {
         match error.about {
             OpenProducer::KIND => {
                 if let Some(at) = self.producers.iter().position(|entry| entry.id == Some(error.id)) {
-                    if error.code.is_retryable() && self.producers[at].shared.reopen(&failure) {
+                    // An epoch that is not known any more never is again.
+                    let passes = error.code.is_retryable() && error.code != Code::PRODUCER_UNKNOWN;
+                    if passes && self.producers[at].shared.reopen(&failure) {
                         tracing::warn!(code = %error.code, message = %error.message, "opening the producer again");
-                        return Err(Over::Again);
+                        (self.producers[at].id, self.producers[at].again) = (None, Some(Instant::now() + REOPEN_PAUSE));
+                        return Ok(());
                     }
                     let entry = self.producers.swap_remove(at);
                     entry.shared.end(&failure);

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::MAX_FRAME;
 use mainstay_protocol::session::CreditSent;
-use mainstay_protocol::wire::{Credit, Frame, Hello, Ping, Pong, Subscribed, put_grease};
+use mainstay_protocol::wire::{Body, Credit, Frame, Hello, Ping, Pong, Subscribe, Subscribed, put_grease};
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, SendStream, priority};
 use tokio::sync::{Notify, mpsc, watch};
 
@@ -198,6 +198,10 @@ impl<C: Connection> Link<C> {
                     Some(waiting) => drop(waiting.send(Ok((subscribed, frames))).await),
                     None => frames.stop(Code::NO_ERROR.0),
                 }
+            }
+            // It could not even begin.
+            Ok(Some(Frame::Error(error))) if error.about == Subscribe::KIND => {
+                self.refuse(error.id, error.code, error.message.as_str());
             }
             Ok(_) => frames.stop(Code::FRAME_UNEXPECTED.0),
             Err(FrameError::Violation(error)) => frames.stop(error.code.0),

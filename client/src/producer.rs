@@ -268,12 +268,14 @@ impl Shared {
             return;
         };
         (flight.sent, flight.refused) = (false, true);
+        let unknown = !refused.code.is_retryable() && flight.stored(refused.code) == Stored::Unknown;
         if !refused.code.is_retryable() {
             flight.dead = true;
             flight.done.set(Err(AppendError { stored: flight.stored(refused.code), error: error.clone() }));
         }
         state.refusing = true;
-        let ends = matches!(refused.code, Code::FENCED | Code::PRODUCER_UNKNOWN | Code::SESSION_CLOSED);
+        // A batch of which nobody knows whether it is stored may hold the sequence that the next one would get.
+        let ends = matches!(refused.code, Code::FENCED | Code::PRODUCER_UNKNOWN | Code::SESSION_CLOSED) || unknown;
         if ends && !state.flight.iter().any(|flight| flight.sent && flight.sequence < refused.sequence) {
             // What is behind it would be refused for the same reason, and was not stored.
             for flight in &mut state.flight {

@@ -319,6 +319,12 @@ impl Run {
             return self.refused(&outcome, Code::UNAVAILABLE);
         }
         let in_flight = (stored.len() as u64..next).contains(&sequence);
+        if epoch < self.durable.epoch(producer) {
+            return self.refused(&outcome, Code::FENCED);
+        }
+        if epoch > self.durable.epoch(producer) {
+            return self.refused(&outcome, Code::PRODUCER_UNKNOWN);
+        }
         if staged.closed.is_some() || undefined {
             match known {
                 Some(acked) => {
@@ -332,11 +338,7 @@ impl Run {
                 None => {}
             }
         }
-        if epoch < self.durable.epoch(producer) {
-            self.refused(&outcome, Code::FENCED);
-        } else if epoch > self.durable.epoch(producer) {
-            self.refused(&outcome, Code::PRODUCER_UNKNOWN);
-        } else if epoch < staged.epoch(producer) {
+        if epoch < staged.epoch(producer) {
             self.refused(&outcome, Code::UNAVAILABLE);
         } else if let Some(acked) = known {
             assert_eq!(outcome, Outcome::Done(Reply::Appended { sequence, acked }));

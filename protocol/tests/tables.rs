@@ -191,8 +191,8 @@ fn what_becomes_of_a_request_in_every_state() {
       batch 2, epoch 2     UNAVAILABLE (0)
       batch 3, epoch 2     UNAVAILABLE (0)
       batch 9, epoch 2     UNAVAILABLE (0)
-      batch 2, epoch 1     UNAVAILABLE (0)
-      batch 2, epoch 9     UNAVAILABLE (0)
+      batch 2, epoch 1     FENCED (2)
+      batch 2, epoch 9     PRODUCER_UNKNOWN (0)
       open, next epoch     waits for durability
       open, keep epoch 2   epoch 2, next 2
       define stream main   stream 0
@@ -203,8 +203,8 @@ fn what_becomes_of_a_request_in_every_state() {
       batch 2, epoch 2     SESSION_CLOSED (0)
       batch 3, epoch 2     SESSION_CLOSED (0)
       batch 9, epoch 2     SESSION_CLOSED (0)
-      batch 2, epoch 1     SESSION_CLOSED (0)
-      batch 2, epoch 9     SESSION_CLOSED (0)
+      batch 2, epoch 1     FENCED (2)
+      batch 2, epoch 9     PRODUCER_UNKNOWN (0)
       open, next epoch     waits for durability
       open, keep epoch 2   epoch 2, next 2
       define stream main   stream 0

@@ -40,13 +40,18 @@ impl Attachment {
         self.alive.is_closed()
     }
 
-    /// Answers a request with an error.
+    /// Answers a request that the session's owner had with an error.
     pub(crate) fn refuse(&self, about: u64, id: u64, refusal: &Refusal) {
         if about == OpenProducer::KIND
             && let Some(conn) = self.conn.upgrade()
         {
             conn.release_producer(id);
         }
+        self.tell(about, id, refusal);
+    }
+
+    /// Answers a request with an error.
+    fn tell(&self, about: u64, id: u64, refusal: &Refusal) {
         self.outbox.push(Error {
             about,
             id,
@@ -107,6 +112,8 @@ pub(crate) async fn run<C: Connection>(
             }
         }
         attachment.outbox.close();
+        // At once, also if the client does not take the last answers: nothing that comes later could be answered.
+        attachment.alive.close();
         core::future::pending().await
     };
     tokio::select! {
@@ -207,9 +214,10 @@ async fn read<C: Connection>(
     while let Some(frame) = frames.next().await? {
         let request = match frame {
             Frame::OpenProducer(request) => {
-                let allowed = conn.allow(Operation::Append, name).and_then(|()| conn.reserve_producer(request.id));
+                let allowed =
+                    conn.allow(Operation::Append, name).and_then(|()| conn.reserve_producer(request.id, attachment));
                 if let Err(refusal) = allowed {
-                    attachment.refuse(OpenProducer::KIND, request.id, &refusal);
+                    attachment.tell(OpenProducer::KIND, request.id, &refusal);
                     continue;
                 }
                 Command::OpenProducer { attachment: attachment.clone(), request }

@@ -1,7 +1,7 @@
 //! One connection: its control stream, who is at the other end, and the streams that the peer opens.
 
 use core::future::Future;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -44,7 +44,7 @@ struct PeerLimits {
 struct Opened {
     producers: HashMap<u64, Arc<ProducerLink>>,
     /// Producers asked for and not answered yet.
-    reserved: HashSet<u64>,
+    reserved: HashMap<u64, Arc<Attachment>>,
     subscriptions: HashMap<u64, Arc<SubscriptionCredit>>,
 }
 
@@ -124,13 +124,13 @@ impl Conn {
     pub(crate) async fn forbidden(&self, operation: Operation, session: &SessionName) -> Refusal {
         let mut changed = self.identity.subscribe();
         loop {
-            if let Err(refusal) = self.allow(operation, session) {
-                return refusal;
-            }
             let left = match &*changed.borrow_and_update() {
                 Identity::Known { expires, .. } => expires.saturating_sub(self.server.now_seconds()).saturating_add(1),
                 Identity::Nobody(..) => 0,
             };
+            if let Err(refusal) = self.allow(operation, session) {
+                return refusal;
+            }
             // The clock may be set meanwhile: it is looked at from time to time.
             let left = core::time::Duration::from_secs(u64::try_from(left).unwrap_or(0)).min(RECHECK);
             tokio::select! {
@@ -192,16 +192,16 @@ impl Conn {
     }
 
     /// Makes room for a producer. Refusals: `LIMIT_EXCEEDED`, `ID_IN_USE`.
-    pub(crate) fn reserve_producer(&self, id: u64) -> Result<(), Refusal> {
+    pub(crate) fn reserve_producer(&self, id: u64, attachment: &Arc<Attachment>) -> Result<(), Refusal> {
         let mut opened = self.opened();
-        if opened.producers.contains_key(&id) || opened.reserved.contains(&id) {
+        if opened.producers.contains_key(&id) || opened.reserved.contains_key(&id) {
             return Err(Refusal::new(Code::ID_IN_USE, "the producer id is in use on this connection"));
         }
         let open = opened.producers.len() + opened.reserved.len();
         if open as u64 >= self.server.config().producers {
             return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the connection has too many producers"));
         }
-        opened.reserved.insert(id);
+        opened.reserved.insert(id, attachment.clone());
         Ok(())
     }
 
@@ -266,9 +266,11 @@ impl Conn {
         self.opened().subscriptions.remove(&id);
     }
 
-    /// The attachment has ended: so have the producers whose QUIC stream has not come.
+    /// The attachment has ended: so have its producers, and those that it asked for.
     pub(crate) fn drop_producers(&self, attachment: &Arc<Attachment>) {
-        self.opened().producers.retain(|_, link| !Arc::ptr_eq(&link.attachment, attachment));
+        let mut opened = self.opened();
+        opened.producers.retain(|_, link| !Arc::ptr_eq(&link.attachment, attachment));
+        opened.reserved.retain(|_, asked| !Arc::ptr_eq(asked, attachment));
     }
 
     /// Counts an attachment for as long as the result lives.
@@ -405,6 +407,9 @@ async fn read_control<C: Connection>(
             Frame::Hello(hello) if !greeted => {
                 greeted = true;
                 greet(conn, transport, hello)?;
+                if conn.is_authenticated() {
+                    frames.set_limit(MAX_FRAME);
+                }
             }
             _ if !greeted => {
                 return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "the first frame is not HELLO").into());
@@ -412,6 +417,9 @@ async fn read_control<C: Connection>(
             Frame::Token(Token { token }) => {
                 conn.authenticate(&token);
                 allow_streams(conn, transport);
+                if conn.is_authenticated() {
+                    frames.set_limit(MAX_FRAME);
+                }
             }
             Frame::Ping(ping) => conn.control.push(Pong { nonce: ping.nonce }),
             Frame::Pong(_) => {}

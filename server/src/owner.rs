@@ -202,6 +202,7 @@ impl Owner {
                         break;
                     }
                 }
+                result = upkeep(&mut self.upkeep) => self.continue_upkeep(result),
                 count = self.mailbox.recv_many(&mut commands, TURN), if open => {
                     last_use = Instant::now();
                     if count == 0 {
@@ -214,10 +215,13 @@ impl Owner {
                         break;
                     }
                 }
-                result = upkeep(&mut self.upkeep) => self.continue_upkeep(result),
                 () = tokio::time::sleep_until(last_use + idle), if idle_store => {
                     last_use = Instant::now();
-                    if self.sessions.leave_if_unused(&self.session) {
+                    // Before it leaves: from then on it may expire.
+                    if self.sessions.is_unused(&self.session)
+                        && self.postpone_expiry().await
+                        && self.sessions.leave_if_unused(&self.session)
+                    {
                         break;
                     }
                 }
@@ -240,12 +244,6 @@ impl Owner {
             Upkeep::None => {}
         }
         let deleted = self.session.extent.borrow().gone == Some(Code::SESSION_GONE);
-        if self.expire_after > 0 && !deleted {
-            let until = (self.sessions.clock)().saturating_add(self.expire_after);
-            if let Err(error) = self.sessions.store.postpone(self.session.id.clone(), until).await {
-                tracing::warn!(session = %self.session.id, %error, "its use until now does not keep it from expiring");
-            }
-        }
         if let Some(Role::Writer { authority, writer }) = self.role.take() {
             // Loading again should not repeat more than a page of work.
             if self.unsnapshotted > self.sessions.config.snapshot_bytes / 64 && !deleted && !authority.is_uncertain() {
@@ -255,6 +253,21 @@ impl Owner {
                 }
             }
             self.sessions.store.close_writer(writer);
+        }
+    }
+
+    /// Lets the time until the session expires begin now. False if that is not stored.
+    async fn postpone_expiry(&mut self) -> bool {
+        if self.expire_after == 0 {
+            return true;
+        }
+        let until = (self.sessions.clock)().saturating_add(self.expire_after);
+        match self.sessions.store.postpone(self.session.id.clone(), until).await {
+            Ok(()) | Err(StoreError::NotFound) => true,
+            Err(error) => {
+                tracing::warn!(session = %self.session.id, %error, "stays in memory, or it would expire too early");
+                false
+            }
         }
     }
 
@@ -588,11 +601,11 @@ impl Owner {
                     return;
                 }
             }
-            uncertain => {
-                self.commit = uncertain;
-                let detail = "the outcome of an earlier commit is being resolved";
-                return attachment.refuse(DeleteSession::KIND, 0, &Refusal::new(Code::UNAVAILABLE, detail));
-            }
+            uncertain => self.commit = uncertain,
+        }
+        if !matches!(self.commit, Commit::None) {
+            let detail = "the outcome of an earlier commit is being resolved";
+            return attachment.refuse(DeleteSession::KIND, 0, &Refusal::new(Code::UNAVAILABLE, detail));
         }
         match self.sessions.store.delete(self.session.id.clone()).await {
             Ok(()) => {

@@ -1,6 +1,7 @@
 //! The sessions that are in memory: found by name, loaded on demand, let go when idle.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -129,22 +130,17 @@ impl Sessions {
         loop {
             let cell = self.lock().entry(name.clone()).or_default().clone();
             let result = cell.get_or_try_init(|| self.load(name, create, &mut new)).await.cloned();
-            let mut hot = self.lock();
             match result {
                 Ok(session) => {
                     // Counted under the lock that the owner takes to leave.
+                    let hot = self.lock();
                     if hot.get(name).is_some_and(|current| Arc::ptr_eq(current, &cell)) {
                         session.users.fetch_add(1, Ordering::Relaxed);
                         return Ok((SessionUse(session), new));
                     }
                 }
                 Err(error) => {
-                    // The last one that looks into an empty cell removes it. Who still waits for it may fill it.
-                    let unused = |current: &Cell| Arc::ptr_eq(current, &cell) && Arc::strong_count(current) == 2;
-                    if hot.get(name).is_some_and(|current| unused(current) && !current.initialized()) {
-                        hot.remove(name);
-                    }
-                    drop(cell);
+                    self.remove_empty(name, cell);
                     return Err(error);
                 }
             }
@@ -234,6 +230,11 @@ impl Sessions {
         Ok(state)
     }
 
+    /// True if nobody uses it now.
+    pub(crate) fn is_unused(&self, session: &Session) -> bool {
+        session.users.load(Ordering::Relaxed) == 0
+    }
+
     /// Lets a session go if nobody uses it. Called by its owner, which then ends.
     pub(crate) fn leave_if_unused(&self, session: &Arc<Session>) -> bool {
         let mut hot = self.lock();
@@ -261,40 +262,73 @@ impl Sessions {
     pub(crate) async fn expire(&self) {
         loop {
             tokio::time::sleep(self.config.expiry_pause).await;
-            let now = (self.clock)();
-            match self.store.due(now, EXPIRY_STEP).await {
-                Ok(due) => {
-                    for stat in due {
-                        if let Err(error) = self.expire_one(&stat, now).await {
-                            tracing::warn!(session = %stat.session, %error, "cannot expire a session now");
-                        }
-                    }
-                }
-                Err(error) => tracing::warn!(%error, "cannot look for sessions to expire"),
-            }
+            // Without a pause while there are many, and they go.
+            while self.expire_some().await == EXPIRY_STEP {}
         }
     }
 
-    async fn expire_one(&self, stat: &SessionStat, now: u64) -> Result<(), StoreError> {
+    /// Returns how many were deleted.
+    async fn expire_some(&self) -> usize {
+        let now = (self.clock)();
+        let due = match self.store.due(now, EXPIRY_STEP).await {
+            Ok(due) => due,
+            Err(error) => {
+                tracing::warn!(%error, "cannot look for sessions to expire");
+                return 0;
+            }
+        };
+        let mut expired = 0;
+        for stat in due {
+            match self.expire_one(&stat, now).await {
+                Ok(gone) => expired += usize::from(gone),
+                Err(error) => tracing::warn!(session = %stat.session, %error, "cannot expire a session now"),
+            }
+        }
+        expired
+    }
+
+    async fn expire_one(&self, stat: &SessionStat, now: u64) -> Result<bool, StoreError> {
         let id = &stat.session;
         let until = stat.written.saturating_add(stat.expire_after);
-        if self.lock().contains_key(&id.name) {
-            // In use: its owner says until when, once it lets it go.
-            return self.store.postpone(id.clone(), now.saturating_add(stat.expire_after)).await;
-        }
         if until > now {
-            return self.store.postpone(id.clone(), until).await;
+            return self.store.postpone(id.clone(), until).await.map(|()| false);
         }
-        self.store.delete(id.clone()).await?;
-        tracing::info!(session = %id, "expired");
-        // Somebody may have attached meanwhile, and is told as after any delete.
-        let attached = self.lock().get(&id.name).and_then(|cell| cell.get().cloned());
-        if let Some(session) = attached.filter(|session| session.id == *id) {
-            session.extent.send_modify(|extent| extent.gone = Some(Code::SESSION_GONE));
-            // Wakes its owner. One that is busy looks by itself.
-            let _ = session.commands.try_send(Command::Stop);
+        let Some(cell) = self.occupy(&id.name) else {
+            // In use: its owner says until when, before it lets it go.
+            let until = now.saturating_add(stat.expire_after);
+            return self.store.postpone(id.clone(), until).await.map(|()| false);
+        };
+        // In the session's place, so that whoever wants to load it waits until it is decided.
+        let result = cell.get_or_try_init(|| async { Err(self.store.expire(id.clone(), now).await) }).await;
+        let result = match result {
+            // Somebody was faster and uses it.
+            Ok(_) => Ok(false),
+            Err(result) => result,
+        };
+        self.remove_empty(&id.name, cell);
+        if result == Ok(true) {
+            tracing::info!(session = %id, "expired");
         }
-        Ok(())
+        result
+    }
+
+    /// Puts an empty cell in the place of a session that is not in memory.
+    fn occupy(&self, name: &SessionName) -> Option<Cell> {
+        match self.lock().entry(name.clone()) {
+            Entry::Vacant(free) => Some(free.insert(Cell::default()).clone()),
+            Entry::Occupied(_) => None,
+        }
+    }
+
+    /// Removes a cell that holds no session. The last one that looks into it does so; who still waits for it may fill it.
+    fn remove_empty(&self, name: &SessionName, cell: Cell) {
+        let mut hot = self.lock();
+        let unused = |current: &Cell| Arc::ptr_eq(current, &cell) && Arc::strong_count(current) == 2;
+        if hot.get(name).is_some_and(|current| unused(current) && !current.initialized()) {
+            hot.remove(name);
+        }
+        // Under the lock, so that another one that looks counts right.
+        drop(cell);
     }
 
     /// Every session in memory.

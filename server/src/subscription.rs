@@ -59,6 +59,8 @@ enum End {
     Client,
     /// The server ends it, with an error for the client.
     Refused(Refusal),
+    /// The server ends it inside a frame, where nothing more can be said.
+    Broken(Code),
 }
 
 impl From<StreamError> for End {
@@ -106,6 +108,7 @@ async fn run<S: SendStream>(
     match end {
         Ok(()) => send.finish(),
         Err(End::Client) => send.reset(Code::NO_ERROR.0),
+        Err(End::Broken(code)) => send.reset(code.0),
         Err(End::Refused(refusal)) => {
             let error = Frame::from(Error {
                 about: Subscribe::KIND,
@@ -238,13 +241,26 @@ async fn deliver<S: SendStream>(
                 Err(_) => {
                     feed.rewind(mark);
                     pieces.clear();
-                    room = conn.held.acquire_many(rest).await.ok();
+                    room = tokio::select! {
+                        room = conn.held.acquire_many(rest) => room.ok(),
+                        refusal = conn.forbidden(Operation::Read, name) => return Err(End::Refused(refusal)),
+                        _ = changed.wait_for(|extent| extent.gone.is_some()) => None,
+                    };
+                    extent = *changed.borrow_and_update();
                     continue;
                 }
             },
             kept => kept,
         };
-        out.write(&mut pieces).await?;
+        tokio::select! {
+            biased;
+            written = out.write(&mut pieces) => written?,
+            refusal = conn.forbidden(Operation::Read, name) => return Err(End::Broken(refusal.code)),
+            gone = changed.wait_for(|extent| extent.gone.is_some()) => {
+                let code = gone.ok().and_then(|extent| extent.gone).unwrap_or(Code::GOING_AWAY);
+                return Err(End::Broken(code));
+            }
+        }
         extent = *changed.borrow_and_update();
     }
 }

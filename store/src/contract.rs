@@ -274,6 +274,10 @@ pub trait Store: Send + Sync + 'static {
     /// `Failed`.
     fn postpone(&self, session: SessionId, until: u64) -> Pending<()>;
 
+    /// Deletes the session if its expiry is due at `now`, and tells whether it was: it may have been postponed since
+    /// [`Store::due`] said so. Errors: those of [`Store::delete`].
+    fn expire(&self, session: SessionId, now: u64) -> Pending<bool>;
+
     /// Sessions whose name starts with `prefix` and sorts after `after`, at most `limit`. Errors: `Failed`.
     fn list(&self, prefix: Vec<u8>, after: Vec<u8>, limit: usize) -> Pending<ListPage>;
 

@@ -216,6 +216,14 @@ impl Store for MemoryStore {
         }))
     }
 
+    fn expire(&self, id: SessionId, now: u64) -> Pending<bool> {
+        let due = self.with(&id, |session| Ok(session.expire_after > 0 && session.due <= now));
+        if due == Ok(true) {
+            self.lock().remove(&id.name);
+        }
+        ready(due)
+    }
+
     fn list(&self, prefix: Vec<u8>, after: Vec<u8>, limit: usize) -> Pending<ListPage> {
         let sessions = self.lock();
         let text = |bytes: &[u8]| core::str::from_utf8(bytes).ok().and_then(|text| SessionName::new(text).ok());

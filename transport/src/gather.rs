@@ -90,7 +90,7 @@ impl Future for Gathering {
         }
         self.let_others = false;
         // Before the poll: a wake during it must count.
-        self.woken.already.store(false, Ordering::Release);
+        self.woken.already.swap(false, Ordering::AcqRel);
         let this = &mut *self;
         this.task.as_mut().poll(&mut Context::from_waker(&this.waker))
     }

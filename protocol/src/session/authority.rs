@@ -220,9 +220,10 @@ impl<T> Authority<T> {
         self.flight.is_some()
     }
 
-    /// True if nothing waits and nothing is in flight.
+    /// True if no request waits and nothing is in flight.
     pub fn is_idle(&self) -> bool {
-        self.flight.is_none() && self.prepared.is_none() && self.waiting.is_empty()
+        let waits = self.waiting.iter().any(|(_, ticket)| ticket.is_some());
+        self.flight.is_none() && self.prepared.is_none() && !waits
     }
 
     fn push(&mut self, work: Work, ticket: Option<T>) {
@@ -260,7 +261,8 @@ impl<T> Authority<T> {
             return (Outcome::Refused(Self::uncertain()), None);
         }
         let closed = self.state.view().closed().is_some();
-        if self.staged_closed || batch.max_stream >= self.state.streams().len() {
+        let epoch_refused = self.state.producers.refuses(handle, epoch).is_some();
+        if !epoch_refused && (self.staged_closed || batch.max_stream >= self.state.streams().len()) {
             // A repetition of something stored is still acknowledged, and one of something in flight still waits for it.
             if let Some(acked) = self.state.producers.lookup(handle.key(), sequence) {
                 return (Outcome::Done(Reply::Appended { sequence, acked }), Some(ticket));
@@ -395,12 +397,13 @@ impl<T> Authority<T> {
     /// The next chunk to commit, if none is in flight and something waits (spec DUR-5): at most 64 KiB of records, or one
     /// larger batch.
     pub fn next_chunk(&mut self) -> Step {
-        if self.flight.is_some() || self.uncertain {
+        // The creation alone waits for a request that needs a chunk, or a refused one would be tried again at once, for ever.
+        let asked = self.prepared.is_some() || self.waiting.iter().any(|(_, ticket)| ticket.is_some());
+        if self.flight.is_some() || self.uncertain || !asked {
             return Step::Idle;
         }
         let flight = match self.prepared.take() {
             Some(prepared) => prepared,
-            None if self.waiting.is_empty() => return Step::Idle,
             None => {
                 let state = &self.state;
                 let end = (state.tail(), state.number(), state.time(), state.chain());

@@ -3,6 +3,7 @@
 //! A producer is named within its subject. The server grants it epochs; a newer epoch fences the older one. Its batches
 //! carry a sequence that survives epochs. For the last 256 batches the table knows which seqs they got.
 
+use core::cmp::Ordering;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
@@ -122,19 +123,27 @@ impl Producers {
         }
     }
 
+    /// Why batches under this epoch are refused, whatever they are: the code and its value.
+    pub(super) fn refuses(&self, handle: &ProducerHandle, epoch: u64) -> Option<(Code, u64)> {
+        let Some(index) = self.index(handle) else { return Some((Code::PRODUCER_UNKNOWN, 0)) };
+        let current = self.slots[index].durable.epoch;
+        match epoch.cmp(&current) {
+            Ordering::Less => Some((Code::FENCED, current)),
+            Ordering::Equal => None,
+            Ordering::Greater => Some((Code::PRODUCER_UNKNOWN, 0)),
+        }
+    }
+
     /// Decides about a batch, and takes its sequence if it is the next one (spec PROD-6, PROD-8).
     pub(super) fn admit(&mut self, handle: &ProducerHandle, epoch: u64, sequence: u64) -> Admission {
+        if let Some((code, value)) = self.refuses(handle, epoch) {
+            return Admission::Refused(code, value);
+        }
         let Some(index) = self.index(handle) else {
             return Admission::Refused(Code::PRODUCER_UNKNOWN, 0);
         };
         let slot = &mut self.slots[index];
         let durable = slot.durable;
-        if epoch < durable.epoch {
-            return Admission::Refused(Code::FENCED, durable.epoch);
-        }
-        if epoch > durable.epoch {
-            return Admission::Refused(Code::PRODUCER_UNKNOWN, 0);
-        }
         if !self.granting.is_empty() && self.granting.contains_key(&*slot.key) {
             // The newer epoch may still fail to become durable, so this one is not fenced yet.
             return Admission::Refused(Code::UNAVAILABLE, 0);

@@ -31,6 +31,7 @@ pub(crate) enum Request {
     Resolve { session: SessionId, epoch: u64, chunk: Arc<Chunk>, answer: Answer<bool> },
     Create { session: SessionId, created: u64, expire_after: u64, answer: Answer<Created> },
     Postpone { session: SessionId, until: u64, answer: Answer<()> },
+    Expire { session: SessionId, now: u64, answer: Answer<bool> },
     OpenWriter { session: SessionId, answer: Answer<Writer> },
     CloseWriter { session: SessionId, epoch: u64 },
     PutSnapshot { session: SessionId, epoch: u64, state: Bytes, answer: Answer<()> },
@@ -129,14 +130,8 @@ impl Committer {
             let key = guard.key().map_err(damaged)?;
             next_segment = keys::chunk_parts(&key).map_or(1, |(segment, _, _)| segment + 1);
         }
-        let mut dead = Vec::new();
-        for guard in engine.meta().prefix([keys::DEAD]) {
-            let key = guard.key().map_err(damaged)?;
-            if let Some(segment) = keys::dead_segment(&key) {
-                dead.push(segment);
-                next_segment = next_segment.max(segment + 1);
-            }
-        }
+        let dead = dead_segments(engine).map_err(damaged)?;
+        next_segment = dead.iter().fold(next_segment, |next, segment| next.max(segment + 1));
         let mut quarantined = HashSet::new();
         for guard in engine.meta().prefix([keys::QUARANTINED]) {
             let key = guard.key().map_err(damaged)?;
@@ -186,6 +181,11 @@ impl Committer {
             self.look_at_space();
             let idle = first.is_none();
             let mut turn = Turn::default();
+            // First, while what it reads of the dead segments is what the turn begins with.
+            if !self.dead.is_empty() && (idle || self.last_sweep.elapsed() >= SWEEP_PAUSE) {
+                self.sweep(&mut turn);
+                self.last_sweep = Instant::now();
+            }
             let mut stop = false;
             let mut next = first;
             let mut count = 0;
@@ -197,10 +197,6 @@ impl Committer {
                     break;
                 }
                 next = self.requests.try_recv().ok();
-            }
-            if !self.dead.is_empty() && (idle || self.last_sweep.elapsed() >= SWEEP_PAUSE) {
-                self.sweep(&mut turn);
-                self.last_sweep = Instant::now();
             }
             self.commit(turn);
             if self.unsynced && (idle || self.last_sync.elapsed() >= WITNESS_SYNC) {
@@ -232,7 +228,7 @@ impl Committer {
                 }
             }
             Request::Resolve { session, epoch, chunk, answer } => {
-                drop(answer.send(self.resolve(&session, epoch, &chunk)));
+                drop(answer.send(self.resolve(&session, epoch, &chunk, turn)));
             }
             Request::Create { session, created, expire_after, answer } => {
                 match self.create(&session, created, expire_after, turn) {
@@ -247,6 +243,10 @@ impl Committer {
             Request::OpenWriter { session, answer } => match self.open_writer(&session, turn) {
                 Ok(epoch) => turn.tell(move |result| drop(answer.send(result.map(|()| Writer { session, epoch })))),
                 Err(error) => drop(answer.send(Err(error))),
+            },
+            Request::Expire { session, now, answer } => match self.expire(&session, now, turn) {
+                Ok(true) => turn.tell(move |result| drop(answer.send(result.map(|()| true)))),
+                other => drop(answer.send(other)),
             },
             Request::CloseWriter { session, epoch } => {
                 if self.writers.get(&session.incarnation).is_some_and(|open| open.epoch == epoch) {
@@ -317,13 +317,13 @@ impl Committer {
     }
 
     /// Reads an open writer's position back if a commit failed since it was known.
-    fn refresh(&mut self, id: &SessionId, epoch: u64) -> Result<(), StoreError> {
+    fn refresh(&mut self, id: &SessionId, epoch: u64, turn: &Turn) -> Result<(), StoreError> {
         if !self.writer(id, epoch)?.stale {
             return Ok(());
         }
         let engine = self.engine()?;
         let reader = Reader::new(&engine);
-        let row = reader.row_of(id)?;
+        let row = self.row(&engine, id, turn)?;
         let (next, link) = position(&reader, &row)?;
         let open = self.writer(id, epoch)?;
         (open.row, open.next, open.link, open.stale) = (row, next, link, false);
@@ -335,7 +335,7 @@ impl Committer {
         if turn.deleted.contains(&id.incarnation) {
             return Err(StoreError::NotFound);
         }
-        self.refresh(id, epoch)?;
+        self.refresh(id, epoch, turn)?;
         let segment_limit = self.shared.config.segment_bytes;
         let next_segment = self.next_segment;
         let open = self.writer(id, epoch)?;
@@ -365,10 +365,10 @@ impl Committer {
         Ok(())
     }
 
-    fn resolve(&mut self, id: &SessionId, epoch: u64, chunk: &Chunk) -> Result<bool, StoreError> {
+    fn resolve(&mut self, id: &SessionId, epoch: u64, chunk: &Chunk, turn: &Turn) -> Result<bool, StoreError> {
         // After a failed sync the memory of the engine and the disk may differ: nothing that is read says what is stored.
         self.need_engine()?;
-        self.refresh(id, epoch)?;
+        self.refresh(id, epoch, turn)?;
         let engine = self.engine()?;
         let reader = Reader::new(&engine);
         let row = reader.row_of(id)?;
@@ -412,14 +412,28 @@ impl Committer {
         Ok(Created::New)
     }
 
+    /// The row as this turn leaves it so far.
+    fn current_row(&self, id: &SessionId, turn: &Turn) -> Result<SessionRow, StoreError> {
+        match self.writers.get(&id.incarnation) {
+            Some(open) if !open.stale && !turn.deleted.contains(&id.incarnation) => Ok(open.row.clone()),
+            _ => self.row(&*self.engine()?, id, turn),
+        }
+    }
+
+    fn expire(&mut self, id: &SessionId, now: u64, turn: &mut Turn) -> Result<bool, StoreError> {
+        self.need_engine()?;
+        let row = self.current_row(id, turn)?;
+        let due = row.due > 0 && row.due <= now;
+        if due {
+            self.delete(id, turn)?;
+        }
+        Ok(due)
+    }
+
     fn postpone(&mut self, id: &SessionId, until: u64, turn: &mut Turn) -> Result<(), StoreError> {
-        self.need_space()?;
-        let engine = self.engine()?;
-        let mut row = match self.writers.get(&id.incarnation) {
-            // What the writer changed in this turn is not readable yet.
-            Some(open) if !open.stale && !turn.deleted.contains(&id.incarnation) => open.row.clone(),
-            _ => self.row(&engine, id, turn)?,
-        };
+        // Below the reserve too: a session that is used must not expire for lack of space.
+        self.need_engine()?;
+        let mut row = self.current_row(id, turn)?;
         if row.due == 0 {
             return Ok(());
         }
@@ -453,16 +467,20 @@ impl Committer {
 
     fn put_snapshot(&mut self, id: &SessionId, epoch: u64, state: &Bytes, turn: &mut Turn) -> Result<(), StoreError> {
         self.need_space()?;
+        if turn.deleted.contains(&id.incarnation) {
+            return Err(StoreError::NotFound);
+        }
         self.writer(id, epoch)?;
         // What is replaced must be readable, for the witness.
-        Reader::new(&*self.engine()?).snapshot_of(id)?;
+        let engine = self.engine()?;
+        engine.snapshots().get(id.incarnation.0).map_err(|error| reader::read_error(0, &error))?;
         turn.put(2, id.incarnation.0.to_vec(), keys::encode_snapshot(state));
         Ok(())
     }
 
     fn trim(&mut self, id: &SessionId, epoch: u64, before: u64, turn: &mut Turn) -> Result<(), StoreError> {
         self.need_engine()?;
-        self.refresh(id, epoch)?;
+        self.refresh(id, epoch, turn)?;
         if turn.rows.contains_key(&id.name) {
             // A segment that begins in this turn cannot be read yet.
             return Err(StoreError::Overloaded);
@@ -546,7 +564,7 @@ impl Committer {
             None => reader.row_of(id)?,
         };
         // What is removed must be readable, for the witness.
-        reader.snapshot_of(id)?;
+        engine.snapshots().get(id.incarnation.0).map_err(|error| reader::read_error(0, &error))?;
         let segments = match self.writers.get(&id.incarnation) {
             Some(open) if !open.stale => open.row.segments.clone(),
             _ => row.segments.clone(),
@@ -644,7 +662,14 @@ impl Committer {
             } else if let Some(old) = pending.get(&slot) {
                 old.clone()
             } else {
-                let old = ks.get(key).map_err(|error| self.failed(&error))?;
+                let old = match ks.get(key) {
+                    Ok(old) => old,
+                    // Nothing is written yet: what has run out may be there again.
+                    Err(error) => match reader::read_error(0, &error) {
+                        error @ StoreError::Overloaded => return Err(error),
+                        _ => return Err(self.failed(&error)),
+                    },
+                };
                 old.map(Bytes::from)
             };
             if let Some(old) = &old {
@@ -735,7 +760,8 @@ impl Committer {
         if self.shared.condition() != Condition::Reopening {
             return self.look_at_space();
         }
-        if self.shared.free() < self.shared.config.reserve.max(ROOM / 4) {
+        let early = self.reopened.elapsed() < SPACE_PAUSE;
+        if early || self.shared.free() < self.shared.config.reserve.max(ROOM / 4) {
             return;
         }
         if self.reopened.elapsed() >= REOPENED_WELL {
@@ -754,6 +780,10 @@ impl Committer {
         match open::open_checked(&self.shared.layout, &self.shared.config, &self.format, self.witness.commits) {
             Ok(engine) => {
                 self.witness = engine.witness;
+                match dead_segments(&engine) {
+                    Ok(dead) => self.dead = dead,
+                    Err(error) => tracing::warn!(%error, "what was removed keeps its space until the next start"),
+                }
                 self.shared.put_engine(engine);
                 self.shared.set_condition(Condition::Serving);
                 tracing::info!("the store is open again");
@@ -770,6 +800,15 @@ impl Committer {
         self.last_sync = Instant::now();
         self.unsynced = false;
     }
+}
+
+/// Segments with chunks to be removed.
+fn dead_segments(engine: &Engine) -> Result<Vec<u64>, fjall::Error> {
+    let mut dead = Vec::new();
+    for guard in engine.meta().prefix([keys::DEAD]) {
+        dead.extend(keys::dead_segment(&guard.key()?));
+    }
+    Ok(dead)
 }
 
 fn quarantined() -> StoreError {

@@ -85,12 +85,14 @@ impl<'a> Reader<'a> {
             if due.len() == limit || keys::due_at(&key).is_none_or(|at| at > now) {
                 break;
             }
+            // What does not fit must not keep the others from expiring; `verify` reports it.
             let name = core::str::from_utf8(&name).ok().and_then(|name| SessionName::new(name).ok());
-            let name = name.ok_or_else(|| damaged(0, "a due row names no session"))?;
-            match self.row(&name).and_then(|row| row.map(|row| self.stat(name.clone(), &row)).transpose()) {
-                Ok(stat) => due.extend(stat),
-                // It must not keep the others from expiring.
-                Err(error) => tracing::warn!(session = %name, %error, "is due to expire and cannot be read"),
+            let Some(name) = name else { continue };
+            match self.row(&name) {
+                Ok(Some(row)) if key.as_ref() == keys::due(row.due, row.incarnation) => {
+                    due.extend(self.stat(name, &row).ok());
+                }
+                _ => tracing::warn!(session = %name, "is due to expire, and is another one or cannot be read"),
             }
         }
         Ok(due)

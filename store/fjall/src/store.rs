@@ -44,7 +44,11 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn engine(&self) -> Result<Arc<Engine>, StoreError> {
-        self.engine.read().unwrap_or_else(PoisonError::into_inner).clone().ok_or(StoreError::Overloaded)
+        let engine = self.engine.read().unwrap_or_else(PoisonError::into_inner).clone();
+        engine.ok_or_else(|| match self.condition() {
+            Condition::Failed(what) => StoreError::Failed { what },
+            _ => StoreError::Overloaded,
+        })
     }
 
     pub(crate) fn put_engine(&self, engine: Engine) {
@@ -260,6 +264,10 @@ impl Store for FjallStore {
 
     fn postpone(&self, session: SessionId, until: u64) -> Pending<()> {
         self.ask(|answer| Request::Postpone { session, until, answer })
+    }
+
+    fn expire(&self, session: SessionId, now: u64) -> Pending<bool> {
+        self.ask(|answer| Request::Expire { session, now, answer })
     }
 
     fn list(&self, prefix: Vec<u8>, after: Vec<u8>, limit: usize) -> Pending<ListPage> {

@@ -181,6 +181,7 @@ fn scan(engine: &Engine, report: &mut Report, each: &mut EachChunk<'_>) {
         }
     }
     orphans(engine, &known, report);
+    due_rows(engine, report);
 }
 
 /// Compares every row with the sum of the witness row: a row that vanished, wherever, shows here.
@@ -317,6 +318,23 @@ fn step(state: &mut State, chain: &mut Chain, chunk: &Chunk, fold: bool) -> Resu
         state.apply(chunk).map_err(|damage| (damage.seq, damage.what.to_owned()))?;
     }
     Ok(())
+}
+
+/// Rows of sessions that expire without the session.
+fn due_rows(engine: &Engine, report: &mut Report) {
+    for guard in engine.meta().prefix([keys::DUE]) {
+        let Ok((key, name)) = guard.into_inner() else { return };
+        let name = core::str::from_utf8(&name).ok().and_then(|name| SessionName::new(name).ok());
+        let row = name.as_ref().and_then(|name| engine.sessions().get(name.as_str()).ok().flatten());
+        let row = row.and_then(|row| SessionRow::decode(&Bytes::from(row)).ok());
+        if row.is_none_or(|row| key.as_ref() != keys::due(row.due, row.incarnation)) {
+            report.problem(
+                name.as_ref(),
+                None,
+                "a row says when a session expires that is not there, or is another one",
+            );
+        }
+    }
 }
 
 /// Chunks that belong to no session: its row is gone.

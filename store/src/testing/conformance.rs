@@ -406,7 +406,9 @@ async fn a_session_that_expires_is_due_until_it_is_postponed_or_deleted(store: A
     assert_eq!(due(9000, 10).await, ["due/late", "due/early"]);
     let stat = store.stat(early.name.clone()).await.expect("stat").expect("exists");
     assert_eq!(stat.expire_after, 100);
-    retry(|| store.delete(late.clone())).await.expect("delete");
+    assert_eq!(retry(|| store.expire(early.clone(), 1999)).await, Ok(false), "it was postponed");
+    assert_eq!(retry(|| store.expire(never.clone(), 9000)).await, Ok(false));
+    assert_eq!(retry(|| store.expire(late.clone(), 9000)).await, Ok(true));
     assert_eq!(due(9000, 10).await, ["due/early"]);
     assert_eq!(retry(|| store.postpone(late.clone(), 1)).await, Err(StoreError::NotFound));
 }

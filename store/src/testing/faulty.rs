@@ -136,6 +136,10 @@ impl<S: Store> Store for FaultyStore<S> {
         self.refuse().unwrap_or_else(|| self.inner.postpone(session, until))
     }
 
+    fn expire(&self, session: SessionId, now: u64) -> Pending<bool> {
+        self.refuse().unwrap_or_else(|| self.inner.expire(session, now))
+    }
+
     fn list(&self, prefix: Vec<u8>, after: Vec<u8>, limit: usize) -> Pending<ListPage> {
         self.inner.list(prefix, after, limit)
     }
