@@ -252,9 +252,20 @@ async fn an_epoch_has_one_holder_and_the_one_before_is_told() {
     let (mut send, mut frames) = first.open(&attach("s")).await;
     assert!(matches!(frames.next().await, Ok(Some(Frame::Attached(_)))));
     let open = |id, epoch| Frame::from(OpenProducer { id, name: "p".parse().expect("a name"), epoch }).to_bytes();
-    send.write(&mut [open(1, 0), open(1, 0)]).await.expect("write");
-    assert_eq!(error(&mut frames).await, Code::ID_IN_USE);
-    let Ok(Some(Frame::Producer(granted))) = frames.next().await else { panic!("no grant") };
+    // A refused one does not free the id of the one that is being opened.
+    send.write(&mut [open(1, 0), open(1, 0), open(1, 0)]).await.expect("write");
+    let (mut refused, mut granted) = (0, None);
+    while refused < 2 || granted.is_none() {
+        match timeout(PATIENCE, frames.next()).await.expect("an answer") {
+            Ok(Some(Frame::Error(error))) => {
+                assert_eq!(error.code, Code::ID_IN_USE);
+                refused += 1;
+            }
+            Ok(Some(Frame::Producer(producer))) => assert!(granted.replace(producer).is_none(), "granted twice"),
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+    let granted = granted.expect("a grant");
     let append = |sequence: u64| {
         let mut region = Writer::new();
         Record::data(0, "x").put(&mut region);

@@ -1,7 +1,7 @@
 //! Sessions that expire, and what ends with a token.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mainstay_client::{ClientError, Config as ClientConfig, Event, Start};
 use mainstay_protocol::Code;
@@ -49,7 +49,9 @@ async fn unused_sessions_expire(store: Arc<dyn Store>) {
     let producer = held.producer("p").await.expect("a producer");
     producer.append(held.main(), "still here").await.expect("append").await.expect("stored");
     drop((held, producer));
+    let unused = Instant::now();
     gone("held").await;
+    assert!(unused.elapsed() >= after, "expired too early");
     assert!(client.session("kept").expect("a name").attach().await.is_ok(), "what never expires stays");
     server.stop().await;
 }

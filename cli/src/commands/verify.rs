@@ -54,7 +54,7 @@ pub(crate) fn run(args: &args::Verify, output: Output) -> Result<(), Failure> {
     }
     let event = json!({
         "event": "verified", "sessions": report.sessions, "chunks": report.chunks, "records": report.records,
-        "commits": report.commits, "torn_bytes": report.torn,
+        "commits": report.commits, "leftover_chunks": report.leftovers, "torn_bytes": report.torn,
     });
     output.event(&event, || {
         let torn = match report.torn {

@@ -37,6 +37,8 @@ pub struct Report {
     pub chunks: u64,
     /// Records in them.
     pub records: u64,
+    /// Chunks of trimmed and deleted sessions whose space has not come back yet.
+    pub leftovers: u64,
     /// The last commit.
     pub commits: u64,
     /// Bytes of a torn, unacknowledged tail that the next start will cut off.
@@ -340,8 +342,11 @@ fn due_rows(engine: &Engine, report: &mut Report) {
 /// Chunks that belong to no session: its row is gone.
 fn orphans(engine: &Engine, known: &HashSet<u64>, report: &mut Report) {
     let mut seen: HashMap<u64, ()> = HashMap::new();
+    let mut stored = 0u64;
     for guard in engine.log().iter() {
         let Ok((key, value)) = guard.into_inner() else { return };
+        stored += 1;
+        report.leftovers = stored.saturating_sub(report.chunks);
         let Some((segment, first, _)) = keys::chunk_parts(&key) else {
             report.problem(None, None, "a chunk has a key that no chunk has");
             continue;

@@ -1,76 +1,16 @@
 //! The damage that was measured to go unnoticed in fjall alone, or to keep it from opening: what was acknowledged is intact,
 //! or the loss is reported.
 
+mod log;
+
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use mainstay_protocol::session::{
-    Author, CheckedBatch, Chunk, ChunkBuilder, Incarnation, Instance, Record, SessionName, State,
-};
-use mainstay_protocol::wire::{Label, Subject, Writer};
-use mainstay_store::{Outcome, ReadFrom, SessionId, Store, StoreError, Writer as StoreWriter};
+use mainstay_protocol::session::{Incarnation, SessionName, State};
+use mainstay_store::{Outcome, ReadFrom, SessionId, Store, StoreError};
 use mainstay_store_fjall::{Config, FjallStore, OpenError, verify};
 
-/// A session that a test appends to.
-struct Log {
-    id: SessionId,
-    writer: StoreWriter,
-    state: State,
-}
-
-impl Log {
-    async fn create(store: &FjallStore, name: &str, incarnation: u8) -> Self {
-        let id = SessionId { name: SessionName::new(name).unwrap(), incarnation: Incarnation([incarnation; 16]) };
-        store.create(id.clone(), 1000, 0).await.unwrap();
-        Self::open(store, id, State::new(Incarnation([incarnation; 16]))).await.unwrap()
-    }
-
-    async fn open(store: &FjallStore, id: SessionId, state: State) -> Result<Self, StoreError> {
-        let writer = store.open_writer(id.clone()).await?;
-        Ok(Self { id, writer, state })
-    }
-
-    fn next(&self, payload: Vec<u8>) -> Arc<Chunk> {
-        let author = Author { subject: Subject::new("tester").unwrap(), instance: Instance([1; 16]) };
-        let mut region = Writer::new();
-        Record::data(0, payload).put(&mut region);
-        let batch = CheckedBatch::new(1, region.freeze()).unwrap();
-        let state = &self.state;
-        let mut builder = ChunkBuilder::new(
-            state.incarnation(),
-            state.tail(),
-            state.number(),
-            self.writer.epoch,
-            1000 + state.number(),
-            state.chain(),
-        );
-        builder.batch(&Arc::new(author), &Label::new("p").unwrap(), 1, state.tail(), 1000 + state.number(), &batch);
-        Arc::new(builder.finish().unwrap())
-    }
-
-    async fn append(&mut self, store: &FjallStore, payload: Vec<u8>) -> Outcome {
-        let chunk = self.next(payload);
-        let outcome = store.append(&self.writer, chunk.clone()).await;
-        if outcome == Outcome::Committed {
-            self.state.apply(&chunk).unwrap();
-        }
-        outcome
-    }
-}
-
-/// Bytes that hold no pattern of the journal.
-fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..len)
-        .map(|_| {
-            x ^= x << 13;
-            x ^= x >> 7;
-            x ^= x << 17;
-            0x80 | (x >> 32) as u8
-        })
-        .collect()
-}
+use crate::log::{Log, noise};
 
 fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
