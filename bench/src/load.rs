@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
 use crate::report::{Latencies, Report};
-use crate::target::Target;
+use crate::target::{Disk, Target};
 
 /// Settings of a scenario; each uses those that concern it.
 #[derive(Debug, Clone)]
@@ -314,10 +314,11 @@ async fn fill(client: &Client, name: &str, records: u64, bytes: usize) -> Result
 }
 
 /// What records take on the disk: all of it, and without the journals, which are reused and never outgrow their own bound.
-fn add_disk(report: &mut Report, (before, after): (Option<(f64, f64)>, Option<(f64, f64)>), records: f64) {
-    if let (Some((before, journals_before)), Some((after, journals_after))) = (before, after) {
-        report.add("disk for each record", "B", (after - before) / records);
-        report.add("the same without journals", "B", (after - before - journals_after + journals_before) / records);
+fn add_disk(report: &mut Report, before: Option<Disk>, after: Option<Disk>, records: f64) {
+    if let (Some(before), Some(after)) = (before, after) {
+        let (all, journals) = (after.all - before.all, after.journals - before.journals);
+        report.add("disk for each record", "B", all / records);
+        report.add("the same without journals", "B", (all - journals) / records);
     }
 }
 
@@ -363,7 +364,7 @@ pub async fn replay(target: &Target, options: &Options) -> Outcome {
     if let (Some(before), Some(after)) = (cpu, target.cpu()) {
         report.add("server CPU", "s per million", (after - before).as_secs_f64() / (records as f64 / 1e6));
     }
-    add_disk(&mut report, (disk, target.disk()), records as f64);
+    add_disk(&mut report, disk, target.disk(), records as f64);
     Ok(report)
 }
 
@@ -404,7 +405,7 @@ pub async fn idle(target: &mut Target, options: &Options) -> Outcome {
         });
     }
     join(tasks).await?;
-    add_disk(&mut report, (disk, target.disk()), (sessions * 10) as f64);
+    add_disk(&mut report, disk, target.disk(), (sessions * 10) as f64);
     // Sessions leave memory ten seconds after their last use.
     tokio::time::sleep(Duration::from_secs(14)).await;
     if let (Some(before), Some(after)) = (memory, target.memory()) {

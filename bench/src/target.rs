@@ -14,6 +14,15 @@ pub enum Target {
     Given(PathBuf),
 }
 
+/// Bytes on the disk.
+#[derive(Debug, Clone, Copy)]
+pub struct Disk {
+    /// All of them.
+    pub all: f64,
+    /// Those of journals, whose size does not depend on that of the data.
+    pub journals: f64,
+}
+
 /// Clock ticks of the kernel's process accounting: 100 a second on every Linux that matters.
 const TICKS: f64 = 100.0;
 
@@ -58,12 +67,12 @@ impl Target {
         }
     }
 
-    /// Bytes that its data takes on the disk, and how many of them are journals, whose size does not depend on that of the data.
-    pub fn disk(&self) -> Option<(f64, f64)> {
+    /// What its data takes on the disk.
+    pub fn disk(&self) -> Option<Disk> {
         let Self::Own(server) = self else { return None };
         let dir = server.dir().join("store");
         let journal = |path: &Path| path.extension().is_some_and(|extension| extension == "jnl");
-        Some((allocated(&dir, &|_| true), allocated(&dir, &journal)))
+        Some(Disk { all: allocated(&dir, &|_| true), journals: allocated(&dir, &journal) })
     }
 
     /// The server, if it was started for this.

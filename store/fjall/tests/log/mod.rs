@@ -10,25 +10,25 @@ use mainstay_store::{Outcome, SessionId, Store, StoreError, Writer as StoreWrite
 use mainstay_store_fjall::FjallStore;
 
 /// A session that a test appends to.
-pub struct Log {
-    pub id: SessionId,
-    pub writer: StoreWriter,
-    pub state: State,
+pub(crate) struct Log {
+    pub(crate) id: SessionId,
+    pub(crate) writer: StoreWriter,
+    pub(crate) state: State,
 }
 
 impl Log {
-    pub async fn create(store: &FjallStore, name: &str, incarnation: u8) -> Self {
+    pub(crate) async fn create(store: &FjallStore, name: &str, incarnation: u8) -> Self {
         let id = SessionId { name: SessionName::new(name).unwrap(), incarnation: Incarnation([incarnation; 16]) };
         store.create(id.clone(), 1000, 0).await.unwrap();
         Self::open(store, id, State::new(Incarnation([incarnation; 16]))).await.unwrap()
     }
 
-    pub async fn open(store: &FjallStore, id: SessionId, state: State) -> Result<Self, StoreError> {
+    pub(crate) async fn open(store: &FjallStore, id: SessionId, state: State) -> Result<Self, StoreError> {
         let writer = store.open_writer(id.clone()).await?;
         Ok(Self { id, writer, state })
     }
 
-    pub fn next(&self, payload: Vec<u8>) -> Arc<Chunk> {
+    pub(crate) fn next(&self, payload: Vec<u8>) -> Arc<Chunk> {
         let author = Author { subject: Subject::new("tester").unwrap(), instance: Instance([1; 16]) };
         let mut region = Writer::new();
         Record::data(0, payload).put(&mut region);
@@ -46,7 +46,7 @@ impl Log {
         Arc::new(builder.finish().unwrap())
     }
 
-    pub async fn append(&mut self, store: &FjallStore, payload: Vec<u8>) -> Outcome {
+    pub(crate) async fn append(&mut self, store: &FjallStore, payload: Vec<u8>) -> Outcome {
         let chunk = self.next(payload);
         let outcome = store.append(&self.writer, chunk.clone()).await;
         if outcome == Outcome::Committed {
@@ -57,7 +57,7 @@ impl Log {
 }
 
 /// Bytes that hold no pattern of the journal.
-pub fn noise(seed: u64, len: usize) -> Vec<u8> {
+pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..len)
         .map(|_| {
