@@ -10,5 +10,6 @@ mod target;
 pub mod yardstick;
 
 pub use load::{Options, append, fanout, idle, live, reconnect, replay};
+pub use mainstay_tests::process::use_binary;
 pub use report::{Figure, Report, Spread};
 pub use target::Target;

@@ -62,8 +62,23 @@ impl Args {
     }
 }
 
-/// Runs a server until it is told to stop with Ctrl-C or SIGTERM; a second signal stops it at once.
+/// Runs a server until it is told to stop with Ctrl-C or SIGTERM; a second signal stops it at once. SIGUSR1 prints how much
+/// memory is in use.
 #[derive(Debug, ClapArgs)]
+#[command(after_long_help = "\
+Configuration file, every entry optional; entries that are not known are refused:
+
+  data = \"/var/lib/mainstay\"     # as --data
+  listen = \"0.0.0.0:4433\"        # as --listen
+  [tls]
+  cert = \"chain.pem\"             # certificate chain, leaf first; needed without --dev
+  key = \"key.pem\"
+  [auth]
+  keys = [\"k4.public.…\"]         # verification keys, as `mainstay token keygen` prints them; several while one is replaced
+  [store]
+  reserve_bytes = 67108864        # free space below which appends are refused
+
+Exit codes: 0 stopped when told to; 2 wrong arguments or configuration; 5 stored data is damaged, or the disk failed; 1 anything else.")]
 pub(crate) struct Serve {
     /// Make keys, a certificate and a token by itself, and write a connection file for clients on this machine.
     #[arg(long)]
@@ -290,34 +305,34 @@ pub(crate) struct Bench {
     #[arg(value_enum)]
     pub(crate) scenario: Scenario,
     /// Connections.
-    #[arg(long, value_name = "C")]
+    #[arg(long, value_name = "C", value_parser = positive)]
     pub(crate) connections: Option<usize>,
     /// Sessions, spread over the connections. [default: one for each connection]
-    #[arg(long, value_name = "S")]
+    #[arg(long, value_name = "S", value_parser = positive)]
     pub(crate) sessions: Option<usize>,
     /// Records in flight for each session.
-    #[arg(long, value_name = "W", default_value_t = 16)]
+    #[arg(long, value_name = "W", default_value_t = 16, value_parser = positive)]
     pub(crate) window: usize,
     /// Bytes of a record.
     #[arg(long, value_name = "B", default_value_t = 100)]
     pub(crate) bytes: usize,
-    /// Records a second for each session.
-    #[arg(long, value_name = "R")]
+    /// Records a second for each session: an open loop, measured from when each record was due.
+    #[arg(long, value_name = "R", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     pub(crate) rate: Option<u64>,
     /// Followers.
-    #[arg(long, value_name = "N", default_value_t = 200)]
+    #[arg(long, value_name = "N", default_value_t = 200, value_parser = positive)]
     pub(crate) subscribers: usize,
     /// Records to write before a replay.
-    #[arg(long, value_name = "N", default_value_t = 1_000_000)]
+    #[arg(long, value_name = "N", default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) records: u64,
     /// Round-trip time to emulate, in milliseconds.
     #[arg(long, value_name = "MS", default_value_t = 50)]
     pub(crate) rtt: u64,
     /// How long load lasts, in seconds.
-    #[arg(long, value_name = "T", default_value_t = 5)]
+    #[arg(long, value_name = "T", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) secs: u64,
     /// How often everything is repeated.
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) runs: u32,
     /// Measure the server of this connection file instead of one that is started.
     #[arg(long, value_name = "FILE")]
@@ -356,4 +371,13 @@ pub(crate) struct Completions {
 pub(crate) struct Man {
     /// Directory for the pages.
     pub(crate) dir: PathBuf,
+}
+
+/// A count of at least one.
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".into()),
+        Ok(count) => Ok(count),
+        Err(error) => Err(format!("not a count: {error}")),
+    }
 }

@@ -56,6 +56,10 @@ impl Data {
         dirs.create(&keys).map_err(|error| Failure::io(keys.display(), &error))
     }
 
+    pub(crate) fn tls_key_file(&self) -> PathBuf {
+        self.dir.join("keys").join("tls.pem")
+    }
+
     /// The keys that let clients learn of a restart at once.
     pub(crate) fn server_keys(&self) -> Result<ServerKeys, Failure> {
         let path = self.dir.join("keys").join("quic");
@@ -78,8 +82,9 @@ impl Data {
 
     /// The key of the development certificate.
     pub(crate) fn tls_key(&self) -> Result<String, Failure> {
-        let path = self.dir.join("keys").join("tls.pem");
-        self.secret(&path, || Identity::generate_key().map_err(|error| Failure::failed("INTERNAL", error)))
+        self.secret(&self.tls_key_file(), || {
+            Identity::generate_key().map_err(|error| Failure::failed("INTERNAL", error))
+        })
     }
 
     /// The key that signs development tokens.
@@ -101,14 +106,26 @@ impl Data {
                 write_secret(path, text.as_bytes()).map_err(|error| Failure::io(path.display(), &error))?;
                 Ok(text)
             }
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                Err(Failure::integrity(format!("{} is not text; restore or remove it", path.display())))
+            }
             Err(error) => Err(Failure::io(path.display(), &error)),
         }
     }
 }
 
+/// A name in the same directory for what is to become `path`, which nobody else uses.
+pub(crate) fn beside(path: &Path) -> PathBuf {
+    let mut name = std::ffi::OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(".mainstay-tmp");
+    path.with_file_name(name)
+}
+
 /// Writes a file that only its owner may read, whole or not at all.
 pub(crate) fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let new = path.with_extension("new");
+    let new = beside(path);
+    // Left by a process that was killed.
     let _ = fs::remove_file(&new);
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
     file.write_all(bytes)?;

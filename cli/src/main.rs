@@ -58,14 +58,22 @@ fn logging(args: &Args) {
 async fn run(command: Command, output: Output) -> Result<(), Failure> {
     match command {
         Command::Serve(args) => commands::serve::run(args, output).await,
-        Command::Demo(args) => commands::demo::run(args, output).await,
+        Command::Demo(args) => interruptible(commands::demo::run(args, output)).await,
         Command::Append(args) => commands::append::run(args, output).await,
         Command::Tail(args) => commands::tail::run(args, output).await,
         Command::Session(args) => commands::session::run(args, output).await,
         Command::Token(args) => commands::token::run(args, output),
         Command::Verify(args) => commands::verify::run(&args, output),
-        Command::Bench(args) => commands::bench::run(args, output).await,
+        Command::Bench(args) => interruptible(commands::bench::run(args, output)).await,
         Command::Completions(args) => commands::manual::completions(&args),
         Command::Man(args) => commands::manual::man(&args),
+    }
+}
+
+/// Ends a command at Ctrl-C or SIGTERM, and with it the processes and temporary files that it made.
+async fn interruptible(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    tokio::select! {
+        result = command => result,
+        () = commands::serve::signalled() => Err(Failure::failed("INTERRUPTED", "interrupted")),
     }
 }

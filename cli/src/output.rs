@@ -29,6 +29,17 @@ impl Output {
         written.and_then(|()| out.flush()).map_err(|error| Failure::io("standard output", &error))
     }
 
+    /// Prints text for people only, as it is.
+    pub(crate) fn text(self, text: &str) -> Result<(), Failure> {
+        if self.json {
+            return Ok(());
+        }
+        let mut out = io::stdout().lock();
+        out.write_all(text.as_bytes())
+            .and_then(|()| out.flush())
+            .map_err(|error| Failure::io("standard output", &error))
+    }
+
     /// Prints an event for scripts only.
     pub(crate) fn json_only(self, event: &Value) -> Result<(), Failure> {
         if self.json { self.event(event, String::new) } else { Ok(()) }

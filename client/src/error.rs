@@ -65,6 +65,10 @@ impl fmt::Display for ClientError {
         match self {
             Self::Refused { code, message } => write!(f, "the server refused: {message} ({code})"),
             Self::Unreachable { target, last } => write!(f, "cannot reach the server at {target}: {last}"),
+            // Found here, before anything was sent.
+            Self::Protocol(error) if error.code == Code::NAME_INVALID => {
+                write!(f, "not a valid name: {}", error.detail)
+            }
             Self::Protocol(error) => write!(f, "the server broke the protocol: {error}"),
             Self::Gone => f.write_str("the session was deleted, or created again under another incarnation"),
             Self::Closed => f.write_str("the client was closed"),

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use mainstay_client::{Client, Config, ConnectFile};
@@ -12,12 +13,22 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 
-/// The `mainstay` binary: `MAINSTAY_BIN`, this process if it is one, or the one beside the test binary.
+static BINARY: OnceLock<PathBuf> = OnceLock::new();
+
+/// Makes `path` the `mainstay` binary of this process; the first call counts.
+pub fn use_binary(path: PathBuf) {
+    BINARY.get_or_init(|| path);
+}
+
+/// The `mainstay` binary: that of [`use_binary`], `MAINSTAY_BIN`, this process if it is one, or the one beside the test binary.
 ///
 /// # Panics
 ///
 /// If there is none; `cargo xtask test` builds it.
 pub fn binary() -> PathBuf {
+    if let Some(path) = BINARY.get() {
+        return path.clone();
+    }
     if let Some(path) = std::env::var_os("MAINSTAY_BIN") {
         return path.into();
     }

@@ -5,10 +5,10 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use mainstay_tests::process::{PATIENCE, Server};
+use mainstay_tests::process::{PATIENCE, Server, run};
 use mainstay_tests::random;
 use serde_json::Value;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
@@ -153,4 +153,69 @@ async fn a_follower_that_only_listens_notices_the_loss_of_its_server_and_goes_on
     }
     follower.kill().await.expect("kill");
     assert_exact(&rows(&std::fs::read_to_string(&file).expect("the file")), 5);
+}
+
+#[tokio::test]
+async fn a_follower_that_stops_where_it_was_told_to_marks_nothing_when_it_goes_on() {
+    let server = Server::start().await;
+    appending(&server, 20).await.await.expect("appended");
+    let cursor = server.dir().join("dd.cur");
+    let mut all = Vec::new();
+    for _ in 0..4 {
+        let args = ["tail", "s1", "--cursor-file", text(&cursor), "--max", "5", "--json"];
+        let output = run(server.command(&args)).await;
+        assert!(output.status.success());
+        let rows = rows(&String::from_utf8_lossy(&output.stdout));
+        all.extend(rows.into_iter().filter(|row| row["event"] == "record"));
+    }
+    assert_exact(&all, 20);
+    assert!(all.iter().all(|row| row["repeat"].is_null()), "nothing was printed twice");
+}
+
+#[tokio::test]
+async fn files_whose_names_differ_in_the_extension_alone_are_not_mixed_up() {
+    let server = Server::start().await;
+    appending(&server, 20).await.await.expect("appended");
+    let at = |name: &str| server.dir().join(name);
+    for _ in 0..2 {
+        let (cursor, rows) = (at("log.cur"), at("log.new"));
+        let args =
+            ["tail", "s1", "--cursor-file", text(&cursor), "--output", text(&rows), "--until-idle", "100", "--json"];
+        assert!(run(server.command(&args)).await.status.success());
+        let written = std::fs::read_to_string(&rows).expect("the output");
+        assert_exact(&self::rows(&written), 20);
+    }
+    let same = at("same");
+    let args = ["tail", "s1", "--cursor-file", text(&same), "--output", text(&same)];
+    assert_eq!(run(server.command(&args)).await.status.code(), Some(2));
+    for name in ["k.new", "k.old"] {
+        let key = at(name);
+        assert!(run(server.command(&["token", "keygen", "--out", text(&key)])).await.status.success());
+    }
+    assert!(at("k.new").exists() && at("k.old").exists());
+}
+
+#[tokio::test]
+async fn a_server_that_is_lost_is_not_idle() {
+    let mut server = Server::start().await;
+    appending(&server, 10).await.await.expect("appended");
+    let mut command = server.command(&["tail", "s1", "--until-idle", "1500", "--json"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("tail");
+    let mut lines = BufReader::new(child.stdout.take().expect("output")).lines();
+    let mut until = async |event: &str| loop {
+        let line = timeout(PATIENCE, lines.next_line()).await.expect("in time").expect("output").expect("goes on");
+        let row: Value = serde_json::from_str(&line).expect("JSON");
+        if row["event"] == event {
+            return;
+        }
+    };
+    until("caught_up").await;
+    server.kill().await;
+    until("warning").await;
+    // Longer than it would be idle.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(child.try_wait().expect("a status").is_none(), "it ended while the server was lost");
+    server.restart().await;
+    until("reconnected").await;
+    assert!(timeout(PATIENCE, child.wait()).await.expect("in time").expect("a status").success());
 }

@@ -1,5 +1,7 @@
 //! `append`: standard input to a session, one record per line.
 
+use std::time::Duration;
+
 use mainstay_client::{Client, Config, Producer, Ticket};
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -10,6 +12,8 @@ use crate::data::client;
 use crate::failure::Failure;
 use crate::output::Output;
 
+/// How long an attach may take before that is told.
+const SLOW: Duration = Duration::from_secs(2);
 /// Lines on their way that the printing task may lag behind.
 const LAG: usize = 64 * 1024;
 
@@ -33,7 +37,18 @@ async fn warn(client: &Client, output: Output) -> Result<(), Failure> {
 }
 
 async fn append(client: &Client, args: &args::Append, output: Output) -> Result<(), Failure> {
-    let session = client.session(&args.session)?.create().attach().await?;
+    let slow = async {
+        tokio::time::sleep(SLOW).await;
+        output.warning(
+            "UNAVAILABLE",
+            "the server cannot be reached or does not take the session now; trying again for 60 s",
+        )?;
+        core::future::pending::<Result<_, Failure>>().await
+    };
+    let session = tokio::select! {
+        session = client.session(&args.session)?.create().attach() => session?,
+        result = slow => result?,
+    };
     let stream = if args.stream == "main" { session.main() } else { session.stream(&args.stream).await? };
     let name = args.producer.clone().unwrap_or_else(|| format!("append-{:032x}", rand::random::<u128>()));
     let producer = session.producer(&name).await?;
@@ -59,20 +74,39 @@ async fn append(client: &Client, args: &args::Append, output: Output) -> Result<
             number += 1;
         }
     };
-    let both = async { tokio::try_join!(reading, print(printing, output)) };
-    let (first, last) = tokio::select! {
-        result = both => result?.1,
-        // Told at once, without waiting for more input.
-        error = producer.ended() => return Err(error.into()),
-        result = trouble(&producer, output) => return result,
-    };
-    if !output.is_json() {
-        match last {
-            Some(last) => println!("appended {} records to {}, seqs {}..={last}", first.1, args.session, first.0),
-            None => println!("nothing to append"),
+    let mut reading = Some(Box::pin(reading));
+    let printing = print(printing, output);
+    tokio::pin!(printing);
+    let mut ended = None;
+    let (first, last) = loop {
+        let read = async {
+            match &mut reading {
+                Some(reading) => reading.as_mut().await,
+                None => core::future::pending().await,
+            }
+        };
+        tokio::select! {
+            result = read => {
+                reading = None;
+                result?;
+            }
+            printed = &mut printing => match (printed, ended) {
+                (Ok(span), None) => break span,
+                (Ok(_), Some(error)) => return Err(error),
+                (Err(failure), _) => return Err(failure),
+            },
+            // Told at once, without waiting for more input; but first what is known of each line that was read.
+            error = producer.ended(), if ended.is_none() => {
+                reading = None;
+                ended = Some(Failure::from(error));
+            }
+            result = trouble(&producer, output) => return result,
         }
-    }
-    Ok(())
+    };
+    output.text(&match last {
+        Some(last) => format!("appended {} records to {}, seqs {}..={last}\n", first.1, args.session, first.0),
+        None => "nothing to append\n".to_owned(),
+    })
 }
 
 /// Tells of refusals that are being retried.

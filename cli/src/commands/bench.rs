@@ -16,6 +16,8 @@ pub(crate) async fn run(args: args::Bench, output: Output) -> Result<(), Failure
     if cfg!(debug_assertions) {
         eprintln!("mainstay: this is a debug build; its figures mean little");
     }
+    let binary = std::env::current_exe().map_err(|error| Failure::io("the path of this program", &error))?;
+    mainstay_bench::use_binary(binary);
     let mut spread = Spread::default();
     for run in 1..=args.runs {
         let dir = tempfile::tempdir().map_err(|error| Failure::io("a temporary directory", &error))?;
@@ -34,8 +36,7 @@ pub(crate) async fn run(args: args::Bench, output: Output) -> Result<(), Failure
         }
         return Ok(());
     }
-    print!("{}", spread.table());
-    Ok(())
+    output.text(&spread.table().to_string())
 }
 
 fn line(report: &Report) -> String {
@@ -74,6 +75,8 @@ fn plan(args: &args::Bench) -> Vec<(Scenario, Options)> {
         rtt: Duration::from_millis(args.rtt),
     };
     match args.scenario {
+        // An open loop is what `live` is.
+        Scenario::Append if args.rate.is_some() => vec![(Scenario::Live, base(1, 1, 0, 1))],
         Scenario::Append => vec![(Scenario::Append, base(1, 1, args.window, 0))],
         Scenario::Live => vec![(Scenario::Live, base(50, 50, 0, 20))],
         Scenario::Fanout => vec![(Scenario::Fanout, base(1, 1, 0, 100))],

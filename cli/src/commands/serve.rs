@@ -154,7 +154,10 @@ fn read_config(path: &Path) -> Result<File, Failure> {
 fn identity(tls: &Tls, dev: bool, data: &Data) -> Result<Identity, Failure> {
     match (&tls.cert, &tls.key) {
         (Some(cert), Some(key)) => Identity::from_pem_files(cert, key).map_err(Failure::usage),
-        (None, None) if dev => Identity::self_signed(&data.tls_key()?, now().unsigned_abs()).map_err(Failure::usage),
+        (None, None) if dev => Identity::self_signed(&data.tls_key()?, now().unsigned_abs()).map_err(|error| {
+            let path = data.tls_key_file();
+            Failure::integrity(format!("{} is not the key that was written to it: {error}", path.display()))
+        }),
         (None, None) => Err(Failure::usage("no certificate: use --dev, or set cert and key under [tls] in --config")),
         _ => Err(Failure::usage("[tls] needs both cert and key")),
     }
@@ -210,7 +213,7 @@ fn memory() -> Option<(usize, usize)> {
 }
 
 /// Waits for Ctrl-C or SIGTERM.
-async fn signalled() {
+pub(crate) async fn signalled() {
     match signal(SignalKind::terminate()) {
         Ok(mut terminate) => {
             tokio::select! {

@@ -11,7 +11,10 @@ use crate::failure::Failure;
 use crate::output::{Output, time};
 
 pub(crate) async fn run(args: args::Session, output: Output) -> Result<(), Failure> {
-    let client = client(args.connect.as_deref(), Config::default())?;
+    let mut config = Config::default();
+    // Somebody waits for one answer, not for a server to come back.
+    config.give_up_after = Some(Duration::from_secs(5));
+    let client = client(args.connect.as_deref(), config)?;
     match args.action {
         SessionAction::Create { session, expire_after } => {
             let mut attaching = client.session(&session)?.create_new();
@@ -45,8 +48,8 @@ pub(crate) async fn run(args: args::Session, output: Output) -> Result<(), Failu
 
 async fn list(client: &Client, prefix: &str, output: Output) -> Result<(), Failure> {
     let sessions = client.list(prefix).await?;
-    if sessions.is_empty() && !output.is_json() {
-        println!("no sessions");
+    if sessions.is_empty() {
+        output.text("no sessions\n")?;
     }
     for session in sessions {
         let event = json!({

@@ -3,7 +3,8 @@
 //! # The cursor file
 //!
 //! Before rows are written the file says up to where (`pending`); after they are written it says that they are (`next`).
-//! After a kill the rows between the two may or may not have been written: they are printed again, marked as repeated. With
+//! After a kill the rows between the two may or may not have been written: they are printed again, marked as repeated; a reader
+//! drops one that it has already (by its seq), and keeps the others. With
 //! an output file its length is noted too, and what is behind it is cut off at the next start, so that the file is exact.
 
 use std::fs::{self, File, OpenOptions};
@@ -18,7 +19,7 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until};
 
 use crate::args;
-use crate::data::client;
+use crate::data::{beside, client};
 use crate::failure::Failure;
 use crate::output::{Output, time};
 
@@ -79,6 +80,9 @@ pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure>
     let mut config = Config::default();
     // Somebody is watching: a server that is gone should show soon.
     config.keep_alive = Duration::from_secs(1);
+    if args.output.is_some() && args.output == args.cursor_file {
+        return Err(Failure::usage("--output and --cursor-file name the same file"));
+    }
     let client = client(args.connect.connect.as_deref(), config)?;
     let kinds = args.kind.iter().map(|name| kind(name)).collect::<Result<Vec<_>, _>>()?;
     let known = match &args.cursor_file {
@@ -130,6 +134,10 @@ pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure>
     let mut subscription = subscribing.open().await?;
     let idle = args.until_idle.map(Duration::from_millis);
     let mut idle_since: Option<Instant> = None;
+    let mut connection = client.connection();
+    // A server that is dead is quiet too: at the end of the idle time it has to answer.
+    let mut probe = None;
+    let mut seen = 0;
     if args.max == Some(0) {
         return Ok(());
     }
@@ -137,7 +145,32 @@ pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure>
         let deadline = idle.zip(idle_since).map(|(idle, since)| since + idle);
         let event = tokio::select! {
             event = subscription.next() => event,
-            () = async { sleep_until(deadline.unwrap_or_else(Instant::now)).await }, if deadline.is_some() => break,
+            () = async { sleep_until(deadline.unwrap_or_else(Instant::now)).await }, if deadline.is_some() => {
+                idle_since = None;
+                probe = Some(Box::pin(client.session(&args.session)?.attach()));
+                continue;
+            }
+            attached = async {
+                match &mut probe {
+                    Some(probe) => probe.await,
+                    None => core::future::pending().await,
+                }
+            } => {
+                probe = None;
+                if attached?.info().tail <= seen {
+                    break;
+                }
+                idle_since = Some(Instant::now());
+                continue;
+            }
+            Some(connected) = connection.changed() => {
+                if !connected {
+                    // Not idle: nobody knows what there would be to read.
+                    (idle_since, probe) = (None, None);
+                    output.warning("UNAVAILABLE", "the server is lost; trying again")?;
+                }
+                continue;
+            }
             _ = tokio::signal::ctrl_c() => break,
         };
         let Some(event) = event else { break };
@@ -148,17 +181,20 @@ pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure>
                     "incarnation": incarnation.to_string(),
                 });
                 output.json_only(&event)?;
+                seen = next;
                 printer.started(&args.session, incarnation, next)?;
             }
             Event::Records(batch) => {
                 let more = printer.batch(&batch)?;
-                idle_since = idle_since.map(|_| Instant::now());
+                seen = seen.max(batch.next());
+                idle_since = (idle_since.is_some() || probe.take().is_some()).then(Instant::now);
                 if !more {
                     break;
                 }
             }
             Event::CaughtUp { tail } => {
                 output.json_only(&json!({"event": "caught_up", "tail": tail}))?;
+                seen = seen.max(tail);
                 idle_since = Some(Instant::now());
             }
             Event::Gap { from, to, reason } => {
@@ -167,10 +203,12 @@ pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure>
                 if !output.is_json() {
                     eprintln!("mainstay: records {from}..{to} are gone: {reason}");
                 }
+                seen = to;
                 printer.advance(to)?;
             }
             Event::Resumed { verdict, next } => {
                 output.json_only(&json!({"event": "reconnected", "verdict": verdict.as_str(), "next": next}))?;
+                (idle_since, probe) = (Some(Instant::now()), None);
             }
             Event::Ended => break,
             _ => {}
@@ -232,10 +270,6 @@ impl Printer {
 
     /// Prints a batch. False once enough rows were printed.
     fn batch(&mut self, batch: &RecordBatch) -> Result<bool, Failure> {
-        if let Some(cursor) = &mut self.cursor {
-            cursor.pending = cursor.pending.max(batch.next());
-        }
-        self.save()?;
         let mut rows = Vec::new();
         let mut next = batch.next();
         for record in batch.iter() {
@@ -247,6 +281,11 @@ impl Printer {
                 break;
             }
         }
+        // As late as can be: a kill between here and the end of the write makes rows repeats that were never printed.
+        if let Some(cursor) = &mut self.cursor {
+            cursor.pending = self.repeat_below.max(next);
+        }
+        self.save()?;
         self.sink.write(&rows)?;
         self.advance(next)?;
         Ok(self.max.is_none_or(|max| self.rows < max))
@@ -273,14 +312,14 @@ impl Printer {
         let length = self.sink.length();
         let Some(cursor) = &mut self.cursor else { return Ok(()) };
         (cursor.next, cursor.length) = (next, length);
-        cursor.pending = cursor.pending.max(next);
+        cursor.pending = self.repeat_below.max(next);
         self.save()
     }
 
     fn save(&self) -> Result<(), Failure> {
         let (Some(path), Some(cursor)) = (&self.cursor_path, &self.cursor) else { return Ok(()) };
         let write = || -> io::Result<()> {
-            let new = path.with_extension("new");
+            let new = beside(path);
             fs::write(&new, serde_json::to_vec(cursor).map_err(io::Error::other)?)?;
             fs::rename(&new, path)
         };
