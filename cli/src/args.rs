@@ -141,7 +141,8 @@ pub(crate) struct Tail {
     /// Where to start: earliest, latest, or a seq. [default: earliest]
     #[arg(long, value_name = "POSITION")]
     pub(crate) from: Option<From>,
-    /// Keep the position in this file and go on from it; it goes before --from.
+    /// Keep the position in this file and go on from it; it goes before --from. On a pipe, rows that may have been printed
+    /// before a kill are printed again with "repeat":true: drop one whose seq you have already.
     #[arg(long, value_name = "F")]
     pub(crate) cursor_file: Option<PathBuf>,
     /// Write rows to this file instead of standard output. With --cursor-file the file is exact whatever happens.

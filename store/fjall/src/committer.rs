@@ -111,6 +111,8 @@ pub(crate) struct Committer {
     unsynced: bool,
     /// The engine's background work failed, and not for lack of space.
     broken: bool,
+    /// When the disk had little room last.
+    tight: Option<Instant>,
     reopenings: u32,
     reopened: Instant,
 }
@@ -153,6 +155,7 @@ impl Committer {
             last_sweep: Instant::now(),
             unsynced: true,
             broken: false,
+            tight: None,
             reopenings: 0,
             reopened: Instant::now(),
         })
@@ -720,7 +723,8 @@ impl Committer {
             }
             // Nothing of this batch was written: a flush or compaction had failed before, and what failed is not told.
             fjall::Error::Poisoned => {
-                self.broken = !full;
+                // A flush that found no space may show only once there is space again.
+                self.broken = !full && self.tight.is_none_or(|tight| tight.elapsed() >= REOPENED_WELL);
                 true
             }
             _ => false,
@@ -741,13 +745,17 @@ impl Committer {
     }
 
     /// Refuses appends below the reserve, before the engine sees them; takes them again above it.
-    fn look_at_space(&self) {
+    fn look_at_space(&mut self) {
+        let (free, reserve) = (self.shared.free(), self.shared.config.reserve);
+        if free < reserve.max(ROOM) {
+            self.tight = Some(Instant::now());
+        }
         match self.shared.condition() {
-            Condition::Serving if self.shared.free() < self.shared.config.reserve => {
+            Condition::Serving if free < reserve => {
                 tracing::warn!("free disk space is below the reserve; appends are refused");
                 self.shared.set_condition(Condition::NoSpace);
             }
-            Condition::NoSpace if self.shared.free() >= self.shared.config.reserve => {
+            Condition::NoSpace if free >= reserve => {
                 tracing::info!("there is disk space again; appends are taken");
                 self.shared.set_condition(Condition::Serving);
             }

@@ -111,20 +111,36 @@ fn check_and_open(layout: &Layout, report: &mut Report) -> Result<(Copy, Engine)
     Ok((copy, engine))
 }
 
-/// A copy of a store's directory beside it, removed when dropped.
+/// A copy of a store's directory, beside it or where temporary files go, removed when dropped.
 struct Copy {
     layout: Layout,
 }
 
 impl Copy {
     fn of(layout: &Layout) -> Result<Self, OpenError> {
-        let mut name = layout.dir.as_os_str().to_owned();
-        name.push(format!(".verify-{}", std::process::id()));
-        let copy = Self { layout: Layout::new(Path::new(&name)) };
-        fs::create_dir_all(&copy.layout.dir).map_err(|error| OpenError::Io(copy.layout.dir.clone(), error))?;
-        copy_dir(&layout.log(), &copy.layout.log(), false).map_err(|error| OpenError::Io(layout.log(), error))?;
+        let suffix = format!(".verify-{}", std::process::id());
+        let mut beside = layout.dir.as_os_str().to_owned();
+        beside.push(&suffix);
+        // Beside it most of the copy is links. A file system that is full or takes no writes is when one wants to know.
+        Self::at(layout, Path::new(&beside)).or_else(|error| match &error {
+            OpenError::Io(_, cause) if takes_no_writes(cause) => {
+                Self::at(layout, &std::env::temp_dir().join(format!("mainstay{suffix}")))
+            }
+            _ => Err(error),
+        })
+    }
+
+    fn at(layout: &Layout, dir: &Path) -> Result<Self, OpenError> {
+        fs::create_dir_all(dir).map_err(|error| OpenError::Io(dir.to_owned(), error))?;
+        let copy = Self { layout: Layout::new(dir) };
+        copy_dir(&layout.log(), &copy.layout.log(), false).map_err(|error| OpenError::Io(dir.to_owned(), error))?;
         Ok(copy)
     }
+}
+
+fn takes_no_writes(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    matches!(error.kind(), PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull)
 }
 
 impl Drop for Copy {
