@@ -200,9 +200,9 @@ fn transport_config(limits: &Limits, client: bool) -> TransportConfig {
         .datagram_receive_buffer_size(None)
         .max_idle_timeout(IdleTimeout::try_from(IDLE).ok())
         .keep_alive_interval(limits.keep_alive)
-        .initial_rtt(INITIAL_RTT)
-        .ack_frequency_config(Some(acknowledgements()));
+        .initial_rtt(INITIAL_RTT);
     if client {
+        config.ack_frequency_config(Some(acknowledgements()));
         // A path that is found to carry more may change to one that does not.
         let mut mtu = MtuDiscoveryConfig::default();
         mtu.upper_bound(1400);
@@ -211,9 +211,10 @@ fn transport_config(limits: &Limits, client: bool) -> TransportConfig {
     config
 }
 
-/// How seldom this side asks the peer to acknowledge packets. A batch of a few packets needs no datagram of its own to say that it
-/// arrived when the answer to the batch follows in a moment: a tenth less CPU for small appends. Only a peer that knows the
-/// extension follows it; the delay stays that of QUIC.
+/// How seldom a client asks the server to acknowledge packets. A batch of a few packets needs no datagram of its own to say that it
+/// arrived when the answer to the batch follows in a moment: a tenth less CPU for small appends. A server does not ask for it:
+/// deliveries gain nothing by it.
+/// Only a peer that knows the extension follows it; the delay stays that of QUIC.
 fn acknowledgements() -> AckFrequencyConfig {
     let mut config = AckFrequencyConfig::default();
     config.ack_eliciting_threshold(10u32.into()).max_ack_delay(Some(Duration::from_millis(25)));
