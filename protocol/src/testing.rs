@@ -325,29 +325,22 @@ impl Run {
         if epoch > self.durable.epoch(producer) {
             return self.refused(&outcome, Code::PRODUCER_UNKNOWN);
         }
-        if staged.closed.is_some() || undefined {
-            match known {
-                Some(acked) => {
-                    assert_eq!(outcome, Outcome::Done(Reply::Appended { sequence, acked }));
-                    self.counts.repeated += 1;
-                    return;
-                }
-                None if self.durable.closed.is_some() => return self.refused(&outcome, Code::SESSION_CLOSED),
-                None if staged.closed.is_none() => return self.refused(&outcome, Code::STREAM_UNDEFINED),
-                None if !in_flight => return self.refused(&outcome, Code::UNAVAILABLE),
-                None => {}
-            }
-        }
-        if epoch < staged.epoch(producer) {
-            self.refused(&outcome, Code::UNAVAILABLE);
-        } else if let Some(acked) = known {
+        if let Some(acked) = known {
             assert_eq!(outcome, Outcome::Done(Reply::Appended { sequence, acked }));
             self.counts.repeated += 1;
-        } else if sequence < stored.len() as u64 {
-            self.refused(&outcome, Code::DUPLICATE);
-        } else if sequence < next {
+        } else if in_flight {
             self.expect(ticket, outcome, Accepted::Again { producer, sequence });
             self.counts.repeated += 1;
+        } else if self.durable.closed.is_some() {
+            self.refused(&outcome, Code::SESSION_CLOSED);
+        } else if staged.closed.is_some() {
+            self.refused(&outcome, Code::UNAVAILABLE);
+        } else if undefined {
+            self.refused(&outcome, Code::STREAM_UNDEFINED);
+        } else if epoch < staged.epoch(producer) {
+            self.refused(&outcome, Code::UNAVAILABLE);
+        } else if sequence < stored.len() as u64 {
+            self.refused(&outcome, Code::DUPLICATE);
         } else if sequence > next {
             self.refused(&outcome, Code::SEQ_GAP);
         } else if sequence - stored.len() as u64 >= PRODUCER_WINDOW as u64 {
@@ -373,12 +366,27 @@ impl Run {
             Some(epoch) if epoch < durable => self.refused(&outcome, Code::FENCED),
             Some(epoch) if epoch > durable => self.refused(&outcome, Code::PRODUCER_UNKNOWN),
             Some(epoch) => match outcome {
-                Outcome::Done(Reply::Producer { epoch: answered, next, .. }) => {
+                Outcome::Done(Reply::Producer { handle, epoch: answered, next }) => {
                     assert_eq!((answered, next), (epoch, self.durable.batches(producer).len() as u64));
+                    // Whoever held it before does not any more, whatever it sends.
+                    if let Some(before) = self.handles.insert(producer, handle) {
+                        self.displaced(&before, epoch, next);
+                    }
                 }
                 other => panic!("a current epoch was not confirmed: {other:?}"),
             },
         }
+    }
+
+    /// A batch of whoever held an epoch before is refused.
+    fn displaced(&mut self, before: &ProducerHandle, epoch: u64, sequence: u64) {
+        let mut region = Writer::new();
+        Record::data(0, "late").put(&mut region);
+        let Ok(batch) = CheckedBatch::new(1, region.freeze()) else { unreachable!("a valid batch") };
+        let ticket = self.ticket();
+        let producer = (before, epoch);
+        let (outcome, _) = self.authority.append(self.now, &self.author, producer, sequence, batch, ticket);
+        self.refused(&outcome, Code::FENCED);
     }
 
     fn define(&mut self, name: u8) {

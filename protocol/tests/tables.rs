@@ -163,7 +163,7 @@ fn what_becomes_of_a_request_in_every_state() {
       close                UNAVAILABLE (0)
       trim below 1         UNAVAILABLE (0)
     epoch 3 in flight
-      batch 0, epoch 2     UNAVAILABLE (0)
+      batch 0, epoch 2     stored as seq 0
       batch 2, epoch 2     UNAVAILABLE (0)
       batch 3, epoch 2     UNAVAILABLE (0)
       batch 9, epoch 2     UNAVAILABLE (0)

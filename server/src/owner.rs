@@ -4,7 +4,6 @@
 //! readers and answers the requests, in this order.
 
 use core::pin::Pin;
-use core::sync::atomic::{AtomicBool, Ordering};
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 
@@ -413,20 +412,12 @@ impl Owner {
                 let session = self.session.clone();
                 let key = handle.key().clone();
                 let attachment = attachment.clone();
-                let link = Arc::new(ProducerLink {
-                    id,
-                    handle,
-                    epoch,
-                    session,
-                    attachment: attachment.clone(),
-                    displaced: AtomicBool::new(false),
-                });
+                let link = Arc::new(ProducerLink { id, handle, epoch, session, attachment: attachment.clone() });
                 if self.holders.len() >= self.holders.capacity() {
                     self.holders.retain(|_, holder| holder.strong_count() > 0);
                 }
                 let held = self.holders.insert(key, Arc::downgrade(&link)).and_then(|held| held.upgrade());
                 if let Some(old) = held {
-                    old.displaced.store(true, Ordering::Relaxed);
                     let error = Error {
                         about: Producer::KIND,
                         id: old.id,
@@ -540,12 +531,9 @@ impl Owner {
         batches: Vec<(u64, CheckedBatch)>,
         permit: &Arc<OwnedSemaphorePermit>,
     ) {
-        let displaced = link.displaced.load(Ordering::Relaxed);
         let authority = match self.authority().await {
-            Ok(authority) if !displaced => authority,
-            other => {
-                let refusal =
-                    other.err().unwrap_or(Refusal { code: Code::FENCED, value: link.epoch, detail: DISPLACED });
+            Ok(authority) => authority,
+            Err(refusal) => {
                 for (sequence, _) in batches {
                     refuse_batch(link, sequence, &refusal);
                 }

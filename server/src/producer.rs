@@ -1,6 +1,5 @@
 //! One producer's QUIC stream: batches in, to the owner, credit back.
 
-use core::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -23,8 +22,6 @@ pub(crate) struct ProducerLink {
     pub(crate) epoch: u64,
     pub(crate) session: Arc<Session>,
     pub(crate) attachment: Arc<Attachment>,
-    /// Another holder opened the producer: nothing more is taken from this one.
-    pub(crate) displaced: AtomicBool,
 }
 
 impl ProducerLink {

@@ -59,8 +59,6 @@ enum End {
     Client,
     /// The server ends it, with an error for the client.
     Refused(Refusal),
-    /// The server ends it inside a frame, where nothing more can be said.
-    Broken(Code),
 }
 
 impl From<StreamError> for End {
@@ -98,17 +96,28 @@ async fn run<S: SendStream>(
     mut send: S,
 ) {
     let stopped = send.stopped();
-    let mut out = Sender { send: &mut send, credit: &credit };
+    let mut out = Sender { send: &mut send, credit: &credit, inside: false };
     let id = request.id;
+    let mut extent = session.extent.subscribe();
     let end = tokio::select! {
+        biased;
         end = deliver(conn, &session, request, &mut out) => end,
         _ = stopped => Err(End::Client),
         () = credit.ended.notified() => Err(End::Client),
+        // A token that expired or was replaced ends what it allowed, also while nothing can be sent.
+        refusal = conn.forbidden(Operation::Read, &session.id.name) => Err(End::Refused(refusal)),
+        // The sender lives in the session.
+        gone = extent.wait_for(|extent| extent.gone.is_some()) => {
+            let code = gone.ok().and_then(|extent| extent.gone).unwrap_or(Code::GOING_AWAY);
+            Err(End::Refused(Refusal::new(code, "the session is no longer served here")))
+        }
     };
+    let inside = out.inside;
     match end {
         Ok(()) => send.finish(),
         Err(End::Client) => send.reset(Code::NO_ERROR.0),
-        Err(End::Broken(code)) => send.reset(code.0),
+        // Inside a frame nothing more can be said.
+        Err(End::Refused(refusal)) if inside => send.reset(refusal.code.0),
         Err(End::Refused(refusal)) => {
             let error = Frame::from(Error {
                 about: Subscribe::KIND,
@@ -117,7 +126,7 @@ async fn run<S: SendStream>(
                 value: refusal.value,
                 message: Message::new(refusal.detail),
             });
-            let mut out = Sender { send: &mut send, credit: &credit };
+            let mut out = Sender { send: &mut send, credit: &credit, inside: false };
             let mut pieces = vec![error.to_bytes()];
             match tokio::time::timeout(LAST_WORDS, out.write(&mut pieces)).await {
                 Ok(Ok(())) => send.finish(),
@@ -152,40 +161,26 @@ async fn deliver<S: SendStream>(
         feed
     };
     out.write(&mut pieces).await?;
-    let name = &session.id.name;
     let mut level = priority::LIVE;
     // What it may keep in memory beyond the credit, once it had to wait for that.
     let mut room: Option<SemaphorePermit<'_>> = None;
     loop {
-        if let Some(code) = extent.gone {
-            return Err(End::Refused(Refusal::new(code, "the session is no longer served here")));
-        }
-        if feed.place(extent.first, session.ring().start(), extent.tail) == Place::AtTail {
+        // Where the ring begins does not matter for whether there is anything.
+        if feed.place(extent.first, extent.tail, extent.tail) == Place::AtTail {
             if extent.closed {
                 return Ok(());
             }
-            tokio::select! {
-                more = changed.changed() => if more.is_err() {
-                    return Err(End::Client);
-                },
-                // A token that expired or was replaced ends what it allowed.
-                refusal = conn.forbidden(Operation::Read, name) => return Err(End::Refused(refusal)),
+            if changed.changed().await.is_err() {
+                return Err(End::Client);
             }
             extent = *changed.borrow_and_update();
             continue;
         }
         // Nothing is held while there is no credit: a reader that stopped costs a cursor.
-        let available = tokio::select! {
-            biased;
-            available = out.available() => available,
-            refusal = conn.forbidden(Operation::Read, name) => return Err(End::Refused(refusal)),
-            _ = changed.wait_for(|extent| extent.gone.is_some()) => 0,
-        };
+        let available = out.available().await;
         extent = *changed.borrow_and_update();
-        if available == 0 {
-            continue;
-        }
-        conn.allow(Operation::Read, name).map_err(End::Refused)?;
+        // Looked at here too: what waits for the token may not have run yet.
+        conn.allow(Operation::Read, &session.id.name).map_err(End::Refused)?;
         let burst = usize::try_from(available).unwrap_or(BURST).min(BURST);
         let mark = feed.mark();
         let mut chunks = Vec::new();
@@ -241,26 +236,14 @@ async fn deliver<S: SendStream>(
                 Err(_) => {
                     feed.rewind(mark);
                     pieces.clear();
-                    room = tokio::select! {
-                        room = conn.held.acquire_many(rest) => room.ok(),
-                        refusal = conn.forbidden(Operation::Read, name) => return Err(End::Refused(refusal)),
-                        _ = changed.wait_for(|extent| extent.gone.is_some()) => None,
-                    };
+                    room = conn.held.acquire_many(rest).await.ok();
                     extent = *changed.borrow_and_update();
                     continue;
                 }
             },
             kept => kept,
         };
-        tokio::select! {
-            biased;
-            written = out.write(&mut pieces) => written?,
-            refusal = conn.forbidden(Operation::Read, name) => return Err(End::Broken(refusal.code)),
-            gone = changed.wait_for(|extent| extent.gone.is_some()) => {
-                let code = gone.ok().and_then(|extent| extent.gone).unwrap_or(Code::GOING_AWAY);
-                return Err(End::Broken(code));
-            }
-        }
+        out.write(&mut pieces).await?;
         extent = *changed.borrow_and_update();
     }
 }
@@ -269,6 +252,8 @@ async fn deliver<S: SendStream>(
 struct Sender<'a, S> {
     send: &'a mut S,
     credit: &'a SubscriptionCredit,
+    /// Frames were begun and not all sent.
+    inside: bool,
 }
 
 impl<S: SendStream> Sender<'_, S> {
@@ -286,6 +271,7 @@ impl<S: SendStream> Sender<'_, S> {
     /// Sends all pieces and empties the list; waits for credit where there is too little.
     async fn write(&mut self, pieces: &mut Vec<Bytes>) -> Result<(), StreamError> {
         let total: usize = pieces.iter().map(Bytes::len).sum();
+        self.inside = true;
         let fits = {
             let mut credit = self.credit.lock();
             let fits = credit.available() >= total as u64;
@@ -297,6 +283,7 @@ impl<S: SendStream> Sender<'_, S> {
         if fits {
             self.send.write(pieces).await?;
             pieces.clear();
+            self.inside = false;
             return Ok(());
         }
         for mut piece in pieces.drain(..) {
@@ -307,6 +294,7 @@ impl<S: SendStream> Sender<'_, S> {
                 self.send.write(&mut [part]).await?;
             }
         }
+        self.inside = false;
         Ok(())
     }
 }

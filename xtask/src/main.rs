@@ -116,10 +116,7 @@ fn wasm() -> Outcome {
 
 /// Licences, bans and sources. The advisory database needs a network that CI may not have.
 fn deny() -> Outcome {
-    if !has("cargo", &["deny", "--version"]) {
-        skipped("dependency policy", "cargo-deny is not installed (cargo install --locked cargo-deny)");
-        return Ok(());
-    }
+    need("deny", "cargo-deny")?;
     step("dependency policy", &mut cargo(&["deny", "--offline", "check", "bans", "licenses", "sources"]))
 }
 

@@ -70,13 +70,10 @@ fn source(root: &Path, path: &Path, broken: &mut Vec<String>) {
         broken.push(format!("{name} does not say what it is for (//!)"));
     }
     // Put together here so that this file does not break its own rule.
-    for mark in ["TO", "FIX"].map(|start| format!("{start}{}", if start == "TO" { "DO" } else { "ME" })) {
+    for mark in [["TO", "DO"], ["FIX", "ME"], ["#[", "ignore"]].map(|parts| parts.concat()) {
         if text.contains(&mark) {
-            broken.push(format!("{name} holds a {mark}"));
+            broken.push(format!("{name} holds {mark}"));
         }
-    }
-    if text.contains("#[ignore") && !name.to_string().ends_with("tidy.rs") {
-        broken.push(format!("{name} ignores a test"));
     }
 }
 

@@ -260,49 +260,48 @@ impl<T> Authority<T> {
         if self.uncertain {
             return (Outcome::Refused(Self::uncertain()), None);
         }
-        let closed = self.state.view().closed().is_some();
-        let epoch_refused = self.state.producers.refuses(handle, epoch).is_some();
-        if !epoch_refused && (self.staged_closed || batch.max_stream >= self.state.streams().len()) {
-            // A repetition of something stored is still acknowledged, and one of something in flight still waits for it.
-            if let Some(acked) = self.state.producers.lookup(handle.key(), sequence) {
-                return (Outcome::Done(Reply::Appended { sequence, acked }), Some(ticket));
-            }
-            if closed {
-                return refused(Code::SESSION_CLOSED, 0, "the session is closed");
-            }
-            if !self.staged_closed {
-                return refused(Code::STREAM_UNDEFINED, 0, "the session has no stream with this id");
-            }
-            if !self.state.producers.is_in_flight(handle, sequence) {
-                // The close may still fail to become durable.
-                return refused(Code::UNAVAILABLE, 0, "the session is being closed");
-            }
-        }
+        // What is stored or in flight is answered for what it is; only a new batch asks whether it may come.
         match self.state.producers.admit(handle, epoch, sequence) {
-            Admission::Next => {
-                let time = self.stamp(now);
-                let work = Work::Batch { author: author.clone(), handle: handle.clone(), epoch, sequence, time, batch };
-                self.push(work, Some(ticket));
-                (Outcome::Pending, None)
-            }
+            Admission::Stored(acked) => return (Outcome::Done(Reply::Appended { sequence, acked }), Some(ticket)),
             Admission::InFlight => {
                 self.push(Work::Again { handle: handle.clone(), sequence }, Some(ticket));
-                (Outcome::Pending, None)
+                return (Outcome::Pending, None);
             }
-            Admission::Stored(acked) => (Outcome::Done(Reply::Appended { sequence, acked }), Some(ticket)),
-            Admission::Refused(code, value) => refused(
-                code,
-                value,
-                match code {
+            Admission::Refused(Code::FENCED, value) if value == epoch => {
+                return refused(Code::FENCED, value, "the producer was opened again under its epoch");
+            }
+            Admission::Refused(code, value) => {
+                let detail = match code {
                     Code::FENCED => "a newer epoch of this producer was granted",
-                    Code::SEQ_GAP => "the batch is ahead of the producer's next sequence",
-                    Code::DUPLICATE => "the batch was stored long ago",
-                    Code::LIMIT_EXCEEDED => "too many batches are unacknowledged",
-                    Code::UNAVAILABLE => "a newer epoch of this producer is being granted",
                     _ => "the producer is not known under this epoch; open it again",
-                },
-            ),
+                };
+                return refused(code, value, detail);
+            }
+            Admission::New => {}
         }
+        if self.state.view().closed().is_some() {
+            return refused(Code::SESSION_CLOSED, 0, "the session is closed");
+        }
+        if self.staged_closed {
+            // The close may still fail to become durable.
+            return refused(Code::UNAVAILABLE, 0, "the session is being closed");
+        }
+        if batch.max_stream >= self.state.streams().len() {
+            return refused(Code::STREAM_UNDEFINED, 0, "the session has no stream with this id");
+        }
+        if let Err((code, value)) = self.state.producers.take(handle, sequence) {
+            let detail = match code {
+                Code::SEQ_GAP => "the batch is ahead of the producer's next sequence",
+                Code::DUPLICATE => "the batch was stored long ago",
+                Code::LIMIT_EXCEEDED => "too many batches are unacknowledged",
+                _ => "a newer epoch of this producer is being granted",
+            };
+            return refused(code, value, detail);
+        }
+        let time = self.stamp(now);
+        let work = Work::Batch { author: author.clone(), handle: handle.clone(), epoch, sequence, time, batch };
+        self.push(work, Some(ticket));
+        (Outcome::Pending, None)
     }
 
     /// Grants the next epoch of a producer, or confirms `keep` (spec PROD-4).
@@ -317,7 +316,8 @@ impl<T> Authority<T> {
             let known = self.state.producers.find(&key);
             let durable = known.as_ref().and_then(|handle| self.state.producers.durable(handle));
             return match (known, durable) {
-                (Some(handle), Some((current, next))) if current == epoch => {
+                (Some(_), Some((current, next))) if current == epoch => {
+                    let Some(handle) = self.state.producers.hold(&key) else { unreachable!("it was just found") };
                     (Outcome::Done(Reply::Producer { handle, epoch, next }), Some(ticket))
                 }
                 (_, Some((current, _))) if current > epoch => {
@@ -521,8 +521,8 @@ impl<T> Authority<T> {
         Ok(Some((chunk, replies)))
     }
 
-    fn reply(&self, work: Work, first: u64) -> Option<Reply> {
-        let state = &self.state;
+    fn reply(&mut self, work: Work, first: u64) -> Option<Reply> {
+        let state = &mut self.state;
         Some(match work {
             Work::Batch { sequence, batch, .. } => {
                 Reply::Appended { sequence, acked: Acked { first, count: batch.count } }
@@ -531,7 +531,7 @@ impl<T> Authority<T> {
                 Reply::Appended { sequence, acked: state.producers.lookup(handle.key(), sequence)? }
             }
             Work::Grant { key, epoch } => {
-                let handle = state.producers.find(&key)?;
+                let handle = state.producers.hold(&key)?;
                 let (_, next) = state.producers.durable(&handle)?;
                 Reply::Producer { handle, epoch, next }
             }

@@ -25,6 +25,8 @@ pub struct ProducerKey {
 pub struct ProducerHandle {
     key: Arc<ProducerKey>,
     slot: usize,
+    /// Which opening of the producer it came from.
+    opening: u64,
 }
 
 impl ProducerHandle {
@@ -51,18 +53,20 @@ struct Slot {
     window: VecDeque<Acked>,
     /// When it was last used, in the order of the log.
     used: u64,
+    /// Its last opening since the table is in memory.
+    opening: u64,
 }
 
-/// What may become of a batch.
+/// What a batch is to its producer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admission {
-    /// It is the next one.
-    Next,
+    /// Neither stored nor in flight, as far as is known.
+    New,
     /// It is stored already, with these seqs.
     Stored(Acked),
     /// It is in flight; its seqs are known once that is durable.
     InFlight,
-    /// It is refused with a code and its value.
+    /// The holder may not append: a code and its value.
     Refused(Code, u64),
 }
 
@@ -74,16 +78,18 @@ pub struct Producers {
     /// The highest epoch that is being granted, of each producer that one is being granted to.
     granting: HashMap<ProducerKey, u64>,
     uses: u64,
+    openings: u64,
     /// The highest epoch of any producer that was evicted: a new producer starts above it, so that an epoch of a name
     /// is never granted twice.
     floor: u64,
 }
 
 impl Producers {
-    /// The producer called `key`.
+    /// The producer called `key`, as its holder has it.
     pub fn find(&self, key: &ProducerKey) -> Option<ProducerHandle> {
         let slot = *self.by_key.get(key)?;
-        Some(ProducerHandle { key: self.slots[slot].key.clone(), slot })
+        let Slot { key, opening, .. } = &self.slots[slot];
+        Some(ProducerHandle { key: key.clone(), slot, opening: *opening })
     }
 
     /// Producers known.
@@ -123,56 +129,50 @@ impl Producers {
         }
     }
 
-    /// Why batches under this epoch are refused, whatever they are: the code and its value.
-    pub(super) fn refuses(&self, handle: &ProducerHandle, epoch: u64) -> Option<(Code, u64)> {
-        let Some(index) = self.index(handle) else { return Some((Code::PRODUCER_UNKNOWN, 0)) };
-        let current = self.slots[index].durable.epoch;
-        match epoch.cmp(&current) {
-            Ordering::Less => Some((Code::FENCED, current)),
-            Ordering::Equal => None,
-            Ordering::Greater => Some((Code::PRODUCER_UNKNOWN, 0)),
-        }
-    }
-
-    /// Decides about a batch, and takes its sequence if it is the next one (spec PROD-6, PROD-8).
-    pub(super) fn admit(&mut self, handle: &ProducerHandle, epoch: u64, sequence: u64) -> Admission {
-        if let Some((code, value)) = self.refuses(handle, epoch) {
-            return Admission::Refused(code, value);
-        }
-        let Some(index) = self.index(handle) else {
+    /// What a batch is, whatever else the session says of it (spec PROD-4, PROD-6).
+    pub(super) fn admit(&self, handle: &ProducerHandle, epoch: u64, sequence: u64) -> Admission {
+        let Some(slot) = self.index(handle).map(|at| &self.slots[at]) else {
             return Admission::Refused(Code::PRODUCER_UNKNOWN, 0);
         };
-        let slot = &mut self.slots[index];
-        let durable = slot.durable;
-        if !self.granting.is_empty() && self.granting.contains_key(&*slot.key) {
-            // The newer epoch may still fail to become durable, so this one is not fenced yet.
-            return Admission::Refused(Code::UNAVAILABLE, 0);
+        match epoch.cmp(&slot.durable.epoch) {
+            Ordering::Less => return Admission::Refused(Code::FENCED, slot.durable.epoch),
+            Ordering::Greater => return Admission::Refused(Code::PRODUCER_UNKNOWN, 0),
+            // An epoch has one holder, the last that opened it.
+            Ordering::Equal if handle.opening < slot.opening => return Admission::Refused(Code::FENCED, epoch),
+            Ordering::Equal => {}
         }
-        if sequence < durable.next {
-            let back = durable.next - sequence;
-            let at = (slot.window.len() as u64).checked_sub(back);
-            return match at.and_then(|at| slot.window.get(at as usize)) {
-                Some(acked) => Admission::Stored(*acked),
-                None => Admission::Refused(Code::DUPLICATE, slot.staged_next),
-            };
+        match self.lookup(&slot.key, sequence) {
+            Some(acked) => Admission::Stored(acked),
+            None if (slot.durable.next..slot.staged_next).contains(&sequence) => Admission::InFlight,
+            None => Admission::New,
         }
-        if sequence < slot.staged_next {
-            return Admission::InFlight;
-        }
-        if sequence > slot.staged_next {
-            return Admission::Refused(Code::SEQ_GAP, slot.staged_next);
-        }
-        if sequence - durable.next >= PRODUCER_WINDOW as u64 {
-            return Admission::Refused(Code::LIMIT_EXCEEDED, 0);
-        }
-        slot.staged_next += 1;
-        Admission::Next
     }
 
-    /// True if a batch with this sequence was accepted and is not durable yet.
-    pub(super) fn is_in_flight(&self, handle: &ProducerHandle, sequence: u64) -> bool {
-        let slot = self.index(handle).map(|at| &self.slots[at]);
-        slot.is_some_and(|slot| (slot.durable.next..slot.staged_next).contains(&sequence))
+    /// Takes the sequence of a new batch. Errors: why it is not the next one that may come, and the value of the code.
+    pub(super) fn take(&mut self, handle: &ProducerHandle, sequence: u64) -> Result<(), (Code, u64)> {
+        let Some(index) = self.index(handle) else { return Err((Code::PRODUCER_UNKNOWN, 0)) };
+        let slot = &mut self.slots[index];
+        if !self.granting.is_empty() && self.granting.contains_key(&*slot.key) {
+            // The newer epoch may still fail to become durable, so this one is not fenced yet.
+            return Err((Code::UNAVAILABLE, 0));
+        }
+        match sequence.cmp(&slot.staged_next) {
+            Ordering::Less => Err((Code::DUPLICATE, slot.staged_next)),
+            Ordering::Greater => Err((Code::SEQ_GAP, slot.staged_next)),
+            Ordering::Equal if sequence - slot.durable.next >= PRODUCER_WINDOW as u64 => Err((Code::LIMIT_EXCEEDED, 0)),
+            Ordering::Equal => {
+                slot.staged_next += 1;
+                Ok(())
+            }
+        }
+    }
+
+    /// Makes the caller the holder of the producer called `key`: who opened it before appends no more.
+    pub(super) fn hold(&mut self, key: &ProducerKey) -> Option<ProducerHandle> {
+        let slot = *self.by_key.get(key)?;
+        self.openings += 1;
+        self.slots[slot].opening = self.openings;
+        self.find(key)
     }
 
     /// Chooses the next epoch of `key` and stages it.
@@ -196,8 +196,14 @@ impl Producers {
             None => {
                 let key = Arc::new(key);
                 let zero = Position { epoch: 0, next: 0 };
-                let slot =
-                    Slot { key: key.clone(), durable: zero, staged_next: 0, window: VecDeque::new(), used: self.uses };
+                let slot = Slot {
+                    key: key.clone(),
+                    durable: zero,
+                    staged_next: 0,
+                    window: VecDeque::new(),
+                    used: self.uses,
+                    opening: 0,
+                };
                 self.slots.push(slot);
                 self.by_key.insert(key, self.slots.len() - 1);
                 self.slots.len() - 1
@@ -302,7 +308,8 @@ impl Producers {
             this.uses += 1;
             let used = this.uses;
             let slot = this.slot_or_insert(key);
-            *slot = Slot { key: slot.key.clone(), durable: position, staged_next: position.next, window, used };
+            *slot =
+                Slot { key: slot.key.clone(), durable: position, staged_next: position.next, window, used, opening: 0 };
         }
         Ok(this)
     }
