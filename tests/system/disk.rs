@@ -2,9 +2,9 @@
 
 use std::process::{Command, Stdio};
 
+use mainstay_tests::appending::Appending;
 use mainstay_tests::process::{PATIENCE, Server, events, named, run};
-use serde_json::Value;
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::time::timeout;
 
 /// A small file system in memory, unmounted when dropped.
@@ -42,39 +42,23 @@ async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
     };
     let data = disk.0.path().join("data");
     let mut server = Server::start_in(&data, &[]).await;
-    let mut command = server.command(&["append", "s1", "--json"]);
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("append");
-    let mut stdin = child.stdin.take().expect("input");
-    let mut lines = BufReader::new(child.stdout.take().expect("output")).lines();
-    let mut line = async || -> Value {
-        let line = timeout(PATIENCE, lines.next_line()).await.expect("in time").expect("output").expect("a line");
-        serde_json::from_str(&line).expect("JSON")
-    };
+    let mut appending = Appending::to(&server);
     for n in 0..100u64 {
-        stdin.write_all(format!("{n}\n").as_bytes()).await.expect("write");
-        let event = line().await;
-        assert_eq!((event["event"].as_str(), event["seq"].as_u64()), (Some("ack"), Some(n)));
+        appending.write(&format!("{n}\n")).await;
+        appending.acked(n + 1).await;
     }
     // Another file takes the space, all but a little.
     let filler = disk.fill();
     // The next line meets a full disk or the reserve; either is told, and retried.
-    stdin.write_all(b"100\n").await.expect("write");
-    let event = line().await;
-    assert_eq!((event["event"].as_str(), event["code"].as_str()), (Some("warning"), Some("UNAVAILABLE")), "{event}");
+    appending.write("100\n").await;
+    let warning = appending.warned().await;
+    assert_eq!(appending.acks(), 100, "nothing is acknowledged that met a full disk");
+    assert_eq!(warning["code"], "UNAVAILABLE", "{warning}");
     let output = run(server.command(&["tail", "s1", "--max", "100", "--json"])).await;
     assert!(output.status.success(), "reads go on");
     assert_eq!(named(&events(&output.stdout), "record").len(), 100);
     std::fs::remove_file(&filler).expect("remove");
-    loop {
-        let event = line().await;
-        if event["event"] == "ack" {
-            assert_eq!(event["seq"].as_u64(), Some(100));
-            break;
-        }
-        assert_eq!(event["event"], "warning", "{event}");
-    }
-    drop(stdin);
-    assert!(timeout(PATIENCE, child.wait()).await.expect("in time").expect("exit status").success());
+    assert_eq!(appending.finish().await.0, 101);
     server.kill().await;
     server.restart().await;
     let output = run(server.command(&["tail", "s1", "--max", "101", "--json"])).await;
@@ -96,45 +80,20 @@ async fn a_write_that_finds_no_space_is_taken_back_and_the_engine_opened_anew() 
     std::fs::write(&config, "[store]\nreserve_bytes = 0\n").expect("write");
     let config = config.to_str().expect("text").to_owned();
     let mut server = Server::start_in(&data, &["--config", &config]).await;
-    let mut command = server.command(&["append", "s1", "--json"]);
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("append");
-    let mut stdin = child.stdin.take().expect("input");
-    let mut lines = BufReader::new(child.stdout.take().expect("output")).lines();
-    let mut line = async || -> Value {
-        let line = timeout(PATIENCE, lines.next_line()).await.expect("in time").expect("output").expect("a line");
-        serde_json::from_str(&line).expect("JSON")
-    };
+    let mut appending = Appending::to(&server);
     let long = |n: u64| format!("{n} {}\n", "x".repeat(20_000));
-    stdin.write_all(long(0).as_bytes()).await.expect("write");
-    assert_eq!(line().await["event"], "ack");
+    appending.write(&long(0)).await;
+    appending.acked(1).await;
     let filler = disk.fill();
-    let feeding = tokio::spawn(async move {
-        for n in 1..LINES {
-            stdin.write_all(long(n).as_bytes()).await.expect("write");
-        }
-    });
-    let mut acks = 1;
-    let warning = loop {
-        let event = line().await;
-        if event["event"] != "ack" {
-            break event;
-        }
-        acks += 1;
-    };
+    appending.feed(1..LINES, false, long);
+    let warning = appending.warned().await;
+    let acks = appending.acks();
     assert_eq!(warning["code"], "UNAVAILABLE", "{warning}");
     assert!(acks < LINES, "the disk was not full");
     let output = run(server.command(&["tail", "s1", "--max", &acks.to_string(), "--json"])).await;
     assert!(output.status.success(), "reads go on");
     std::fs::remove_file(&filler).expect("remove");
-    while acks < LINES {
-        let event = line().await;
-        if event["event"] == "ack" {
-            assert_eq!(event["seq"].as_u64(), Some(acks));
-            acks += 1;
-        }
-    }
-    feeding.await.expect("feeding");
-    assert!(timeout(PATIENCE, child.wait()).await.expect("in time").expect("exit status").success());
+    assert_eq!(appending.finish().await.0, LINES);
     server.kill().await;
     server.restart().await;
     let output = run(server.command(&["tail", "s1", "--max", &LINES.to_string(), "--json"])).await;
@@ -149,26 +108,10 @@ async fn a_write_that_finds_no_space_is_taken_back_and_the_engine_opened_anew() 
 #[tokio::test]
 async fn a_failed_sync_stops_the_server_and_what_was_pending_is_stored_once_after_a_restart() {
     let mut server = Server::start().await;
-    let mut command = server.command(&["append", "s1", "--json"]);
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("append");
-    let mut stdin = child.stdin.take().expect("input");
-    let mut lines = BufReader::new(child.stdout.take().expect("output")).lines();
-    let mut ack = async |line: u64| {
-        loop {
-            let text = timeout(PATIENCE, lines.next_line()).await.expect("in time").expect("output").expect("a line");
-            let event: Value = serde_json::from_str(&text).expect("JSON");
-            if event["event"] == "ack" {
-                assert_eq!((event["line"].as_u64(), event["seq"].as_u64()), (Some(line), Some(line)));
-                return;
-            }
-            assert_eq!(event["event"], "warning", "{event}");
-            // What is on the disk after a failed sync is not known: nobody may be told that a line is not stored.
-            assert_ne!(event["code"], "OVERLOADED", "{event}");
-        }
-    };
+    let mut appending = Appending::to(&server);
     for line in 0..10 {
-        stdin.write_all(format!("{line}\n").as_bytes()).await.expect("write");
-        ack(line).await;
+        appending.write(&format!("{line}\n")).await;
+        appending.acked(line + 1).await;
     }
     // From here on every sync fails, as on a disk that is dying.
     let trace = server.dir().join("trace");
@@ -190,19 +133,17 @@ async fn a_failed_sync_stops_the_server_and_what_was_pending_is_stored_once_afte
         eprintln!("SKIPPED: a failed sync: strace may not trace here: {attached}");
         return;
     }
-    stdin.write_all(b"10\n11\n").await.expect("write");
+    appending.write("10\n11\n").await;
     assert_eq!(server.ended().await, Some(5), "the server stops with the code for a failed store");
     let injected = std::fs::read_to_string(&trace).expect("what strace saw");
     assert!(injected.contains("INJECTED"), "no sync was made to fail: {injected}");
     strace.wait().await.expect("strace ends with the server");
 
     server.restart().await;
-    for line in 10..12 {
-        ack(line).await;
-    }
-    drop(stdin);
-    let status = timeout(PATIENCE, child.wait()).await.expect("in time").expect("a status");
-    assert!(status.success());
+    let (acks, warnings) = appending.finish().await;
+    assert_eq!(acks, 12);
+    // What is on the disk after a failed sync is not known: nobody may be told that a line is not stored.
+    assert!(warnings.iter().all(|warning| warning["code"] != "OVERLOADED"), "{warnings:?}");
     let output = run(server.command(&["tail", "s1", "--from", "earliest", "--max", "12", "--json"])).await;
     let rows = events(&output.stdout);
     let data: Vec<_> = named(&rows, "record").iter().filter_map(|row| row["data"].as_str()).map(String::from).collect();
