@@ -40,7 +40,9 @@ pub(crate) fn run(args: &args::Verify, output: Output) -> Result<(), Failure> {
             output.event(&event, text)?;
         }
     }
-    if let Some(first) = report.problems.first() {
+    // The one that says most: where a session is damaged, before what that makes unreadable as a whole.
+    let named = report.problems.iter().find(|problem| problem.session.is_some());
+    if let Some(first) = named.or(report.problems.first()) {
         let place = match (&first.session, first.seq) {
             (Some(session), Some(seq)) => format!("session {session} at seq {seq}: "),
             (Some(session), None) => format!("session {session}: "),

@@ -38,11 +38,20 @@ pub(crate) struct Journals {
     pub(crate) torn: Option<(PathBuf, u64, u64)>,
 }
 
+/// Where a journal stops making sense.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Hole {
+    /// The number of the journal.
+    pub(crate) journal: u64,
+    /// The first byte that is not part of a whole batch.
+    pub(crate) position: u64,
+}
+
 /// Why the journals cannot be believed.
 #[derive(Debug)]
 pub(crate) enum CheckError {
-    /// Acknowledged data is damaged.
-    Damaged(String),
+    /// Acknowledged data is damaged: what, and where if it is a place in a journal.
+    Damaged(String, Option<Hole>),
     /// The disk failed.
     Io(io::Error),
 }
@@ -61,7 +70,7 @@ pub(crate) fn check(dir: &Path, id: &StoreId, meta: u64) -> Result<Journals, Che
         if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("jnl")) {
             let number = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<u64>().ok());
             let named =
-                number.ok_or_else(|| CheckError::Damaged(format!("{} is no journal's name", path.display())))?;
+                number.ok_or_else(|| CheckError::Damaged(format!("{} is no journal's name", path.display()), None))?;
             paths.push((named, path));
         }
     }
@@ -97,7 +106,9 @@ impl Walk {
         found: &mut Journals,
     ) -> Result<(), CheckError> {
         let damaged = |position: usize, what: &str| {
-            CheckError::Damaged(format!("journal {} at byte {position}: {what}", path.display()))
+            let journal = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok());
+            let hole = journal.map(|journal| Hole { journal, position: position as u64 });
+            CheckError::Damaged(format!("journal {} at byte {position}: {what}", path.display()), hole)
         };
         let mut position = 0;
         while let Some(batch) = Batch::parse(&bytes[position..], &self.id, self.meta) {

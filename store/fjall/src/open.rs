@@ -210,7 +210,7 @@ pub(crate) fn open(layout: &Layout, config: &Config) -> Result<(Engine, WitnessF
 pub(crate) fn open_checked(layout: &Layout, config: &Config, format: &Format, seen: u64) -> Result<Engine, OpenError> {
     let log = layout.log();
     let journals = check::check(&log, &format.id, format.keyspaces[3]).map_err(|error| match error {
-        CheckError::Damaged(what) => OpenError::Damaged(what),
+        CheckError::Damaged(what, _) => OpenError::Damaged(what),
         CheckError::Io(error) => OpenError::Io(log.clone(), error),
     })?;
     if let Some(last) = journals.last
@@ -245,7 +245,7 @@ pub(crate) fn open_checked(layout: &Layout, config: &Config, format: &Format, se
 
 /// Checks what fjall believes without looking: that each keyspace names its current version file, and that the file is what was
 /// written. fjall would panic on some damage there, or remove the keyspace.
-fn check_keyspaces(log: &Path, format: &Format) -> Result<(), OpenError> {
+pub(crate) fn check_keyspaces(log: &Path, format: &Format) -> Result<(), OpenError> {
     for number in [0].iter().chain(&format.keyspaces) {
         let dir = log.join("keyspaces").join(number.to_string());
         let damaged = |what: &str| OpenError::Damaged(format!("{}: {what}", dir.display()));
@@ -289,7 +289,7 @@ fn options(name: &str, config: &Config) -> KeyspaceCreateOptions {
 }
 
 /// Opens fjall and its keyspaces. fjall panics on some damage; that is caught and reported.
-fn open_database(log: &Path, config: &Config, id: StoreId) -> Result<Engine, OpenError> {
+pub(crate) fn open_database(log: &Path, config: &Config, id: StoreId) -> Result<Engine, OpenError> {
     let opened = catch_unwind(AssertUnwindSafe(|| -> Result<Engine, OpenError> {
         let db = builder(log, config).open().map_err(|error| match error {
             fjall::Error::Io(error) => OpenError::Io(log.to_owned(), error),

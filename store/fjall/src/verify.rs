@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use mainstay_protocol::session::{Chain, Chunk, Control, SessionName, State, Streams};
 
-use crate::check::{self, CheckError};
+use crate::behind;
+use crate::check::{self, CheckError, Hole};
 use crate::keys::{self, KEYSPACES, SessionRow};
 use crate::open::{self, Config, Engine, Format, Layout, OpenError};
 use crate::reader;
@@ -73,20 +74,48 @@ pub fn verify(dir: &Path, each: &mut EachChunk<'_>) -> Result<Report, OpenError>
         return Err(OpenError::Io(dir.to_owned(), error));
     }
     let _lock = if layout.lock().exists() { Some(open::lock(&layout, false)?) } else { None };
-    match check_and_open(&layout, &mut report) {
+    let mut hole = None;
+    match check_and_open(&layout, &mut report, &mut hole) {
         Ok((copy, engine)) => {
             scan(&engine, &mut report, each);
             drop(engine);
             drop(copy);
         }
-        Err(OpenError::Damaged(what)) => report.problem(None, None, what),
+        Err(OpenError::Damaged(what)) => {
+            if let Some(hole) = hole {
+                name_what_is_gone(&layout, &hole, &mut report);
+            }
+            report.problem(None, None, what);
+        }
         Err(error) => return Err(error),
     }
     Ok(report)
 }
 
-/// Checks what is outside of fjall, then opens a copy.
-fn check_and_open(layout: &Layout, report: &mut Report) -> Result<(Copy, Engine), OpenError> {
+/// Reports the sessions that have records behind damage in a journal. Best effort: what cannot even be opened up to there is
+/// reported by the damage itself.
+fn name_what_is_gone(layout: &Layout, hole: &Hole, report: &mut Report) {
+    let lost = || -> Result<_, OpenError> {
+        let format = Format::read(layout)?;
+        let copy = Copy::of(layout)?;
+        let io = |error| OpenError::Io(layout.log(), error);
+        behind::cut(&copy.layout.log(), hole).map_err(io)?;
+        open::check_keyspaces(&copy.layout.log(), &format)?;
+        let before = open::open_database(&copy.layout.log(), &Config::default(), format.id)?;
+        behind::lost(&layout.log(), hole, format.keyspaces[0], &before).map_err(io)
+    };
+    match lost() {
+        Ok(lost) => {
+            for (name, seq) in lost {
+                report.problem(Some(&name), Some(seq), "its records from here on are behind the damage in the journal");
+            }
+        }
+        Err(error) => tracing::warn!(%error, "which sessions are affected cannot be found out"),
+    }
+}
+
+/// Checks what is outside of fjall, then opens a copy. Says where a journal is damaged, if that is what is wrong.
+fn check_and_open(layout: &Layout, report: &mut Report, hole: &mut Option<Hole>) -> Result<(Copy, Engine), OpenError> {
     let missing = |path: PathBuf| OpenError::Damaged(format!("{} is missing", path.display()));
     if !layout.format().exists() {
         return Err(missing(layout.format()));
@@ -99,10 +128,19 @@ fn check_and_open(layout: &Layout, report: &mut Report) -> Result<(Copy, Engine)
         .map_err(|error| OpenError::Io(layout.witness(), error))?;
     let seen = seen.ok_or_else(|| OpenError::Damaged("no slot of the witness file is valid".into()))?;
     let journals = check::check(&layout.log(), &format.id, format.keyspaces[3]).map_err(|error| match error {
-        CheckError::Damaged(what) => OpenError::Damaged(what),
+        CheckError::Damaged(what, at) => {
+            *hole = at;
+            OpenError::Damaged(what)
+        }
         CheckError::Io(error) => OpenError::Io(layout.log(), error),
     })?;
-    report.torn = journals.torn.as_ref().map_or(0, |(_, _, len)| *len);
+    if let Some((path, position, len)) = &journals.torn {
+        report.torn = *len;
+        // Not a tail that a crash tore, if it was acknowledged.
+        let acknowledged = journals.last.is_none_or(|last| last.commits < seen);
+        let number = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok());
+        *hole = number.filter(|_| acknowledged).map(|journal| Hole { journal, position: *position });
+    }
     let copy = Copy::of(layout)?;
     // The copy is readable and nobody else has it: what keeps it from opening is damage.
     let damaged = |error: OpenError| OpenError::Damaged(error.to_string());

@@ -66,8 +66,8 @@ impl Image {
     }
 
     /// What becomes of a copy whose journal `damage` changed; `acked` says whether the last batch was acknowledged. The
-    /// payloads that a store opened there has, or why it does not open.
-    async fn with(&self, acked: bool, damage: impl FnOnce(&mut Vec<u8>)) -> Result<Vec<Vec<u8>>, String> {
+    /// payloads that a store opened there has, or if it does not open the seq from which on `verify` says they are gone.
+    async fn with(&self, acked: bool, damage: impl FnOnce(&mut Vec<u8>)) -> Result<Vec<Vec<u8>>, Option<u64>> {
         let temp = tempfile::tempdir().unwrap();
         let dir = temp.path().join("store");
         copy(&self.dir, &dir);
@@ -83,7 +83,8 @@ impl Image {
             Ok(store) => store,
             Err(OpenError::Damaged(what)) => {
                 assert!(!verified.problems.is_empty(), "the start reports {what:?}, and verify does not");
-                return Err(what);
+                let named = verified.problems.iter().find(|problem| problem.session.as_deref() == Some("s"));
+                return Err(named.and_then(|problem| problem.seq));
             }
             Err(error) => panic!("{error}"),
         };
@@ -167,7 +168,9 @@ async fn every_flipped_bit_of_a_batch_in_the_middle_is_reported_or_harmless() {
     for at in batch.clone() {
         let bit = at % 8;
         match image.with(true, |bytes| bytes[at] ^= 1 << bit).await {
-            Err(_) => {}
+            // A sequence number that is too high shows at the next batch.
+            Err(Some(11)) if (batch.start + 5..batch.start + 13).contains(&at) => {}
+            Err(seq) => assert_eq!(seq, Some(10), "bit {bit} of byte {at}: the first seq that is gone"),
             Ok(payloads) => {
                 assert_eq!(payloads, image.payloads, "bit {bit} of byte {at} changed what is stored");
                 harmless += 1;
@@ -184,7 +187,9 @@ async fn a_zeroed_page_in_the_middle_is_reported() {
     let last = image.last();
     for page in 1..last.start / 4096 {
         let zeroed = image.with(true, |bytes| bytes[page * 4096..(page + 1) * 4096].fill(0)).await;
-        assert!(zeroed.is_err(), "page {page} of {} zeroed", last.start / 4096);
+        // The batch that the page begins in is the first that is gone.
+        let first = image.ends.iter().position(|end| *end > page * 4096).map(|seq| seq as u64);
+        assert_eq!(zeroed, Err(first), "page {page} of {} zeroed", last.start / 4096);
     }
 }
 

@@ -1,0 +1,135 @@
+//! What lies behind damage in a journal: which sessions lost records, and from which seq on.
+//!
+//! Nothing behind the damage can be trusted as a commit, so none of it is served. But each chunk carries its own checksum, and
+//! its key says where it belongs: that is enough to name what is gone.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::path::Path;
+
+use bytes::Bytes;
+use mainstay_protocol::session::{Chunk, Control, Incarnation, SessionName};
+
+use crate::check::Hole;
+use crate::keys::{self, SessionRow};
+use crate::open::Engine;
+use crate::reader::Reader;
+
+/// A chunk that a journal holds behind the damage, or the place of one that is damaged itself.
+struct Found {
+    segment: u64,
+    first: u64,
+    chunk: Option<Chunk>,
+}
+
+/// Cuts the journals in `dir`, a copy, at the damage, so that what is before it can be opened.
+pub(crate) fn cut(dir: &Path, hole: &Hole) -> io::Result<()> {
+    for (number, path) in journals(dir)? {
+        if number == hole.journal {
+            OpenOptions::new().write(true).open(&path)?.set_len(hole.position)?;
+        } else if number > hole.journal {
+            fs::remove_file(path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Sessions with chunks behind the damage in `dir`, and the first seq of each that is gone. `before` holds what is before it.
+pub(crate) fn lost(dir: &Path, hole: &Hole, log: u64, before: &Engine) -> io::Result<BTreeMap<SessionName, u64>> {
+    let mut found = Vec::new();
+    for (number, path) in journals(dir)? {
+        if number >= hole.journal {
+            let bytes = Bytes::from(fs::read(path)?);
+            let start = if number == hole.journal { usize::try_from(hole.position).unwrap_or(usize::MAX) } else { 0 };
+            scan(&bytes.slice(start.min(bytes.len())..), log, &mut found);
+        }
+    }
+    let (mut by_segment, mut by_incarnation, mut ends) = (HashMap::new(), HashMap::new(), HashMap::new());
+    let reader = Reader::new(before);
+    for guard in before.sessions().iter() {
+        let Ok((name, row)) = guard.into_inner() else { continue };
+        let name = core::str::from_utf8(&name).ok().and_then(|name| SessionName::new(name).ok());
+        let (Some(name), Ok(row)) = (name, SessionRow::decode(&row.into())) else { continue };
+        by_segment.extend(row.segments.iter().map(|segment| (segment.id, name.clone())));
+        by_incarnation.insert(row.incarnation, name.clone());
+        if let Ok((tail, _)) = reader.end(&row) {
+            ends.insert(name, tail);
+        }
+    }
+    let mut lost = BTreeMap::new();
+    for Found { segment, first, chunk } in found {
+        let name = by_segment.get(&segment).cloned().or_else(|| name_of(&chunk?, &by_incarnation));
+        if let Some(name) = name {
+            // What was damaged beyond recognition lies between what is there before and what is found behind.
+            let from = ends.get(&name).copied().unwrap_or(first).min(first);
+            lost.entry(name).and_modify(|seq: &mut u64| *seq = from.min(*seq)).or_insert(from);
+        }
+    }
+    Ok(lost)
+}
+
+/// The session of a chunk in a segment that is not known before the damage.
+fn name_of(chunk: &Chunk, known: &HashMap<Incarnation, SessionName>) -> Option<SessionName> {
+    let header = chunk.header();
+    known.get(&header.incarnation).cloned().or_else(|| {
+        header.controls.iter().find_map(|control| match control {
+            Control::Created { name, .. } => Some(name.clone()),
+            _ => None,
+        })
+    })
+}
+
+/// Journals by number.
+fn journals(dir: &Path) -> io::Result<Vec<(u64, std::path::PathBuf)>> {
+    let mut journals = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let number = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok());
+        if let (Some(number), Some("jnl")) = (number, path.extension().and_then(|extension| extension.to_str())) {
+            journals.push((number, path));
+        }
+    }
+    journals.sort();
+    Ok(journals)
+}
+
+/// Length of an item's head and of a chunk's key (see `check`).
+const HEAD: usize = 21;
+const KEY: usize = 24;
+
+/// Finds the items of keyspace `log` in bytes of which nothing else is believed.
+fn scan(bytes: &Bytes, log: u64, found: &mut Vec<Found>) {
+    let mut at = 0;
+    while let Some(item) = bytes.get(at..) {
+        let Some((segment, first, len)) = item_head(item, log) else {
+            match item.iter().skip(1).position(|byte| *byte == 2) {
+                Some(next) => at += 1 + next,
+                None => return,
+            }
+            continue;
+        };
+        let value = bytes.slice(at + HEAD + KEY..at + HEAD + KEY + len);
+        let chunk = Chunk::decode(value).ok();
+        // A damaged one may have a damaged length: what is inside it is looked at too.
+        at += if chunk.is_some() { HEAD + KEY + len } else { 1 };
+        found.push(Found { segment, first, chunk });
+    }
+}
+
+/// Segment, first seq and length of the chunk that `item` puts, if it is such an item.
+fn item_head(item: &[u8], log: u64) -> Option<(u64, u64, usize)> {
+    let head = item.get(..HEAD)?;
+    let keyspace = u64::from_le_bytes(head[3..11].try_into().ok()?);
+    let key_len = usize::from(u16::from_le_bytes(head[11..13].try_into().ok()?));
+    let value_len = u32::from_le_bytes(head[13..17].try_into().ok()?);
+    let disk_len = u32::from_le_bytes(head[17..21].try_into().ok()?);
+    let plain = head[..3] == [2, 0, 0] && value_len == disk_len;
+    if !plain || keyspace != log || key_len != KEY {
+        return None;
+    }
+    let (segment, first, _) = keys::chunk_parts(item.get(HEAD..HEAD + KEY)?)?;
+    let len = usize::try_from(disk_len).ok()?;
+    item.get(HEAD + KEY..HEAD + KEY + len)?;
+    Some((segment, first, len))
+}
