@@ -422,7 +422,7 @@ fn malformed_frames() -> Vec<Malformed> {
             });
         }
     }
-    let own: [(&str, &str, &[u8], Code); 29] = [
+    let own: [(&str, &str, &[u8], Code); 30] = [
         ("(any)", "the type is not a minimal varint", &[0x40, 0x06, 0x01, 0x07], Code::FRAME_MALFORMED),
         ("(any)", "the length is not a minimal varint", &[0x06, 0x40, 0x01, 0x07], Code::FRAME_MALFORMED),
         ("(any)", "longer than any frame may be", &[0x3e, 0x80, 0x10, 0x00, 0x00], Code::FRAME_TOO_LARGE),
@@ -470,6 +470,12 @@ fn malformed_frames() -> Vec<Malformed> {
                 &[0x01, 0x00, 0x02, 0x00, 0x00, 0x06, 0x03, 0, 0, 0],
             ]
             .concat(),
+            Code::FRAME_MALFORMED,
+        ),
+        (
+            "ATTACH",
+            "an expiry with bytes behind it",
+            &[0x10, 0x07, 0x01, 0x01, b'a', 0x04, 0x02, 0x05, 0x00],
             Code::FRAME_MALFORMED,
         ),
         ("ACK", "of no batch", &[0x1c, 0x03, 0x01, 0x00, 0x00], Code::FRAME_MALFORMED),

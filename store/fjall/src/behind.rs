@@ -17,7 +17,7 @@ use crate::open::Engine;
 use crate::reader::Reader;
 
 /// A chunk that a journal holds behind the damage, or the place of one that is damaged itself.
-struct Found {
+pub(crate) struct Found {
     segment: u64,
     first: u64,
     chunk: Option<Chunk>,
@@ -99,7 +99,7 @@ const HEAD: usize = 21;
 const KEY: usize = 24;
 
 /// Finds the items of keyspace `log` in bytes of which nothing else is believed.
-fn scan(bytes: &Bytes, log: u64, found: &mut Vec<Found>) {
+pub(crate) fn scan(bytes: &Bytes, log: u64, found: &mut Vec<Found>) {
     let mut at = 0;
     while let Some(item) = bytes.get(at..) {
         let Some((segment, first, len)) = item_head(item, log) else {

@@ -9,5 +9,7 @@ pub fn journal(bytes: &[u8]) {
     let mut walk = Walk::new([7; 16], 4);
     let mut found = Journals::default();
     // Damage is an answer like any other.
-    let _ = walk.journal("fuzz.jnl".as_ref(), &Bytes::copy_from_slice(bytes), true, &mut found);
+    let bytes = Bytes::copy_from_slice(bytes);
+    let _ = walk.journal("fuzz.jnl".as_ref(), &bytes, true, &mut found);
+    crate::behind::scan(&bytes, 1, &mut Vec::new());
 }
