@@ -109,7 +109,14 @@ fn judge(dir: &Path, stored: &Stored, what: &str) -> Verdict {
     });
     match report {
         Ok(report) if report.problems.is_empty() => {}
-        Ok(_) => return Verdict::Reported,
+        Ok(_) => {
+            // The start reports it as damage too, or serves nothing that is wrong.
+            match FjallStore::open(dir, Config::default()) {
+                Ok(_) | Err(OpenError::Damaged(_) | OpenError::Version(_)) => {}
+                Err(error) => panic!("{what}: verify reports damage, the start something else: {error}"),
+            }
+            return Verdict::Reported;
+        }
         Err(OpenError::Version(_)) => return Verdict::Reported,
         Err(error) => panic!("{what}: verify cannot look: {error}"),
     }

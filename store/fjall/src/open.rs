@@ -292,7 +292,18 @@ fn options(name: &str, config: &Config) -> KeyspaceCreateOptions {
 pub(crate) fn open_database(log: &Path, config: &Config, id: StoreId) -> Result<Engine, OpenError> {
     let opened = catch_unwind(AssertUnwindSafe(|| -> Result<Engine, OpenError> {
         let db = builder(log, config).open().map_err(|error| match error {
-            fjall::Error::Io(error) => OpenError::Io(log.to_owned(), error),
+            // Files that are not there, or there and not expected, are not the disk's doing.
+            fjall::Error::Io(error)
+                if !matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound
+                        | io::ErrorKind::AlreadyExists
+                        | io::ErrorKind::UnexpectedEof
+                        | io::ErrorKind::InvalidData
+                ) =>
+            {
+                OpenError::Io(log.to_owned(), error)
+            }
             fjall::Error::Locked => OpenError::Locked(log.to_owned()),
             error => OpenError::Damaged(format!("the database does not open: {error}")),
         })?;
