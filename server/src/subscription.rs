@@ -96,7 +96,7 @@ async fn run<S: SendStream>(
     mut send: S,
 ) {
     let stopped = send.stopped();
-    let mut out = Sender { send: &mut send, credit: &credit, inside: false };
+    let mut out = Sender::new(&mut send, &credit);
     let id = request.id;
     let mut extent = session.extent.subscribe();
     let end = tokio::select! {
@@ -126,7 +126,7 @@ async fn run<S: SendStream>(
                 value: refusal.value,
                 message: Message::new(refusal.detail),
             });
-            let mut out = Sender { send: &mut send, credit: &credit, inside: false };
+            let mut out = Sender::new(&mut send, &credit);
             let mut pieces = vec![error.to_bytes()];
             match tokio::time::timeout(LAST_WORDS, out.write(&mut pieces)).await {
                 Ok(Ok(())) => send.finish(),
@@ -256,7 +256,11 @@ struct Sender<'a, S> {
     inside: bool,
 }
 
-impl<S: SendStream> Sender<'_, S> {
+impl<'a, S: SendStream> Sender<'a, S> {
+    fn new(send: &'a mut S, credit: &'a SubscriptionCredit) -> Self {
+        Self { send, credit, inside: false }
+    }
+
     /// Waits until something may be sent, and says how much.
     async fn available(&self) -> u64 {
         loop {

@@ -137,7 +137,6 @@ pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure>
     let mut connection = client.connection();
     // A server that is dead is quiet too: at the end of the idle time it has to answer.
     let mut probe = None;
-    let mut seen = 0;
     if args.max == Some(0) {
         return Ok(());
     }
@@ -157,7 +156,7 @@ pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure>
                 }
             } => {
                 probe = None;
-                if attached?.info().tail <= seen {
+                if attached?.info().tail <= printer.next() {
                     break;
                 }
                 idle_since = Some(Instant::now());
@@ -181,12 +180,10 @@ pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure>
                     "incarnation": incarnation.to_string(),
                 });
                 output.json_only(&event)?;
-                seen = next;
                 printer.started(&args.session, incarnation, next)?;
             }
             Event::Records(batch) => {
                 let more = printer.batch(&batch)?;
-                seen = seen.max(batch.next());
                 idle_since = (idle_since.is_some() || probe.take().is_some()).then(Instant::now);
                 if !more {
                     break;
@@ -194,7 +191,6 @@ pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure>
             }
             Event::CaughtUp { tail } => {
                 output.json_only(&json!({"event": "caught_up", "tail": tail}))?;
-                seen = seen.max(tail);
                 idle_since = Some(Instant::now());
             }
             Event::Gap { from, to, reason } => {
@@ -203,7 +199,6 @@ pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure>
                 if !output.is_json() {
                     eprintln!("mainstay: records {from}..{to} are gone: {reason}");
                 }
-                seen = to;
                 printer.advance(to)?;
             }
             Event::Resumed { verdict, next } => {
@@ -266,6 +261,11 @@ impl Printer {
         });
         known.next = next;
         self.save()
+    }
+
+    /// Everything below it was seen.
+    fn next(&self) -> u64 {
+        self.cursor.as_ref().map_or(0, |cursor| cursor.next)
     }
 
     /// Prints a batch. False once enough rows were printed.

@@ -57,6 +57,15 @@ struct Slot {
     opening: u64,
 }
 
+impl Slot {
+    /// The seqs of a durable batch, if they are still known.
+    fn stored(&self, sequence: u64) -> Option<Acked> {
+        let back = self.durable.next.checked_sub(sequence)?;
+        let at = (self.window.len() as u64).checked_sub(back)?;
+        self.window.get(at as usize).copied()
+    }
+}
+
 /// What a batch is to its producer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admission {
@@ -141,7 +150,7 @@ impl Producers {
             Ordering::Equal if handle.opening < slot.opening => return Admission::Refused(Code::FENCED, epoch),
             Ordering::Equal => {}
         }
-        match self.lookup(&slot.key, sequence) {
+        match slot.stored(sequence) {
             Some(acked) => Admission::Stored(acked),
             None if (slot.durable.next..slot.staged_next).contains(&sequence) => Admission::InFlight,
             None => Admission::New,
@@ -267,10 +276,7 @@ impl Producers {
 
     /// The seqs of a durable batch, if they are still known.
     pub(super) fn lookup(&self, key: &ProducerKey, sequence: u64) -> Option<Acked> {
-        let slot = &self.slots[*self.by_key.get(key)?];
-        let back = slot.durable.next.checked_sub(sequence)?;
-        let at = (slot.window.len() as u64).checked_sub(back)?;
-        slot.window.get(at as usize).copied()
+        self.slots[*self.by_key.get(key)?].stored(sequence)
     }
 
     /// Writes the durable positions, least recently used first.

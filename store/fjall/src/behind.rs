@@ -5,13 +5,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, OpenOptions};
-use std::io;
 use std::path::Path;
 
 use bytes::Bytes;
 use mainstay_protocol::session::{Chunk, Control, Incarnation, SessionName};
 
-use crate::check::Hole;
+use crate::check::{self, CheckError, Hole};
 use crate::keys::{self, SessionRow};
 use crate::open::Engine;
 use crate::reader::Reader;
@@ -24,8 +23,8 @@ pub(crate) struct Found {
 }
 
 /// Cuts the journals in `dir`, a copy, at the damage, so that what is before it can be opened.
-pub(crate) fn cut(dir: &Path, hole: &Hole) -> io::Result<()> {
-    for (number, path) in journals(dir)? {
+pub(crate) fn cut(dir: &Path, hole: &Hole) -> Result<(), CheckError> {
+    for (number, path) in check::journals(dir)? {
         if number == hole.journal {
             OpenOptions::new().write(true).open(&path)?.set_len(hole.position)?;
         } else if number > hole.journal {
@@ -36,9 +35,14 @@ pub(crate) fn cut(dir: &Path, hole: &Hole) -> io::Result<()> {
 }
 
 /// Sessions with chunks behind the damage in `dir`, and the first seq of each that is gone. `before` holds what is before it.
-pub(crate) fn lost(dir: &Path, hole: &Hole, log: u64, before: &Engine) -> io::Result<BTreeMap<SessionName, u64>> {
+pub(crate) fn lost(
+    dir: &Path,
+    hole: &Hole,
+    log: u64,
+    before: &Engine,
+) -> Result<BTreeMap<SessionName, u64>, CheckError> {
     let mut found = Vec::new();
-    for (number, path) in journals(dir)? {
+    for (number, path) in check::journals(dir)? {
         if number >= hole.journal {
             let bytes = Bytes::from(fs::read(path)?);
             let start = if number == hole.journal { usize::try_from(hole.position).unwrap_or(usize::MAX) } else { 0 };
@@ -78,20 +82,6 @@ fn name_of(chunk: &Chunk, known: &HashMap<Incarnation, SessionName>) -> Option<S
             _ => None,
         })
     })
-}
-
-/// Journals by number.
-fn journals(dir: &Path) -> io::Result<Vec<(u64, std::path::PathBuf)>> {
-    let mut journals = Vec::new();
-    for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
-        let number = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok());
-        if let (Some(number), Some("jnl")) = (number, path.extension().and_then(|extension| extension.to_str())) {
-            journals.push((number, path));
-        }
-    }
-    journals.sort();
-    Ok(journals)
 }
 
 /// Length of an item's head and of a chunk's key (see `check`).

@@ -23,6 +23,7 @@ use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::keys::WITNESS;
+use crate::open::OpenError;
 use crate::witness::{StoreId, Witness};
 
 const TRAILER: &[u8] = b"FJL\x03";
@@ -34,8 +35,16 @@ const MAX_SEQNO_STEP: u64 = 1 << 32;
 pub(crate) struct Journals {
     /// The last commit whose batch is whole.
     pub(crate) last: Option<Witness>,
-    /// The torn tail of the last journal: its path, where the valid part ends, and how many bytes follow.
-    pub(crate) torn: Option<(PathBuf, u64, u64)>,
+    /// The torn tail of the last journal.
+    pub(crate) torn: Option<Torn>,
+}
+
+/// Bytes at the end of the last journal that are no whole batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Torn {
+    pub(crate) path: PathBuf,
+    pub(crate) at: Hole,
+    pub(crate) len: u64,
 }
 
 /// Where a journal stops making sense.
@@ -56,31 +65,54 @@ pub(crate) enum CheckError {
     Io(io::Error),
 }
 
+impl CheckError {
+    /// The place in a journal that is damaged.
+    pub(crate) fn hole(&self) -> Option<Hole> {
+        match self {
+            Self::Damaged(_, hole) => *hole,
+            Self::Io(_) => None,
+        }
+    }
+
+    /// What it means to whoever opens the store with the journals in `log`.
+    pub(crate) fn at(self, log: &Path) -> OpenError {
+        match self {
+            Self::Damaged(what, _) => OpenError::Damaged(what),
+            Self::Io(error) => OpenError::Io(log.to_owned(), error),
+        }
+    }
+}
+
 impl From<io::Error> for CheckError {
     fn from(error: io::Error) -> Self {
         Self::Io(error)
     }
 }
 
-/// Reads every journal in `dir` of the store `id`, whose `meta` keyspace has the number `meta`. Changes nothing.
-pub(crate) fn check(dir: &Path, id: &StoreId, meta: u64) -> Result<Journals, CheckError> {
-    let mut paths = Vec::new();
+/// The journals in `dir` by number. Errors: one has no number, or the disk failed.
+pub(crate) fn journals(dir: &Path) -> Result<Vec<(u64, PathBuf)>, CheckError> {
+    let mut journals = Vec::new();
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("jnl")) {
             let number = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<u64>().ok());
-            let named =
-                number.ok_or_else(|| CheckError::Damaged(format!("{} is no journal's name", path.display()), None))?;
-            paths.push((named, path));
+            let unnamed = || CheckError::Damaged(format!("{} is no journal's name", path.display()), None);
+            journals.push((number.ok_or_else(unnamed)?, path));
         }
     }
-    paths.sort();
+    journals.sort();
+    Ok(journals)
+}
+
+/// Reads every journal in `dir` of the store `id`, whose `meta` keyspace has the number `meta`. Changes nothing.
+pub(crate) fn check(dir: &Path, id: &StoreId, meta: u64) -> Result<Journals, CheckError> {
+    let journals = journals(dir)?;
     let mut found = Journals::default();
     let mut walk = Walk::new(*id, meta);
-    let last = paths.len().saturating_sub(1);
-    for (at, (_, path)) in paths.into_iter().enumerate() {
+    let last = journals.len().saturating_sub(1);
+    for (at, (number, path)) in journals.into_iter().enumerate() {
         let bytes = Bytes::from(fs::read(&path)?);
-        walk.journal(&path, &bytes, at == last, &mut found)?;
+        walk.journal(number, &path, &bytes, at == last, &mut found)?;
     }
     Ok(found)
 }
@@ -100,15 +132,15 @@ impl Walk {
     /// Reads the next journal; only the `last` one may end in a torn batch.
     pub(crate) fn journal(
         &mut self,
+        number: u64,
         path: &Path,
         bytes: &Bytes,
         last: bool,
         found: &mut Journals,
     ) -> Result<(), CheckError> {
         let damaged = |position: usize, what: &str| {
-            let journal = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok());
-            let hole = journal.map(|journal| Hole { journal, position: position as u64 });
-            CheckError::Damaged(format!("journal {} at byte {position}: {what}", path.display()), hole)
+            let hole = Hole { journal: number, position: position as u64 };
+            CheckError::Damaged(format!("journal {} at byte {position}: {what}", path.display()), Some(hole))
         };
         let mut position = 0;
         while let Some(batch) = Batch::parse(&bytes[position..], &self.id, self.meta) {
@@ -140,14 +172,15 @@ impl Walk {
         if !last {
             return Err(damaged(position, "undecodable, and a later journal follows it"));
         }
-        found.torn = Some((path.to_owned(), position as u64, end as u64));
+        let at = Hole { journal: number, position: position as u64 };
+        found.torn = Some(Torn { path: path.to_owned(), at, len: end as u64 });
         Ok(())
     }
 }
 
 /// Cuts a torn tail off its journal, after keeping a copy of it in `keep`. fjall would cut it too, or refuse to open.
-pub(crate) fn cut(torn: &(PathBuf, u64, u64), keep: &Path) -> io::Result<()> {
-    let (path, position, len) = torn;
+pub(crate) fn cut(torn: &Torn, keep: &Path) -> io::Result<()> {
+    let Torn { path, at: Hole { position, .. }, len } = torn;
     let bytes = fs::read(path)?;
     let start = usize::try_from(*position).unwrap_or(usize::MAX);
     let end = start.saturating_add(usize::try_from(*len).unwrap_or(usize::MAX)).min(bytes.len());

@@ -10,6 +10,6 @@ pub fn journal(bytes: &[u8]) {
     let mut found = Journals::default();
     // Damage is an answer like any other.
     let bytes = Bytes::copy_from_slice(bytes);
-    let _ = walk.journal("fuzz.jnl".as_ref(), &bytes, true, &mut found);
+    let _ = walk.journal(0, "fuzz.jnl".as_ref(), &bytes, true, &mut found);
     crate::behind::scan(&bytes, 1, &mut Vec::new());
 }

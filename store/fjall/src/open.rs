@@ -11,7 +11,7 @@ use fjall::config::{BlockSizePolicy, CompressionPolicy};
 use fjall::{CompressionType, Database, Keyspace, KeyspaceCreateOptions, PersistMode};
 use rand::RngCore;
 
-use crate::check::{self, CheckError};
+use crate::check;
 use crate::keys::{KEYSPACES, WITNESS};
 use crate::witness::{StoreId, Witness, WitnessFile};
 
@@ -209,10 +209,7 @@ pub(crate) fn open(layout: &Layout, config: &Config) -> Result<(Engine, WitnessF
 /// Checks the journals against the witness, cuts off a torn tail, opens fjall and checks that it came back whole.
 pub(crate) fn open_checked(layout: &Layout, config: &Config, format: &Format, seen: u64) -> Result<Engine, OpenError> {
     let log = layout.log();
-    let journals = check::check(&log, &format.id, format.keyspaces[3]).map_err(|error| match error {
-        CheckError::Damaged(what, _) => OpenError::Damaged(what),
-        CheckError::Io(error) => OpenError::Io(log.clone(), error),
-    })?;
+    let journals = check::check(&log, &format.id, format.keyspaces[3]).map_err(|error| error.at(&log))?;
     if let Some(last) = journals.last
         && last.commits < seen
     {
@@ -223,7 +220,7 @@ pub(crate) fn open_checked(layout: &Layout, config: &Config, format: &Format, se
     }
     check_keyspaces(&log, format)?;
     if let Some(torn) = &journals.torn {
-        tracing::warn!(journal = %torn.0.display(), at = torn.1, bytes = torn.2, "cutting off a torn, unacknowledged tail");
+        tracing::warn!(journal = %torn.path.display(), at = torn.at.position, bytes = torn.len, "cutting off a torn, unacknowledged tail");
         check::cut(torn, &layout.dir).map_err(io_at(&log))?;
     }
     let engine = open_database(&log, config, format.id)?;

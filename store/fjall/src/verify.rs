@@ -98,11 +98,11 @@ fn name_what_is_gone(layout: &Layout, hole: &Hole, report: &mut Report) {
     let lost = || -> Result<_, OpenError> {
         let format = Format::read(layout)?;
         let copy = Copy::of(layout)?;
-        let io = |error| OpenError::Io(layout.log(), error);
-        behind::cut(&copy.layout.log(), hole).map_err(io)?;
+        let at = |error: CheckError| error.at(&layout.log());
+        behind::cut(&copy.layout.log(), hole).map_err(at)?;
         open::check_keyspaces(&copy.layout.log(), &format)?;
         let before = open::open_database(&copy.layout.log(), &Config::default(), format.id)?;
-        behind::lost(&layout.log(), hole, format.keyspaces[0], &before).map_err(io)
+        behind::lost(&layout.log(), hole, format.keyspaces[0], &before).map_err(at)
     };
     match lost() {
         Ok(lost) => {
@@ -127,19 +127,15 @@ fn check_and_open(layout: &Layout, report: &mut Report, hole: &mut Option<Hole>)
     let (_, seen) = WitnessFile::open(&layout.witness(), format.id, false)
         .map_err(|error| OpenError::Io(layout.witness(), error))?;
     let seen = seen.ok_or_else(|| OpenError::Damaged("no slot of the witness file is valid".into()))?;
-    let journals = check::check(&layout.log(), &format.id, format.keyspaces[3]).map_err(|error| match error {
-        CheckError::Damaged(what, at) => {
-            *hole = at;
-            OpenError::Damaged(what)
-        }
-        CheckError::Io(error) => OpenError::Io(layout.log(), error),
+    let journals = check::check(&layout.log(), &format.id, format.keyspaces[3]).map_err(|error| {
+        *hole = error.hole();
+        error.at(&layout.log())
     })?;
-    if let Some((path, position, len)) = &journals.torn {
-        report.torn = *len;
+    if let Some(torn) = &journals.torn {
+        report.torn = torn.len;
         // Not a tail that a crash tore, if it was acknowledged.
         let acknowledged = journals.last.is_none_or(|last| last.commits < seen);
-        let number = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok());
-        *hole = number.filter(|_| acknowledged).map(|journal| Hole { journal, position: *position });
+        *hole = acknowledged.then_some(torn.at);
     }
     let copy = Copy::of(layout)?;
     // The copy is readable and nobody else has it: what keeps it from opening is damage.
