@@ -13,6 +13,9 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 
+use crate::proxy::{Faults, Proxy};
+use crate::random;
+
 static BINARY: OnceLock<PathBuf> = OnceLock::new();
 
 /// Makes `path` the `mainstay` binary of this process; the first call counts.
@@ -41,6 +44,10 @@ pub fn binary() -> PathBuf {
     path
 }
 
+/// The environment variable that puts a network before every server of a test: `mobile` is 60 ms, 2 % loss, reordering and
+/// duplication.
+pub const NETWORK: &str = "MAINSTAY_NETWORK";
+
 /// Nothing in a test takes longer than this.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -51,6 +58,8 @@ pub struct Server {
     _temp: Option<TempDir>,
     addr: SocketAddr,
     child: Option<Child>,
+    /// What clients reach it through, if not directly.
+    network: Option<Proxy>,
     /// What it says after it listens.
     said: Option<mpsc::Receiver<Value>>,
     extra: Vec<String>,
@@ -68,7 +77,8 @@ impl Server {
     pub async fn start_in(dir: &Path, extra: &[&str]) -> Self {
         let extra = extra.iter().map(|text| (*text).to_owned()).collect();
         let any = ([127, 0, 0, 1], 0).into();
-        let mut this = Self { dir: dir.to_owned(), _temp: None, addr: any, child: None, said: None, extra };
+        let mut this =
+            Self { dir: dir.to_owned(), _temp: None, addr: any, child: None, network: None, said: None, extra };
         this.restart().await;
         this
     }
@@ -83,9 +93,9 @@ impl Server {
         &self.dir
     }
 
-    /// Its connection file.
+    /// The connection file of clients: its own, or that of the bad network before it (see [`NETWORK`]).
     pub fn connect_file(&self) -> PathBuf {
-        self.dir.join("connect.json")
+        self.dir.join(if self.network.is_some() { "through-network.json" } else { "connect.json" })
     }
 
     /// Its process id.
@@ -103,9 +113,22 @@ impl Server {
     /// Starts it again on the same data and address, if it does not run.
     pub async fn restart(&mut self) {
         match self.try_restart().await {
-            Ok(()) => {}
+            Ok(()) => self.join_network().await,
             Err((code, said)) => panic!("the server did not start, exit code {code:?}: {said}"),
         }
+    }
+
+    /// Puts the bad network before it, once, if the environment asks for it.
+    async fn join_network(&mut self) {
+        if self.network.is_some() || std::env::var_os(NETWORK).is_none_or(|network| network != "mobile") {
+            return;
+        }
+        let seed = random::seed();
+        println!("the network before the server: {NETWORK}=mobile MAINSTAY_SEED={seed}");
+        let listen = ([127, 0, 0, 1], 0).into();
+        let proxy = Proxy::start(listen, self.addr, Faults::mobile(), seed).await.expect("a proxy");
+        self.connect_file_at(proxy.addr(), "through-network.json");
+        self.network = Some(proxy);
     }
 
     /// As [`Server::restart`]; tells the exit code and output of a server that refuses to start.
@@ -192,7 +215,7 @@ impl Server {
 
     /// A connection file for clients that reach the server at `addr`.
     pub fn connect_file_at(&self, addr: SocketAddr, name: &str) -> PathBuf {
-        let text = std::fs::read_to_string(self.connect_file()).expect("a connection file");
+        let text = std::fs::read_to_string(self.dir.join("connect.json")).expect("a connection file");
         let mut file: Value = serde_json::from_str(&text).expect("JSON");
         file["addr"] = addr.to_string().into();
         let path = self.dir.join(name);

@@ -52,8 +52,11 @@ async fn a_file_written_by_a_follower_that_is_killed_at_random_has_no_hole_and_n
     let args = ["tail", "s1", "--cursor-file", text(&cursor), "--output", text(&file), "--json"];
     let mut partly = 0;
     for round in 0..ROUNDS {
-        let mut follower = server.command(&args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("tail");
-        tokio::time::sleep(Duration::from_millis(20 + random.below(120))).await;
+        let mut follower = server.command(&args).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("tail");
+        // Rows go to the file; that it is attached comes here.
+        let mut said = BufReader::new(follower.stdout.take().expect("output")).lines();
+        timeout(PATIENCE, said.next_line()).await.expect("in time").expect("output").expect("attached");
+        tokio::time::sleep(Duration::from_millis(random.below(120))).await;
         if round == ROUNDS / 2 {
             server.kill().await;
             server.restart().await;
@@ -64,13 +67,8 @@ async fn a_file_written_by_a_follower_that_is_killed_at_random_has_no_hole_and_n
     }
     assert!(partly >= 3, "the kills fell before or behind everything");
     timeout(PATIENCE, appending).await.expect("in time").expect("append");
-    let mut follower = server.command(&args).stdout(Stdio::null()).spawn().expect("tail");
-    let deadline = Instant::now() + PATIENCE;
-    while std::fs::read_to_string(&file).map_or(0, |text| text.lines().count()) < COUNT as usize {
-        assert!(Instant::now() < deadline, "the file does not fill");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    follower.kill().await.expect("kill");
+    let last = [&args[..], &["--until-idle", "500"]].concat();
+    assert!(run(server.command(&last)).await.status.success());
     assert_exact(&rows(&std::fs::read_to_string(&file).expect("the file")), COUNT);
 }
 
