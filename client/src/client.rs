@@ -141,7 +141,7 @@ async fn list<C: Connection>(
     send.finish();
     Some(match FrameReader::new(recv, MAX_FRAME).next().await.ok()?? {
         Frame::Listed(listed) => Ok((listed.sessions, listed.next)),
-        Frame::Error(error) => Err(ClientError::refused(error.code, error.message.as_str())),
+        Frame::Error(error) => Err(ClientError::refused(error.code, error.detail.as_str())),
         _ => Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not an answer to LIST").into()),
     })
 }

@@ -483,10 +483,10 @@ impl<C: Connection> Driver<C> {
                         Over::Again
                     }
                     code if code.is_retryable() && self.may_attach_again() => {
-                        tracing::warn!(%code, message = %error.message, "attaching again");
+                        tracing::warn!(%code, detail = %error.detail, "attaching again");
                         Over::Again
                     }
-                    code => Over::Failed(ClientError::refused(code, error.message.as_str())),
+                    code => Over::Failed(ClientError::refused(code, error.detail.as_str())),
                 });
             }
             _ if !attached => {}
@@ -552,14 +552,14 @@ impl<C: Connection> Driver<C> {
 
     /// An error about one request.
     fn error(&mut self, error: &mainstay_protocol::wire::Error, link: &Link<C>, outbox: &Outbox) -> Result<(), Over> {
-        let failure = ClientError::refused(error.code, error.message.as_str());
+        let failure = ClientError::refused(error.code, error.detail.as_str());
         match error.about {
             OpenProducer::KIND => {
                 if let Some(at) = self.producers.iter().position(|entry| entry.id == Some(error.id)) {
                     // An epoch that is not known any more never is again.
                     let passes = error.code.is_retryable() && error.code != Code::PRODUCER_UNKNOWN;
                     if passes && self.producers[at].shared.reopen(&failure) {
-                        tracing::warn!(code = %error.code, message = %error.message, "opening the producer again");
+                        tracing::warn!(code = %error.code, detail = %error.detail, "opening the producer again");
                         (self.producers[at].id, self.producers[at].again) = (None, Some(Instant::now() + REOPEN_PAUSE));
                         return Ok(());
                     }
@@ -578,13 +578,13 @@ impl<C: Connection> Driver<C> {
             Subscribe::KIND => {
                 if let Some(entry) = self.subscriptions.values_mut().find(|entry| entry.id == Some(error.id)) {
                     entry.id = None;
-                    link.refuse(error.id, error.code, error.message.as_str());
+                    link.refuse(error.id, error.code, error.detail.as_str());
                 }
             }
             about if self.asked && self.asks.front().is_some_and(|ask| ask.kind() == about) => {
                 self.answered(Err(failure), outbox);
             }
-            about => tracing::warn!(about, code = %error.code, message = %error.message, "error about nothing asked"),
+            about => tracing::warn!(about, code = %error.code, detail = %error.detail, "error about nothing asked"),
         }
         Ok(())
     }

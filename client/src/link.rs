@@ -179,8 +179,8 @@ impl<C: Connection> Link<C> {
                 }
                 Frame::Authenticated(auth) => tracing::debug!(subject = %auth.subject, "authenticated"),
                 // Requests that need what the token did not give fail on their own.
-                Frame::Error(error) => tracing::warn!(code = %error.code, message = %error.message, "token refused"),
-                Frame::GoAway(goaway) => tracing::info!(message = %goaway.message, "the server is going away"),
+                Frame::Error(error) => tracing::warn!(code = %error.code, detail = %error.detail, "token refused"),
+                Frame::GoAway(goaway) => tracing::info!(detail = %goaway.detail, "the server is going away"),
                 Frame::Pong(_) => {}
                 _ => return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of the control stream").into()),
             }
@@ -201,7 +201,7 @@ impl<C: Connection> Link<C> {
             }
             // It could not even begin.
             Ok(Some(Frame::Error(error))) if error.about == Subscribe::KIND => {
-                self.refuse(error.id, error.code, error.message.as_str());
+                self.refuse(error.id, error.code, error.detail.as_str());
             }
             Ok(_) => frames.stop(Code::FRAME_UNEXPECTED.0),
             Err(FrameError::Violation(error)) => frames.stop(error.code.0),

@@ -262,7 +262,7 @@ impl Shared {
         if state.link != Some(link) {
             return;
         }
-        let error = ClientError::refused(refused.code, refused.message.as_str());
+        let error = ClientError::refused(refused.code, refused.detail.as_str());
         let Some(flight) = state.flight.iter_mut().find(|flight| flight.sequence == refused.sequence && flight.sent)
         else {
             return;

@@ -358,7 +358,7 @@ impl<C: Connection> Reader<C> {
                         return Ok(match code {
                             Code::SESSION_GONE => Over::Failed(ClientError::Gone),
                             code if code.is_retryable() => Over::Again { patience: true },
-                            code => Over::Failed(ClientError::refused(code, error.message.as_str())),
+                            code => Over::Failed(ClientError::refused(code, error.detail.as_str())),
                         });
                     }
                     _ => {

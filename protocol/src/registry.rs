@@ -34,7 +34,7 @@ pub const MAX_FRAME: usize = 576 * 1024;
 /// Longest frame body in bytes before authentication (spec WIRE-5).
 pub const MAX_FRAME_UNAUTHENTICATED: usize = 4096;
 /// Longest human-readable message in a frame, in bytes of UTF-8 (spec ERR-4).
-pub const MAX_MESSAGE: usize = 512;
+pub const MAX_DETAIL: usize = 512;
 /// Batches of one producer that may be unacknowledged, and for which original seqs are kept (spec PROD-6).
 pub const PRODUCER_WINDOW: usize = 256;
 /// Streams of one session (spec SESS-6).

@@ -132,7 +132,7 @@ fn limits_and_versions_are_those_of_the_registry() {
         ("max_batch_bytes", numbers::MAX_BATCH_BYTES),
         ("max_frame", numbers::MAX_FRAME),
         ("max_frame_unauthenticated", numbers::MAX_FRAME_UNAUTHENTICATED),
-        ("max_message", numbers::MAX_MESSAGE),
+        ("max_detail", numbers::MAX_DETAIL),
         ("producer_window", numbers::PRODUCER_WINDOW),
         ("max_streams", numbers::MAX_STREAMS),
         ("max_producers", numbers::MAX_PRODUCERS),

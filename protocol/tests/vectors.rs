@@ -99,7 +99,7 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
         ("AUTHENTICATED", "", Authenticated { subject: author("alice", 0).subject, expires: 1_900_000_000 }.into()),
         ("PING", "", Ping { nonce: 7 }.into()),
         ("PONG", "the largest varint", Pong { nonce: MAX_VARINT }.into()),
-        ("GOAWAY", "", GoAway { deadline: 5000, spread: 1000, message: Message::new("the server stops") }.into()),
+        ("GOAWAY", "", GoAway { deadline: 5000, spread: 1000, detail: Detail::new("the server stops") }.into()),
         ("CREDIT", "", Credit { id: 4, consumed: 131_072 }.into()),
         (
             "ERROR",
@@ -109,14 +109,14 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
                 id: 0,
                 code: Code::SESSION_NOT_FOUND,
                 value: 0,
-                message: Message::new("no session has this name"),
+                detail: Detail::new("no session has this name"),
             }
             .into(),
         ),
         (
             "ERROR",
             "a code that the receiver does not know",
-            Error { about: 0x22, id: 9, code: Code(0x3001), value: 5, message: Message::default() }.into(),
+            Error { about: 0x22, id: 9, code: Code(0x3001), value: 5, detail: Detail::default() }.into(),
         ),
         (
             "ATTACH",
@@ -199,7 +199,7 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
                 sequence: 9,
                 code: Code::SEQ_GAP,
                 value: 7,
-                message: Message::new("the batch is ahead of the producer's next sequence"),
+                detail: Detail::new("the batch is ahead of the producer's next sequence"),
             }
             .into(),
         ),

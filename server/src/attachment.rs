@@ -6,7 +6,7 @@ use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::FOLD_VERSION;
 use mainstay_protocol::session::{Author, Operation, Refusal, Verdict};
 use mainstay_protocol::wire::{
-    Attach, AttachMode, Attached, Body, CloseSession, DefineStream, DeleteSession, Error, Frame, Message, OpenProducer,
+    Attach, AttachMode, Attached, Body, CloseSession, DefineStream, DeleteSession, Detail, Error, Frame, OpenProducer,
     Subscribe, Trim,
 };
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream, SendStream, priority};
@@ -57,7 +57,7 @@ impl Attachment {
             id,
             code: refusal.code,
             value: refusal.value,
-            message: Message::new(refusal.detail),
+            detail: Detail::new(refusal.detail),
         });
     }
 }
@@ -138,7 +138,7 @@ async fn refuse_attach<R: RecvStream>(
         id: 0,
         code: refusal.code,
         value: refusal.value,
-        message: Message::new(refusal.detail),
+        detail: Detail::new(refusal.detail),
     });
     outbox.close();
     outbox.write_to(send).await;

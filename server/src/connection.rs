@@ -11,7 +11,7 @@ use mainstay_protocol::registry::{
     PRODUCER_WINDOW,
 };
 use mainstay_protocol::session::{Author, CreditSent, Grants, Instance, Operation, Refusal, SessionName};
-use mainstay_protocol::wire::{Authenticated, Body, Error, Frame, Hello, Message, Pong, Produce, Token, put_grease};
+use mainstay_protocol::wire::{Authenticated, Body, Detail, Error, Frame, Hello, Pong, Produce, Token, put_grease};
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream, SendStream, priority};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
@@ -178,7 +178,7 @@ impl Conn {
                     id: 0,
                     code: error.code,
                     value: 0,
-                    message: Message::new(error.detail),
+                    detail: Detail::new(error.detail),
                 });
             }
         }
@@ -491,8 +491,8 @@ async fn bidirectional<C: Connection>(transport: C, conn: Arc<Conn>, mut send: C
         Err(FrameError::Lost(_)) => return,
     };
     tracing::debug!(conn = conn.id, %error, "stream refused");
-    let message = Message::new(error.detail);
-    let frame = Frame::from(Error { about: 0, id: 0, code: error.code, value: 0, message });
+    let detail = Detail::new(error.detail);
+    let frame = Frame::from(Error { about: 0, id: 0, code: error.code, value: 0, detail });
     // Told in words where the client still reads, and by the code of the stop in any case.
     if send.write(&mut [frame.to_bytes()]).await.is_ok() {
         send.finish();

@@ -14,7 +14,7 @@ use mainstay_protocol::session::{
     Authority, CheckedBatch, Chunk, Outcome, ProducerKey, Refusal, Reply, State, Step, ViewHash,
 };
 use mainstay_protocol::wire::{
-    Ack, Acked, Body, CloseSession, Closed, DefineStream, DeleteSession, Deleted, Error, Label, Message, OpenProducer,
+    Ack, Acked, Body, CloseSession, Closed, DefineStream, DeleteSession, Deleted, Detail, Error, Label, OpenProducer,
     Position, Producer, Refused, Stream, Subject, Trim, Trimmed, put_frame,
 };
 use mainstay_store::{Committing, Outcome as Committed, Pending, SessionStat, StoreError, Writer};
@@ -423,7 +423,7 @@ impl Owner {
                         id: old.id,
                         code: Code::FENCED,
                         value: epoch,
-                        message: Message::new(if old.epoch < epoch { FENCED } else { DISPLACED }),
+                        detail: Detail::new(if old.epoch < epoch { FENCED } else { DISPLACED }),
                     };
                     old.attachment.outbox.push(error);
                 }
@@ -640,7 +640,7 @@ fn refuse_batch(link: &ProducerLink, sequence: u64, refusal: &Refusal) {
         sequence,
         code: refusal.code,
         value: refusal.value,
-        message: Message::new(refusal.detail),
+        detail: Detail::new(refusal.detail),
     });
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::PRODUCER_WINDOW;
 use mainstay_protocol::session::{CheckedBatch, CreditReceived, Operation, ProducerHandle, Refusal};
-use mainstay_protocol::wire::{Append, Credit, Frame, Message, Refused};
+use mainstay_protocol::wire::{Append, Credit, Detail, Frame, Refused};
 use mainstay_transport::{FrameError, FrameReader, RecvStream};
 
 use crate::attachment::Attachment;
@@ -31,7 +31,7 @@ impl ProducerLink {
             sequence,
             code: refusal.code,
             value: refusal.value,
-            message: Message::new(refusal.detail),
+            detail: Detail::new(refusal.detail),
         });
     }
 }

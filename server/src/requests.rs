@@ -3,7 +3,7 @@
 use mainstay_protocol::error::Code;
 use mainstay_protocol::registry::MAX_LISTED;
 use mainstay_protocol::session::Operation;
-use mainstay_protocol::wire::{Body, Error, Frame, List, Listed, ListedSession, Message};
+use mainstay_protocol::wire::{Body, Detail, Error, Frame, List, Listed, ListedSession};
 use mainstay_transport::SendStream;
 
 use crate::connection::Conn;
@@ -17,7 +17,7 @@ pub(crate) async fn list(conn: &Conn, request: List, send: &mut impl SendStream)
             id: 0,
             code: refusal.code,
             value: refusal.value,
-            message: Message::new(refusal.detail),
+            detail: Detail::new(refusal.detail),
         })
     });
     // A client that left needs no answer.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use mainstay_protocol::error::Code;
-use mainstay_protocol::wire::{Frame, GoAway, Message};
+use mainstay_protocol::wire::{Detail, Frame, GoAway};
 use mainstay_store::Store;
 use mainstay_transport::Listener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
@@ -112,7 +112,7 @@ impl Server {
         }
         listener.refuse_new();
         let frame =
-            GoAway { deadline: GRACE.as_millis() as u64, spread: 1000, message: Message::new("the server stops") };
+            GoAway { deadline: GRACE.as_millis() as u64, spread: 1000, detail: Detail::new("the server stops") };
         self.shared.goaway.send_replace(Some(frame.into()));
         self.commit_all().await;
         listener.close(Code::GOING_AWAY.0, "the server stops").await;

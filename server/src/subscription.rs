@@ -7,7 +7,7 @@ use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::FOLD_VERSION;
 use mainstay_protocol::session::{CreditSent, Feed, Operation, Place, Refusal};
-use mainstay_protocol::wire::{Body, Error, Frame, Message, Snapshot, Start, Subscribe};
+use mainstay_protocol::wire::{Body, Detail, Error, Frame, Snapshot, Start, Subscribe};
 use mainstay_store::ReadFrom;
 use mainstay_transport::{Connection, SendStream, StreamError, priority};
 use tokio::sync::{Notify, SemaphorePermit};
@@ -124,7 +124,7 @@ async fn run<S: SendStream>(
                 id,
                 code: refusal.code,
                 value: refusal.value,
-                message: Message::new(refusal.detail),
+                detail: Detail::new(refusal.detail),
             });
             let mut out = Sender::new(&mut send, &credit);
             let mut pieces = vec![error.to_bytes()];

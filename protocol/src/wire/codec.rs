@@ -4,7 +4,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::varint::{self, Parsed};
 use crate::error::{Code, ProtocolError};
-use crate::registry::{MAX_LABEL, MAX_MESSAGE, MAX_SUBJECT};
+use crate::registry::{MAX_DETAIL, MAX_LABEL, MAX_SUBJECT};
 
 /// A bounded cursor over bytes. Byte strings that it returns share the memory of the input.
 #[derive(Debug, Clone)]
@@ -270,14 +270,14 @@ text_type! {
 /// Human-readable text in a frame, cut to 512 bytes at a character border (spec ERR-4). It is for people and logs;
 /// nothing may depend on its wording.
 #[derive(Clone, Default, PartialEq, Eq)]
-pub struct Message(String);
+pub struct Detail(String);
 
-impl Message {
+impl Detail {
     /// Takes `text`, cut to the limit.
     pub fn new(text: impl Into<String>) -> Self {
         let mut text = text.into();
-        if text.len() > MAX_MESSAGE {
-            let mut end = MAX_MESSAGE;
+        if text.len() > MAX_DETAIL {
+            let mut end = MAX_DETAIL;
             while !text.is_char_boundary(end) {
                 end -= 1;
             }
@@ -296,17 +296,17 @@ impl Message {
     }
 
     pub(crate) fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
-        Ok(Self(r.text(MAX_MESSAGE)?.to_owned()))
+        Ok(Self(r.text(MAX_DETAIL)?.to_owned()))
     }
 }
 
-impl core::fmt::Display for Message {
+impl core::fmt::Display for Detail {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl core::fmt::Debug for Message {
+impl core::fmt::Debug for Detail {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         core::fmt::Debug::fmt(&self.0, f)
     }

@@ -2,12 +2,11 @@
 
 use bytes::Bytes;
 
-use super::codec::{Label, Message, Reader, Subject, Writer};
+use super::codec::{Reader, Writer};
 use super::deframer::RawFrame;
 use super::varint::varint_len;
 use crate::error::{Code, ProtocolError};
 use crate::registry::is_ignorable;
-use crate::session::{Incarnation, Instance, SessionName, Verdict};
 
 /// The body of one frame type: exactly one encoding per value.
 pub trait Body: Sized {
@@ -20,75 +19,6 @@ pub trait Body: Sized {
     /// Reads the whole of `r` as a body. Errors: `FRAME_MALFORMED`, `FRAME_UNKNOWN` for a critical parameter,
     /// `NAME_INVALID` for a bad name.
     fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError>;
-}
-
-/// A field that has one encoding.
-trait Field: Sized {
-    fn put(&self, w: &mut Writer);
-    fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError>;
-}
-
-impl Field for u64 {
-    fn put(&self, w: &mut Writer) {
-        w.varint(*self);
-    }
-    fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
-        r.varint()
-    }
-}
-
-impl Field for bool {
-    fn put(&self, w: &mut Writer) {
-        w.u8(u8::from(*self));
-    }
-    fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
-        match r.u8()? {
-            0 => Ok(false),
-            1 => Ok(true),
-            _ => Err(ProtocolError::malformed("flag is neither 0 nor 1")),
-        }
-    }
-}
-
-impl Field for Bytes {
-    fn put(&self, w: &mut Writer) {
-        w.bytes(self);
-    }
-    fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
-        r.bytes(usize::MAX)
-    }
-}
-
-impl<const N: usize> Field for [u8; N] {
-    fn put(&self, w: &mut Writer) {
-        w.raw(self);
-    }
-    fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
-        r.array()
-    }
-}
-
-macro_rules! text_fields {
-    ($($name:ty),+) => { $(
-        impl Field for $name {
-            fn put(&self, w: &mut Writer) {
-                <$name>::put(self, w);
-            }
-            fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
-                <$name>::get(r)
-            }
-        }
-    )+ };
-}
-text_fields!(Label, Subject, Message, SessionName, Incarnation, Instance, Verdict);
-
-impl Field for Code {
-    fn put(&self, w: &mut Writer) {
-        w.varint(self.0);
-    }
-    fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
-        r.varint().map(Self)
-    }
 }
 
 /// A frame whose fields follow each other and which defines no parameters of its own.
@@ -104,11 +34,11 @@ macro_rules! plain_frame {
             const KIND: u64 = $kind;
 
             fn put(&self, _w: &mut $crate::wire::Writer) {
-                $( $crate::wire::frame::Field::put(&self.$field, _w); )*
+                $( $crate::wire::Field::put(&self.$field, _w); )*
             }
 
             fn get(r: &mut $crate::wire::Reader<'_>) -> Result<Self, $crate::ProtocolError> {
-                $( let $field = <$ty as $crate::wire::frame::Field>::get(r)?; )*
+                $( let $field = <$ty as $crate::wire::Field>::get(r)?; )*
                 $crate::wire::Params::get_none(r)?;
                 Ok(Self { $($field),* })
             }

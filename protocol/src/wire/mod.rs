@@ -6,13 +6,15 @@
 
 mod codec;
 mod deframer;
+mod field;
 mod frame;
 mod params;
 mod varint;
 
 pub(crate) use codec::text_type;
-pub use codec::{Label, Message, Reader, Subject, Writer};
+pub use codec::{Detail, Label, Reader, Subject, Writer};
 pub use deframer::{Deframer, RawFrame};
+pub(crate) use field::Field;
 pub use frame::*;
 pub use params::{Param, Params};
 pub use varint::{MAX_VARINT, varint_len};

@@ -3,7 +3,7 @@
 use crate::error::ProtocolError;
 use crate::registry::{MAX_POSITIONS, MAX_STREAMS};
 use crate::session::{Incarnation, Verdict, ViewHash};
-use crate::wire::frame::Field;
+use crate::wire::Field;
 use crate::wire::{Body, Label, Params, Reader, Writer};
 
 /// Where a producer of the caller stands.

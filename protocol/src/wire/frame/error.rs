@@ -1,7 +1,7 @@
 //! ERROR: a request failed (spec ERR-1).
 
 use crate::error::Code;
-use crate::wire::Message;
+use crate::wire::Detail;
 
 plain_frame! {
     /// Answers a request that failed, or tells that something granted before has ended.
@@ -15,6 +15,6 @@ plain_frame! {
         /// A number that the code defines, else 0: the current epoch for `FENCED`.
         value: u64,
         /// What happened, for people.
-        message: Message,
+        detail: Detail,
     }
 }

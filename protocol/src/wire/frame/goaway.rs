@@ -1,6 +1,6 @@
 //! GOAWAY: the server is about to close the connection (spec CONN-10).
 
-use crate::wire::Message;
+use crate::wire::Detail;
 
 plain_frame! {
     /// Sent by the server on the control QUIC stream before an orderly stop.
@@ -10,6 +10,6 @@ plain_frame! {
         /// Milliseconds over which clients should spread their return, each choosing a random delay below it.
         spread: u64,
         /// Why, for people.
-        message: Message,
+        detail: Detail,
     }
 }

@@ -1,7 +1,7 @@
 //! REFUSED: a batch was not accepted (spec PROD-8).
 
 use crate::error::Code;
-use crate::wire::Message;
+use crate::wire::Detail;
 
 plain_frame! {
     /// Sent on the attachment: the batch used no sequence, and those pipelined behind it will get `SEQ_GAP`.
@@ -15,6 +15,6 @@ plain_frame! {
         /// The expected sequence for `SEQ_GAP` and `DUPLICATE`, the current epoch for `FENCED`, else 0.
         value: u64,
         /// What happened, for people.
-        message: Message,
+        detail: Detail,
     }
 }
