@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use mainstay_client::{Client, Config, Event, Producer, Session, Start, Subscription, Ticket};
 use mainstay_tests::proxy::{Faults, Proxy};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
@@ -150,23 +150,41 @@ fn stamped(epoch: Instant, due: Instant, bytes: usize) -> Bytes {
     payload.into()
 }
 
-/// Reads until the end of the run, and how late each record came.
-async fn follow(mut subscription: Subscription, epoch: Instant, until: Instant) -> Result<(u64, Latencies), String> {
-    let (mut count, mut latencies) = (0, Latencies::default());
+/// Reads what was appended to the last record, and how late each came. How many there are is known once the last is durable.
+///
+/// Errors: records that never come. To leave them out would flatter the server.
+async fn follow(
+    mut subscription: Subscription,
+    epoch: Instant,
+    mut appended: watch::Receiver<Option<u64>>,
+) -> Result<Latencies, String> {
+    let mut latencies = Latencies::default();
+    let mut patience: Option<Instant> = None;
     loop {
+        let total = *appended.borrow_and_update();
+        if total.is_some_and(|total| latencies.count() >= total) {
+            return Ok(latencies);
+        }
+        let deadline = *patience.get_or_insert(Instant::now() + PATIENCE);
         let event = tokio::select! {
-            event = subscription.next() => event,
-            () = sleep_until(until) => return Ok((count, latencies)),
+            event = subscription.next() => event.ok_or("a subscription ended")?.map_err(text)?,
+            changed = appended.changed(), if total.is_none() => {
+                changed.map_err(|_| "the appends failed")?;
+                patience = None;
+                continue;
+            }
+            () = sleep_until(deadline) => {
+                return Err(format!("only {} of {total:?} records were delivered", latencies.count()));
+            }
         };
-        let event = event.ok_or("a subscription ended")?.map_err(text)?;
         if let Event::Records(batch) = event {
+            patience = None;
             let now = Instant::now();
             for record in batch.iter() {
                 let record = record.map_err(text)?;
                 let stamp = record.record.payload.first_chunk::<8>().ok_or("a record is too short")?;
                 let due = epoch + Duration::from_nanos(u64::from_be_bytes(*stamp));
                 latencies.add(now.saturating_duration_since(due));
-                count += 1;
             }
         }
     }
@@ -229,12 +247,12 @@ async fn caught_up(session: &Session) -> Result<Subscription, String> {
 
 /// Time before the first measured record, for everything to have started.
 const LEAD: Duration = Duration::from_millis(200);
-/// Time after the last record for it to arrive.
-const TRAIL: Duration = Duration::from_millis(500);
+/// How long a follower waits for the next record that is due before it counts as lost.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Sessions at a modest rate, each with a producer and a follower on connections of their own.
 pub async fn live(target: &Target, options: &Options) -> Outcome {
-    let Options { sessions, rate, time, .. } = *options;
+    let Options { sessions, rate, time, bytes, .. } = *options;
     let (writers, readers) = (clients(target, sessions).await?, clients(target, sessions).await?);
     let mut pairs = Vec::new();
     for (writer, reader) in writers.iter().zip(&readers) {
@@ -243,19 +261,22 @@ pub async fn live(target: &Target, options: &Options) -> Outcome {
         pairs.push((pair, caught_up(&session(reader, &name).await?).await?));
     }
     let epoch = Instant::now() + LEAD;
-    let end = epoch + time;
     let cpu = target.cpu();
     let (mut writing, mut reading) = (JoinSet::new(), JoinSet::new());
-    let due = pace(sessions, rate, epoch, end);
+    let due = pace(sessions, rate, epoch, epoch + time);
     for (((session, producer), subscription), due) in pairs.into_iter().zip(due) {
-        writing.spawn(paced(session, producer, options.bytes, epoch, due));
-        reading.spawn(follow(subscription, epoch, end + TRAIL));
+        let (tell, appended) = watch::channel(None);
+        writing.spawn(async move {
+            let latencies = paced(session, producer, bytes, epoch, due).await?;
+            tell.send_replace(Some(latencies.count()));
+            Ok(latencies)
+        });
+        reading.spawn(follow(subscription, epoch, appended));
     }
     let (mut acks, mut deliveries) = (Latencies::default(), Latencies::default());
     join(writing).await?.iter().for_each(|more| acks.merge(more));
-    let read = join(reading).await?;
-    read.iter().for_each(|(_, more)| deliveries.merge(more));
-    let count: u64 = read.iter().map(|(count, _)| count).sum();
+    join(reading).await?.iter().for_each(|more| deliveries.merge(more));
+    let count = deliveries.count();
     let mut report = Report::new(format!("live {sessions} sessions x {rate}/s"));
     report.add("deliveries", "records/s", count as f64 / time.as_secs_f64());
     report.latencies(["append to ack p50", "append to ack p99", "append to ack p99.9"], &acks);
@@ -278,18 +299,17 @@ pub async fn fanout(target: &Target, options: &Options) -> Outcome {
         subscriptions.push(caught_up(&session(reader, &name).await?).await?);
     }
     let epoch = Instant::now() + LEAD;
-    let end = epoch + time;
     let cpu = target.cpu();
     let mut reading = JoinSet::new();
+    let (tell, appended) = watch::channel(None);
     for subscription in subscriptions {
-        reading.spawn(follow(subscription, epoch, end + TRAIL));
+        reading.spawn(follow(subscription, epoch, appended.clone()));
     }
-    let due = pace(1, rate, epoch, end).remove(0);
-    paced(session_, producer, options.bytes, epoch, due).await?;
-    let read = join(reading).await?;
+    let due = pace(1, rate, epoch, epoch + time).remove(0);
+    tell.send_replace(Some(paced(session_, producer, options.bytes, epoch, due).await?.count()));
     let mut deliveries = Latencies::default();
-    read.iter().for_each(|(_, more)| deliveries.merge(more));
-    let count: u64 = read.iter().map(|(count, _)| count).sum();
+    join(reading).await?.iter().for_each(|more| deliveries.merge(more));
+    let count = deliveries.count();
     let mut report = Report::new(format!("fanout {rate}/s to {subscribers}"));
     report.add("deliveries", "records/s", count as f64 / time.as_secs_f64());
     report.latencies(["append to delivered p50", "append to delivered p99", "append to delivered p99.9"], &deliveries);
@@ -436,16 +456,16 @@ pub async fn reconnect(target: &mut Target, options: &Options) -> Outcome {
     fill(&client, &name, 99, options.bytes).await?;
     let server = target.server().ok_or("reconnect needs a server of its own")?;
     let faults = Faults { delay: rtt / 2, ..Faults::default() };
-    let proxy = Proxy::start(([127, 0, 0, 1], 0).into(), server.addr(), faults, 1).await.map_err(text)?;
+    let proxy = Proxy::start(([127, 0, 0, 1], 0).into(), server.addr(), faults, 1).map_err(text)?;
     let file = server.connect_file_at(proxy.addr(), "bench-proxy.json");
     let file = mainstay_client::ConnectFile::read(&file).map_err(text)?;
     let (mut attached, mut first) = (Latencies::default(), Latencies::default());
     for _ in 0..20 {
         let begun = Instant::now();
         let client = Client::connect_quic(&file, Config::default()).map_err(text)?;
-        let session = client.session(&name).map_err(text)?.attach().await.map_err(text)?;
+        let mut subscription =
+            client.session(&name).map_err(text)?.subscribe(Start::Earliest).open().await.map_err(text)?;
         attached.add(begun.elapsed());
-        let mut subscription = session.subscribe(Start::Earliest).open().await.map_err(text)?;
         loop {
             let event = subscription.next().await.ok_or("the subscription ended")?.map_err(text)?;
             if matches!(event, Event::Records(_)) {

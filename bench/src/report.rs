@@ -29,6 +29,11 @@ impl Latencies {
         let _ = self.0.add(&other.0);
     }
 
+    /// How many were added.
+    pub fn count(&self) -> u64 {
+        self.0.len()
+    }
+
     /// Milliseconds at a quantile from 0 to 1.
     pub fn at(&self, quantile: f64) -> f64 {
         self.0.value_at_quantile(quantile) as f64 / 1e6

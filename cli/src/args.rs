@@ -305,15 +305,15 @@ pub(crate) struct Bench {
     /// What to measure; `all` is the whole table.
     #[arg(value_enum)]
     pub(crate) scenario: Scenario,
-    /// Connections.
+    /// Connections (append, idle). `live` has two for each session, `fanout` one for each follower.
     #[arg(long, value_name = "C", value_parser = positive)]
     pub(crate) connections: Option<usize>,
     /// Sessions, spread over the connections. [default: one for each connection]
     #[arg(long, value_name = "S", value_parser = positive)]
     pub(crate) sessions: Option<usize>,
-    /// Records in flight for each session.
-    #[arg(long, value_name = "W", default_value_t = 16, value_parser = positive)]
-    pub(crate) window: usize,
+    /// Records in flight for each session (append without --rate). [default: 16]
+    #[arg(long, value_name = "W", conflicts_with = "rate", value_parser = positive)]
+    pub(crate) window: Option<usize>,
     /// Bytes of a record.
     #[arg(long, value_name = "B", default_value_t = 100)]
     pub(crate) bytes: usize,
@@ -335,7 +335,7 @@ pub(crate) struct Bench {
     /// How often everything is repeated.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) runs: u32,
-    /// Measure the server of this connection file instead of one that is started.
+    /// Measure the server of this connection file instead of one that is started. `idle` and `reconnect` need one of their own.
     #[arg(long, value_name = "FILE")]
     pub(crate) connect: Option<PathBuf>,
     /// Print JSON lines.

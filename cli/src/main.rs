@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::args::{Args, Command};
-use crate::failure::Failure;
+use crate::failure::{Exit, Failure};
 use crate::output::Output;
 
 #[cfg(not(target_env = "msvc"))]
@@ -19,7 +19,10 @@ use crate::output::Output;
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => return usage(&error),
+    };
     let output = Output::new(args.json());
     logging(&args);
     let outcome = tokio::runtime::Builder::new_multi_thread()
@@ -41,6 +44,20 @@ fn main() -> ExitCode {
             failure.exit.into()
         }
     }
+}
+
+/// Answers arguments that cannot be parsed, and those that ask for help.
+fn usage(error: &clap::Error) -> ExitCode {
+    // Nothing was parsed that could say so.
+    let json = std::env::args_os().any(|arg| arg == "--json");
+    if error.use_stderr() && json {
+        let failure = Failure::usage(error.to_string().trim_end());
+        Output::new(true).failure(&failure);
+        return failure.exit.into();
+    }
+    // Standard output may be gone; then there is nobody to help.
+    let _ = error.print();
+    if error.use_stderr() { Exit::Usage.into() } else { ExitCode::SUCCESS }
 }
 
 /// Logs go to standard error; `MAINSTAY_LOG` sets what is logged.

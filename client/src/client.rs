@@ -3,7 +3,7 @@
 use core::future::Future;
 use core::pin::Pin;
 use core::time::Duration;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -70,6 +70,8 @@ pub(crate) trait Core: Send + Sync {
     fn connected(&self) -> BoxFuture<'_, Result<(), ClientError>>;
     /// One page of sessions and where the next starts.
     fn list(&self, request: List) -> BoxFuture<'_, Result<(Vec<ListedSession>, Bytes), ClientError>>;
+    /// Uses another token from now on.
+    fn renew(&self, token: String) -> BoxFuture<'_, Result<(), ClientError>>;
     /// The configuration.
     fn config(&self) -> &Arc<Config>;
     /// True while there is a connection.
@@ -83,6 +85,8 @@ struct Wired<C: Connection> {
     config: Arc<Config>,
     connected: watch::Receiver<bool>,
     stop: watch::Sender<bool>,
+    /// The token of the next connection.
+    token: Arc<Mutex<Option<String>>>,
 }
 
 impl<C: Connection> Core for Wired<C> {
@@ -119,12 +123,27 @@ impl<C: Connection> Core for Wired<C> {
         })
     }
 
+    fn renew(&self, token: String) -> BoxFuture<'_, Result<(), ClientError>> {
+        *self.token.lock().unwrap_or_else(PoisonError::into_inner) = Some(token.clone());
+        Box::pin(async move {
+            let link = match &*self.status.borrow() {
+                Status::Up(link) => link.clone(),
+                Status::Down => return Ok(()),
+                Status::Failed(error) => return Err(error.clone()),
+            };
+            // Where the connection is lost instead, the next one begins with it.
+            link.present(token).await.unwrap_or(Ok(()))
+        })
+    }
+
     fn config(&self) -> &Arc<Config> {
         &self.config
     }
 
     fn connection(&self) -> watch::Receiver<bool> {
-        self.connected.clone()
+        let mut connected = self.connected.clone();
+        connected.mark_unchanged();
+        connected
     }
 
     fn close(&self) {
@@ -172,8 +191,9 @@ impl Client {
         let (publish, status) = watch::channel(Status::Down);
         let (stop, stopping) = watch::channel(false);
         let (tell, connected) = watch::channel(false);
-        tokio::spawn(supervise(connector, config.clone(), publish, tell, stopping));
-        Self { core: Arc::new(Wired { status, config, connected, stop }) }
+        let token = Arc::new(Mutex::new(config.token.clone()));
+        tokio::spawn(supervise(connector, config.clone(), token.clone(), publish, tell, stopping));
+        Self { core: Arc::new(Wired { status, config, connected, stop, token }) }
     }
 
     /// A client over QUIC of the server that a connection file names. Errors: `Invalid`.
@@ -183,6 +203,14 @@ impl Client {
         }
         let connector = QuicConnector::new(file.addr, &file.trust()?, &config.transport_limits(), ALPN);
         Ok(Self::new(connector.map_err(ClientError::Invalid)?, config))
+    }
+
+    /// Presents another token on the connection and on those that follow it; what was attached, subscribed and opened goes
+    /// on under it. While there is no connection it is kept for the next.
+    ///
+    /// Errors: `Refused` with `TOKEN_INVALID` or `TOKEN_EXPIRED`; then what the token before allowed goes on until it expires.
+    pub async fn renew_token(&self, token: impl Into<String>) -> Result<(), ClientError> {
+        self.core.renew(token.into()).await
     }
 
     /// Waits until the server has answered. Errors: `Unreachable`, `Closed`.
@@ -239,6 +267,7 @@ impl ConnectionWatch {
 async fn supervise<T: Connector>(
     connector: T,
     config: Arc<Config>,
+    token: Arc<Mutex<Option<String>>>,
     publish: watch::Sender<Status<T::Connection>>,
     tell: watch::Sender<bool>,
     mut stopping: watch::Receiver<bool>,
@@ -249,7 +278,8 @@ async fn supervise<T: Connector>(
         let attempt = async {
             let transport = tokio::time::timeout(ATTEMPT, connector.connect());
             let transport = transport.await.unwrap_or(Err(ConnectionError::TimedOut))?;
-            Link::start(transport, &config).await
+            let token = token.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            Link::start(transport, &config, token).await
         };
         let result = tokio::select! {
             result = attempt => result,

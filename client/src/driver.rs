@@ -148,7 +148,8 @@ pub(crate) struct Driver<C: Connection> {
     subscriptions: HashMap<u64, SubscriptionEntry<C>>,
     next_subscription: u64,
     ended: Vec<oneshot::Sender<ClientError>>,
-    incarnation: Option<Incarnation>,
+    /// The session's incarnation, once it is known.
+    incarnation: watch::Sender<Option<Incarnation>>,
     /// How long refusals that may pass are borne.
     give_up_after: Option<Duration>,
     /// Since when attaching is refused.
@@ -166,7 +167,7 @@ impl<C: Connection> Driver<C> {
         Self {
             give_up_after,
             status,
-            incarnation: request.cursor.map(|cursor| cursor.incarnation),
+            incarnation: watch::channel(request.cursor.map(|cursor| cursor.incarnation)).0,
             request,
             commands,
             again,
@@ -258,7 +259,7 @@ impl<C: Connection> Driver<C> {
         let Ok((mut send, recv)) = link.transport.open_bi().await else { return Over::Lost };
         send.set_priority(priority::CONTROL);
         let outbox = Outbox::default();
-        let cursor = match (self.request.cursor, self.incarnation) {
+        let cursor = match (self.request.cursor, *self.incarnation.borrow()) {
             (Some(Cursor { incarnation, next }), Some(known)) if incarnation == known => {
                 (Some(incarnation), Some(next))
             }
@@ -273,6 +274,8 @@ impl<C: Connection> Driver<C> {
             next: cursor.1,
             expire_after: self.request.expire_after,
         });
+        // In the same flight: where the attach is refused the rest is not read.
+        self.open_all(link, &outbox);
         let mut frames = FrameReader::new(recv, MAX_FRAME);
         let writing = outbox.write_to(&mut send);
         let over = {
@@ -320,7 +323,7 @@ impl<C: Connection> Driver<C> {
                     let result = match frame {
                         Frame::Attached(answer) if !attached => {
                             attached = true;
-                            self.attached(answer, link, outbox)
+                            self.attached(answer, outbox)
                         }
                         frame => self.handle(frame, attached, link, outbox),
                     };
@@ -336,12 +339,24 @@ impl<C: Connection> Driver<C> {
         }
     }
 
-    /// ATTACHED came: everything that waits is asked for in one flight.
-    fn attached(&mut self, answer: Attached, link: &Arc<Link<C>>, outbox: &Outbox) -> Result<(), Over> {
+    /// Asks for every producer and every subscription that waits.
+    fn open_all(&mut self, link: &Arc<Link<C>>, outbox: &Outbox) {
+        self.producers.retain(|entry| !entry.shared.is_finished());
+        for at in 0..self.producers.len() {
+            self.open_producer(at, link, outbox);
+        }
+        let waiting: Vec<u64> = self.subscriptions.iter().filter(|(_, s)| s.wanted).map(|(id, _)| *id).collect();
+        for subscription in waiting {
+            self.subscribe(subscription, link, outbox);
+        }
+    }
+
+    /// ATTACHED came.
+    fn attached(&mut self, answer: Attached, outbox: &Outbox) -> Result<(), Over> {
         if answer.verdict == Verdict::Gone {
             return Err(Over::Failed(ClientError::Gone));
         }
-        self.incarnation = Some(answer.incarnation);
+        self.incarnation.send_replace(Some(answer.incarnation));
         self.refused_since = None;
         // The cursor of the request was for the first attach; subscriptions keep their own.
         self.request.cursor = None;
@@ -356,14 +371,6 @@ impl<C: Connection> Driver<C> {
                 }
             }
         }
-        self.producers.retain(|entry| !entry.shared.is_finished());
-        for at in 0..self.producers.len() {
-            self.open_producer(at, link, outbox);
-        }
-        let waiting: Vec<u64> = self.subscriptions.iter().filter(|(_, s)| s.wanted).map(|(id, _)| *id).collect();
-        for subscription in waiting {
-            self.subscribe(subscription, link, outbox);
-        }
         self.ask_next(outbox);
         Ok(())
     }
@@ -376,7 +383,6 @@ impl<C: Connection> Driver<C> {
     }
 
     fn subscribe(&mut self, subscription: u64, link: &Arc<Link<C>>, outbox: &Outbox) {
-        let Some(incarnation) = self.incarnation else { return };
         let Some(entry) = self.subscriptions.get_mut(&subscription) else { return };
         if entry.opened.is_closed() {
             self.subscriptions.remove(&subscription);
@@ -387,10 +393,14 @@ impl<C: Connection> Driver<C> {
         // The stream is routed by the connection; this passes it on with what the reader needs.
         let (incoming, mut arrives) = mpsc::channel(1);
         link.expect(id, incoming);
-        let (opened, link) = (entry.opened.clone(), link.clone());
+        let (opened, link, mut known) = (entry.opened.clone(), link.clone(), self.incarnation.subscribe());
         tokio::spawn(async move {
             let told = match arrives.recv().await {
-                Some(Ok(incoming)) => Opened::Stream(incoming, link, incarnation),
+                // The stream may come before the answer to ATTACH.
+                Some(Ok(incoming)) => match known.wait_for(Option::is_some).await.ok().and_then(|known| *known) {
+                    Some(incarnation) => Opened::Stream(incoming, link, incarnation),
+                    None => Opened::Lost,
+                },
                 Some(Err((code, message))) => Opened::Refused(code, message),
                 None => Opened::Lost,
             };
@@ -435,9 +445,7 @@ impl<C: Connection> Driver<C> {
                 self.producers.retain(|entry| !entry.shared.is_finished());
                 let shared = Arc::new(Shared::new(name, config));
                 self.producers.push(ProducerEntry { shared, id: None, again: None, answer: Some(answer) });
-                if attached {
-                    self.open_producer(self.producers.len() - 1, link, outbox);
-                }
+                self.open_producer(self.producers.len() - 1, link, outbox);
             }
             SessionCommand::Subscribe { start, streams, kinds, events } => {
                 let subscription = self.next_subscription;
@@ -448,9 +456,7 @@ impl<C: Connection> Driver<C> {
                 tokio::spawn(reader.run());
                 let entry = SubscriptionEntry { start, streams, kinds, opened, id: None, wanted: true };
                 self.subscriptions.insert(subscription, entry);
-                if attached {
-                    self.subscribe(subscription, link, outbox);
-                }
+                self.subscribe(subscription, link, outbox);
             }
             SessionCommand::Again { subscription, start } => {
                 if let Some(entry) = self.subscriptions.get_mut(&subscription) {
@@ -461,9 +467,7 @@ impl<C: Connection> Driver<C> {
                     }
                     entry.start = start.unwrap_or(entry.start);
                     entry.wanted = true;
-                    if attached {
-                        self.subscribe(subscription, link, outbox);
-                    }
+                    self.subscribe(subscription, link, outbox);
                 }
             }
             SessionCommand::Ended { answer } => self.ended.push(answer),

@@ -1,22 +1,20 @@
 //! One connection: HELLO, the control stream, and which incoming stream belongs to which subscription.
 
 use core::time::Duration;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
-use mainstay_protocol::registry::MAX_FRAME;
+use mainstay_protocol::registry::{DEFAULT_BULK_WINDOW, MAX_FRAME};
 use mainstay_protocol::session::CreditSent;
-use mainstay_protocol::wire::{Body, Credit, Frame, Hello, Ping, Pong, Subscribe, Subscribed, put_grease};
-use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, SendStream, priority};
-use tokio::sync::{Notify, mpsc, watch};
+use mainstay_protocol::wire::{Body, Credit, Frame, Hello, Ping, Pong, Subscribe, Subscribed, Token, put_grease};
+use mainstay_transport::{Connection, ConnectionError, FrameError, FrameReader, Outbox, SendStream, priority};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::config::Config;
-
-/// Bulk windows of a server whose HELLO says nothing (spec FLOW-3).
-const DEFAULT_BULK_WINDOW: u64 = 256 * 1024;
+use crate::error::ClientError;
 
 /// A subscription's stream, with its first frame read.
 pub(crate) type Incoming<C> = (Subscribed, FrameReader<<C as Connection>::Recv>);
@@ -66,6 +64,8 @@ pub(crate) struct Link<C: Connection> {
     expecting: watch::Sender<usize>,
     /// Frames that came on the control stream.
     heard: AtomicU64,
+    /// Who waits for the answers to the tokens that were sent, in their order.
+    presented: Mutex<VecDeque<oneshot::Sender<Result<(), ClientError>>>>,
 }
 
 /// Somebody waits for an answer: the connection is asked for a sign of life until this is dropped.
@@ -84,7 +84,11 @@ const MISSED: u32 = 20;
 
 impl<C: Connection> Link<C> {
     /// Says HELLO on a new connection. Nothing is waited for: requests may follow at once.
-    pub(crate) async fn start(transport: C, config: &Config) -> Result<Arc<Self>, mainstay_transport::ConnectionError> {
+    pub(crate) async fn start(
+        transport: C,
+        config: &Config,
+        token: Option<String>,
+    ) -> Result<Arc<Self>, ConnectionError> {
         let (send, recv) = transport.open_bi().await?;
         let this = Arc::new(Self {
             transport,
@@ -95,12 +99,17 @@ impl<C: Connection> Link<C> {
             window: config.subscription_window,
             expecting: watch::channel(0).0,
             heard: AtomicU64::new(0),
+            presented: Mutex::default(),
         });
+        if token.is_some() {
+            // Nobody waits for this one: requests that need what it did not give fail on their own.
+            this.lock_presented().push_back(oneshot::channel().0);
+        }
         let agent = concat!("mainstay-client/", env!("CARGO_PKG_VERSION"));
         this.control.push(Hello {
             instance: Some(config.instance),
             agent: Some(Bytes::from_static(agent.as_bytes())),
-            token: config.token.clone().map(Bytes::from),
+            token: token.map(Bytes::from),
             bulk_window: Some(config.subscription_window),
             bulk_streams: Some(config.subscriptions),
             ..Hello::default()
@@ -152,8 +161,9 @@ impl<C: Connection> Link<C> {
             _ = self.transport.closed() => {}
             _ = async { tokio::join!(writing, reading, accepting, beating) } => {}
         }
-        // Whoever waits for a stream must learn that none will come.
+        // Whoever waits for a stream or an answer must learn that none will come.
         *self.lock_subscriptions() = None;
+        self.lock_presented().clear();
     }
 
     async fn read_control(&self, control: &mut FrameReader<C::Recv>) -> Result<(), FrameError> {
@@ -177,15 +187,41 @@ impl<C: Connection> Link<C> {
                         producer.changed.notify_one();
                     }
                 }
-                Frame::Authenticated(auth) => tracing::debug!(subject = %auth.subject, "authenticated"),
-                // Requests that need what the token did not give fail on their own.
-                Frame::Error(error) => tracing::warn!(code = %error.code, detail = %error.detail, "token refused"),
+                Frame::Authenticated(auth) => {
+                    tracing::debug!(subject = %auth.subject, "authenticated");
+                    self.answer_token(Ok(()));
+                }
+                Frame::Error(error) => {
+                    tracing::warn!(code = %error.code, detail = %error.detail, "token refused");
+                    self.answer_token(Err(ClientError::refused(error.code, error.detail.as_str())));
+                }
                 Frame::GoAway(goaway) => tracing::info!(detail = %goaway.detail, "the server is going away"),
                 Frame::Pong(_) => {}
                 _ => return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of the control stream").into()),
             }
         }
         Ok(())
+    }
+
+    fn lock_presented(&self) -> MutexGuard<'_, VecDeque<oneshot::Sender<Result<(), ClientError>>>> {
+        self.presented.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn answer_token(&self, answer: Result<(), ClientError>) {
+        if let Some(waiting) = self.lock_presented().pop_front() {
+            // Whoever gave up does not care.
+            let _ = waiting.send(answer);
+        }
+    }
+
+    /// Presents another token. The answer does not come if the connection is lost.
+    pub(crate) fn present(&self, token: String) -> oneshot::Receiver<Result<(), ClientError>> {
+        let (answer, answered) = oneshot::channel();
+        let mut presented = self.lock_presented();
+        // Under the lock, so that answers and tokens have one order.
+        presented.push_back(answer);
+        self.control.push(Token { token: Bytes::from(token) });
+        answered
     }
 
     /// Hands a subscription's stream to the subscription.

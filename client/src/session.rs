@@ -3,8 +3,9 @@
 use core::time::Duration;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use mainstay_protocol::registry::STREAM_MAIN;
-use mainstay_protocol::session::{Cursor, Incarnation, SessionName, Verdict, ViewHash};
+use mainstay_protocol::session::{Cursor, Incarnation, Record, SessionName, Verdict, ViewHash};
 use mainstay_protocol::wire::{AttachMode, Attached, Label, MAX_VARINT, Start};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -60,14 +61,27 @@ impl Attaching {
         self
     }
 
+    /// Attaches and subscribes from `start` on in one flight, which saves a round trip.
+    pub fn subscribe(self, start: Start) -> Subscribing {
+        Subscribing::attaching(self, start)
+    }
+
     /// Attaches. Errors: `Refused`, `Unreachable`, `Gone`.
     pub async fn attach(self) -> Result<Session, ClientError> {
+        self.attach_and(None).await
+    }
+
+    /// Attaches, with a request that need not wait for the answer.
+    pub(crate) async fn attach_and(self, first: Option<SessionCommand>) -> Result<Session, ClientError> {
         // Bounded: handles wait while the session's driver is busy or without a connection.
         let (commands, mailbox) = mpsc::channel(64);
         let (answer, attached) = oneshot::channel();
         let core = self.client.core.clone();
         let client = self.client.clone();
         commands.send(SessionCommand::Attached { answer }).await.map_err(|_| ClientError::Closed)?;
+        if let Some(first) = first {
+            commands.send(first).await.map_err(|_| ClientError::Closed)?;
+        }
         core.drive(self, mailbox, commands.downgrade());
         let info = attached.await.map_err(|_| ClientError::Closed)??;
         Ok(Session { commands, info, client })
@@ -124,6 +138,13 @@ impl SessionInfo {
 /// A stream of one session, as records name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct StreamId(pub(crate) u64);
+
+impl StreamId {
+    /// A `data` record in this stream, for a batch.
+    pub fn data(self, payload: impl Into<Bytes>) -> Record {
+        Record::data(self.0, payload)
+    }
+}
 
 /// An attachment to a session. It attaches again by itself when the connection is lost, until it is dropped.
 #[derive(Debug, Clone)]

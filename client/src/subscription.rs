@@ -13,20 +13,32 @@ use tokio::sync::mpsc;
 use crate::driver::{Resubscriber, SessionCommand};
 use crate::error::ClientError;
 use crate::link::Incoming;
-use crate::session::{ATTACH_PAUSE, Session};
+use crate::session::{ATTACH_PAUSE, Attaching, Session};
 
 /// A subscription that is about to be opened.
 #[derive(Debug, Clone)]
 pub struct Subscribing {
-    session: Session,
+    of: Of,
     start: Start,
     pub(crate) streams: Vec<String>,
     pub(crate) kinds: Vec<Kind>,
 }
 
+/// What a subscription is of.
+#[derive(Debug, Clone)]
+enum Of {
+    Attached(Session),
+    /// The attach goes out in the same flight.
+    Attaching(Attaching),
+}
+
 impl Subscribing {
     pub(crate) fn new(session: Session, start: Start) -> Self {
-        Self { session, start, streams: Vec::new(), kinds: Vec::new() }
+        Self { of: Of::Attached(session), start, streams: Vec::new(), kinds: Vec::new() }
+    }
+
+    pub(crate) fn attaching(session: Attaching, start: Start) -> Self {
+        Self { of: Of::Attaching(session), start, streams: Vec::new(), kinds: Vec::new() }
     }
 
     /// Delivers only records of this stream, or of others named so. A stream may be defined later.
@@ -41,15 +53,22 @@ impl Subscribing {
         self
     }
 
-    /// Opens the subscription. Errors: `Protocol` with `NAME_INVALID`, `Closed`. What the server refuses is an event.
+    /// Opens the subscription. Errors: `Protocol` with `NAME_INVALID`, `Closed`, and those of the attach where that is part of
+    /// it. What else the server refuses is an event.
     pub async fn open(self) -> Result<Subscription, ClientError> {
         let streams = self.streams.iter().map(|name| Label::new(name)).collect::<Result<_, _>>()?;
         let kinds = self.kinds.iter().map(|kind| kind.0).collect();
         // A few: the application's back-pressure must reach the server's credit.
         let (events, receiver) = mpsc::channel(4);
         let command = SessionCommand::Subscribe { start: self.start, streams, kinds, events };
-        self.session.commands.send(command).await.map_err(|_| ClientError::Closed)?;
-        Ok(Subscription { events: receiver, _session: self.session })
+        let session = match self.of {
+            Of::Attached(session) => {
+                session.commands.send(command).await.map_err(|_| ClientError::Closed)?;
+                session
+            }
+            Of::Attaching(attaching) => attaching.attach_and(Some(command)).await?,
+        };
+        Ok(Subscription { events: receiver, session })
     }
 }
 
@@ -164,10 +183,15 @@ impl RecordBatch {
 #[derive(Debug)]
 pub struct Subscription {
     events: mpsc::Receiver<Result<Event, ClientError>>,
-    _session: Session,
+    session: Session,
 }
 
 impl Subscription {
+    /// The session that it reads.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
     /// The next event; `None` after the last. An error is the last. Cancellation-safe.
     pub async fn next(&mut self) -> Option<Result<Event, ClientError>> {
         self.events.recv().await

@@ -54,7 +54,8 @@ macro_rules! codes {
     };
 }
 
-/// A wire error code. Open: a number that this version does not know survives a round trip.
+/// A wire error code. Open: a number that this version does not know survives a round trip, ends the request, and means
+/// give up (spec ERR-5).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Code(pub u64);
 
@@ -75,7 +76,7 @@ codes! {
     LIMIT_EXCEEDED = 0x06, Request, Fix;
     /// The peer did not say HELLO in time.
     HELLO_TIMEOUT = 0x07, Connection, Retry;
-    /// A bulk QUIC stream carried more unconsumed bytes than its window.
+    /// Credit for bytes that were never sent.
     CREDIT_EXCEEDED = 0x08, Stream, Fix;
     /// The peer let unread control data grow beyond the bound.
     CONTROL_BACKLOG = 0x09, Stream, Reattach;
@@ -123,10 +124,6 @@ codes! {
     STREAM_UNDEFINED = 0x38, Request, Fix;
     /// The QUIC stream names an attachment or producer that this connection did not open.
     PRODUCER_UNKNOWN = 0x39, Stream, Reattach;
-    /// The store did not commit the batch; it may be sent again under the same sequence.
-    NOT_COMMITTED = 0x3a, Request, Retry;
-    /// Whether the batch was stored is not known yet; sending it again under the same sequence is safe.
-    OUTCOME_UNKNOWN = 0x3b, Request, Retry;
     /// The server cannot do this now: no disk space, a failing store.
     UNAVAILABLE = 0x40, Request, Retry;
     /// The server has too much to do.

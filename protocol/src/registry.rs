@@ -56,6 +56,14 @@ pub const CONTROL_RESERVE: usize = 256 * 1024;
 /// Smallest bulk window that a peer may state, in bytes (spec FLOW-3).
 pub const MIN_BULK_WINDOW: u64 = 4096;
 
+/// Bulk window of a peer whose HELLO states none, in bytes (spec FLOW-3).
+pub const DEFAULT_BULK_WINDOW: u64 = 256 * 1024;
+/// Bulk QUIC streams of a peer whose HELLO states none (spec FLOW-3).
+pub const DEFAULT_BULK_STREAMS: u64 = 8;
+
+/// Reason of a GAP: the records were trimmed (spec SUB-8).
+pub const GAP_TRIMMED: u64 = 0;
+
 /// Stream id of the stream `main`, which every session has (spec SESS-6).
 pub const STREAM_MAIN: u64 = 0;
 /// Name of the stream that every session has.

@@ -38,6 +38,7 @@ fn seed() -> u64 {
     seed
 }
 
+/// Spec PROD-1, PROD-2, DUR-2, DUR-3, SESS-5, SESS-15: whatever is accepted, refused, lost and repeated.
 #[test]
 fn random_histories_agree_with_the_model() {
     let rng_seed = RngSeed::Fixed(seed());

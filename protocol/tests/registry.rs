@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use mainstay_protocol::registry as numbers;
-use mainstay_protocol::session::{Kind, Operation};
-use mainstay_protocol::wire::Frame;
+use mainstay_protocol::session::{Kind, Operation, Verdict};
+use mainstay_protocol::wire::{AttachMode, Body, Frame, Start, Subscribe, Writer};
 use mainstay_protocol::{Advice, Code, Scope};
 use toml::{Table, Value};
 
@@ -155,4 +155,37 @@ fn limits_and_versions_are_those_of_the_registry() {
     assert_eq!(*base, Value::Integer(numbers::grease(0) as i64));
     assert_eq!(*step, Value::Integer((numbers::grease(1) - numbers::grease(0)) as i64));
     assert!((0..10_000).all(|n| numbers::is_ignorable(numbers::grease(n))));
+}
+
+/// The second varint of a SUBSCRIBE body, which says how it starts.
+fn start_number(start: Start) -> u64 {
+    let mut body = Writer::new();
+    Subscribe { id: 0, start, streams: vec![], kinds: vec![] }.put(&mut body);
+    u64::from(body.as_slice()[1])
+}
+
+#[test]
+fn enumerations_and_defaults_are_those_of_the_registry() {
+    let registry = registry();
+    let modes = [("attach", AttachMode::Attach), ("create", AttachMode::Create), ("create_new", AttachMode::CreateNew)];
+    let modes = code(modes.map(|(name, mode)| (name, mode as u64)));
+    assert_eq!(modes, entries(&registry, "attach_modes", ""));
+    let starts = [
+        ("earliest", Start::Earliest),
+        ("latest", Start::Latest),
+        ("seq", Start::Seq(0)),
+        ("snapshot", Start::Snapshot),
+        ("last", Start::Last(0)),
+    ];
+    assert_eq!(code(starts.map(|(name, start)| (name, start_number(start)))), entries(&registry, "starts", ""));
+    let verdicts = [Verdict::Exact, Verdict::Snapshot, Verdict::Gap, Verdict::Gone];
+    let verdicts = code(verdicts.map(|verdict| (verdict.as_str(), verdict as u64)));
+    assert_eq!(verdicts, entries(&registry, "verdicts", ""));
+    assert_eq!(code([("trimmed", numbers::GAP_TRIMMED)]), entries(&registry, "gap_reasons", ""));
+    let defaults =
+        code([("bulk_window", numbers::DEFAULT_BULK_WINDOW), ("bulk_streams", numbers::DEFAULT_BULK_STREAMS)]);
+    let stated = table(&registry, "parameters.HELLO").iter().filter_map(|(name, entry)| {
+        Some((name.as_str(), u64::try_from(entry.get("default")?.as_integer()?).expect("not negative")))
+    });
+    assert_eq!(defaults, code(stated));
 }

@@ -1,5 +1,6 @@
 //! One attachment: a bidirectional QUIC stream bound to a session. Requests in; answers, acks and errors out.
 
+use core::time::Duration;
 use std::sync::{Arc, Weak};
 
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -125,7 +126,14 @@ pub(crate) async fn run<C: Connection>(
     attachment.alive.close();
     frames.stop(code.0);
     conn.drop_producers(&attachment);
+    if code == Code::GOING_AWAY {
+        // The connection is about to be closed, which would throw away answers that are on their way.
+        let _ = tokio::time::timeout(LAST_WORDS, send.stopped()).await;
+    }
 }
+
+/// How long a client may take to receive the last answers of a server that stops.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 async fn refuse_attach<R: RecvStream>(
     outbox: &Outbox,
@@ -202,7 +210,7 @@ pub(crate) async fn ask<T>(
     })
 }
 
-/// Reads requests until the client ends the stream.
+/// Reads requests until the client ends the stream. Their answers come in the order of their effects (spec SESS-11).
 async fn read<C: Connection>(
     transport: &C,
     conn: &Arc<Conn>,

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::{
-    MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_FRAME, MAX_FRAME_UNAUTHENTICATED, MAX_RECORD, MIN_BULK_WINDOW,
-    PRODUCER_WINDOW,
+    DEFAULT_BULK_STREAMS, DEFAULT_BULK_WINDOW, MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_FRAME,
+    MAX_FRAME_UNAUTHENTICATED, MAX_RECORD, MIN_BULK_WINDOW, PRODUCER_WINDOW,
 };
 use mainstay_protocol::session::{Author, CreditSent, Grants, Instance, Operation, Refusal, SessionName};
 use mainstay_protocol::wire::{Authenticated, Body, Detail, Error, Frame, Hello, Pong, Produce, Token, put_grease};
@@ -70,10 +70,6 @@ impl core::fmt::Debug for Conn {
         write!(f, "Conn({})", self.id)
     }
 }
-
-/// Bulk that a client takes if it says nothing else in HELLO (spec FLOW-3).
-const DEFAULT_BULK_WINDOW: u64 = 256 * 1024;
-const DEFAULT_BULK_STREAMS: u64 = 8;
 
 /// How long a token that has not expired is taken for granted by what waits.
 const RECHECK: core::time::Duration = core::time::Duration::from_secs(60);
@@ -276,6 +272,7 @@ impl Conn {
     /// Counts an attachment for as long as the result lives.
     fn attached(self: &Arc<Self>) -> Result<Attached, Refusal> {
         let attached = Attached(self.clone());
+        self.server.attached();
         if self.attachments.fetch_add(1, Ordering::Relaxed) as u64 >= self.server.config().attachments as u64 {
             return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the connection has too many attachments"));
         }
@@ -289,6 +286,7 @@ struct Attached(Arc<Conn>);
 impl Drop for Attached {
     fn drop(&mut self) {
         self.0.attachments.fetch_sub(1, Ordering::Relaxed);
+        self.0.server.detached();
     }
 }
 

@@ -24,6 +24,8 @@ pub(crate) struct Shared {
     keyring: Keyring,
     ingest: Arc<Semaphore>,
     goaway: watch::Sender<Option<Frame>>,
+    /// Attachments that may still have something to say.
+    attachments: watch::Sender<usize>,
 }
 
 impl Shared {
@@ -45,6 +47,16 @@ impl Shared {
 
     pub(crate) fn goaway(&self) -> watch::Receiver<Option<Frame>> {
         self.goaway.subscribe()
+    }
+
+    /// An attachment more.
+    pub(crate) fn attached(&self) {
+        self.attachments.send_modify(|count| *count += 1);
+    }
+
+    /// One less: its last answer was received, or nobody is there to receive it.
+    pub(crate) fn detached(&self) {
+        self.attachments.send_modify(|count| *count -= 1);
     }
 
     /// Room for `bytes` of batches; waits until there is. Given back when the permit is dropped.
@@ -85,7 +97,15 @@ impl Server {
     pub fn new(store: Arc<dyn Store>, keyring: Keyring, config: Config) -> Self {
         let ingest = Arc::new(Semaphore::new(config.ingest_budget));
         let sessions = Arc::new(Sessions::new(store, config, wall_clock));
-        Self { shared: Arc::new(Shared { sessions, keyring, ingest, goaway: watch::channel(None).0 }) }
+        Self {
+            shared: Arc::new(Shared {
+                sessions,
+                keyring,
+                ingest,
+                goaway: watch::channel(None).0,
+                attachments: watch::channel(0).0,
+            }),
+        }
     }
 
     /// Serves the connections of `listener` until `stop` is ready, then stops in good order: GOAWAY to every client, no new
@@ -114,15 +134,18 @@ impl Server {
         let frame =
             GoAway { deadline: GRACE.as_millis() as u64, spread: 1000, detail: Detail::new("the server stops") };
         self.shared.goaway.send_replace(Some(frame.into()));
-        self.commit_all().await;
+        let deadline = tokio::time::Instant::now() + GRACE;
+        self.commit_all(deadline).await;
+        // Closing a connection throws away what is still on its way.
+        let mut attachments = self.shared.attachments.subscribe();
+        let _ = tokio::time::timeout_at(deadline, attachments.wait_for(|count| *count == 0)).await;
         listener.close(Code::GOING_AWAY.0, "the server stops").await;
         connections.shutdown().await;
     }
 
-    /// Lets every session commit and answer what it accepted, within the grace.
-    async fn commit_all(&self) {
+    /// Lets every session commit and answer what it accepted, until the deadline.
+    async fn commit_all(&self, deadline: tokio::time::Instant) {
         let sessions = &self.shared.sessions;
-        let deadline = tokio::time::Instant::now() + GRACE;
         loop {
             let left = sessions.left.notified();
             let hot = sessions.all();

@@ -248,7 +248,7 @@ async fn deliver<S: SendStream>(
     }
 }
 
-/// Writes within the credit.
+/// Writes within the credit, a long frame in parts (spec FLOW-6).
 struct Sender<'a, S> {
     send: &'a mut S,
     credit: &'a SubscriptionCredit,

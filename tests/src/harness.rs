@@ -16,6 +16,8 @@ use mainstay_transport::quic::{Identity, QuicConnector, QuicListener, ServerKeys
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+use crate::proxy::{Proxy, before};
+
 /// Seconds since the Unix epoch.
 pub fn now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock after 1970").as_secs() as i64
@@ -81,11 +83,12 @@ impl MemoryServer {
 
 /// A server over quinn on loopback.
 pub struct QuicServer {
-    /// Where it listens.
+    /// Where clients reach it: where it listens, or the bad network before it (see [`proxy::NETWORK`](crate::proxy::NETWORK)).
     pub addr: SocketAddr,
     /// Signs the tokens that the server believes.
     pub key: Arc<SigningKey>,
     trust: Trust,
+    _network: Option<Proxy>,
     stop: Option<oneshot::Sender<()>>,
     running: JoinHandle<()>,
 }
@@ -106,7 +109,9 @@ impl QuicServer {
         let running = tokio::spawn(async move {
             server.serve(listener, async { drop(stopped.await) }).await;
         });
-        Self { addr, key, trust, stop: Some(stop), running }
+        let network = before(addr);
+        let addr = network.as_ref().map_or(addr, Proxy::addr);
+        Self { addr, key, trust, _network: network, stop: Some(stop), running }
     }
 
     /// How clients know the server.

@@ -37,6 +37,9 @@ enum Tool {
         /// Percent of datagrams that begin a burst of lost ones.
         #[arg(long, default_value_t = 0.0)]
         burst: f64,
+        /// Datagrams of a burst.
+        #[arg(long, default_value_t = 10)]
+        burst_length: u32,
         /// Percent of datagrams that arrive out of order.
         #[arg(long, default_value_t = 0.0)]
         reorder: f64,
@@ -55,6 +58,12 @@ enum Tool {
         /// Give every flow another address each so many seconds; 0 for never.
         #[arg(long, default_value_t = 0)]
         rebind_every: u64,
+        /// Lose everything for `--blackhole-secs`, each so many seconds; 0 for never.
+        #[arg(long, default_value_t = 0)]
+        blackhole_every: u64,
+        /// How long everything is lost.
+        #[arg(long, default_value_t = 5)]
+        blackhole_secs: u64,
         /// Seed of everything random.
         #[arg(long, default_value_t = 1)]
         seed: u64,
@@ -70,12 +79,15 @@ async fn main() -> ExitCode {
         jitter_ms,
         loss,
         burst,
+        burst_length,
         reorder,
         duplicate,
         rate,
         queue,
         mtu,
         rebind_every,
+        blackhole_every,
+        blackhole_secs,
         seed,
     } = Args::parse().tool;
     let faults = Faults {
@@ -83,14 +95,14 @@ async fn main() -> ExitCode {
         jitter: Duration::from_millis(jitter_ms),
         loss: loss / 100.0,
         burst: burst / 100.0,
+        burst_length,
         reorder: reorder / 100.0,
         duplicate: duplicate / 100.0,
         rate: rate / 8,
         queue,
         mtu,
-        ..Faults::default()
     };
-    let proxy = match Proxy::start(listen, upstream, faults, seed).await {
+    let proxy = match Proxy::start(listen, upstream, faults, seed) {
         Ok(proxy) => proxy,
         Err(error) => {
             eprintln!("mainstay-tests: cannot listen on {listen}: {error}");
@@ -99,13 +111,17 @@ async fn main() -> ExitCode {
     };
     println!("listening on {}, relaying to {upstream}, seed {seed}", proxy.addr());
     let mut turn = 0u8;
-    let every = Duration::from_secs(if rebind_every == 0 { u64::from(u32::MAX) } else { rebind_every });
-    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
+    let (mut rebinds, mut blackholes) = (each(rebind_every), each(blackhole_every));
     loop {
         tokio::select! {
-            _ = ticks.tick() => {
+            _ = rebinds.tick() => {
                 turn = turn % 200 + 1;
                 proxy.rebind([127, 0, 0, turn].into());
+            }
+            _ = blackholes.tick() => {
+                proxy.blackhole(true);
+                tokio::time::sleep(Duration::from_secs(blackhole_secs)).await;
+                proxy.blackhole(false);
             }
             _ = tokio::signal::ctrl_c() => break,
         }
@@ -121,4 +137,10 @@ async fn main() -> ExitCode {
         read(&counts.rebound)
     );
     ExitCode::SUCCESS
+}
+
+/// Ticks every `seconds`, from then on; never for 0.
+fn each(seconds: u64) -> tokio::time::Interval {
+    let every = Duration::from_secs(if seconds == 0 { u64::from(u32::MAX) } else { seconds });
+    tokio::time::interval_at(tokio::time::Instant::now() + every, every)
 }

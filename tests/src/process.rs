@@ -13,8 +13,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 
-use crate::proxy::{Faults, Proxy};
-use crate::random;
+use crate::proxy::{Proxy, before};
 
 static BINARY: OnceLock<PathBuf> = OnceLock::new();
 
@@ -43,10 +42,6 @@ pub fn binary() -> PathBuf {
     assert!(path.exists(), "{} is missing; run `cargo build -p mainstay` or `cargo xtask test`", path.display());
     path
 }
-
-/// The environment variable that puts a network before every server of a test: `mobile` is 60 ms, 2 % loss, reordering and
-/// duplication.
-pub const NETWORK: &str = "MAINSTAY_NETWORK";
 
 /// Nothing in a test takes longer than this.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -93,7 +88,7 @@ impl Server {
         &self.dir
     }
 
-    /// The connection file of clients: its own, or that of the bad network before it (see [`NETWORK`]).
+    /// The connection file of clients: its own, or that of the bad network before it (see [`NETWORK`](crate::proxy::NETWORK)).
     pub fn connect_file(&self) -> PathBuf {
         self.dir.join(if self.network.is_some() { "through-network.json" } else { "connect.json" })
     }
@@ -113,22 +108,19 @@ impl Server {
     /// Starts it again on the same data and address, if it does not run.
     pub async fn restart(&mut self) {
         match self.try_restart().await {
-            Ok(()) => self.join_network().await,
+            Ok(()) => self.join_network(),
             Err((code, said)) => panic!("the server did not start, exit code {code:?}: {said}"),
         }
     }
 
     /// Puts the bad network before it, once, if the environment asks for it.
-    async fn join_network(&mut self) {
-        if self.network.is_some() || std::env::var_os(NETWORK).is_none_or(|network| network != "mobile") {
-            return;
+    fn join_network(&mut self) {
+        if self.network.is_none()
+            && let Some(proxy) = before(self.addr)
+        {
+            self.connect_file_at(proxy.addr(), "through-network.json");
+            self.network = Some(proxy);
         }
-        let seed = random::seed();
-        println!("the network before the server: {NETWORK}=mobile MAINSTAY_SEED={seed}");
-        let listen = ([127, 0, 0, 1], 0).into();
-        let proxy = Proxy::start(listen, self.addr, Faults::mobile(), seed).await.expect("a proxy");
-        self.connect_file_at(proxy.addr(), "through-network.json");
-        self.network = Some(proxy);
     }
 
     /// As [`Server::restart`]; tells the exit code and output of a server that refuses to start.

@@ -19,6 +19,20 @@ use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use crate::random;
+
+/// The environment variable that puts a network before every server of a test: `mobile` is 60 ms, 2 % loss, reordering and
+/// duplication.
+pub const NETWORK: &str = "MAINSTAY_NETWORK";
+
+/// The network before the server at `addr`, if the environment asks for one.
+pub fn before(addr: SocketAddr) -> Option<Proxy> {
+    std::env::var_os(NETWORK).filter(|network| network == "mobile")?;
+    let seed = random::seed();
+    println!("the network before the server: {NETWORK}=mobile MAINSTAY_SEED={seed}");
+    Some(Proxy::start(([127, 0, 0, 1], 0).into(), addr, Faults::mobile(), seed).expect("a proxy"))
+}
+
 type Flows = Arc<Mutex<HashMap<SocketAddr, mpsc::UnboundedSender<ToFlow>>>>;
 
 #[derive(Debug)]
@@ -38,8 +52,14 @@ pub struct Proxy {
 
 impl Proxy {
     /// Relays between `listen` and `upstream`, with `faults` in each direction. Errors: the sockets.
-    pub async fn start(listen: SocketAddr, upstream: SocketAddr, faults: Faults, seed: u64) -> io::Result<Self> {
-        let socket = Arc::new(UdpSocket::bind(listen).await?);
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    pub fn start(listen: SocketAddr, upstream: SocketAddr, faults: Faults, seed: u64) -> io::Result<Self> {
+        let socket = std::net::UdpSocket::bind(listen)?;
+        socket.set_nonblocking(true)?;
+        let socket = Arc::new(UdpSocket::from_std(socket)?);
         let addr = socket.local_addr()?;
         let conditions = Conditions::new(faults);
         let flows = Flows::default();
@@ -63,10 +83,22 @@ impl Proxy {
         self.conditions.blackhole(on);
     }
 
+    /// The clients whose datagrams came so far, each a flow of its own.
+    pub fn flows(&self) -> Vec<SocketAddr> {
+        lock(&self.flows).keys().copied().collect()
+    }
+
     /// Gives every flow another port towards the server, and the source address `ip`: a NAT that forgot, or a phone that
     /// changed its network. On loopback any address of 127.0.0.0/8 will do.
     pub fn rebind(&self, ip: IpAddr) {
-        for flow in lock(&self.flows).values() {
+        for flow in self.flows() {
+            self.rebind_flow(flow, ip);
+        }
+    }
+
+    /// The same for the flow of one client.
+    pub fn rebind_flow(&self, client: SocketAddr, ip: IpAddr) {
+        if let Some(flow) = lock(&self.flows).get(&client) {
             // A flow that has ended needs no address.
             let _ = flow.send(ToFlow::Rebind(ip));
         }

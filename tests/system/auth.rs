@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use mainstay_client::{Client, ClientError, Code, Config as ClientConfig, Start};
+use mainstay_client::{Client, ClientError, Code, Config as ClientConfig, Event, Start};
 use mainstay_protocol::session::{Instance, Operation};
 use mainstay_server::Config;
 use mainstay_server::auth::SigningKey;
@@ -77,8 +77,7 @@ async fn what_is_not_granted_is_refused_and_what_is_granted_still_works_on_the_s
     let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
     let mut seen = Vec::new();
     while seen.is_empty() {
-        if let mainstay_client::Event::Records(batch) = subscription.next().await.expect("an event").expect("no error")
-        {
+        if let Event::Records(batch) = subscription.next().await.expect("an event").expect("no error") {
             for record in batch.iter() {
                 let record = record.expect("a record");
                 assert_eq!(record.author.subject.as_str(), "tester", "the author is the verified subject");
@@ -94,4 +93,47 @@ async fn what_is_not_granted_is_refused_and_what_is_granted_still_works_on_the_s
     let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
     let error = subscription.next().await.expect("an event").expect_err("refused");
     assert_eq!(code(error), Code::FORBIDDEN);
+}
+
+#[tokio::test]
+async fn a_token_is_renewed_on_the_connection_and_a_bad_one_changes_nothing() {
+    let server = server();
+    let mint =
+        |operations: &[Operation]| server.key.mint(&claims("worker", "", operations.iter().copied())).expect("a token");
+    let client = with_token(&server, Some(mint(&[Operation::Create, Operation::Append])));
+    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let append = async || producer.append(session.main(), "x").await.expect("append").await;
+    assert_eq!(append().await, Ok(0));
+    let refused = session.subscribe(Start::Earliest).open().await.expect("asked").next().await.expect("an answer");
+    assert_eq!(code(refused.expect_err("refused")), Code::FORBIDDEN);
+    let mut connection = client.connection();
+
+    // One that is not believed leaves the one before in force.
+    assert_eq!(code(client.renew_token("v4.public.garbage").await.expect_err("refused")), Code::TOKEN_INVALID);
+    assert_eq!(append().await, Ok(1));
+
+    // A wider one takes effect on the same connection, for what is open too.
+    client.renew_token(mint(&[Operation::Append, Operation::Read])).await.expect("renewed");
+    assert_eq!(append().await, Ok(2));
+    let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+    let mut next = 0;
+    while next < 3 {
+        if let Event::Records(batch) = subscription.next().await.expect("an event").expect("no error") {
+            next = batch.next();
+        }
+    }
+
+    // A narrower one ends what it does not allow.
+    client.renew_token(mint(&[Operation::Append])).await.expect("renewed");
+    let ended = loop {
+        match subscription.next().await.expect("an event") {
+            Ok(_) => {}
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(code(ended), Code::FORBIDDEN);
+    assert_eq!(append().await, Ok(3));
+    let lost = tokio::time::timeout(std::time::Duration::from_millis(1), connection.changed()).await;
+    assert!(lost.is_err(), "renewing cost the connection");
 }

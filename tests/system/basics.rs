@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use mainstay_client::{Event, Start, Subscription};
+use mainstay_client::{Client, Event, Record, Start, Subscription};
 use mainstay_protocol::session::SessionName;
 use mainstay_server::Config;
 use mainstay_store::testing::{Faults, FaultyStore};
@@ -29,7 +29,34 @@ async fn payloads(subscription: &mut Subscription, count: usize) -> Vec<String> 
     all
 }
 
-async fn append_and_follow(client: mainstay_client::Client) {
+/// Batches among single records: each is contiguous, whole, and in the order in which it was given.
+async fn append_batches(client: Client) {
+    let session = client.session("batches").expect("a name").create().attach().await.expect("attach");
+    let tools = session.stream("tools").await.expect("a stream");
+    let producer = session.producer("agent").await.expect("a producer");
+    let (mut tickets, mut firsts, mut count) = (Vec::new(), Vec::new(), 0);
+    for n in 0..50usize {
+        tickets.push(producer.append(session.main(), format!("{count}")).await.expect("append"));
+        firsts.push(count);
+        let records: Vec<Record> = (1..=n + 1).map(|i| tools.data(format!("{}", count + i))).collect();
+        tickets.push(producer.append_batch(&records).await.expect("append"));
+        firsts.push(count + 1);
+        count += n + 2;
+    }
+    for (ticket, first) in tickets.into_iter().zip(firsts) {
+        assert_eq!(ticket.await, Ok(first as u64));
+    }
+    let mut all = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+    assert_eq!(payloads(&mut all, count).await, (0..count).map(|n| n.to_string()).collect::<Vec<_>>());
+    // What no batch may be is refused here, and nothing of it is stored.
+    assert!(producer.append_batch(&[]).await.is_err());
+    assert!(producer.append_batch(&vec![tools.data("x"); 1001]).await.is_err());
+    assert!(producer.append_batch(&[tools.data(vec![0; 300 << 10])]).await.is_err());
+    assert!(producer.append_batch(&vec![tools.data(vec![0; 200 << 10]); 3]).await.is_err());
+    assert_eq!(producer.append(session.main(), "last").await.expect("append").await, Ok(count as u64));
+}
+
+async fn append_and_follow(client: Client) {
     let session = client.session("agent:session123").expect("a name").create().attach().await.expect("attach");
     let mut live = session.subscribe(Start::Earliest).open().await.expect("subscribe");
     let producer = session.producer("agent").await.expect("producer");
@@ -53,10 +80,12 @@ async fn append_and_follow(client: mainstay_client::Client) {
     }
 }
 
+/// Spec SUB-12, SESS-15: history and live in one order, each batch whole.
 #[tokio::test]
 async fn appends_are_acknowledged_in_order_and_followed_live_over_memory() {
     let server = MemoryServer::start(Arc::new(MemoryStore::new()), Config::default());
     append_and_follow(server.client()).await;
+    append_batches(server.client()).await;
     server.stop().await;
 }
 
@@ -64,6 +93,7 @@ async fn appends_are_acknowledged_in_order_and_followed_live_over_memory() {
 async fn appends_are_acknowledged_in_order_and_followed_live_over_quic() {
     let server = QuicServer::start(Arc::new(MemoryStore::new()), Config::default());
     append_and_follow(server.client()).await;
+    append_batches(server.client()).await;
     server.stop().await;
 }
 

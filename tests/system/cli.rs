@@ -91,6 +91,14 @@ async fn exit_codes_and_error_names_are_those_of_the_contract() {
     let mut server = Server::start().await;
     let usage = run(server.command(&["tail"])).await;
     assert_eq!(code(&usage), Some(2));
+    for wrong in [
+        &["tail", "--json"][..],
+        &["bench", "live", "--connections", "3", "--json"],
+        &["serve", "--config", "/nowhere", "--json"],
+    ] {
+        let usage = run(server.command(wrong)).await;
+        assert_eq!((code(&usage), events(&usage.stdout)[0]["code"].as_str()), (Some(2), Some("USAGE")), "{wrong:?}");
+    }
     let usage = run(server.command(&["tail", "s", "--kind", "nonsense", "--json"])).await;
     assert_eq!((code(&usage), events(&usage.stdout)[0]["code"].as_str()), (Some(2), Some("USAGE")));
     let usage = run(server.command(&["tail", "", "--json"])).await;

@@ -23,6 +23,7 @@ async fn read_back(server: &Server, session: &str, count: u64) -> Vec<String> {
     records.iter().map(|record| record["data"].as_str().expect("text").to_owned()).collect()
 }
 
+/// Acked means durable, whatever becomes of the server (spec DUR-1, DUR-3, DUR-8, PROD-2).
 #[tokio::test]
 async fn append_survives_five_crashes_of_the_server_without_losing_or_doubling_a_line() {
     const LINES: u64 = 200_000;
@@ -64,20 +65,22 @@ async fn the_older_of_two_producers_with_one_name_is_fenced_and_leaves_nothing_b
     new_in.write_all(b"from the new one\n").await.expect("write");
     timeout(PATIENCE, new_out.next_line()).await.expect("in time").expect("output").expect("a line");
 
-    // The old one is told at once, without more input.
+    // The old one is told at once, without more input; lines that it still has are not stored behind the new one's.
+    let _ = old_in.write_all(b"too late\n").await;
     let status = timeout(PATIENCE, old.wait()).await.expect("in time").expect("exit status");
     assert_eq!(status.code(), Some(3));
     let error = old_out.next_line().await.expect("output").expect("a line");
     let error: Value = serde_json::from_str(&error).expect("JSON");
     assert_eq!((error["code"].as_str(), error["retryable"].as_bool()), (Some("FENCED"), Some(false)));
-    // What it writes now goes nowhere.
-    let _ = old_in.write_all(b"too late\n").await;
 
     drop(new_in);
     assert!(timeout(PATIENCE, new.wait()).await.expect("in time").expect("exit status").success());
     assert_eq!(read_back(&server, "s1", 2).await, ["from the old one", "from the new one"]);
+    let shown = run(server.command(&["session", "show", "s1", "--json"])).await;
+    assert_eq!(events(&shown.stdout)[0]["tail"].as_u64(), Some(2), "the old one stored something behind the new one");
 }
 
+/// An orderly end answers first and closes then (spec CONN-12).
 #[tokio::test]
 async fn a_server_that_is_told_to_stop_answers_everything_and_exits_zero() {
     let mut server = Server::start().await;
@@ -117,6 +120,7 @@ async fn verify_dump_and_tail_agree_record_by_record() {
     assert!(tailed.into_iter().skip(766).eq(dumped.iter()));
 }
 
+/// The same at random moments (spec DUR-1, DUR-8).
 #[tokio::test]
 async fn many_random_crashes_leave_every_acknowledged_line_exactly_once() {
     const LINES: u64 = 8000;

@@ -4,6 +4,7 @@ use std::process::{Command, Stdio};
 
 use mainstay_tests::appending::Appending;
 use mainstay_tests::process::{PATIENCE, Server, events, named, run};
+use mainstay_tests::skipped;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::time::timeout;
 
@@ -37,7 +38,7 @@ impl Drop for Tmpfs {
 #[tokio::test]
 async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
     let Some(disk) = Tmpfs::mount(256) else {
-        eprintln!("SKIPPED: a full disk: mounting a tmpfs needs root");
+        skipped("a full disk", "mounting a tmpfs needs root");
         return;
     };
     let data = disk.0.path().join("data");
@@ -71,7 +72,7 @@ async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
 async fn a_write_that_finds_no_space_is_taken_back_and_the_engine_opened_anew() {
     const LINES: u64 = 600;
     let Some(disk) = Tmpfs::mount(256) else {
-        eprintln!("SKIPPED: a write without space: mounting a tmpfs needs root");
+        skipped("a write without space", "mounting a tmpfs needs root");
         return;
     };
     let data = disk.0.path().join("data");
@@ -124,13 +125,13 @@ async fn a_failed_sync_stops_the_server_and_what_was_pending_is_stored_once_afte
         .kill_on_drop(true)
         .spawn();
     let Ok(mut strace) = strace else {
-        eprintln!("SKIPPED: a failed sync: strace is not installed");
+        skipped("a failed sync", "strace is not installed");
         return;
     };
     let mut said = BufReader::new(strace.stderr.take().expect("messages")).lines();
     let attached = timeout(PATIENCE, said.next_line()).await.expect("in time").expect("messages").unwrap_or_default();
     if !attached.contains("attached") {
-        eprintln!("SKIPPED: a failed sync: strace may not trace here: {attached}");
+        skipped("a failed sync", &format!("strace may not trace here: {attached}"));
         return;
     }
     appending.write("10\n11\n").await;

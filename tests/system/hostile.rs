@@ -6,10 +6,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use mainstay_client::{Client, Config as ClientConfig};
 use mainstay_protocol::Code;
-use mainstay_protocol::registry::{ALPN, MAX_FRAME};
+use mainstay_protocol::registry::{ALPN, MAX_FRAME, PRODUCER_WINDOW};
 use mainstay_protocol::session::{Instance, Operation, Record};
 use mainstay_protocol::wire::{
-    Append, Attach, AttachMode, Frame, Hello, OpenProducer, Ping, Produce, Start, Subscribe, Writer, put_grease,
+    Append, Attach, AttachMode, Credit, DeleteSession, Frame, Hello, OpenProducer, Ping, Produce, Start, Subscribe,
+    Writer, put_grease,
 };
 use mainstay_server::Config;
 use mainstay_store::MemoryStore;
@@ -52,10 +53,32 @@ impl Raw {
     }
 
     async fn open(&self, first: &[u8]) -> (Send, FrameReader<Recv>) {
-        let (mut send, recv) = self.connection.open_bi().await.expect("a stream");
+        self.try_open(first).await.expect("a stream")
+    }
+
+    /// The same; `None` if the server closed the connection.
+    async fn try_open(&self, first: &[u8]) -> Option<(Send, FrameReader<Recv>)> {
+        let (mut send, recv) = self.connection.open_bi().await.ok()?;
         // A server that refused what came before may have stopped the stream already.
         let _ = send.write(&mut [Bytes::copy_from_slice(first)]).await;
-        (send, FrameReader::new(recv, MAX_FRAME))
+        Some((send, FrameReader::new(recv, MAX_FRAME)))
+    }
+
+    /// Attaches to session `name`.
+    async fn attach(&self, name: &str) -> (Send, FrameReader<Recv>) {
+        let (send, mut frames) = self.open(&attach(name)).await;
+        assert!(matches!(frames.next().await, Ok(Some(Frame::Attached(_)))));
+        (send, frames)
+    }
+
+    /// Opens producer `id` of an attachment, with a QUIC stream for its batches.
+    async fn producer(&self, (send, frames): &mut (Send, FrameReader<Recv>), id: u64) -> Send {
+        let open = OpenProducer { id, name: "p".parse().expect("a name"), epoch: 0 };
+        send.write(&mut [Frame::from(open).to_bytes()]).await.expect("write");
+        assert!(matches!(frames.next().await, Ok(Some(Frame::Producer(_)))));
+        let mut batches = self.connection.open_uni().await.expect("a stream");
+        batches.write(&mut [Frame::from(Produce { producer: id }).to_bytes()]).await.expect("write");
+        batches
     }
 
     /// The code with which the server closes the connection.
@@ -199,6 +222,7 @@ async fn bad_batches_are_refused_by_name_and_good_ones_behind_them_are_stored() 
     assert_eq!(stopped.map(Code), Some(Code::PRODUCER_UNKNOWN));
 }
 
+/// Spec CONN-7.
 #[tokio::test]
 async fn limits_of_a_connection_are_refused_by_name() {
     let server = server();
@@ -315,7 +339,7 @@ async fn random_garbage_on_every_kind_of_stream_disturbs_nobody() {
         for _ in 0..20 {
             let bytes: Bytes = (0..random.below(200)).map(|_| random.bits() as u8).collect::<Vec<u8>>().into();
             match random.below(4) {
-                0 => drop(raw.open(&bytes).await),
+                0 => drop(raw.try_open(&bytes).await),
                 1 => {
                     if let Ok(mut stream) = raw.connection.open_uni().await {
                         let _ = stream.write(&mut [bytes]).await;
@@ -324,7 +348,7 @@ async fn random_garbage_on_every_kind_of_stream_disturbs_nobody() {
                 2 => {
                     let mut framed = attach("s").to_vec();
                     framed.extend_from_slice(&bytes);
-                    drop(raw.open(&framed).await);
+                    drop(raw.try_open(&framed).await);
                 }
                 _ if round % 2 == 0 => {
                     if matches!(raw.control.0.write(&mut [bytes]).await, Err(StreamError::Connection(_))) {
@@ -339,4 +363,143 @@ async fn random_garbage_on_every_kind_of_stream_disturbs_nobody() {
         }
         still_serves(&honest, round).await;
     }
+}
+
+/// Every golden frame with where the registry lets it stand and who may send it.
+fn golden_frames() -> Vec<(String, Vec<u8>, Vec<String>, bool)> {
+    let read = |name: &str| -> toml::Table {
+        let path = format!("{}/../spec/{name}", env!("CARGO_MANIFEST_DIR"));
+        std::fs::read_to_string(path).expect("a file of the spec").parse().expect("TOML")
+    };
+    let (registry, vectors) = (read("registry.toml"), read("vectors/frames.toml"));
+    let golden = vectors["golden"].as_array().expect("golden frames");
+    let frame = |vector: &toml::Value| {
+        let (name, hex) = (vector["name"].as_str().expect("a name"), vector["hex"].as_str().expect("bytes"));
+        let byte = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal");
+        let entry = &registry["frames"][name];
+        let places = entry["on"].as_str().expect("places").split(", ").map(str::to_owned).collect();
+        let client = entry["from"].as_str() != Some("server");
+        (name.to_owned(), (0..hex.len()).step_by(2).map(byte).collect(), places, client)
+    };
+    golden.iter().map(frame).collect()
+}
+
+/// Spec CONN-2 and the table of frames.
+#[tokio::test]
+async fn every_frame_where_the_registry_does_not_let_it_stand_is_unexpected() {
+    let server = server();
+    let mut refused = 0;
+    for (name, bytes, places, client) in golden_frames() {
+        let allowed = |place: &str| client && places.iter().any(|known| known == place);
+        let bytes = Bytes::from(bytes);
+        if !allowed("control") {
+            let mut raw = Raw::hello(&server).await;
+            raw.control.0.write(&mut [bytes.clone()]).await.expect("write");
+            assert_eq!(raw.closed().await, Code::FRAME_UNEXPECTED, "{name} on control");
+            refused += 1;
+        }
+        let raw = Raw::hello(&server).await;
+        if !allowed("attachment") {
+            let (mut send, mut frames) = raw.attach("s").await;
+            send.write(&mut [bytes.clone()]).await.expect("write");
+            assert_eq!(error(&mut frames).await, Code::FRAME_UNEXPECTED, "{name} on an attachment");
+            refused += 1;
+        }
+        if !allowed("attachment") && !allowed("request") {
+            let (_send, mut frames) = raw.open(&bytes).await;
+            assert_eq!(error(&mut frames).await, Code::FRAME_UNEXPECTED, "{name} as the first frame of a stream");
+            refused += 1;
+        }
+        if !allowed("producer") {
+            let mut attachment = raw.attach("s").await;
+            for inside in [false, true] {
+                let mut stream = match inside {
+                    true => raw.producer(&mut attachment, 1).await,
+                    false => raw.connection.open_uni().await.expect("a stream"),
+                };
+                stream.write(&mut [bytes.clone()]).await.expect("write");
+                let stopped = timeout(PATIENCE, stream.stopped()).await.expect("the server stops the stream");
+                assert_eq!(
+                    stopped.map(Code),
+                    Some(Code::FRAME_UNEXPECTED),
+                    "{name} on a producer's stream, inside {inside}"
+                );
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused > 100, "only {refused} cases");
+    still_serves(&server.client(), 0).await;
+}
+
+/// Spec FLOW-9.
+#[tokio::test]
+async fn credit_for_what_was_never_sent_is_a_violation() {
+    let server = server();
+    let mut raw = Raw::hello(&server).await;
+    let (mut send, _frames) = raw.attach("s").await;
+    let subscribe = Subscribe { id: 5, start: Start::Earliest, streams: vec![], kinds: vec![] };
+    send.write(&mut [Frame::from(subscribe).to_bytes()]).await.expect("write");
+    let recv = raw.connection.accept_uni().await.expect("a subscription");
+    let mut subscription = FrameReader::new(recv, MAX_FRAME);
+    assert!(matches!(subscription.next().await, Ok(Some(Frame::Subscribed(_)))));
+    let credit = Frame::from(Credit { id: 5, consumed: 1 << 40 }).to_bytes();
+    raw.control.0.write(&mut [credit]).await.expect("write");
+    assert_eq!(raw.closed().await, Code::CREDIT_EXCEEDED);
+}
+
+/// Spec FLOW-8.
+#[tokio::test]
+async fn a_client_that_does_not_read_its_control_stream_is_dropped() {
+    let server = server();
+    let mut raw = Raw::hello(&server).await;
+    let pings = Frame::from(Ping { nonce: 1 }).to_bytes().repeat(1000);
+    let closed = raw.connection.clone();
+    let flood = async {
+        // Until the server has enough of it.
+        while raw.control.0.write(&mut [Bytes::from(pings.clone())]).await.is_ok() {}
+    };
+    let (_, reason) =
+        tokio::join!(flood, async { timeout(PATIENCE, closed.closed()).await.expect("the server closes") });
+    assert!(matches!(reason, ConnectionError::Closed { code, .. } if Code(code) == Code::CONTROL_BACKLOG), "{reason}");
+    still_serves(&server.client(), 0).await;
+}
+
+/// Spec SESS-4, SESS-13.
+#[tokio::test]
+async fn those_who_are_attached_are_told_when_a_session_is_deleted_and_when_the_server_stops() {
+    let server = server();
+    let raw = Raw::hello(&server).await;
+    let (mut send, mut frames) = raw.attach("deleted").await;
+    let (_other, mut kept) = raw.attach("kept").await;
+    send.write(&mut [Frame::from(DeleteSession {}).to_bytes()]).await.expect("write");
+    assert!(matches!(frames.next().await, Ok(Some(Frame::Deleted(_)))));
+    assert_eq!(error(&mut frames).await, Code::SESSION_GONE);
+    let (stop, told) = tokio::join!(server.stop(), error(&mut kept));
+    assert_eq!((stop, told), ((), Code::GOING_AWAY));
+}
+
+#[tokio::test]
+async fn a_batch_that_was_stored_long_ago_is_a_duplicate() {
+    let server = server();
+    let raw = Raw::hello(&server).await;
+    let mut attachment = raw.attach("s").await;
+    let mut batches = raw.producer(&mut attachment, 1).await;
+    let mut region = Writer::new();
+    Record::data(0, "x").put(&mut region);
+    let records = region.freeze();
+    let append = |sequence| Frame::from(Append { sequence, count: 1, records: records.clone() }).to_bytes();
+    let window = PRODUCER_WINDOW as u64;
+    for sequence in 0..=window {
+        batches.write(&mut [append(sequence)]).await.expect("write");
+        assert!(matches!(attachment.1.next().await, Ok(Some(Frame::Ack(_)))));
+    }
+    // The oldest that is remembered gets its seq; the one before is only known to be stored.
+    batches.write(&mut [append(1)]).await.expect("write");
+    match timeout(PATIENCE, attachment.1.next()).await.expect("an answer") {
+        Ok(Some(Frame::Ack(ack))) => assert_eq!((ack.sequence, ack.batches[0].first), (1, 1)),
+        other => panic!("not acknowledged: {other:?}"),
+    }
+    batches.write(&mut [append(0)]).await.expect("write");
+    assert_eq!(error(&mut attachment.1).await, Code::DUPLICATE);
 }

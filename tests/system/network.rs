@@ -1,14 +1,17 @@
 //! The same promises over a bad network: 60 ms, 2 % loss, reordering, duplication.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use mainstay_tests::appending::Appending;
-use mainstay_tests::process::{Server, command, events, named, run};
+use mainstay_tests::process::{PATIENCE, Server, command, events, named, run};
 use mainstay_tests::proxy::{Faults, Proxy};
 use mainstay_tests::random::{self, Random};
+use tokio::net::UdpSocket;
+use tokio::time::timeout;
 
-async fn proxy(server: &Server, random: &mut Random, faults: Faults) -> Proxy {
-    Proxy::start(([127, 0, 0, 1], 0).into(), server.addr(), faults, random.bits()).await.expect("a proxy")
+fn proxy(server: &Server, random: &mut Random, faults: Faults) -> Proxy {
+    Proxy::start(([127, 0, 0, 1], 0).into(), server.addr(), faults, random.bits()).expect("a proxy")
 }
 
 #[tokio::test]
@@ -18,7 +21,7 @@ async fn appends_and_reads_are_exact_over_a_network_that_loses_reorders_and_dupl
     let mut server = Server::start().await;
     // Often enough that a run of a few hundred datagrams without any of them is out of the question.
     let faults = Faults { loss: 0.08, reorder: 0.1, duplicate: 0.1, ..Faults::mobile() };
-    let proxy = proxy(&server, &mut random, faults).await;
+    let proxy = proxy(&server, &mut random, faults);
     let connect = server.connect_file_at(proxy.addr(), "through-proxy.json");
     let mut appending = Appending::run(command(&connect, &["append", "s1", "--json"]));
     appending.feed(0..LINES, true, |n| format!("{n}\n"));
@@ -48,7 +51,7 @@ async fn a_nat_that_forgets_costs_no_record_over_a_bad_network() {
     const LINES: u64 = 4000;
     let mut random = random::for_test("a_nat_that_forgets");
     let server = Server::start().await;
-    let proxy = proxy(&server, &mut random, Faults::mobile()).await;
+    let proxy = proxy(&server, &mut random, Faults::mobile());
     let connect = server.connect_file_at(proxy.addr(), "through-proxy.json");
     let mut appending = Appending::run(command(&connect, &["append", "s1", "--json"]));
     appending.feed(0..LINES, true, |n| format!("{n}\n"));
@@ -60,4 +63,46 @@ async fn a_nat_that_forgets_costs_no_record_over_a_bad_network() {
     assert_eq!(acks, LINES);
     assert!(warnings.is_empty(), "a new address cost the connection: {warnings:?}");
     assert!(proxy.counts().rebound.load(Ordering::Relaxed) >= 4);
+}
+
+#[tokio::test]
+async fn one_flow_is_rebound_without_the_others() {
+    let upstream = UdpSocket::bind("127.0.0.1:0").await.expect("a socket");
+    let proxy =
+        Proxy::start(([127, 0, 0, 1], 0).into(), upstream.local_addr().expect("an address"), Faults::default(), 1)
+            .expect("a proxy");
+    let clients = [
+        UdpSocket::bind("127.0.0.1:0").await.expect("a socket"),
+        UdpSocket::bind("127.0.0.1:0").await.expect("a socket"),
+    ];
+    // Where the server sees a client.
+    let seen = async |client: &UdpSocket| {
+        client.send_to(b"x", proxy.addr()).await.expect("send");
+        timeout(PATIENCE, upstream.recv_from(&mut [0; 8])).await.expect("in time").expect("a datagram").1
+    };
+    let before = [seen(&clients[0]).await, seen(&clients[1]).await];
+    let first = clients[0].local_addr().expect("an address");
+    assert!(proxy.flows().contains(&first));
+    proxy.rebind_flow(first, [127, 0, 0, 9].into());
+    let after = [seen(&clients[0]).await, seen(&clients[1]).await];
+    assert_ne!(after[0], before[0]);
+    assert_eq!((after[0].ip(), after[1]), ([127, 0, 0, 9].into(), before[1]));
+}
+
+#[tokio::test]
+async fn an_outage_shorter_than_the_idle_timeout_costs_no_record_and_no_connection() {
+    const LINES: u64 = 2000;
+    let mut random = random::for_test("an_outage_shorter");
+    let server = Server::start().await;
+    let proxy = proxy(&server, &mut random, Faults::mobile());
+    let connect = server.connect_file_at(proxy.addr(), "through-proxy.json");
+    let mut appending = Appending::run(command(&connect, &["append", "s1", "--json"]));
+    appending.feed(0..LINES, true, |n| format!("{n}\n"));
+    appending.acked(LINES / 4).await;
+    proxy.blackhole(true);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    proxy.blackhole(false);
+    let (acks, warnings) = appending.finish().await;
+    assert_eq!(acks, LINES);
+    assert!(warnings.is_empty(), "{warnings:?}");
 }

@@ -151,6 +151,7 @@ async fn random_histories_over_simulated_quinn_lose_and_double_nothing() {
     assert!(restarts >= 20 && resumed >= 20, "nothing was provoked");
 }
 
+/// Spec CONN-8.
 #[tokio::test(start_paused = true)]
 async fn a_follower_learns_of_a_restarted_server_within_its_keep_alive() {
     let faults = Faults { delay: Duration::from_millis(30), ..Faults::default() };

@@ -91,8 +91,8 @@ async fn a_thousand_subscriptions_that_are_never_read_cost_the_server_little_and
     let after = p99(&honest).await;
     let grown = resident(server.pid()).saturating_sub(memory);
     println!("server grew by {} KiB; p99 before {before:?}, with them {after:?}", grown / 1024);
-    // Below a few milliseconds the scheduler of a small machine decides, not the server.
-    let most = 2 * before.max(Duration::from_millis(5));
+    // Half a millisecond of it is the scheduler of a small machine.
+    let most = 2 * before + Duration::from_micros(500);
     assert!(after <= most, "p99 of others was {before:?} before and is {after:?}, at most {most:?} is allowed");
     // Deliveries on the way are bounded by the connection's budget; the rest is a few KiB for each QUIC stream and task.
     let bound = Config::default().delivery_budget + 1000 * 24 * 1024 + (16 << 20);
@@ -134,6 +134,7 @@ async fn control_always_fits_beside_bulk_that_nobody_reads_over_memory() {
     control_passes_a_reader_that_stopped(server.client()).await;
 }
 
+/// Spec FLOW-1, with real flow control underneath.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn control_always_fits_beside_bulk_that_nobody_reads_over_quic() {
     let server = QuicServer::start(Arc::new(MemoryStore::new()), Config::default());

@@ -25,6 +25,7 @@ struct Waiting {
 pub struct Outbox {
     waiting: Mutex<Waiting>,
     ready: Notify,
+    overflow: Notify,
 }
 
 /// What the writing task does next.
@@ -58,6 +59,7 @@ impl Outbox {
         put(&mut waiting.frames);
         if waiting.frames.len() > LIMIT {
             waiting.overflowed = true;
+            self.overflow.notify_one();
             waiting.frames = Writer::new();
         }
         drop(waiting);
@@ -99,8 +101,16 @@ impl Outbox {
         loop {
             match self.next().await {
                 Next::Write(bytes) => {
-                    if send.write(&mut [bytes]).await.is_err() {
-                        return;
+                    let mut pieces = [bytes];
+                    let written = tokio::select! {
+                        written = send.write(&mut pieces) => Some(written),
+                        // The peer takes nothing, and this may never end.
+                        () = self.overflow.notified() => None,
+                    };
+                    match written {
+                        Some(Ok(())) => {}
+                        Some(Err(_)) => return,
+                        None => return send.reset(Code::CONTROL_BACKLOG.0),
                     }
                 }
                 Next::Finish => return send.finish(),

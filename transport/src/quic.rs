@@ -279,7 +279,7 @@ impl QuicListener {
             .and_then(|builder| builder.with_no_client_auth().with_single_cert(identity.chain, identity.key))
             .map_err(|error| error.to_string())?;
         tls.alpn_protocols = vec![alpn.to_vec()];
-        // 0-RTT needs a session store that survives restarts; until there is one, no tickets.
+        // Early data needs a session store that survives restarts (spec EARLY-1 to EARLY-5); until there is one, no tickets.
         tls.send_tls13_tickets = 0;
         let crypto = QuicServerConfig::try_from(tls).map_err(|error| error.to_string())?;
         let token_key = ring::hkdf::Salt::new(ring::hkdf::HKDF_SHA256, &[]).extract(&keys.token);
@@ -350,7 +350,7 @@ impl Listener for QuicListener {
     }
 }
 
-/// How a client decides whether it talks to the right server.
+/// How a client decides whether it talks to the right server (spec AUTH-1).
 #[derive(Debug, Clone)]
 pub enum Trust {
     /// The server's key has this pin, whatever its certificate says.

@@ -18,17 +18,29 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
         [target, seconds] => (vec![known(target, &targets)?], *seconds),
         _ => return Err("too many arguments".into()),
     };
-    if !has("cargo", &["+nightly", "--version"]) {
-        skipped("fuzzing", "there is no nightly toolchain (rustup toolchain install nightly)");
+    let nightly = || has("cargo", &["+nightly", "--version"]);
+    if !nightly() {
+        eprintln!("== installing the nightly toolchain, which is missing");
+        // Where that fails it is said below.
+        let _ = Command::new("rustup").args(["toolchain", "install", "nightly", "--profile", "minimal"]).status();
+    }
+    if !nightly() {
+        skipped("fuzzing", "there is no nightly toolchain, and rustup cannot install one");
         return Ok(());
     }
     need("fuzz", "cargo-fuzz")?;
     seeds()?;
     for target in chosen {
         let mut command = Command::new("cargo");
+        command.current_dir(root()).args(["+nightly", "fuzz", "run", &target]);
+        // New inputs go into the first.
+        command.arg(corpus(&target)?);
+        let kept = root().join("fuzz").join("seeds").join(&target);
+        if kept.is_dir() {
+            command.arg(kept);
+        }
         command
-            .current_dir(root())
-            .args(["+nightly", "fuzz", "run", &target, "--", "-rss_limit_mb=1024", "-timeout=10"])
+            .args(["--", "-rss_limit_mb=1024", "-timeout=10"])
             .arg(format!("-max_total_time={seconds}"))
             // The nightly of the command line counts, not the toolchain of this repository.
             .env_remove("CARGO")
@@ -57,13 +69,26 @@ fn targets() -> Result<Vec<String>, String> {
     Ok(targets)
 }
 
-/// Makes seeds of the vectors: each `hex` of a file is one input of the targets that read such bytes.
+/// Targets, and the first bytes that their inputs need beside those of a vector.
+type Uses = &'static [(&'static str, &'static [u8])];
+
+/// Makes seeds of the vectors: each `hex` of a file is one input of the targets that read such bytes, or several: with each
+/// first byte that says where the bytes go. What no vector can be a seed of has some in `fuzz/seeds`.
 fn seeds() -> Outcome {
-    let uses = [
-        ("frames.toml", &["frame_decode", "frame_roundtrip", "deframer", "server_connection", "client_connection"][..]),
-        ("records.toml", &["records"][..]),
-        ("chunks.toml", &["chunk_decode"][..]),
-        ("states.toml", &["chunk_decode"][..]),
+    let uses: [(&str, Uses); 4] = [
+        (
+            "frames.toml",
+            &[
+                ("frame_decode", &[]),
+                ("frame_roundtrip", &[]),
+                ("deframer", &[6]),
+                ("server_connection", &[0, 1, 2, 3, 5]),
+                ("client_connection", &[0, 1, 2, 3]),
+            ],
+        ),
+        ("records.toml", &[("records", &[])]),
+        ("chunks.toml", &[("chunk_decode", &[])]),
+        ("states.toml", &[("chunk_decode", &[])]),
     ];
     for (file, targets) in uses {
         let path = root().join("spec").join("vectors").join(file);
@@ -73,13 +98,27 @@ fn seeds() -> Outcome {
             let bytes: Option<Vec<u8>> =
                 (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(hex.get(at..at + 2)?, 16).ok()).collect();
             let bytes = bytes.ok_or_else(|| format!("{file}: not hexadecimal"))?;
-            for target in targets {
-                let dir = root().join("fuzz").join("corpus").join(target);
-                fs::create_dir_all(&dir).map_err(|error| format!("{}: {error}", dir.display()))?;
-                let seed = dir.join(format!("seed-{file}-{number}"));
-                fs::write(&seed, &bytes).map_err(|error| format!("{}: {error}", seed.display()))?;
+            for (target, places) in targets {
+                let dir = corpus(target)?;
+                let write = |name: String, bytes: &[u8]| {
+                    let seed = dir.join(name);
+                    fs::write(&seed, bytes).map_err(|error| format!("{}: {error}", seed.display()))
+                };
+                if places.is_empty() {
+                    write(format!("seed-{file}-{number}"), &bytes)?;
+                }
+                for place in *places {
+                    write(format!("seed-{file}-{number}-{place}"), &[&[*place], &bytes[..]].concat())?;
+                }
             }
         }
     }
     Ok(())
+}
+
+/// The corpus of a target, which lives as long as the checkout.
+fn corpus(target: &str) -> Result<std::path::PathBuf, String> {
+    let dir = root().join("fuzz").join("corpus").join(target);
+    fs::create_dir_all(&dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+    Ok(dir)
 }

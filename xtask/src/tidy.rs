@@ -77,7 +77,7 @@ fn source(root: &Path, path: &Path, broken: &mut Vec<String>) {
     }
 }
 
-/// Every requirement id that the code cites must stand in the spec, and no id twice.
+/// Every requirement id that the code cites must stand in the spec, no id twice, and each must be cited where it is kept or tested.
 fn requirements(root: &Path, sources: &[PathBuf], broken: &mut Vec<String>) {
     let mut known = Vec::new();
     let Ok(entries) = fs::read_dir(root.join("spec")) else {
@@ -98,14 +98,21 @@ fn requirements(root: &Path, sources: &[PathBuf], broken: &mut Vec<String>) {
             }
         }
     }
+    let mut cited = Vec::new();
     for path in sources {
         let text = fs::read_to_string(path).unwrap_or_default();
         for word in text.split(|c: char| !c.is_ascii_alphanumeric() && c != '-') {
+            if is_id(word) && !cited.contains(&word.to_owned()) {
+                cited.push(word.to_owned());
+            }
             if is_id(word) && !known.contains(&word.to_owned()) {
                 let name = path.strip_prefix(root).unwrap_or(path).display();
                 broken.push(format!("{name} cites {word}, which the spec does not have"));
             }
         }
+    }
+    for id in known.iter().filter(|id| !cited.contains(id) && !is_profile(id)) {
+        broken.push(format!("requirement {id} is cited by no code or test"));
     }
 }
 
@@ -119,4 +126,9 @@ fn is_id(word: &str) -> bool {
     word.split_once('-').is_some_and(|(family, number)| {
         FAMILIES.contains(&family) && !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
     })
+}
+
+/// Requirements on what no version does yet.
+fn is_profile(id: &str) -> bool {
+    id.starts_with("EARLY-")
 }

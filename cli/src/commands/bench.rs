@@ -12,7 +12,31 @@ fn failed(what: String) -> Failure {
     Failure::failed("BENCH", what)
 }
 
+/// Refuses settings that the scenario would not heed.
+fn check(args: &args::Bench) -> Result<(), Failure> {
+    let scenario = args.scenario;
+    let open_loop = matches!(scenario, Scenario::Live | Scenario::Fanout) || args.rate.is_some();
+    if args.connect.is_some() && matches!(scenario, Scenario::Idle | Scenario::Reconnect | Scenario::All) {
+        return Err(Failure::usage(
+            "idle and reconnect look into the server's process: they need one of their own, without --connect",
+        ));
+    }
+    if args.connections.is_some() && (open_loop || !matches!(scenario, Scenario::Append | Scenario::Idle)) {
+        return Err(Failure::usage(
+            "--connections counts for append without --rate and for idle; use --sessions or --subscribers",
+        ));
+    }
+    if args.window.is_some() && scenario != Scenario::Append {
+        return Err(Failure::usage("--window counts for append alone"));
+    }
+    if args.rate.is_some() && !matches!(scenario, Scenario::Append | Scenario::Live | Scenario::Fanout) {
+        return Err(Failure::usage("--rate counts for append, live and fanout"));
+    }
+    Ok(())
+}
+
 pub(crate) async fn run(args: args::Bench, output: Output) -> Result<(), Failure> {
+    check(&args)?;
     if cfg!(debug_assertions) {
         eprintln!("mainstay: this is a debug build; its figures mean little");
     }
@@ -77,7 +101,7 @@ fn plan(args: &args::Bench) -> Vec<(Scenario, Options)> {
     match args.scenario {
         // An open loop is what `live` is.
         Scenario::Append if args.rate.is_some() => vec![(Scenario::Live, base(1, 1, 0, 1))],
-        Scenario::Append => vec![(Scenario::Append, base(1, 1, args.window, 0))],
+        Scenario::Append => vec![(Scenario::Append, base(1, 1, args.window.unwrap_or(16), 0))],
         Scenario::Live => vec![(Scenario::Live, base(50, 50, 0, 20))],
         Scenario::Fanout => vec![(Scenario::Fanout, base(1, 1, 0, 100))],
         Scenario::Replay => vec![(Scenario::Replay, base(1, 1, 0, 0))],

@@ -123,8 +123,7 @@ pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure>
         rows: 0,
         max: args.max,
     };
-    let session = attaching.attach().await?;
-    let mut subscribing = session.subscribe(start);
+    let mut subscribing = attaching.subscribe(start);
     for stream in &args.stream {
         subscribing = subscribing.stream(stream);
     }

@@ -542,7 +542,7 @@ impl<T> Authority<T> {
     }
 
     /// The chunk in flight is not stored. Everything accepted since the last commit is dropped; returns its tickets, each
-    /// to be answered `NOT_COMMITTED` (spec DUR-4).
+    /// to be refused with the reason that the store gave (spec DUR-4).
     pub fn not_committed(&mut self) -> Vec<T> {
         let made = [self.flight.take(), self.prepared.take()].into_iter().flatten();
         let dropped = made.flat_map(|flight| flight.work).chain(self.waiting.drain(..));

@@ -22,7 +22,7 @@ impl Chain {
         Self(*blake3::hash(&input).as_bytes())
     }
 
-    /// The first eight bytes: what a chunk says about its predecessor.
+    /// The first eight bytes: what a chunk says about its predecessor (spec CHAIN-4).
     pub fn link(&self) -> [u8; 8] {
         let mut link = [0; 8];
         link.copy_from_slice(&self.0[..8]);

@@ -1,4 +1,5 @@
-//! The chunk: batches of one session that are committed together, with their control entries (spec CHUNK).
+//! The chunk: batches of one session that are committed together, with their control entries and producer positions, so
+//! that they cannot part (spec CHUNK, CHUNK-6).
 //!
 //! ```text
 //! chunk    = checksum u64 | version u8 | incarnation 16 | first | count | number | writer epoch | base time
@@ -136,7 +137,7 @@ pub struct ChunkProducer {
     pub epoch: u64,
 }
 
-/// One batch of a chunk.
+/// One batch of a chunk (spec CHUNK-3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ChunkBatch {
     /// Index into the chunk's authors.

@@ -10,6 +10,7 @@ use super::record::{Head, Records};
 use super::state::{StreamSet, Streams};
 use super::words::Verdict;
 use crate::error::ProtocolError;
+use crate::registry::GAP_TRIMMED;
 use crate::wire::{Delivery, Frame, Gap, Label, Reader, Run, Start, Stream, Subscribe, Subscribed, Tail, Writer};
 
 /// Which records a subscription wants.
@@ -131,7 +132,7 @@ impl Feed {
     /// Skips what was trimmed. Appends a GAP frame to `out`.
     pub fn skip_trimmed(&mut self, first: u64, out: &mut Vec<Bytes>) {
         if self.next < first {
-            out.push(Frame::from(Gap { from: self.next, to: first, reason: 0 }).to_bytes());
+            out.push(Frame::from(Gap { from: self.next, to: first, reason: GAP_TRIMMED }).to_bytes());
             self.next = first;
         }
     }
@@ -193,6 +194,7 @@ impl Feed {
         Ok(Delivery { from: self.next, runs, records: records.freeze(), ..whole })
     }
 
+    /// Names come before the first record that needs them (spec SUB-11).
     fn announce_streams(&mut self, chunk: &Chunk, streams: &Streams, out: &mut Vec<Bytes>) {
         if self.announced.covers(chunk.streams()) {
             return;

@@ -1,4 +1,4 @@
-//! Record bytes: self-contained, the same on the wire and on disk (spec REC).
+//! Record bytes: self-contained, the same on the wire and on disk (spec REC-1, REC-3).
 //!
 //! ```text
 //! record  = kind varint | stream varint | flags u8 | [message 16] | [run 16] | [headers] | payload
@@ -29,7 +29,7 @@ impl Kind {
     /// The session was closed; no record follows.
     pub const SESSION_CLOSED: Self = Self(kind::SESSION_CLOSED);
 
-    /// Every kind of the registry.
+    /// Every kind of the registry (spec KIND-1).
     pub const ALL: &'static [Self] = &[Self::DATA, Self::SESSION_CLOSED];
 
     /// The registry name, or `None` for a number that this version does not know.
@@ -57,7 +57,7 @@ impl Kind {
 pub struct Record {
     /// What it is.
     pub kind: Kind,
-    /// The stream that it is in, by the session's stream id.
+    /// The stream that it is in, by the session's stream id (spec REC-4).
     pub stream: u64,
     /// Message that it belongs to, chosen by the client.
     pub message: Option<[u8; 16]>,

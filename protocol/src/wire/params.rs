@@ -37,7 +37,7 @@ impl Params {
         Ok(Self { list })
     }
 
-    /// Reads parameters of a frame that defines none. Errors: as [`Params::get`] and [`Params::finish`].
+    /// Reads parameters of a frame that defines none, which is where its body ends (spec WIRE-4). Errors: as [`Params::get`] and [`Params::finish`].
     pub fn get_none(r: &mut Reader<'_>) -> Result<(), ProtocolError> {
         Self::get(r)?.finish()
     }

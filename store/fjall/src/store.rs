@@ -121,7 +121,11 @@ impl FjallStore {
     ///
     /// Errors: `Locked`; `Damaged`, which says what is missing; `Version`; `Io`; `Engine`.
     pub fn open(dir: &Path, config: Config) -> Result<Self, OpenError> {
-        std::fs::create_dir_all(dir).map_err(|error| OpenError::Io(dir.to_owned(), error))?;
+        let mut dirs = std::fs::DirBuilder::new();
+        // For its owner only, whatever is above it.
+        #[cfg(unix)]
+        std::os::unix::fs::DirBuilderExt::mode(&mut dirs, 0o700);
+        dirs.recursive(true).create(dir).map_err(|error| OpenError::Io(dir.to_owned(), error))?;
         let layout = Layout::new(dir);
         let lock = open::lock(&layout, true)?;
         let (engine, file) = open::open(&layout, &config)?;

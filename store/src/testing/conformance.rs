@@ -180,6 +180,7 @@ async fn one_of_several_creates_wins(store: Arc<dyn Store>) {
     assert_eq!((stat.created, stat.first, stat.tail, stat.chunks), (5, 0, 0, 0));
 }
 
+/// Spec SESS-17.
 async fn a_deleted_name_is_free_and_the_old_incarnation_stays_gone(store: Arc<dyn Store>) {
     let old = session_id("again", 1);
     let mut log = Log::create(&store, old.clone()).await;
@@ -251,6 +252,7 @@ async fn refused_for_good(store: &Arc<dyn Store>, writer: &Writer, chunk: &Arc<C
     }
 }
 
+/// Spec CHUNK-2.
 async fn a_chunk_that_does_not_follow_is_refused(store: Arc<dyn Store>) {
     let mut log = Log::create(&store, session_id("follow", 1)).await;
     log.append(&["a"]).await;
@@ -262,6 +264,7 @@ async fn a_chunk_that_does_not_follow_is_refused(store: Arc<dyn Store>) {
     assert_eq!(log.payloads(0).await, ["a", "b"]);
 }
 
+/// Spec CHUNK-5.
 async fn a_newer_writer_fences_the_older_one(store: Arc<dyn Store>) {
     let id = session_id("fence", 1);
     let mut old = Log::create(&store, id.clone()).await;
@@ -283,6 +286,7 @@ async fn resolve_tells_a_stored_chunk_from_a_lost_one(store: Arc<dyn Store>) {
     assert_eq!(retry(|| store.resolve(&log.writer, lost.clone())).await, Ok(false));
 }
 
+/// Spec CHUNK-4.
 async fn control_chunks_have_a_place_but_no_seq(store: Arc<dyn Store>) {
     use mainstay_protocol::session::Control;
     let id = session_id("control", 1);
