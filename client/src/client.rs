@@ -3,7 +3,7 @@
 use core::future::Future;
 use core::pin::Pin;
 use core::time::Duration;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -89,6 +89,12 @@ struct Wired<C: Connection> {
     token: Arc<Mutex<Option<String>>>,
 }
 
+impl<C: Connection> Wired<C> {
+    fn lock_token(&self) -> MutexGuard<'_, Option<String>> {
+        self.token.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl<C: Connection> Core for Wired<C> {
     fn drive(
         &self,
@@ -124,7 +130,7 @@ impl<C: Connection> Core for Wired<C> {
     }
 
     fn renew(&self, token: String) -> BoxFuture<'_, Result<(), ClientError>> {
-        *self.token.lock().unwrap_or_else(PoisonError::into_inner) = Some(token.clone());
+        let before = self.lock_token().replace(token.clone());
         Box::pin(async move {
             let link = match &*self.status.borrow() {
                 Status::Up(link) => link.clone(),
@@ -132,7 +138,13 @@ impl<C: Connection> Core for Wired<C> {
                 Status::Failed(error) => return Err(error.clone()),
             };
             // Where the connection is lost instead, the next one begins with it.
-            link.present(token).await.unwrap_or(Ok(()))
+            let answer = link.present(token.clone()).await.unwrap_or(Ok(()));
+            let mut now = self.lock_token();
+            if answer.is_err() && now.as_ref() == Some(&token) {
+                // The next connection must not lose what the one before still allows here.
+                *now = before;
+            }
+            answer
         })
     }
 

@@ -191,7 +191,7 @@ impl<C: Connection> Link<C> {
                     tracing::debug!(subject = %auth.subject, "authenticated");
                     self.answer_token(Ok(()));
                 }
-                Frame::Error(error) => {
+                Frame::Error(error) if error.about == Token::KIND => {
                     tracing::warn!(code = %error.code, detail = %error.detail, "token refused");
                     self.answer_token(Err(ClientError::refused(error.code, error.detail.as_str())));
                 }

@@ -5,7 +5,9 @@ use core::task::{Context, Poll};
 use std::sync::Arc;
 
 use mainstay_protocol::error::{Code, ProtocolError};
-use mainstay_protocol::session::{Author, Backoff, CreditReceived, Incarnation, Kind, Record, Records, Verdict, View};
+use mainstay_protocol::session::{
+    Author, Backoff, CreditReceived, Incarnation, Kind, Progress, Record, Records, Verdict, View,
+};
 use mainstay_protocol::wire::{Delivery, Frame, Label, Start};
 use mainstay_transport::{Connection, FrameError};
 use tokio::sync::mpsc;
@@ -240,14 +242,6 @@ enum Over {
     Failed(ClientError),
 }
 
-#[derive(Default)]
-struct Progress {
-    started: bool,
-    next: u64,
-    tail: u64,
-    behind: bool,
-}
-
 impl<C: Connection> Reader<C> {
     /// Runs until the subscription ends.
     pub(crate) async fn run(mut self) {
@@ -269,7 +263,8 @@ impl<C: Connection> Reader<C> {
                 // Of a subscription that was just dropped the server may not know yet.
                 Some(Opened::Refused(code, message))
                     if code.is_retryable()
-                        || code == Code::LIMIT_EXCEEDED && (progress.started || backoff.failures() < PATIENCE) =>
+                        || code == Code::LIMIT_EXCEEDED
+                            && (progress.has_started() || backoff.failures() < PATIENCE) =>
                 {
                     tracing::debug!(%code, message, "subscription refused; trying again");
                     Over::Again { patience: true }
@@ -286,7 +281,7 @@ impl<C: Connection> Reader<C> {
                     } else {
                         backoff.reset();
                     }
-                    let start = progress.started.then_some(Start::Seq(progress.next));
+                    let start = progress.has_started().then_some(Start::Seq(progress.next()));
                     if self.resubscriber.again(start).await.is_err() {
                         return;
                     }
@@ -317,18 +312,15 @@ impl<C: Connection> Reader<C> {
         progress: &mut Progress,
     ) -> Result<Over, Dropped> {
         let (verdict, next, tail) = (subscribed.verdict, subscribed.next, subscribed.tail);
-        if progress.started {
-            if next > progress.next && verdict == Verdict::Exact {
-                let skipped = ProtocolError::new(Code::FRAME_MALFORMED, "subscription goes on behind its position");
-                return Ok(Over::Failed(skipped.into()));
-            }
-            self.send(Event::Resumed { verdict, next }).await?;
-        } else {
-            *progress = Progress { started: true, next, tail, behind: true };
-            self.send(Event::Started { verdict, next, tail, incarnation }).await?;
+        let again = progress.has_started();
+        if let Err(error) = progress.subscribed(verdict, next, tail) {
+            return Ok(Over::Failed(error.into()));
         }
-        progress.tail = progress.tail.max(tail);
-        progress.behind = true;
+        self.send(match again {
+            true => Event::Resumed { verdict, next },
+            false => Event::Started { verdict, next, tail, incarnation },
+        })
+        .await?;
         self.caught_up(progress).await?;
         let mut credit = CreditReceived::new(link.window());
         let mut streams: Arc<Vec<Option<Label>>> = Arc::default();
@@ -341,13 +333,9 @@ impl<C: Connection> Reader<C> {
                 };
                 match frame {
                     Frame::Delivery(delivery) => {
-                        if delivery.from != progress.next {
-                            let gap =
-                                ProtocolError::new(Code::FRAME_MALFORMED, "delivery does not go on where it must");
-                            return Ok(Over::Failed(gap.into()));
+                        if let Err(error) = progress.covered(delivery.from, delivery.to) {
+                            return Ok(Over::Failed(error.into()));
                         }
-                        progress.next = delivery.to;
-                        progress.tail = progress.tail.max(delivery.to);
                         let batch = RecordBatch { delivery, streams: streams.clone() };
                         self.send(Event::Records(batch)).await?;
                         self.caught_up(progress).await?;
@@ -360,23 +348,20 @@ impl<C: Connection> Reader<C> {
                         }
                         table[id] = Some(stream.name);
                     }
-                    Frame::Tail(tail) => {
-                        progress.tail = progress.tail.max(tail.tail);
-                        progress.behind = true;
-                    }
+                    Frame::Tail(tail) => progress.tail(tail.tail),
                     Frame::Gap(gap) => {
-                        progress.next = gap.to;
-                        progress.tail = progress.tail.max(gap.to);
+                        if let Err(error) = progress.covered(gap.from, gap.to) {
+                            return Ok(Over::Failed(error.into()));
+                        }
                         self.send(Event::Gap { from: gap.from, to: gap.to, reason: "trimmed" }).await?;
                         self.caught_up(progress).await?;
                     }
-                    Frame::Snapshot(snapshot) => match View::decode(&snapshot.view) {
-                        Ok(view) => {
-                            progress.next = snapshot.next;
-                            self.send(Event::Snapshot(Box::new(view))).await?;
+                    Frame::Snapshot(snapshot) => {
+                        match progress.snapshot(snapshot.next).and_then(|()| View::decode(&snapshot.view)) {
+                            Ok(view) => self.send(Event::Snapshot(Box::new(view))).await?,
+                            Err(error) => return Ok(Over::Failed(error.into())),
                         }
-                        Err(error) => return Ok(Over::Failed(error.into())),
-                    },
+                    }
                     Frame::Error(error) => {
                         let code = error.code;
                         return Ok(match code {
@@ -408,11 +393,10 @@ impl<C: Connection> Reader<C> {
     }
 
     async fn caught_up(&self, progress: &mut Progress) -> Result<(), Dropped> {
-        if progress.behind && progress.next >= progress.tail {
-            progress.behind = false;
-            self.send(Event::CaughtUp { tail: progress.tail }).await?;
+        match progress.caught_up() {
+            Some(tail) => self.send(Event::CaughtUp { tail }).await,
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 

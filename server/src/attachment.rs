@@ -1,6 +1,5 @@
 //! One attachment: a bidirectional QUIC stream bound to a session. Requests in; answers, acks and errors out.
 
-use core::time::Duration;
 use std::sync::{Arc, Weak};
 
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -128,12 +127,10 @@ pub(crate) async fn run<C: Connection>(
     conn.drop_producers(&attachment);
     if code == Code::GOING_AWAY {
         // The connection is about to be closed, which would throw away answers that are on their way.
-        let _ = tokio::time::timeout(LAST_WORDS, send.stopped()).await;
+        // A server that stops waits for this within its grace.
+        send.stopped().await;
     }
 }
-
-/// How long a client may take to receive the last answers of a server that stops.
-const LAST_WORDS: Duration = Duration::from_secs(2);
 
 async fn refuse_attach<R: RecvStream>(
     outbox: &Outbox,
@@ -172,15 +169,7 @@ async fn attach(conn: &Conn, attachment: &Attachment, request: &Attach) -> Resul
     let Standing { tail, first, created, closed, view_hash, streams, positions } =
         ask(&session, |answer| Command::Stand { subject: attachment.author.subject.clone(), answer }).await?;
     let incarnation = session.id.incarnation;
-    let verdict = match (request.incarnation, request.next) {
-        (Some(held), _) if held != incarnation => Verdict::Gone,
-        (_, Some(next)) if next > tail => {
-            let detail = "the cursor is beyond the tail: records that were shown are missing";
-            return Err(Refusal::new(Code::SESSION_DAMAGED, detail));
-        }
-        (_, Some(next)) if next < first => Verdict::Gap,
-        _ => Verdict::Exact,
-    };
+    let verdict = Verdict::of_attach((request.incarnation, request.next), incarnation, (first, tail))?;
     attachment.outbox.push(Attached {
         verdict,
         incarnation,

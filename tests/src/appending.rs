@@ -1,18 +1,19 @@
 //! `mainstay append` as tests drive it: lines in, acknowledgements checked as they come.
 
 use std::process::Stdio;
-use std::time::Duration;
+use std::sync::Arc;
 
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::process::{PATIENCE, Server, command};
 
-/// Lines that are fed before a pause of a millisecond, where lines must not all be there at once.
-const GULP: u64 = 4;
+/// Lines that may be ahead of their acknowledgements where not all must be there at once.
+const AHEAD: usize = 64;
 
 /// A running `append SESSION --json`. Every acknowledgement must be that of the next line, with the seq of its place.
 #[derive(Debug)]
@@ -20,6 +21,8 @@ pub struct Appending {
     child: Child,
     input: Option<ChildStdin>,
     feeding: Option<JoinHandle<()>>,
+    /// Lines that may be fed now.
+    room: Arc<Semaphore>,
     output: Lines<BufReader<ChildStdout>>,
     acks: u64,
     warnings: Vec<Value>,
@@ -36,7 +39,7 @@ impl Appending {
         let mut child = append.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("append");
         let input = child.stdin.take();
         let output = BufReader::new(child.stdout.take().expect("output")).lines();
-        Self { child, input, feeding: None, output, acks: 0, warnings: Vec::new() }
+        Self { child, input, feeding: None, room: Arc::new(Semaphore::new(0)), output, acks: 0, warnings: Vec::new() }
     }
 
     /// Writes lines.
@@ -44,8 +47,8 @@ impl Appending {
         self.input.as_mut().expect("its input is open").write_all(lines.as_bytes()).await.expect("write");
     }
 
-    /// Writes the numbers in the background, each as the line that `line` makes of it, then ends the input. `slowly`: a few each
-    /// millisecond, so that what a test does falls between lines and not behind all of them.
+    /// Writes the numbers in the background, each as the line that `line` makes of it, then ends the input. `slowly`: only a few
+    /// ahead of their acknowledgements, so that what a test does falls between lines and not behind all of them.
     pub fn feed(
         &mut self,
         numbers: core::ops::Range<u64>,
@@ -53,12 +56,12 @@ impl Appending {
         line: impl Fn(u64) -> String + Send + 'static,
     ) {
         let mut input = self.input.take().expect("its input is open");
+        self.room.add_permits(if slowly { AHEAD } else { Semaphore::MAX_PERMITS / 2 });
+        let room = self.room.clone();
         self.feeding = Some(tokio::spawn(async move {
             for n in numbers {
+                room.acquire().await.expect("it is never closed").forget();
                 input.write_all(line(n).as_bytes()).await.expect("write");
-                if slowly && n % GULP == GULP - 1 {
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                }
             }
         }));
     }
@@ -71,6 +74,7 @@ impl Appending {
             Some("ack") => {
                 assert_eq!((event["line"].as_u64(), event["seq"].as_u64()), (Some(self.acks), Some(self.acks)));
                 self.acks += 1;
+                self.room.add_permits(1);
             }
             Some("warning") => self.warnings.push(event.clone()),
             _ => panic!("neither an acknowledgement nor a warning: {line}"),

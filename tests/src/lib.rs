@@ -6,6 +6,20 @@ pub mod process;
 pub mod proxy;
 pub mod random;
 
+/// Waits until something holds that nobody announces, and looks every few milliseconds.
+///
+/// # Panics
+///
+/// If it does not hold within [`PATIENCE`](process::PATIENCE).
+pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let looking = async {
+        while !holds().await {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    assert!(tokio::time::timeout(process::PATIENCE, looking).await.is_ok(), "{what}: not in time");
+}
+
 /// Says loudly that a test did not run: on standard error, and in the file that `MAINSTAY_SKIPPED` names, because a test
 /// runner keeps to itself what a passing test says.
 pub fn skipped(what: &str, why: &str) {

@@ -1,6 +1,6 @@
 //! Capability tokens: what is refused, with which name, and that the connection goes on.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use mainstay_client::{Client, ClientError, Code, Config as ClientConfig, Event, Start};
 use mainstay_protocol::session::{Instance, Operation};
@@ -8,6 +8,8 @@ use mainstay_server::Config;
 use mainstay_server::auth::SigningKey;
 use mainstay_store::MemoryStore;
 use mainstay_tests::harness::{MemoryServer, claims, now};
+use mainstay_transport::memory::{MemoryConnection, MemoryNetwork};
+use mainstay_transport::{Connection, ConnectionError, Connector};
 
 fn server() -> MemoryServer {
     MemoryServer::start(Arc::new(MemoryStore::new()), Config::default())
@@ -95,12 +97,43 @@ async fn what_is_not_granted_is_refused_and_what_is_granted_still_works_on_the_s
     assert_eq!(code(error), Code::FORBIDDEN);
 }
 
+/// A network whose connections can be lost.
+#[derive(Clone)]
+struct Losing {
+    network: Arc<MemoryNetwork>,
+    last: Arc<Mutex<Option<MemoryConnection>>>,
+}
+
+impl Losing {
+    fn lose(&self) {
+        let last = self.last.lock().expect("no panic").take();
+        last.expect("a connection").close(Code::NO_ERROR.0, "lost by the test");
+    }
+}
+
+impl Connector for Losing {
+    type Connection = MemoryConnection;
+
+    async fn connect(&self) -> Result<MemoryConnection, ConnectionError> {
+        let connection = self.network.connect().await?;
+        self.last.lock().expect("no panic").replace(connection.clone());
+        Ok(connection)
+    }
+
+    fn target(&self) -> String {
+        self.network.target()
+    }
+}
+
 #[tokio::test]
 async fn a_token_is_renewed_on_the_connection_and_a_bad_one_changes_nothing() {
     let server = server();
     let mint =
         |operations: &[Operation]| server.key.mint(&claims("worker", "", operations.iter().copied())).expect("a token");
-    let client = with_token(&server, Some(mint(&[Operation::Create, Operation::Append])));
+    let network = Losing { network: server.network(), last: Arc::default() };
+    let mut config = ClientConfig::default();
+    config.token = Some(mint(&[Operation::Create, Operation::Append]));
+    let client = Client::new(network.clone(), config);
     let session = client.session("s").expect("a name").create().attach().await.expect("attach");
     let producer = session.producer("p").await.expect("a producer");
     let append = async || producer.append(session.main(), "x").await.expect("append").await;
@@ -109,9 +142,11 @@ async fn a_token_is_renewed_on_the_connection_and_a_bad_one_changes_nothing() {
     assert_eq!(code(refused.expect_err("refused")), Code::FORBIDDEN);
     let mut connection = client.connection();
 
-    // One that is not believed leaves the one before in force.
+    // One that is not believed leaves the one before in force, on the next connection too.
     assert_eq!(code(client.renew_token("v4.public.garbage").await.expect_err("refused")), Code::TOKEN_INVALID);
+    network.lose();
     assert_eq!(append().await, Ok(1));
+    while connection.changed().await != Some(true) {}
 
     // A wider one takes effect on the same connection, for what is open too.
     client.renew_token(mint(&[Operation::Append, Operation::Read])).await.expect("renewed");

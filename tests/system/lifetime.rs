@@ -10,9 +10,9 @@ use mainstay_server::Config;
 use mainstay_store::{MemoryStore, Store};
 use mainstay_store_fjall::FjallStore;
 use mainstay_tests::harness::{MemoryServer, claims, now};
+use mainstay_tests::process::PATIENCE;
+use mainstay_tests::until;
 use tokio::time::timeout;
-
-const PATIENCE: Duration = Duration::from_secs(20);
 
 async fn unused_sessions_expire(store: Arc<dyn Store>) {
     let mut config = Config::default();
@@ -34,17 +34,12 @@ async fn unused_sessions_expire(store: Arc<dyn Store>) {
     producer.append(unused.main(), "x").await.expect("append").await.expect("stored");
     drop((kept, unused, producer));
     let gone = async |name: &str| {
-        let waiting = async {
-            while store.stat(name.parse().expect("a name")).await.expect("stat").is_some() {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        };
-        timeout(PATIENCE, waiting).await.expect("it expires");
+        until("it expires", async || store.stat(name.parse().expect("a name")).await.expect("stat").is_none()).await;
     };
     gone("unused").await;
     let again = client.session("unused").expect("a name").attach().await;
     assert!(matches!(again, Err(ClientError::Refused { code: Code::SESSION_NOT_FOUND, .. })), "{again:?}");
-    // One that is attached does not expire, however long ago it was created.
+    // One that is attached does not expire, however long ago it was created: time itself is what passes here.
     tokio::time::sleep(2 * after).await;
     let producer = held.producer("p").await.expect("a producer");
     producer.append(held.main(), "still here").await.expect("append").await.expect("stored");
@@ -67,12 +62,7 @@ async fn a_session_expires_once_nobody_uses_it_on_disk() {
     let store = FjallStore::open(dir.path(), mainstay_store_fjall::Config::default()).expect("open");
     let store: Arc<dyn Store> = Arc::new(store);
     unused_sessions_expire(store.clone()).await;
-    let closing = async {
-        while Arc::strong_count(&store) > 1 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    timeout(PATIENCE, closing).await.expect("the server's tasks end");
+    until("the server's tasks end", async || Arc::strong_count(&store) == 1).await;
     drop(store);
     let report = mainstay_store_fjall::verify::verify(dir.path(), &mut |_, _, _, _| {}).expect("verify");
     assert_eq!(report.problems, []);

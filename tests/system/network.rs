@@ -1,5 +1,6 @@
 //! The same promises over a bad network: 60 ms, 2 % loss, reordering, duplication.
 
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -10,21 +11,30 @@ use mainstay_tests::random::{self, Random};
 use tokio::net::UdpSocket;
 use tokio::time::timeout;
 
-fn proxy(server: &Server, random: &mut Random, faults: Faults) -> Proxy {
-    Proxy::start(([127, 0, 0, 1], 0).into(), server.addr(), faults, random.bits()).expect("a proxy")
+/// A server, the network before it, and the connection file of clients behind that.
+async fn behind(test: &str, faults: Faults) -> (Server, Proxy, PathBuf, Random) {
+    let mut random = random::for_test(test);
+    let server = Server::start().await;
+    let listen = ([127, 0, 0, 1], 0).into();
+    let proxy = Proxy::start(listen, server.addr(), faults, random.bits()).expect("a proxy");
+    let connect = server.connect_file_at(proxy.addr(), "through-proxy.json");
+    (server, proxy, connect, random)
+}
+
+/// `append`, which is fed so many lines slowly.
+fn appending(connect: &Path, lines: u64) -> Appending {
+    let mut appending = Appending::run(command(connect, &["append", "s1", "--json"]));
+    appending.feed(0..lines, true, |n| format!("{n}\n"));
+    appending
 }
 
 #[tokio::test]
 async fn appends_and_reads_are_exact_over_a_network_that_loses_reorders_and_duplicates() {
     const LINES: u64 = 5000;
-    let mut random = random::for_test("appends_and_reads_are_exact_over_a_network");
-    let mut server = Server::start().await;
     // Often enough that a run of a few hundred datagrams without any of them is out of the question.
     let faults = Faults { loss: 0.08, reorder: 0.1, duplicate: 0.1, ..Faults::mobile() };
-    let proxy = proxy(&server, &mut random, faults);
-    let connect = server.connect_file_at(proxy.addr(), "through-proxy.json");
-    let mut appending = Appending::run(command(&connect, &["append", "s1", "--json"]));
-    appending.feed(0..LINES, true, |n| format!("{n}\n"));
+    let (mut server, proxy, connect, mut random) = behind("appends_and_reads_are_exact_over_a_network", faults).await;
+    let mut appending = appending(&connect, LINES);
     let follower = command(&connect, &["tail", "s1", "--max", &LINES.to_string(), "--json"]);
     let following = tokio::spawn(run(follower));
     appending.acked(1 + random.below(LINES / 2)).await;
@@ -49,12 +59,8 @@ async fn appends_and_reads_are_exact_over_a_network_that_loses_reorders_and_dupl
 #[tokio::test]
 async fn a_nat_that_forgets_costs_no_record_over_a_bad_network() {
     const LINES: u64 = 4000;
-    let mut random = random::for_test("a_nat_that_forgets");
-    let server = Server::start().await;
-    let proxy = proxy(&server, &mut random, Faults::mobile());
-    let connect = server.connect_file_at(proxy.addr(), "through-proxy.json");
-    let mut appending = Appending::run(command(&connect, &["append", "s1", "--json"]));
-    appending.feed(0..LINES, true, |n| format!("{n}\n"));
+    let (_server, proxy, connect, _) = behind("a_nat_that_forgets", Faults::mobile()).await;
+    let mut appending = appending(&connect, LINES);
     for turn in 2..6u8 {
         appending.acked(u64::from(turn - 1) * LINES / 8).await;
         proxy.rebind([127, 0, 0, turn].into());
@@ -92,14 +98,11 @@ async fn one_flow_is_rebound_without_the_others() {
 #[tokio::test]
 async fn an_outage_shorter_than_the_idle_timeout_costs_no_record_and_no_connection() {
     const LINES: u64 = 2000;
-    let mut random = random::for_test("an_outage_shorter");
-    let server = Server::start().await;
-    let proxy = proxy(&server, &mut random, Faults::mobile());
-    let connect = server.connect_file_at(proxy.addr(), "through-proxy.json");
-    let mut appending = Appending::run(command(&connect, &["append", "s1", "--json"]));
-    appending.feed(0..LINES, true, |n| format!("{n}\n"));
+    let (_server, proxy, connect, _) = behind("an_outage_shorter", Faults::mobile()).await;
+    let mut appending = appending(&connect, LINES);
     appending.acked(LINES / 4).await;
     proxy.blackhole(true);
+    // How long it lasts is the subject.
     tokio::time::sleep(Duration::from_secs(2)).await;
     proxy.blackhole(false);
     let (acks, warnings) = appending.finish().await;

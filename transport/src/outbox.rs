@@ -35,8 +35,6 @@ enum Next {
     Write(Bytes),
     /// Everything was written; end the stream.
     Finish,
-    /// The peer let too much gather.
-    Overflow,
 }
 
 impl Outbox {
@@ -82,9 +80,6 @@ impl Outbox {
         loop {
             {
                 let mut waiting = self.lock();
-                if waiting.overflowed {
-                    return Next::Overflow;
-                }
                 if !waiting.frames.is_empty() {
                     return Next::Write(waiting.frames.take());
                 }
@@ -96,25 +91,28 @@ impl Outbox {
         }
     }
 
-    /// Writes what is pushed until the outbox is closed and empty, or the peer is gone.
+    /// Writes what is pushed until the outbox is closed and empty, or the peer is gone. A peer that let too much gather loses the
+    /// stream at once, also while it takes nothing (spec FLOW-8).
     pub async fn write_to(&self, send: &mut impl SendStream) {
+        let overflowed = tokio::select! {
+            biased;
+            () = self.overflow.notified() => true,
+            () = self.write_all(send) => false,
+        };
+        if overflowed {
+            send.reset(Code::CONTROL_BACKLOG.0);
+        }
+    }
+
+    async fn write_all(&self, send: &mut impl SendStream) {
         loop {
             match self.next().await {
                 Next::Write(bytes) => {
-                    let mut pieces = [bytes];
-                    let written = tokio::select! {
-                        written = send.write(&mut pieces) => Some(written),
-                        // The peer takes nothing, and this may never end.
-                        () = self.overflow.notified() => None,
-                    };
-                    match written {
-                        Some(Ok(())) => {}
-                        Some(Err(_)) => return,
-                        None => return send.reset(Code::CONTROL_BACKLOG.0),
+                    if send.write(&mut [bytes]).await.is_err() {
+                        return;
                     }
                 }
                 Next::Finish => return send.finish(),
-                Next::Overflow => return send.reset(Code::CONTROL_BACKLOG.0),
             }
         }
     }

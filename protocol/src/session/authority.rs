@@ -313,22 +313,20 @@ impl<T> Authority<T> {
             return (Outcome::Refused(Self::uncertain()), None);
         }
         if let Some(epoch) = keep {
-            let known = self.state.producers.find(&key);
-            let durable = known.as_ref().and_then(|handle| self.state.producers.durable(handle));
-            return match (known, durable) {
-                (Some(_), Some((current, next))) if current == epoch => {
-                    let Some(handle) = self.state.producers.hold(&key) else { unreachable!("it was just found") };
-                    (Outcome::Done(Reply::Producer { handle, epoch, next }), Some(ticket))
-                }
-                (_, Some((current, _))) if current > epoch => {
-                    let detail = "a newer epoch of this producer was granted";
-                    (Outcome::Refused(Refusal { code: Code::FENCED, value: current, detail }), None)
-                }
-                _ => {
-                    let detail = "the epoch was never granted, or the producer was evicted";
-                    (Outcome::Refused(Refusal::new(Code::PRODUCER_UNKNOWN, detail)), None)
-                }
+            let producers = &mut self.state.producers;
+            let (current, next) = producers.find(&key).and_then(|known| producers.durable(&known)).unwrap_or_default();
+            if current == epoch
+                && let Some(handle) = producers.hold(&key)
+            {
+                return (Outcome::Done(Reply::Producer { handle, epoch, next }), Some(ticket));
+            }
+            let refusal = if current > epoch {
+                let detail = "a newer epoch of this producer was granted";
+                Refusal { code: Code::FENCED, value: current, detail }
+            } else {
+                Refusal::new(Code::PRODUCER_UNKNOWN, "the epoch was never granted, or the producer was evicted")
             };
+            return (Outcome::Refused(refusal), None);
         }
         self.stamp(now);
         let epoch = self.state.producers.stage_grant(key.clone());

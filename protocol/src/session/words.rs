@@ -5,6 +5,7 @@ use core::str::FromStr;
 
 use crate::error::{Code, ProtocolError};
 use crate::registry::MAX_NAME;
+use crate::session::Refusal;
 use crate::wire::{Reader, Subject, Writer};
 
 crate::wire::text_type! {
@@ -132,6 +133,24 @@ pub enum Verdict {
 }
 
 impl Verdict {
+    /// What an attach answers about the cursor that it was given, of a session with this incarnation whose readable seqs are
+    /// `first..tail` (spec SESS-10). Refusals: `SESSION_DAMAGED` for a cursor beyond the tail.
+    pub fn of_attach(
+        (held, next): (Option<Incarnation>, Option<u64>),
+        incarnation: Incarnation,
+        (first, tail): (u64, u64),
+    ) -> Result<Self, Refusal> {
+        match (held, next) {
+            (Some(held), _) if held != incarnation => Ok(Self::Gone),
+            (_, Some(next)) if next > tail => {
+                let detail = "the cursor is beyond the tail: records that were shown are missing";
+                Err(Refusal::new(Code::SESSION_DAMAGED, detail))
+            }
+            (_, Some(next)) if next < first => Ok(Self::Gap),
+            _ => Ok(Self::Exact),
+        }
+    }
+
     /// The word used on the command line and in logs.
     pub const fn as_str(self) -> &'static str {
         match self {

@@ -10,7 +10,7 @@ use std::path::Path;
 use bytes::Bytes;
 use mainstay_protocol::session::{Chunk, Control, Incarnation, SessionName};
 
-use crate::check::{self, CheckError, Hole};
+use crate::check::{self, CheckError, Hole, Item};
 use crate::keys::{self, SessionRow};
 use crate::open::Engine;
 use crate::reader::Reader;
@@ -84,42 +84,23 @@ fn name_of(chunk: &Chunk, known: &HashMap<Incarnation, SessionName>) -> Option<S
     })
 }
 
-/// Length of an item's head and of a chunk's key (see `check`).
-const HEAD: usize = 21;
-const KEY: usize = 24;
-
 /// Finds the items of keyspace `log` in bytes of which nothing else is believed.
 pub(crate) fn scan(bytes: &Bytes, log: u64, found: &mut Vec<Found>) {
     let mut at = 0;
-    while let Some(item) = bytes.get(at..) {
-        let Some((segment, first, len)) = item_head(item, log) else {
-            match item.iter().skip(1).position(|byte| *byte == 2) {
+    while let Some(rest) = bytes.get(at..) {
+        let item = Item::parse(rest).filter(|item| item.puts && item.keyspace == log);
+        let Some((item, (segment, first, _))) =
+            item.and_then(|item| keys::chunk_parts(item.key).map(|key| (item, key)))
+        else {
+            match rest.iter().skip(1).position(|byte| *byte == 2) {
                 Some(next) => at += 1 + next,
                 None => return,
             }
             continue;
         };
-        let value = bytes.slice(at + HEAD + KEY..at + HEAD + KEY + len);
-        let chunk = Chunk::decode(value).ok();
+        let chunk = Chunk::decode(bytes.slice_ref(item.value)).ok();
         // A damaged one may have a damaged length: what is inside it is looked at too.
-        at += if chunk.is_some() { HEAD + KEY + len } else { 1 };
+        at += if chunk.is_some() { item.len } else { 1 };
         found.push(Found { segment, first, chunk });
     }
-}
-
-/// Segment, first seq and length of the chunk that `item` puts, if it is such an item.
-fn item_head(item: &[u8], log: u64) -> Option<(u64, u64, usize)> {
-    let head = item.get(..HEAD)?;
-    let keyspace = u64::from_le_bytes(head[3..11].try_into().ok()?);
-    let key_len = usize::from(u16::from_le_bytes(head[11..13].try_into().ok()?));
-    let value_len = u32::from_le_bytes(head[13..17].try_into().ok()?);
-    let disk_len = u32::from_le_bytes(head[17..21].try_into().ok()?);
-    let plain = head[..3] == [2, 0, 0] && value_len == disk_len;
-    if !plain || keyspace != log || key_len != KEY {
-        return None;
-    }
-    let (segment, first, _) = keys::chunk_parts(item.get(HEAD..HEAD + KEY)?)?;
-    let len = usize::try_from(disk_len).ok()?;
-    item.get(HEAD + KEY..HEAD + KEY + len)?;
-    Some((segment, first, len))
 }

@@ -211,16 +211,9 @@ impl Batch {
         for _ in 0..count {
             match r.u8()? {
                 2 => {
-                    let (kind, compression) = (r.u8()?, r.u8()?);
-                    let keyspace = r.u64()?;
-                    let (key_len, value_len, disk_len) = (r.u16()?, r.u32()?, r.u32()?);
-                    if compression != 0 || value_len != disk_len || !matches!(kind, 0 | 1) {
-                        return None;
-                    }
-                    let key = r.take(usize::from(key_len))?;
-                    let value = r.take(disk_len as usize)?;
-                    if keyspace == meta && key == WITNESS {
-                        witness = Witness::decode(id, &Bytes::copy_from_slice(value));
+                    let item = Item::get(&mut r)?;
+                    if item.keyspace == meta && item.key == WITNESS {
+                        witness = Witness::decode(id, &Bytes::copy_from_slice(item.value));
                     }
                 }
                 4 => drop(r.u64()?),
@@ -230,6 +223,39 @@ impl Batch {
         let items = &bytes[start..r.at];
         let whole = r.u8()? == 3 && r.u64()? == xxh3_64(items) && r.take(TRAILER.len())? == TRAILER;
         whole.then_some(Self { seqno, len: r.at, witness })
+    }
+}
+
+/// One item of a batch that puts or removes a row.
+pub(crate) struct Item<'a> {
+    /// False if the row is removed.
+    pub(crate) puts: bool,
+    pub(crate) keyspace: u64,
+    pub(crate) key: &'a [u8],
+    pub(crate) value: &'a [u8],
+    /// Bytes of the item.
+    pub(crate) len: usize,
+}
+
+impl<'a> Item<'a> {
+    /// Reads the item at the front of `bytes`, wherever that is: nothing says that it belongs to a batch.
+    pub(crate) fn parse(bytes: &'a [u8]) -> Option<Self> {
+        let mut r = Cursor { bytes, at: 0 };
+        if r.u8()? == 2 { Self::get(&mut r) } else { None }
+    }
+
+    /// Reads what follows the tag.
+    fn get(r: &mut Cursor<'a>) -> Option<Self> {
+        let begin = r.at - 1;
+        let (kind, compression) = (r.u8()?, r.u8()?);
+        let keyspace = r.u64()?;
+        let (key_len, value_len, disk_len) = (r.u16()?, r.u32()?, r.u32()?);
+        if compression != 0 || value_len != disk_len || !matches!(kind, 0 | 1) {
+            return None;
+        }
+        let key = r.take(usize::from(key_len))?;
+        let value = r.take(usize::try_from(disk_len).ok()?)?;
+        Some(Self { puts: kind == 0, keyspace, key, value, len: r.at - begin })
     }
 }
 

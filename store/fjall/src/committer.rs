@@ -50,7 +50,8 @@ const WITNESS_SYNC: Duration = Duration::from_millis(100);
 /// Chunks of dead segments removed in one step, and bytes of them: a turn of appends waits for one step at most.
 const SWEEP_CHUNKS: usize = 256;
 const SWEEP_BYTES: usize = 1 << 20;
-/// The time from one step to the next while there are requests: space comes back under load too, at up to 20 MiB/s, and no append waits for it (spec SESS-19).
+/// The time from one step to the next while there are requests: space comes back under load too, at up to 20 MiB/s, and no
+/// append waits for it (spec SESS-19).
 const SWEEP_PAUSE: Duration = Duration::from_millis(50);
 /// How long the committer waits at most for fjall to flush before it commits all the same.
 const MAX_WAIT: Duration = Duration::from_secs(10);

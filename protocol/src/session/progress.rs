@@ -1,0 +1,73 @@
+//! One subscription on the client: where it is, and that nothing was left out (spec SUB-5 to SUB-10).
+
+use super::words::Verdict;
+use crate::error::ProtocolError;
+
+/// Where a reader stands in a session, over all the QUIC streams that its subscription had.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Progress {
+    started: bool,
+    next: u64,
+    tail: u64,
+    /// It was told of records that it has not covered, or has not said since that there are none.
+    behind: bool,
+}
+
+impl Progress {
+    /// True once the first SUBSCRIBED came.
+    pub fn has_started(&self) -> bool {
+        self.started
+    }
+
+    /// The next seq that is to be covered: where to go on.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// SUBSCRIBED came, for the first time or again. Errors: it goes on behind the position and does not say why.
+    pub fn subscribed(&mut self, verdict: Verdict, next: u64, tail: u64) -> Result<(), ProtocolError> {
+        if !self.started {
+            (self.started, self.next) = (true, next);
+        } else if verdict == Verdict::Exact && next != self.next {
+            return Err(ProtocolError::malformed("subscription does not go on at its position"));
+        }
+        self.behind = true;
+        self.told(tail);
+        Ok(())
+    }
+
+    /// SNAPSHOT came: the view at a seq. Errors: it is not the view at the position.
+    pub fn snapshot(&mut self, next: u64) -> Result<(), ProtocolError> {
+        if next != self.next {
+            return Err(ProtocolError::malformed("snapshot is not that of the subscription's position"));
+        }
+        Ok(())
+    }
+
+    /// A DELIVERY or GAP that covers `from..to` came. Errors: it does not go on where the last one ended (spec SUB-7, SUB-8).
+    pub fn covered(&mut self, from: u64, to: u64) -> Result<(), ProtocolError> {
+        if from != self.next || to < from {
+            return Err(ProtocolError::malformed("delivery or gap does not go on where the last one ended"));
+        }
+        self.next = to;
+        self.told(to);
+        Ok(())
+    }
+
+    /// TAIL came.
+    pub fn tail(&mut self, tail: u64) {
+        self.behind = true;
+        self.told(tail);
+    }
+
+    fn told(&mut self, tail: u64) {
+        self.tail = self.tail.max(tail);
+    }
+
+    /// The tail, if everything below it is covered now and was not before (spec SUB-10).
+    pub fn caught_up(&mut self) -> Option<u64> {
+        let caught_up = self.behind && self.next >= self.tail;
+        self.behind &= !caught_up;
+        caught_up.then_some(self.tail)
+    }
+}
