@@ -158,8 +158,19 @@ fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
     Some(bytes)
 }
 
-/// A client of the server that the connection file names.
-pub(crate) fn client(connect: Option<&Path>, config: Config) -> Result<Client, Failure> {
+/// Does something with a client of the server that the connection file names, and says goodbye to the server.
+pub(crate) async fn with_client<T>(
+    connect: Option<&Path>,
+    config: Config,
+    work: impl AsyncFnOnce(&Client) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let client = client(connect, config)?;
+    let result = work(&client).await;
+    client.finish().await;
+    result
+}
+
+fn client(connect: Option<&Path>, config: Config) -> Result<Client, Failure> {
     let path = match connect {
         Some(path) => path.to_owned(),
         None => Data::new(None)?.connect_file(),

@@ -78,6 +78,8 @@ pub(crate) trait Core: Send + Sync {
     fn connection(&self) -> watch::Receiver<bool>;
     /// Closes the connection for good.
     fn close(&self);
+    /// Waits until it is closed.
+    fn closed(&self) -> BoxFuture<'_, ()>;
 }
 
 struct Wired<C: Connection> {
@@ -161,6 +163,14 @@ impl<C: Connection> Core for Wired<C> {
     fn close(&self) {
         self.stop.send_replace(true);
     }
+
+    fn closed(&self) -> BoxFuture<'_, ()> {
+        let mut status = self.status.clone();
+        Box::pin(async move {
+            // The other end of it says so too.
+            let _ = status.wait_for(|status| matches!(status, Status::Failed(_))).await;
+        })
+    }
 }
 
 async fn list<C: Connection>(
@@ -192,6 +202,8 @@ impl core::fmt::Debug for Client {
 
 /// First pause after a lost connection, and the longest.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// How long a client that closes waits for the server to be told.
+const FAREWELL: Duration = Duration::from_millis(200);
 /// How long one attempt to connect may take.
 const ATTEMPT: Duration = Duration::from_secs(5);
 
@@ -261,6 +273,13 @@ impl Client {
     pub fn close(&self) {
         self.core.close();
     }
+
+    /// Closes the connection and waits, for a fifth of a second at most, until the server was told. A process that ends
+    /// without it leaves the server to find out.
+    pub async fn finish(&self) {
+        self.core.close();
+        self.core.closed().await;
+    }
 }
 
 /// Tells when the connection is lost and when it is back.
@@ -327,6 +346,7 @@ async fn supervise<T: Connector>(
         };
         // Nobody listens any more, or somebody said stop.
         if publish.is_closed() || stopping.has_changed().is_err() || *stopping.borrow() {
+            let _ = tokio::time::timeout(FAREWELL, connector.told()).await;
             publish.send_replace(Status::Failed(ClientError::Closed));
             return;
         }

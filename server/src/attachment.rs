@@ -127,7 +127,7 @@ pub(crate) async fn run<C: Connection>(
     conn.drop_producers(&attachment);
     if code == Code::GOING_AWAY {
         // The connection is about to be closed, which would throw away answers that are on their way.
-        // A server that stops waits for this within its grace.
+        // A server that stops waits for this, for a moment.
         send.stopped().await;
     }
 }

@@ -134,18 +134,18 @@ impl Server {
         let frame =
             GoAway { deadline: GRACE.as_millis() as u64, spread: 1000, detail: Detail::new("the server stops") };
         self.shared.goaway.send_replace(Some(frame.into()));
-        let deadline = tokio::time::Instant::now() + GRACE;
-        self.commit_all(deadline).await;
+        self.commit_all().await;
         // Closing a connection throws away what is still on its way.
         let mut attachments = self.shared.attachments.subscribe();
-        let _ = tokio::time::timeout_at(deadline, attachments.wait_for(|count| *count == 0)).await;
+        let _ = tokio::time::timeout(LAST_WORDS, attachments.wait_for(|count| *count == 0)).await;
         listener.close(Code::GOING_AWAY.0, "the server stops").await;
         connections.shutdown().await;
     }
 
-    /// Lets every session commit and answer what it accepted, until the deadline.
-    async fn commit_all(&self, deadline: tokio::time::Instant) {
+    /// Lets every session commit and answer what it accepted, within the grace.
+    async fn commit_all(&self) {
         let sessions = &self.shared.sessions;
+        let deadline = tokio::time::Instant::now() + GRACE;
         loop {
             let left = sessions.left.notified();
             let hot = sessions.all();
@@ -168,5 +168,7 @@ impl Server {
     }
 }
 
+/// How long the last answers may be on their way after everything was committed: a client that is gone does not hold up the stop.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How long an orderly stop may take before connections are closed.
 const GRACE: Duration = Duration::from_secs(5);

@@ -3,13 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use mainstay_client::{Client, Event, Record, Start, Subscription};
+use mainstay_client::{Client, Config as ClientConfig, Event, Record, Start, Subscription};
+use mainstay_protocol::registry::ALPN;
 use mainstay_protocol::session::SessionName;
+use mainstay_protocol::wire::{Frame, Hello};
 use mainstay_server::Config;
 use mainstay_store::testing::{Faults, FaultyStore};
 use mainstay_store::{MemoryStore, Store};
-use mainstay_tests::harness::{MemoryServer, QuicServer};
+use mainstay_tests::harness::{MemoryServer, QuicServer, now};
 use mainstay_tests::until;
+use mainstay_transport::quic::{Identity, QuicConnector, QuicListener, ServerKeys, Trust, bind};
+use mainstay_transport::{Connection, ConnectionError, Listener, SendStream};
 
 /// Reads payloads until `count` have come.
 async fn payloads(subscription: &mut Subscription, count: usize) -> Vec<String> {
@@ -145,4 +149,41 @@ async fn space_that_a_trim_did_not_release_is_released_after_the_next_load() {
     };
     tokio::time::timeout(Duration::from_secs(10), released).await.expect("the space is released");
     server.stop().await;
+}
+
+/// A process that ended without a word was found out about by silence alone, and held up a server that stopped.
+#[test]
+fn a_client_that_finishes_has_told_the_server_before_its_process_can_end() {
+    let runtime =
+        || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+    let server = runtime();
+    let (addr, trust, listener) = server.block_on(async {
+        let key = Identity::generate_key().expect("a key");
+        let identity = Identity::self_signed(&key, now() as u64).expect("a certificate");
+        let trust = Trust::Pin(identity.pin().expect("a pin"));
+        let socket = bind(([127, 0, 0, 1], 0).into()).expect("a socket");
+        let addr = socket.local_addr().expect("an address");
+        let limits = Config::default().transport_limits();
+        (addr, trust, QuicListener::new(socket, identity, &ServerKeys::generate(), &limits, ALPN).expect("a listener"))
+    });
+    let accepting = server.spawn(async move {
+        let connection = listener.accept().await.expect("a connection");
+        // The greeting, so that the client is connected.
+        let (mut send, _recv) = connection.accept_bi().await.expect("a control stream");
+        send.write(&mut [Frame::from(Hello::default()).to_bytes()]).await.expect("write");
+        connection.closed().await
+    });
+    let process = runtime();
+    process.block_on(async {
+        let config = ClientConfig::default();
+        let connector = QuicConnector::new(addr, &trust, &config.transport_limits(), ALPN).expect("a connector");
+        let client = Client::new(connector, config);
+        client.connected().await.expect("connected");
+        client.finish().await;
+    });
+    // Nothing of it runs from here on.
+    process.shutdown_background();
+    let closed = server.block_on(async { tokio::time::timeout(Duration::from_secs(2), accepting).await });
+    let closed = closed.expect("the server is told").expect("no panic");
+    assert!(matches!(closed, ConnectionError::Closed { code: 0, .. }), "{closed}");
 }

@@ -185,6 +185,11 @@ pub trait Connector: Send + Sync + 'static {
 
     /// The server, for messages to people.
     fn target(&self) -> String;
+
+    /// Waits until the peers of connections that were closed have been told, as far as that is up to this side.
+    fn told(&self) -> impl Future<Output = ()> + Send {
+        core::future::ready(())
+    }
 }
 
 impl<C: Connector> Connector for Arc<C> {
@@ -196,6 +201,10 @@ impl<C: Connector> Connector for Arc<C> {
 
     fn target(&self) -> String {
         C::target(self)
+    }
+
+    fn told(&self) -> impl Future<Output = ()> + Send {
+        (**self).told()
     }
 }
 

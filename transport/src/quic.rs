@@ -437,6 +437,10 @@ impl Connector for QuicConnector {
     fn target(&self) -> String {
         self.addr.to_string()
     }
+
+    async fn told(&self) {
+        self.endpoint.wait_idle().await;
+    }
 }
 
 /// Believes a certificate whose key has the pin, and checks that the peer holds that key.

@@ -8,7 +8,7 @@ use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::sync::mpsc;
 
 use crate::args;
-use crate::data::client;
+use crate::data::with_client;
 use crate::failure::Failure;
 use crate::output::Output;
 
@@ -18,11 +18,13 @@ const SLOW: Duration = Duration::from_secs(2);
 const LAG: usize = 64 * 1024;
 
 pub(crate) async fn run(args: args::Append, output: Output) -> Result<(), Failure> {
-    let client = client(args.connect.connect.as_deref(), Config::default())?;
-    tokio::select! {
-        result = append(&client, &args, output) => result,
-        result = warn(&client, output) => result,
-    }
+    with_client(args.connect.connect.as_deref(), Config::default(), async |client| {
+        tokio::select! {
+            result = append(client, &args, output) => result,
+            result = warn(client, output) => result,
+        }
+    })
+    .await
 }
 
 /// Tells of every loss of the server, for as long as the command runs.

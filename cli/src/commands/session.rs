@@ -6,7 +6,7 @@ use mainstay_client::{Client, Config, SessionInfo};
 use serde_json::{Value, json};
 
 use crate::args::{self, SessionAction};
-use crate::data::client;
+use crate::data::with_client;
 use crate::failure::Failure;
 use crate::output::{Output, time};
 
@@ -14,8 +14,11 @@ pub(crate) async fn run(args: args::Session, output: Output) -> Result<(), Failu
     let mut config = Config::default();
     // Somebody waits for one answer, not for a server to come back.
     config.give_up_after = Some(Duration::from_secs(5));
-    let client = client(args.connect.as_deref(), config)?;
-    match args.action {
+    with_client(args.connect.as_deref(), config, async |client| act(client, args.action, output).await).await
+}
+
+async fn act(client: &Client, action: SessionAction, output: Output) -> Result<(), Failure> {
+    match action {
         SessionAction::Create { session, expire_after } => {
             let mut attaching = client.session(&session)?.create_new();
             if let Some(seconds) = expire_after {
@@ -24,7 +27,7 @@ pub(crate) async fn run(args: args::Session, output: Output) -> Result<(), Failu
             let info = attaching.attach().await?.info();
             output.event(&row("created", &info), || format!("created {session} ({})", info.incarnation))
         }
-        SessionAction::Ls { prefix } => list(&client, &prefix, output).await,
+        SessionAction::Ls { prefix } => list(client, &prefix, output).await,
         SessionAction::Show { session } => {
             let info = client.session(&session)?.attach().await?.info();
             output.event(&row("session", &info), || show(&info))

@@ -13,13 +13,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use base64::Engine as _;
-use mainstay_client::{Config, Cursor, Event, Incarnation, Kind, ReadRecord, RecordBatch, Start};
+use mainstay_client::{Client, Config, Cursor, Event, Incarnation, Kind, ReadRecord, RecordBatch, Start};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until};
 
 use crate::args;
-use crate::data::{beside, client};
+use crate::data::{beside, with_client};
 use crate::failure::Failure;
 use crate::output::{Output, time};
 
@@ -83,7 +83,10 @@ pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure>
     if args.output.is_some() && args.output == args.cursor_file {
         return Err(Failure::usage("--output and --cursor-file name the same file"));
     }
-    let client = client(args.connect.connect.as_deref(), config)?;
+    with_client(args.connect.connect.as_deref(), config, async |client| follow(client, &args, output).await).await
+}
+
+async fn follow(client: &Client, args: &args::Tail, output: Output) -> Result<(), Failure> {
     let kinds = args.kind.iter().map(|name| kind(name)).collect::<Result<Vec<_>, _>>()?;
     let known = match &args.cursor_file {
         Some(path) => read_cursor(path, &args.session)?,
