@@ -11,9 +11,19 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::process::{PATIENCE, Server, command};
+use crate::proxy;
 
-/// Lines that may be ahead of their acknowledgements where not all must be there at once.
-const AHEAD: usize = 64;
+/// All lines at once.
+pub const AT_ONCE: usize = Semaphore::MAX_PERMITS / 2;
+
+/// Lines that may be ahead of their acknowledgements, so that what a test does falls between lines and not behind all of them:
+/// more where each acknowledgement takes a round trip over a bad network.
+pub fn slowly() -> usize {
+    if proxy::is_bad() { OVER_A_NETWORK } else { 16 }
+}
+
+/// The same behind a network of 60 ms.
+pub const OVER_A_NETWORK: usize = 400;
 
 /// A running `append SESSION --json`. Every acknowledgement must be that of the next line, with the seq of its place.
 #[derive(Debug)]
@@ -47,16 +57,16 @@ impl Appending {
         self.input.as_mut().expect("its input is open").write_all(lines.as_bytes()).await.expect("write");
     }
 
-    /// Writes the numbers in the background, each as the line that `line` makes of it, then ends the input. `slowly`: only a few
-    /// ahead of their acknowledgements, so that what a test does falls between lines and not behind all of them.
+    /// Writes the numbers in the background, each as the line that `line` makes of it, then ends the input. At most `ahead` lines
+    /// are without an acknowledgement.
     pub fn feed(
         &mut self,
         numbers: core::ops::Range<u64>,
-        slowly: bool,
+        ahead: usize,
         line: impl Fn(u64) -> String + Send + 'static,
     ) {
         let mut input = self.input.take().expect("its input is open");
-        self.room.add_permits(if slowly { AHEAD } else { Semaphore::MAX_PERMITS / 2 });
+        self.room.add_permits(ahead);
         let room = self.room.clone();
         self.feeding = Some(tokio::spawn(async move {
             for n in numbers {

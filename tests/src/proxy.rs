@@ -25,9 +25,16 @@ use crate::random;
 /// duplication.
 pub const NETWORK: &str = "MAINSTAY_NETWORK";
 
+/// True if the environment asks for a bad network.
+pub fn is_bad() -> bool {
+    std::env::var_os(NETWORK).is_some_and(|network| network == "mobile")
+}
+
 /// The network before the server at `addr`, if the environment asks for one.
 pub fn before(addr: SocketAddr) -> Option<Proxy> {
-    std::env::var_os(NETWORK).filter(|network| network == "mobile")?;
+    if !is_bad() {
+        return None;
+    }
     let seed = random::seed();
     println!("the network before the server: {NETWORK}=mobile MAINSTAY_SEED={seed}");
     Some(Proxy::start(([127, 0, 0, 1], 0).into(), addr, Faults::mobile(), seed).expect("a proxy"))

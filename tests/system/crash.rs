@@ -3,7 +3,7 @@
 use std::process::Stdio;
 use std::time::Duration;
 
-use mainstay_tests::appending::Appending;
+use mainstay_tests::appending::{AT_ONCE, Appending, slowly};
 use mainstay_tests::process::{PATIENCE, Server, binary, events, named, run};
 use mainstay_tests::random;
 use serde_json::Value;
@@ -30,7 +30,7 @@ async fn append_survives_five_crashes_of_the_server_without_losing_or_doubling_a
     let mut random = random::for_test("append_survives_five_crashes");
     let mut server = Server::start().await;
     let mut appending = Appending::to(&server);
-    appending.feed(0..LINES, false, |n| format!("{n}\n"));
+    appending.feed(0..LINES, AT_ONCE, |n| format!("{n}\n"));
     let mut next_crash = LINES / 12;
     for _ in 0..5 {
         appending.acked(next_crash).await;
@@ -85,7 +85,7 @@ async fn the_older_of_two_producers_with_one_name_is_fenced_and_leaves_nothing_b
 async fn a_server_that_is_told_to_stop_answers_everything_and_exits_zero() {
     let mut server = Server::start().await;
     let mut appending = Appending::to(&server);
-    appending.feed(0..20_000, false, |n| format!("{n}\n"));
+    appending.feed(0..20_000, AT_ONCE, |n| format!("{n}\n"));
     appending.acked(2000).await;
     assert_eq!(server.terminate().await, Some(0));
     server.restart().await;
@@ -96,7 +96,7 @@ async fn a_server_that_is_told_to_stop_answers_everything_and_exits_zero() {
 async fn verify_dump_and_tail_agree_record_by_record() {
     let mut server = Server::start().await;
     let mut appending = Appending::run(server.command(&["append", "s1", "--stream", "output", "--json"]));
-    appending.feed(0..5000, false, |n| format!("{n}\n"));
+    appending.feed(0..5000, AT_ONCE, |n| format!("{n}\n"));
     assert_eq!(appending.finish().await.0, 5000);
     let trimmed = run(server.command(&["session", "trim", "s1", "--before", "1234"])).await;
     assert!(trimmed.status.success());
@@ -128,7 +128,7 @@ async fn many_random_crashes_leave_every_acknowledged_line_exactly_once() {
     let mut random = random::for_test("many_random_crashes");
     let mut server = Server::start().await;
     let mut appending = Appending::to(&server);
-    appending.feed(0..LINES, true, |n| format!("{n}\n"));
+    appending.feed(0..LINES, slowly(), |n| format!("{n}\n"));
     for _ in 0..CRASHES {
         // Some lines later, and some part of a commit after that: acknowledgements alone would always find it idle.
         appending.acked(appending.acks() + 1 + random.below(LINES / CRASHES - 100)).await;

@@ -2,7 +2,7 @@
 
 use std::process::{Command, Stdio};
 
-use mainstay_tests::appending::Appending;
+use mainstay_tests::appending::{AT_ONCE, Appending};
 use mainstay_tests::process::{PATIENCE, Server, events, named, run};
 use mainstay_tests::skipped;
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -86,7 +86,7 @@ async fn a_write_that_finds_no_space_is_taken_back_and_the_engine_opened_anew() 
     appending.write(&long(0)).await;
     appending.acked(1).await;
     let filler = disk.fill();
-    appending.feed(1..LINES, false, long);
+    appending.feed(1..LINES, AT_ONCE, long);
     let warning = appending.warned().await;
     let acks = appending.acks();
     assert_eq!(warning["code"], "UNAVAILABLE", "{warning}");

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use mainstay_tests::appending::Appending;
+use mainstay_tests::appending::{Appending, OVER_A_NETWORK};
 use mainstay_tests::process::{PATIENCE, Server, command, events, named, run};
 use mainstay_tests::proxy::{Faults, Proxy};
 use mainstay_tests::random::{self, Random};
@@ -24,7 +24,7 @@ async fn behind(test: &str, faults: Faults) -> (Server, Proxy, PathBuf, Random) 
 /// `append`, which is fed so many lines slowly.
 fn appending(connect: &Path, lines: u64) -> Appending {
     let mut appending = Appending::run(command(connect, &["append", "s1", "--json"]));
-    appending.feed(0..lines, true, |n| format!("{n}\n"));
+    appending.feed(0..lines, OVER_A_NETWORK, |n| format!("{n}\n"));
     appending
 }
 

@@ -5,28 +5,19 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
+use mainstay_tests::appending::{AT_ONCE, Appending, slowly};
 use mainstay_tests::process::{PATIENCE, Server, run};
-use mainstay_tests::random;
+use mainstay_tests::{random, until};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
 /// Appends the numbers `0..count`, slowly enough that kills fall among them.
-async fn appending(server: &Server, count: u64) -> JoinHandle<()> {
-    let mut command = server.command(&["append", "s1"]);
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("append");
-    let mut stdin = child.stdin.take().expect("input");
-    tokio::spawn(async move {
-        for n in 0..count {
-            stdin.write_all(format!("{n}\n").as_bytes()).await.expect("write");
-            if n % 20 == 19 {
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
-        }
-        drop(stdin);
-        assert!(child.wait().await.expect("exit status").success());
-    })
+fn appending(server: &Server, count: u64) -> JoinHandle<()> {
+    let mut appending = Appending::to(server);
+    appending.feed(0..count, slowly(), |n| format!("{n}\n"));
+    tokio::spawn(async move { assert_eq!(appending.finish().await.0, count) })
 }
 
 fn rows(text: &str) -> Vec<Value> {
@@ -48,7 +39,7 @@ async fn a_file_written_by_a_follower_that_is_killed_at_random_has_no_hole_and_n
     let mut random = random::for_test("a_file_written_by_a_follower");
     let mut server = Server::start().await;
     let (file, cursor) = (server.dir().join("rows"), server.dir().join("cursor"));
-    let appending = appending(&server, COUNT).await;
+    let appending = appending(&server, COUNT);
     let args = ["tail", "s1", "--cursor-file", text(&cursor), "--output", text(&file), "--json"];
     let mut partly = 0;
     for round in 0..ROUNDS {
@@ -77,7 +68,7 @@ async fn a_pipe_repeats_at_most_what_it_marks_as_repeated() {
     let mut random = random::for_test("a_pipe_repeats_at_most");
     let mut server = Server::start().await;
     let cursor = server.dir().join("cursor");
-    let appending = appending(&server, COUNT).await;
+    let appending = appending(&server, COUNT);
     let args = ["tail", "s1", "--cursor-file", text(&cursor), "--json"];
     let mut all = Vec::new();
     let mut repeated = 0;
@@ -126,6 +117,45 @@ async fn a_pipe_repeats_at_most_what_it_marks_as_repeated() {
     println!("{repeated} rows were marked as repeated");
 }
 
+/// A kill while the reader is slow made a whole delivery count as printed, of which the pipe had taken a part.
+#[tokio::test]
+async fn a_kill_behind_a_slow_reader_leaves_no_row_that_was_only_ever_marked() {
+    const LINES: u64 = 20_000;
+    let server = Server::start().await;
+    let cursor = server.dir().join("cursor");
+    let mut appending = Appending::to(&server);
+    appending.feed(0..LINES, AT_ONCE, |n| format!("{n}\n"));
+    appending.finish().await;
+    let args = ["tail", "s1", "--cursor-file", text(&cursor), "--json"];
+    let mut unmarked = BTreeSet::new();
+    for round in 0..10 {
+        let last = [&args[..], &["--until-idle", "500"]].concat();
+        let mut command = server.command(if round == 9 { &last } else { &args });
+        let mut follower = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("tail");
+        let mut stdout = follower.stdout.take().expect("output");
+        let mut said = String::new();
+        if round == 9 {
+            timeout(PATIENCE, stdout.read_to_string(&mut said)).await.expect("in time").expect("output");
+        } else {
+            // The pipe is full and the follower waits for room once its cursor stands still over many looks.
+            let (mut before, mut looks) = (Vec::new(), 0);
+            until("the pipe is full", async || {
+                let now = std::fs::read(&cursor).unwrap_or_default();
+                looks = if now == before && !now.is_empty() { looks + 1 } else { 0 };
+                before = now;
+                looks == 30
+            })
+            .await;
+            follower.kill().await.expect("kill");
+            timeout(PATIENCE, stdout.read_to_string(&mut said)).await.expect("in time").expect("output");
+        }
+        for row in rows(&said).iter().filter(|row| row["event"] == "record" && row["repeat"] != true) {
+            assert!(unmarked.insert(row["seq"].as_u64().expect("a seq")), "repeated without a mark: {row}");
+        }
+    }
+    assert!(unmarked.into_iter().eq(0..LINES), "a row came only with a mark");
+}
+
 fn text(path: &Path) -> &str {
     path.to_str().expect("a path of text")
 }
@@ -156,7 +186,7 @@ async fn a_follower_that_only_listens_notices_the_loss_of_its_server_and_goes_on
 #[tokio::test]
 async fn a_follower_that_stops_where_it_was_told_to_marks_nothing_when_it_goes_on() {
     let server = Server::start().await;
-    appending(&server, 20).await.await.expect("appended");
+    appending(&server, 20).await.expect("appended");
     let cursor = server.dir().join("dd.cur");
     let mut all = Vec::new();
     for _ in 0..4 {
@@ -173,7 +203,7 @@ async fn a_follower_that_stops_where_it_was_told_to_marks_nothing_when_it_goes_o
 #[tokio::test]
 async fn files_whose_names_differ_in_the_extension_alone_are_not_mixed_up() {
     let server = Server::start().await;
-    appending(&server, 20).await.await.expect("appended");
+    appending(&server, 20).await.expect("appended");
     let at = |name: &str| server.dir().join(name);
     for _ in 0..2 {
         let (cursor, rows) = (at("log.cur"), at("log.new"));
@@ -196,7 +226,7 @@ async fn files_whose_names_differ_in_the_extension_alone_are_not_mixed_up() {
 #[tokio::test]
 async fn a_server_that_is_lost_is_not_idle() {
     let mut server = Server::start().await;
-    appending(&server, 10).await.await.expect("appended");
+    appending(&server, 10).await.expect("appended");
     let mut command = server.command(&["tail", "s1", "--until-idle", "1500", "--json"]);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("tail");
     let mut lines = BufReader::new(child.stdout.take().expect("output")).lines();

@@ -14,6 +14,8 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use mainstay_client::{Client, Config, Cursor, Event, Incarnation, Kind, ReadRecord, RecordBatch, Start};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until};
@@ -43,7 +45,27 @@ enum Sink {
     File { file: File, length: u64, path: PathBuf },
 }
 
+/// What a pipe that can be written to takes without a wait, as one piece (POSIX `PIPE_BUF`).
+const AT_ONCE: usize = 4096;
+
 impl Sink {
+    /// Waits until [`AT_ONCE`] can be written without a wait: a reader that is slow must not stop a write in the middle, where a
+    /// kill would leave rows that count as printed and are not.
+    fn ready(&self) -> Result<(), Failure> {
+        if let Self::Stdout = self {
+            let out = io::stdout();
+            let mut waits = [PollFd::new(&out, PollFlags::OUT)];
+            loop {
+                match poll(&mut waits, None) {
+                    Ok(_) => break,
+                    Err(Errno::INTR) => {}
+                    Err(error) => return Err(Failure::io("standard output", &error.into())),
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn write(&mut self, rows: &[u8]) -> Result<(), Failure> {
         match self {
             Self::Stdout => {
@@ -201,7 +223,8 @@ async fn follow(client: &Client, args: &args::Tail, output: Output) -> Result<()
                 if !output.is_json() {
                     eprintln!("mainstay: records {from}..{to} are gone: {reason}");
                 }
-                printer.advance(to)?;
+                printer.advance(to);
+                printer.save()?;
             }
             Event::Resumed { verdict, next } => {
                 output.json_only(&json!({"event": "reconnected", "verdict": verdict.as_str(), "next": next}))?;
@@ -272,25 +295,46 @@ impl Printer {
 
     /// Prints a batch. False once enough rows were printed.
     fn batch(&mut self, batch: &RecordBatch) -> Result<bool, Failure> {
-        let mut rows = Vec::new();
-        let mut next = batch.next();
+        let (mut rows, mut next) = (Vec::new(), batch.next());
         for record in batch.iter() {
             let record = record?;
+            let before = rows.len();
             self.row(&record, &mut rows);
+            if before > 0 && rows.len() > self.piece() {
+                let rest = rows.split_off(before);
+                self.put(&rows, record.seq)?;
+                rows = rest;
+            }
             self.rows += 1;
             if self.max.is_some_and(|max| self.rows >= max) {
                 next = record.seq + 1;
                 break;
             }
         }
+        self.put(&rows, next)?;
+        self.save()?;
+        Ok(self.max.is_none_or(|max| self.rows < max))
+    }
+
+    /// Bytes of rows that are noted and written together.
+    fn piece(&self) -> usize {
+        match self.sink {
+            Sink::Stdout if self.cursor_path.is_some() => AT_ONCE,
+            _ => usize::MAX,
+        }
+    }
+
+    /// Writes whole rows, of which all below `next` are written then. That is in memory; it reaches the cursor file with the next note.
+    fn put(&mut self, rows: &[u8], next: u64) -> Result<(), Failure> {
+        self.sink.ready()?;
         // As late as can be: a kill between here and the end of the write makes rows repeats that were never printed.
         if let Some(cursor) = &mut self.cursor {
             cursor.pending = self.repeat_below.max(next);
         }
         self.save()?;
-        self.sink.write(&rows)?;
-        self.advance(next)?;
-        Ok(self.max.is_none_or(|max| self.rows < max))
+        self.sink.write(rows)?;
+        self.advance(next);
+        Ok(())
     }
 
     fn row(&self, record: &ReadRecord<'_>, rows: &mut Vec<u8>) {
@@ -309,13 +353,13 @@ impl Printer {
         rows.push(b'\n');
     }
 
-    /// Everything below `next` is written. Noted in memory; it reaches the file with the next note.
-    fn advance(&mut self, next: u64) -> Result<(), Failure> {
+    /// Everything below `next` is written, or there is nothing to write.
+    fn advance(&mut self, next: u64) {
         let length = self.sink.length();
-        let Some(cursor) = &mut self.cursor else { return Ok(()) };
-        (cursor.next, cursor.length) = (next, length);
-        cursor.pending = self.repeat_below.max(next);
-        self.save()
+        if let Some(cursor) = &mut self.cursor {
+            (cursor.next, cursor.length) = (next, length);
+            cursor.pending = self.repeat_below.max(next);
+        }
     }
 
     fn save(&self) -> Result<(), Failure> {
