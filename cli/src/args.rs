@@ -142,7 +142,8 @@ pub(crate) struct Tail {
     #[arg(long, value_name = "POSITION")]
     pub(crate) from: Option<From>,
     /// Keep the position in this file and go on from it; it goes before --from. On a pipe, rows that may have been printed
-    /// before a kill are printed again with "repeat":true: drop one whose seq you have already.
+    /// before a kill are printed again with "repeat":true: drop one whose seq you have already. A row longer than 4 KiB may be
+    /// cut by the kill, in front of the next run's first line.
     #[arg(long, value_name = "F")]
     pub(crate) cursor_file: Option<PathBuf>,
     /// Write rows to this file instead of standard output. With --cursor-file the file is exact whatever happens.

@@ -3,7 +3,7 @@
 use core::future::Future;
 use core::pin::Pin;
 use core::time::Duration;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -20,6 +20,7 @@ use crate::driver::{Driver, SessionCommand};
 use crate::error::ClientError;
 use crate::link::Link;
 use crate::session::Attaching;
+use crate::tokens::{Judged, Tokens};
 
 /// How the connection is doing.
 pub(crate) enum Status<C: Connection> {
@@ -87,14 +88,9 @@ struct Wired<C: Connection> {
     config: Arc<Config>,
     connected: watch::Receiver<bool>,
     stop: watch::Sender<bool>,
-    /// The token of the next connection.
-    token: Arc<Mutex<Option<String>>>,
-}
-
-impl<C: Connection> Wired<C> {
-    fn lock_token(&self) -> MutexGuard<'_, Option<String>> {
-        self.token.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+    /// True once nothing of the connection is left.
+    finished: watch::Receiver<bool>,
+    tokens: Arc<Tokens>,
 }
 
 impl<C: Connection> Core for Wired<C> {
@@ -132,21 +128,32 @@ impl<C: Connection> Core for Wired<C> {
     }
 
     fn renew(&self, token: String) -> BoxFuture<'_, Result<(), ClientError>> {
-        let before = self.lock_token().replace(token.clone());
+        self.tokens.want(token.clone());
+        let mut status = self.status.clone();
         Box::pin(async move {
-            let link = match &*self.status.borrow() {
+            let link = match &*status.borrow() {
                 Status::Up(link) => link.clone(),
                 Status::Down => return Ok(()),
                 Status::Failed(error) => return Err(error.clone()),
             };
-            // Where the connection is lost instead, the next one begins with it.
-            let answer = link.present(token.clone()).await.unwrap_or(Ok(()));
-            let mut now = self.lock_token();
-            if answer.is_err() && now.as_ref() == Some(&token) {
-                // The next connection must not lose what the one before still allows here.
-                *now = before;
+            if let Ok(answer) = link.present(token.clone()).await {
+                return answer;
             }
-            answer
+            // The connection was lost first. The next one presents it before it is used.
+            let same = |status: &Status<C>| matches!(status, Status::Up(now) if Arc::ptr_eq(now, &link));
+            let _ = status.wait_for(|status| !same(status)).await;
+            loop {
+                let link = up(&mut status).await?;
+                match self.tokens.judged(&token) {
+                    Judged::Taken => return Ok(()),
+                    Judged::Refused(error) => return Err(error),
+                    // Lost again before the server could say.
+                    Judged::Open => {
+                        let same = |status: &Status<C>| matches!(status, Status::Up(now) if Arc::ptr_eq(now, &link));
+                        let _ = status.wait_for(|status| !same(status)).await;
+                    }
+                }
+            }
         })
     }
 
@@ -165,10 +172,10 @@ impl<C: Connection> Core for Wired<C> {
     }
 
     fn closed(&self) -> BoxFuture<'_, ()> {
-        let mut status = self.status.clone();
+        let mut finished = self.finished.clone();
         Box::pin(async move {
             // The other end of it says so too.
-            let _ = status.wait_for(|status| matches!(status, Status::Failed(_))).await;
+            let _ = finished.wait_for(|finished| *finished).await;
         })
     }
 }
@@ -215,9 +222,11 @@ impl Client {
         let (publish, status) = watch::channel(Status::Down);
         let (stop, stopping) = watch::channel(false);
         let (tell, connected) = watch::channel(false);
-        let token = Arc::new(Mutex::new(config.token.clone()));
-        tokio::spawn(supervise(connector, config.clone(), token.clone(), publish, tell, stopping));
-        Self { core: Arc::new(Wired { status, config, connected, stop, token }) }
+        let (finish, finished) = watch::channel(false);
+        let tokens = Arc::new(Tokens::new(config.token.clone()));
+        let supervised = Supervised { config: config.clone(), tokens: tokens.clone(), publish, tell, finish };
+        tokio::spawn(supervise(connector, supervised, stopping));
+        Self { core: Arc::new(Wired { status, config, connected, stop, finished, tokens }) }
     }
 
     /// A client over QUIC of the server that a connection file names. Errors: `Invalid`.
@@ -232,7 +241,8 @@ impl Client {
     /// Presents another token on the connection and on those that follow it; what was attached, subscribed and opened goes
     /// on under it. While there is no connection it is kept for the next.
     ///
-    /// Errors: `Refused` with `TOKEN_INVALID` or `TOKEN_EXPIRED`; then what the token before allowed goes on until it expires.
+    /// Errors: `Refused` with `TOKEN_INVALID` or `TOKEN_EXPIRED`; then what the token before allowed goes on until it expires,
+    /// on later connections too.
     pub async fn renew_token(&self, token: impl Into<String>) -> Result<(), ClientError> {
         self.core.renew(token.into()).await
     }
@@ -294,23 +304,44 @@ impl ConnectionWatch {
     }
 }
 
+/// What the task that keeps the connection shares with the client.
+struct Supervised<C: Connection> {
+    config: Arc<Config>,
+    tokens: Arc<Tokens>,
+    publish: watch::Sender<Status<C>>,
+    tell: watch::Sender<bool>,
+    finish: watch::Sender<bool>,
+}
+
+/// Presents the token that the application wants, if no server has judged it. Nothing is asked before its verdict: what the
+/// token before allows may be less, and a bad one must not refuse what that allows.
+async fn present_wanted<C: Connection>(link: &Link<C>, tokens: &Tokens) {
+    while let Some(token) = tokens.wanted() {
+        match link.present(token).await {
+            Ok(_) => {}
+            // The connection is lost.
+            Err(_) => return,
+        }
+    }
+}
+
 /// Makes the connection, and makes it again when it is lost.
 async fn supervise<T: Connector>(
     connector: T,
-    config: Arc<Config>,
-    token: Arc<Mutex<Option<String>>>,
-    publish: watch::Sender<Status<T::Connection>>,
-    tell: watch::Sender<bool>,
+    supervised: Supervised<T::Connection>,
     mut stopping: watch::Receiver<bool>,
 ) {
+    let Supervised { config, tokens, publish, tell, finish } = supervised;
     let mut backoff = Backoff::new(PAUSE.0, PAUSE.1);
     let mut down_since = Instant::now();
     loop {
         let attempt = async {
             let transport = tokio::time::timeout(ATTEMPT, connector.connect());
             let transport = transport.await.unwrap_or(Err(ConnectionError::TimedOut))?;
-            let token = token.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            Link::start(transport, &config, token).await
+            let link = Link::start(transport, &config, &tokens).await?;
+            let judged = tokio::time::timeout(ATTEMPT, present_wanted(&link, &tokens));
+            judged.await.map_err(|_| ConnectionError::TimedOut)?;
+            Ok(link)
         };
         let result = tokio::select! {
             result = attempt => result,
@@ -319,6 +350,10 @@ async fn supervise<T: Connector>(
         let last = match result {
             Ok(link) => {
                 publish.send_replace(Status::Up(link.clone()));
+                if let Some(token) = tokens.wanted() {
+                    // Given after the connection had looked and before anybody could see it.
+                    drop(link.present(token));
+                }
                 let answered = tokio::select! {
                     hello = link.server() => hello.is_some(),
                     _ = stopping.wait_for(|stop| *stop) => false,
@@ -329,8 +364,10 @@ async fn supervise<T: Connector>(
                 }
                 let lost = tokio::select! {
                     lost = link.transport.closed() => lost,
-                    _ = stopping.wait_for(|stop| *stop) => {
-                        link.transport.close(Code::NO_ERROR.0, "the client closed");
+                    () = async { drop(stopping.wait_for(|stop| *stop).await) } => {
+                        publish.send_replace(Status::Failed(ClientError::Closed));
+                        let told = connector.farewell(&link.transport, Code::NO_ERROR.0, "the client closed");
+                        let _ = tokio::time::timeout(FAREWELL, told).await;
                         ConnectionError::ClosedHere
                     }
                 };
@@ -346,8 +383,8 @@ async fn supervise<T: Connector>(
         };
         // Nobody listens any more, or somebody said stop.
         if publish.is_closed() || stopping.has_changed().is_err() || *stopping.borrow() {
-            let _ = tokio::time::timeout(FAREWELL, connector.told()).await;
             publish.send_replace(Status::Failed(ClientError::Closed));
+            finish.send_replace(true);
             return;
         }
         let late = config.give_up_after.is_some_and(|limit| down_since.elapsed() >= limit);

@@ -191,13 +191,17 @@ impl<C: Connection> Driver<C> {
                 Ok(link) => link,
                 Err(error) => break error,
             };
-            let over = self.attachment(&link).await;
+            let over = match link.is_going_away() {
+                // It would be refused there.
+                true => Over::Lost,
+                false => self.attachment(&link).await,
+            };
             self.detached(&link);
             match over {
                 Over::Unused => return,
                 Over::Failed(error) => break error,
-                Over::Again => tokio::time::sleep(backoff.next(rand::random())).await,
-                Over::Lost => {
+                Over::Again if !link.is_going_away() => tokio::time::sleep(backoff.next(rand::random())).await,
+                Over::Lost | Over::Again => {
                     backoff.reset();
                     self.refused_since = None;
                     // The supervisor notices the same loss; until then the link is still published.

@@ -34,6 +34,7 @@ mod link;
 mod producer;
 mod session;
 mod subscription;
+mod tokens;
 
 pub use client::{Client, ConnectionWatch};
 pub use config::{Config, ConnectFile};

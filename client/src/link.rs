@@ -2,7 +2,7 @@
 
 use core::time::Duration;
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -10,11 +10,14 @@ use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::{DEFAULT_BULK_WINDOW, MAX_FRAME};
 use mainstay_protocol::session::CreditSent;
 use mainstay_protocol::wire::{Body, Credit, Frame, Hello, Ping, Pong, Subscribe, Subscribed, Token, put_grease};
-use mainstay_transport::{Connection, ConnectionError, FrameError, FrameReader, Outbox, SendStream, priority};
+use mainstay_transport::{
+    Connection, ConnectionError, FrameError, FrameReader, Outbox, SendStream, StreamError, priority,
+};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::config::Config;
 use crate::error::ClientError;
+use crate::tokens::Tokens;
 
 /// A subscription's stream, with its first frame read.
 pub(crate) type Incoming<C> = (Subscribed, FrameReader<<C as Connection>::Recv>);
@@ -64,8 +67,17 @@ pub(crate) struct Link<C: Connection> {
     expecting: watch::Sender<usize>,
     /// Frames that came on the control stream.
     heard: AtomicU64,
-    /// Who waits for the answers to the tokens that were sent, in their order.
-    presented: Mutex<VecDeque<oneshot::Sender<Result<(), ClientError>>>>,
+    tokens: Arc<Tokens>,
+    /// The tokens that were sent and not judged yet, in their order, and who waits for that.
+    presented: Mutex<VecDeque<Presented>>,
+    /// The server said that it stops.
+    going_away: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Presented {
+    token: String,
+    waiting: oneshot::Sender<Result<(), ClientError>>,
 }
 
 /// Somebody waits for an answer: the connection is asked for a sign of life until this is dropped.
@@ -83,11 +95,11 @@ const HEARTBEAT: Duration = Duration::from_millis(500);
 const MISSED: u32 = 20;
 
 impl<C: Connection> Link<C> {
-    /// Says HELLO on a new connection. Nothing is waited for: requests may follow at once.
+    /// Says HELLO on a new connection, with the token that was taken before. Nothing is waited for: requests may follow at once.
     pub(crate) async fn start(
         transport: C,
         config: &Config,
-        token: Option<String>,
+        tokens: &Arc<Tokens>,
     ) -> Result<Arc<Self>, ConnectionError> {
         let (send, recv) = transport.open_bi().await?;
         let this = Arc::new(Self {
@@ -99,11 +111,14 @@ impl<C: Connection> Link<C> {
             window: config.subscription_window,
             expecting: watch::channel(0).0,
             heard: AtomicU64::new(0),
+            tokens: tokens.clone(),
             presented: Mutex::default(),
+            going_away: AtomicBool::new(false),
         });
-        if token.is_some() {
+        let token = tokens.taken();
+        if let Some(token) = token.clone() {
             // Nobody waits for this one: requests that need what it did not give fail on their own.
-            this.lock_presented().push_back(oneshot::channel().0);
+            this.lock_presented().push_back(Presented { token, waiting: oneshot::channel().0 });
         }
         let agent = concat!("mainstay-client/", env!("CARGO_PKG_VERSION"));
         this.control.push(Hello {
@@ -122,12 +137,19 @@ impl<C: Connection> Link<C> {
     /// Serves the control stream and accepts subscriptions until the connection ends.
     async fn serve(self: Arc<Self>, mut send: C::Send, mut control: FrameReader<C::Recv>) {
         send.set_priority(priority::CONTROL);
-        let writing = self.control.write_to(&mut send);
+        let writing = async {
+            self.control.write_to(&mut send).await;
+            // Control ends with the connection, never before it (spec CONN-3).
+            self.transport.close(Code::NO_ERROR.0, "the server stopped reading control");
+        };
         let reading = async {
             let error = match self.read_control(&mut control).await {
                 Err(FrameError::Violation(error)) => error,
                 Ok(()) => ProtocolError::new(Code::FRAME_UNEXPECTED, "the server ended its control stream"),
-                Err(FrameError::Lost(_)) => return,
+                Err(FrameError::Lost(StreamError::Connection(_))) => return,
+                Err(FrameError::Lost(_)) => {
+                    ProtocolError::new(Code::FRAME_UNEXPECTED, "the server reset its control stream")
+                }
             };
             tracing::warn!(%error, "the server broke the protocol");
             self.transport.close(error.code.0, error.detail);
@@ -195,7 +217,10 @@ impl<C: Connection> Link<C> {
                     tracing::warn!(code = %error.code, detail = %error.detail, "token refused");
                     self.answer_token(Err(ClientError::refused(error.code, error.detail.as_str())));
                 }
-                Frame::GoAway(goaway) => tracing::info!(detail = %goaway.detail, "the server is going away"),
+                Frame::GoAway(goaway) => {
+                    tracing::info!(detail = %goaway.detail, "the server is going away");
+                    self.going_away.store(true, Ordering::Relaxed);
+                }
                 Frame::Pong(_) => {}
                 _ => return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of the control stream").into()),
             }
@@ -203,15 +228,22 @@ impl<C: Connection> Link<C> {
         Ok(())
     }
 
-    fn lock_presented(&self) -> MutexGuard<'_, VecDeque<oneshot::Sender<Result<(), ClientError>>>> {
+    fn lock_presented(&self) -> MutexGuard<'_, VecDeque<Presented>> {
         self.presented.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn answer_token(&self, answer: Result<(), ClientError>) {
-        if let Some(waiting) = self.lock_presented().pop_front() {
-            // Whoever gave up does not care.
+        let presented = self.lock_presented().pop_front();
+        if let Some(Presented { token, waiting }) = presented {
+            // Also where nobody waits any more: the next connection must know.
+            self.tokens.judge(&token, &answer);
             let _ = waiting.send(answer);
         }
+    }
+
+    /// True once the server said that it stops: nothing new can be begun on this connection.
+    pub(crate) fn is_going_away(&self) -> bool {
+        self.going_away.load(Ordering::Relaxed)
     }
 
     /// Presents another token. The answer does not come if the connection is lost.
@@ -219,7 +251,7 @@ impl<C: Connection> Link<C> {
         let (answer, answered) = oneshot::channel();
         let mut presented = self.lock_presented();
         // Under the lock, so that answers and tokens have one order.
-        presented.push_back(answer);
+        presented.push_back(Presented { token: token.clone(), waiting: answer });
         self.control.push(Token { token: Bytes::from(token) });
         answered
     }

@@ -9,7 +9,7 @@ use mainstay_protocol::session::{
     Author, Backoff, CreditReceived, Incarnation, Kind, Progress, Record, Records, Verdict, View,
 };
 use mainstay_protocol::wire::{Delivery, Frame, Label, Start};
-use mainstay_transport::{Connection, FrameError};
+use mainstay_transport::{Connection, FrameError, FrameReader, RecvStream};
 use tokio::sync::mpsc;
 
 use crate::driver::{Resubscriber, SessionCommand};
@@ -78,7 +78,8 @@ impl Subscribing {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Event {
-    /// The subscription has begun.
+    /// The subscription has begun. Comes again, with another position, if it starts with the view and the connection was lost
+    /// before that came.
     Started {
         /// What became of the position asked for.
         verdict: Verdict,
@@ -314,7 +315,7 @@ impl<C: Connection> Reader<C> {
         let (verdict, next, tail) = (subscribed.verdict, subscribed.next, subscribed.tail);
         let again = progress.has_started();
         if let Err(error) = progress.subscribed(verdict, next, tail) {
-            return Ok(Over::Failed(error.into()));
+            return Ok(broken(&mut frames, error));
         }
         self.send(match again {
             true => Event::Resumed { verdict, next },
@@ -329,12 +330,12 @@ impl<C: Connection> Reader<C> {
                 let frame = match frames.buffered() {
                     Ok(Some(frame)) => frame,
                     Ok(None) => break,
-                    Err(error) => return Ok(Over::Failed(error.into())),
+                    Err(error) => return Ok(broken(&mut frames, error)),
                 };
                 match frame {
                     Frame::Delivery(delivery) => {
                         if let Err(error) = progress.covered(delivery.from, delivery.to) {
-                            return Ok(Over::Failed(error.into()));
+                            return Ok(broken(&mut frames, error));
                         }
                         let batch = RecordBatch { delivery, streams: streams.clone() };
                         self.send(Event::Records(batch)).await?;
@@ -351,16 +352,19 @@ impl<C: Connection> Reader<C> {
                     Frame::Tail(tail) => progress.tail(tail.tail),
                     Frame::Gap(gap) => {
                         if let Err(error) = progress.covered(gap.from, gap.to) {
-                            return Ok(Over::Failed(error.into()));
+                            return Ok(broken(&mut frames, error));
                         }
                         self.send(Event::Gap { from: gap.from, to: gap.to, reason: "trimmed" }).await?;
                         self.caught_up(progress).await?;
                     }
                     Frame::Snapshot(snapshot) => {
-                        match progress.snapshot(snapshot.next).and_then(|()| View::decode(&snapshot.view)) {
+                        match View::decode(&snapshot.view)
+                            .and_then(|view| progress.snapshot(view.next()).map(|()| view))
+                        {
                             Ok(view) => self.send(Event::Snapshot(Box::new(view))).await?,
-                            Err(error) => return Ok(Over::Failed(error.into())),
+                            Err(error) => return Ok(broken(&mut frames, error)),
                         }
+                        self.caught_up(progress).await?;
                     }
                     Frame::Error(error) => {
                         let code = error.code;
@@ -372,7 +376,7 @@ impl<C: Connection> Reader<C> {
                     }
                     _ => {
                         let error = ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of a subscription");
-                        return Ok(Over::Failed(error.into()));
+                        return Ok(broken(&mut frames, error));
                     }
                 }
             }
@@ -386,7 +390,7 @@ impl<C: Connection> Reader<C> {
             match filled {
                 Ok(true) => {}
                 Ok(false) => return Ok(Over::Ended),
-                Err(FrameError::Violation(error)) => return Ok(Over::Failed(error.into())),
+                Err(FrameError::Violation(error)) => return Ok(broken(&mut frames, error)),
                 Err(FrameError::Lost(_)) => return Ok(Over::Again { patience: false }),
             }
         }
@@ -398,6 +402,12 @@ impl<C: Connection> Reader<C> {
             None => Ok(()),
         }
     }
+}
+
+/// The server broke the protocol: it is told so on this QUIC stream (spec CONN-3).
+fn broken<R: RecvStream>(frames: &mut FrameReader<R>, error: ProtocolError) -> Over {
+    frames.stop(error.code.0);
+    Over::Failed(error.into())
 }
 
 /// Streams that a session can have.

@@ -46,6 +46,23 @@ fn a_snapshot_is_that_of_the_position() {
     assert!(progress.clone().snapshot(7).is_err());
     progress.snapshot(8).expect("the view at the position");
     assert_eq!(progress.caught_up(), Some(8));
+    assert!(progress.snapshot(8).is_err(), "there is one view");
+}
+
+/// Spec SUB-6: the view is what everything behind it stands on.
+#[test]
+fn nothing_comes_before_a_view_that_is_owed() {
+    let mut progress = Progress::default();
+    progress.subscribed(Verdict::Snapshot, 8, 8).expect("a start");
+    assert_eq!(progress.caught_up(), None);
+    assert!(progress.clone().covered(8, 9).is_err());
+    // Lost before it came: it is asked for anew, and may be another one.
+    assert!(!progress.has_started());
+    progress.subscribed(Verdict::Snapshot, 11, 12).expect("a start");
+    progress.snapshot(11).expect("the view at the position");
+    assert!(progress.has_started());
+    progress.covered(11, 12).expect("it goes on");
+    assert_eq!(progress.caught_up(), Some(12));
 }
 
 /// Spec SUB-10.

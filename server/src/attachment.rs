@@ -14,6 +14,7 @@ use tokio::sync::{Semaphore, oneshot};
 
 use crate::connection::Conn;
 use crate::owner::{Command, Standing};
+use crate::server::LAST_WORDS;
 use crate::sessions::{Session, SessionUse};
 use crate::subscription;
 
@@ -126,9 +127,9 @@ pub(crate) async fn run<C: Connection>(
     frames.stop(code.0);
     conn.drop_producers(&attachment);
     if code == Code::GOING_AWAY {
-        // The connection is about to be closed, which would throw away answers that are on their way.
-        // A server that stops waits for this, for a moment.
-        send.stopped().await;
+        // The connection is about to be closed, which would throw away answers that are on their way: a server that stops waits
+        // for this.
+        let _ = tokio::time::timeout(LAST_WORDS, send.stopped()).await;
     }
 }
 

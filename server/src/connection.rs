@@ -12,7 +12,7 @@ use mainstay_protocol::registry::{
 };
 use mainstay_protocol::session::{Author, CreditSent, Grants, Instance, Operation, Refusal, SessionName};
 use mainstay_protocol::wire::{Authenticated, Body, Detail, Error, Frame, Hello, Pong, Produce, Token, put_grease};
-use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream, SendStream, priority};
+use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream, SendStream, StreamError, priority};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
@@ -369,7 +369,11 @@ async fn control_stream<C: Connection>(
     let reading = async {
         match read_control(&conn, &transport, recv, deadline).await {
             Ok(()) => transport.close(Code::NO_ERROR.0, "the client ended its control stream"),
-            Err(FrameError::Lost(_)) => {}
+            Err(FrameError::Lost(StreamError::Connection(_))) => {}
+            // Without control nothing could be told to it (spec CONN-3).
+            Err(FrameError::Lost(_)) => {
+                transport.close(Code::FRAME_UNEXPECTED.0, "the client reset its control stream");
+            }
             Err(FrameError::Violation(error)) => {
                 tracing::debug!(conn = conn.id, %error, "control stream violated");
                 transport.close(error.code.0, error.detail);

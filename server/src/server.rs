@@ -131,25 +131,28 @@ impl Server {
             }
         }
         listener.refuse_new();
+        let deadline = tokio::time::Instant::now() + GRACE;
+        // Before anyone is told: who comes back on the same connection must find that it stops.
+        self.shared.sessions.stop();
         let frame =
             GoAway { deadline: GRACE.as_millis() as u64, spread: 1000, detail: Detail::new("the server stops") };
         self.shared.goaway.send_replace(Some(frame.into()));
-        self.commit_all().await;
+        self.commit_all(deadline).await;
         // Closing a connection throws away what is still on its way.
         let mut attachments = self.shared.attachments.subscribe();
-        let _ = tokio::time::timeout(LAST_WORDS, attachments.wait_for(|count| *count == 0)).await;
+        let until = deadline.min(tokio::time::Instant::now() + LAST_WORDS);
+        let _ = tokio::time::timeout_at(until, attachments.wait_for(|count| *count == 0)).await;
         listener.close(Code::GOING_AWAY.0, "the server stops").await;
         connections.shutdown().await;
     }
 
-    /// Lets every session commit and answer what it accepted, within the grace.
-    async fn commit_all(&self) {
+    /// Lets every session commit and answer what it accepted, until the deadline.
+    async fn commit_all(&self, deadline: tokio::time::Instant) {
         let sessions = &self.shared.sessions;
-        let deadline = tokio::time::Instant::now() + GRACE;
         loop {
             let left = sessions.left.notified();
-            let hot = sessions.all();
-            if hot.is_empty() {
+            let (hot, loading) = sessions.all();
+            if hot.is_empty() && loading == 0 {
                 return;
             }
             for session in hot {
@@ -169,6 +172,6 @@ impl Server {
 }
 
 /// How long the last answers may be on their way after everything was committed: a client that is gone does not hold up the stop.
-const LAST_WORDS: Duration = Duration::from_secs(1);
-/// How long an orderly stop may take before connections are closed.
+pub(crate) const LAST_WORDS: Duration = Duration::from_secs(1);
+/// After how long at the latest a server that stops closes its connections, last answers included (spec CONN-10).
 const GRACE: Duration = Duration::from_secs(5);

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use mainstay_protocol::error::Code;
@@ -103,6 +103,8 @@ pub(crate) struct Sessions {
     pub(crate) clock: fn() -> u64,
     ring_total: Arc<AtomicUsize>,
     hot: Mutex<HashMap<SessionName, Cell>>,
+    /// Nothing is loaded any more. Set under the lock of `hot`.
+    stopping: AtomicBool,
     /// Woken when a session left memory.
     pub(crate) left: tokio::sync::Notify,
 }
@@ -110,7 +112,8 @@ pub(crate) struct Sessions {
 impl Sessions {
     pub(crate) fn new(store: Arc<dyn Store>, config: Config, clock: fn() -> u64) -> Self {
         let hot = Mutex::default();
-        Self { store, config, clock, ring_total: Arc::default(), hot, left: tokio::sync::Notify::new() }
+        let (stopping, left) = (AtomicBool::new(false), tokio::sync::Notify::new());
+        Self { store, config, clock, ring_total: Arc::default(), hot, stopping, left }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<SessionName, Cell>> {
@@ -120,7 +123,7 @@ impl Sessions {
     /// Finds or loads the session called `name`; creates it if `create` says after how many milliseconds without use it
     /// expires (0 for never). Returns it and whether it is new.
     ///
-    /// Errors: `SESSION_NOT_FOUND`, and those of the store.
+    /// Errors: `SESSION_NOT_FOUND`, `GOING_AWAY`, and those of the store.
     pub(crate) async fn get(
         self: &Arc<Self>,
         name: &SessionName,
@@ -128,7 +131,13 @@ impl Sessions {
     ) -> Result<(SessionUse, bool), Refusal> {
         let mut new = false;
         loop {
-            let cell = self.lock().entry(name.clone()).or_default().clone();
+            let cell = {
+                let mut hot = self.lock();
+                if self.stopping.load(Ordering::Relaxed) {
+                    return Err(Refusal::new(Code::GOING_AWAY, "the server stops"));
+                }
+                hot.entry(name.clone()).or_default().clone()
+            };
             let result = cell.get_or_try_init(|| self.load(name, create, &mut new)).await.cloned();
             match result {
                 Ok(session) => {
@@ -331,8 +340,17 @@ impl Sessions {
         drop(cell);
     }
 
-    /// Every session in memory.
-    pub(crate) fn all(&self) -> Vec<Arc<Session>> {
-        self.lock().values().filter_map(|cell| cell.get().cloned()).collect()
+    /// No session is loaded or attached to any more.
+    pub(crate) fn stop(&self) {
+        let _hot = self.lock();
+        self.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// Every session in memory, and how many are being loaded.
+    pub(crate) fn all(&self) -> (Vec<Arc<Session>>, usize) {
+        let hot = self.lock();
+        let loaded: Vec<_> = hot.values().filter_map(|cell| cell.get().cloned()).collect();
+        let loading = hot.len() - loaded.len();
+        (loaded, loading)
     }
 }

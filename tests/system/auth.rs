@@ -1,6 +1,7 @@
 //! Capability tokens: what is refused, with which name, and that the connection goes on.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use mainstay_client::{Client, ClientError, Code, Config as ClientConfig, Event, Start};
 use mainstay_protocol::session::{Instance, Operation};
@@ -10,6 +11,9 @@ use mainstay_store::MemoryStore;
 use mainstay_tests::harness::{MemoryServer, claims, now};
 use mainstay_transport::memory::{MemoryConnection, MemoryNetwork};
 use mainstay_transport::{Connection, ConnectionError, Connector};
+use tokio::time::timeout;
+
+const PATIENCE: Duration = Duration::from_secs(10);
 
 fn server() -> MemoryServer {
     MemoryServer::start(Arc::new(MemoryStore::new()), Config::default())
@@ -125,6 +129,57 @@ impl Connector for Losing {
     }
 }
 
+/// Spec AUTH-6. A refused token came back with the next connection, and ended everything.
+#[tokio::test]
+async fn a_refused_token_is_not_used_again_whatever_happens_meanwhile() {
+    for what in ["given up", "two at once", "lost meanwhile", "after one that was given up"] {
+        let server = server();
+        let network = Losing { network: server.network(), last: Arc::default() };
+        let mut config = ClientConfig::default();
+        config.token = Some(server.key.mint(&claims("worker", "", Operation::ALL)).expect("a token"));
+        let client = Client::new(network.clone(), config);
+        let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+        let producer = session.producer("p").await.expect("a producer");
+        let append = async || producer.append(session.main(), "x").await.expect("append").await;
+        assert_eq!(append().await, Ok(0));
+        let mut connection = client.connection();
+        let invalid = |answer: Result<(), ClientError>| {
+            assert_eq!(answer.map_err(code), Err(Code::TOKEN_INVALID), "{what}");
+        };
+        // Polled once: it is on its way when nobody waits for it any more.
+        let give_up = async || {
+            tokio::select! {
+                biased;
+                answer = client.renew_token("bad one") => panic!("answered at once: {answer:?}"),
+                () = core::future::ready(()) => {}
+            }
+        };
+        match what {
+            "given up" => give_up().await,
+            "two at once" => {
+                let (one, two) = tokio::join!(client.renew_token("bad one"), client.renew_token("bad two"));
+                invalid(one);
+                invalid(two);
+            }
+            "lost meanwhile" => {
+                let (answer, ()) = tokio::join!(biased; client.renew_token("bad one"), async { network.lose() });
+                invalid(answer);
+            }
+            _ => {
+                give_up().await;
+                invalid(client.renew_token("bad two").await);
+            }
+        }
+        if what != "lost meanwhile" {
+            network.lose();
+            while !connection.changed().await.expect("not closed") {}
+        }
+        assert_eq!(timeout(PATIENCE, append()).await.expect("in time"), Ok(1), "{what}");
+        drop((client, session));
+        server.stop().await;
+    }
+}
+
 #[tokio::test]
 async fn a_token_is_renewed_on_the_connection_and_a_bad_one_changes_nothing() {
     let server = server();
@@ -146,7 +201,7 @@ async fn a_token_is_renewed_on_the_connection_and_a_bad_one_changes_nothing() {
     assert_eq!(code(client.renew_token("v4.public.garbage").await.expect_err("refused")), Code::TOKEN_INVALID);
     network.lose();
     assert_eq!(append().await, Ok(1));
-    while connection.changed().await != Some(true) {}
+    while !connection.changed().await.expect("not closed") {}
 
     // A wider one takes effect on the same connection, for what is open too.
     client.renew_token(mint(&[Operation::Append, Operation::Read])).await.expect("renewed");
@@ -169,6 +224,6 @@ async fn a_token_is_renewed_on_the_connection_and_a_bad_one_changes_nothing() {
     };
     assert_eq!(code(ended), Code::FORBIDDEN);
     assert_eq!(append().await, Ok(3));
-    let lost = tokio::time::timeout(std::time::Duration::from_millis(1), connection.changed()).await;
+    let lost = timeout(Duration::from_millis(1), connection.changed()).await;
     assert!(lost.is_err(), "renewing cost the connection");
 }

@@ -2,6 +2,7 @@
 
 mod auth;
 mod basics;
+mod broken;
 mod cli;
 mod crash;
 mod damage;

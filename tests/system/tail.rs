@@ -10,6 +10,7 @@ use mainstay_tests::process::{PATIENCE, Server, run};
 use mainstay_tests::{random, until};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::process::Command;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
@@ -154,6 +155,36 @@ async fn a_kill_behind_a_slow_reader_leaves_no_row_that_was_only_ever_marked() {
         }
     }
     assert!(unmarked.into_iter().eq(0..LINES), "a row came only with a mark");
+}
+
+/// A follower that waited for room in the pipe could not be interrupted.
+#[tokio::test]
+async fn a_follower_whose_reader_has_stopped_can_be_interrupted_and_knows_where_it_was() {
+    let server = Server::start().await;
+    let cursor = server.dir().join("cursor");
+    let mut appending = Appending::to(&server);
+    appending.feed(0..5000, AT_ONCE, |n| format!("{n}\n"));
+    appending.finish().await;
+    let mut command = server.command(&["tail", "s1", "--cursor-file", text(&cursor), "--json"]);
+    let mut follower = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("tail");
+    let mut stdout = follower.stdout.take().expect("output");
+    let (mut before, mut looks) = (Vec::new(), 0);
+    until("the pipe is full", async || {
+        let now = std::fs::read(&cursor).unwrap_or_default();
+        looks = if now == before && !now.is_empty() { looks + 1 } else { 0 };
+        before = now;
+        looks == 30
+    })
+    .await;
+    let pid = follower.id().expect("it runs").to_string();
+    assert!(Command::new("kill").args(["-INT", &pid]).status().await.expect("kill").success());
+    let status = timeout(PATIENCE, follower.wait()).await.expect("it ends").expect("a status");
+    assert!(status.success(), "{status}");
+    let mut said = String::new();
+    stdout.read_to_string(&mut said).await.expect("output");
+    let printed = rows(&said).iter().filter(|row| row["event"] == "record").count() as u64;
+    let noted: Value = serde_json::from_slice(&std::fs::read(&cursor).expect("a cursor")).expect("JSON");
+    assert_eq!((&noted["next"], &noted["pending"]), (&printed.into(), &printed.into()));
 }
 
 fn text(path: &Path) -> &str {

@@ -186,8 +186,9 @@ pub trait Connector: Send + Sync + 'static {
     /// The server, for messages to people.
     fn target(&self) -> String;
 
-    /// Waits until the peers of connections that were closed have been told, as far as that is up to this side.
-    fn told(&self) -> impl Future<Output = ()> + Send {
+    /// Closes one of its connections with a code and waits until that was sent. What the network does with it is not known.
+    fn farewell(&self, connection: &Self::Connection, code: u64, reason: &str) -> impl Future<Output = ()> + Send {
+        connection.close(code, reason);
         core::future::ready(())
     }
 }
@@ -203,8 +204,8 @@ impl<C: Connector> Connector for Arc<C> {
         C::target(self)
     }
 
-    fn told(&self) -> impl Future<Output = ()> + Send {
-        (**self).told()
+    fn farewell(&self, connection: &Self::Connection, code: u64, reason: &str) -> impl Future<Output = ()> + Send {
+        C::farewell(self, connection, code, reason)
     }
 }
 

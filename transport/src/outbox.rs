@@ -83,7 +83,8 @@ impl Outbox {
                 if !waiting.frames.is_empty() {
                     return Next::Write(waiting.frames.take());
                 }
-                if waiting.closing {
+                // What was thrown away must not look like an orderly end: whoever writes is told of the overflow.
+                if waiting.closing && !waiting.overflowed {
                     return Next::Finish;
                 }
             }

@@ -1,15 +1,18 @@
 //! quinn over UDP.
 
+use core::sync::atomic::{AtomicU64, Ordering};
 use core::time::Duration;
+use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::udp::{RecvMeta, Transmit};
 use quinn::{
     AckFrequencyConfig, AsyncUdpSocket, ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig,
-    Runtime, ServerConfig, TransportConfig, VarInt,
+    Runtime, ServerConfig, TransportConfig, UdpPoller, VarInt,
 };
 use quinn_proto::{ConnectionId, ConnectionIdGenerator, InvalidCid};
 use rand::RngCore;
@@ -18,6 +21,7 @@ use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_sig
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{CertificateError, DigitallySignedStruct, SignatureScheme};
+use tokio::sync::Notify;
 
 pub use crate::gather::GatheringRuntime;
 use crate::{Connection, ConnectionError, Connector, Limits, Listener, RecvStream, SendStream, StreamError};
@@ -222,7 +226,7 @@ fn acknowledgements() -> AckFrequencyConfig {
 }
 
 /// Binds a UDP socket: dual-stack for the IPv6 wildcard, with large buffers where the system allows them.
-pub fn bind(addr: SocketAddr) -> std::io::Result<UdpSocket> {
+pub fn bind(addr: SocketAddr) -> io::Result<UdpSocket> {
     let socket = socket2::Socket::new(socket2::Domain::for_address(addr), socket2::Type::DGRAM, None)?;
     if addr.is_ipv6() {
         socket.set_only_v6(false)?;
@@ -371,6 +375,7 @@ pub struct QuicConnector {
     config: ClientConfig,
     addr: SocketAddr,
     name: String,
+    sent: Arc<Sent>,
 }
 
 impl QuicConnector {
@@ -417,9 +422,11 @@ impl QuicConnector {
         let crypto = QuicClientConfig::try_from(tls).map_err(|error| error.to_string())?;
         let mut config = ClientConfig::new(Arc::new(crypto));
         config.transport_config(Arc::new(transport_config(limits, true)));
+        let sent = Arc::new(Sent::default());
+        let socket = Arc::new(CountingSocket { socket, sent: sent.clone() });
         let endpoint = Endpoint::new_with_abstract_socket(EndpointConfig::default(), None, socket, runtime)
             .map_err(|error| error.to_string())?;
-        Ok(Self { endpoint, config, addr, name })
+        Ok(Self { endpoint, config, addr, name, sent })
     }
 }
 
@@ -438,8 +445,68 @@ impl Connector for QuicConnector {
         self.addr.to_string()
     }
 
-    async fn told(&self) {
-        self.endpoint.wait_idle().await;
+    /// quinn says when a closed connection is forgotten, which is three probe timeouts later, not when the peer was told.
+    async fn farewell(&self, connection: &QuicConnection, code: u64, reason: &str) {
+        if connection.0.close_reason().is_some() {
+            return;
+        }
+        let before = self.sent.count.load(Ordering::Acquire);
+        connection.close(code, reason);
+        while self.sent.count.load(Ordering::Acquire) == before {
+            self.sent.more.notified().await;
+        }
+    }
+}
+
+/// Transmits that a socket took.
+#[derive(Debug, Default)]
+struct Sent {
+    count: AtomicU64,
+    more: Notify,
+}
+
+/// Counts what is sent.
+#[derive(Debug)]
+struct CountingSocket {
+    socket: Arc<dyn AsyncUdpSocket>,
+    sent: Arc<Sent>,
+}
+
+impl AsyncUdpSocket for CountingSocket {
+    fn create_io_poller(self: Arc<Self>) -> core::pin::Pin<Box<dyn UdpPoller>> {
+        self.socket.clone().create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        self.socket.try_send(transmit)?;
+        self.sent.count.fetch_add(1, Ordering::Release);
+        self.sent.more.notify_one();
+        Ok(())
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut core::task::Context<'_>,
+        bufs: &mut [io::IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> core::task::Poll<io::Result<usize>> {
+        self.socket.poll_recv(cx, bufs, meta)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.socket.max_transmit_segments()
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.socket.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.socket.may_fragment()
     }
 }
 

@@ -130,7 +130,7 @@ fn wasm() -> Outcome {
 /// Licences, bans and sources. The advisory database needs a network that CI may not have.
 fn deny() -> Outcome {
     need("deny", "cargo-deny")?;
-    // What other platforms need was not downloaded by any build.
+    // The policy is about the whole lock file, also what only other platforms need; a build did not download that.
     step("fetch", &mut cargo(&["fetch", "--locked"]))?;
     step("dependency policy", &mut cargo(&["deny", "--offline", "check", "bans", "licenses", "sources"]))
 }

@@ -7,6 +7,7 @@ use serde_json::json;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::sync::mpsc;
 
+use super::serve::signalled;
 use crate::args;
 use crate::data::with_client;
 use crate::failure::Failure;
@@ -22,6 +23,7 @@ pub(crate) async fn run(args: args::Append, output: Output) -> Result<(), Failur
         tokio::select! {
             result = append(client, &args, output) => result,
             result = warn(client, output) => result,
+            () = signalled() => Err(Failure::failed("INTERRUPTED", "interrupted; what was not acknowledged may be stored or not")),
         }
     })
     .await

@@ -6,20 +6,28 @@
 //! After a kill the rows between the two may or may not have been written: they are printed again, marked as repeated; a reader
 //! drops one that it has already (by its seq), and keeps the others. With
 //! an output file its length is noted too, and what is behind it is cut off at the next start, so that the file is exact.
+//!
+//! On a pipe rows are noted and written in pieces that it takes without a wait, so that a reader that is slow leaves nothing
+//! between note and row. A row longer than such a piece is written as it is: a kill beside a slow reader can cut it, and it is
+//! repeated.
+//!
+//! The file is made once, and from then on overwritten in place, by one write of constant length that no kill can cut.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use base64::Engine as _;
 use mainstay_client::{Client, Config, Cursor, Event, Incarnation, Kind, ReadRecord, RecordBatch, Start};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until};
 
+use super::serve::signalled;
 use crate::args;
 use crate::data::{beside, with_client};
 use crate::failure::Failure;
@@ -45,25 +53,27 @@ enum Sink {
     File { file: File, length: u64, path: PathBuf },
 }
 
-/// What a pipe that can be written to takes without a wait, as one piece (POSIX `PIPE_BUF`).
+/// What a pipe that can be written to takes without a wait, as one piece (`PIPE_BUF` of Linux).
 const AT_ONCE: usize = 4096;
+
+/// Bytes of a cursor file: more than the longest session name and the largest numbers need.
+const CURSOR_LEN: usize = 4096;
 
 impl Sink {
     /// Waits until [`AT_ONCE`] can be written without a wait: a reader that is slow must not stop a write in the middle, where a
     /// kill would leave rows that count as printed and are not.
-    fn ready(&self) -> Result<(), Failure> {
-        if let Self::Stdout = self {
-            let out = io::stdout();
-            let mut waits = [PollFd::new(&out, PollFlags::OUT)];
-            loop {
-                match poll(&mut waits, None) {
-                    Ok(_) => break,
-                    Err(Errno::INTR) => {}
-                    Err(error) => return Err(Failure::io("standard output", &error.into())),
-                }
+    async fn ready(&self) -> Result<(), Failure> {
+        let Self::Stdout = self else { return Ok(()) };
+        let at_once = Timespec::default();
+        let ready = match writable(Some(&at_once)) {
+            // In a thread of its own: a reader that has stopped must not keep a signal from ending this.
+            Ok(false) => {
+                let waits = tokio::task::spawn_blocking(|| writable(None));
+                waits.await.unwrap_or_else(|error| Err(io::Error::other(error)))
             }
-        }
-        Ok(())
+            ready => ready,
+        };
+        ready.map(drop).map_err(|error| Failure::io("standard output", &error))
     }
 
     fn write(&mut self, rows: &[u8]) -> Result<(), Failure> {
@@ -87,10 +97,25 @@ impl Sink {
     }
 }
 
+/// Waits until standard output can be written to, at most for as long. False if it cannot.
+fn writable(timeout: Option<&Timespec>) -> io::Result<bool> {
+    let out = io::stdout();
+    let mut waits = [PollFd::new(&out, PollFlags::OUT)];
+    loop {
+        match poll(&mut waits, timeout) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
 struct Printer {
     output: Output,
     sink: Sink,
     cursor_path: Option<PathBuf>,
+    /// The cursor file, once it was made.
+    cursor_file: Option<File>,
     cursor: Option<CursorFile>,
     /// Rows below may have been printed by an earlier run.
     repeat_below: u64,
@@ -105,11 +130,12 @@ pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure>
     if args.output.is_some() && args.output == args.cursor_file {
         return Err(Failure::usage("--output and --cursor-file name the same file"));
     }
-    with_client(args.connect.connect.as_deref(), config, async |client| follow(client, &args, output).await).await
+    let kinds = args.kind.iter().map(|name| kind(name)).collect::<Result<Vec<_>, _>>()?;
+    with_client(args.connect.connect.as_deref(), config, async |client| follow(client, &args, kinds, output).await)
+        .await
 }
 
-async fn follow(client: &Client, args: &args::Tail, output: Output) -> Result<(), Failure> {
-    let kinds = args.kind.iter().map(|name| kind(name)).collect::<Result<Vec<_>, _>>()?;
+async fn follow(client: &Client, args: &args::Tail, kinds: Vec<Kind>, output: Output) -> Result<(), Failure> {
     let known = match &args.cursor_file {
         Some(path) => read_cursor(path, &args.session)?,
         None => None,
@@ -144,6 +170,7 @@ async fn follow(client: &Client, args: &args::Tail, output: Output) -> Result<()
         },
         sink,
         cursor_path: args.cursor_file.clone(),
+        cursor_file: None,
         cursor: known,
         rows: 0,
         max: args.max,
@@ -164,6 +191,8 @@ async fn follow(client: &Client, args: &args::Tail, output: Output) -> Result<()
     if args.max == Some(0) {
         return Ok(());
     }
+    let stop = signalled();
+    tokio::pin!(stop);
     loop {
         let deadline = idle.zip(idle_since).map(|(idle, since)| since + idle);
         let event = tokio::select! {
@@ -194,7 +223,7 @@ async fn follow(client: &Client, args: &args::Tail, output: Output) -> Result<()
                 }
                 continue;
             }
-            _ = tokio::signal::ctrl_c() => break,
+            () = &mut stop => break,
         };
         let Some(event) = event else { break };
         match event? {
@@ -207,7 +236,11 @@ async fn follow(client: &Client, args: &args::Tail, output: Output) -> Result<()
                 printer.started(&args.session, incarnation, next)?;
             }
             Event::Records(batch) => {
-                let more = printer.batch(&batch)?;
+                // A reader that has stopped must not keep a signal from ending this; the cursor says what was written.
+                let more = tokio::select! {
+                    more = printer.batch(&batch) => more?,
+                    () = &mut stop => break,
+                };
                 idle_since = (idle_since.is_some() || probe.take().is_some()).then(Instant::now);
                 if !more {
                     break;
@@ -294,7 +327,7 @@ impl Printer {
     }
 
     /// Prints a batch. False once enough rows were printed.
-    fn batch(&mut self, batch: &RecordBatch) -> Result<bool, Failure> {
+    async fn batch(&mut self, batch: &RecordBatch) -> Result<bool, Failure> {
         let (mut rows, mut next) = (Vec::new(), batch.next());
         for record in batch.iter() {
             let record = record?;
@@ -302,7 +335,7 @@ impl Printer {
             self.row(&record, &mut rows);
             if before > 0 && rows.len() > self.piece() {
                 let rest = rows.split_off(before);
-                self.put(&rows, record.seq)?;
+                self.put(&rows, record.seq).await?;
                 rows = rest;
             }
             self.rows += 1;
@@ -311,7 +344,7 @@ impl Printer {
                 break;
             }
         }
-        self.put(&rows, next)?;
+        self.put(&rows, next).await?;
         self.save()?;
         Ok(self.max.is_none_or(|max| self.rows < max))
     }
@@ -325,8 +358,12 @@ impl Printer {
     }
 
     /// Writes whole rows, of which all below `next` are written then. That is in memory; it reaches the cursor file with the next note.
-    fn put(&mut self, rows: &[u8], next: u64) -> Result<(), Failure> {
-        self.sink.ready()?;
+    async fn put(&mut self, rows: &[u8], next: u64) -> Result<(), Failure> {
+        if rows.is_empty() {
+            self.advance(next);
+            return Ok(());
+        }
+        self.sink.ready().await?;
         // As late as can be: a kill between here and the end of the write makes rows repeats that were never printed.
         if let Some(cursor) = &mut self.cursor {
             cursor.pending = self.repeat_below.max(next);
@@ -362,12 +399,21 @@ impl Printer {
         }
     }
 
-    fn save(&self) -> Result<(), Failure> {
+    fn save(&mut self) -> Result<(), Failure> {
         let (Some(path), Some(cursor)) = (&self.cursor_path, &self.cursor) else { return Ok(()) };
-        let write = || -> io::Result<()> {
+        let file = &mut self.cursor_file;
+        let mut write = || -> io::Result<()> {
+            let mut text = serde_json::to_vec(cursor).map_err(io::Error::other)?;
+            // Spaces behind it, so that a shorter one covers a longer one.
+            text.resize(text.len().max(CURSOR_LEN), b' ');
+            if let Some(file) = file {
+                return file.write_all_at(&text, 0);
+            }
             let new = beside(path);
-            fs::write(&new, serde_json::to_vec(cursor).map_err(io::Error::other)?)?;
-            fs::rename(&new, path)
+            fs::write(&new, &text)?;
+            fs::rename(&new, path)?;
+            *file = Some(OpenOptions::new().write(true).open(path)?);
+            Ok(())
         };
         write().map_err(|error| Failure::io(path.display(), &error))
     }

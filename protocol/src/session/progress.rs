@@ -9,14 +9,17 @@ pub struct Progress {
     started: bool,
     next: u64,
     tail: u64,
+    /// The view is to come before anything else.
+    owed: bool,
     /// It was told of records that it has not covered, or has not said since that there are none.
     behind: bool,
 }
 
 impl Progress {
-    /// True once the first SUBSCRIBED came.
+    /// True once there is a position to go on from: SUBSCRIBED came, and the view where the subscription starts with it. Before
+    /// that, a subscription that loses its QUIC stream is asked for anew.
     pub fn has_started(&self) -> bool {
-        self.started
+        self.started && !self.owed
     }
 
     /// The next seq that is to be covered: where to go on.
@@ -26,8 +29,8 @@ impl Progress {
 
     /// SUBSCRIBED came, for the first time or again. Errors: it goes on behind the position and does not say why.
     pub fn subscribed(&mut self, verdict: Verdict, next: u64, tail: u64) -> Result<(), ProtocolError> {
-        if !self.started {
-            (self.started, self.next) = (true, next);
+        if !self.has_started() {
+            *self = Self { started: true, next, owed: verdict == Verdict::Snapshot, ..Self::default() };
         } else if verdict == Verdict::Exact && next != self.next {
             return Err(ProtocolError::malformed("subscription does not go on at its position"));
         }
@@ -36,16 +39,20 @@ impl Progress {
         Ok(())
     }
 
-    /// SNAPSHOT came: the view at a seq. Errors: it is not the view at the position.
+    /// SNAPSHOT came: the view at a seq. Errors: it is not the view at the position, or none was to come (spec SUB-6).
     pub fn snapshot(&mut self, next: u64) -> Result<(), ProtocolError> {
-        if next != self.next {
+        if !self.owed || next != self.next {
             return Err(ProtocolError::malformed("snapshot is not that of the subscription's position"));
         }
+        self.owed = false;
         Ok(())
     }
 
     /// A DELIVERY or GAP that covers `from..to` came. Errors: it does not go on where the last one ended (spec SUB-7, SUB-8).
     pub fn covered(&mut self, from: u64, to: u64) -> Result<(), ProtocolError> {
+        if self.owed {
+            return Err(ProtocolError::malformed("delivery or gap comes before the view"));
+        }
         if from != self.next || to < from {
             return Err(ProtocolError::malformed("delivery or gap does not go on where the last one ended"));
         }
@@ -66,7 +73,7 @@ impl Progress {
 
     /// The tail, if everything below it is covered now and was not before (spec SUB-10).
     pub fn caught_up(&mut self) -> Option<u64> {
-        let caught_up = self.behind && self.next >= self.tail;
+        let caught_up = !self.owed && self.behind && self.next >= self.tail;
         self.behind &= !caught_up;
         caught_up.then_some(self.tail)
     }

@@ -1,0 +1,113 @@
+//! Servers made by hand that break off at an awkward moment: the client goes on, and nothing is left out.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mainstay_client::{Client, Config as ClientConfig, Event, Start, Verdict, View};
+use mainstay_protocol::Code;
+use mainstay_protocol::registry::{FOLD_VERSION, MAX_FRAME};
+use mainstay_protocol::session::{Incarnation, ViewHash};
+use mainstay_protocol::wire::{Attached, Frame, Hello, Snapshot, Subscribe, Subscribed};
+use mainstay_server::Config;
+use mainstay_transport::memory::{MemoryConnection, MemoryListener, MemoryNetwork};
+use mainstay_transport::{Connection, FrameReader, Listener, SendStream};
+use tokio::time::timeout;
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+type Send = <MemoryConnection as Connection>::Send;
+type Recv = <MemoryConnection as Connection>::Recv;
+
+fn network() -> (Arc<MemoryNetwork>, MemoryListener) {
+    let client = ClientConfig::default().transport_limits();
+    MemoryNetwork::new(Config::default().transport_limits(), client)
+}
+
+/// Accepts a connection and says HELLO.
+async fn greet(listener: &MemoryListener) -> (MemoryConnection, Send, FrameReader<Recv>) {
+    let connection = timeout(PATIENCE, listener.accept()).await.expect("in time").expect("a connection");
+    let (mut send, recv) = connection.accept_bi().await.expect("control");
+    send.write(&mut [Frame::from(Hello::default()).to_bytes()]).await.expect("write");
+    (connection, send, FrameReader::new(recv, MAX_FRAME))
+}
+
+/// Answers an ATTACH and returns the SUBSCRIBE behind it.
+async fn attach(connection: &MemoryConnection) -> (Subscribe, Send, FrameReader<Recv>) {
+    let (mut send, recv) = connection.accept_bi().await.expect("an attachment");
+    let mut frames = FrameReader::new(recv, MAX_FRAME);
+    assert!(matches!(frames.next().await, Ok(Some(Frame::Attach(_)))));
+    let attached = Attached {
+        verdict: Verdict::Exact,
+        incarnation: Incarnation([1; 16]),
+        tail: 0,
+        first: 0,
+        created: 0,
+        closed: false,
+        fold_version: FOLD_VERSION,
+        view_hash: ViewHash([0; 32]),
+        streams: vec!["main".parse().expect("a name")],
+        positions: vec![],
+    };
+    send.write(&mut [Frame::from(attached).to_bytes()]).await.expect("write");
+    match frames.next().await {
+        Ok(Some(Frame::Subscribe(subscribe))) => (subscribe, send, frames),
+        other => panic!("not a SUBSCRIBE: {other:?}"),
+    }
+}
+
+async fn subscribed(connection: &MemoryConnection, id: u64, verdict: Verdict) -> Send {
+    let mut send = connection.open_uni().await.expect("a stream");
+    let subscribed = Subscribed { id, verdict, next: 0, tail: 0 };
+    send.write(&mut [Frame::from(subscribed).to_bytes()]).await.expect("write");
+    send
+}
+
+/// Spec SUB-6: the view was owed, and the client went on behind it as if it had come.
+#[tokio::test]
+async fn a_connection_that_is_lost_before_the_view_came_does_not_cost_the_view() {
+    let (network, listener) = network();
+    let client = Client::new(network, ClientConfig::default());
+    let serving = async {
+        let (connection, _control, _frames) = greet(&listener).await;
+        let (request, _send, _rest) = attach(&connection).await;
+        assert_eq!(request.start, Start::Snapshot);
+        let _stream = subscribed(&connection, request.id, Verdict::Snapshot).await;
+        // The client has read it once it asks for more; what it tells the application is looked at below.
+        tokio::task::yield_now().await;
+        connection.close(Code::NO_ERROR.0, "lost");
+
+        let (connection, control, frames) = greet(&listener).await;
+        let (request, send, rest) = attach(&connection).await;
+        assert_eq!(request.start, Start::Snapshot, "the view is still owed");
+        let mut stream = subscribed(&connection, request.id, Verdict::Snapshot).await;
+        let snapshot = Snapshot { next: 0, fold_version: FOLD_VERSION, view: View::default().encode() };
+        stream.write(&mut [Frame::from(snapshot).to_bytes()]).await.expect("write");
+        (connection, control, frames, send, rest, stream)
+    };
+    let reading = async {
+        let mut subscription =
+            client.session("s").expect("a name").subscribe(Start::Snapshot).open().await.expect("open");
+        loop {
+            match timeout(PATIENCE, subscription.next()).await.expect("in time").expect("an event").expect("no error") {
+                Event::Started { .. } => {}
+                Event::Snapshot(view) => break assert_eq!(*view, View::default()),
+                other => panic!("before the view: {other:?}"),
+            }
+        }
+        let next = timeout(PATIENCE, subscription.next()).await.expect("in time");
+        assert!(matches!(next, Some(Ok(Event::CaughtUp { tail: 0 }))), "{next:?}");
+    };
+    let (_held, ()) = tokio::join!(serving, reading);
+}
+
+/// Spec CONN-3: without control nobody gives credit any more, and everything on the connection stalls.
+#[tokio::test]
+async fn a_server_that_resets_control_is_left_and_connected_to_again() {
+    let (network, listener) = network();
+    let client = Client::new(network, ClientConfig::default());
+    let (connection, mut control, _frames) = greet(&listener).await;
+    client.connected().await.expect("connected");
+    control.reset(Code::INTERNAL.0);
+    timeout(PATIENCE, connection.closed()).await.expect("the client closes");
+    greet(&listener).await;
+}
