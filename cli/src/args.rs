@@ -31,6 +31,8 @@ pub(crate) enum Command {
     Append(Append),
     /// Follow a session: its records so far, then new ones as they come.
     Tail(Tail),
+    /// Read, write and watch a session's shared keys and values.
+    State(State),
     /// Create, list, show, close, trim and delete sessions.
     Session(Session),
     /// Make and read capability tokens.
@@ -53,6 +55,7 @@ impl Args {
             Command::Demo(args) => args.json,
             Command::Append(args) => args.json,
             Command::Tail(args) => args.json,
+            Command::State(args) => args.json,
             Command::Session(args) => args.json,
             Command::Token(args) => args.json,
             Command::Verify(args) => args.json || args.dump,
@@ -133,6 +136,133 @@ pub(crate) struct Append {
     pub(crate) connect: Connect,
 }
 
+/// Reads, writes and watches the shared state of a session: keys with values, changed in one order with everything else.
+/// Writing makes the session if it does not exist.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct State {
+    #[command(subcommand)]
+    pub(crate) action: StateAction,
+    /// Print JSON lines.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Connection file of the server. [default: the one that `serve --dev` wrote on this machine]
+    #[arg(long, value_name = "FILE", env = "MAINSTAY_CONNECT", global = true)]
+    pub(crate) connect: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum StateAction {
+    /// Print the value of a key; exit code 1 if it has none.
+    Get {
+        /// Name of the session.
+        session: String,
+        /// The key, for example tool/42.
+        key: String,
+    },
+    /// Give a key a value.
+    Put {
+        /// Name of the session.
+        session: String,
+        /// The key.
+        key: String,
+        /// The value. [default: standard input]
+        value: Option<String>,
+        /// Seconds after which the value expires.
+        #[arg(long = "for", value_name = "SECS", value_parser = seconds)]
+        lasts: Option<f64>,
+    },
+    /// Give a key a value if it is as expected; exit code 3 if it is not.
+    Cas {
+        /// Name of the session.
+        session: String,
+        /// The key.
+        key: String,
+        /// The value. [default: standard input]
+        value: Option<String>,
+        /// The revision that the key must have, as `get --json` tells it, or `absent`.
+        #[arg(long, value_name = "REVISION")]
+        expect: Expect,
+    },
+    /// Add to a key whose value is an integer; no value counts as 0.
+    Incr {
+        /// Name of the session.
+        session: String,
+        /// The key.
+        key: String,
+        /// How much.
+        #[arg(default_value_t = 1, allow_negative_numbers = true)]
+        by: i64,
+    },
+    /// Change a key whose value is a JSON document by a JSON merge patch (RFC 7396).
+    Merge {
+        /// Name of the session.
+        session: String,
+        /// The key.
+        key: String,
+        /// The patch. [default: standard input]
+        patch: Option<String>,
+    },
+    /// Take a key's value.
+    Delete {
+        /// Name of the session.
+        session: String,
+        /// The key.
+        key: String,
+        /// Only if the key has this revision.
+        #[arg(long, value_name = "REVISION")]
+        expect: Option<Expect>,
+    },
+    /// List keys and values.
+    Ls {
+        /// Name of the session.
+        session: String,
+        /// Only keys that start with this.
+        #[arg(default_value = "")]
+        prefix: String,
+    },
+    /// List keys and values, then tell of every change. Waits for the session if it does not exist yet.
+    Watch {
+        /// Name of the session.
+        session: String,
+        /// Only keys that start with this.
+        #[arg(default_value = "")]
+        prefix: String,
+    },
+}
+
+/// What a key must be.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Expect {
+    Absent,
+    Revision(u64),
+}
+
+impl std::str::FromStr for Expect {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "absent" => Ok(Self::Absent),
+            number => number.parse().map(Self::Revision).map_err(|_| "neither a revision nor `absent`".into()),
+        }
+    }
+}
+
+impl core::convert::From<Expect> for mainstay_client::Expected {
+    fn from(expect: Expect) -> Self {
+        match expect {
+            Expect::Absent => Self::Absent,
+            Expect::Revision(revision) => Self::Revision(revision),
+        }
+    }
+}
+
+/// A number of seconds from a millisecond to a thousand years.
+fn seconds(text: &str) -> Result<f64, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
+    if (0.001..=3.2e10).contains(&seconds) { Ok(seconds) } else { Err("not between 0.001 and 3.2e10 seconds".into()) }
+}
+
 /// Follows a session. Waits for it if it does not exist yet. Comes back by itself when the server is lost.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Tail {
@@ -155,6 +285,9 @@ pub(crate) struct Tail {
     /// Only records of this kind, for example data; may be repeated.
     #[arg(long, value_name = "K")]
     pub(crate) kind: Vec<String>,
+    /// Show the conversation as it is now, each message once and whole, and then what is added to it.
+    #[arg(long, conflicts_with_all = ["from", "cursor_file", "output", "stream", "kind", "max"])]
+    pub(crate) fold: bool,
     /// End when caught up and nothing has come for so many milliseconds.
     #[arg(long, value_name = "MS")]
     pub(crate) until_idle: Option<u64>,

@@ -5,6 +5,7 @@ mod commands;
 mod data;
 mod failure;
 mod output;
+mod rows;
 
 use std::process::ExitCode;
 
@@ -78,6 +79,7 @@ async fn run(command: Command, output: Output) -> Result<(), Failure> {
         Command::Demo(args) => interruptible(commands::demo::run(args, output)).await,
         Command::Append(args) => commands::append::run(args, output).await,
         Command::Tail(args) => commands::tail::run(args, output).await,
+        Command::State(args) => commands::state::run(args, output).await,
         Command::Session(args) => commands::session::run(args, output).await,
         Command::Token(args) => commands::token::run(args, output),
         Command::Verify(args) => commands::verify::run(&args, output),

@@ -31,13 +31,16 @@ impl Output {
 
     /// Prints text for people only, as it is.
     pub(crate) fn text(self, text: &str) -> Result<(), Failure> {
+        self.raw(text.as_bytes())
+    }
+
+    /// Prints bytes for people only, as they are.
+    pub(crate) fn raw(self, bytes: &[u8]) -> Result<(), Failure> {
         if self.json {
             return Ok(());
         }
         let mut out = io::stdout().lock();
-        out.write_all(text.as_bytes())
-            .and_then(|()| out.flush())
-            .map_err(|error| Failure::io("standard output", &error))
+        out.write_all(bytes).and_then(|()| out.flush()).map_err(|error| Failure::io("standard output", &error))
     }
 
     /// Prints an event for scripts only.

@@ -13,6 +13,8 @@ pub enum ClientError {
     Refused {
         /// The registry code.
         code: Code,
+        /// The number that the code defines, else 0; with `CONFLICT` the key's revision plus one, or 0 if it has no value.
+        value: u64,
         /// What the server said, for people.
         message: String,
     },
@@ -56,14 +58,14 @@ impl ClientError {
     }
 
     pub(crate) fn refused(code: Code, message: impl Into<String>) -> Self {
-        Self::Refused { code, message: message.into() }
+        Self::Refused { code, value: 0, message: message.into() }
     }
 }
 
 impl fmt::Display for ClientError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Refused { code, message } => write!(f, "the server refused: {message} ({code})"),
+            Self::Refused { code, message, .. } => write!(f, "the server refused: {message} ({code})"),
             Self::Unreachable { target, last } => write!(f, "cannot reach the server at {target}: {last}"),
             // Found here, before anything was sent.
             Self::Protocol(error) if error.code == Code::NAME_INVALID => {
@@ -101,6 +103,13 @@ pub struct AppendError {
     pub stored: Stored,
     /// Why.
     pub error: ClientError,
+}
+
+impl AppendError {
+    /// An append that failed before anything was sent.
+    pub(crate) fn unsent(error: ClientError) -> Self {
+        Self { stored: Stored::NotCommitted, error }
+    }
 }
 
 impl fmt::Display for AppendError {

@@ -31,6 +31,8 @@ mod config;
 mod driver;
 mod error;
 mod link;
+mod live;
+mod message;
 mod producer;
 mod session;
 mod subscription;
@@ -39,9 +41,15 @@ mod tokens;
 pub use client::{Client, ConnectionWatch};
 pub use config::{Config, ConnectFile};
 pub use error::{AppendError, ClientError, Stored};
-pub use mainstay_protocol::session::{Author, Cursor, Incarnation, Instance, Kind, Record, SessionName, Verdict, View};
+pub use live::{Folded, LiveView, Update};
+pub use mainstay_protocol::session::{
+    Author, Change, Cursor, Entry, Expected, Incarnation, Instance, Key, Kind, Message, MessageAppend, MessageEnd,
+    MessageId, MessageReplace, MessageStart, Payload, Record, RunId, SessionName, StateChange, StateDeleted,
+    StateExpired, StatePut, Status, Verdict, View,
+};
 pub use mainstay_protocol::wire::{ListedSession, Start};
 pub use mainstay_protocol::{Advice, Code};
+pub use message::MessageWriter;
 pub use producer::{Producer, Ticket};
 pub use session::{Attaching, Session, SessionInfo, StreamId};
 pub use subscription::{Event, ReadRecord, RecordBatch, Subscribing, Subscription};

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_RECORD, PRODUCER_WINDOW};
-use mainstay_protocol::session::Record;
+use mainstay_protocol::session::{Kind, MessageId, Record};
 use mainstay_protocol::wire::{Ack, Append, Label, Produce, Refused, Writer, put_frame};
 use mainstay_transport::{Connection, SendStream, StreamError};
 use tokio::sync::{Notify, watch};
@@ -51,12 +51,32 @@ impl Done {
     }
 }
 
+/// Which records may share a batch: a refusal is of the whole batch, and must not hit what would not be refused alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Group {
+    /// No rule refuses one of them.
+    Data,
+    /// Parts of one message.
+    Message(MessageId),
+    /// Nothing joins.
+    Alone,
+}
+
+impl Group {
+    fn of(record: &Record) -> Self {
+        match (record.kind, record.message) {
+            (Kind::DATA, _) => Self::Data,
+            (Kind::MESSAGE_APPEND, Some(id)) => Self::Message(id),
+            _ => Self::Alone,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Batch {
     count: u64,
     records: Writer,
-    /// More records may join.
-    open: bool,
+    group: Group,
     done: Arc<Done>,
 }
 
@@ -262,7 +282,8 @@ impl Shared {
         if state.link != Some(link) {
             return;
         }
-        let error = ClientError::refused(refused.code, refused.detail.as_str());
+        let (code, value, message) = (refused.code, refused.value, refused.detail.as_str().to_owned());
+        let error = ClientError::Refused { code, value, message };
         let Some(flight) = state.flight.iter_mut().find(|flight| flight.sequence == refused.sequence && flight.sent)
         else {
             return;
@@ -483,12 +504,16 @@ impl Producer {
         }
         self.room().await?;
         let mut state = self.open()?;
+        let group = Group::of(&record);
         let joins = |batch: &Batch| {
-            batch.open && (batch.count as usize) < MAX_BATCH_RECORDS && batch.records.len() + len <= GATHER
+            group != Group::Alone
+                && batch.group == group
+                && (batch.count as usize) < MAX_BATCH_RECORDS
+                && batch.records.len() + len <= GATHER
         };
         if !state.ready.back().is_some_and(joins) {
             let (records, done) = (Writer::new(), Arc::new(Done::default()));
-            state.ready.push_back(Batch { count: 0, records, open: true, done });
+            state.ready.push_back(Batch { count: 0, records, group, done });
         }
         let Some(batch) = state.ready.back_mut() else { unreachable!("a batch was just added") };
         let before = batch.records.len();
@@ -520,7 +545,7 @@ impl Producer {
         let mut state = self.open()?;
         state.bytes += records.len();
         let done = Arc::new(Done::default());
-        state.ready.push_back(Batch { count: batch.len() as u64, records, open: false, done: done.clone() });
+        state.ready.push_back(Batch { count: batch.len() as u64, records, group: Group::Alone, done: done.clone() });
         drop(state);
         self.shared.work.notify_one();
         Ok(Ticket { done, index: 0 })

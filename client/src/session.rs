@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use mainstay_protocol::registry::STREAM_MAIN;
-use mainstay_protocol::session::{Cursor, Incarnation, Record, SessionName, Verdict, ViewHash};
+use mainstay_protocol::session::{Cursor, Incarnation, Payload, Record, SessionName, Verdict, ViewHash};
 use mainstay_protocol::wire::{AttachMode, Attached, Label, MAX_VARINT, Start};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::client::Client;
 use crate::driver::{Ask, SessionCommand};
 use crate::error::ClientError;
+use crate::live::LiveView;
 use crate::producer::Producer;
 use crate::subscription::Subscribing;
 
@@ -64,6 +65,11 @@ impl Attaching {
     /// Attaches and subscribes from `start` on in one flight, which saves a round trip.
     pub fn subscribe(self, start: Start) -> Subscribing {
         Subscribing::attaching(self, start)
+    }
+
+    /// Attaches, and follows the session's view from now on, in one flight. Errors: those of [`Attaching::attach`].
+    pub async fn live(self) -> Result<LiveView, ClientError> {
+        LiveView::attaching(self).await
     }
 
     /// Attaches. Errors: `Refused`, `Unreachable`, `Gone`.
@@ -140,6 +146,11 @@ impl SessionInfo {
 pub struct StreamId(pub(crate) u64);
 
 impl StreamId {
+    /// A record of this payload in this stream, for a batch.
+    pub fn record(self, payload: &impl Payload) -> Record {
+        payload.record(self.0)
+    }
+
     /// A `data` record in this stream, for a batch.
     pub fn data(self, payload: impl Into<Bytes>) -> Record {
         Record::data(self.0, payload)
@@ -185,6 +196,11 @@ impl Session {
         self.commands.send(command).await.map_err(|_| ClientError::Closed)?;
         let shared = opened.await.map_err(|_| ClientError::Closed)??;
         Ok(Producer::new(shared, self.clone()))
+    }
+
+    /// The session's view, kept up to date from now on. Errors: `Closed`.
+    pub async fn live(&self) -> Result<LiveView, ClientError> {
+        LiveView::attached(self.clone()).await
     }
 
     /// A subscription from `start` on.

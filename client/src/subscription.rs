@@ -357,15 +357,14 @@ impl<C: Connection> Reader<C> {
                         self.send(Event::Gap { from: gap.from, to: gap.to, reason: "trimmed" }).await?;
                         self.caught_up(progress).await?;
                     }
-                    Frame::Snapshot(snapshot) => {
-                        match View::decode(&snapshot.view)
-                            .and_then(|view| progress.snapshot(view.next()).map(|()| view))
-                        {
-                            Ok(view) => self.send(Event::Snapshot(Box::new(view))).await?,
-                            Err(error) => return Ok(broken(&mut frames, error)),
+                    Frame::Snapshot(snapshot) => match progress.snapshot(&snapshot) {
+                        Ok(Some(view)) => {
+                            self.send(Event::Snapshot(Box::new(view))).await?;
+                            self.caught_up(progress).await?;
                         }
-                        self.caught_up(progress).await?;
-                    }
+                        Ok(None) => {}
+                        Err(error) => return Ok(broken(&mut frames, error)),
+                    },
                     Frame::Error(error) => {
                         let code = error.code;
                         return Ok(match code {

@@ -1,9 +1,11 @@
 //! Record regions: what is checked and accepted can be read, folded and written again.
 #![no_main]
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
-use mainstay_protocol::session::{CheckedBatch, Record, Records, View};
+use mainstay_protocol::session::{Author, CheckedBatch, Record, Records, View};
 use mainstay_protocol::wire::{Reader, Writer};
 
 fuzz_target!(|data: &[u8]| {
@@ -16,10 +18,11 @@ fuzz_target!(|data: &[u8]| {
     records.iter().for_each(|record| record.put(&mut w));
     assert_eq!(w.freeze(), region);
     let mut view = View::default();
+    let author = Arc::new(Author::server());
     let mut r = Reader::new(&region);
     while !r.is_empty() {
         let record = r.bytes(usize::MAX).expect("a record");
-        view.apply(1, &record).expect("a checked record folds");
+        view.apply(&author, 1, &record).expect("a checked record folds");
     }
     assert_eq!(View::decode(&view.encode()).as_ref(), Ok(&view));
 });

@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use mainstay_protocol::testing::{Op, run};
+use mainstay_protocol::testing::log::{Op, run};
 
 fuzz_target!(|data: &[u8]| {
     if data.len() <= 2048 {

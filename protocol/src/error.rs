@@ -130,6 +130,14 @@ codes! {
     OVERLOADED = 0x41, Request, Retry;
     /// The server is shutting down.
     GOING_AWAY = 0x42, Connection, Retry;
+    /// A message with this id was begun before.
+    MESSAGE_EXISTS = 0x50, Request, Fix;
+    /// No message with this id is open.
+    MESSAGE_NOT_OPEN = 0x51, Request, Fix;
+    /// A key of the shared state is not as expected; `value` is its revision plus one, or 0 if it has no value.
+    CONFLICT = 0x52, Request, Fix;
+    /// What a change needs of a value or of its argument does not hold: no integer, no JSON document.
+    STATE_INVALID = 0x53, Request, Fix;
 }
 
 impl Code {

@@ -11,7 +11,7 @@ pub const CHUNK_VERSION: u8 = 1;
 pub const SNAPSHOT_VERSION: u8 = 1;
 
 /// Version of the fold and of the view encoding (spec FOLD-1).
-pub const FOLD_VERSION: u64 = 1;
+pub const FOLD_VERSION: u64 = 2;
 
 /// Longest session name in bytes of UTF-8 (spec SESS-1).
 pub const MAX_NAME: usize = 512;
@@ -51,6 +51,26 @@ pub const MAX_LISTED: usize = 256;
 pub const MAX_POSITIONS: usize = 32;
 /// Entries of a subscription filter, streams and kinds together (spec SUB-4).
 pub const MAX_FILTER: usize = 64;
+/// Messages of one session that may be open (spec MSG-5).
+pub const MAX_OPEN_MESSAGES: usize = 64;
+/// Bytes of one message (spec MSG-5).
+pub const MAX_MESSAGE: usize = 1024 * 1024;
+/// Bytes of all open messages of one session (spec MSG-5).
+pub const MAX_OPEN_BYTES: usize = 4 * 1024 * 1024;
+/// Finished messages whose bytes a view keeps (spec FOLD-5).
+pub const KEPT_MESSAGES: usize = 100;
+/// Bytes of finished messages that a view keeps (spec FOLD-5).
+pub const KEPT_MESSAGE_BYTES: usize = 1024 * 1024;
+/// Older messages that a view knows without their bytes (spec FOLD-5).
+pub const INDEXED_MESSAGES: usize = 1024;
+/// Longest key of the shared state in bytes of UTF-8 (spec STATE-1).
+pub const MAX_KEY: usize = 512;
+/// Keys of one session's shared state that may have a value (spec STATE-2).
+pub const MAX_STATE_KEYS: usize = 4096;
+/// Bytes of all keys and values of one session's shared state (spec STATE-2).
+pub const MAX_STATE_BYTES: usize = 8 * 1024 * 1024;
+/// Longest canonical encoding of a view in bytes (spec SUB-6): what the other limits add up to, and room.
+pub const MAX_VIEW: usize = 16 * 1024 * 1024;
 /// Control bytes that always fit beside bulk, in bytes (spec FLOW-2).
 pub const CONTROL_RESERVE: usize = 256 * 1024;
 /// Smallest bulk window that a peer may state, in bytes (spec FLOW-3).
@@ -68,14 +88,6 @@ pub const GAP_TRIMMED: u64 = 0;
 pub const STREAM_MAIN: u64 = 0;
 /// Name of the stream that every session has.
 pub const STREAM_MAIN_NAME: &str = "main";
-
-/// Record kind numbers (spec KIND).
-pub mod kind {
-    /// Bytes whose meaning is the application's.
-    pub const DATA: u64 = 0x00;
-    /// The session was closed; no record follows. Written by the server only.
-    pub const SESSION_CLOSED: u64 = 0x02;
-}
 
 /// Control entry numbers (spec CHUNK-7).
 pub mod control {

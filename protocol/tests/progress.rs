@@ -1,7 +1,37 @@
 //! A reader's position: what it takes as going on, what it refuses, and when it says that it has caught up.
 
+use std::sync::Arc;
+
+use bytes::Bytes;
 use mainstay_protocol::Code;
-use mainstay_protocol::session::{Incarnation, Progress, Verdict};
+use mainstay_protocol::registry::{FOLD_VERSION, MAX_VIEW};
+use mainstay_protocol::session::{Author, Incarnation, Progress, Record, Verdict, View};
+use mainstay_protocol::wire::{Snapshot, Writer};
+
+/// The view of so many records.
+fn view(next: u64) -> View {
+    let author = Arc::new(Author::server());
+    let mut region = Writer::new();
+    Record::data(0, "x").put(&mut region);
+    let record = region.freeze().slice(1..);
+    let mut view = View::default();
+    (0..next).for_each(|time| view.apply(&author, time, &record).expect("a record"));
+    view
+}
+
+/// That view in so many parts.
+fn parts(next: u64, count: usize) -> Vec<Snapshot> {
+    let view = view(next).encode();
+    let parts = view.chunks(view.len().div_ceil(count));
+    parts
+        .map(|part| Snapshot {
+            next,
+            fold_version: FOLD_VERSION,
+            length: view.len() as u64,
+            part: part.to_vec().into(),
+        })
+        .collect()
+}
 
 fn started(next: u64, tail: u64) -> Progress {
     let mut progress = Progress::default();
@@ -43,10 +73,23 @@ fn a_new_stream_goes_on_at_the_position() {
 fn a_snapshot_is_that_of_the_position() {
     let mut progress = Progress::default();
     progress.subscribed(Verdict::Snapshot, 8, 8).expect("a start");
-    assert!(progress.clone().snapshot(7).is_err());
-    progress.snapshot(8).expect("the view at the position");
+    let part = |at: usize| parts(8, 3).remove(at);
+    let view = view(8);
+    assert!(progress.clone().snapshot(&Snapshot { next: 7, ..part(0) }).is_err(), "another position");
+    assert!(progress.clone().snapshot(&Snapshot { part: Bytes::new(), ..part(0) }).is_err(), "an empty part");
+    assert!(progress.clone().snapshot(&Snapshot { length: 1, ..part(0) }).is_err(), "more than its length");
+    let huge = Snapshot { length: MAX_VIEW as u64 + 1, ..part(0) };
+    assert!(progress.clone().snapshot(&huge).is_err(), "longer than any view");
+    let mut other = Progress::default();
+    other.subscribed(Verdict::Snapshot, 7, 8).expect("a start");
+    let lying = Snapshot { next: 7, ..parts(8, 1).remove(0) };
+    assert!(other.snapshot(&lying).is_err(), "a view of another seq than its frame says");
+    assert_eq!(progress.snapshot(&part(0)), Ok(None));
+    assert_eq!(progress.caught_up(), None);
+    assert_eq!(progress.snapshot(&part(1)), Ok(None));
+    assert_eq!(progress.snapshot(&part(2)), Ok(Some(view)));
     assert_eq!(progress.caught_up(), Some(8));
-    assert!(progress.snapshot(8).is_err(), "there is one view");
+    assert!(progress.snapshot(&part(0)).is_err(), "there is one view");
 }
 
 /// Spec SUB-6: the view is what everything behind it stands on.
@@ -59,7 +102,7 @@ fn nothing_comes_before_a_view_that_is_owed() {
     // Lost before it came: it is asked for anew, and may be another one.
     assert!(!progress.has_started());
     progress.subscribed(Verdict::Snapshot, 11, 12).expect("a start");
-    progress.snapshot(11).expect("the view at the position");
+    progress.snapshot(&parts(11, 1)[0]).expect("the view at the position").expect("the whole of it");
     assert!(progress.has_started());
     progress.covered(11, 12).expect("it goes on");
     assert_eq!(progress.caught_up(), Some(12));

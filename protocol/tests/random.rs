@@ -1,6 +1,6 @@
 //! Random histories of the session authority against the reference model.
 
-use mainstay_protocol::testing::{Op, run};
+use mainstay_protocol::testing::log::{Op, run};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 

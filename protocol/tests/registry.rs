@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use bytes::Bytes;
 use mainstay_protocol::registry as numbers;
-use mainstay_protocol::session::{Kind, Operation, Verdict};
+use mainstay_protocol::session::{Change, Expected, Key, Kind, Operation, Payload, StateChange, Status, Verdict};
 use mainstay_protocol::wire::{AttachMode, Body, Frame, Start, Subscribe, Writer};
 use mainstay_protocol::{Advice, Code, Scope};
 use toml::{Table, Value};
@@ -69,9 +70,8 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
     let kinds = code(Kind::ALL.iter().map(|kind| (kind.name().expect("a known kind"), kind.0)));
     assert_eq!(kinds, entries(&registry, "kinds", "kind"));
     for kind in Kind::ALL {
-        let from = if kind.is_server_only() { "server" } else { "client" };
         let entry = &table(&registry, "kinds")[kind.name().expect("a known kind")];
-        assert_eq!(entry["from"].as_str(), Some(from));
+        assert_eq!(entry["from"].as_str(), Some(kind.writes().as_str()));
     }
     use numbers::control;
     let controls = code([
@@ -121,7 +121,7 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
 #[test]
 fn limits_and_versions_are_those_of_the_registry() {
     let registry = registry();
-    let limits: [(&str, usize); 20] = [
+    let limits: [(&str, usize); 30] = [
         ("max_name", numbers::MAX_NAME),
         ("max_label", numbers::MAX_LABEL),
         ("max_subject", numbers::MAX_SUBJECT),
@@ -140,6 +140,16 @@ fn limits_and_versions_are_those_of_the_registry() {
         ("max_listed", numbers::MAX_LISTED),
         ("max_positions", numbers::MAX_POSITIONS),
         ("max_filter", numbers::MAX_FILTER),
+        ("max_open_messages", numbers::MAX_OPEN_MESSAGES),
+        ("max_message", numbers::MAX_MESSAGE),
+        ("max_open_bytes", numbers::MAX_OPEN_BYTES),
+        ("kept_messages", numbers::KEPT_MESSAGES),
+        ("kept_message_bytes", numbers::KEPT_MESSAGE_BYTES),
+        ("indexed_messages", numbers::INDEXED_MESSAGES),
+        ("max_key", numbers::MAX_KEY),
+        ("max_state_keys", numbers::MAX_STATE_KEYS),
+        ("max_state_bytes", numbers::MAX_STATE_BYTES),
+        ("max_view", numbers::MAX_VIEW),
         ("control_reserve", numbers::CONTROL_RESERVE),
         ("min_bulk_window", numbers::MIN_BULK_WINDOW as usize),
     ];
@@ -164,6 +174,12 @@ fn start_number(start: Start) -> u64 {
     u64::from(body.as_slice()[1])
 }
 
+/// The number of a change in a `state.change` of the key `k` that expects nothing.
+fn change_number(change: Change) -> u64 {
+    let key = Key::new("k").expect("a key");
+    u64::from(StateChange { key, expected: Expected::Any, change }.record(0).payload[3])
+}
+
 #[test]
 fn enumerations_and_defaults_are_those_of_the_registry() {
     let registry = registry();
@@ -182,6 +198,16 @@ fn enumerations_and_defaults_are_those_of_the_registry() {
     let verdicts = code(verdicts.map(|verdict| (verdict.as_str(), verdict as u64)));
     assert_eq!(verdicts, entries(&registry, "verdicts", ""));
     assert_eq!(code([("trimmed", numbers::GAP_TRIMMED)]), entries(&registry, "gap_reasons", ""));
+    let statuses = code(Status::ALL.map(|status| (status.as_str(), status as u64)));
+    assert_eq!(statuses, entries(&registry, "message_statuses", ""));
+    let changes = [
+        ("put", Change::Put { value: Bytes::new(), lasts: 0 }),
+        ("delete", Change::Delete),
+        ("increment", Change::Increment(0)),
+        ("merge", Change::Merge(Bytes::new())),
+    ];
+    let changes = code(changes.map(|(name, change)| (name, change_number(change))));
+    assert_eq!(changes, entries(&registry, "state_changes", ""));
     let defaults =
         code([("bulk_window", numbers::DEFAULT_BULK_WINDOW), ("bulk_streams", numbers::DEFAULT_BULK_STREAMS)]);
     let stated = table(&registry, "parameters.HELLO").iter().filter_map(|(name, entry)| {

@@ -340,6 +340,8 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
             }
         }
     }
+    // Nothing of it is left when this returns.
+    running.shutdown().await;
     tracing::debug!(conn = id, "disconnected");
 }
 

@@ -70,8 +70,8 @@ enum Ticket {
 /// Who may change the session: nobody until the first request that does.
 #[derive(Debug)]
 enum Role {
-    Reader(State),
-    Writer { authority: Authority<Ticket>, writer: Writer },
+    Reader(Box<State>),
+    Writer { authority: Box<Authority<Ticket>>, writer: Writer },
 }
 
 /// The chunk on its way into the store.
@@ -129,7 +129,20 @@ pub(crate) struct Owner {
     /// Who appends as which producer, to tell them when they are fenced.
     holders: HashMap<ProducerKey, Weak<ProducerLink>>,
     stopping: bool,
+    /// What was due when the session was loaded is written before anyone is answered.
+    catching_up: bool,
+    /// Not before then is looked again for what is due.
+    next_tick: Instant,
+    /// The hash of the view at a tail.
+    view_hash: Option<(u64, ViewHash)>,
+    /// Bytes of the last snapshot.
+    snapshot_len: usize,
 }
+
+/// The shortest time between two looks for what is due: what was found waits for its commit meanwhile.
+const TICK: Duration = Duration::from_millis(50);
+/// The longest: the clock may be set.
+const RECHECK: Duration = Duration::from_secs(60);
 
 /// How long a store that cannot tell an outcome yet is left alone.
 const RESOLVE_PAUSE: Duration = Duration::from_millis(100);
@@ -152,7 +165,7 @@ impl Owner {
             sessions,
             session,
             mailbox,
-            role: Some(Role::Reader(state)),
+            role: Some(Role::Reader(Box::new(state))),
             created,
             expire_after,
             commit: Commit::None,
@@ -161,6 +174,10 @@ impl Owner {
             released,
             holders: HashMap::new(),
             stopping: false,
+            catching_up: true,
+            next_tick: Instant::now(),
+            view_hash: None,
+            snapshot_len: 0,
         }
     }
 
@@ -184,7 +201,9 @@ impl Owner {
         let mut commands = Vec::new();
         let mut last_use = Instant::now();
         loop {
+            let tick = self.tick().await;
             self.start_commit();
+            self.catching_up &= !matches!(self.commit, Commit::None);
             if let Some(Role::Writer { authority, .. }) = &mut self.role {
                 authority.prepare();
             }
@@ -192,7 +211,7 @@ impl Owner {
             if self.stopping && idle_store && self.mailbox.is_empty() {
                 break;
             }
-            let open = self.backlog() < self.sessions.config.session_backlog;
+            let open = self.backlog() < self.sessions.config.session_backlog && !self.catching_up;
             tokio::select! {
                 // First: whoever asks where the session stands must not be told less than a reader of the store has seen.
                 biased;
@@ -214,6 +233,7 @@ impl Owner {
                         break;
                     }
                 }
+                () = tokio::time::sleep_until(tick.unwrap_or(last_use)), if tick.is_some() => {}
                 () = tokio::time::sleep_until(last_use + idle), if idle_store => {
                     last_use = Instant::now();
                     // Before it leaves: from then on it may expire.
@@ -270,6 +290,31 @@ impl Owner {
         }
     }
 
+    /// Writes what is due, unless that was looked for a moment ago. Returns when to look again.
+    async fn tick(&mut self) -> Option<Instant> {
+        let deadline = self.state()?.deadline()?;
+        if self.stopping {
+            return None;
+        }
+        let now = (self.sessions.clock)();
+        if deadline > now {
+            let wait = Duration::from_millis(deadline - now).min(RECHECK);
+            return Some(self.next_tick.max(Instant::now() + wait));
+        }
+        if self.next_tick <= Instant::now() || self.catching_up {
+            self.next_tick = Instant::now() + TICK;
+            match self.authority().await {
+                Ok(authority) => authority.tick(now),
+                Err(refusal) => {
+                    tracing::warn!(session = %self.session.id, code = %refusal.code, "cannot write what is due now");
+                    self.catching_up = false;
+                    self.next_tick = Instant::now() + RECHECK;
+                }
+            }
+        }
+        Some(self.next_tick)
+    }
+
     fn start_commit(&mut self) {
         if !matches!(self.commit, Commit::None) {
             return;
@@ -291,6 +336,8 @@ impl Owner {
         let Some(Role::Writer { authority, writer }) = &mut self.role else {
             return true;
         };
+        // Whatever became of it: reads go on.
+        self.catching_up &= matches!(fate, Fate::Committed);
         match fate {
             Fate::Committed => match authority.committed() {
                 Ok(Some((chunk, replies))) => self.publish(&chunk, replies),
@@ -358,11 +405,15 @@ impl Owner {
             return;
         };
         let state = authority.state();
-        let due = self.unsnapshotted >= self.sessions.config.snapshot_bytes || state.first() > self.released;
+        // A large view is not written for less than a multiple of what it is itself.
+        let enough = self.sessions.config.snapshot_bytes.max(4 * self.snapshot_len);
+        let due = self.unsnapshotted >= enough || state.first() > self.released;
         if due && matches!(self.upkeep, Upkeep::None) {
-            let running = self.sessions.store.put_snapshot(writer, state.snapshot());
-            self.upkeep = Upkeep::Snapshot { running, first: state.first() };
-            self.unsnapshotted = 0;
+            let snapshot = state.snapshot();
+            let (len, first) = (snapshot.len(), state.first());
+            let running = self.sessions.store.put_snapshot(writer, snapshot);
+            self.upkeep = Upkeep::Snapshot { running, first };
+            (self.unsnapshotted, self.snapshot_len) = (0, len);
         }
     }
 
@@ -487,8 +538,12 @@ impl Owner {
         }
     }
 
-    fn standing(&self, subject: &Subject) -> Option<Standing> {
+    fn standing(&mut self, subject: &Subject) -> Option<Standing> {
         let state = self.state()?;
+        let view_hash = match self.view_hash {
+            Some((tail, hash)) if tail == state.tail() => hash,
+            _ => state.view().hash(),
+        };
         let positions = state
             .producers()
             .positions()
@@ -497,15 +552,18 @@ impl Owner {
             .take(MAX_POSITIONS)
             .map(|(key, epoch, next)| Position { producer: key.name.clone(), epoch, next })
             .collect();
-        Some(Standing {
+        let standing = Standing {
             tail: state.tail(),
             first: state.first(),
             created: self.created,
             closed: state.view().closed().is_some(),
-            view_hash: state.view().hash(),
+            view_hash,
             streams: state.streams().names().to_vec(),
             positions,
-        })
+        };
+        // A thousand clients that come back to a large view should not cost a thousand hashes.
+        self.view_hash = Some((standing.tail, view_hash));
+        Some(standing)
     }
 
     /// Becomes the writer if it is not yet.
@@ -514,7 +572,7 @@ impl Owner {
             let writer = self.sessions.store.open_writer(self.session.id.clone()).await.map_err(|e| refusal(&e))?;
             if let Some(Role::Reader(state)) = self.role.take() {
                 let created = (state.number() == 0).then(|| (self.session.id.name.clone(), self.created));
-                let authority = Authority::new(state, writer.epoch, created);
+                let authority = Box::new(Authority::new(*state, writer.epoch, created));
                 self.role = Some(Role::Writer { authority, writer });
             }
         }

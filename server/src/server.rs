@@ -143,6 +143,9 @@ impl Server {
         let until = deadline.min(tokio::time::Instant::now() + LAST_WORDS);
         let _ = tokio::time::timeout_at(until, attachments.wait_for(|count| *count == 0)).await;
         listener.close(Code::GOING_AWAY.0, "the server stops").await;
+        // They end because they are closed; whatever does not is ended.
+        let ended = async { while connections.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(LAST_WORDS, ended).await;
         connections.shutdown().await;
     }
 
@@ -153,6 +156,10 @@ impl Server {
             let left = sessions.left.notified();
             let (hot, loading) = sessions.all();
             if hot.is_empty() && loading == 0 {
+                // Snapshots are written behind that.
+                if tokio::time::timeout_at(deadline, sessions.ended()).await.is_err() {
+                    tracing::warn!("the store did not take the last snapshots in time; the next start reads more");
+                }
                 return;
             }
             for session in hot {

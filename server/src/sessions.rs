@@ -10,6 +10,7 @@ use mainstay_protocol::session::{Incarnation, Refusal, SessionName, State, Strea
 use mainstay_store::{Created, ReadFrom, SessionId, SessionStat, Store, StoreError};
 use rand::RngCore;
 use tokio::sync::{OnceCell, mpsc, watch};
+use tokio::task::JoinSet;
 
 use crate::config::Config;
 use crate::owner::{Command, Owner};
@@ -103,6 +104,8 @@ pub(crate) struct Sessions {
     pub(crate) clock: fn() -> u64,
     ring_total: Arc<AtomicUsize>,
     hot: Mutex<HashMap<SessionName, Cell>>,
+    /// The tasks of owners, also of those that have let their session go and still write a snapshot.
+    owners: Mutex<JoinSet<()>>,
     /// Nothing is loaded any more. Set under the lock of `hot`.
     stopping: AtomicBool,
     /// Woken when a session left memory.
@@ -113,7 +116,7 @@ impl Sessions {
     pub(crate) fn new(store: Arc<dyn Store>, config: Config, clock: fn() -> u64) -> Self {
         let hot = Mutex::default();
         let (stopping, left) = (AtomicBool::new(false), tokio::sync::Notify::new());
-        Self { store, config, clock, ring_total: Arc::default(), hot, stopping, left }
+        Self { store, config, clock, ring_total: Arc::default(), hot, owners: Mutex::default(), stopping, left }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<SessionName, Cell>> {
@@ -207,7 +210,10 @@ impl Sessions {
             streams: RwLock::new(Arc::new(state.streams().clone())),
             users: AtomicUsize::new(0),
         });
-        tokio::spawn(Owner::new(self.clone(), session.clone(), mailbox, state, stat).run());
+        let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
+        while owners.try_join_next().is_some() {}
+        owners.spawn(Owner::new(self.clone(), session.clone(), mailbox, state, stat).run());
+        drop(owners);
         Ok(session)
     }
 
@@ -344,6 +350,12 @@ impl Sessions {
     pub(crate) fn stop(&self) {
         let _hot = self.lock();
         self.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits until every owner has ended, and nothing of it is left. Those that have not when this is dropped are ended.
+    pub(crate) async fn ended(&self) {
+        let mut owners = core::mem::take(&mut *self.owners.lock().unwrap_or_else(PoisonError::into_inner));
+        while owners.join_next().await.is_some() {}
     }
 
     /// Every session in memory, and how many are being loaded.

@@ -149,11 +149,13 @@ async fn deliver<S: SendStream>(
     let mut extent = *changed.borrow_and_update();
     let mut pieces = Vec::new();
     let start = request.start;
+    let mut held = None;
     let mut feed = if start == Start::Snapshot {
-        let (next, view) = ask(session, |answer| Command::View { answer }).await.map_err(End::Refused)?;
+        let (next, view);
+        (next, view, held) = snapshot(conn, session).await.map_err(End::Refused)?;
         let (feed, verdict) = Feed::new(request, extent.first, next);
         pieces.push(feed.subscribed(verdict, next).to_bytes());
-        pieces.push(Frame::from(Snapshot { next, fold_version: FOLD_VERSION, view }).to_bytes());
+        pieces.extend(Snapshot::frames(next, FOLD_VERSION, &view).map(|frame| frame.to_bytes()));
         feed
     } else {
         let (feed, verdict) = Feed::new(request, extent.first, extent.tail);
@@ -161,6 +163,7 @@ async fn deliver<S: SendStream>(
         feed
     };
     out.write(&mut pieces).await?;
+    drop(held);
     let mut level = priority::LIVE;
     // What it may keep in memory beyond the credit, once it had to wait for that.
     let mut room: Option<SemaphorePermit<'_>> = None;
@@ -245,6 +248,25 @@ async fn deliver<S: SendStream>(
         };
         out.write(&mut pieces).await?;
         extent = *changed.borrow_and_update();
+    }
+}
+
+/// The view at the tail, within the connection's budget: while there is no room for it, it is not in memory.
+async fn snapshot<'a>(conn: &'a Conn, session: &Session) -> Result<(u64, Bytes, Option<SemaphorePermit<'a>>), Refusal> {
+    let budget = usize::try_from(conn.server.config().delivery_budget).unwrap_or(usize::MAX);
+    let mut room: Option<SemaphorePermit<'_>> = None;
+    loop {
+        let (next, view) = ask(session, |answer| Command::View { answer }).await?;
+        let needed = u32::try_from(view.len().min(budget)).unwrap_or(u32::MAX);
+        let held = match room.take().filter(|room| room.num_permits() >= needed as usize) {
+            Some(room) => Some(room),
+            None => conn.held.try_acquire_many(needed).ok(),
+        };
+        if held.is_some() {
+            return Ok((next, view, held));
+        }
+        drop(view);
+        room = conn.held.acquire_many(needed).await.ok();
     }
 }
 

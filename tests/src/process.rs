@@ -9,8 +9,8 @@ use std::time::Duration;
 use mainstay_client::{Client, Config, ConnectFile};
 use serde_json::Value;
 use tempfile::TempDir;
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
 use tokio::sync::mpsc;
 
 use crate::proxy::{Proxy, before};
@@ -238,4 +238,30 @@ pub fn events(output: &[u8]) -> Vec<Value> {
 /// The events of this name.
 pub fn named<'a>(events: &'a [Value], name: &str) -> Vec<&'a Value> {
     events.iter().filter(|event| event["event"] == name).collect()
+}
+
+/// The JSON lines of a command that runs, as they come.
+pub struct Rows(Lines<BufReader<ChildStdout>>);
+
+impl Rows {
+    /// Reads this output.
+    pub fn of(stdout: ChildStdout) -> Self {
+        Self(BufReader::new(stdout).lines())
+    }
+
+    /// The next rows, up to the first event of this name.
+    ///
+    /// # Panics
+    ///
+    /// If none comes in time.
+    pub async fn until(&mut self, name: &str) -> Vec<Value> {
+        let mut rows = Vec::new();
+        while rows.last().is_none_or(|row: &Value| row["event"] != name) {
+            let line = tokio::time::timeout(PATIENCE, self.0.next_line()).await;
+            let line =
+                line.unwrap_or_else(|_| panic!("no {name} came, only {rows:?}")).expect("output").expect("a row");
+            rows.push(serde_json::from_str(&line).unwrap_or_else(|_| panic!("not JSON: {line}")));
+        }
+        rows
+    }
 }

@@ -80,8 +80,9 @@ async fn a_connection_that_is_lost_before_the_view_came_does_not_cost_the_view()
         let (request, send, rest) = attach(&connection).await;
         assert_eq!(request.start, Start::Snapshot, "the view is still owed");
         let mut stream = subscribed(&connection, request.id, Verdict::Snapshot).await;
-        let snapshot = Snapshot { next: 0, fold_version: FOLD_VERSION, view: View::default().encode() };
-        stream.write(&mut [Frame::from(snapshot).to_bytes()]).await.expect("write");
+        for frame in Snapshot::frames(0, FOLD_VERSION, &View::default().encode()) {
+            stream.write(&mut [frame.to_bytes()]).await.expect("write");
+        }
         (connection, control, frames, send, rest, stream)
     };
     let reading = async {

@@ -99,7 +99,8 @@ enum Verdict {
 /// If acknowledged data is missing or changed and nobody says so.
 fn judge(dir: &Path, stored: &Stored, what: &str) -> Verdict {
     let mut found = Stored::new();
-    let report = verify::verify(dir, &mut |session, first, _, chunk| {
+    let report = verify::verify(dir, &mut |session, whole| {
+        let verify::Found::Chunk { first, chunk, .. } = whole else { return };
         for record in chunk.records() {
             let (seq, _, _, record) = record.expect("a verified record");
             if seq >= first {
@@ -172,7 +173,7 @@ async fn an_undamaged_directory_verifies_and_stays_byte_identical() {
         paths.into_iter().map(|path| (path.clone(), fs::read(path).expect("a file"))).collect()
     };
     let before = image(&dir);
-    let report = verify::verify(&dir, &mut |_, _, _, _| {}).expect("verify");
+    let report = verify::verify(&dir, &mut |_, _| {}).expect("verify");
     assert_eq!(report.problems, []);
     assert_eq!((report.sessions, report.records), (3, 900 - 100));
     assert!(image(&dir) == before, "verify changed the directory");

@@ -13,3 +13,4 @@ mod network;
 mod simulated;
 mod slow;
 mod tail;
+mod view;

@@ -2,10 +2,12 @@
 
 pub(crate) mod append;
 pub(crate) mod bench;
+pub(crate) mod conversation;
 pub(crate) mod demo;
 pub(crate) mod manual;
 pub(crate) mod serve;
 pub(crate) mod session;
+pub(crate) mod state;
 pub(crate) mod tail;
 pub(crate) mod token;
 pub(crate) mod verify;

@@ -19,19 +19,20 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use base64::Engine as _;
 use mainstay_client::{Client, Config, Cursor, Event, Incarnation, Kind, ReadRecord, RecordBatch, Start};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::time::{Instant, sleep_until};
 
+use super::conversation;
 use super::serve::signalled;
 use crate::args;
 use crate::data::{beside, with_client};
 use crate::failure::Failure;
-use crate::output::{Output, time};
+use crate::output::Output;
+use crate::rows;
 
 /// What the cursor file holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -131,8 +132,11 @@ pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure>
         return Err(Failure::usage("--output and --cursor-file name the same file"));
     }
     let kinds = args.kind.iter().map(|name| kind(name)).collect::<Result<Vec<_>, _>>()?;
-    with_client(args.connect.connect.as_deref(), config, async |client| follow(client, &args, kinds, output).await)
-        .await
+    with_client(args.connect.connect.as_deref(), config, async |client| match args.fold {
+        true => conversation::follow(client, &args, output).await,
+        false => follow(client, &args, kinds, output).await,
+    })
+    .await
 }
 
 async fn follow(client: &Client, args: &args::Tail, kinds: Vec<Kind>, output: Output) -> Result<(), Failure> {
@@ -374,20 +378,17 @@ impl Printer {
         Ok(())
     }
 
-    fn row(&self, record: &ReadRecord<'_>, rows: &mut Vec<u8>) {
+    fn row(&self, record: &ReadRecord<'_>, out: &mut Vec<u8>) {
         if self.output.is_json() {
-            let mut row = record_row(record);
+            let mut row = rows::row(record);
             if record.seq < self.repeat_below {
                 row["repeat"] = json!(true);
             }
-            rows.extend_from_slice(row.to_string().as_bytes());
-        } else if record.record.kind == Kind::DATA {
-            rows.extend_from_slice(&record.record.payload);
+            out.extend_from_slice(row.to_string().as_bytes());
         } else {
-            let name = record.record.kind.name().unwrap_or("unknown");
-            rows.extend_from_slice(format!("[{name}]").as_bytes());
+            out.extend_from_slice(&rows::line(&record.record));
         }
-        rows.push(b'\n');
+        out.push(b'\n');
     }
 
     /// Everything below `next` is written, or there is nothing to write.
@@ -417,22 +418,4 @@ impl Printer {
         };
         write().map_err(|error| Failure::io(path.display(), &error))
     }
-}
-
-/// A record as a JSON row.
-pub(crate) fn record_row(record: &ReadRecord<'_>) -> Value {
-    let ReadRecord { seq, time: at, author, stream, record } = record;
-    let mut row = json!({
-        "event": "record",
-        "seq": seq,
-        "time": time(*at),
-        "stream": stream,
-        "kind": record.kind.name().map_or_else(|| record.kind.0.to_string(), str::to_owned),
-        "author": author.to_string(),
-    });
-    match std::str::from_utf8(&record.payload) {
-        Ok(text) => row["data"] = json!(text),
-        Err(_) => row["data_base64"] = json!(base64::engine::general_purpose::STANDARD.encode(&record.payload)),
-    }
-    row
 }

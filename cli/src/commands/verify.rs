@@ -2,25 +2,33 @@
 
 use std::io::{self, BufWriter, Write};
 
-use mainstay_client::ReadRecord;
+use mainstay_protocol::registry::FOLD_VERSION;
 use mainstay_protocol::session::{Chunk, SessionName, Streams};
-use mainstay_store_fjall::verify;
+use mainstay_store_fjall::verify::{self, Found};
 use serde_json::json;
 
 use crate::args;
-use crate::commands::tail::record_row;
 use crate::data::Data;
 use crate::failure::Failure;
 use crate::output::Output;
+use crate::rows;
 
 pub(crate) fn run(args: &args::Verify, output: Output) -> Result<(), Failure> {
     let data = Data::new(args.data.as_deref())?;
     let mut out = BufWriter::new(io::stdout().lock());
     let mut written = Ok(());
-    let mut each = |session: &SessionName, first: u64, streams: &Streams, chunk: &Chunk| {
-        if args.dump && written.is_ok() {
+    let mut each = |session: &SessionName, found: Found<'_>| match found {
+        Found::Chunk { first, streams, chunk } if args.dump && written.is_ok() => {
             written = dump(&mut out, session, first, streams, chunk);
         }
+        Found::Session(state) if output.is_json() && !args.dump && written.is_ok() => {
+            let event = json!({
+                "event": "session", "name": session.as_str(), "first": state.first(), "tail": state.tail(),
+                "fold_version": FOLD_VERSION, "view_hash": state.view().hash().to_string(),
+            });
+            written = writeln!(out, "{event}");
+        }
+        _ => {}
     };
     let report = verify::verify(&data.store(), &mut each)?;
     written.and_then(|()| out.flush()).map_err(|error| Failure::io("standard output", &error))?;
@@ -76,7 +84,7 @@ fn dump(out: &mut impl Write, session: &SessionName, first: u64, streams: &Strea
             continue;
         }
         let stream = streams.name(record.stream).map_or("", |name| name.as_str());
-        let mut row = record_row(&ReadRecord { seq, time, author, stream, record });
+        let mut row = rows::row_of(seq, time, author, stream, &record);
         row["session"] = json!(session.as_str());
         writeln!(out, "{row}")?;
     }

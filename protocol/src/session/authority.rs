@@ -18,8 +18,10 @@ use std::sync::Arc;
 
 use super::chain::Chain;
 use super::chunk::{Chunk, ChunkBuilder, Control};
+use super::kinds::{Kind, Payload, StateExpired};
+use super::overlay::Overlay;
 use super::producer::{Admission, ProducerHandle, ProducerKey};
-use super::record::{CheckedBatch, Kind, Record};
+use super::record::{CheckedBatch, Record};
 use super::state::{Damage, State};
 use super::words::{Author, SessionName};
 use crate::error::Code;
@@ -130,6 +132,11 @@ enum Work {
         author: Arc<Author>,
         time: u64,
     },
+    /// A record that the server writes by itself.
+    Record {
+        time: u64,
+        record: Record,
+    },
     Trim {
         first: u64,
     },
@@ -142,7 +149,17 @@ impl Work {
     fn len(&self) -> usize {
         match self {
             Self::Batch { batch, .. } => batch.len() + 64,
+            Self::Record { record, .. } => record.encoded_len() + 64,
             _ => 64,
+        }
+    }
+
+    /// Seqs that it takes.
+    fn count(&self) -> u64 {
+        match self {
+            Self::Batch { batch, .. } => batch.count,
+            Self::Close { .. } | Self::Record { .. } => 1,
+            _ => 0,
         }
     }
 }
@@ -152,6 +169,9 @@ struct Flight<T> {
     chunk: Arc<Chunk>,
     work: Vec<(Work, Option<T>)>,
 }
+
+/// Values that expire in one step: a turn must not be all of them.
+const EXPIRED_AT_ONCE: usize = 64;
 
 /// A durable chunk and the answers that it gives.
 pub type Committed<T> = (Arc<Chunk>, Vec<(T, Reply)>);
@@ -172,6 +192,10 @@ pub struct Authority<T> {
     staged_closed: bool,
     staged_time: u64,
     staged_streams: Vec<Label>,
+    /// The seq of the next record, counting what is accepted.
+    staged_tail: u64,
+    overlay: Overlay,
+    server: Arc<Author>,
     uncertain: bool,
 }
 
@@ -182,6 +206,7 @@ impl<T> Authority<T> {
         let mut this = Self {
             staged_closed: state.view().closed().is_some(),
             staged_time: state.time(),
+            staged_tail: state.tail(),
             state,
             writer_epoch,
             waiting: VecDeque::new(),
@@ -190,6 +215,8 @@ impl<T> Authority<T> {
             prepared: None,
             turn: TURN_BYTES,
             staged_streams: Vec::new(),
+            overlay: Overlay::default(),
+            server: Arc::new(Author::server()),
             uncertain: false,
         };
         if let Some((name, time)) = created {
@@ -222,12 +249,13 @@ impl<T> Authority<T> {
 
     /// True if no request waits and nothing is in flight.
     pub fn is_idle(&self) -> bool {
-        let waits = self.waiting.iter().any(|(_, ticket)| ticket.is_some());
+        let waits = self.staged_tail != self.state.tail() || self.waiting.iter().any(|(_, ticket)| ticket.is_some());
         self.flight.is_none() && self.prepared.is_none() && !waits
     }
 
     fn push(&mut self, work: Work, ticket: Option<T>) {
         self.waiting_bytes += work.len();
+        self.staged_tail += work.count();
         self.waiting.push_back((work, ticket));
     }
 
@@ -245,7 +273,9 @@ impl<T> Authority<T> {
     ///
     /// A refused batch uses no sequence. Refusals: `SESSION_CLOSED`, `STREAM_UNDEFINED`, `FENCED` with the current epoch, `SEQ_GAP` with the
     /// expected sequence, `DUPLICATE`, `PRODUCER_UNKNOWN`, `LIMIT_EXCEEDED` for too many unacknowledged batches,
-    /// `UNAVAILABLE` while an earlier outcome or a newer epoch is not certain.
+    /// `UNAVAILABLE` while an earlier outcome or a newer epoch is not certain; and of a batch that breaks the rules of messages or
+    /// of the shared state `MESSAGE_EXISTS`, `MESSAGE_NOT_OPEN`, `CONFLICT` with what the key is, `STATE_INVALID`,
+    /// `LIMIT_EXCEEDED`, `RECORD_TOO_LARGE`, `BATCH_TOO_LARGE`.
     pub fn append(
         &mut self,
         now: u64,
@@ -289,7 +319,7 @@ impl<T> Authority<T> {
         if batch.max_stream >= self.state.streams().len() {
             return refused(Code::STREAM_UNDEFINED, 0, "the session has no stream with this id");
         }
-        if let Err((code, value)) = self.state.producers.take(handle, sequence) {
+        if let Err((code, value)) = self.state.producers.expect(handle, sequence) {
             let detail = match code {
                 Code::SEQ_GAP => "the batch is ahead of the producer's next sequence",
                 Code::DUPLICATE => "the batch was stored long ago",
@@ -299,6 +329,15 @@ impl<T> Authority<T> {
             return refused(code, value, detail);
         }
         let time = self.stamp(now);
+        let batch = if batch.plain {
+            batch
+        } else {
+            match self.overlay.admit(self.state.view(), self.staged_tail, time, batch) {
+                Ok(batch) => batch,
+                Err(refusal) => return (Outcome::Refused(refusal), None),
+            }
+        };
+        self.state.producers.take(handle);
         let work = Work::Batch { author: author.clone(), handle: handle.clone(), epoch, sequence, time, batch };
         self.push(work, Some(ticket));
         (Outcome::Pending, None)
@@ -392,11 +431,26 @@ impl<T> Authority<T> {
         (Outcome::Pending, None)
     }
 
+    /// Writes what became due at `now` (see [`State::deadline`]): values that expire (spec STATE-6). At most 64 at once; the rest
+    /// is due again.
+    pub fn tick(&mut self, now: u64) {
+        if self.uncertain || self.staged_closed {
+            return;
+        }
+        for _ in 0..EXPIRED_AT_ONCE {
+            let Some(key) = self.overlay.expired(self.state.view(), now) else { return };
+            let time = self.stamp(now);
+            self.overlay.expire(self.state.view(), self.staged_tail, key.clone());
+            self.push(Work::Record { time, record: StateExpired { key }.record(STREAM_MAIN) }, None);
+        }
+    }
+
     /// The next chunk to commit, if none is in flight and something waits (spec DUR-5): at most 64 KiB of records, or one
     /// larger batch.
     pub fn next_chunk(&mut self) -> Step {
         // The creation alone waits for a request that needs a chunk, or a refused one would be tried again at once, for ever.
-        let asked = self.prepared.is_some() || self.waiting.iter().any(|(_, ticket)| ticket.is_some());
+        let asks = |(work, ticket): &(Work, Option<T>)| ticket.is_some() || matches!(work, Work::Record { .. });
+        let asked = self.prepared.is_some() || self.waiting.iter().any(asks);
         if self.flight.is_some() || self.uncertain || !asked {
             return Step::Idle;
         }
@@ -466,6 +520,7 @@ impl<T> Authority<T> {
                     };
                     builder.record(author, *time, &record);
                 }
+                Work::Record { time, record } => builder.record(&self.server, *time, record),
                 Work::Grant { key, epoch } => {
                     let (subject, name) = (key.subject.clone(), key.name.clone());
                     builder.control(Control::Producer { subject, name, epoch: *epoch });
@@ -501,14 +556,11 @@ impl<T> Authority<T> {
         self.state.apply(&chunk)?;
         let streams = self.state.streams().names();
         self.staged_streams.retain(|name| !streams.contains(name));
+        self.overlay.durable(chunk.end());
         let mut first = chunk.first();
         let mut replies = Vec::with_capacity(work.len());
         for (work, ticket) in work {
-            let count = match &work {
-                Work::Batch { batch, .. } => batch.count,
-                Work::Close { .. } => 1,
-                _ => 0,
-            };
+            let count = work.count();
             if let Some(ticket) = ticket
                 && let Some(reply) = self.reply(work, first)
             {
@@ -536,6 +588,7 @@ impl<T> Authority<T> {
             Work::Stream { id, name } => Reply::Stream { id, name },
             Work::Close { .. } | Work::Entry { .. } => Reply::Closed { seq: state.view().closed()? },
             Work::Trim { .. } => Reply::Trimmed { first: state.first() },
+            Work::Record { .. } => return None,
         })
     }
 
@@ -545,10 +598,14 @@ impl<T> Authority<T> {
         let made = [self.flight.take(), self.prepared.take()].into_iter().flatten();
         let dropped = made.flat_map(|flight| flight.work).chain(self.waiting.drain(..));
         // What has no ticket was not asked for by anyone and must still be written.
+        // Its own records it decides anew, over what is durable.
+        let dropped = dropped.filter(|(work, _)| !matches!(work, Work::Record { .. }));
         let (kept, tickets): (Vec<_>, Vec<_>) = dropped.partition(|(_, ticket)| ticket.is_none());
         self.waiting = kept.into();
         self.waiting_bytes = self.waiting.iter().map(|(work, _)| work.len()).sum();
         self.state.producers.roll_back();
+        self.overlay.roll_back();
+        self.staged_tail = self.state.tail();
         self.staged_closed = self.state.view().closed().is_some();
         self.staged_time = self.state.time();
         self.staged_streams.clear();
@@ -575,7 +632,7 @@ impl<T> Authority<T> {
 
 fn time_of(work: &Work) -> Option<u64> {
     match work {
-        Work::Batch { time, .. } | Work::Close { time, .. } => Some(*time),
+        Work::Batch { time, .. } | Work::Close { time, .. } | Work::Record { time, .. } => Some(*time),
         _ => None,
     }
 }

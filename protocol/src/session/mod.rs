@@ -10,6 +10,8 @@ mod chunk;
 mod credit;
 mod feed;
 mod grants;
+mod kinds;
+mod overlay;
 mod producer;
 mod progress;
 mod record;
@@ -24,9 +26,13 @@ pub use chunk::{Chunk, ChunkBatch, ChunkBuilder, ChunkHeader, ChunkProducer, Con
 pub use credit::{CreditReceived, CreditSent};
 pub use feed::{Feed, Filter, Place};
 pub use grants::{Grant, Grants, Operation, Operations};
+pub use kinds::{
+    Change, Expected, Kind, MessageAppend, MessageEnd, MessageReplace, MessageStart, Payload, StateChange,
+    StateDeleted, StateExpired, StatePut, Status, Writes,
+};
 pub use producer::{Admission, ProducerHandle, ProducerKey, Producers};
 pub use progress::Progress;
-pub use record::{CheckedBatch, Kind, Record, Records};
+pub use record::{CheckedBatch, Record, Records};
 pub use state::{Damage, State, Streams};
-pub use view::{StreamView, View};
-pub use words::{Author, Cursor, Incarnation, Instance, SessionName, Verdict, ViewHash};
+pub use view::{Entries, Entry, IndexedMessage, Message, Messages, StreamView, View};
+pub use words::{Author, Cursor, Incarnation, Instance, Key, MessageId, RunId, SessionName, Verdict, ViewHash};

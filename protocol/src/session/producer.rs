@@ -157,10 +157,11 @@ impl Producers {
         }
     }
 
-    /// Takes the sequence of a new batch. Errors: why it is not the next one that may come, and the value of the code.
-    pub(super) fn take(&mut self, handle: &ProducerHandle, sequence: u64) -> Result<(), (Code, u64)> {
+    /// Says whether a new batch may take its sequence. Errors: why it is not the next one that may come, and the value of the
+    /// code.
+    pub(super) fn expect(&self, handle: &ProducerHandle, sequence: u64) -> Result<(), (Code, u64)> {
         let Some(index) = self.index(handle) else { return Err((Code::PRODUCER_UNKNOWN, 0)) };
-        let slot = &mut self.slots[index];
+        let slot = &self.slots[index];
         if !self.granting.is_empty() && self.granting.contains_key(&*slot.key) {
             // The newer epoch may still fail to become durable, so this one is not fenced yet.
             return Err((Code::UNAVAILABLE, 0));
@@ -169,10 +170,14 @@ impl Producers {
             Ordering::Less => Err((Code::DUPLICATE, slot.staged_next)),
             Ordering::Greater => Err((Code::SEQ_GAP, slot.staged_next)),
             Ordering::Equal if sequence - slot.durable.next >= PRODUCER_WINDOW as u64 => Err((Code::LIMIT_EXCEEDED, 0)),
-            Ordering::Equal => {
-                slot.staged_next += 1;
-                Ok(())
-            }
+            Ordering::Equal => Ok(()),
+        }
+    }
+
+    /// The batch that was expected is accepted.
+    pub(super) fn take(&mut self, handle: &ProducerHandle) {
+        if let Some(index) = self.index(handle) {
+            self.slots[index].staged_next += 1;
         }
     }
 

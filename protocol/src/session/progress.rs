@@ -1,7 +1,10 @@
 //! One subscription on the client: where it is, and that nothing was left out (spec SUB-5 to SUB-10).
 
+use super::view::View;
 use super::words::Verdict;
 use crate::error::ProtocolError;
+use crate::registry::MAX_VIEW;
+use crate::wire::Snapshot;
 
 /// Where a reader stands in a session, over all the QUIC streams that its subscription had.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -9,8 +12,8 @@ pub struct Progress {
     started: bool,
     next: u64,
     tail: u64,
-    /// The view is to come before anything else.
-    owed: bool,
+    /// The view is to come before anything else: its parts so far.
+    owed: Option<Vec<u8>>,
     /// It was told of records that it has not covered, or has not said since that there are none.
     behind: bool,
 }
@@ -19,7 +22,7 @@ impl Progress {
     /// True once there is a position to go on from: SUBSCRIBED came, and the view where the subscription starts with it. Before
     /// that, a subscription that loses its QUIC stream is asked for anew.
     pub fn has_started(&self) -> bool {
-        self.started && !self.owed
+        self.started && self.owed.is_none()
     }
 
     /// The next seq that is to be covered: where to go on.
@@ -30,7 +33,8 @@ impl Progress {
     /// SUBSCRIBED came, for the first time or again. Errors: it goes on behind the position and does not say why.
     pub fn subscribed(&mut self, verdict: Verdict, next: u64, tail: u64) -> Result<(), ProtocolError> {
         if !self.has_started() {
-            *self = Self { started: true, next, owed: verdict == Verdict::Snapshot, ..Self::default() };
+            let owed = (verdict == Verdict::Snapshot).then(Vec::new);
+            *self = Self { started: true, next, owed, ..Self::default() };
         } else if verdict == Verdict::Exact && next != self.next {
             return Err(ProtocolError::malformed("subscription does not go on at its position"));
         }
@@ -39,18 +43,36 @@ impl Progress {
         Ok(())
     }
 
-    /// SNAPSHOT came: the view at a seq. Errors: it is not the view at the position, or none was to come (spec SUB-6).
-    pub fn snapshot(&mut self, next: u64) -> Result<(), ProtocolError> {
-        if !self.owed || next != self.next {
+    /// SNAPSHOT came: a part of the view at the position. Returns the view once all parts have come.
+    ///
+    /// Errors: none was to come, the parts do not belong together, or they are not the view at the position (spec SUB-6).
+    pub fn snapshot(&mut self, frame: &Snapshot) -> Result<Option<View>, ProtocolError> {
+        let Some(parts) = &mut self.owed else {
+            return Err(ProtocolError::malformed("no snapshot was to come"));
+        };
+        let length = usize::try_from(frame.length).ok().filter(|length| *length <= MAX_VIEW);
+        let left = length.and_then(|length| length.checked_sub(parts.len()));
+        let fits = left.is_some_and(|left| frame.part.len() <= left) && !frame.part.is_empty();
+        if !fits || frame.next != self.next {
+            return Err(ProtocolError::malformed(
+                "snapshot is not that of the subscription's position, or its parts do not fit",
+            ));
+        }
+        parts.extend_from_slice(&frame.part);
+        if parts.len() as u64 != frame.length {
+            return Ok(None);
+        }
+        let view = View::decode(&core::mem::take(parts).into())?;
+        if view.next() != self.next {
             return Err(ProtocolError::malformed("snapshot is not that of the subscription's position"));
         }
-        self.owed = false;
-        Ok(())
+        self.owed = None;
+        Ok(Some(view))
     }
 
     /// A DELIVERY or GAP that covers `from..to` came. Errors: it does not go on where the last one ended (spec SUB-7, SUB-8).
     pub fn covered(&mut self, from: u64, to: u64) -> Result<(), ProtocolError> {
-        if self.owed {
+        if self.owed.is_some() {
             return Err(ProtocolError::malformed("delivery or gap comes before the view"));
         }
         if from != self.next || to < from {
@@ -73,7 +95,7 @@ impl Progress {
 
     /// The tail, if everything below it is covered now and was not before (spec SUB-10).
     pub fn caught_up(&mut self) -> Option<u64> {
-        let caught_up = !self.owed && self.behind && self.next >= self.tail;
+        let caught_up = self.owed.is_none() && self.behind && self.next >= self.tail;
         self.behind &= !caught_up;
         caught_up.then_some(self.tail)
     }

@@ -11,46 +11,15 @@
 
 use bytes::Bytes;
 
+use super::kinds::{Deed, Kind};
+use super::words::{MessageId, RunId};
 use crate::error::{Code, ProtocolError};
-use crate::registry::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_HEADERS, MAX_RECORD, is_ignorable, kind};
+use crate::registry::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_HEADERS, MAX_RECORD};
 use crate::wire::{Reader, Writer, varint_len};
 
 const HAS_MESSAGE: u8 = 1;
 const HAS_RUN: u8 = 2;
 const HAS_HEADERS: u8 = 4;
-
-/// What a record is. Open: a number that this version does not know survives a round trip.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Kind(pub u64);
-
-impl Kind {
-    /// Bytes whose meaning is the application's.
-    pub const DATA: Self = Self(kind::DATA);
-    /// The session was closed; no record follows.
-    pub const SESSION_CLOSED: Self = Self(kind::SESSION_CLOSED);
-
-    /// Every kind of the registry (spec KIND-1).
-    pub const ALL: &'static [Self] = &[Self::DATA, Self::SESSION_CLOSED];
-
-    /// The registry name, or `None` for a number that this version does not know.
-    pub const fn name(self) -> Option<&'static str> {
-        match self.0 {
-            kind::DATA => Some("data"),
-            kind::SESSION_CLOSED => Some("session.closed"),
-            _ => None,
-        }
-    }
-
-    /// The kind that has this registry name.
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.iter().copied().find(|kind| kind.name() == Some(name))
-    }
-
-    /// True if only the server writes records of this kind (spec KIND-3).
-    pub const fn is_server_only(self) -> bool {
-        matches!(self.0, kind::SESSION_CLOSED)
-    }
-}
 
 /// One record.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,9 +29,9 @@ pub struct Record {
     /// The stream that it is in, by the session's stream id (spec REC-4).
     pub stream: u64,
     /// Message that it belongs to, chosen by the client.
-    pub message: Option<[u8; 16]>,
+    pub message: Option<MessageId>,
     /// Run that it belongs to, chosen by the client.
-    pub run: Option<[u8; 16]>,
+    pub run: Option<RunId>,
     /// Application headers, in the order given.
     pub headers: Vec<(Bytes, Bytes)>,
     /// The payload.
@@ -85,8 +54,11 @@ impl Record {
         flags |= if self.run.is_some() { HAS_RUN } else { 0 };
         flags |= if self.headers.is_empty() { 0 } else { HAS_HEADERS };
         w.u8(flags);
-        for id in [&self.message, &self.run].into_iter().flatten() {
-            w.raw(id);
+        if let Some(id) = &self.message {
+            id.put(w);
+        }
+        if let Some(id) = &self.run {
+            id.put(w);
         }
         if !self.headers.is_empty() {
             w.varint(self.headers.len() as u64);
@@ -118,11 +90,11 @@ impl Record {
         Self::parse(&bytes).map_err(|error| ProtocolError::new(Code::RECORD_MALFORMED, error.detail))
     }
 
-    fn parse(bytes: &Bytes) -> Result<Self, ProtocolError> {
+    pub(super) fn parse(bytes: &Bytes) -> Result<Self, ProtocolError> {
         let mut r = Reader::new(bytes);
         let Head { kind, stream, flags } = Head::get(&mut r)?;
-        let message = if flags & HAS_MESSAGE != 0 { Some(r.array()?) } else { None };
-        let run = if flags & HAS_RUN != 0 { Some(r.array()?) } else { None };
+        let message = if flags & HAS_MESSAGE != 0 { Some(MessageId::get(&mut r)?) } else { None };
+        let run = if flags & HAS_RUN != 0 { Some(RunId::get(&mut r)?) } else { None };
         let mut headers = Vec::new();
         if flags & HAS_HEADERS != 0 {
             let count = header_count(&mut r)?;
@@ -235,13 +207,15 @@ pub struct CheckedBatch {
     pub(super) count: u64,
     pub(super) records: Bytes,
     pub(super) max_stream: u64,
+    /// No record does anything but being there.
+    pub(super) plain: bool,
 }
 
 impl CheckedBatch {
-    /// Checks the region of an APPEND (spec PROD-3, KIND-2, KIND-3).
+    /// Checks the region of an APPEND (spec PROD-3, KIND-2, KIND-3, KIND-5).
     ///
     /// Errors: `BATCH_TOO_LARGE` for no records, too many records or bytes; `RECORD_TOO_LARGE`; `RECORD_MALFORMED`,
-    /// also if `count` is not the number of records; `KIND_REFUSED` for a server-only kind; `KIND_UNKNOWN` for a
+    /// also if `count` is not the number of records or a payload is not one of its kind; `KIND_REFUSED` for a server-only kind; `KIND_UNKNOWN` for a
     /// critical kind that this version does not know.
     pub fn new(count: u64, records: Bytes) -> Result<Self, ProtocolError> {
         if count == 0 || count > MAX_BATCH_RECORDS as u64 || records.len() > MAX_BATCH_BYTES {
@@ -249,8 +223,9 @@ impl CheckedBatch {
         }
         let malformed = |error: ProtocolError| ProtocolError::new(Code::RECORD_MALFORMED, error.detail);
         let mut r = Reader::new(&records);
-        let (mut seen, mut max_stream) = (0, 0);
+        let (mut seen, mut max_stream, mut plain) = (0, 0, true);
         while !r.is_empty() {
+            let start = r.clone();
             let len = r.varint().map_err(malformed)?;
             if len > MAX_RECORD as u64 {
                 return Err(ProtocolError::new(Code::RECORD_TOO_LARGE, "record exceeds its limit"));
@@ -263,11 +238,11 @@ impl CheckedBatch {
             if inner.position() > end {
                 return Err(ProtocolError::new(Code::RECORD_MALFORMED, "record fields exceed the record"));
             }
-            if head.kind.is_server_only() {
-                return Err(ProtocolError::new(Code::KIND_REFUSED, "only the server writes records of this kind"));
-            }
-            if head.kind.name().is_none() && !is_ignorable(head.kind.0) {
-                return Err(ProtocolError::new(Code::KIND_UNKNOWN, "critical record kind is not known"));
+            head.kind.check_sendable()?;
+            if !head.kind.is_plain() {
+                plain = false;
+                let mut whole = start;
+                Deed::of(&Record::get(&mut whole)?)?;
             }
             max_stream = max_stream.max(head.stream);
             seen += 1;
@@ -275,7 +250,7 @@ impl CheckedBatch {
         if seen != count {
             return Err(ProtocolError::new(Code::RECORD_MALFORMED, "count is not the number of records"));
         }
-        Ok(Self { count, records, max_stream })
+        Ok(Self { count, records, max_stream, plain })
     }
 
     /// Records of the batch.

@@ -183,6 +183,12 @@ impl State {
         &self.view
     }
 
+    /// When the server has something to write, in milliseconds since the Unix epoch: a value expires (spec STATE-6).
+    pub fn deadline(&self) -> Option<u64> {
+        let first = self.view.state().deadlines().next().map(|(at, _)| *at);
+        first.filter(|_| self.view.closed().is_none())
+    }
+
     /// The session's streams.
     pub fn streams(&self) -> &Streams {
         &self.streams
@@ -250,12 +256,13 @@ impl State {
                 self.producers.stored(key, producer.epoch, sequence, Acked { first, count: batch.count });
             }
             let time = header.base_time + batch.time;
+            let author = chunk.author(batch.author);
             for seq in first..first + batch.count {
                 let len = r.varint().map_err(|error| damage(seq, error))?;
                 let end = r.position() + len as usize;
                 let mut record = r.clone();
                 r.skip(len as usize).map_err(|error| damage(seq, error))?;
-                self.view.fold(time, &mut record, end).map_err(|error| damage(seq, error))?;
+                self.view.fold(author, time, &mut record, end).map_err(|error| damage(seq, error))?;
             }
             first += batch.count;
             self.time = self.time.max(time);

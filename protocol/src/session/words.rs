@@ -4,7 +4,7 @@ use core::fmt;
 use core::str::FromStr;
 
 use crate::error::{Code, ProtocolError};
-use crate::registry::MAX_NAME;
+use crate::registry::{MAX_KEY, MAX_NAME};
 use crate::session::Refusal;
 use crate::wire::{Reader, Subject, Writer};
 
@@ -12,6 +12,17 @@ crate::wire::text_type! {
     /// Name of a session: 1 to 512 bytes of UTF-8 without control characters, for example `agent:session123`
     /// (spec SESS-1).
     SessionName, MAX_NAME, "session name"
+}
+
+crate::wire::text_type! {
+    /// Key of the shared state: 1 to 512 bytes of UTF-8 without control characters, for example `tool/42` (spec STATE-1).
+    Key, MAX_KEY, "key"
+}
+
+impl core::borrow::Borrow<str> for Key {
+    fn borrow(&self) -> &str {
+        self.as_str()
+    }
 }
 
 macro_rules! id_type {
@@ -72,6 +83,14 @@ id_type! {
 id_type! {
     /// Random id of one client installation or tab (spec CONN-6).
     Instance, 16
+}
+id_type! {
+    /// Id of a message, chosen at random by whoever begins it (spec REC-3).
+    MessageId, 16
+}
+id_type! {
+    /// Id of a run, chosen at random by whoever asks for it (spec REC-3).
+    RunId, 16
 }
 id_type! {
     /// BLAKE3 of the canonical encoding of a view (spec FOLD-4).

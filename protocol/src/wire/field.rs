@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use super::codec::{Detail, Label, Reader, Subject, Writer};
 use crate::error::{Code, ProtocolError};
-use crate::session::{Incarnation, Instance, SessionName, Verdict};
+use crate::session::{Incarnation, Instance, Key, MessageId, RunId, SessionName, Verdict};
 
 /// A field that has one encoding.
 pub(crate) trait Field: Sized {
@@ -31,6 +31,19 @@ impl Field for bool {
             1 => Ok(true),
             _ => Err(ProtocolError::malformed("flag is neither 0 nor 1")),
         }
+    }
+}
+
+/// 0, or 1 and the value.
+impl<T: Field> Field for Option<T> {
+    fn put(&self, w: &mut Writer) {
+        Field::put(&self.is_some(), w);
+        if let Some(value) = self {
+            value.put(w);
+        }
+    }
+    fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
+        Ok(if <bool as Field>::get(r)? { Some(T::get(r)?) } else { None })
     }
 }
 
@@ -64,7 +77,7 @@ macro_rules! text_fields {
         }
     )+ };
 }
-text_fields!(Label, Subject, Detail, SessionName, Incarnation, Instance, Verdict);
+text_fields!(Label, Subject, Detail, SessionName, Key, Incarnation, Instance, MessageId, RunId, Verdict);
 
 impl Field for Code {
     fn put(&self, w: &mut Writer) {

@@ -60,13 +60,29 @@ impl Report {
     }
 }
 
-/// Called for each verified chunk, with the session's name, the first seq that may be read, and the names of its streams.
-pub type EachChunk<'a> = dyn FnMut(&SessionName, u64, &Streams, &Chunk) + 'a;
+/// What is found whole of a session.
+#[derive(Debug)]
+pub enum Found<'a> {
+    /// A chunk.
+    Chunk {
+        /// The first seq that may be read.
+        first: u64,
+        /// The session's streams as far as they are known there.
+        streams: &'a Streams,
+        /// The chunk.
+        chunk: &'a Chunk,
+    },
+    /// All of it, behind its last chunk.
+    Session(&'a State),
+}
+
+/// Called with the session's name for each chunk, and at the end of each session that is whole.
+pub type Each<'a> = dyn FnMut(&SessionName, Found<'_>) + 'a;
 
 /// Verifies the store in `dir`, which no process may have open.
 ///
 /// Errors: `Locked`, `Version`, `Io`. Damage is not an error: it is in the report.
-pub fn verify(dir: &Path, each: &mut EachChunk<'_>) -> Result<Report, OpenError> {
+pub fn verify(dir: &Path, each: &mut Each<'_>) -> Result<Report, OpenError> {
     let layout = Layout::new(dir);
     let mut report = Report::default();
     if !dir.exists() {
@@ -201,7 +217,7 @@ fn copy_dir(from: &Path, to: &Path, immutable: bool) -> std::io::Result<()> {
     Ok(())
 }
 
-fn scan(engine: &Engine, report: &mut Report, each: &mut EachChunk<'_>) {
+fn scan(engine: &Engine, report: &mut Report, each: &mut Each<'_>) {
     sum_rows(engine, report);
     let mut known = HashSet::new();
     for guard in engine.meta().prefix([keys::DEAD]) {
@@ -262,14 +278,18 @@ fn sum_rows(engine: &Engine, report: &mut Report) {
     }
 }
 
-fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut Report, each: &mut EachChunk<'_>) {
+fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut Report, each: &mut Each<'_>) {
     let snapshot = match engine.snapshots().get(row.incarnation.0) {
         Ok(None) => None,
-        Ok(Some(value)) => match keys::decode_snapshot(&Bytes::from(value)).and_then(|bytes| {
-            let state = State::restore(&bytes)?;
-            Ok((bytes, state))
-        }) {
-            Ok(snapshot) => Some(snapshot),
+        Ok(Some(value)) => match keys::decode_snapshot(&Bytes::from(value)) {
+            Ok(bytes) => match State::restore(&bytes) {
+                Ok(state) => Some((bytes, state)),
+                // Another version made it, and the chunks say everything: so does the server go about it.
+                Err(_) if row.base.number == 0 => None,
+                Err(error) => {
+                    return report.problem(Some(name), Some(row.base.first), format!("snapshot: {}", error.detail));
+                }
+            },
             Err(error) => {
                 return report.problem(Some(name), Some(row.base.first), format!("snapshot: {}", error.detail));
             }
@@ -328,15 +348,20 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
                 Some((_, saved)) if header.number < fold_from => saved.streams(),
                 _ => state.streams(),
             };
-            each(name, released, streams, &chunk);
+            each(name, Found::Chunk { first: released, streams, chunk: &chunk });
             let compares = snapshot.as_ref().filter(|(_, saved)| fold_from == 0 && saved.number() == state.number());
             if compares.is_some_and(|(bytes, _)| *bytes != state.snapshot()) {
                 return report.problem(Some(name), Some(next.0), "the snapshot is not what the records fold to");
             }
         }
     }
-    if snapshot.is_some_and(|(_, saved)| saved.number() > next.1) {
-        report.problem(Some(name), Some(next.0), "chunks are missing at the end: the snapshot reaches further");
+    match snapshot {
+        Some((_, saved)) if saved.number() > next.1 => {
+            report.problem(Some(name), Some(next.0), "chunks are missing at the end: the snapshot reaches further");
+        }
+        // Nothing lies behind the snapshot of a trimmed session.
+        Some((_, saved)) if state.number() < saved.number() => each(name, Found::Session(&saved)),
+        _ => each(name, Found::Session(&state)),
     }
 }
 

@@ -78,7 +78,7 @@ impl Image {
         if !acked {
             fs::write(dir.join("witness"), &self.witness_before).unwrap();
         }
-        let verified = verify::verify(&dir, &mut |_, _, _, _| {}).unwrap();
+        let verified = verify::verify(&dir, &mut |_, _| {}).unwrap();
         let store = match FjallStore::open(&dir, Config::default()) {
             Ok(store) => store,
             Err(OpenError::Damaged(what)) => {
@@ -206,7 +206,7 @@ async fn a_torn_tail_of_a_journal_that_another_follows_is_reported() {
         let dir = temp.path().join("store");
         copy(&image.dir, &dir);
         fs::write(dir.join("log").join(journal.file_name().unwrap()), first).unwrap();
-        verify::verify(&dir, &mut |_, _, _, _| {}).unwrap().problems
+        verify::verify(&dir, &mut |_, _| {}).unwrap().problems
     };
     assert_eq!(open(&bytes[..split]), []);
     assert_ne!(open(&bytes[..split - 1]), []);
@@ -252,7 +252,7 @@ async fn a_damaged_session_is_quarantined_and_the_others_go_on() {
     drop(store);
     assert!(flip_in_tables(&dir, &marked), "the marked record is in a table");
 
-    let report = verify::verify(&dir, &mut |_, _, _, _| {}).unwrap();
+    let report = verify::verify(&dir, &mut |_, _| {}).unwrap();
     let named = report.problems.iter().find(|problem| problem.session.as_deref() == Some("broken")).expect("named");
     assert!(named.seq.is_some_and(|seq| seq <= 20), "{named:?}");
     assert!(report.problems.iter().all(|problem| problem.session.as_deref() != Some("whole")), "{report:?}");

@@ -12,7 +12,7 @@ plain_frame! {
         sequence: u64,
         /// Why.
         code: Code,
-        /// The expected sequence for `SEQ_GAP` and `DUPLICATE`, the current epoch for `FENCED`, else 0.
+        /// The number that the code defines, else 0.
         value: u64,
         /// What happened, for people.
         detail: Detail,

@@ -1,7 +1,7 @@
-//! A reference model of a session, and a runner that holds the [`Authority`] to it.
+//! The log: which batches are accepted, and which seqs they get.
 //!
 //! The model knows nothing of overlays: it keeps what is durable and the list of what was accepted since, and decides each
-//! request by applying the list to a copy. Property tests and fuzzing run the same [`Op`]s through both.
+//! request by applying the list to a copy.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

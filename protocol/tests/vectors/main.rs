@@ -4,6 +4,8 @@
 //! wire); every golden vector decodes and encodes to the same bytes, and no strict prefix of it decodes; every malformed
 //! vector gives its error.
 
+mod records;
+
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -50,17 +52,6 @@ fn region(records: &[Record]) -> Bytes {
     let mut w = Writer::new();
     records.iter().for_each(|record| record.put(&mut w));
     w.freeze()
-}
-
-fn full_record() -> Record {
-    Record {
-        kind: Kind::DATA,
-        stream: 3,
-        message: Some([0x11; 16]),
-        run: Some([0x22; 16]),
-        headers: vec![(Bytes::from_static(b"content-type"), Bytes::from_static(b"text/plain"))],
-        payload: Bytes::from_static(b"hello"),
-    }
 }
 
 fn frames() -> Vec<(&'static str, &'static str, Frame)> {
@@ -235,7 +226,7 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
         ("TRIMMED", "", Trimmed { first: 100 }.into()),
         ("SUBSCRIBED", "", Subscribed { id: 5, verdict: Verdict::Exact, next: 0, tail: 57 }.into()),
         ("SUBSCRIBED", "behind a trim", Subscribed { id: 6, verdict: Verdict::Gap, next: 3, tail: 57 }.into()),
-        ("SNAPSHOT", "", Snapshot { next: 2, fold_version: 1, view: view().encode() }.into()),
+        ("SNAPSHOT", "the whole view", Snapshot::frames(3, 2, &view().encode()).next().expect("a frame")),
         (
             "DELIVERY",
             "two runs, the second behind what the filter left out",
@@ -267,7 +258,7 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
         (
             "APPEND",
             "two records",
-            Append { sequence: 120, count: 2, records: region(&[Record::data(0, &b"hello"[..]), full_record()]) }
+            Append { sequence: 120, count: 2, records: region(&[Record::data(0, &b"hello"[..]), records::full()]) }
                 .into(),
         ),
         ("LIST", "", List { prefix: Bytes::from_static(b"agent:"), after: Bytes::new(), limit: 256 }.into()),
@@ -291,16 +282,22 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
 }
 
 fn view() -> View {
+    view_of(vec![
+        Record::data(0, &b"one"[..]),
+        Record::data(1, &b"two"[..]),
+        Record { kind: Kind::SESSION_CLOSED, ..Record::data(0, &b""[..]) },
+    ])
+}
+
+/// The view of these records of alice, one every twelve milliseconds.
+fn view_of(records: Vec<Record>) -> View {
+    let alice = Arc::new(author("alice", 1));
     let mut view = View::default();
-    for (time, record) in [
-        (1_800_000_000_000, Record::data(0, &b"one"[..])),
-        (1_800_000_000_012, Record::data(1, &b"two"[..])),
-        (1_800_000_000_020, Record { kind: Kind::SESSION_CLOSED, ..Record::data(0, &b""[..]) }),
-    ] {
+    for (time, record) in (1_800_000_000_000..).step_by(12).zip(records) {
         let region = region(&[record]);
         let mut r = Reader::new(&region);
         let bytes = r.bytes(usize::MAX).expect("a record");
-        view.apply(time, &bytes).expect("a record folds");
+        view.apply(&alice, time, &bytes).expect("a record folds");
     }
     view
 }
@@ -308,7 +305,7 @@ fn view() -> View {
 fn chunks() -> Vec<(&'static str, Chunk)> {
     let incarnation = Incarnation([0xab; 16]);
     let alice = Arc::new(author("alice", 1));
-    let records = [Record::data(0, &b"one"[..]), full_record()];
+    let records = [Record::data(0, &b"one"[..]), records::full()];
     let batch = CheckedBatch::new(2, region(&records)).expect("a valid batch");
     let mut first = ChunkBuilder::new(incarnation, 0, 0, 1, 1_800_000_000_000, Chain::start(incarnation));
     first.control(Control::Created { name: session(), time: 1_800_000_000_000 });
@@ -340,21 +337,6 @@ fn golden_frames() -> Vec<Golden> {
     frames().into_iter().map(golden).collect()
 }
 
-fn golden_records() -> Vec<Golden> {
-    let record = |name, note, record: Record| Golden {
-        name,
-        note,
-        bytes: region(std::slice::from_ref(&record)),
-        value: format!("{record:?}"),
-    };
-    vec![
-        record("data", "the shortest", Record::data(0, Bytes::new())),
-        record("data", "a payload", Record::data(1, &b"hello"[..])),
-        record("data", "everything", full_record()),
-        record("session.closed", "", Record { kind: Kind::SESSION_CLOSED, ..Record::data(0, &b""[..]) }),
-    ]
-}
-
 fn golden_chunks() -> Vec<Golden> {
     let chunk = |(note, chunk): (_, Chunk)| Golden {
         name: "chunk",
@@ -363,6 +345,11 @@ fn golden_chunks() -> Vec<Golden> {
         value: format!("{:?}", chunk.header()),
     };
     chunks().into_iter().map(chunk).collect()
+}
+
+/// The view of the first records of the story.
+fn told(count: usize) -> View {
+    view_of(records::story().into_iter().take(count).collect())
 }
 
 fn golden_states() -> Vec<Golden> {
@@ -376,6 +363,18 @@ fn golden_states() -> Vec<Golden> {
             note: "three records",
             bytes: view().encode(),
             value: format!("hash {}", view().hash()),
+        },
+        Golden {
+            name: "view",
+            note: "an open message and a key that expires",
+            bytes: told(3).encode(),
+            value: format!("hash {}", told(3).hash()),
+        },
+        Golden {
+            name: "view",
+            note: "a finished message",
+            bytes: told(5).encode(),
+            value: format!("hash {}", told(5).hash()),
         },
         Golden {
             name: "snapshot",
@@ -546,28 +545,6 @@ fn leak(text: &str) -> &'static str {
     Box::leak(text.to_owned().into_boxed_str())
 }
 
-fn malformed_records() -> Vec<Malformed> {
-    let m = |name, note, bytes: &[u8], error| Malformed { name, note, bytes: bytes.to_vec(), error };
-    vec![
-        m("data", "a reserved flag", &[0x03, 0x00, 0x00, 0x08], Code::RECORD_MALFORMED),
-        m("data", "a message id that is cut", &[0x05, 0x00, 0x00, 0x01, 1, 1], Code::RECORD_MALFORMED),
-        m("data", "an empty list of headers", &[0x04, 0x00, 0x00, 0x04, 0x00], Code::RECORD_MALFORMED),
-        m(
-            "data",
-            "a header that reaches beyond the record",
-            &[0x06, 0x00, 0x00, 0x04, 0x01, 0x05, b'a'],
-            Code::RECORD_MALFORMED,
-        ),
-        m("data", "33 headers", &[&[0x40, 0x46, 0x00, 0x00, 0x04, 33][..], &[0; 66]].concat(), Code::RECORD_MALFORMED),
-        m("data", "a stream that is not a minimal varint", &[0x04, 0x00, 0x40, 0x00, 0x00], Code::RECORD_MALFORMED),
-        m("data", "longer than any record may be", &[0x80, 0x04, 0x00, 0x01], Code::RECORD_TOO_LARGE),
-        m("data", "the region ends inside the record", &[0x05, 0x00, 0x00, 0x00], Code::RECORD_MALFORMED),
-        m("data", "no bytes at all", &[0x00], Code::RECORD_MALFORMED),
-        m("session.closed", "from a client", &[0x03, 0x02, 0x00, 0x00], Code::KIND_REFUSED),
-        m("(any)", "a critical kind that nobody knows", &[0x04, 0x7f, 0xfe, 0x00, 0x00], Code::KIND_UNKNOWN),
-    ]
-}
-
 fn malformed_chunks() -> Vec<Malformed> {
     let chunk = chunks().remove(0).1;
     let flip = |at: usize| {
@@ -635,7 +612,7 @@ const FILES: [&str; 4] = ["frames.toml", "records.toml", "chunks.toml", "states.
 fn rendered(name: &str) -> String {
     match name {
         "frames.toml" => render(&golden_frames(), &malformed_frames(), &skipped()),
-        "records.toml" => render(&golden_records(), &malformed_records(), &[]),
+        "records.toml" => render(&records::golden(), &records::malformed(), &[]),
         "chunks.toml" => render(&golden_chunks(), &malformed_chunks(), &[]),
         _ => render(&golden_states(), &[], &[]),
     }

@@ -1,0 +1,97 @@
+//! Records as rows: JSON for scripts, a line for people.
+
+use base64::Engine as _;
+use mainstay_client::{
+    Author, Kind, MessageEnd, MessageStart, Payload, ReadRecord, Record, StateDeleted, StateExpired, StatePut,
+};
+use serde_json::{Value, json};
+
+use crate::output::time;
+
+/// A record as a JSON row.
+pub(crate) fn row(record: &ReadRecord<'_>) -> Value {
+    let ReadRecord { seq, time, author, stream, record } = record;
+    row_of(*seq, *time, author, stream, record)
+}
+
+/// The same, of its parts.
+pub(crate) fn row_of(seq: u64, at: u64, author: &Author, stream: &str, record: &Record) -> Value {
+    let mut row = json!({
+        "event": "record",
+        "seq": seq,
+        "time": time(at),
+        "stream": stream,
+        "kind": record.kind.name().map_or_else(|| record.kind.0.to_string(), str::to_owned),
+        "author": author.to_string(),
+    });
+    if let Some(id) = record.message {
+        row["message"] = json!(id.to_string());
+    }
+    if let Some(id) = record.run {
+        row["run"] = json!(id.to_string());
+    }
+    if !fields(record, &mut row) {
+        bytes(&mut row, "data", &record.payload);
+    }
+    row
+}
+
+/// What a payload says, field by field. False for one that is bytes alone.
+fn fields(record: &Record, row: &mut Value) -> bool {
+    match record.kind {
+        Kind::MESSAGE_START => MessageStart::of(record).is_ok_and(|start| {
+            row["role"] = json!(start.role.as_str());
+            row["content_type"] = json!(start.content_type.as_str());
+            true
+        }),
+        Kind::MESSAGE_END => MessageEnd::of(record).is_ok_and(|end| {
+            row["status"] = json!(end.status.as_str());
+            row["detail"] = json!(end.detail.as_str());
+            true
+        }),
+        Kind::STATE_PUT => StatePut::of(record).is_ok_and(|put| {
+            row["key"] = json!(put.key.as_str());
+            bytes(row, "value", &put.value);
+            if put.lasts > 0 {
+                row["lasts_ms"] = json!(put.lasts);
+            }
+            true
+        }),
+        Kind::STATE_DELETED => StateDeleted::of(record).is_ok_and(|deleted| {
+            row["key"] = json!(deleted.key.as_str());
+            true
+        }),
+        Kind::STATE_EXPIRED => StateExpired::of(record).is_ok_and(|expired| {
+            row["key"] = json!(expired.key.as_str());
+            true
+        }),
+        _ => false,
+    }
+}
+
+/// A record for people: data as it is, anything else behind its kind.
+pub(crate) fn line(record: &Record) -> Vec<u8> {
+    if record.kind == Kind::DATA {
+        return record.payload.to_vec();
+    }
+    let kind = record.kind.name().unwrap_or("unknown");
+    let mut said = json!({});
+    let text = match fields(record, &mut said) {
+        true => {
+            let members = said.as_object().into_iter().flatten();
+            let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            members.map(|(name, value)| format!(" {name}={}", text(value))).collect()
+        }
+        false if record.payload.is_empty() => String::new(),
+        false => format!(" {}", String::from_utf8_lossy(&record.payload)),
+    };
+    format!("[{kind}]{text}").into_bytes()
+}
+
+/// Bytes as text under `name`, or in base64 under `name_base64` where they are none.
+pub(crate) fn bytes(row: &mut Value, name: &str, bytes: &[u8]) {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => row[name] = json!(text),
+        Err(_) => row[format!("{name}_base64")] = json!(base64::engine::general_purpose::STANDARD.encode(bytes)),
+    }
+}

@@ -1,0 +1,153 @@
+//! A session as it is now: the view, kept up to date by folding what comes.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use mainstay_protocol::session::{Author, Record, View};
+use mainstay_protocol::wire::Start;
+
+use crate::error::ClientError;
+use crate::session::{Attaching, Session};
+use crate::subscription::{Event, Subscribing, Subscription};
+
+/// The view of a session, kept up to date. It goes on over reconnects; where records that it has not folded are gone, it
+/// starts from a newer view.
+///
+/// ```no_run
+/// # async fn example(session: mainstay_client::Session) -> Result<(), mainstay_client::ClientError> {
+/// use mainstay_client::Update;
+///
+/// let mut live = session.live().await?;
+/// while let Some(update) = live.next().await {
+///     match update? {
+///         Update::Started => println!("{} open messages", live.view().messages().open().len()),
+///         Update::Record(folded) => println!("{:?} at {}", folded.record.kind, folded.seq),
+///         _ => {}
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct LiveView {
+    subscription: Subscription,
+    view: View,
+    /// Came with the last delivery and is not folded yet.
+    waiting: VecDeque<Folded>,
+    /// A new view is asked for: what was left out is gone.
+    restarting: bool,
+}
+
+/// What happened to a live view.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Update {
+    /// The view is there. Comes again when it had to be read anew.
+    Started,
+    /// One record was folded.
+    Record(Folded),
+    /// Everything below this tail is folded. Comes once for each time that the view had fallen behind.
+    CaughtUp {
+        /// The tail.
+        tail: u64,
+    },
+    /// The connection was lost and the view goes on.
+    Resumed,
+    /// The session is closed and everything is folded. Nothing follows.
+    Ended,
+}
+
+/// A record that was folded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Folded {
+    /// Its seq.
+    pub seq: u64,
+    /// When the server accepted it, in milliseconds since the Unix epoch.
+    pub time: u64,
+    /// Who wrote it.
+    pub author: Arc<Author>,
+    /// The record; [`Payload::of`](crate::Payload::of) reads what it says.
+    pub record: Record,
+}
+
+impl LiveView {
+    pub(crate) async fn attached(session: Session) -> Result<Self, ClientError> {
+        Self::open(session.subscribe(Start::Snapshot)).await
+    }
+
+    pub(crate) async fn attaching(session: Attaching) -> Result<Self, ClientError> {
+        Self::open(session.subscribe(Start::Snapshot)).await
+    }
+
+    async fn open(subscribing: Subscribing) -> Result<Self, ClientError> {
+        let subscription = subscribing.open().await?;
+        Ok(Self { subscription, view: View::default(), waiting: VecDeque::new(), restarting: false })
+    }
+
+    /// The view, with everything folded that [`LiveView::next`] told of. Empty before `Started`.
+    pub fn view(&self) -> &View {
+        &self.view
+    }
+
+    /// The session.
+    pub fn session(&self) -> &Session {
+        self.subscription.session()
+    }
+
+    /// What happens next; `None` after the last. An error is the last. Cancellation-safe.
+    pub async fn next(&mut self) -> Option<Result<Update, ClientError>> {
+        loop {
+            if let Some(folded) = self.waiting.pop_front() {
+                return Some(match self.view.fold_record(&folded.author, folded.time, &folded.record) {
+                    Ok(()) => Ok(Update::Record(folded)),
+                    Err(error) => Err(error.into()),
+                });
+            }
+            if self.restarting {
+                let session = self.subscription.session().clone();
+                match session.subscribe(Start::Snapshot).open().await {
+                    Ok(subscription) => self.subscription = subscription,
+                    Err(error) => return Some(Err(error)),
+                }
+                self.restarting = false;
+            }
+            let event = match self.subscription.next().await? {
+                Ok(event) => event,
+                Err(error) => return Some(Err(error)),
+            };
+            return Some(Ok(match event {
+                Event::Started { .. } => continue,
+                Event::Snapshot(view) => {
+                    self.view = *view;
+                    Update::Started
+                }
+                Event::Records(batch) => {
+                    if let Err(error) = self.take(&batch) {
+                        return Some(Err(error));
+                    }
+                    continue;
+                }
+                Event::Gap { .. } => {
+                    self.restarting = true;
+                    continue;
+                }
+                Event::CaughtUp { tail } => Update::CaughtUp { tail },
+                Event::Resumed { .. } => Update::Resumed,
+                Event::Ended => Update::Ended,
+            }));
+        }
+    }
+
+    fn take(&mut self, batch: &crate::RecordBatch) -> Result<(), ClientError> {
+        let mut last: Option<Arc<Author>> = None;
+        for read in batch.iter() {
+            let read = read?;
+            let author = match &last {
+                Some(author) if **author == *read.author => author.clone(),
+                _ => last.insert(Arc::new(read.author.clone())).clone(),
+            };
+            self.waiting.push_back(Folded { seq: read.seq, time: read.time, author, record: read.record });
+        }
+        Ok(())
+    }
+}

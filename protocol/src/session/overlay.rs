@@ -1,0 +1,355 @@
+//! What accepted records change before they are durable, and the rules that a batch is held to over both (spec MSG, STATE).
+//!
+//! ```text
+//! lookup:   draft of the batch  ──▶  overlay of what was accepted  ──▶  durable view
+//! ```
+//!
+//! A refused batch drops its draft; an accepted one joins the overlay, from which each change goes once it is durable.
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+
+use super::authority::Refusal;
+use super::kinds::{Change, Deed, Expected, MessageStart, Payload, StateChange, StateDeleted, StatePut};
+use super::record::{CheckedBatch, Record, Records};
+use super::view::View;
+use super::words::{Key, MessageId};
+use crate::error::Code;
+use crate::registry::{
+    MAX_BATCH_BYTES, MAX_MESSAGE, MAX_OPEN_BYTES, MAX_OPEN_MESSAGES, MAX_RECORD, MAX_STATE_BYTES, MAX_STATE_KEYS,
+};
+use crate::wire::Writer;
+
+/// How a message stands, as far as the rules need to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    Unknown,
+    Open { len: usize },
+    Finished,
+}
+
+/// A key's value, as far as the rules need to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Held {
+    revision: u64,
+    expires: Option<u64>,
+    value: Bytes,
+}
+
+/// Sums that have limits.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Totals {
+    open_messages: usize,
+    open_bytes: usize,
+    keys: usize,
+    state_bytes: usize,
+}
+
+impl Totals {
+    fn of(view: &View) -> Self {
+        Self {
+            open_messages: view.messages().open().len(),
+            open_bytes: view.messages().open_bytes(),
+            keys: view.state().len(),
+            state_bytes: view.state().bytes(),
+        }
+    }
+}
+
+/// What changed, each with the seq of the last record that changed it.
+#[derive(Debug, Default)]
+struct Changes {
+    messages: HashMap<MessageId, (u64, Standing)>,
+    keys: HashMap<Key, (u64, Option<Held>)>,
+}
+
+/// What was accepted and is not durable yet. Bounded by what the authority's driver lets wait.
+#[derive(Debug, Default)]
+pub(super) struct Overlay {
+    changes: Changes,
+    /// Of the durable view and the changes; `None` while there are none.
+    totals: Option<Totals>,
+}
+
+impl Overlay {
+    /// Everything below `tail` is durable.
+    pub(super) fn durable(&mut self, tail: u64) {
+        self.changes.messages.retain(|_, (seq, _)| *seq >= tail);
+        self.changes.keys.retain(|_, (seq, _)| *seq >= tail);
+        if self.changes.messages.is_empty() && self.changes.keys.is_empty() {
+            self.totals = None;
+        }
+    }
+
+    /// Nothing that was accepted will be durable.
+    pub(super) fn roll_back(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Holds a batch whose first record gets the seq `first`, accepted at `time`, to the rules, over `view` and what was accepted
+    /// before. Returns the batch as it is stored: requests are replaced by what comes of them (spec KIND-4).
+    ///
+    /// Refusals, each of the whole batch: `MESSAGE_EXISTS`, `MESSAGE_NOT_OPEN`, `CONFLICT` with the revision of the key plus
+    /// one, or 0 where it has no value, `STATE_INVALID`, `LIMIT_EXCEEDED`, `RECORD_TOO_LARGE`, `BATCH_TOO_LARGE`.
+    pub(super) fn admit(
+        &mut self,
+        view: &View,
+        first: u64,
+        time: u64,
+        batch: CheckedBatch,
+    ) -> Result<CheckedBatch, Refusal> {
+        let totals = self.totals.unwrap_or_else(|| Totals::of(view));
+        let mut draft = Draft { view, accepted: &self.changes, changes: Changes::default(), totals };
+        // Begun with the first record that is replaced; most batches have none.
+        let mut stored: Option<Writer> = None;
+        let mut walk = Records::new(&batch.records);
+        let mut seq = first;
+        loop {
+            let start = walk.position();
+            let Some(record) = walk.next() else { break };
+            // Checked when the batch came.
+            let record = record.map_err(|error| Refusal::new(error.code, error.detail))?;
+            let outcome = draft.hold(seq, time, &record)?;
+            seq += 1;
+            match (outcome, &mut stored) {
+                (None, None) => {}
+                (None, Some(stored)) => stored.raw(&batch.records[start..walk.position()]),
+                (Some(outcome), stored) => {
+                    if outcome.encoded_len() > MAX_RECORD {
+                        return Err(Refusal::new(Code::RECORD_TOO_LARGE, "what comes of a change exceeds a record"));
+                    }
+                    let stored = stored.get_or_insert_with(|| {
+                        let mut w = Writer::with_capacity(batch.records.len());
+                        w.raw(&batch.records[..start]);
+                        w
+                    });
+                    outcome.put(stored);
+                }
+            }
+            if stored.as_ref().is_some_and(|stored| stored.len() > MAX_BATCH_BYTES) {
+                return Err(Refusal::new(Code::BATCH_TOO_LARGE, "what comes of the changes exceeds a batch"));
+            }
+        }
+        let Draft { changes, totals, .. } = draft;
+        self.totals = Some(totals);
+        self.changes.messages.extend(changes.messages);
+        self.changes.keys.extend(changes.keys);
+        Ok(match stored {
+            Some(stored) => CheckedBatch { records: stored.freeze(), ..batch },
+            None => batch,
+        })
+    }
+
+    /// A key whose value expires at `now` or before.
+    pub(super) fn expired(&self, view: &View, now: u64) -> Option<Key> {
+        let due = view.state().deadlines().take_while(|(at, _)| *at <= now);
+        // What was accepted may have changed it.
+        due.map(|(_, key)| key).find(|key| !self.changes.keys.contains_key(*key)).cloned()
+    }
+
+    /// The value of `key` is gone with the record `seq`.
+    pub(super) fn expire(&mut self, view: &View, seq: u64, key: Key) {
+        let totals = self.totals.unwrap_or_else(|| Totals::of(view));
+        let mut draft = Draft { view, accepted: &self.changes, changes: Changes::default(), totals };
+        draft.set(seq, key, None);
+        let Draft { changes, totals, .. } = draft;
+        self.totals = Some(totals);
+        self.changes.keys.extend(changes.keys);
+    }
+}
+
+/// One batch, being held to the rules.
+struct Draft<'a> {
+    view: &'a View,
+    accepted: &'a Changes,
+    changes: Changes,
+    totals: Totals,
+}
+
+impl Draft<'_> {
+    fn message(&self, id: MessageId) -> Standing {
+        let known = self.changes.messages.get(&id).or_else(|| self.accepted.messages.get(&id));
+        if let Some((_, standing)) = known {
+            return *standing;
+        }
+        let messages = self.view.messages();
+        match messages.open().iter().find(|message| message.id == id) {
+            Some(message) => Standing::Open { len: message.text.len() },
+            None if messages.knows(id) => Standing::Finished,
+            None => Standing::Unknown,
+        }
+    }
+
+    fn key(&self, key: &Key) -> Option<Held> {
+        if let Some((_, held)) = self.changes.keys.get(key).or_else(|| self.accepted.keys.get(key)) {
+            return held.clone();
+        }
+        let entry = self.view.state().get(key.as_str())?;
+        Some(Held { revision: entry.revision, expires: entry.expires, value: entry.value.clone() })
+    }
+
+    /// Holds one record to the rules, over those before it. Returns what is stored in its place, if not itself.
+    fn hold(&mut self, seq: u64, time: u64, record: &Record) -> Result<Option<Record>, Refusal> {
+        match Deed::of(record).map_err(|error| Refusal::new(error.code, error.detail))? {
+            // The server's own do not come in batches.
+            Deed::Plain | Deed::SessionClosed | Deed::StateExpired(_) => {}
+            Deed::MessageStart(id, _, MessageStart { .. }) => {
+                if self.message(id) != Standing::Unknown {
+                    return Err(Refusal::new(Code::MESSAGE_EXISTS, "a message with this id was begun before"));
+                }
+                self.totals.open_messages += 1;
+                if self.totals.open_messages > MAX_OPEN_MESSAGES {
+                    return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the session has too many open messages"));
+                }
+                self.changes.messages.insert(id, (seq, Standing::Open { len: 0 }));
+            }
+            Deed::MessageAppend(id, bytes) => {
+                let len = self.open_len(id)?;
+                self.resize(seq, id, len, len + bytes.len())?;
+            }
+            Deed::MessageReplace(id, bytes) => {
+                let len = self.open_len(id)?;
+                self.resize(seq, id, len, bytes.len())?;
+            }
+            Deed::MessageEnd(id, _) => {
+                self.totals.open_bytes -= self.open_len(id)?;
+                self.totals.open_messages -= 1;
+                self.changes.messages.insert(id, (seq, Standing::Finished));
+            }
+            Deed::StatePut(put) => self.write(seq, time, &put)?,
+            Deed::StateDeleted(deleted) => self.set(seq, deleted.key, None),
+            Deed::StateChange(change) => return self.change(seq, time, record, change).map(Some),
+        }
+        Ok(None)
+    }
+
+    fn open_len(&self, id: MessageId) -> Result<usize, Refusal> {
+        match self.message(id) {
+            Standing::Open { len } => Ok(len),
+            Standing::Finished => Err(Refusal::new(Code::MESSAGE_NOT_OPEN, "the message is finished")),
+            Standing::Unknown => Err(Refusal::new(Code::MESSAGE_NOT_OPEN, "no message with this id is open")),
+        }
+    }
+
+    fn resize(&mut self, seq: u64, id: MessageId, from: usize, to: usize) -> Result<(), Refusal> {
+        self.totals.open_bytes = self.totals.open_bytes - from + to;
+        if to > MAX_MESSAGE {
+            return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the message has too many bytes"));
+        }
+        if self.totals.open_bytes > MAX_OPEN_BYTES && to > from {
+            return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the session's open messages have too many bytes"));
+        }
+        self.changes.messages.insert(id, (seq, Standing::Open { len: to }));
+        Ok(())
+    }
+
+    fn set(&mut self, seq: u64, key: Key, held: Option<Held>) {
+        if let Some(before) = self.key(&key) {
+            self.totals.keys -= 1;
+            self.totals.state_bytes -= key.as_str().len() + before.value.len();
+        }
+        if let Some(held) = &held {
+            self.totals.keys += 1;
+            self.totals.state_bytes += key.as_str().len() + held.value.len();
+        }
+        self.changes.keys.insert(key, (seq, held));
+    }
+
+    fn write(&mut self, seq: u64, time: u64, put: &StatePut) -> Result<(), Refusal> {
+        let expires = (put.lasts > 0).then(|| time.saturating_add(put.lasts));
+        let before = self.totals;
+        self.set(seq, put.key.clone(), Some(Held { revision: seq, expires, value: put.value.clone() }));
+        if self.totals.keys > MAX_STATE_KEYS && self.totals.keys > before.keys {
+            return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the session's state has too many keys"));
+        }
+        if self.totals.state_bytes > MAX_STATE_BYTES && self.totals.state_bytes > before.state_bytes {
+            return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the session's state has too many bytes"));
+        }
+        Ok(())
+    }
+
+    /// What comes of a change (spec STATE-3 to STATE-5).
+    fn change(&mut self, seq: u64, time: u64, record: &Record, request: StateChange) -> Result<Record, Refusal> {
+        let StateChange { key, expected, change } = request;
+        let held = self.key(&key);
+        let as_expected = match (expected, &held) {
+            (Expected::Any, _) | (Expected::Absent, None) => true,
+            (Expected::Revision(revision), Some(held)) => held.revision == revision,
+            _ => false,
+        };
+        if !as_expected {
+            let value = held.map_or(0, |held| held.revision + 1);
+            return Err(Refusal { code: Code::CONFLICT, value, detail: "the key is not as expected" });
+        }
+        // What is computed from a value lasts as long as that.
+        let left = held.as_ref().and_then(|held| held.expires).map_or(0, |at| at.saturating_sub(time).max(1));
+        let value = held.as_ref().map(|held| &held.value);
+        let (value, lasts) = match change {
+            Change::Put { value, lasts } => (value, lasts),
+            Change::Increment(by) => (increment(value, by)?, left),
+            Change::Merge(patch) => (merge(value, &patch)?, left),
+            Change::Delete => {
+                let deleted = StateDeleted { key };
+                let outcome = outcome(record, &deleted);
+                self.set(seq, deleted.key, None);
+                return Ok(outcome);
+            }
+        };
+        let put = StatePut { key, value, lasts };
+        self.write(seq, time, &put)?;
+        Ok(outcome(record, &put))
+    }
+}
+
+/// The record that is stored in place of a request: all but kind and payload are the request's.
+fn outcome(request: &Record, payload: &impl Payload) -> Record {
+    let Record { kind, payload, .. } = payload.record(request.stream);
+    Record { kind, payload, ..request.clone() }
+}
+
+fn increment(value: Option<&Bytes>, by: i64) -> Result<Bytes, Refusal> {
+    let number = match value {
+        None => 0,
+        Some(value) => {
+            let text = core::str::from_utf8(value).ok();
+            let number = text.and_then(|text| text.parse::<i64>().ok());
+            number.ok_or(Refusal::new(Code::STATE_INVALID, "the value is not a decimal integer of 64 bits"))?
+        }
+    };
+    let sum = number.checked_add(by);
+    let sum = sum.ok_or(Refusal::new(Code::STATE_INVALID, "the sum is not an integer of 64 bits"))?;
+    Ok(sum.to_string().into())
+}
+
+fn merge(value: Option<&Bytes>, patch: &Bytes) -> Result<Bytes, Refusal> {
+    let invalid = |detail| Refusal::new(Code::STATE_INVALID, detail);
+    let patch = serde_json::from_slice(patch).map_err(|_| invalid("the patch is not a JSON document"))?;
+    let mut document = match value {
+        None => serde_json::Value::Null,
+        Some(value) => serde_json::from_slice(value).map_err(|_| invalid("the value is not a JSON document"))?,
+    };
+    merge_into(&mut document, patch);
+    let merged = serde_json::to_vec(&document).map_err(|_| invalid("what comes of the patch has no encoding"))?;
+    Ok(merged.into())
+}
+
+/// JSON merge patch (RFC 7396). As deep as the patch, which the parser bounds.
+fn merge_into(target: &mut serde_json::Value, patch: serde_json::Value) {
+    use serde_json::Value;
+    let Value::Object(patch) = patch else {
+        *target = patch;
+        return;
+    };
+    if !target.is_object() {
+        *target = Value::Object(serde_json::Map::new());
+    }
+    let Value::Object(members) = target else { return };
+    for (name, value) in patch {
+        if value.is_null() {
+            members.remove(&name);
+        } else {
+            merge_into(members.entry(name).or_insert(Value::Null), value);
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! The fold: the view of a session as a pure function of its records (spec FOLD).
+
+mod entries;
+mod messages;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+pub use entries::{Entries, Entry};
+pub use messages::{IndexedMessage, Message, Messages};
+
+use super::kinds::Deed;
+use super::record::{Head, Record};
+use super::words::{Author, ViewHash};
+use crate::error::ProtocolError;
+use crate::registry::{FOLD_VERSION, MAX_STREAMS};
+use crate::wire::{Reader, Writer};
+
+/// What the view knows of one stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamView {
+    /// The stream id.
+    pub id: u64,
+    /// Records folded.
+    pub records: u64,
+    /// Payload bytes folded.
+    pub bytes: u64,
+    /// Seq of the last record.
+    pub last: u64,
+}
+
+/// How the bytes of messages and values stand in an encoding of a view.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// Whole, each behind its length.
+    Whole,
+    /// As the BLAKE3 of each.
+    Hashed,
+}
+
+impl Form {
+    fn put(self, bytes: &[u8], w: &mut Writer) {
+        match self {
+            Self::Whole => w.bytes(bytes),
+            Self::Hashed => w.raw(blake3::hash(bytes).as_bytes()),
+        }
+    }
+}
+
+/// The current picture of a session: `fold(records below next)`. Bounded: it grows with what the session holds now, within
+/// the registry's limits, never with the number of records.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct View {
+    next: u64,
+    time: u64,
+    closed: Option<u64>,
+    streams: Vec<StreamView>,
+    messages: Messages,
+    entries: Entries,
+}
+
+impl View {
+    /// The first seq that is not folded.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Time of the last record, in milliseconds since the Unix epoch; 0 before the first.
+    pub fn time(&self) -> u64 {
+        self.time
+    }
+
+    /// Seq of the `session.closed` record.
+    pub fn closed(&self) -> Option<u64> {
+        self.closed
+    }
+
+    /// What is known of each stream that has records, ascending by id.
+    pub fn streams(&self) -> &[StreamView] {
+        &self.streams
+    }
+
+    /// The messages.
+    pub fn messages(&self) -> &Messages {
+        &self.messages
+    }
+
+    /// The shared state.
+    pub fn state(&self) -> &Entries {
+        &self.entries
+    }
+
+    /// Folds the record bytes of the next seq (spec FOLD-2). A record that some version accepted cannot fail; an error
+    /// means that the bytes are not a record.
+    pub fn apply(&mut self, author: &Arc<Author>, time: u64, record: &Bytes) -> Result<(), ProtocolError> {
+        let mut r = Reader::new(record);
+        self.fold(author, time, &mut r, record.len())
+    }
+
+    /// Folds a decoded record; as [`View::apply`].
+    ///
+    /// Errors: `RECORD_MALFORMED` if its payload or ids are not those of its kind.
+    pub fn fold_record(&mut self, author: &Arc<Author>, time: u64, record: &Record) -> Result<(), ProtocolError> {
+        let deed = Deed::of(record)?;
+        self.step(author, time, (record.stream, record.payload.len()), deed);
+        Ok(())
+    }
+
+    /// Folds the record that `r` stands at; its bytes end at position `end` of the reader's input.
+    pub(super) fn fold(
+        &mut self,
+        author: &Arc<Author>,
+        time: u64,
+        r: &mut Reader<'_>,
+        end: usize,
+    ) -> Result<(), ProtocolError> {
+        let start = r.clone();
+        let head = Head::get(r)?;
+        head.skip_to_payload(r)?;
+        let payload =
+            end.checked_sub(r.position()).ok_or(ProtocolError::malformed("record fields exceed the record"))?;
+        let deed = if head.kind.is_plain() {
+            Deed::Plain
+        } else {
+            let mut whole = start;
+            let len = end - whole.position();
+            Deed::of(&Record::parse(&whole.take(len)?)?)?
+        };
+        self.step(author, time, (head.stream, payload), deed);
+        Ok(())
+    }
+
+    /// Folds one record of so many payload bytes in a stream.
+    fn step(&mut self, author: &Arc<Author>, time: u64, (stream, payload): (u64, usize), deed: Deed) {
+        let seq = self.next;
+        self.next += 1;
+        self.time = self.time.max(time);
+        let counts = self.stream_mut(stream);
+        counts.records += 1;
+        counts.bytes += payload as u64;
+        counts.last = seq;
+        match deed {
+            // A request is never stored; where it is, it means nothing.
+            Deed::Plain | Deed::StateChange(_) => {}
+            Deed::SessionClosed => {
+                self.closed.get_or_insert(seq);
+                self.messages.interrupt_all(seq);
+            }
+            Deed::MessageStart(id, run, of) => self.messages.start((seq, time, stream), author, (id, run), of),
+            Deed::MessageAppend(id, bytes) => self.messages.append(seq, id, &bytes),
+            Deed::MessageReplace(id, bytes) => self.messages.replace(seq, id, &bytes),
+            Deed::MessageEnd(id, of) => self.messages.end(seq, id, of.status),
+            Deed::StatePut(put) => {
+                let expires = (put.lasts > 0).then(|| time.saturating_add(put.lasts));
+                // Its own memory: a chunk would live as long as its smallest value.
+                let value = Bytes::copy_from_slice(&put.value);
+                self.entries.put(put.key, Entry { revision: seq, author: author.clone(), expires, value });
+            }
+            Deed::StateDeleted(deleted) => self.entries.remove(&deleted.key),
+            Deed::StateExpired(expired) => self.entries.remove(&expired.key),
+        }
+    }
+
+    fn stream_mut(&mut self, id: u64) -> &mut StreamView {
+        let at = match self.streams.binary_search_by_key(&id, |stream| stream.id) {
+            Ok(at) => at,
+            Err(at) => {
+                self.streams.insert(at, StreamView { id, records: 0, bytes: 0, last: 0 });
+                at
+            }
+        };
+        &mut self.streams[at]
+    }
+
+    /// The canonical encoding: equal views have equal bytes (spec FOLD-3).
+    pub fn encode(&self) -> Bytes {
+        self.encode_as(Form::Whole)
+    }
+
+    fn encode_as(&self, form: Form) -> Bytes {
+        let mut w = Writer::new();
+        w.varint(FOLD_VERSION);
+        w.varint(self.next);
+        w.varint(self.time);
+        w.varint(self.closed.map_or(0, |seq| seq + 1));
+        w.varint(self.streams.len() as u64);
+        for stream in &self.streams {
+            w.varint(stream.id);
+            w.varint(stream.records);
+            w.varint(stream.bytes);
+            w.varint(stream.last);
+        }
+        self.messages.put(form, &mut w);
+        self.entries.put_to(form, &mut w);
+        w.freeze()
+    }
+
+    /// Reads a view. Errors: `FRAME_MALFORMED` for anything but a canonical encoding of this fold version.
+    pub fn decode(bytes: &Bytes) -> Result<Self, ProtocolError> {
+        let mut r = Reader::new(bytes);
+        if r.varint()? != FOLD_VERSION {
+            return Err(ProtocolError::malformed("view is of another fold version"));
+        }
+        let (next, time) = (r.varint()?, r.varint()?);
+        let closed = r.varint()?.checked_sub(1);
+        let count = r.count(MAX_STREAMS)?;
+        let mut streams: Vec<StreamView> = Vec::with_capacity(count);
+        for _ in 0..count {
+            let stream = StreamView { id: r.varint()?, records: r.varint()?, bytes: r.varint()?, last: r.varint()? };
+            if streams.last().is_some_and(|last| last.id >= stream.id) {
+                return Err(ProtocolError::malformed("streams of a view are not in ascending order"));
+            }
+            if stream.records == 0 || stream.last >= next {
+                return Err(ProtocolError::malformed("stream of a view is not consistent"));
+            }
+            streams.push(stream);
+        }
+        let messages = Messages::get_from(&mut r, next)?;
+        let entries = Entries::get_from(&mut r, next)?;
+        r.finish()?;
+        if closed.is_some_and(|seq| seq >= next) {
+            return Err(ProtocolError::malformed("view is closed beyond its end"));
+        }
+        Ok(Self { next, time, closed, streams, messages, entries })
+    }
+
+    /// BLAKE3 of the canonical encoding in which the hash of each text and value stands for it (spec FOLD-4).
+    pub fn hash(&self) -> ViewHash {
+        ViewHash(*blake3::hash(&self.encode_as(Form::Hashed)).as_bytes())
+    }
+}

@@ -1,0 +1,7 @@
+//! Reference models of a session, and runners that hold the [`Authority`](crate::session::Authority) to them.
+//!
+//! Property tests and fuzzing run the same operations through both: [`log`] is about batches, producers and commits, [`view`]
+//! about what records mean.
+
+pub mod log;
+pub mod view;

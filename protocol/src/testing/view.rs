@@ -1,0 +1,640 @@
+//! The view: what records mean, and which of them are refused.
+//!
+//! The model keeps every message and every key in plain maps and decides each batch on a copy.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use serde_json::Value;
+
+use crate::error::Code;
+use crate::registry::{KEPT_MESSAGE_BYTES, KEPT_MESSAGES, STREAM_MAIN};
+use crate::session::{
+    Author, Authority, Change, CheckedBatch, Chunk, Expected, Incarnation, Instance, Key, MessageAppend, MessageEnd,
+    MessageId, MessageReplace, MessageStart, Outcome, Payload, ProducerHandle, ProducerKey, Record, Reply, State,
+    StateChange, StateDeleted, StatePut, Status, Step, View,
+};
+use crate::wire::{Detail, Label, Subject, Writer};
+
+/// One record of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "small numbers that choose a message, a key or a value")]
+pub enum Deed {
+    /// Something that the view does not look into.
+    Data,
+    /// Begin a message.
+    Start { message: u8 },
+    /// Add `len` bytes to a message: the `message`th open one, or one with that id where none is open.
+    Append { message: u8, len: u8 },
+    /// Replace its bytes.
+    Replace { message: u8, len: u8 },
+    /// Finish it.
+    End { message: u8, status: u8 },
+    /// Write a key.
+    Put { key: u8, value: u8, lasts: u8 },
+    /// Delete a key.
+    Delete { key: u8 },
+    /// Write or delete a key if it is as expected: 0 as it is, 1 absent, else some revision.
+    Compare { key: u8, expected: u8, value: Option<u8> },
+    /// Add to a key.
+    Increment { key: u8, by: i8 },
+    /// Merge a patch into a key.
+    Merge { key: u8, patch: u8 },
+}
+
+/// One step of a history.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the same words as the log's operations")]
+pub enum Op {
+    /// A batch.
+    Batch(Vec<Deed>),
+    Close,
+    Commit,
+    Committed,
+    NotCommitted,
+    Restart,
+    /// Time passes, and what is due is written.
+    Tick {
+        millis: u8,
+    },
+}
+
+impl Op {
+    /// Reads operations off arbitrary bytes, for fuzzing.
+    pub fn from_bytes(bytes: &[u8]) -> Vec<Self> {
+        let mut ops = Vec::new();
+        let mut rest = bytes.iter().copied();
+        while let Some(tag) = rest.next() {
+            ops.push(match tag % 32 {
+                0..=17 => {
+                    let count = 1 + tag % 3;
+                    Self::Batch((0..count).map(|_| Deed::from_bytes(&mut rest)).collect())
+                }
+                18..=22 => Self::Commit,
+                23..=27 => Self::Committed,
+                28 => Self::NotCommitted,
+                29 => Self::Restart,
+                // Rare, or nothing would come after it.
+                30 if rest.next().unwrap_or(0) == 0 => Self::Close,
+                _ => Self::Tick { millis: rest.next().unwrap_or(0) },
+            });
+        }
+        ops
+    }
+}
+
+impl Deed {
+    fn from_bytes(rest: &mut impl Iterator<Item = u8>) -> Self {
+        let mut next = || rest.next().unwrap_or(0);
+        let (tag, a, b) = (next(), next(), next());
+        let key = a % 6;
+        match tag % 16 {
+            0 => Self::Data,
+            1..=3 => Self::Start { message: a },
+            4 | 5 => Self::Append { message: a, len: b },
+            6 => Self::Replace { message: a, len: b },
+            7 | 8 => Self::End { message: a, status: b },
+            9 | 10 => Self::Put { key, value: b, lasts: a / 8 },
+            11 => Self::Delete { key },
+            12 => Self::Compare { key, expected: b, value: (a >= 64).then_some(b) },
+            13 | 14 => Self::Increment { key, by: b as i8 },
+            _ => Self::Merge { key, patch: b },
+        }
+    }
+}
+
+/// What happened in a run, to see that it was not empty.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Batches stored.
+    pub stored: u64,
+    /// Batches refused by a rule.
+    pub refused: u64,
+    /// Messages finished.
+    pub finished: u64,
+    /// Values that expired.
+    pub expired: u64,
+    /// Chunks that were not committed.
+    pub rolled_back: u64,
+    /// Restarts.
+    pub restarts: u64,
+}
+
+impl core::ops::Add for Counts {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            stored: self.stored + other.stored,
+            refused: self.refused + other.refused,
+            finished: self.finished + other.finished,
+            expired: self.expired + other.expired,
+            rolled_back: self.rolled_back + other.rolled_back,
+            restarts: self.restarts + other.restarts,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Message {
+    start: u64,
+    through: u64,
+    status: Status,
+    text: Vec<u8>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Held {
+    revision: u64,
+    expires: Option<u64>,
+    value: Vec<u8>,
+}
+
+/// A session as the model sees it.
+#[derive(Debug, Clone, Default)]
+struct World {
+    tail: u64,
+    messages: BTreeMap<u8, Message>,
+    /// In the order of their ends.
+    ended: Vec<u8>,
+    keys: BTreeMap<u8, Held>,
+    closed: bool,
+    finished: u64,
+    expired: u64,
+}
+
+#[derive(Debug, Clone)]
+enum Accepted {
+    Batch(Vec<Deed>, u64),
+    Close,
+    Expire(u8),
+}
+
+const PATCHES: [&str; 6] =
+    [r#"{"a":1}"#, r#"{"a":null,"b":{"c":[1,null],"d":"x"}}"#, r#"{"b":{"d":null}}"#, r#""text""#, "null", "not json"];
+
+fn patched(target: Value, patch: &Value) -> Value {
+    let Value::Object(patch) = patch else { return patch.clone() };
+    let mut members = match target {
+        Value::Object(members) => members,
+        _ => serde_json::Map::new(),
+    };
+    for (name, value) in patch {
+        let old = members.remove(name).unwrap_or(Value::Null);
+        if !value.is_null() {
+            members.insert(name.clone(), patched(old, value));
+        }
+    }
+    Value::Object(members)
+}
+
+impl World {
+    fn pick(&self, message: u8) -> u8 {
+        let open: Vec<u8> = self.messages.iter().filter(|(_, m)| m.status == Status::Open).map(|(id, _)| *id).collect();
+        if open.is_empty() { message } else { open[message as usize % open.len()] }
+    }
+
+    fn open(&mut self, message: u8) -> Result<&mut Message, Code> {
+        let id = self.pick(message);
+        self.messages.get_mut(&id).filter(|m| m.status == Status::Open).ok_or(Code::MESSAGE_NOT_OPEN)
+    }
+
+    fn perform(&mut self, deed: Deed, time: u64) -> Result<(), Code> {
+        let seq = self.tail;
+        self.tail += 1;
+        match deed {
+            Deed::Data => {}
+            Deed::Start { message } => {
+                if self.messages.contains_key(&message) {
+                    return Err(Code::MESSAGE_EXISTS);
+                }
+                let begun = Message { start: seq, through: seq, status: Status::Open, text: Vec::new() };
+                self.messages.insert(message, begun);
+                if self.messages.values().filter(|m| m.status == Status::Open).count() > 64 {
+                    return Err(Code::LIMIT_EXCEEDED);
+                }
+            }
+            Deed::Append { message, len } => {
+                let message = self.open(message)?;
+                message.text.extend(bytes(len));
+                message.through = seq;
+            }
+            Deed::Replace { message, len } => {
+                let message = self.open(message)?;
+                message.text = bytes(len);
+                message.through = seq;
+            }
+            Deed::End { message, status: number } => {
+                let id = self.pick(message);
+                let message = self.open(message)?;
+                (message.status, message.through) = (status(number), seq);
+                self.ended.push(id);
+                self.finished += 1;
+            }
+            Deed::Put { key, value, lasts } => self.put(key, value.to_string().into(), seq, lasting(time, lasts)),
+            Deed::Delete { key } => drop(self.keys.remove(&key)),
+            Deed::Compare { key, expected, value } => {
+                let revision = self.keys.get(&key).map(|held| held.revision);
+                let fits = match expect(expected, revision) {
+                    Expected::Any => true,
+                    Expected::Absent => revision.is_none(),
+                    Expected::Revision(seq) => revision == Some(seq),
+                };
+                match value {
+                    _ if !fits => return Err(Code::CONFLICT),
+                    Some(value) => self.put(key, value.to_string().into(), seq, None),
+                    None => drop(self.keys.remove(&key)),
+                }
+            }
+            Deed::Increment { key, by } => {
+                let held = self.keys.get(&key);
+                let number = match held {
+                    None => 0,
+                    Some(held) => {
+                        let text = String::from_utf8_lossy(&held.value);
+                        text.parse::<i64>().map_err(|_| Code::STATE_INVALID)?
+                    }
+                };
+                let expires = held.and_then(|held| held.expires).map(|at| at.max(time + 1));
+                self.put(key, (number + i64::from(by)).to_string().into(), seq, expires);
+            }
+            Deed::Merge { key, patch } => {
+                let held = self.keys.get(&key);
+                let patch = PATCHES[patch as usize % PATCHES.len()];
+                let patch: Value = serde_json::from_str(patch).map_err(|_| Code::STATE_INVALID)?;
+                let document = match held {
+                    None => Value::Null,
+                    Some(held) => serde_json::from_slice(&held.value).map_err(|_| Code::STATE_INVALID)?,
+                };
+                let expires = held.and_then(|held| held.expires).map(|at| at.max(time + 1));
+                self.put(key, patched(document, &patch).to_string().into(), seq, expires);
+            }
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, key: u8, value: Vec<u8>, revision: u64, expires: Option<u64>) {
+        self.keys.insert(key, Held { revision, expires, value });
+    }
+
+    fn apply(&mut self, accepted: &Accepted) -> Result<(), Code> {
+        match accepted {
+            Accepted::Batch(deeds, time) => deeds.iter().try_for_each(|deed| self.perform(*deed, *time))?,
+            Accepted::Close => {
+                let seq = self.tail;
+                self.tail += 1;
+                self.closed = true;
+                let mut open: Vec<(u64, u8)> = Vec::new();
+                for (id, message) in self.messages.iter_mut().filter(|(_, m)| m.status == Status::Open) {
+                    (message.status, message.through) = (Status::Interrupted, seq);
+                    open.push((message.start, *id));
+                }
+                open.sort_unstable();
+                self.ended.extend(open.into_iter().map(|(_, id)| id));
+            }
+            Accepted::Expire(key) => {
+                self.tail += 1;
+                self.keys.remove(key);
+                self.expired += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn bytes(len: u8) -> Vec<u8> {
+    (0..u32::from(len) * 7).map(|n| (n % 251) as u8 ^ len).collect()
+}
+
+fn status(number: u8) -> Status {
+    Status::ALL[1 + number as usize % 4]
+}
+
+fn lasting(time: u64, lasts: u8) -> Option<u64> {
+    (lasts > 0).then(|| time + u64::from(lasts))
+}
+
+/// What a batch expects of a key that has this revision.
+fn expect(expected: u8, revision: Option<u64>) -> Expected {
+    match (expected % 4, revision) {
+        (0, Some(seq)) => Expected::Revision(seq),
+        (0 | 1, _) => Expected::Absent,
+        (2, _) => Expected::Any,
+        (_, _) => Expected::Revision(u64::from(expected) / 4),
+    }
+}
+
+/// A value as what it means: members of an object have no order.
+fn meaning(value: &[u8]) -> Value {
+    serde_json::from_slice(value).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(value).into_owned()))
+}
+
+fn id(message: u8) -> MessageId {
+    MessageId([message; 16])
+}
+
+fn key(key: u8) -> Key {
+    Key::new(&format!("k/{key}")).unwrap_or_else(|_| unreachable!("a valid key"))
+}
+
+fn label(text: &str) -> Label {
+    Label::new(text).unwrap_or_else(|_| unreachable!("a valid label"))
+}
+
+struct Run {
+    authority: Authority<usize>,
+    handle: ProducerHandle,
+    author: Arc<Author>,
+    durable: World,
+    accepted: Vec<Accepted>,
+    chunks: Vec<Arc<Chunk>>,
+    snapshot: Bytes,
+    sequence: u64,
+    now: u64,
+    epoch: u64,
+    counts: Counts,
+}
+
+/// Runs a history through the authority and the model.
+///
+/// # Panics
+///
+/// Where the two disagree.
+pub fn run(ops: &[Op]) -> Counts {
+    let subject = Subject::new("tester").unwrap_or_else(|_| unreachable!("a fixed valid subject"));
+    let producer = ProducerKey { subject: subject.clone(), name: label("p") };
+    let state = State::new(Incarnation([7; 16]));
+    let snapshot = state.snapshot();
+    let mut authority = Authority::new(state, 1, None).with_turn(2000);
+    authority.open_producer(0, producer.clone(), None, 0);
+    let Step::Commit(chunk) = authority.next_chunk() else { panic!("a grant makes a chunk") };
+    let Ok(Some(_)) = authority.committed() else { panic!("a grant is committed") };
+    let Some(handle) = authority.state().producers().find(&producer) else { panic!("a granted producer") };
+    let mut run = Run {
+        authority,
+        handle,
+        author: Arc::new(Author { subject, instance: Instance([1; 16]) }),
+        durable: World::default(),
+        accepted: Vec::new(),
+        chunks: vec![chunk],
+        snapshot,
+        sequence: 0,
+        now: 1000,
+        epoch: 1,
+        counts: Counts::default(),
+    };
+    for op in ops {
+        run.step(op);
+    }
+    while run.authority.in_flight() || !run.accepted.is_empty() {
+        run.step(&Op::Committed);
+        run.step(&Op::Commit);
+    }
+    run.refold();
+    run.counts.finished = run.durable.finished;
+    run.counts.expired = run.durable.expired;
+    run.counts
+}
+
+impl Run {
+    fn staged(&self) -> World {
+        let mut world = self.durable.clone();
+        for accepted in &self.accepted {
+            assert_eq!(world.apply(accepted), Ok(()), "what was accepted once stays acceptable");
+        }
+        world
+    }
+
+    fn step(&mut self, op: &Op) {
+        match op {
+            Op::Batch(deeds) => self.batch(deeds),
+            Op::Close => {
+                let before = self.staged().closed;
+                let (outcome, _) = self.authority.close(self.now, &self.author, 0);
+                if !before {
+                    assert_eq!(outcome, Outcome::Pending);
+                    self.accepted.push(Accepted::Close);
+                }
+            }
+            Op::Commit => {
+                if let Step::Commit(chunk) = self.authority.next_chunk() {
+                    self.chunks.push(chunk);
+                }
+            }
+            Op::Committed => self.committed(),
+            Op::NotCommitted => self.not_committed(),
+            Op::Restart => self.restart(),
+            Op::Tick { millis } => self.tick(*millis),
+        }
+        self.authority.prepare();
+        self.compare();
+    }
+
+    fn record(&self, deed: Deed, staged: &World) -> Record {
+        let message = |number: u8, payload: Record| Record { message: Some(id(number)), ..payload };
+        match deed {
+            Deed::Data => Record::data(STREAM_MAIN, "data"),
+            Deed::Start { message: number } => {
+                let start = MessageStart { role: label("assistant"), content_type: label("text/plain") };
+                message(number, start.record(STREAM_MAIN))
+            }
+            Deed::Append { message: number, len } => {
+                message(staged.pick(number), MessageAppend(bytes(len).into()).record(STREAM_MAIN))
+            }
+            Deed::Replace { message: number, len } => {
+                message(staged.pick(number), MessageReplace(bytes(len).into()).record(STREAM_MAIN))
+            }
+            Deed::End { message: number, status: how } => {
+                let end = MessageEnd { status: status(how), detail: Detail::new("over") };
+                message(staged.pick(number), end.record(STREAM_MAIN))
+            }
+            Deed::Put { key: number, value, lasts } => {
+                StatePut { key: key(number), value: value.to_string().into(), lasts: lasts.into() }.record(STREAM_MAIN)
+            }
+            Deed::Delete { key: number } => StateDeleted { key: key(number) }.record(STREAM_MAIN),
+            Deed::Compare { key: number, expected, value } => {
+                let revision = staged.keys.get(&number).map(|held| held.revision);
+                let change = match value {
+                    Some(value) => Change::Put { value: value.to_string().into(), lasts: 0 },
+                    None => Change::Delete,
+                };
+                StateChange { key: key(number), expected: expect(expected, revision), change }.record(STREAM_MAIN)
+            }
+            Deed::Increment { key: number, by } => {
+                let change = Change::Increment(by.into());
+                StateChange { key: key(number), expected: Expected::Any, change }.record(STREAM_MAIN)
+            }
+            Deed::Merge { key: number, patch } => {
+                let patch = PATCHES[patch as usize % PATCHES.len()];
+                let change = Change::Merge(Bytes::from_static(patch.as_bytes()));
+                StateChange { key: key(number), expected: Expected::Any, change }.record(STREAM_MAIN)
+            }
+        }
+    }
+
+    fn batch(&mut self, deeds: &[Deed]) {
+        if deeds.is_empty() {
+            return;
+        }
+        let mut world = self.staged();
+        let closed = world.closed;
+        let mut region = Writer::new();
+        let mut expected = Ok(());
+        for deed in deeds {
+            self.record(*deed, &world).put(&mut region);
+            if expected.is_ok() {
+                expected = world.perform(*deed, self.now);
+            }
+        }
+        let batch = match CheckedBatch::new(deeds.len() as u64, region.freeze()) {
+            Ok(batch) => batch,
+            Err(error) => panic!("a valid batch was refused: {error}"),
+        };
+        let producer = (&self.handle, 1);
+        let (outcome, _) = self.authority.append(self.now, &self.author, producer, self.sequence, batch, 0);
+        match outcome {
+            Outcome::Pending => {
+                assert_eq!((expected, closed), (Ok(()), false), "accepted, and should not: {deeds:?}");
+                self.sequence += 1;
+                self.accepted.push(Accepted::Batch(deeds.to_vec(), self.now));
+            }
+            Outcome::Refused(refusal) => {
+                let code = refusal.code;
+                if closed {
+                    assert!(matches!(code, Code::SESSION_CLOSED | Code::UNAVAILABLE), "{refusal:?}");
+                } else if code != Code::LIMIT_EXCEEDED || expected.is_err() {
+                    assert_eq!(Err(code), expected, "{deeds:?}");
+                    self.counts.refused += 1;
+                }
+            }
+            Outcome::Done(reply) => panic!("a new batch was answered at once: {reply:?}"),
+        }
+    }
+
+    fn committed(&mut self) {
+        let Ok(answer) = self.authority.committed() else { panic!("a chunk of the authority does not follow it") };
+        let Some((chunk, replies)) = answer else { return };
+        let mut replies = replies.into_iter();
+        while self.durable.tail < chunk.end() {
+            let accepted = self.accepted.remove(0);
+            let first = self.durable.tail;
+            assert_eq!(self.durable.apply(&accepted), Ok(()));
+            match accepted {
+                Accepted::Batch(deeds, _) => {
+                    let reply = replies.next().map(|(_, reply)| reply);
+                    let Some(Reply::Appended { acked, .. }) = reply else { panic!("a batch has no answer: {reply:?}") };
+                    assert_eq!((acked.first, acked.count), (first, deeds.len() as u64));
+                    self.counts.stored += 1;
+                }
+                Accepted::Close => assert!(matches!(replies.next(), Some((_, Reply::Closed { .. })))),
+                Accepted::Expire(_) => {}
+            }
+        }
+    }
+
+    fn not_committed(&mut self) {
+        if !self.authority.in_flight() {
+            return;
+        }
+        self.authority.not_committed();
+        self.chunks.pop();
+        self.sequence -= self.accepted.iter().filter(|accepted| matches!(accepted, Accepted::Batch(..))).count() as u64;
+        self.accepted.clear();
+        self.counts.rolled_back += 1;
+    }
+
+    /// Time passes. What the model finds due and unchanged is what the authority writes.
+    fn tick(&mut self, millis: u8) {
+        self.now += u64::from(millis);
+        let staged = self.staged();
+        let changed = |number: &u8, held: &Held| staged.keys.get(number) != Some(held);
+        if !staged.closed {
+            let mut due: Vec<(u64, u8)> = self
+                .durable
+                .keys
+                .iter()
+                .filter(|(number, held)| held.expires.is_some_and(|at| at <= self.now) && !changed(number, held))
+                .filter_map(|(number, held)| Some((held.expires?, *number)))
+                .collect();
+            due.sort_unstable();
+            self.accepted.extend(due.into_iter().map(|(_, number)| Accepted::Expire(number)));
+        }
+        self.authority.tick(self.now);
+    }
+
+    fn restart(&mut self) {
+        if self.authority.in_flight() {
+            if self.now.is_multiple_of(2) { self.committed() } else { self.not_committed() }
+        }
+        self.sequence -= self.accepted.iter().filter(|accepted| matches!(accepted, Accepted::Batch(..))).count() as u64;
+        self.accepted.clear();
+        let Ok(mut state) = State::restore(&self.snapshot) else { panic!("a snapshot does not restore") };
+        let behind = self.chunks.iter().filter(|chunk| chunk.header().number >= state.number());
+        for chunk in behind.cloned().collect::<Vec<_>>() {
+            if let Err(damage) = state.verify(&chunk) {
+                panic!("a stored chunk does not follow: {damage}");
+            }
+        }
+        assert_eq!(state.snapshot(), self.authority.state().snapshot(), "a state read back is the state that was");
+        if self.now.is_multiple_of(3) {
+            self.snapshot = state.snapshot();
+        }
+        self.epoch += 1;
+        let key = self.handle.key().clone();
+        self.authority = Authority::new(state, self.epoch, None).with_turn(2000);
+        let Some(handle) = self.authority.state().producers().find(&key) else { panic!("a granted producer") };
+        self.handle = handle;
+        self.counts.restarts += 1;
+    }
+
+    /// The durable view against the model's.
+    fn compare(&self) {
+        let view = self.authority.state().view();
+        assert_eq!(view.next(), self.durable.tail);
+        let entries = view.state().iter();
+        let keys = entries.map(|(key, entry)| (key.clone(), entry.revision, entry.expires, meaning(&entry.value)));
+        let expected = self.durable.keys.iter();
+        let expected = expected.map(|(number, held)| (key(*number), held.revision, held.expires, meaning(&held.value)));
+        assert_eq!(keys.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
+        for message in view.messages().open() {
+            self.compare_message(message);
+        }
+        let open = self.durable.messages.values().filter(|message| message.status == Status::Open);
+        assert_eq!(view.messages().open().len(), open.count());
+        let finished: Vec<MessageId> = view.messages().finished().map(|message| message.id).collect();
+        view.messages().finished().for_each(|message| self.compare_message(message));
+        let kept: Vec<MessageId> = self.durable.ended.iter().map(|number| id(*number)).collect();
+        assert!(kept.ends_with(&finished), "the newest are kept, in the order of their ends");
+        assert!(finished.len() == kept.len().min(KEPT_MESSAGES) || finished.len() * 2000 < KEPT_MESSAGE_BYTES);
+        assert_eq!(finished.len() + view.messages().index().count(), kept.len());
+    }
+
+    fn compare_message(&self, message: &crate::session::Message) {
+        let Some(model) = self.durable.messages.get(&message.id.0[0]) else {
+            panic!("{message:?} is not in the model")
+        };
+        let view = (message.start, message.through, message.status, &message.text);
+        assert_eq!(view, (model.start, model.through, model.status, &model.text));
+    }
+
+    /// A reader that folds the same records, one by one, has the same view and can pass it on.
+    fn refold(&self) {
+        let mut view = View::default();
+        for chunk in &self.chunks {
+            for record in chunk.records() {
+                let Ok((_, time, author, record)) = record else { panic!("a stored record does not decode") };
+                let mut region = Writer::new();
+                record.put(&mut region);
+                let region = region.freeze();
+                let skip = region.len() - record.encoded_len();
+                assert_eq!(view.apply(author, time, &region.slice(skip..)), Ok(()));
+            }
+        }
+        let ours = self.authority.state().view();
+        assert_eq!(&view, ours);
+        assert_eq!(view.hash(), ours.hash());
+        let Ok(decoded) = View::decode(&view.encode()) else { panic!("a view does not decode") };
+        assert_eq!((&decoded, decoded.hash()), (&view, view.hash()));
+    }
+}

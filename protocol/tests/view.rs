@@ -1,0 +1,248 @@
+//! Random histories of messages and shared state against the reference model, and the limits of a view.
+
+use core::cell::Cell;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use mainstay_protocol::Code;
+use mainstay_protocol::registry::{
+    INDEXED_MESSAGES, KEPT_MESSAGE_BYTES, KEPT_MESSAGES, MAX_MESSAGE, MAX_OPEN_BYTES, MAX_OPEN_MESSAGES,
+    MAX_STATE_BYTES, MAX_STATE_KEYS,
+};
+use mainstay_protocol::session::{
+    Author, Authority, Change, CheckedBatch, Expected, Incarnation, Instance, Key, MessageAppend, MessageEnd,
+    MessageId, MessageReplace, MessageStart, Outcome, Payload, ProducerHandle, ProducerKey, Record, Refusal, State,
+    StateChange, StatePut, Status, Step, View,
+};
+use mainstay_protocol::testing::view::{Counts, Op, run};
+use mainstay_protocol::wire::{Detail, Label, Subject, Writer};
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+
+/// The seed of this run: `MAINSTAY_SEED`, or a new one. It is printed, so that a failure can be repeated.
+fn seed() -> u64 {
+    let given = std::env::var("MAINSTAY_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = given.unwrap_or_else(|| u64::from(std::process::id()) << 20 ^ 0x5eed);
+    println!("repeat with MAINSTAY_SEED={seed} cargo nextest run -p mainstay-protocol -E 'test(random_views)'");
+    seed
+}
+
+/// Spec MSG-1 to MSG-4, STATE-1 to STATE-6, FOLD-2 to FOLD-6, KIND-4.
+#[test]
+fn random_views_agree_with_the_model() {
+    let rng_seed = RngSeed::Fixed(seed());
+    let config = ProptestConfig { cases: 120, failure_persistence: None, rng_seed, ..ProptestConfig::default() };
+    let total = Cell::new(Counts::default());
+    proptest!(config, |(bytes in prop::collection::vec(any::<u8>(), 0..4000))| {
+        total.set(total.get() + run(&Op::from_bytes(&bytes)));
+    });
+    let total = total.get();
+    println!("{total:?}");
+    let least = [total.stored, total.refused, total.finished, total.expired, total.rolled_back, total.restarts];
+    assert!(least.into_iter().all(|count| count > 100), "the histories provoked too little: {total:?}");
+}
+
+/// A session with one producer.
+struct Session {
+    authority: Authority<()>,
+    handle: ProducerHandle,
+    author: Arc<Author>,
+    sequence: u64,
+}
+
+impl Session {
+    fn new() -> Self {
+        let subject = Subject::new("alice").expect("a subject");
+        let key = ProducerKey { subject: subject.clone(), name: Label::new("p").expect("a name") };
+        let mut authority = Authority::new(State::new(Incarnation([1; 16])), 1, None);
+        authority.open_producer(1, key.clone(), None, ());
+        assert!(matches!(authority.next_chunk(), Step::Commit(_)));
+        authority.committed().expect("follows");
+        let handle = authority.state().producers().find(&key).expect("granted");
+        Self { authority, handle, author: Arc::new(Author { subject, instance: Instance([1; 16]) }), sequence: 0 }
+    }
+
+    /// Appends a batch, durably.
+    fn append(&mut self, records: &[Record]) -> Result<(), Refusal> {
+        let mut w = Writer::new();
+        records.iter().for_each(|record| record.put(&mut w));
+        let batch = CheckedBatch::new(records.len() as u64, w.freeze()).expect("a valid batch");
+        let producer = (&self.handle, 1);
+        match self.authority.append(1, &self.author, producer, self.sequence, batch, ()).0 {
+            Outcome::Refused(refusal) => Err(refusal),
+            _ => {
+                self.sequence += 1;
+                while let Step::Commit(_) = self.authority.next_chunk() {
+                    self.authority.committed().expect("follows");
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn view(&self) -> &View {
+        self.authority.state().view()
+    }
+}
+
+fn id(number: usize) -> MessageId {
+    let mut id = [0; 16];
+    id[..8].copy_from_slice(&(number as u64).to_be_bytes());
+    MessageId(id)
+}
+
+fn of(number: usize, record: Record) -> Record {
+    Record { message: Some(id(number)), ..record }
+}
+
+fn start(number: usize) -> Record {
+    let label = |text| Label::new(text).expect("a label");
+    of(number, MessageStart { role: label("assistant"), content_type: label("text/plain") }.record(0))
+}
+
+fn part(number: usize, len: usize) -> Record {
+    of(number, MessageAppend(vec![b'x'; len].into()).record(0))
+}
+
+fn end(number: usize) -> Record {
+    of(number, MessageEnd { status: Status::Complete, detail: Detail::default() }.record(0))
+}
+
+fn put(key: &str, len: usize) -> Record {
+    StatePut { key: Key::new(key).expect("a key"), value: vec![b'v'; len].into(), lasts: 0 }.record(0)
+}
+
+fn code(result: Result<(), Refusal>) -> Code {
+    result.expect_err("refused").code
+}
+
+/// Spec MSG-5: and what is refused changed nothing.
+#[test]
+fn open_messages_are_bounded_in_number_and_bytes() {
+    let mut session = Session::new();
+    for number in 0..MAX_OPEN_MESSAGES {
+        session.append(&[start(number)]).expect("accepted");
+    }
+    assert_eq!(code(session.append(&[start(MAX_OPEN_MESSAGES)])), Code::LIMIT_EXCEEDED);
+    // A batch counts as a whole: room that it makes itself is room.
+    session.append(&[end(0), start(MAX_OPEN_MESSAGES)]).expect("accepted");
+    let piece = 200 * 1024;
+    for _ in 0..MAX_MESSAGE / piece {
+        session.append(&[part(1, piece)]).expect("accepted");
+    }
+    session.append(&[part(1, MAX_MESSAGE % piece)]).expect("the limit itself");
+    assert_eq!(code(session.append(&[part(1, 1)])), Code::LIMIT_EXCEEDED);
+    let mut bytes = MAX_MESSAGE;
+    let mut number = 2;
+    while bytes < MAX_OPEN_BYTES {
+        let len = piece.min(MAX_OPEN_BYTES - bytes);
+        match session.append(&[part(number, len)]) {
+            Ok(()) => bytes += len,
+            Err(refusal) => {
+                assert_eq!(refusal.code, Code::LIMIT_EXCEEDED, "one message is full");
+                number += 1;
+            }
+        }
+    }
+    assert_eq!(code(session.append(&[part(60, 1)])), Code::LIMIT_EXCEEDED);
+    // Less is always possible.
+    let less = of(1, MessageReplace(Bytes::from_static(b"less")).record(0));
+    session.append(&[less, part(60, 1)]).expect("accepted");
+    let open = session.view().messages().open();
+    assert_eq!(open.iter().map(|message| message.text.len()).sum::<usize>(), MAX_OPEN_BYTES - MAX_MESSAGE + 5);
+}
+
+/// Spec FOLD-5.
+#[test]
+fn a_view_keeps_the_last_finished_messages_and_an_index_of_older_ones() {
+    let mut session = Session::new();
+    let count = KEPT_MESSAGES + INDEXED_MESSAGES + 10;
+    for number in 0..count {
+        session.append(&[start(number), part(number, 3), end(number)]).expect("accepted");
+    }
+    let messages = session.view().messages();
+    let kept: Vec<MessageId> = messages.finished().map(|message| message.id).collect();
+    assert_eq!(kept, (count - KEPT_MESSAGES..count).map(id).collect::<Vec<_>>());
+    let index: Vec<MessageId> = messages.index().map(|message| message.id).collect();
+    assert_eq!(index, (10..10 + INDEXED_MESSAGES).map(id).collect::<Vec<_>>());
+    assert!(messages.index().all(|message| message.len == 3 && message.status == Status::Complete));
+    assert_eq!(code(session.append(&[start(10)])), Code::MESSAGE_EXISTS, "what the index knows");
+    // Large ones push out more than their number.
+    let size = 250 * 1024;
+    for number in count..count + 5 {
+        session.append(&[start(number), part(number, size)]).expect("accepted");
+        session.append(&[end(number)]).expect("accepted");
+    }
+    let view = session.view();
+    assert_eq!(view.messages().finished().count(), KEPT_MESSAGE_BYTES / size);
+    assert_eq!(View::decode(&view.encode()).as_ref(), Ok(view));
+}
+
+/// Spec STATE-2: and what is refused changed nothing.
+#[test]
+fn shared_state_is_bounded_in_keys_and_bytes() {
+    let mut session = Session::new();
+    for from in (0..MAX_STATE_KEYS).step_by(1000) {
+        let keys: Vec<Record> =
+            (from..MAX_STATE_KEYS.min(from + 1000)).map(|number| put(&format!("{number:05}"), 0)).collect();
+        session.append(&keys).expect("accepted");
+    }
+    assert_eq!(code(session.append(&[put("one more", 0)])), Code::LIMIT_EXCEEDED);
+    session.append(&[put("00000", 1)]).expect("a key that exists");
+    let piece = 200 * 1024;
+    let mut bytes = session.view().state().bytes();
+    for number in 1.. {
+        let len = piece.min(MAX_STATE_BYTES - bytes);
+        if len == 0 {
+            break;
+        }
+        session.append(&[put(&format!("{number:05}"), len)]).expect("accepted");
+        bytes += len;
+    }
+    assert_eq!(session.view().state().bytes(), MAX_STATE_BYTES);
+    assert_eq!(code(session.append(&[put("00000", 2)])), Code::LIMIT_EXCEEDED);
+    session.append(&[put("00000", 1)]).expect("no more than before");
+    session.append(&[put("00000", 0), put("00001", piece)]).expect("less");
+    assert_eq!(View::decode(&session.view().encode()).as_ref(), Ok(session.view()));
+}
+
+fn change(key: &str, expected: Expected, change: Change) -> Record {
+    StateChange { key: Key::new(key).expect("a key"), expected, change }.record(0)
+}
+
+/// Spec KIND-4, STATE-3: what is stored has no condition, and keeps headers and ids of the request.
+#[test]
+fn a_request_is_stored_as_what_comes_of_it() {
+    let mut session = Session::new();
+    let request = change("n", Expected::Absent, Change::Increment(5));
+    let request = Record {
+        headers: vec![(Bytes::from_static(b"why"), Bytes::from_static(b"test"))],
+        message: Some(id(9)),
+        ..request
+    };
+    session.append(&[Record::data(0, "before"), request, Record::data(0, "after")]).expect("accepted");
+    let entry = session.view().state().get("n").expect("a value");
+    assert_eq!((entry.value.as_ref(), entry.revision), (b"5".as_ref(), 1));
+    let refusal = session.append(&[Record::data(0, "x"), change("n", Expected::Revision(0), Change::Delete)]);
+    let refusal = refusal.expect_err("not that revision");
+    assert_eq!((refusal.code, refusal.value), (Code::CONFLICT, 2));
+    assert_eq!(session.view().next(), 3, "the batch is refused whole");
+    session.append(&[change("n", Expected::Revision(1), Change::Delete)]).expect("that revision");
+    assert!(session.view().state().is_empty());
+}
+
+/// Spec STATE-5: what comes of changes is held to the limits of records and batches.
+#[test]
+fn changes_whose_outcome_is_too_large_are_refused() {
+    let mut session = Session::new();
+    let merge = |n: usize| {
+        let patch = format!(r#"{{"{n}":"{}"}}"#, "x".repeat(120 * 1024));
+        change("doc", Expected::Any, Change::Merge(patch.into()))
+    };
+    session.append(&[merge(0)]).expect("accepted");
+    session.append(&[merge(1)]).expect("accepted");
+    assert_eq!(code(session.append(&[merge(2)])), Code::RECORD_TOO_LARGE);
+    let touch = || change("doc", Expected::Any, Change::Merge(Bytes::from_static(b"{}")));
+    assert_eq!(code(session.append(&[touch(), touch(), touch()])), Code::BATCH_TOO_LARGE);
+    session.append(&[touch()]).expect("one is not too much");
+}

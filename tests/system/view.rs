@@ -1,0 +1,422 @@
+//! Messages and shared state, whole: what writers write is what every reader and the server fold, and `verify` too.
+
+use std::collections::BTreeMap;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mainstay_client::{
+    AppendError, Change, Client, ClientError, Code, Expected, Key, Kind, LiveView, MessageAppend, MessageEnd,
+    MessageId, MessageStart, MessageWriter, Record, Session, StateChange, StateDeleted, StatePut, Status, Stored,
+    Update, View,
+};
+use mainstay_protocol::registry::{FOLD_VERSION, MAX_RECORD};
+use mainstay_server::Config;
+use mainstay_store::MemoryStore;
+use mainstay_store_fjall::FjallStore;
+use mainstay_store_fjall::verify::{Found, verify};
+use mainstay_tests::harness::{MemoryServer, QuicServer};
+use mainstay_tests::process::{self, Server, run};
+use mainstay_tests::random;
+use serde_json::Value;
+use tokio::time::timeout;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+async fn attach(client: &Client, name: &str) -> Session {
+    client.session(name).expect("a name").create().attach().await.expect("attach")
+}
+
+/// The view as it is when it is asked for.
+async fn current(live: Result<LiveView, ClientError>) -> LiveView {
+    let mut live = live.expect("live");
+    while !matches!(timeout(PATIENCE, live.next()).await.expect("in time").expect("an update"), Ok(Update::Started)) {}
+    live
+}
+
+/// Folds until everything below `tail` is.
+async fn reach(live: &mut LiveView, tail: u64) {
+    while live.view().next() < tail {
+        timeout(PATIENCE, live.next()).await.expect("in time").expect("an update").expect("no error");
+    }
+}
+
+fn key(text: &str) -> Key {
+    Key::new(text).expect("a key")
+}
+
+fn code(result: Result<u64, AppendError>) -> Code {
+    match result.expect_err("refused") {
+        AppendError { stored: Stored::NotCommitted, error: ClientError::Refused { code, .. } } => code,
+        other => panic!("not a refusal: {other}"),
+    }
+}
+
+/// Spec MSG-2, SUB-6: late joiners at any time have the text whole, and all have the same view.
+#[tokio::test]
+async fn late_joiners_get_a_message_whole_and_then_its_parts() {
+    let server = QuicServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let client = server.client();
+    let session = attach(&client, "s").await;
+    let producer = session.producer("agent").await.expect("a producer");
+    let mut readers = vec![session.live().await.expect("live")];
+    let writer = MessageWriter::begin(&producer, session.main(), "assistant", "text/plain").await.expect("begin");
+    let id = writer.id();
+    let mut text = Vec::new();
+    for n in 0..3000u32 {
+        let part = format!("{n} ");
+        text.extend_from_slice(part.as_bytes());
+        let ticket = writer.append(part).await.expect("append");
+        if n % 1000 == 500 {
+            let through = timeout(PATIENCE, ticket).await.expect("in time").expect("stored");
+            let late = current(server.client().session("s").expect("a name").live().await).await;
+            let message = late.view().messages().get(id).expect("the message");
+            assert_eq!((message.status, message.through), (Status::Open, through));
+            assert_eq!(message.text, text, "late at {n}");
+            readers.push(late);
+        }
+    }
+    let end = writer.end(Status::Complete, "").await.expect("end");
+    let tail = timeout(PATIENCE, end).await.expect("in time").expect("stored") + 1;
+    let expected = attach(&server.client(), "s").await.info();
+    assert_eq!((expected.tail, expected.fold_version), (tail, FOLD_VERSION));
+    for reader in &mut readers {
+        reach(reader, tail).await;
+        let message = reader.view().messages().get(id).expect("the message");
+        assert_eq!((message.status, &message.text), (Status::Complete, &text));
+        assert_eq!(reader.view().hash(), expected.view_hash);
+    }
+    server.stop().await;
+}
+
+/// A view that needs many frames, and a message longer than a record.
+#[tokio::test]
+async fn a_view_larger_than_any_frame_arrives_whole() {
+    let server = MemoryServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let client = server.client();
+    let session = attach(&client, "s").await;
+    let producer = session.producer("p").await.expect("a producer");
+    let writer = MessageWriter::begin(&producer, session.main(), "user", "application/octet-stream").await;
+    let writer = writer.expect("begin");
+    let text: Vec<u8> = (0..1_000_000u32).map(|n| n as u8).collect();
+    writer.append(text.clone()).await.expect("append");
+    for n in 0..15 {
+        let put = StatePut { key: key(&format!("large/{n}")), value: vec![n; MAX_RECORD - 100].into(), lasts: 0 };
+        producer.append_record(session.main().record(&put)).await.expect("append");
+    }
+    producer.flush().await.expect("stored");
+    let live = current(client.session("s").expect("a name").live().await).await;
+    assert_eq!(live.view().messages().open()[0].text, text);
+    assert_eq!(live.view().state().len(), 15);
+    assert_eq!(live.view().hash(), attach(&client, "s").await.info().view_hash);
+    server.stop().await;
+}
+
+/// Spec STATE-3, STATE-4: whatever races, nothing is lost, and one wins.
+#[tokio::test]
+async fn increments_add_up_and_one_put_if_absent_wins() {
+    let server = QuicServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let mut racing = Vec::new();
+    for writer in 0..8u8 {
+        let client = server.client();
+        racing.push(tokio::spawn(async move {
+            let session = attach(&client, "s").await;
+            let producer = session.producer(&format!("w{writer}")).await.expect("a producer");
+            let change = |key: &str, expected, change| {
+                session.main().record(&StateChange { key: Key::new(key).expect("a key"), expected, change })
+            };
+            let put = Change::Put { value: vec![writer].into(), lasts: 0 };
+            let won = producer.append_record(change("leader", Expected::Absent, put)).await.expect("append");
+            let mut tickets = Vec::new();
+            for _ in 0..100 {
+                let record = change("sum", Expected::Any, Change::Increment(i64::from(writer) + 1));
+                tickets.push(producer.append_record(record).await.expect("append"));
+            }
+            for ticket in tickets {
+                ticket.await.expect("stored");
+            }
+            // Compare and set by hand: read, try, read again.
+            for _ in 0..20 {
+                loop {
+                    let live = current(session.live().await).await;
+                    let held = live.view().state().get("turns");
+                    let (expected, turns) = match held {
+                        Some(entry) => (Expected::Revision(entry.revision), entry.value[0] + 1),
+                        None => (Expected::Absent, 1),
+                    };
+                    let put = Change::Put { value: vec![turns].into(), lasts: 0 };
+                    let ticket = producer.append_record(change("turns", expected, put)).await.expect("append");
+                    match ticket.await {
+                        Ok(_) => break,
+                        refused => assert_eq!(code(refused), Code::CONFLICT),
+                    }
+                }
+            }
+            match won.await {
+                Ok(_) => Some(writer),
+                refused => {
+                    assert_eq!(code(refused), Code::CONFLICT);
+                    None
+                }
+            }
+        }));
+    }
+    let mut winners = Vec::new();
+    for racer in racing {
+        winners.extend(timeout(2 * PATIENCE, racer).await.expect("in time").expect("no panic"));
+    }
+    assert_eq!(winners.len(), 1, "one wins: {winners:?}");
+    let session = attach(&server.client(), "s").await;
+    let mut live = session.live().await.expect("live");
+    reach(&mut live, session.info().tail).await;
+    let value = |key: &str| live.view().state().get(key).expect("a value").value.to_vec();
+    assert_eq!(value("leader"), [winners[0]]);
+    assert_eq!(value("sum"), ((1..=8).sum::<i64>() * 100).to_string().into_bytes());
+    assert_eq!(value("turns"), [160]);
+    server.stop().await;
+}
+
+/// A refusal is of a whole batch: what the application did not put together must not share it.
+#[tokio::test]
+async fn a_refused_change_takes_nothing_else_with_it() {
+    let server = MemoryServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let session = attach(&server.client(), "s").await;
+    let producer = session.producer("p").await.expect("a producer");
+    let main = session.main();
+    let wrong = StateChange { key: key("k"), expected: Expected::Revision(7), change: Change::Delete };
+    let mut tickets = Vec::new();
+    for n in 0..50 {
+        tickets.push((true, producer.append(main, format!("{n}")).await.expect("append")));
+        tickets.push((false, producer.append_record(main.record(&wrong)).await.expect("append")));
+    }
+    let mut stored = 0;
+    for (good, ticket) in tickets {
+        match ticket.await {
+            Ok(seq) if good => {
+                assert_eq!(seq, stored);
+                stored += 1;
+            }
+            other => assert_eq!((good, code(other)), (false, Code::CONFLICT)),
+        }
+    }
+    assert_eq!(stored, 50);
+    // What it did put together is one: all or nothing.
+    let batch = [main.data("x"), main.record(&wrong)];
+    let refused = producer.append_batch(&batch).await.expect("append").await;
+    assert_eq!(code(refused), Code::CONFLICT);
+    let put = StatePut { key: key("k"), value: "v".into(), lasts: 0 };
+    assert_eq!(producer.append_batch(&[main.data("x"), main.record(&put)]).await.expect("append").await, Ok(50));
+    server.stop().await;
+}
+
+/// Spec STATE-6: while the session is used, and when it is loaded after its time.
+#[tokio::test]
+async fn values_expire_in_memory_and_when_a_session_is_loaded_after_their_time() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = |dir| Arc::new(FjallStore::open(dir, mainstay_store_fjall::Config::default()).expect("a store"));
+    let server = MemoryServer::start(store(dir.path()), Config::default());
+    let client = server.client();
+    let session = attach(&client, "s").await;
+    let producer = session.producer("p").await.expect("a producer");
+    let put = |name: &str, lasts| session.main().record(&StatePut { key: key(name), value: "v".into(), lasts });
+    let mut live = session.live().await.expect("live");
+    for record in [put("soon", 100), put("kept", 3_600_000), put("for ever", 0)] {
+        producer.append_record(record).await.expect("append").await.expect("stored");
+    }
+    let expired = loop {
+        match timeout(PATIENCE, live.next()).await.expect("in time").expect("an update").expect("no error") {
+            Update::Record(folded) if folded.record.kind == Kind::STATE_EXPIRED => break folded,
+            _ => {}
+        }
+    };
+    let soon = expired.time - live.view().time().min(expired.time);
+    assert_eq!((soon, expired.author.subject.as_str()), (0, "server"));
+    let keys: Vec<&str> = live.view().state().iter().map(|(key, _)| key.as_str()).collect();
+    assert_eq!(keys, ["for ever", "kept"]);
+    // Many at once: more than one turn.
+    let many: Vec<Record> = (0..150).map(|n| put(&format!("many/{n}"), 300)).collect();
+    producer.append_batch(&many).await.expect("append").await.expect("stored");
+    drop((live, producer, session));
+    client.finish().await;
+    server.stop().await;
+    // The session is not in memory when their time comes.
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    let server = MemoryServer::start(store(dir.path()), Config::default());
+    let session = attach(&server.client(), "s").await;
+    let live = current(session.live().await).await;
+    let keys: Vec<&str> = live.view().state().iter().map(|(key, _)| key.as_str()).collect();
+    assert_eq!(keys, ["for ever", "kept"], "whoever attaches does not see a value that is over");
+    server.stop().await;
+}
+
+/// One random step of a history.
+fn random_record(random: &mut random::Random, open: &mut Vec<MessageId>, session: &Session) -> Record {
+    let main = session.main();
+    let label = |text: &str| text.parse().expect("a label");
+    let of = |id, record: Record| Record { message: Some(id), ..record };
+    let name = key(&format!("k/{}", random.below(200)));
+    match random.below(20) {
+        0 if open.len() < 60 => {
+            let id =
+                MessageId([random.bits(), random.bits()].map(u64::to_be_bytes).concat().try_into().expect("16 bytes"));
+            open.push(id);
+            of(id, main.record(&MessageStart { role: label("assistant"), content_type: label("t") }))
+        }
+        1 if !open.is_empty() => {
+            let id = open.swap_remove(random.below(open.len() as u64) as usize);
+            of(id, main.record(&MessageEnd { status: Status::Complete, detail: Default::default() }))
+        }
+        2..=9 if !open.is_empty() => {
+            let id = open[random.below(open.len() as u64) as usize];
+            let text = "token ".repeat(1 + random.below(3) as usize);
+            of(id, main.record(&MessageAppend(text.into())))
+        }
+        10 => main.record(&StateDeleted { key: name }),
+        11..=13 => main.record(&StateChange { key: name, expected: Expected::Any, change: Change::Increment(3) }),
+        14 | 15 => {
+            let value = random.below(1000).to_string();
+            main.record(&StatePut { key: name, value: value.into(), lasts: random.below(3) * 50 })
+        }
+        _ => main.data("data"),
+    }
+}
+
+/// Spec FOLD-4: at every thousandth seq of a long history with restarts the views of two readers, the server's after each
+/// restart, and that of the records as `verify` reads them are the same.
+#[tokio::test]
+async fn view_hashes_agree_all_along_a_random_history_with_restarts() {
+    const OPERATIONS: usize = 100_000;
+    const ROUNDS: usize = 4;
+    let mut random = random::for_test("view_hashes_agree");
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = |dir| Arc::new(FjallStore::open(dir, mainstay_store_fjall::Config::default()).expect("a store"));
+    let mut hashes: BTreeMap<u64, [String; 2]> = BTreeMap::new();
+    let mut note = |reader: usize, live: &LiveView| {
+        let view = live.view();
+        if view.next().is_multiple_of(1000) {
+            hashes.entry(view.next()).or_default()[reader] = view.hash().to_string();
+        }
+    };
+    let mut open = Vec::new();
+    let (mut tail, mut restarts) = (0, 0);
+    for _ in 0..ROUNDS {
+        let server = MemoryServer::start(store(dir.path()), Config::default());
+        let session = attach(&server.client(), "s").await;
+        assert!(session.info().tail >= tail, "nothing that was acknowledged is lost");
+        let producer = session.producer("p").await.expect("a producer");
+        let other = attach(&server.client(), "s").await;
+        let mut readers = [current(session.live().await).await, current(other.live().await).await];
+        for reader in &readers {
+            if reader.view().next() == session.info().tail {
+                assert_eq!(reader.view().hash(), session.info().view_hash, "the server's after a restart");
+                restarts += usize::from(tail > 0);
+            }
+        }
+        let mut last = None;
+        for _ in 0..OPERATIONS / ROUNDS {
+            let record = random_record(&mut random, &mut open, &session);
+            last = Some(producer.append_record(record).await.expect("append"));
+        }
+        tail = timeout(2 * PATIENCE, last.expect("a record")).await.expect("in time").expect("stored") + 1;
+        for (at, reader) in readers.iter_mut().enumerate() {
+            note(at, reader);
+            while reader.view().next() < tail {
+                timeout(PATIENCE, reader.next()).await.expect("in time").expect("an update").expect("no error");
+                note(at, reader);
+            }
+        }
+        drop((readers, producer, session));
+        server.stop().await;
+    }
+    // As `verify` reads them: chunk by chunk, folded record by record.
+    let mut view = View::default();
+    let mut compared = 0;
+    let report = verify(dir.path(), &mut |_, found| match found {
+        Found::Chunk { chunk, .. } => {
+            for record in chunk.records() {
+                let (_, time, author, record) = record.expect("a verified record");
+                view.fold_record(author, time, &record).expect("a stored record folds");
+                if let Some(hashes) = hashes.get(&view.next()) {
+                    let hash = view.hash().to_string();
+                    assert!(hashes.iter().all(|told| *told == hash), "at {}: {hash}, {hashes:?}", view.next());
+                    compared += 1;
+                }
+            }
+        }
+        Found::Session(state) => assert_eq!(state.view().hash(), view.hash()),
+    });
+    assert_eq!(report.expect("verify").problems, []);
+    println!(
+        "compared {compared} hashes; {} open messages, {} keys; {restarts} restarts",
+        open.len(),
+        view.state().len()
+    );
+    assert!(compared >= 95, "only {compared} of 100 thousandths were compared");
+}
+
+/// The commands: `state`, `tail --fold`, and the rows of `tail`.
+#[tokio::test]
+async fn the_command_line_reads_writes_and_watches_state_and_follows_a_conversation() {
+    let server = Server::start().await;
+    let mainstay = async |args: &[&str]| run(server.command(args)).await;
+    let json = |output: &std::process::Output| process::events(&output.stdout);
+    let put = mainstay(&["state", "put", "s1", "tool/42", "{\"ok\":true}", "--json"]).await;
+    assert_eq!((&json(&put)[0]["event"], &json(&put)[0]["revision"]), (&"ack".into(), &0.into()));
+    let mut watch = server.command(&["state", "watch", "s1", "tool/", "--json"]);
+    let mut watching = watch.stdout(Stdio::piped()).spawn().expect("watch");
+    assert_eq!(mainstay(&["state", "get", "s1", "tool/42"]).await.stdout, b"{\"ok\":true}");
+    let nothing = mainstay(&["state", "get", "s1", "nothing", "--json"]).await;
+    assert_eq!((nothing.status.code(), &json(&nothing)[0]["code"]), (Some(1), &"NO_VALUE".into()));
+    let conflict = mainstay(&["state", "cas", "s1", "tool/42", "x", "--expect", "absent", "--json"]).await;
+    assert_eq!((conflict.status.code(), &json(&conflict)[0]["code"]), (Some(3), &"CONFLICT".into()));
+    for args in [
+        &["state", "cas", "s1", "tool/42", "{}", "--expect", "0"][..],
+        &["state", "merge", "s1", "tool/42", "{\"n\":1}"],
+        &["state", "incr", "s1", "count", "-3"],
+        &["state", "delete", "s1", "tool/42", "--expect", "2"],
+    ] {
+        let done = mainstay(args).await;
+        assert!(done.status.success(), "{args:?}: {}", String::from_utf8_lossy(&done.stderr));
+    }
+    let listed = json(&mainstay(&["state", "ls", "s1", "--json"]).await);
+    assert_eq!((listed.len(), &listed[0]["key"], &listed[0]["value"]), (1, &"count".into(), &"-3".into()));
+
+    // A conversation, with one who follows it from its middle.
+    let client = server.client(mainstay_client::Config::default());
+    let session = attach(&client, "s1").await;
+    let producer = session.producer("agent").await.expect("a producer");
+    let main = session.main();
+    let question = MessageWriter::begin(&producer, main, "user", "text/plain").await.expect("begin");
+    question.append("why?").await.expect("append");
+    question.end(Status::Complete, "").await.expect("end");
+    let answer = MessageWriter::begin(&producer, main, "assistant", "text/plain").await.expect("begin");
+    answer.append("because ").await.expect("append").await.expect("stored");
+    let mut fold = server.command(&["tail", "s1", "--fold", "--json"]);
+    let mut folding = fold.stdout(Stdio::piped()).spawn().expect("tail");
+    let mut rows = process::Rows::of(folding.stdout.take().expect("output"));
+    let view = rows.until("caught_up").await;
+    let messages: Vec<(&Value, &Value, &Value)> =
+        process::named(&view, "message").into_iter().map(|row| (&row["role"], &row["status"], &row["text"])).collect();
+    let expected = [("user", "complete", "why?"), ("assistant", "open", "because ")];
+    let expected: Vec<_> = expected.map(|(a, b, c)| (Value::from(a), Value::from(b), Value::from(c))).into();
+    assert_eq!(messages, expected.iter().map(|(a, b, c)| (a, b, c)).collect::<Vec<_>>());
+    answer.append("of that").await.expect("append");
+    answer.end(Status::Interrupted, "enough").await.expect("end").await.expect("stored");
+    let live = rows.until("end").await;
+    assert_eq!(process::named(&live, "append")[0]["text"], "of that");
+    assert_eq!(process::named(&live, "end")[0]["status"], "interrupted");
+    folding.kill().await.expect("kill");
+
+    let seen = process::Rows::of(watching.stdout.take().expect("output")).until("removed").await;
+    let values: Vec<&str> = process::named(&seen, "state").iter().filter_map(|row| row["value"].as_str()).collect();
+    assert_eq!(values, ["{\"ok\":true}", "{}", "{\"n\":1}"]);
+    watching.kill().await.expect("kill");
+
+    let told = run(server.command(&["tail", "s1", "--fold", "--until-idle", "100"])).await;
+    assert_eq!(String::from_utf8_lossy(&told.stdout), "user: why?\nassistant: because of that [interrupted]\n");
+    let rows = json(&run(server.command(&["tail", "s1", "--until-idle", "100", "--json"])).await);
+    let kinds: Vec<&str> = process::named(&rows, "record").iter().filter_map(|row| row["kind"].as_str()).collect();
+    assert_eq!(kinds.len(), 12, "{kinds:?}");
+    let ended = process::named(&rows, "record").into_iter().rfind(|row| row["kind"] == "message.end").expect("an end");
+    assert_eq!((&ended["status"], &ended["detail"]), (&"interrupted".into(), &"enough".into()));
+}
