@@ -417,8 +417,9 @@ pub(crate) enum TokenAction {
     },
 }
 
-/// Checks everything in a data directory: journals, checksums, links, chain, views, and that no row is missing. Changes
-/// nothing. Names session and seq of the first damage and exits with 5.
+/// Checks everything that a server has stored in a data directory: journals, checksums, links, chain, views, and that no row is
+/// missing. Changes nothing; works on a copy of what is not linked, beside the store, and takes it away. Names session and seq
+/// of the first damage and exits with 5. The keys in the directory are checked by `serve`.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Verify {
     /// Data directory of a stopped server.

@@ -4,12 +4,14 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use mainstay_client::{Client, Config, ConnectFile};
+use mainstay_client::{Client, ClientError, Config, ConnectFile};
 use mainstay_server::auth::SigningKey;
 use mainstay_transport::quic::{Identity, ServerKeys};
 
 use crate::failure::Failure;
+use crate::output::Output;
 
 /// A data directory.
 #[derive(Debug, Clone)]
@@ -168,6 +170,37 @@ pub(crate) async fn with_client<T>(
     let result = work(&client).await;
     client.finish().await;
     result
+}
+
+/// How long the server may take before that is told.
+const SLOW: Duration = Duration::from_secs(2);
+
+/// Does what needs the server and the session, and says when that takes long and why.
+pub(crate) async fn patiently<T>(
+    client: &Client,
+    session: &str,
+    output: Output,
+    work: impl Future<Output = Result<T, ClientError>>,
+) -> Result<T, Failure> {
+    tokio::pin!(work);
+    tokio::select! {
+        result = &mut work => return Ok(result?),
+        () = tokio::time::sleep(SLOW) => {}
+    }
+    let reachable = tokio::select! {
+        biased;
+        connected = client.connected() => connected.is_ok(),
+        () = core::future::ready(()) => false,
+    };
+    if reachable {
+        output.warning(
+            "WAITING",
+            &format!("session {session} does not exist yet, or cannot be served now; waiting for it"),
+        )?;
+    } else {
+        output.warning("UNAVAILABLE", "the server cannot be reached; trying again for 60 s")?;
+    }
+    Ok(work.await?)
 }
 
 fn client(connect: Option<&Path>, config: Config) -> Result<Client, Failure> {

@@ -38,6 +38,14 @@ impl Failure {
         Self { exit, code: code.into(), message: message.into(), retryable: false }
     }
 
+    /// The code of a failure that nobody is there to be told of.
+    const UNREAD: &str = "UNREAD";
+
+    /// True if whoever read the output has gone.
+    pub(crate) fn is_unread(&self) -> bool {
+        self.code == Self::UNREAD
+    }
+
     pub(crate) fn failed(code: &str, message: impl Into<String>) -> Self {
         Self::new(Exit::Failed, code, message)
     }
@@ -52,6 +60,9 @@ impl Failure {
 
     /// A file or stream that cannot be read or written.
     pub(crate) fn io(what: impl fmt::Display, error: &std::io::Error) -> Self {
+        if error.kind() == std::io::ErrorKind::BrokenPipe {
+            return Self::failed(Self::UNREAD, format!("{what}: nobody reads it any more"));
+        }
         Self::failed("IO", format!("{what}: {error}"))
     }
 }

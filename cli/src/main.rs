@@ -40,6 +40,8 @@ fn main() -> ExitCode {
         });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
+        // As a process that the signal of a broken pipe ends: without a word.
+        Err(failure) if failure.is_unread() => failure.exit.into(),
         Err(failure) => {
             output.failure(&failure);
             failure.exit.into()

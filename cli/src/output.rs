@@ -2,6 +2,8 @@
 
 use std::io::{self, Write};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use crate::failure::Failure;
@@ -78,4 +80,40 @@ impl Output {
 pub(crate) fn time(milliseconds: u64) -> String {
     let time = i64::try_from(milliseconds).ok().and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
     time.map_or_else(|| format!("+{milliseconds}ms"), |time| format!("{time:.3}"))
+}
+
+/// What a pipe that can be written to takes without a wait, as one piece (`PIPE_BUF` of Linux).
+pub(crate) const AT_ONCE: usize = 4096;
+
+/// Waits until [`AT_ONCE`] bytes can be written to standard output without a wait. Whatever writes more than a line now and then
+/// does this first: a write that waits for a reader that has stopped keeps every signal from ending the process.
+pub(crate) async fn room() -> Result<(), Failure> {
+    let ready = match writable(Some(&Timespec::default())) {
+        // In a thread of its own, so that the others go on.
+        Ok(false) => {
+            let waits = tokio::task::spawn_blocking(|| writable(None));
+            waits.await.unwrap_or_else(|error| Err(io::Error::other(error)))
+        }
+        ready => ready,
+    };
+    ready.map(drop).map_err(|error| Failure::io("standard output", &error))
+}
+
+/// Writes to standard output and lets nothing wait in a buffer.
+pub(crate) fn stdout(bytes: &[u8]) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    out.write_all(bytes).and_then(|()| out.flush()).map_err(|error| Failure::io("standard output", &error))
+}
+
+/// Waits until standard output can be written to, at most for as long. False if it cannot.
+fn writable(timeout: Option<&Timespec>) -> io::Result<bool> {
+    let out = io::stdout();
+    let mut waits = [PollFd::new(&out, PollFlags::OUT)];
+    loop {
+        match poll(&mut waits, timeout) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
 }

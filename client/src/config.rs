@@ -28,8 +28,9 @@ pub struct Config {
     /// Bytes of one subscription that may wait to be read by the application. With `subscriptions` it bounds the client's
     /// memory.
     pub subscription_window: u64,
-    /// How often an idle connection shows that it is alive. Keeps NAT bindings open, and bounds how long a follower that
-    /// has nothing to send goes without noticing that its server is gone. Phones in the background want more.
+    /// How often an idle connection shows that it is alive. Keeps NAT bindings open. A follower that has nothing to send notices after
+    /// once so long that its server was restarted, and after four times, at least 10 s, that it is gone. Phones in the
+    /// background want more.
     pub keep_alive: Duration,
     /// Bytes of records that a producer keeps, sent or not, before `append` waits.
     pub producer_bytes: usize,

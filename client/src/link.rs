@@ -14,6 +14,7 @@ use mainstay_transport::{
     Connection, ConnectionError, FrameError, FrameReader, Outbox, SendStream, StreamError, priority,
 };
 use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::time::Instant;
 
 use crate::config::Config;
 use crate::error::ClientError;
@@ -63,6 +64,7 @@ pub(crate) struct Link<C: Connection> {
     subscriptions: Mutex<Option<HashMap<u64, mpsc::Sender<Expected<C>>>>>,
     producers: Mutex<HashMap<u64, Arc<ProducerCredit>>>,
     window: u64,
+    keep_alive: Duration,
     /// How many answers are waited for.
     expecting: watch::Sender<usize>,
     /// Frames that came on the control stream.
@@ -91,6 +93,10 @@ impl<C: Connection> Drop for Expecting<C> {
 
 /// How often a connection is asked while an answer is waited for. A restarted server answers the first with a reset.
 const HEARTBEAT: Duration = Duration::from_millis(500);
+/// How long nothing at all may be heard on an idle connection, at least: a moment without network costs no reconnect.
+const SILENCE: Duration = Duration::from_secs(10);
+/// How often it is looked at most.
+const MIN_KEEP_ALIVE: Duration = Duration::from_millis(100);
 /// Heartbeats without an answer after which the connection is given up.
 const MISSED: u32 = 20;
 
@@ -109,6 +115,7 @@ impl<C: Connection> Link<C> {
             subscriptions: Mutex::new(Some(HashMap::new())),
             producers: Mutex::default(),
             window: config.subscription_window,
+            keep_alive: config.keep_alive.max(MIN_KEEP_ALIVE),
             expecting: watch::channel(0).0,
             heard: AtomicU64::new(0),
             tokens: tokens.clone(),
@@ -154,6 +161,21 @@ impl<C: Connection> Link<C> {
             tracing::warn!(%error, "the server broke the protocol");
             self.transport.close(error.code.0, error.detail);
         };
+        let listening = async {
+            // The transport keeps the connection alive, and each of its packets is answered.
+            let limit = SILENCE.max(4 * self.keep_alive);
+            let (mut heard, mut since) = (self.transport.heard(), Instant::now());
+            while heard.is_some() {
+                tokio::time::sleep(self.keep_alive).await;
+                let now = self.transport.heard();
+                if now != heard {
+                    (heard, since) = (now, Instant::now());
+                } else if since.elapsed() >= limit {
+                    tracing::info!("nothing was heard of the server; connecting again");
+                    return self.transport.close(Code::NO_ERROR.0, "nothing was heard");
+                }
+            }
+        };
         let beating = async {
             let mut expecting = self.expecting.subscribe();
             // The sender lives in `self`.
@@ -181,7 +203,7 @@ impl<C: Connection> Link<C> {
         };
         tokio::select! {
             _ = self.transport.closed() => {}
-            _ = async { tokio::join!(writing, reading, accepting, beating) } => {}
+            _ = async { tokio::join!(writing, reading, accepting, beating, listening) } => {}
         }
         // Whoever waits for a stream or an answer must learn that none will come.
         *self.lock_subscriptions() = None;

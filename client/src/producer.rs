@@ -222,7 +222,9 @@ impl Shared {
         }
         state.ended = Some(error.clone());
         for flight in state.flight.drain(..) {
-            flight.done.set(Err(AppendError { stored: Stored::Unknown, error: error.clone() }));
+            // One that was refused, and was sent on no other connection, is certain.
+            let stored = if flight.sent || flight.earlier { Stored::Unknown } else { Stored::NotCommitted };
+            flight.done.set(Err(AppendError { stored, error: error.clone() }));
         }
         for batch in state.ready.drain(..) {
             batch.done.set(Err(AppendError { stored: Stored::NotCommitted, error: error.clone() }));

@@ -1,5 +1,6 @@
 //! Sessions that expire, and what ends with a token.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -64,7 +65,8 @@ async fn a_session_expires_once_nobody_uses_it_on_disk() {
     unused_sessions_expire(store.clone()).await;
     until("the server's tasks end", async || Arc::strong_count(&store) == 1).await;
     drop(store);
-    let report = mainstay_store_fjall::verify::verify(dir.path(), &mut |_, _| {}).expect("verify");
+    let report =
+        mainstay_store_fjall::verify::verify(dir.path(), &mut |_, _| ControlFlow::Continue(())).expect("verify");
     assert_eq!(report.problems, []);
     assert_eq!(report.sessions, 1);
 }

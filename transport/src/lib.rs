@@ -155,6 +155,11 @@ pub trait Connection: Clone + Send + Sync + 'static {
 
     /// The current estimate of the round-trip time.
     fn rtt(&self) -> Duration;
+
+    /// Datagrams that came from the peer so far, where there are such.
+    fn heard(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// Takes connections.

@@ -609,6 +609,10 @@ impl Connection for QuicConnection {
     fn rtt(&self) -> Duration {
         self.0.rtt()
     }
+
+    fn heard(&self) -> Option<u64> {
+        Some(self.0.stats().udp_rx.datagrams)
+    }
 }
 
 impl From<quinn::ConnectionError> for ConnectionError {

@@ -1,6 +1,6 @@
 //! `append`: standard input to a session, one record per line.
 
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use mainstay_client::{Client, Config, Producer, Ticket};
 use serde_json::json;
@@ -9,21 +9,25 @@ use tokio::sync::mpsc;
 
 use super::serve::signalled;
 use crate::args;
-use crate::data::with_client;
+use crate::data::{patiently, with_client};
 use crate::failure::Failure;
-use crate::output::Output;
+use crate::output::{Output, room};
 
-/// How long an attach may take before that is told.
-const SLOW: Duration = Duration::from_secs(2);
 /// Lines on their way that the printing task may lag behind.
 const LAG: usize = 64 * 1024;
 
 pub(crate) async fn run(args: args::Append, output: Output) -> Result<(), Failure> {
+    let acked = AtomicU64::new(0);
     with_client(args.connect.connect.as_deref(), Config::default(), async |client| {
         tokio::select! {
-            result = append(client, &args, output) => result,
+            result = append(client, &args, &acked, output) => result,
             result = warn(client, output) => result,
-            () = signalled() => Err(Failure::failed("INTERRUPTED", "interrupted; what was not acknowledged may be stored or not")),
+            () = signalled() => {
+                let count = acked.load(Ordering::Relaxed);
+                let message =
+                    format!("interrupted after {count} lines were acknowledged; those behind them may be stored or not");
+                Err(Failure::failed("INTERRUPTED", message))
+            }
         }
     })
     .await
@@ -40,19 +44,9 @@ async fn warn(client: &Client, output: Output) -> Result<(), Failure> {
     core::future::pending().await
 }
 
-async fn append(client: &Client, args: &args::Append, output: Output) -> Result<(), Failure> {
-    let slow = async {
-        tokio::time::sleep(SLOW).await;
-        output.warning(
-            "UNAVAILABLE",
-            "the server cannot be reached or does not take the session now; trying again for 60 s",
-        )?;
-        core::future::pending::<Result<_, Failure>>().await
-    };
-    let session = tokio::select! {
-        session = client.session(&args.session)?.create().attach() => session?,
-        result = slow => result?,
-    };
+async fn append(client: &Client, args: &args::Append, acked: &AtomicU64, output: Output) -> Result<(), Failure> {
+    let attaching = client.session(&args.session)?.create();
+    let session = patiently(client, &args.session, output, attaching.attach()).await?;
     let stream = if args.stream == "main" { session.main() } else { session.stream(&args.stream).await? };
     let name = args.producer.clone().unwrap_or_else(|| format!("append-{:032x}", rand::random::<u128>()));
     let producer = session.producer(&name).await?;
@@ -79,7 +73,7 @@ async fn append(client: &Client, args: &args::Append, output: Output) -> Result<
         }
     };
     let mut reading = Some(Box::pin(reading));
-    let printing = print(printing, output);
+    let printing = print(printing, acked, output);
     tokio::pin!(printing);
     let mut ended = None;
     let (first, last) = loop {
@@ -124,13 +118,17 @@ async fn trouble(producer: &Producer, output: Output) -> Result<(), Failure> {
 type Span = ((u64, u64), Option<u64>);
 
 /// Prints acks in order. Returns the first seq, the number of records, and the last seq.
-async fn print(mut tickets: mpsc::Receiver<(u64, Ticket)>, output: Output) -> Result<Span, Failure> {
+async fn print(mut tickets: mpsc::Receiver<(u64, Ticket)>, acked: &AtomicU64, output: Output) -> Result<Span, Failure> {
     let (mut first, mut count, mut last) = (None, 0, None);
     while let Some((line, ticket)) = tickets.recv().await {
         let seq = ticket.wait().await?;
+        if output.is_json() {
+            room().await?;
+        }
         output.json_only(&json!({"event": "ack", "seq": seq, "line": line}))?;
         first.get_or_insert(seq);
         count += 1;
+        acked.store(count, Ordering::Relaxed);
         last = Some(seq);
     }
     Ok(((first.unwrap_or(0), count), last))

@@ -10,8 +10,9 @@ use tokio::time::{Instant, sleep_until};
 
 use super::serve::signalled;
 use crate::args;
+use crate::data::patiently;
 use crate::failure::Failure;
-use crate::output::{Output, time};
+use crate::output::{Output, room, time};
 use crate::rows;
 
 /// What is on the screen.
@@ -22,13 +23,17 @@ struct Screen {
 }
 
 pub(crate) async fn follow(client: &Client, args: &args::Tail, output: Output) -> Result<(), Failure> {
-    let mut view = client.session(&args.session)?.wait().live().await?;
+    let stop = signalled();
+    tokio::pin!(stop);
+    let attaching = client.session(&args.session)?.wait();
+    let mut view = tokio::select! {
+        view = patiently(client, &args.session, output, attaching.live()) => view?,
+        () = &mut stop => return Ok(()),
+    };
     let mut screen = Screen { output, line_of: None };
     let idle = args.until_idle.map(Duration::from_millis);
     let mut idle_since: Option<Instant> = None;
     let mut connection = client.connection();
-    let stop = signalled();
-    tokio::pin!(stop);
     loop {
         let deadline = idle.zip(idle_since).map(|(idle, since)| since + idle);
         let update = tokio::select! {
@@ -45,6 +50,10 @@ pub(crate) async fn follow(client: &Client, args: &args::Tail, output: Output) -
             () = &mut stop => break,
         };
         let Some(update) = update else { break };
+        tokio::select! {
+            ready = room() => ready?,
+            () = &mut stop => break,
+        }
         match update? {
             Update::Started => screen.whole(&view)?,
             Update::Record(folded) => {

@@ -12,9 +12,9 @@ use serde_json::{Value, json};
 
 use super::serve::signalled;
 use crate::args::{self, StateAction};
-use crate::data::with_client;
+use crate::data::{patiently, with_client};
 use crate::failure::{Exit, Failure};
-use crate::output::{Output, time};
+use crate::output::{Output, room, time};
 use crate::rows;
 
 pub(crate) async fn run(args: args::State, output: Output) -> Result<(), Failure> {
@@ -129,15 +129,23 @@ async fn write(
 }
 
 async fn watch(client: &Client, session: &str, prefix: &str, output: Output) -> Result<(), Failure> {
-    let mut view = client.session(session)?.wait().live().await?;
     let stop = signalled();
     tokio::pin!(stop);
+    let attaching = client.session(session)?.wait();
+    let mut view = tokio::select! {
+        view = patiently(client, session, output, attaching.live()) => view?,
+        () = &mut stop => return Ok(()),
+    };
     loop {
         let update = tokio::select! {
             update = view.next() => update,
             () = &mut stop => return Ok(()),
         };
         let Some(update) = update else { return Ok(()) };
+        tokio::select! {
+            ready = room() => ready?,
+            () = &mut stop => return Ok(()),
+        }
         match update? {
             Update::Started => {
                 output.json_only(&json!({"event": "snapshot", "next": view.view().next()}))?;

@@ -20,8 +20,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mainstay_client::{Client, Config, Cursor, Event, Incarnation, Kind, ReadRecord, RecordBatch, Start};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::time::{Instant, sleep_until};
@@ -29,9 +27,9 @@ use tokio::time::{Instant, sleep_until};
 use super::conversation;
 use super::serve::signalled;
 use crate::args;
-use crate::data::{beside, with_client};
+use crate::data::{beside, patiently, with_client};
 use crate::failure::Failure;
-use crate::output::Output;
+use crate::output::{AT_ONCE, Output, room, stdout};
 use crate::rows;
 
 /// What the cursor file holds.
@@ -54,34 +52,22 @@ enum Sink {
     File { file: File, length: u64, path: PathBuf },
 }
 
-/// What a pipe that can be written to takes without a wait, as one piece (`PIPE_BUF` of Linux).
-const AT_ONCE: usize = 4096;
-
 /// Bytes of a cursor file: more than the longest session name and the largest numbers need.
 const CURSOR_LEN: usize = 4096;
 
 impl Sink {
-    /// Waits until [`AT_ONCE`] can be written without a wait: a reader that is slow must not stop a write in the middle, where a
-    /// kill would leave rows that count as printed and are not.
-    async fn ready(&self) -> Result<(), Failure> {
-        let Self::Stdout = self else { return Ok(()) };
-        let at_once = Timespec::default();
-        let ready = match writable(Some(&at_once)) {
-            // In a thread of its own: a reader that has stopped must not keep a signal from ending this.
-            Ok(false) => {
-                let waits = tokio::task::spawn_blocking(|| writable(None));
-                waits.await.unwrap_or_else(|error| Err(io::Error::other(error)))
-            }
-            ready => ready,
-        };
-        ready.map(drop).map_err(|error| Failure::io("standard output", &error))
-    }
-
-    fn write(&mut self, rows: &[u8]) -> Result<(), Failure> {
+    /// Writes rows. A long one goes out in parts, between which the command can be interrupted.
+    async fn write(&mut self, rows: &[u8]) -> Result<(), Failure> {
         match self {
             Self::Stdout => {
-                let mut out = io::stdout().lock();
-                out.write_all(rows).and_then(|()| out.flush()).map_err(|error| Failure::io("standard output", &error))
+                // For the first part there is room already.
+                let mut parts = rows.chunks(AT_ONCE);
+                parts.next().map_or(Ok(()), stdout)?;
+                for part in parts {
+                    room().await?;
+                    stdout(part)?;
+                }
+                Ok(())
             }
             Self::File { file, length, path } => {
                 *length += rows.len() as u64;
@@ -94,19 +80,6 @@ impl Sink {
         match self {
             Self::Stdout => None,
             Self::File { length, .. } => Some(*length),
-        }
-    }
-}
-
-/// Waits until standard output can be written to, at most for as long. False if it cannot.
-fn writable(timeout: Option<&Timespec>) -> io::Result<bool> {
-    let out = io::stdout();
-    let mut waits = [PollFd::new(&out, PollFlags::OUT)];
-    loop {
-        match poll(&mut waits, timeout) {
-            Ok(ready) => return Ok(ready > 0),
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
         }
     }
 }
@@ -186,7 +159,13 @@ async fn follow(client: &Client, args: &args::Tail, kinds: Vec<Kind>, output: Ou
     for kind in kinds {
         subscribing = subscribing.kind(kind);
     }
-    let mut subscription = subscribing.open().await?;
+    let stop = signalled();
+    tokio::pin!(stop);
+    let max = args.max;
+    let mut subscription = tokio::select! {
+        subscription = patiently(client, &args.session, output, subscribing.open()) => subscription?,
+        () = &mut stop => return interrupted(max),
+    };
     let idle = args.until_idle.map(Duration::from_millis);
     let mut idle_since: Option<Instant> = None;
     let mut connection = client.connection();
@@ -195,8 +174,6 @@ async fn follow(client: &Client, args: &args::Tail, kinds: Vec<Kind>, output: Ou
     if args.max == Some(0) {
         return Ok(());
     }
-    let stop = signalled();
-    tokio::pin!(stop);
     loop {
         let deadline = idle.zip(idle_since).map(|(idle, since)| since + idle);
         let event = tokio::select! {
@@ -227,7 +204,10 @@ async fn follow(client: &Client, args: &args::Tail, kinds: Vec<Kind>, output: Ou
                 }
                 continue;
             }
-            () = &mut stop => break,
+            () = &mut stop => {
+                printer.save()?;
+                return interrupted(max);
+            }
         };
         let Some(event) = event else { break };
         match event? {
@@ -243,7 +223,10 @@ async fn follow(client: &Client, args: &args::Tail, kinds: Vec<Kind>, output: Ou
                 // A reader that has stopped must not keep a signal from ending this; the cursor says what was written.
                 let more = tokio::select! {
                     more = printer.batch(&batch) => more?,
-                    () = &mut stop => break,
+                    () = &mut stop => {
+                        printer.save()?;
+                        return interrupted(max);
+                    }
                 };
                 idle_since = (idle_since.is_some() || probe.take().is_some()).then(Instant::now);
                 if !more {
@@ -272,6 +255,14 @@ async fn follow(client: &Client, args: &args::Tail, kinds: Vec<Kind>, output: Ou
         }
     }
     printer.save()
+}
+
+/// A follower ends at a signal, and that is its proper end; one that was to print so many rows has not.
+fn interrupted(max: Option<u64>) -> Result<(), Failure> {
+    match max {
+        Some(_) => Err(Failure::failed("INTERRUPTED", "interrupted before --max rows were printed")),
+        None => Ok(()),
+    }
 }
 
 fn kind(name: &str) -> Result<Kind, Failure> {
@@ -356,8 +347,8 @@ impl Printer {
     /// Bytes of rows that are noted and written together.
     fn piece(&self) -> usize {
         match self.sink {
-            Sink::Stdout if self.cursor_path.is_some() => AT_ONCE,
-            _ => usize::MAX,
+            Sink::Stdout => AT_ONCE,
+            Sink::File { .. } => usize::MAX,
         }
     }
 
@@ -367,13 +358,17 @@ impl Printer {
             self.advance(next);
             return Ok(());
         }
-        self.sink.ready().await?;
+        if let Sink::Stdout = self.sink {
+            // A reader that is slow must not stop a write in the middle, where a kill would leave rows that count as printed and
+            // are not.
+            room().await?;
+        }
         // As late as can be: a kill between here and the end of the write makes rows repeats that were never printed.
         if let Some(cursor) = &mut self.cursor {
             cursor.pending = self.repeat_below.max(next);
         }
         self.save()?;
-        self.sink.write(rows)?;
+        self.sink.write(rows).await?;
         self.advance(next);
         Ok(())
     }

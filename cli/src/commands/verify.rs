@@ -1,38 +1,64 @@
 //! `verify`: check a data directory offline.
 
 use std::io::{self, BufWriter, Write};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use mainstay_protocol::registry::FOLD_VERSION;
 use mainstay_protocol::session::{Chunk, SessionName, Streams};
 use mainstay_store_fjall::verify::{self, Found};
 use serde_json::json;
 
+use super::serve::signalled;
 use crate::args;
 use crate::data::Data;
-use crate::failure::Failure;
+use crate::failure::{Exit, Failure};
 use crate::output::Output;
 use crate::rows;
 
+/// Says from now on whether Ctrl-C or SIGTERM came: verification takes its copy of the store away before it ends. The second
+/// signal ends the process at once.
+fn interruption() -> impl Fn() -> bool {
+    let told = Arc::new(AtomicBool::new(false));
+    let tell = told.clone();
+    tokio::spawn(async move {
+        signalled().await;
+        tell.store(true, Ordering::Relaxed);
+        signalled().await;
+        std::process::exit(i32::from(Exit::Failed as u8));
+    });
+    move || told.load(Ordering::Relaxed)
+}
+
 pub(crate) fn run(args: &args::Verify, output: Output) -> Result<(), Failure> {
     let data = Data::new(args.data.as_deref())?;
+    let interrupted = interruption();
     let mut out = BufWriter::new(io::stdout().lock());
     let mut written = Ok(());
-    let mut each = |session: &SessionName, found: Found<'_>| match found {
-        Found::Chunk { first, streams, chunk } if args.dump && written.is_ok() => {
-            written = dump(&mut out, session, first, streams, chunk);
+    let mut each = |session: &SessionName, found: Found<'_>| {
+        match found {
+            Found::Chunk { first, streams, chunk } if args.dump && written.is_ok() => {
+                written = dump(&mut out, session, first, streams, chunk);
+            }
+            Found::Session(state) if output.is_json() && !args.dump && written.is_ok() => {
+                let event = json!({
+                    "event": "session", "name": session.as_str(), "first": state.first(), "tail": state.tail(),
+                    "fold_version": FOLD_VERSION, "view_hash": state.view().hash().to_string(),
+                });
+                written = writeln!(out, "{event}");
+            }
+            _ => {}
         }
-        Found::Session(state) if output.is_json() && !args.dump && written.is_ok() => {
-            let event = json!({
-                "event": "session", "name": session.as_str(), "first": state.first(), "tail": state.tail(),
-                "fold_version": FOLD_VERSION, "view_hash": state.view().hash().to_string(),
-            });
-            written = writeln!(out, "{event}");
-        }
-        _ => {}
+        // Nobody reads any more, or somebody said stop.
+        if written.is_err() || interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
     let report = verify::verify(&data.store(), &mut each)?;
     written.and_then(|()| out.flush()).map_err(|error| Failure::io("standard output", &error))?;
     drop(out);
+    if report.interrupted {
+        return Err(Failure::failed("INTERRUPTED", "interrupted; what was not looked at is not known"));
+    }
     for problem in &report.problems {
         let event = json!({
             "event": "damage", "session": problem.session, "seq": problem.seq, "what": problem.what,

@@ -4,11 +4,14 @@
 //! changes once written, are linked where the file system allows it; the rest is small.
 
 use std::collections::{HashMap, HashSet};
-use std::fs;
+use std::fs::{self, File};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bytes::Bytes;
 use mainstay_protocol::session::{Chain, Chunk, Control, SessionName, State, Streams};
+use tempfile::TempDir;
 
 use crate::behind;
 use crate::check::{self, CheckError, Hole};
@@ -46,6 +49,8 @@ pub struct Report {
     pub torn: u64,
     /// What is damaged, in the order found; at most 100 entries.
     pub problems: Vec<Problem>,
+    /// True if it was ended early: what was not looked at is not known.
+    pub interrupted: bool,
 }
 
 /// Problems that are listed.
@@ -76,8 +81,9 @@ pub enum Found<'a> {
     Session(&'a State),
 }
 
-/// Called with the session's name for each chunk, and at the end of each session that is whole.
-pub type Each<'a> = dyn FnMut(&SessionName, Found<'_>) + 'a;
+/// Called with the session's name for each chunk, and at the end of each session that is whole. `Break` ends the verification
+/// early.
+pub type Each<'a> = dyn FnMut(&SessionName, Found<'_>) -> ControlFlow<()> + 'a;
 
 /// Verifies the store in `dir`, which no process may have open.
 ///
@@ -94,6 +100,7 @@ pub fn verify(dir: &Path, each: &mut Each<'_>) -> Result<Report, OpenError> {
     match check_and_open(&layout, &mut report, &mut hole) {
         Ok((copy, engine)) => {
             scan(&engine, &mut report, each);
+            // The engine writes to the copy until it is gone.
             drop(engine);
             drop(copy);
         }
@@ -161,44 +168,78 @@ fn check_and_open(layout: &Layout, report: &mut Report, hole: &mut Option<Hole>)
     Ok((copy, engine))
 }
 
-/// A copy of a store's directory, beside it or where temporary files go, removed when dropped.
+/// A copy of a store's directory, beside it or where temporary files go, that only its owner may read; removed when dropped.
 struct Copy {
     layout: Layout,
+    _dir: TempDir,
+    /// Says that somebody works with the copy. One that was killed does not.
+    _lock: File,
 }
+
+/// What the names of copies begin with, behind the name of the store.
+const COPY: &str = ".verify-";
 
 impl Copy {
     fn of(layout: &Layout) -> Result<Self, OpenError> {
-        let suffix = format!(".verify-{}", std::process::id());
-        let mut beside = layout.dir.as_os_str().to_owned();
-        beside.push(&suffix);
+        let name = layout.dir.file_name().unwrap_or_default().to_string_lossy();
+        let prefix = format!("{name}{COPY}");
+        let parent = match layout.dir.parent() {
+            Some(parent) if parent != Path::new("") => parent,
+            _ => Path::new("."),
+        };
+        sweep(parent, &prefix);
         // Beside it most of the copy is links. A file system that is full or takes no writes is when one wants to know.
-        Self::at(layout, Path::new(&beside)).or_else(|error| match &error {
+        Self::at(layout, parent, &prefix).or_else(|error| match &error {
             OpenError::Io(_, cause) if takes_no_writes(cause) => {
-                Self::at(layout, &std::env::temp_dir().join(format!("mainstay{suffix}")))
+                Self::at(layout, &std::env::temp_dir(), &format!("mainstay-{prefix}"))
             }
             _ => Err(error),
         })
     }
 
-    fn at(layout: &Layout, dir: &Path) -> Result<Self, OpenError> {
-        fs::create_dir_all(dir).map_err(|error| OpenError::Io(dir.to_owned(), error))?;
-        let copy = Self { layout: Layout::new(dir) };
-        copy_dir(&layout.log(), &copy.layout.log(), false).map_err(|error| OpenError::Io(dir.to_owned(), error))?;
+    fn at(layout: &Layout, parent: &Path, prefix: &str) -> Result<Self, OpenError> {
+        let failed = |error| OpenError::Io(parent.to_owned(), error);
+        let mut builder = tempfile::Builder::new();
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o700));
+        let dir = builder.prefix(prefix).tempdir_in(parent).map_err(failed)?;
+        let lock = File::create(dir.path().join(LOCK)).map_err(failed)?;
+        lock.try_lock().map_err(|error| failed(error.into()))?;
+        let copy = Self { layout: Layout::new(dir.path()), _dir: dir, _lock: lock };
+        copy_dir(&layout.log(), &copy.layout.log(), false).map_err(failed)?;
         Ok(copy)
     }
 }
 
+/// Says, where it is locked, that a copy is in use.
+const LOCK: &str = "in-use";
+
+/// Removes copies that a killed process has left.
+fn sweep(parent: &Path, prefix: &str) {
+    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+        if !entry.file_name().to_string_lossy().starts_with(prefix) {
+            continue;
+        }
+        let left = match File::open(entry.path().join(LOCK)) {
+            Ok(lock) => lock.try_lock().is_ok(),
+            // Made and not locked yet, or of an older version: younger ones are let be.
+            Err(_) => entry
+                .metadata()
+                .and_then(|meta| meta.modified())
+                .is_ok_and(|at| at.elapsed().is_ok_and(|age| age > STALE)),
+        };
+        if left && let Err(error) = fs::remove_dir_all(entry.path()) {
+            tracing::warn!(dir = %entry.path().display(), %error, "a copy that an earlier run has left could not be removed");
+        }
+    }
+}
+
+/// After this long a copy that nobody has locked is one that somebody left.
+const STALE: Duration = Duration::from_secs(60);
+
 fn takes_no_writes(error: &std::io::Error) -> bool {
     use std::io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
     matches!(error.kind(), PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull)
-}
-
-impl Drop for Copy {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.layout.dir) {
-            tracing::warn!(dir = %self.layout.dir.display(), %error, "the copy could not be removed");
-        }
-    }
 }
 
 /// Copies a directory; below `tables` and `blobs` files are linked, since fjall only ever adds and removes them.
@@ -244,6 +285,9 @@ fn scan(engine: &Engine, report: &mut Report, each: &mut Each<'_>) {
             Ok(row) => {
                 known.extend(row.segments.iter().map(|segment| segment.id));
                 session(engine, &name, &row, report, each);
+                if report.interrupted {
+                    return;
+                }
             }
             Err(error) => report.problem(Some(&name), Some(0), format!("session row: {}", error.detail)),
         }
@@ -348,21 +392,26 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
                 Some((_, saved)) if header.number < fold_from => saved.streams(),
                 _ => state.streams(),
             };
-            each(name, Found::Chunk { first: released, streams, chunk: &chunk });
+            if each(name, Found::Chunk { first: released, streams, chunk: &chunk }).is_break() {
+                report.interrupted = true;
+                return;
+            }
             let compares = snapshot.as_ref().filter(|(_, saved)| fold_from == 0 && saved.number() == state.number());
             if compares.is_some_and(|(bytes, _)| *bytes != state.snapshot()) {
                 return report.problem(Some(name), Some(next.0), "the snapshot is not what the records fold to");
             }
         }
     }
-    match snapshot {
+    let whole = match &snapshot {
         Some((_, saved)) if saved.number() > next.1 => {
-            report.problem(Some(name), Some(next.0), "chunks are missing at the end: the snapshot reaches further");
+            let what = "chunks are missing at the end: the snapshot reaches further";
+            return report.problem(Some(name), Some(next.0), what);
         }
         // Nothing lies behind the snapshot of a trimmed session.
-        Some((_, saved)) if state.number() < saved.number() => each(name, Found::Session(&saved)),
-        _ => each(name, Found::Session(&state)),
-    }
+        Some((_, saved)) if state.number() < saved.number() => saved,
+        _ => &state,
+    };
+    report.interrupted |= each(name, Found::Session(whole)).is_break();
 }
 
 /// The first seq that may be read. A TRIM is durable before the row says so: entries behind the snapshot count too.

@@ -4,6 +4,7 @@
 mod log;
 
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use mainstay_protocol::session::{Incarnation, SessionName, State};
@@ -78,7 +79,7 @@ impl Image {
         if !acked {
             fs::write(dir.join("witness"), &self.witness_before).unwrap();
         }
-        let verified = verify::verify(&dir, &mut |_, _| {}).unwrap();
+        let verified = verify::verify(&dir, &mut |_, _| ControlFlow::Continue(())).unwrap();
         let store = match FjallStore::open(&dir, Config::default()) {
             Ok(store) => store,
             Err(OpenError::Damaged(what)) => {
@@ -206,7 +207,7 @@ async fn a_torn_tail_of_a_journal_that_another_follows_is_reported() {
         let dir = temp.path().join("store");
         copy(&image.dir, &dir);
         fs::write(dir.join("log").join(journal.file_name().unwrap()), first).unwrap();
-        verify::verify(&dir, &mut |_, _| {}).unwrap().problems
+        verify::verify(&dir, &mut |_, _| ControlFlow::Continue(())).unwrap().problems
     };
     assert_eq!(open(&bytes[..split]), []);
     assert_ne!(open(&bytes[..split - 1]), []);
@@ -252,7 +253,7 @@ async fn a_damaged_session_is_quarantined_and_the_others_go_on() {
     drop(store);
     assert!(flip_in_tables(&dir, &marked), "the marked record is in a table");
 
-    let report = verify::verify(&dir, &mut |_, _| {}).unwrap();
+    let report = verify::verify(&dir, &mut |_, _| ControlFlow::Continue(())).unwrap();
     let named = report.problems.iter().find(|problem| problem.session.as_deref() == Some("broken")).expect("named");
     assert!(named.seq.is_some_and(|seq| seq <= 20), "{named:?}");
     assert!(report.problems.iter().all(|problem| problem.session.as_deref() != Some("whole")), "{report:?}");
@@ -294,4 +295,35 @@ async fn damage_found_while_a_session_is_appended_to_is_told_as_damage() {
     let outcome = log.append(&store, b"y".to_vec()).await;
     assert!(matches!(outcome, Outcome::NotCommitted(StoreError::Damaged { .. })), "{outcome:?}");
     assert_eq!(store.resolve(&log.writer, log.next(b"y".to_vec())).await.ok(), None, "not even for reading back");
+}
+
+/// What a verification makes beside the store holds what the store holds: its owner alone may read it, and nothing of it stays,
+/// however the verification ends.
+#[tokio::test]
+async fn the_copy_that_verification_works_on_is_private_and_does_not_stay() {
+    use std::os::unix::fs::PermissionsExt;
+    let image = Image::make(100).await;
+    let parent = image.dir.parent().unwrap();
+    let copies = || {
+        let names = fs::read_dir(parent).unwrap().flatten().map(|entry| entry.path());
+        names.filter(|path| path.file_name().unwrap().to_string_lossy().contains(".verify-")).collect::<Vec<_>>()
+    };
+    // One that a killed verification has left, and one that another works on.
+    let (left, used) = (parent.join("crashed.verify-left"), parent.join("crashed.verify-used"));
+    fs::create_dir_all(left.join("log")).unwrap();
+    fs::File::create(left.join("in-use")).unwrap();
+    fs::create_dir(&used).unwrap();
+    let in_use = fs::File::create(used.join("in-use")).unwrap();
+    in_use.try_lock().unwrap();
+    let mut seen = 0;
+    let report = verify::verify(&image.dir, &mut |_, _| {
+        seen += 1;
+        let [other, copy] = &copies()[..] else { panic!("{:?}", copies()) };
+        for path in [other, copy].into_iter().filter(|path| **path != used) {
+            assert_eq!(fs::metadata(path).unwrap().permissions().mode() & 0o077, 0, "{path:?} can be read by others");
+        }
+        if seen == 5 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    assert!(report.unwrap().interrupted);
+    assert_eq!((seen, copies()), (5, vec![used]));
 }
