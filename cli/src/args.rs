@@ -33,6 +33,10 @@ pub(crate) enum Command {
     Tail(Tail),
     /// Read, write and watch a session's shared keys and values.
     State(State),
+    /// Show who is in a session and what they are doing.
+    Presence(Presence),
+    /// Be in a session until interrupted.
+    Join(Join),
     /// Create, list, show, close, trim and delete sessions.
     Session(Session),
     /// Make and read capability tokens.
@@ -56,6 +60,8 @@ impl Args {
             Command::Append(args) => args.json,
             Command::Tail(args) => args.json,
             Command::State(args) => args.json,
+            Command::Presence(args) => args.json,
+            Command::Join(args) => args.json,
             Command::Session(args) => args.json,
             Command::Token(args) => args.json,
             Command::Verify(args) => args.json || args.dump,
@@ -134,6 +140,49 @@ pub(crate) struct Append {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) connect: Connect,
+}
+
+/// Shows who is in a session: people with a window open, agents at work, each with what it is doing.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Presence {
+    /// Name of the session.
+    pub(crate) session: String,
+    /// Tell of every change from then on. Waits for the session if it does not exist yet.
+    #[arg(long)]
+    pub(crate) watch: bool,
+    /// Print JSON lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) connect: Connect,
+}
+
+/// Is in a session until interrupted, and then leaves. The session is made if it does not exist. A loss of the network that is
+/// shorter than the grace is not seen by anybody.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Join {
+    /// Name of the session.
+    pub(crate) session: String,
+    /// How people call you. [default: the user's name]
+    #[arg(long = "as", value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// What you are doing: idle, thinking, streaming, tool:NAME, waiting, or a word of your own.
+    #[arg(long, value_name = "S", default_value = "idle")]
+    pub(crate) status: String,
+    /// Seconds without a sign of life after which you count as lost, from 1 to 120.
+    #[arg(long, value_name = "SECS", default_value_t = 10.0, value_parser = grace)]
+    pub(crate) grace: f64,
+    /// Print JSON lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) connect: Connect,
+}
+
+/// The grace of a member, in seconds.
+fn grace(text: &str) -> Result<f64, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
+    if (1.0..=120.0).contains(&seconds) { Ok(seconds) } else { Err("not between 1 and 120 seconds".into()) }
 }
 
 /// Reads, writes and watches the shared state of a session: keys with values, changed in one order with everything else.
@@ -396,7 +445,7 @@ pub(crate) enum TokenAction {
         /// Who holds it; authors of records carry it.
         #[arg(long, value_name = "NAME")]
         subject: String,
-        /// What it allows: PREFIX=OPERATIONS, for example agent:=read,append. Operations are read, append, create, manage
+        /// What it allows: PREFIX=OPERATIONS, for example agent:=read,append. Operations are read, append, create, manage, join
         /// and all. An empty prefix is every session. May be repeated.
         #[arg(long, value_name = "PREFIX=OPS", required = true)]
         grant: Vec<String>,

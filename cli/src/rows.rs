@@ -2,7 +2,8 @@
 
 use base64::Engine as _;
 use mainstay_client::{
-    Author, Kind, MessageEnd, MessageStart, Payload, ReadRecord, Record, StateDeleted, StateExpired, StatePut,
+    Activity, Author, Kind, MessageEnd, MessageStart, Payload, PresenceJoined, PresenceLeft, PresenceUpdated,
+    ReadRecord, Record, StateDeleted, StateExpired, StatePut,
 };
 use serde_json::{Value, json};
 
@@ -57,6 +58,22 @@ fn fields(record: &Record, row: &mut Value) -> bool {
             }
             true
         }),
+        Kind::PRESENCE_JOINED => PresenceJoined::of(record).is_ok_and(|joined| {
+            row["name"] = json!(joined.name.as_str());
+            row["grace_ms"] = json!(joined.grace);
+            activity(row, &joined.activity);
+            true
+        }),
+        Kind::PRESENCE_UPDATED => PresenceUpdated::of(record).is_ok_and(|updated| {
+            activity(row, &updated.activity);
+            true
+        }),
+        Kind::PRESENCE_LEFT => PresenceLeft::of(record).is_ok_and(|left| {
+            row["member"] = json!(left.member.to_string());
+            row["generation"] = json!(left.generation);
+            row["reason"] = json!(left.reason.as_str());
+            true
+        }),
         Kind::STATE_DELETED => StateDeleted::of(record).is_ok_and(|deleted| {
             row["key"] = json!(deleted.key.as_str());
             true
@@ -66,6 +83,16 @@ fn fields(record: &Record, row: &mut Value) -> bool {
             true
         }),
         _ => false,
+    }
+}
+
+fn activity(row: &mut Value, activity: &Activity) {
+    row["status"] = json!(activity.status.as_str());
+    if let Some(percent) = activity.progress {
+        row["progress"] = json!(percent);
+    }
+    if !activity.data.is_empty() {
+        bytes(row, "data", &activity.data);
     }
 }
 

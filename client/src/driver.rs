@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::MAX_FRAME;
-use mainstay_protocol::session::{Backoff, Cursor, Incarnation, Verdict};
+use mainstay_protocol::session::{Activity, Backoff, Cursor, Incarnation, Verdict};
 use mainstay_protocol::wire::{
-    Attach, AttachMode, Attached, Body, CloseSession, DefineStream, DeleteSession, Frame, Label, OpenProducer, Start,
-    Subscribe, Trim, Unsubscribe,
+    Attach, AttachMode, Attached, Body, CloseSession, DefineStream, DeleteSession, Frame, Join, Label, Leave,
+    OpenProducer, Start, Subscribe, Trim, Unsubscribe, Update,
 };
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, SendStream, priority};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -36,6 +36,10 @@ pub(crate) enum Ask {
     Trim { before: u64, answer: Answer<u64> },
     /// Delete it.
     Delete { answer: Answer<u64> },
+    /// Be a member of it.
+    Join { request: Join, answer: Answer<u64> },
+    /// Be none.
+    Leave { answer: Answer<u64> },
 }
 
 impl Ask {
@@ -45,6 +49,8 @@ impl Ask {
             Self::Close { .. } => CloseSession {}.into(),
             Self::Trim { before, .. } => Trim { before: *before }.into(),
             Self::Delete { .. } => DeleteSession {}.into(),
+            Self::Join { request, .. } => request.clone().into(),
+            Self::Leave { .. } => Leave {}.into(),
         }
     }
 
@@ -54,6 +60,8 @@ impl Ask {
             Self::Close { .. } => CloseSession::KIND,
             Self::Trim { .. } => Trim::KIND,
             Self::Delete { .. } => DeleteSession::KIND,
+            Self::Join { .. } => Join::KIND,
+            Self::Leave { .. } => Leave::KIND,
         }
     }
 
@@ -61,7 +69,9 @@ impl Ask {
         let (Self::Stream { answer, .. }
         | Self::Close { answer }
         | Self::Trim { answer, .. }
-        | Self::Delete { answer }) = self;
+        | Self::Delete { answer }
+        | Self::Join { answer, .. }
+        | Self::Leave { answer }) = self;
         // Whoever asked may be gone.
         let _ = answer.send(result);
     }
@@ -73,6 +83,8 @@ pub(crate) enum SessionCommand {
     Attached { answer: Answer<Arc<watch::Receiver<SessionInfo>>> },
     /// A request with one answer.
     Ask(Ask),
+    /// Say what the member is doing.
+    Update(Activity),
     /// Open a producer.
     Producer { name: Label, config: Arc<Config>, answer: Answer<Arc<Shared>> },
     /// Open a subscription.
@@ -147,6 +159,10 @@ pub(crate) struct Driver<C: Connection> {
     producers: Vec<ProducerEntry>,
     subscriptions: HashMap<u64, SubscriptionEntry<C>>,
     next_subscription: u64,
+    /// The membership, as it would be asked for again.
+    member: Option<Join>,
+    /// When to join again after a refusal that may pass.
+    join_again: Option<Instant>,
     ended: Vec<oneshot::Sender<ClientError>>,
     /// The session's incarnation, once it is known.
     incarnation: watch::Sender<Option<Incarnation>>,
@@ -178,6 +194,8 @@ impl<C: Connection> Driver<C> {
             producers: Vec::new(),
             subscriptions: HashMap::new(),
             next_subscription: 0,
+            member: None,
+            join_again: None,
             ended: Vec::new(),
             refused_since: None,
         }
@@ -237,7 +255,7 @@ impl<C: Connection> Driver<C> {
                 SessionCommand::Ask(ask) => ask.answer(Err(error.clone())),
                 SessionCommand::Producer { answer, .. } => drop(answer.send(Err(error.clone()))),
                 SessionCommand::Subscribe { events, .. } => drop(events.try_send(Err(error.clone()))),
-                SessionCommand::Again { .. } => {}
+                SessionCommand::Again { .. } | SessionCommand::Update(_) => {}
                 SessionCommand::Ended { answer } => drop(answer.send(error.clone())),
             }
         }
@@ -300,6 +318,7 @@ impl<C: Connection> Driver<C> {
     async fn serve(&mut self, link: &Arc<Link<C>>, outbox: &Outbox, frames: &mut FrameReader<C::Recv>) -> Over {
         let mut attached = false;
         let mut expecting = None;
+        let mut beat = Instant::now();
         loop {
             let waits = !attached || self.asked || self.producers.iter().any(|entry| entry.answer.is_some());
             if !waits {
@@ -308,7 +327,18 @@ impl<C: Connection> Driver<C> {
                 expecting = Some(link.expect_answer());
             }
             let again = self.producers.iter().filter_map(|entry| entry.again).min();
+            let member = self.member.as_ref().filter(|_| attached).map(|member| member.grace);
+            let (beats, join_again) = (member.is_some(), self.join_again.filter(|_| attached));
             tokio::select! {
+                () = tokio::time::sleep_until(beat), if beats => {
+                    // Three of four may be late.
+                    beat = Instant::now() + Duration::from_millis(member.unwrap_or(0) / 4);
+                    link.beat();
+                }
+                () = tokio::time::sleep_until(join_again.unwrap_or(beat)), if join_again.is_some() => {
+                    self.join_again = None;
+                    self.rejoin(outbox);
+                }
                 () = tokio::time::sleep_until(again.unwrap_or_else(Instant::now)), if attached && again.is_some() => {
                     for at in 0..self.producers.len() {
                         if self.producers[at].again.is_some_and(|again| again <= Instant::now()) {
@@ -375,8 +405,19 @@ impl<C: Connection> Driver<C> {
                 }
             }
         }
-        self.ask_next(outbox);
+        self.rejoin(outbox);
         Ok(())
+    }
+
+    /// Asks for the membership again, before anything else, unless it is asked for already.
+    fn rejoin(&mut self, outbox: &Outbox) {
+        let asked = self.asks.iter().any(|ask| matches!(ask, Ask::Join { .. } | Ask::Leave { .. }));
+        if let Some(request) = self.member.clone().filter(|_| !asked) {
+            // Behind the one that is on the wire.
+            let ask = Ask::Join { request, answer: oneshot::channel().0 };
+            self.asks.insert(usize::from(self.asked), ask);
+        }
+        self.ask_next(outbox);
     }
 
     fn open_producer(&mut self, at: usize, link: &Arc<Link<C>>, outbox: &Outbox) {
@@ -428,6 +469,26 @@ impl<C: Connection> Driver<C> {
     fn answered(&mut self, result: Result<u64, ClientError>, outbox: &Outbox) {
         self.asked = false;
         if let Some(ask) = self.asks.pop_front() {
+            match (&ask, &result) {
+                (Ask::Join { request, .. }, Ok(generation)) => {
+                    // What was said meanwhile counts.
+                    let activity =
+                        self.member.take().map_or_else(|| request.activity.clone(), |member| member.activity);
+                    let said = activity == request.activity;
+                    self.member =
+                        Some(Join { generation: Some(*generation), activity: activity.clone(), ..request.clone() });
+                    if !said {
+                        outbox.push(Update { activity });
+                    }
+                }
+                (Ask::Join { .. }, Err(error)) if error.is_retryable() => {
+                    // The server cannot do it now. What is asked behind it waits too.
+                    self.join_again = Some(Instant::now() + REOPEN_PAUSE);
+                    return self.asks.push_front(ask);
+                }
+                (Ask::Join { .. }, Err(_)) | (Ask::Leave { .. }, _) => self.member = None,
+                _ => {}
+            }
             ask.answer(result);
         }
         self.ask_next(outbox);
@@ -440,9 +501,21 @@ impl<C: Connection> Driver<C> {
                 None => self.attach_answer = Some(answer),
             },
             SessionCommand::Ask(ask) => {
+                if let Ask::Join { request, .. } = &ask {
+                    let generation = self.member.take().and_then(|member| member.generation);
+                    self.member = Some(Join { generation, ..request.clone() });
+                }
                 self.asks.push_back(ask);
                 if attached {
                     self.ask_next(outbox);
+                }
+            }
+            SessionCommand::Update(activity) => {
+                if let Some(member) = &mut self.member {
+                    member.activity = activity.clone();
+                    if attached {
+                        outbox.push(Update { activity });
+                    }
                 }
             }
             SessionCommand::Producer { name, config, answer } => {
@@ -540,6 +613,18 @@ impl<C: Connection> Driver<C> {
                     return Ok(());
                 }
             }
+            Frame::Joined(joined) => {
+                if matches!(self.asks.front(), Some(Ask::Join { .. })) {
+                    self.answered(Ok(joined.generation), outbox);
+                    return Ok(());
+                }
+            }
+            Frame::Left(_) => {
+                if matches!(self.asks.front(), Some(Ask::Leave { .. })) {
+                    self.answered(Ok(0), outbox);
+                    return Ok(());
+                }
+            }
             Frame::Deleted(_) => {
                 if matches!(self.asks.front(), Some(Ask::Delete { .. })) {
                     self.answered(Ok(0), outbox);
@@ -587,6 +672,13 @@ impl<C: Connection> Driver<C> {
                 if let Some(entry) = self.subscriptions.values_mut().find(|entry| entry.id == Some(error.id)) {
                     entry.id = None;
                     link.refuse(error.id, error.code, error.detail.as_str());
+                }
+            }
+            Update::KIND => {
+                tracing::debug!(code = %error.code, detail = %error.detail, "update refused");
+                if error.code == Code::NOT_A_MEMBER {
+                    // Lost, while nothing came through for a while.
+                    self.rejoin(outbox);
                 }
             }
             about if self.asked && self.asks.front().is_some_and(|ask| ask.kind() == about) => {

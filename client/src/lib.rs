@@ -32,6 +32,7 @@ mod driver;
 mod error;
 mod link;
 mod live;
+mod membership;
 mod message;
 mod producer;
 mod session;
@@ -43,12 +44,14 @@ pub use config::{Config, ConnectFile};
 pub use error::{AppendError, ClientError, Stored};
 pub use live::{Folded, LiveView, Update};
 pub use mainstay_protocol::session::{
-    Author, Change, Cursor, Entry, Expected, Incarnation, Instance, Key, Kind, Message, MessageAppend, MessageEnd,
-    MessageId, MessageReplace, MessageStart, Payload, Record, RunId, SessionName, StateChange, StateDeleted,
-    StateExpired, StatePut, Status, Verdict, View,
+    Activity, Author, Change, Cursor, Departure, Entry, Expected, Incarnation, Instance, Key, Kind, Member, Message,
+    MessageAppend, MessageEnd, MessageId, MessageReplace, MessageStart, Payload, PresenceJoined, PresenceLeft,
+    PresenceUpdated, Record, RunId, SessionName, StateChange, StateDeleted, StateExpired, StatePut, Status, Verdict,
+    View,
 };
 pub use mainstay_protocol::wire::{ListedSession, Start};
 pub use mainstay_protocol::{Advice, Code};
+pub use membership::{Doing, Membership};
 pub use message::MessageWriter;
 pub use producer::{Producer, Ticket};
 pub use session::{Attaching, Session, SessionInfo, StreamId};

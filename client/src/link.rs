@@ -370,6 +370,11 @@ impl<C: Connection> Link<C> {
         self.window
     }
 
+    /// A member of a session is here still.
+    pub(crate) fn beat(&self) {
+        self.control.push(Ping { nonce: 0 });
+    }
+
     /// Tells the server how much of subscription `id` was consumed.
     pub(crate) fn credit(&self, id: u64, consumed: u64) {
         self.control.push(Credit { id, consumed });

@@ -13,6 +13,7 @@ use crate::client::Client;
 use crate::driver::{Ask, SessionCommand};
 use crate::error::ClientError;
 use crate::live::LiveView;
+use crate::membership::{Doing, Membership};
 use crate::producer::Producer;
 use crate::subscription::Subscribing;
 
@@ -206,6 +207,14 @@ impl Session {
     /// A subscription from `start` on.
     pub fn subscribe(&self, start: Start) -> Subscribing {
         Subscribing::new(self.clone(), start)
+    }
+
+    /// Makes this client a member of the session, called `name` by people, until it leaves or nothing is heard of it for `grace`
+    /// (1 s to 120 s). A session has one membership of a client; joining again takes it over.
+    ///
+    /// Errors: `Refused` with `FORBIDDEN` without the operation `join`, `LIMIT_EXCEEDED`; `Protocol` with `NAME_INVALID`.
+    pub async fn join(&self, name: &str, grace: Duration, doing: Doing) -> Result<Membership, ClientError> {
+        Membership::join(self.commands.clone(), name, grace, doing).await
     }
 
     /// Closes the session: no record can follow. Returns the seq of the record that says so. Errors: `Refused`.

@@ -138,6 +138,8 @@ codes! {
     CONFLICT = 0x52, Request, Fix;
     /// What a change needs of a value or of its argument does not hold: no integer, no JSON document.
     STATE_INVALID = 0x53, Request, Fix;
+    /// The caller is not a member of the session.
+    NOT_A_MEMBER = 0x54, Request, Fix;
 }
 
 impl Code {

@@ -11,7 +11,7 @@ pub const CHUNK_VERSION: u8 = 1;
 pub const SNAPSHOT_VERSION: u8 = 1;
 
 /// Version of the fold and of the view encoding (spec FOLD-1).
-pub const FOLD_VERSION: u64 = 2;
+pub const FOLD_VERSION: u64 = 3;
 
 /// Longest session name in bytes of UTF-8 (spec SESS-1).
 pub const MAX_NAME: usize = 512;
@@ -70,7 +70,17 @@ pub const MAX_STATE_KEYS: usize = 4096;
 /// Bytes of all keys and values of one session's shared state (spec STATE-2).
 pub const MAX_STATE_BYTES: usize = 8 * 1024 * 1024;
 /// Longest canonical encoding of a view in bytes (spec SUB-6): what the other limits add up to, and room.
-pub const MAX_VIEW: usize = 16 * 1024 * 1024;
+pub const MAX_VIEW: usize = 24 * 1024 * 1024;
+/// Members of one session (spec PRES-5).
+pub const MAX_MEMBERS: usize = 4096;
+/// Bytes of a member's data (spec PRES-2).
+pub const MAX_MEMBER_DATA: usize = 512;
+/// Progress of a member that is done, in percent (spec PRES-2).
+pub const MAX_PROGRESS: u64 = 100;
+/// Shortest grace of a member in milliseconds (spec PRES-4).
+pub const MIN_GRACE: u64 = 1000;
+/// Longest grace of a member in milliseconds (spec PRES-4).
+pub const MAX_GRACE: u64 = 120_000;
 /// Control bytes that always fit beside bulk, in bytes (spec FLOW-2).
 pub const CONTROL_RESERVE: usize = 256 * 1024;
 /// Smallest bulk window that a peer may state, in bytes (spec FLOW-3).

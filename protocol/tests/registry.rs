@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use mainstay_protocol::registry as numbers;
-use mainstay_protocol::session::{Change, Expected, Key, Kind, Operation, Payload, StateChange, Status, Verdict};
+use mainstay_protocol::session::{
+    Change, Departure, Expected, Key, Kind, Operation, Payload, StateChange, Status, Verdict,
+};
 use mainstay_protocol::wire::{AttachMode, Body, Frame, Start, Subscribe, Writer};
 use mainstay_protocol::{Advice, Code, Scope};
 use toml::{Table, Value};
@@ -121,7 +123,7 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
 #[test]
 fn limits_and_versions_are_those_of_the_registry() {
     let registry = registry();
-    let limits: [(&str, usize); 30] = [
+    let limits: [(&str, usize); 35] = [
         ("max_name", numbers::MAX_NAME),
         ("max_label", numbers::MAX_LABEL),
         ("max_subject", numbers::MAX_SUBJECT),
@@ -150,6 +152,11 @@ fn limits_and_versions_are_those_of_the_registry() {
         ("max_state_keys", numbers::MAX_STATE_KEYS),
         ("max_state_bytes", numbers::MAX_STATE_BYTES),
         ("max_view", numbers::MAX_VIEW),
+        ("max_members", numbers::MAX_MEMBERS),
+        ("max_member_data", numbers::MAX_MEMBER_DATA),
+        ("max_progress", numbers::MAX_PROGRESS as usize),
+        ("min_grace", numbers::MIN_GRACE as usize),
+        ("max_grace", numbers::MAX_GRACE as usize),
         ("control_reserve", numbers::CONTROL_RESERVE),
         ("min_bulk_window", numbers::MIN_BULK_WINDOW as usize),
     ];
@@ -200,6 +207,8 @@ fn enumerations_and_defaults_are_those_of_the_registry() {
     assert_eq!(code([("trimmed", numbers::GAP_TRIMMED)]), entries(&registry, "gap_reasons", ""));
     let statuses = code(Status::ALL.map(|status| (status.as_str(), status as u64)));
     assert_eq!(statuses, entries(&registry, "message_statuses", ""));
+    let departures = code(Departure::ALL.map(|reason| (reason.as_str(), reason as u64)));
+    assert_eq!(departures, entries(&registry, "departures", ""));
     let changes = [
         ("put", Change::Put { value: Bytes::new(), lasts: 0 }),
         ("delete", Change::Delete),

@@ -98,6 +98,7 @@ fn describe(outcome: &Outcome) -> String {
         Outcome::Done(Reply::Closed { seq }) => format!("closed at seq {seq}"),
         Outcome::Done(Reply::Trimmed { first }) => format!("first is {first}"),
         Outcome::Refused(refusal) => format!("{} ({})", refusal.code, refusal.value),
+        Outcome::Done(Reply::Joined { .. } | Reply::Left) => "no event of this table".to_owned(),
     }
 }
 

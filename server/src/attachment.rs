@@ -1,16 +1,17 @@
 //! One attachment: a bidirectional QUIC stream bound to a session. Requests in; answers, acks and errors out.
 
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::FOLD_VERSION;
 use mainstay_protocol::session::{Author, Operation, Refusal, Verdict};
 use mainstay_protocol::wire::{
-    Attach, AttachMode, Attached, Body, CloseSession, DefineStream, DeleteSession, Detail, Error, Frame, OpenProducer,
-    Subscribe, Trim,
+    Attach, AttachMode, Attached, Body, CloseSession, DefineStream, DeleteSession, Detail, Error, Frame, Join,
+    OpenProducer, Subscribe, Trim, Update,
 };
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream, SendStream, priority};
 use tokio::sync::{Semaphore, oneshot};
+use tokio::time::Instant;
 
 use crate::connection::Conn;
 use crate::owner::{Command, Standing};
@@ -27,9 +28,23 @@ pub(crate) struct Attachment {
     pub(crate) outbox: Outbox,
     /// Never has a permit; closed when the attachment ends.
     alive: Semaphore,
+    /// When its connection was heard last, once it has ended.
+    last_heard: OnceLock<Instant>,
 }
 
 impl Attachment {
+    /// When its client was heard last, as far as it speaks for this attachment.
+    pub(crate) fn heard(&self) -> Option<Instant> {
+        self.last_heard.get().copied().or_else(|| self.conn.upgrade().map(|conn| conn.heard()))
+    }
+
+    /// Nothing can be answered on it any more.
+    fn end(&self, conn: &Conn) {
+        self.outbox.close();
+        self.alive.close();
+        self.last_heard.get_or_init(|| conn.heard());
+    }
+
     /// Waits until nothing can be answered on it any more.
     pub(crate) async fn ended(&self) {
         // An error is what is waited for.
@@ -76,7 +91,13 @@ pub(crate) async fn run<C: Connection>(
         Ok(author) => author,
         Err(refusal) => return refuse_attach(&outbox, &mut send, &mut frames, &refusal).await,
     };
-    let attachment = Arc::new(Attachment { conn: Arc::downgrade(&conn), author, outbox, alive: Semaphore::new(0) });
+    let attachment = Arc::new(Attachment {
+        conn: Arc::downgrade(&conn),
+        author,
+        outbox,
+        alive: Semaphore::new(0),
+        last_heard: OnceLock::new(),
+    });
     // On its own: every attachment would carry its size.
     let session = match Box::pin(attach(&conn, &attachment, &request)).await {
         Ok(Some(session)) => session,
@@ -112,9 +133,8 @@ pub(crate) async fn run<C: Connection>(
                 }
             }
         }
-        attachment.outbox.close();
         // At once, also if the client does not take the last answers: nothing that comes later could be answered.
-        attachment.alive.close();
+        attachment.end(&conn);
         core::future::pending().await
     };
     tokio::select! {
@@ -122,8 +142,7 @@ pub(crate) async fn run<C: Connection>(
         () = attachment.outbox.write_to(&mut send) => {}
         () = served => {}
     }
-    attachment.outbox.close();
-    attachment.alive.close();
+    attachment.end(&conn);
     frames.stop(code.0);
     conn.drop_producers(&attachment);
     if code == Code::GOING_AWAY {
@@ -248,6 +267,21 @@ async fn read<C: Connection>(
                     continue;
                 }
             },
+            Frame::Join(request) => match conn.allow(Operation::Join, name) {
+                Ok(()) => Command::Join { attachment: attachment.clone(), request },
+                Err(refusal) => {
+                    attachment.refuse(Join::KIND, 0, &refusal);
+                    continue;
+                }
+            },
+            Frame::Update(Update { activity }) => match conn.allow(Operation::Join, name) {
+                Ok(()) => Command::Update { attachment: attachment.clone(), activity },
+                Err(refusal) => {
+                    attachment.refuse(Update::KIND, 0, &refusal);
+                    continue;
+                }
+            },
+            Frame::Leave(_) => Command::Leave { attachment: attachment.clone() },
             Frame::Subscribe(request) => {
                 let id = request.id;
                 let allowed = conn.allow(Operation::Read, name).and_then(|()| conn.open_subscription(id));

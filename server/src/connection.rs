@@ -15,6 +15,7 @@ use mainstay_protocol::wire::{Authenticated, Body, Detail, Error, Frame, Hello, 
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream, SendStream, StreamError, priority};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use crate::producer::{self, ProducerLink};
 use crate::server::Shared;
@@ -62,6 +63,8 @@ pub(crate) struct Conn {
     pub(crate) held: Semaphore,
     opened: Mutex<Opened>,
     attachments: AtomicUsize,
+    /// When a frame came on control last.
+    heard: Mutex<Instant>,
     tasks: mpsc::UnboundedSender<Task>,
 }
 
@@ -101,6 +104,7 @@ impl Conn {
                 Operation::Append => "the token does not grant `append` on this session",
                 Operation::Create => "the token does not grant `create` on this session",
                 Operation::Manage => "the token does not grant `manage` on this session",
+                Operation::Join => "the token does not grant `join` on this session",
             };
             Err(Refusal::new(Code::FORBIDDEN, detail))
         })
@@ -135,6 +139,11 @@ impl Conn {
                 _ = changed.changed() => {}
             }
         }
+    }
+
+    /// When a frame came on control last: the sign of life of members (spec PRES-4).
+    pub(crate) fn heard(&self) -> Instant {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn is_authenticated(&self) -> bool {
@@ -303,11 +312,12 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
         held: Semaphore::new(usize::try_from(server.config().delivery_budget).unwrap_or(Semaphore::MAX_PERMITS)),
         opened: Mutex::default(),
         attachments: AtomicUsize::new(0),
+        heard: Mutex::new(Instant::now()),
         tasks,
     });
     tracing::debug!(conn = id, remote = %transport.remote(), "connected");
     let mut running = JoinSet::new();
-    let deadline = tokio::time::Instant::now() + server.config().hello_timeout;
+    let deadline = Instant::now() + server.config().hello_timeout;
     let control = match tokio::time::timeout_at(deadline, transport.accept_bi()).await {
         Ok(Ok(control)) => control,
         Ok(Err(_)) => return,
@@ -350,7 +360,7 @@ async fn control_stream<C: Connection>(
     transport: C,
     conn: Arc<Conn>,
     (mut send, recv): (C::Send, C::Recv),
-    deadline: tokio::time::Instant,
+    deadline: Instant,
 ) {
     let config = conn.server.config();
     let hello = Hello {
@@ -395,7 +405,7 @@ async fn read_control<C: Connection>(
     conn: &Arc<Conn>,
     transport: &C,
     recv: C::Recv,
-    deadline: tokio::time::Instant,
+    deadline: Instant,
 ) -> Result<(), FrameError> {
     let mut frames = FrameReader::new(recv, MAX_FRAME_UNAUTHENTICATED);
     let mut greeted = false;
@@ -407,6 +417,7 @@ async fn read_control<C: Connection>(
             tokio::time::timeout_at(deadline, frames.next()).await.map_err(|_| late)??
         };
         let Some(frame) = next else { return Ok(()) };
+        *conn.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         match frame {
             Frame::Hello(hello) if !greeted => {
                 greeted = true;

@@ -9,13 +9,14 @@ use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use mainstay_protocol::error::Code;
-use mainstay_protocol::registry::MAX_POSITIONS;
+use mainstay_protocol::registry::{MAX_GRACE, MAX_POSITIONS, MIN_GRACE};
 use mainstay_protocol::session::{
-    Authority, CheckedBatch, Chunk, Outcome, ProducerKey, Refusal, Reply, State, Step, ViewHash,
+    Activity, Author, Authority, CheckedBatch, Chunk, Leases, Outcome, PresenceJoined, PresenceUpdated, ProducerKey,
+    Refusal, Reply, State, Step, ViewHash,
 };
 use mainstay_protocol::wire::{
-    Ack, Acked, Body, CloseSession, Closed, DefineStream, DeleteSession, Deleted, Detail, Error, Label, OpenProducer,
-    Position, Producer, Refused, Stream, Subject, Trim, Trimmed, put_frame,
+    Ack, Acked, Body, CloseSession, Closed, DefineStream, DeleteSession, Deleted, Detail, Error, Join, Joined, Label,
+    Leave, Left, OpenProducer, Position, Producer, Refused, Stream, Subject, Trim, Trimmed, Update, put_frame,
 };
 use mainstay_store::{Committing, Outcome as Committed, Pending, SessionStat, StoreError, Writer};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
@@ -54,6 +55,12 @@ pub(crate) enum Command {
     Close { attachment: Arc<Attachment> },
     /// TRIM.
     Trim { attachment: Arc<Attachment>, before: u64 },
+    /// JOIN.
+    Join { attachment: Arc<Attachment>, request: Join },
+    /// UPDATE.
+    Update { attachment: Arc<Attachment>, activity: Activity },
+    /// LEAVE.
+    Leave { attachment: Arc<Attachment> },
     /// DELETE_SESSION.
     Delete { attachment: Arc<Attachment> },
     /// End after what was accepted is committed.
@@ -128,6 +135,11 @@ pub(crate) struct Owner {
     released: u64,
     /// Who appends as which producer, to tell them when they are fenced.
     holders: HashMap<ProducerKey, Weak<ProducerLink>>,
+    /// How long members count as here, and through which attachment they say so.
+    leases: Leases,
+    present: HashMap<Arc<Author>, Arc<Attachment>>,
+    /// Where the clock of the leases begins.
+    begun: Instant,
     stopping: bool,
     /// What was due when the session was loaded is written before anyone is answered.
     catching_up: bool,
@@ -173,6 +185,9 @@ impl Owner {
             unsnapshotted: 0,
             released,
             holders: HashMap::new(),
+            leases: Leases::default(),
+            present: HashMap::new(),
+            begun: Instant::now(),
             stopping: false,
             catching_up: true,
             next_tick: Instant::now(),
@@ -198,6 +213,8 @@ impl Owner {
     /// Serves until the session is idle, deleted, or can no longer be served.
     pub(crate) async fn run(mut self) {
         let idle = self.sessions.config.idle;
+        // Whoever was here before this server has its grace to come back.
+        self.hold_members();
         let mut commands = Vec::new();
         let mut last_use = Instant::now();
         loop {
@@ -236,8 +253,9 @@ impl Owner {
                 () = tokio::time::sleep_until(tick.unwrap_or(last_use)), if tick.is_some() => {}
                 () = tokio::time::sleep_until(last_use + idle), if idle_store => {
                     last_use = Instant::now();
-                    // Before it leaves: from then on it may expire.
-                    if self.sessions.is_unused(&self.session)
+                    // Members are here or lost, and somebody has to say which. Before it leaves: from then on it may expire.
+                    if self.leases.is_empty()
+                        && self.sessions.is_unused(&self.session)
                         && self.postpone_expiry().await
                         && self.sessions.leave_if_unused(&self.session)
                     {
@@ -292,10 +310,39 @@ impl Owner {
 
     /// Writes what is due, unless that was looked for a moment ago. Returns when to look again.
     async fn tick(&mut self) -> Option<Instant> {
-        let deadline = self.state()?.deadline()?;
         if self.stopping {
             return None;
         }
+        let leases = self.lapse().await;
+        let values = self.expire().await;
+        leases.into_iter().chain(values).min()
+    }
+
+    /// Loses the members of whom nothing was heard. Returns when to look again.
+    async fn lapse(&mut self) -> Option<Instant> {
+        let clock =
+            |at: Instant| u64::try_from(at.saturating_duration_since(self.begun).as_millis()).unwrap_or(u64::MAX);
+        let now = clock(Instant::now());
+        if self.leases.deadline()? <= now {
+            let present = &self.present;
+            let lapsed = self.leases.lapsed(now, |author| Some(clock(present.get(author)?.heard()?)));
+            let wall = (self.sessions.clock)();
+            for (author, generation) in lapsed {
+                match self.authority().await {
+                    Ok(authority) => authority.lose_member(wall, &author, generation),
+                    Err(refusal) => {
+                        tracing::warn!(session = %self.session.id, code = %refusal.code, "cannot write who is lost now");
+                        break;
+                    }
+                }
+            }
+        }
+        Some(self.begun + Duration::from_millis(self.leases.deadline()?))
+    }
+
+    /// Writes the values that expired. Returns when to look again.
+    async fn expire(&mut self) -> Option<Instant> {
+        let deadline = self.state()?.deadline()?;
         let now = (self.sessions.clock)();
         if deadline > now {
             let wait = Duration::from_millis(deadline - now).min(RECHECK);
@@ -394,9 +441,23 @@ impl Owner {
                 (extent.first, extent.tail, extent.closed) = (first, chunk.end(), closed);
             });
         }
+        self.hold_members();
         self.answer(replies);
         self.unsnapshotted += chunk.bytes().len();
         self.keep_up();
+    }
+
+    /// Holds those who are members now.
+    fn hold_members(&mut self) {
+        let now = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let view = match &self.role {
+            Some(Role::Reader(state)) => state.view(),
+            Some(Role::Writer { authority, .. }) => authority.state().view(),
+            None => return,
+        };
+        if self.leases.follow(view, now) {
+            self.present.retain(|author, _| view.members().get(author).is_some());
+        }
     }
 
     /// Starts what is due and not running: a snapshot after many bytes and before a trim.
@@ -486,6 +547,14 @@ impl Owner {
                 }
                 outbox.push(Producer { id, epoch, next });
             }
+            Reply::Joined { generation } => {
+                // It may have been lost again in the same moment.
+                if self.state().is_some_and(|state| state.view().members().get(&attachment.author).is_some()) {
+                    self.present.insert(attachment.author.clone(), attachment.clone());
+                }
+                outbox.push(Joined { generation });
+            }
+            Reply::Left => outbox.push(Left {}),
             Reply::Stream { id, name } => outbox.push(Stream { id, name }),
             Reply::Closed { seq } => outbox.push(Closed { seq }),
             Reply::Trimmed { first } => outbox.push(Trimmed { first }),
@@ -532,6 +601,32 @@ impl Owner {
             }
             Command::Trim { attachment, before } => {
                 self.request(attachment, Trim::KIND, 0, |authority, ticket| authority.trim(now, before, ticket)).await;
+            }
+            Command::Join { attachment, request } => {
+                let Join { generation, name, grace, activity } = request;
+                if !(MIN_GRACE..=MAX_GRACE).contains(&grace) {
+                    let detail = "the grace of a member is from one second to two minutes";
+                    return attachment.refuse(Join::KIND, 0, &Refusal::new(Code::LIMIT_EXCEEDED, detail));
+                }
+                let (author, joined) = (attachment.author.clone(), PresenceJoined { name, grace, activity });
+                self.request(attachment, Join::KIND, 0, |authority, ticket| {
+                    authority.join(now, &author, generation, joined, ticket)
+                })
+                .await;
+            }
+            Command::Update { attachment, activity } => {
+                let updated = match self.authority().await {
+                    Ok(authority) => authority.update(now, &attachment.author, PresenceUpdated { activity }),
+                    Err(refusal) => Err(refusal),
+                };
+                if let Err(refusal) = updated {
+                    attachment.refuse(Update::KIND, 0, &refusal);
+                }
+            }
+            Command::Leave { attachment } => {
+                let author = attachment.author.clone();
+                self.request(attachment, Leave::KIND, 0, |authority, ticket| authority.leave(now, &author, ticket))
+                    .await;
             }
             Command::Delete { attachment } => self.delete(&attachment).await,
             Command::Stop => self.stopping = true,

@@ -10,6 +10,7 @@ mod disk;
 mod hostile;
 mod lifetime;
 mod network;
+mod presence;
 mod simulated;
 mod slow;
 mod tail;

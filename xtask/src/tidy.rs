@@ -119,7 +119,7 @@ fn requirements(root: &Path, sources: &[PathBuf], broken: &mut Vec<String>) {
 /// The first parts of requirement ids.
 const FAMILIES: &[&str] = &[
     "WIRE", "CONN", "AUTH", "REC", "KIND", "FOLD", "SESS", "SUB", "PROD", "DUR", "CHUNK", "CHAIN", "FLOW", "EARLY",
-    "ERR", "MSG", "STATE",
+    "ERR", "MSG", "STATE", "PRES",
 ];
 
 fn is_id(word: &str) -> bool {

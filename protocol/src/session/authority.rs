@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use super::chain::Chain;
 use super::chunk::{Chunk, ChunkBuilder, Control};
-use super::kinds::{Kind, Payload, StateExpired};
+use super::kinds::{Departure, Kind, Payload, PresenceJoined, PresenceLeft, PresenceUpdated, StateExpired};
 use super::overlay::Overlay;
 use super::producer::{Admission, ProducerHandle, ProducerKey};
 use super::record::{CheckedBatch, Record};
@@ -78,6 +78,13 @@ pub enum Reply {
         /// Seq of the record that closed it.
         seq: u64,
     },
+    /// The caller is here.
+    Joined {
+        /// Since the record with this seq.
+        generation: u64,
+    },
+    /// The caller is not here.
+    Left,
     /// Records below `first` are released.
     Trimmed {
         /// The first seq that can be read.
@@ -132,8 +139,9 @@ enum Work {
         author: Arc<Author>,
         time: u64,
     },
-    /// A record that the server writes by itself.
+    /// A record that the server writes, by itself or for somebody.
     Record {
+        author: Arc<Author>,
         time: u64,
         record: Record,
     },
@@ -332,7 +340,7 @@ impl<T> Authority<T> {
         let batch = if batch.plain {
             batch
         } else {
-            match self.overlay.admit(self.state.view(), self.staged_tail, time, batch) {
+            match self.overlay.admit(self.state.view(), author, (self.staged_tail, time), batch) {
                 Ok(batch) => batch,
                 Err(refusal) => return (Outcome::Refused(refusal), None),
             }
@@ -439,9 +447,102 @@ impl<T> Authority<T> {
         }
         for _ in 0..EXPIRED_AT_ONCE {
             let Some(key) = self.overlay.expired(self.state.view(), now) else { return };
-            let time = self.stamp(now);
-            self.overlay.expire(self.state.view(), self.staged_tail, key.clone());
-            self.push(Work::Record { time, record: StateExpired { key }.record(STREAM_MAIN) }, None);
+            let author = self.server.clone();
+            // No rule keeps a value from expiring.
+            let _ = self.write(now, author, StateExpired { key }.record(STREAM_MAIN), None);
+        }
+    }
+
+    /// Accepts a record that the server writes. Refusals: of the rules, `SESSION_CLOSED`, `UNAVAILABLE`.
+    fn write(&mut self, now: u64, author: Arc<Author>, record: Record, ticket: Option<T>) -> Result<(), Refusal> {
+        if self.uncertain {
+            return Err(Self::uncertain());
+        }
+        if self.state.view().closed().is_some() {
+            return Err(Refusal::new(Code::SESSION_CLOSED, "the session is closed"));
+        }
+        if self.staged_closed {
+            return Err(Refusal::new(Code::UNAVAILABLE, "the session is being closed"));
+        }
+        let time = self.stamp(now);
+        self.overlay.admit_one(self.state.view(), &author, (self.staged_tail, time), &record)?;
+        self.push(Work::Record { author, time, record }, ticket);
+        Ok(())
+    }
+
+    /// Somebody is here (spec PRES-1). Who is here already, as `held` says or without saying so, stays under the same generation and
+    /// does what it says now. Refusals: `SESSION_CLOSED`, `LIMIT_EXCEEDED`, `UNAVAILABLE`.
+    pub fn join(
+        &mut self,
+        now: u64,
+        author: &Arc<Author>,
+        held: Option<u64>,
+        joined: PresenceJoined,
+        ticket: T,
+    ) -> (Outcome, Option<T>) {
+        let known = self.state.view().members().get(author);
+        if let Some(member) = known
+            && held == Some(member.generation)
+            && member.activity == joined.activity
+            && self.overlay.member(self.state.view(), author) == held
+            && !self.uncertain
+        {
+            return (Outcome::Done(Reply::Joined { generation: member.generation }), Some(ticket));
+        }
+        let record = match self.overlay.member(self.state.view(), author) {
+            Some(_) => PresenceUpdated { activity: joined.activity }.record(STREAM_MAIN),
+            None => joined.record(STREAM_MAIN),
+        };
+        self.ask(now, author, record, ticket)
+    }
+
+    /// A member is doing something else (spec PRES-2). Nothing answers it. Refusals: `NOT_A_MEMBER`, `SESSION_CLOSED`,
+    /// `LIMIT_EXCEEDED`, `UNAVAILABLE`.
+    ///
+    /// What the same member said before and is in no chunk yet is replaced: of many updates a busy disk sees the last.
+    pub fn update(&mut self, now: u64, author: &Arc<Author>, updated: PresenceUpdated) -> Result<(), Refusal> {
+        let record = updated.record(STREAM_MAIN);
+        let same = |work: &Work| matches!(work, Work::Record { author: by, record, .. } if by == author && record.kind == Kind::PRESENCE_UPDATED);
+        let waiting = self.waiting.iter().position(|(work, ticket)| ticket.is_none() && same(work));
+        match waiting.and_then(|at| self.waiting.get_mut(at)) {
+            Some((work @ Work::Record { .. }, _)) if self.overlay.member(self.state.view(), author).is_some() => {
+                updated.activity.check()?;
+                self.waiting_bytes -= work.len();
+                if let Work::Record { record: before, .. } = work {
+                    *before = record;
+                }
+                self.waiting_bytes += work.len();
+                Ok(())
+            }
+            _ => self.write(now, author.clone(), record, None),
+        }
+    }
+
+    /// A member is not here any more (spec PRES-3). One that is not here has left already. Refusals: `SESSION_CLOSED`,
+    /// `UNAVAILABLE`.
+    pub fn leave(&mut self, now: u64, author: &Arc<Author>, ticket: T) -> (Outcome, Option<T>) {
+        let Some(generation) = self.overlay.member(self.state.view(), author) else {
+            return (Outcome::Done(Reply::Left), Some(ticket));
+        };
+        let reason = Departure::Left;
+        let left = PresenceLeft { member: (**author).clone(), generation, reason };
+        self.ask(now, author, left.record(STREAM_MAIN), ticket)
+    }
+
+    /// Nothing was heard of a member for its grace (spec PRES-4). Does nothing if it is not here under this generation, or if it
+    /// cannot be written now: who asks asks again.
+    pub fn lose_member(&mut self, now: u64, author: &Arc<Author>, generation: u64) {
+        if self.overlay.member(self.state.view(), author) == Some(generation) {
+            let left = PresenceLeft { member: (**author).clone(), generation, reason: Departure::Lost };
+            let server = self.server.clone();
+            let _ = self.write(now, server, left.record(STREAM_MAIN), None);
+        }
+    }
+
+    fn ask(&mut self, now: u64, author: &Arc<Author>, record: Record, ticket: T) -> (Outcome, Option<T>) {
+        match self.write(now, author.clone(), record, Some(ticket)) {
+            Ok(()) => (Outcome::Pending, None),
+            Err(refusal) => (Outcome::Refused(refusal), None),
         }
     }
 
@@ -520,7 +621,7 @@ impl<T> Authority<T> {
                     };
                     builder.record(author, *time, &record);
                 }
-                Work::Record { time, record } => builder.record(&self.server, *time, record),
+                Work::Record { author, time, record } => builder.record(author, *time, record),
                 Work::Grant { key, epoch } => {
                     let (subject, name) = (key.subject.clone(), key.name.clone());
                     builder.control(Control::Producer { subject, name, epoch: *epoch });
@@ -588,7 +689,11 @@ impl<T> Authority<T> {
             Work::Stream { id, name } => Reply::Stream { id, name },
             Work::Close { .. } | Work::Entry { .. } => Reply::Closed { seq: state.view().closed()? },
             Work::Trim { .. } => Reply::Trimmed { first: state.first() },
-            Work::Record { .. } => return None,
+            Work::Record { author, record, .. } => match record.kind {
+                Kind::PRESENCE_LEFT => Reply::Left,
+                // Joined, or said anew what it is doing; it may have been lost meanwhile.
+                _ => Reply::Joined { generation: state.view().members().get(&author).map_or(first, |m| m.generation) },
+            },
         })
     }
 
@@ -599,7 +704,7 @@ impl<T> Authority<T> {
         let dropped = made.flat_map(|flight| flight.work).chain(self.waiting.drain(..));
         // What has no ticket was not asked for by anyone and must still be written.
         // Its own records it decides anew, over what is durable.
-        let dropped = dropped.filter(|(work, _)| !matches!(work, Work::Record { .. }));
+        let dropped = dropped.filter(|(work, ticket)| ticket.is_some() || !matches!(work, Work::Record { .. }));
         let (kept, tickets): (Vec<_>, Vec<_>) = dropped.partition(|(_, ticket)| ticket.is_none());
         self.waiting = kept.into();
         self.waiting_bytes = self.waiting.iter().map(|(work, _)| work.len()).sum();

@@ -11,11 +11,13 @@ pub enum Operation {
     Create,
     /// Close, trim and delete sessions.
     Manage,
+    /// Be a member.
+    Join,
 }
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 4] = [Self::Read, Self::Append, Self::Create, Self::Manage];
+    pub const ALL: [Self; 5] = [Self::Read, Self::Append, Self::Create, Self::Manage, Self::Join];
 
     /// The word in tokens.
     pub const fn as_str(self) -> &'static str {
@@ -24,6 +26,7 @@ impl Operation {
             Self::Append => "append",
             Self::Create => "create",
             Self::Manage => "manage",
+            Self::Join => "join",
         }
     }
 

@@ -11,6 +11,7 @@ mod credit;
 mod feed;
 mod grants;
 mod kinds;
+mod leases;
 mod overlay;
 mod producer;
 mod progress;
@@ -27,12 +28,13 @@ pub use credit::{CreditReceived, CreditSent};
 pub use feed::{Feed, Filter, Place};
 pub use grants::{Grant, Grants, Operation, Operations};
 pub use kinds::{
-    Change, Expected, Kind, MessageAppend, MessageEnd, MessageReplace, MessageStart, Payload, StateChange,
-    StateDeleted, StateExpired, StatePut, Status, Writes,
+    Activity, Change, Departure, Expected, Kind, MessageAppend, MessageEnd, MessageReplace, MessageStart, Payload,
+    PresenceJoined, PresenceLeft, PresenceUpdated, StateChange, StateDeleted, StateExpired, StatePut, Status, Writes,
 };
+pub use leases::Leases;
 pub use producer::{Admission, ProducerHandle, ProducerKey, Producers};
 pub use progress::Progress;
 pub use record::{CheckedBatch, Record, Records};
 pub use state::{Damage, State, Streams};
-pub use view::{Entries, Entry, IndexedMessage, Message, Messages, StreamView, View};
+pub use view::{Entries, Entry, IndexedMessage, Member, Members, Message, Messages, StreamView, View};
 pub use words::{Author, Cursor, Incarnation, Instance, Key, MessageId, RunId, SessionName, Verdict, ViewHash};

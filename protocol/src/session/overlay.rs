@@ -7,17 +7,19 @@
 //! A refused batch drops its draft; an accepted one joins the overlay, from which each change goes once it is durable.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
 use super::authority::Refusal;
-use super::kinds::{Change, Deed, Expected, MessageStart, Payload, StateChange, StateDeleted, StatePut};
+use super::kinds::{Activity, Change, Deed, Expected, MessageStart, Payload, StateChange, StateDeleted, StatePut};
 use super::record::{CheckedBatch, Record, Records};
 use super::view::View;
-use super::words::{Key, MessageId};
+use super::words::{Author, Key, MessageId};
 use crate::error::Code;
 use crate::registry::{
-    MAX_BATCH_BYTES, MAX_MESSAGE, MAX_OPEN_BYTES, MAX_OPEN_MESSAGES, MAX_RECORD, MAX_STATE_BYTES, MAX_STATE_KEYS,
+    MAX_BATCH_BYTES, MAX_MEMBER_DATA, MAX_MEMBERS, MAX_MESSAGE, MAX_OPEN_BYTES, MAX_OPEN_MESSAGES, MAX_RECORD,
+    MAX_STATE_BYTES, MAX_STATE_KEYS,
 };
 use crate::wire::Writer;
 
@@ -44,6 +46,7 @@ struct Totals {
     open_bytes: usize,
     keys: usize,
     state_bytes: usize,
+    members: usize,
 }
 
 impl Totals {
@@ -53,6 +56,7 @@ impl Totals {
             open_bytes: view.messages().open_bytes(),
             keys: view.state().len(),
             state_bytes: view.state().bytes(),
+            members: view.members().len(),
         }
     }
 }
@@ -62,6 +66,20 @@ impl Totals {
 struct Changes {
     messages: HashMap<MessageId, (u64, Standing)>,
     keys: HashMap<Key, (u64, Option<Held>)>,
+    /// The member's generation, if it is here.
+    members: HashMap<Arc<Author>, (u64, Option<u64>)>,
+}
+
+impl Changes {
+    fn is_empty(&self) -> bool {
+        self.messages.is_empty() && self.keys.is_empty() && self.members.is_empty()
+    }
+
+    fn extend(&mut self, later: Self) {
+        self.messages.extend(later.messages);
+        self.keys.extend(later.keys);
+        self.members.extend(later.members);
+    }
 }
 
 /// What was accepted and is not durable yet. Bounded by what the authority's driver lets wait.
@@ -77,7 +95,8 @@ impl Overlay {
     pub(super) fn durable(&mut self, tail: u64) {
         self.changes.messages.retain(|_, (seq, _)| *seq >= tail);
         self.changes.keys.retain(|_, (seq, _)| *seq >= tail);
-        if self.changes.messages.is_empty() && self.changes.keys.is_empty() {
+        self.changes.members.retain(|_, (seq, _)| *seq >= tail);
+        if self.changes.is_empty() {
             self.totals = None;
         }
     }
@@ -91,16 +110,15 @@ impl Overlay {
     /// before. Returns the batch as it is stored: requests are replaced by what comes of them (spec KIND-4).
     ///
     /// Refusals, each of the whole batch: `MESSAGE_EXISTS`, `MESSAGE_NOT_OPEN`, `CONFLICT` with the revision of the key plus
-    /// one, or 0 where it has no value, `STATE_INVALID`, `LIMIT_EXCEEDED`, `RECORD_TOO_LARGE`, `BATCH_TOO_LARGE`.
+    /// one, or 0 where it has no value, `STATE_INVALID`, `NOT_A_MEMBER`, `LIMIT_EXCEEDED`, `RECORD_TOO_LARGE`, `BATCH_TOO_LARGE`.
     pub(super) fn admit(
         &mut self,
         view: &View,
-        first: u64,
-        time: u64,
+        author: &Arc<Author>,
+        (first, time): (u64, u64),
         batch: CheckedBatch,
     ) -> Result<CheckedBatch, Refusal> {
-        let totals = self.totals.unwrap_or_else(|| Totals::of(view));
-        let mut draft = Draft { view, accepted: &self.changes, changes: Changes::default(), totals };
+        let mut draft = self.draft(view, author);
         // Begun with the first record that is replaced; most batches have none.
         let mut stored: Option<Writer> = None;
         let mut walk = Records::new(&batch.records);
@@ -131,14 +149,47 @@ impl Overlay {
                 return Err(Refusal::new(Code::BATCH_TOO_LARGE, "what comes of the changes exceeds a batch"));
             }
         }
-        let Draft { changes, totals, .. } = draft;
-        self.totals = Some(totals);
-        self.changes.messages.extend(changes.messages);
-        self.changes.keys.extend(changes.keys);
+        let (changes, totals) = (draft.changes, draft.totals);
+        self.accept(changes, totals);
         Ok(match stored {
             Some(stored) => CheckedBatch { records: stored.freeze(), ..batch },
             None => batch,
         })
+    }
+
+    /// Holds one record that the server writes to the rules, as a batch. Refusals: as [`Overlay::admit`].
+    pub(super) fn admit_one(
+        &mut self,
+        view: &View,
+        author: &Arc<Author>,
+        (seq, time): (u64, u64),
+        record: &Record,
+    ) -> Result<(), Refusal> {
+        let mut draft = self.draft(view, author);
+        draft.hold(seq, time, record)?;
+        let (changes, totals) = (draft.changes, draft.totals);
+        self.accept(changes, totals);
+        Ok(())
+    }
+
+    /// The generation of a member that is here, counting what was accepted.
+    pub(super) fn member(&self, view: &View, author: &Author) -> Option<u64> {
+        match self.changes.members.get(author) {
+            Some((_, generation)) => *generation,
+            None => view.members().get(author).map(|member| member.generation),
+        }
+    }
+
+    fn draft<'a>(&'a self, view: &'a View, author: &'a Arc<Author>) -> Draft<'a> {
+        let totals = self.totals.unwrap_or_else(|| Totals::of(view));
+        Draft { view, author, accepted: self, changes: Changes::default(), totals }
+    }
+
+    fn accept(&mut self, changes: Changes, totals: Totals) {
+        if !changes.is_empty() {
+            self.totals = Some(totals);
+            self.changes.extend(changes);
+        }
     }
 
     /// A key whose value expires at `now` or before.
@@ -147,29 +198,20 @@ impl Overlay {
         // What was accepted may have changed it.
         due.map(|(_, key)| key).find(|key| !self.changes.keys.contains_key(*key)).cloned()
     }
-
-    /// The value of `key` is gone with the record `seq`.
-    pub(super) fn expire(&mut self, view: &View, seq: u64, key: Key) {
-        let totals = self.totals.unwrap_or_else(|| Totals::of(view));
-        let mut draft = Draft { view, accepted: &self.changes, changes: Changes::default(), totals };
-        draft.set(seq, key, None);
-        let Draft { changes, totals, .. } = draft;
-        self.totals = Some(totals);
-        self.changes.keys.extend(changes.keys);
-    }
 }
 
 /// One batch, being held to the rules.
 struct Draft<'a> {
     view: &'a View,
-    accepted: &'a Changes,
+    author: &'a Arc<Author>,
+    accepted: &'a Overlay,
     changes: Changes,
     totals: Totals,
 }
 
 impl Draft<'_> {
     fn message(&self, id: MessageId) -> Standing {
-        let known = self.changes.messages.get(&id).or_else(|| self.accepted.messages.get(&id));
+        let known = self.changes.messages.get(&id).or_else(|| self.accepted.changes.messages.get(&id));
         if let Some((_, standing)) = known {
             return *standing;
         }
@@ -182,7 +224,7 @@ impl Draft<'_> {
     }
 
     fn key(&self, key: &Key) -> Option<Held> {
-        if let Some((_, held)) = self.changes.keys.get(key).or_else(|| self.accepted.keys.get(key)) {
+        if let Some((_, held)) = self.changes.keys.get(key).or_else(|| self.accepted.changes.keys.get(key)) {
             return held.clone();
         }
         let entry = self.view.state().get(key.as_str())?;
@@ -192,8 +234,31 @@ impl Draft<'_> {
     /// Holds one record to the rules, over those before it. Returns what is stored in its place, if not itself.
     fn hold(&mut self, seq: u64, time: u64, record: &Record) -> Result<Option<Record>, Refusal> {
         match Deed::of(record).map_err(|error| Refusal::new(error.code, error.detail))? {
-            // The server's own do not come in batches.
-            Deed::Plain | Deed::SessionClosed | Deed::StateExpired(_) => {}
+            Deed::Plain | Deed::SessionClosed => {}
+            // The server's own.
+            Deed::StateExpired(expired) => self.set(seq, expired.key, None),
+            Deed::PresenceJoined(of) => {
+                of.activity.check()?;
+                if self.member(self.author).is_none() {
+                    self.totals.members += 1;
+                    if self.totals.members > MAX_MEMBERS {
+                        return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the session has too many members"));
+                    }
+                }
+                self.changes.members.insert(self.author.clone(), (seq, Some(seq)));
+            }
+            Deed::PresenceLeft(of) => {
+                if self.member(&of.member) == Some(of.generation) {
+                    self.totals.members -= 1;
+                    self.changes.members.insert(Arc::new(of.member), (seq, None));
+                }
+            }
+            Deed::PresenceUpdated(of) => {
+                of.activity.check()?;
+                if self.member(self.author).is_none() {
+                    return Err(Refusal::new(Code::NOT_A_MEMBER, "only a member of the session says what it is doing"));
+                }
+            }
             Deed::MessageStart(id, _, MessageStart { .. }) => {
                 if self.message(id) != Standing::Unknown {
                     return Err(Refusal::new(Code::MESSAGE_EXISTS, "a message with this id was begun before"));
@@ -222,6 +287,13 @@ impl Draft<'_> {
             Deed::StateChange(change) => return self.change(seq, time, record, change).map(Some),
         }
         Ok(None)
+    }
+
+    fn member(&self, author: &Author) -> Option<u64> {
+        match self.changes.members.get(author) {
+            Some((_, generation)) => *generation,
+            None => self.accepted.member(self.view, author),
+        }
     }
 
     fn open_len(&self, id: MessageId) -> Result<usize, Refusal> {
@@ -299,6 +371,16 @@ impl Draft<'_> {
         let put = StatePut { key, value, lasts };
         self.write(seq, time, &put)?;
         Ok(outcome(record, &put))
+    }
+}
+
+impl Activity {
+    /// Refusals: `LIMIT_EXCEEDED` for too much data.
+    pub(super) fn check(&self) -> Result<(), Refusal> {
+        if self.data.len() > MAX_MEMBER_DATA {
+            return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the member's data has too many bytes"));
+        }
+        Ok(())
     }
 }
 

@@ -98,7 +98,7 @@ id_type! {
 }
 
 /// Who wrote a record: stamped by the server, never taken from the client (spec AUTH-4).
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Author {
     /// Subject of the verified capability token.
     pub subject: Subject,

@@ -11,9 +11,9 @@ use serde_json::Value;
 use crate::error::Code;
 use crate::registry::{KEPT_MESSAGE_BYTES, KEPT_MESSAGES, STREAM_MAIN};
 use crate::session::{
-    Author, Authority, Change, CheckedBatch, Chunk, Expected, Incarnation, Instance, Key, MessageAppend, MessageEnd,
-    MessageId, MessageReplace, MessageStart, Outcome, Payload, ProducerHandle, ProducerKey, Record, Reply, State,
-    StateChange, StateDeleted, StatePut, Status, Step, View,
+    Activity, Author, Authority, Change, CheckedBatch, Chunk, Expected, Incarnation, Instance, Key, MessageAppend,
+    MessageEnd, MessageId, MessageReplace, MessageStart, Outcome, Payload, PresenceJoined, PresenceUpdated,
+    ProducerHandle, ProducerKey, Record, Reply, State, StateChange, StateDeleted, StatePut, Status, Step, View,
 };
 use crate::wire::{Detail, Label, Subject, Writer};
 
@@ -41,6 +41,8 @@ pub enum Deed {
     Increment { key: u8, by: i8 },
     /// Merge a patch into a key.
     Merge { key: u8, patch: u8 },
+    /// Say what the author of the batch is doing.
+    Say { status: u8 },
 }
 
 /// One step of a history.
@@ -58,6 +60,24 @@ pub enum Op {
     Tick {
         millis: u8,
     },
+    /// Somebody joins, or says to be here still.
+    Join {
+        who: u8,
+        status: u8,
+    },
+    /// Somebody says what it is doing, on its attachment.
+    Update {
+        who: u8,
+        status: u8,
+    },
+    Leave {
+        who: u8,
+    },
+    /// Nothing was heard of somebody; `late` if that is about an earlier time here.
+    Lose {
+        who: u8,
+        late: bool,
+    },
 }
 
 impl Op {
@@ -67,7 +87,7 @@ impl Op {
         let mut rest = bytes.iter().copied();
         while let Some(tag) = rest.next() {
             ops.push(match tag % 32 {
-                0..=17 => {
+                0..=14 => {
                     let count = 1 + tag % 3;
                     Self::Batch((0..count).map(|_| Deed::from_bytes(&mut rest)).collect())
                 }
@@ -75,6 +95,16 @@ impl Op {
                 23..=27 => Self::Committed,
                 28 => Self::NotCommitted,
                 29 => Self::Restart,
+                15..=17 => {
+                    let (what, status) = (rest.next().unwrap_or(0), rest.next().unwrap_or(0));
+                    let who = what / 8 % 3;
+                    match what % 8 {
+                        0..=2 => Self::Join { who, status },
+                        3 | 4 => Self::Update { who, status },
+                        5 => Self::Leave { who },
+                        more => Self::Lose { who, late: more == 6 },
+                    }
+                }
                 // Rare, or nothing would come after it.
                 30 if rest.next().unwrap_or(0) == 0 => Self::Close,
                 _ => Self::Tick { millis: rest.next().unwrap_or(0) },
@@ -98,6 +128,7 @@ impl Deed {
             9 | 10 => Self::Put { key, value: b, lasts: a / 8 },
             11 => Self::Delete { key },
             12 => Self::Compare { key, expected: b, value: (a >= 64).then_some(b) },
+            13 if a >= 128 => Self::Say { status: b },
             13 | 14 => Self::Increment { key, by: b as i8 },
             _ => Self::Merge { key, patch: b },
         }
@@ -115,6 +146,8 @@ pub struct Counts {
     pub finished: u64,
     /// Values that expired.
     pub expired: u64,
+    /// Members that left or were lost.
+    pub departed: u64,
     /// Chunks that were not committed.
     pub rolled_back: u64,
     /// Restarts.
@@ -130,6 +163,7 @@ impl core::ops::Add for Counts {
             refused: self.refused + other.refused,
             finished: self.finished + other.finished,
             expired: self.expired + other.expired,
+            departed: self.departed + other.departed,
             rolled_back: self.rolled_back + other.rolled_back,
             restarts: self.restarts + other.restarts,
         }
@@ -159,6 +193,9 @@ struct World {
     /// In the order of their ends.
     ended: Vec<u8>,
     keys: BTreeMap<u8, Held>,
+    /// Generation and status of who is here, and the seq that said so.
+    members: BTreeMap<u8, (u64, u8, u64)>,
+    departed: u64,
     closed: bool,
     finished: u64,
     expired: u64,
@@ -167,6 +204,10 @@ struct World {
 #[derive(Debug, Clone)]
 enum Accepted {
     Batch(Vec<Deed>, u64),
+    Join(u8, u8),
+    Update(u8, u8),
+    Leave(u8),
+    Lose(u8),
     Close,
     Expire(u8),
 }
@@ -200,11 +241,15 @@ impl World {
         self.messages.get_mut(&id).filter(|m| m.status == Status::Open).ok_or(Code::MESSAGE_NOT_OPEN)
     }
 
-    fn perform(&mut self, deed: Deed, time: u64) -> Result<(), Code> {
+    fn perform(&mut self, deed: Deed, who: u8, time: u64) -> Result<(), Code> {
         let seq = self.tail;
         self.tail += 1;
         match deed {
             Deed::Data => {}
+            Deed::Say { status } => {
+                let member = self.members.get_mut(&who).ok_or(Code::NOT_A_MEMBER)?;
+                (member.1, member.2) = (status, seq);
+            }
             Deed::Start { message } => {
                 if self.messages.contains_key(&message) {
                     return Err(Code::MESSAGE_EXISTS);
@@ -280,11 +325,26 @@ impl World {
 
     fn apply(&mut self, accepted: &Accepted) -> Result<(), Code> {
         match accepted {
-            Accepted::Batch(deeds, time) => deeds.iter().try_for_each(|deed| self.perform(*deed, *time))?,
+            Accepted::Batch(deeds, time) => {
+                deeds.iter().try_for_each(|deed| self.perform(*deed, batch_author(deeds), *time))?;
+            }
+            Accepted::Join(who, status) => {
+                let seq = self.tail;
+                self.tail += 1;
+                let member = self.members.entry(*who).or_insert((seq, 0, 0));
+                (member.1, member.2) = (*status, seq);
+            }
+            Accepted::Update(who, status) => self.perform(Deed::Say { status: *status }, *who, 0)?,
+            Accepted::Leave(who) | Accepted::Lose(who) => {
+                self.tail += 1;
+                self.members.remove(who);
+                self.departed += 1;
+            }
             Accepted::Close => {
                 let seq = self.tail;
                 self.tail += 1;
                 self.closed = true;
+                self.members.clear();
                 let mut open: Vec<(u64, u8)> = Vec::new();
                 for (id, message) in self.messages.iter_mut().filter(|(_, m)| m.status == Status::Open) {
                     (message.status, message.through) = (Status::Interrupted, seq);
@@ -301,6 +361,15 @@ impl World {
         }
         Ok(())
     }
+}
+
+/// Who sends a batch.
+fn batch_author(deeds: &[Deed]) -> u8 {
+    deeds.len() as u8 % 3
+}
+
+fn activity(status: u8) -> Activity {
+    Activity { status: label("thinking"), progress: Some(u64::from(status) % 101), data: vec![status; 3].into() }
 }
 
 fn bytes(len: u8) -> Vec<u8> {
@@ -345,7 +414,7 @@ fn label(text: &str) -> Label {
 struct Run {
     authority: Authority<usize>,
     handle: ProducerHandle,
-    author: Arc<Author>,
+    authors: [Arc<Author>; 3],
     durable: World,
     accepted: Vec<Accepted>,
     chunks: Vec<Arc<Chunk>>,
@@ -374,7 +443,7 @@ pub fn run(ops: &[Op]) -> Counts {
     let mut run = Run {
         authority,
         handle,
-        author: Arc::new(Author { subject, instance: Instance([1; 16]) }),
+        authors: [0, 1, 2].map(|who| Arc::new(Author { subject: subject.clone(), instance: Instance([who; 16]) })),
         durable: World::default(),
         accepted: Vec::new(),
         chunks: vec![chunk],
@@ -394,6 +463,7 @@ pub fn run(ops: &[Op]) -> Counts {
     run.refold();
     run.counts.finished = run.durable.finished;
     run.counts.expired = run.durable.expired;
+    run.counts.departed = run.durable.departed;
     run.counts
 }
 
@@ -411,7 +481,7 @@ impl Run {
             Op::Batch(deeds) => self.batch(deeds),
             Op::Close => {
                 let before = self.staged().closed;
-                let (outcome, _) = self.authority.close(self.now, &self.author, 0);
+                let (outcome, _) = self.authority.close(self.now, &self.authors[0], 0);
                 if !before {
                     assert_eq!(outcome, Outcome::Pending);
                     self.accepted.push(Accepted::Close);
@@ -426,6 +496,20 @@ impl Run {
             Op::NotCommitted => self.not_committed(),
             Op::Restart => self.restart(),
             Op::Tick { millis } => self.tick(*millis),
+            Op::Join { who, status } => self.join(*who, *status),
+            Op::Update { who, status } => self.update(*who, *status),
+            Op::Leave { who } => self.leave(*who),
+            Op::Lose { who, late } => {
+                let staged = self.staged();
+                if let Some((generation, _, _)) = self.durable.members.get(who) {
+                    let generation = generation + u64::from(*late);
+                    self.authority.lose_member(self.now, &self.authors[*who as usize], generation);
+                    let here = staged.members.get(who).is_some_and(|member| member.0 == generation);
+                    if here && !staged.closed {
+                        self.accepted.push(Accepted::Lose(*who));
+                    }
+                }
+            }
         }
         self.authority.prepare();
         self.compare();
@@ -461,6 +545,7 @@ impl Run {
                 };
                 StateChange { key: key(number), expected: expect(expected, revision), change }.record(STREAM_MAIN)
             }
+            Deed::Say { status } => PresenceUpdated { activity: activity(status) }.record(STREAM_MAIN),
             Deed::Increment { key: number, by } => {
                 let change = Change::Increment(by.into());
                 StateChange { key: key(number), expected: Expected::Any, change }.record(STREAM_MAIN)
@@ -484,7 +569,7 @@ impl Run {
         for deed in deeds {
             self.record(*deed, &world).put(&mut region);
             if expected.is_ok() {
-                expected = world.perform(*deed, self.now);
+                expected = world.perform(*deed, batch_author(deeds), self.now);
             }
         }
         let batch = match CheckedBatch::new(deeds.len() as u64, region.freeze()) {
@@ -492,7 +577,8 @@ impl Run {
             Err(error) => panic!("a valid batch was refused: {error}"),
         };
         let producer = (&self.handle, 1);
-        let (outcome, _) = self.authority.append(self.now, &self.author, producer, self.sequence, batch, 0);
+        let author = &self.authors[batch_author(deeds) as usize];
+        let (outcome, _) = self.authority.append(self.now, author, producer, self.sequence, batch, 0);
         match outcome {
             Outcome::Pending => {
                 assert_eq!((expected, closed), (Ok(()), false), "accepted, and should not: {deeds:?}");
@@ -528,7 +614,15 @@ impl Run {
                     self.counts.stored += 1;
                 }
                 Accepted::Close => assert!(matches!(replies.next(), Some((_, Reply::Closed { .. })))),
-                Accepted::Expire(_) => {}
+                Accepted::Join(who, _) => {
+                    let reply = replies.next().map(|(_, reply)| reply);
+                    let Some(Reply::Joined { generation }) = reply else { panic!("a join has no answer: {reply:?}") };
+                    // Where it was here already, or left again in the same chunk, that is what the answer says.
+                    assert!(generation < chunk.end());
+                    assert!(self.durable.members.contains_key(&who));
+                }
+                Accepted::Leave(_) => assert!(matches!(replies.next(), Some((_, Reply::Left)))),
+                Accepted::Expire(_) | Accepted::Update(..) | Accepted::Lose(_) => {}
             }
         }
     }
@@ -561,6 +655,80 @@ impl Run {
             self.accepted.extend(due.into_iter().map(|(_, number)| Accepted::Expire(number)));
         }
         self.authority.tick(self.now);
+    }
+
+    fn refused(outcome: &Outcome, expected: Code) {
+        let Outcome::Refused(refusal) = outcome else { panic!("not refused: {outcome:?}") };
+        assert_eq!(refusal.code, expected);
+    }
+
+    /// Whether a record of the server is refused because the session is closed or being closed.
+    fn closed(&self) -> Option<Code> {
+        match (self.durable.closed, self.staged().closed) {
+            (true, _) => Some(Code::SESSION_CLOSED),
+            (_, true) => Some(Code::UNAVAILABLE),
+            _ => None,
+        }
+    }
+
+    fn join(&mut self, who: u8, status: u8) {
+        let held = self.durable.members.get(&who).copied();
+        let joined = PresenceJoined { name: label("tester"), grace: 1000, activity: activity(status) };
+        let generation = held.map(|(generation, _, _)| generation);
+        let author = self.authors[who as usize].clone();
+        let (outcome, _) = self.authority.join(self.now, &author, generation, joined, 0);
+        let unchanged = held.is_some_and(|(generation, known, _)| {
+            known == status && self.staged().members.get(&who).is_some_and(|member| member.0 == generation)
+        });
+        match (self.closed(), outcome) {
+            (_, Outcome::Done(reply)) => {
+                assert!(unchanged, "{reply:?}");
+                assert_eq!(Some(reply), generation.map(|generation| Reply::Joined { generation }));
+            }
+            (Some(code), outcome) => Self::refused(&outcome, code),
+            (None, outcome) => {
+                assert_eq!(outcome, Outcome::Pending);
+                self.accepted.push(Accepted::Join(who, status));
+            }
+        }
+    }
+
+    fn update(&mut self, who: u8, status: u8) {
+        let before = self.authority.waiting_bytes();
+        let author = self.authors[who as usize].clone();
+        let updated = PresenceUpdated { activity: activity(status) };
+        let result = self.authority.update(self.now, &author, updated).map_err(|refusal| refusal.code);
+        if let Some(code) = self.closed() {
+            return assert_eq!(result, Err(code));
+        }
+        if !self.staged().members.contains_key(&who) {
+            return assert_eq!(result, Err(Code::NOT_A_MEMBER));
+        }
+        assert_eq!(result, Ok(()));
+        if self.authority.waiting_bytes() > before {
+            return self.accepted.push(Accepted::Update(who, status));
+        }
+        // It took the place of the last one.
+        let last = self.accepted.iter_mut().rev().find_map(|accepted| match accepted {
+            Accepted::Update(by, status) if *by == who => Some(status),
+            _ => None,
+        });
+        let Some(last) = last else { panic!("an update vanished") };
+        *last = status;
+    }
+
+    fn leave(&mut self, who: u8) {
+        let here = self.staged().members.contains_key(&who);
+        let author = self.authors[who as usize].clone();
+        let (outcome, _) = self.authority.leave(self.now, &author, 0);
+        match (here, self.closed()) {
+            (false, _) => assert_eq!(outcome, Outcome::Done(Reply::Left)),
+            (true, Some(code)) => Self::refused(&outcome, code),
+            (true, None) => {
+                assert_eq!(outcome, Outcome::Pending);
+                self.accepted.push(Accepted::Leave(who));
+            }
+        }
     }
 
     fn restart(&mut self) {
@@ -597,6 +765,15 @@ impl Run {
         let expected = self.durable.keys.iter();
         let expected = expected.map(|(number, held)| (key(*number), held.revision, held.expires, meaning(&held.value)));
         assert_eq!(keys.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
+        let members = view.members().iter().map(|(author, member)| {
+            (author.instance.0[0], (member.generation, member.activity.clone(), member.updated))
+        });
+        let expected = self
+            .durable
+            .members
+            .iter()
+            .map(|(who, (generation, status, updated))| (*who, (*generation, activity(*status), *updated)));
+        assert_eq!(members.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
         for message in view.messages().open() {
             self.compare_message(message);
         }

@@ -132,6 +132,11 @@ frames! {
     tail::Tail "TAIL",
     produce::Produce "PRODUCE",
     append::Append "APPEND",
+    join::Join "JOIN",
+    joined::Joined "JOINED",
+    update::Update "UPDATE",
+    leave::Leave "LEAVE",
+    left::Left "LEFT",
     list::List "LIST",
     listed::Listed "LISTED",
 }

@@ -11,11 +11,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use mainstay_protocol::session::Kind;
 use mainstay_protocol::session::{
     Author, Chain, CheckedBatch, Chunk, ChunkBuilder, Control, Incarnation, Instance, Record, SessionName, State,
     Verdict, View, ViewHash,
 };
+use mainstay_protocol::session::{Kind, Payload, PresenceJoined};
 use mainstay_protocol::wire::*;
 use mainstay_protocol::{Code, ProtocolError};
 use toml::Table;
@@ -226,7 +226,7 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
         ("TRIMMED", "", Trimmed { first: 100 }.into()),
         ("SUBSCRIBED", "", Subscribed { id: 5, verdict: Verdict::Exact, next: 0, tail: 57 }.into()),
         ("SUBSCRIBED", "behind a trim", Subscribed { id: 6, verdict: Verdict::Gap, next: 3, tail: 57 }.into()),
-        ("SNAPSHOT", "the whole view", Snapshot::frames(3, 2, &view().encode()).next().expect("a frame")),
+        ("SNAPSHOT", "the whole view", Snapshot::frames(3, 3, &view().encode()).next().expect("a frame")),
         (
             "DELIVERY",
             "two runs, the second behind what the filter left out",
@@ -277,6 +277,20 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
             }
             .into(),
         ),
+        (
+            "JOIN",
+            "a person",
+            Join { generation: None, name: label("Alice"), grace: 10_000, activity: records::activity() }.into(),
+        ),
+        (
+            "JOIN",
+            "back again",
+            Join { generation: Some(12), name: label("Alice"), grace: 10_000, activity: records::activity() }.into(),
+        ),
+        ("JOINED", "", Joined { generation: 12 }.into()),
+        ("UPDATE", "", Update { activity: records::activity() }.into()),
+        ("LEAVE", "", Leave {}.into()),
+        ("LEFT", "", Left {}.into()),
         ("LISTED", "the end", Listed { sessions: vec![], next: Bytes::new() }.into()),
     ]
 }
@@ -352,6 +366,12 @@ fn told(count: usize) -> View {
     view_of(records::story().into_iter().take(count).collect())
 }
 
+/// The view of a member.
+fn visited() -> View {
+    let joined = PresenceJoined { name: label("Alice"), grace: 10_000, activity: records::activity() };
+    view_of(vec![joined.record(0)])
+}
+
 fn golden_states() -> Vec<Golden> {
     let mut state = State::new(Incarnation([0xab; 16]));
     for (_, chunk) in chunks() {
@@ -369,6 +389,12 @@ fn golden_states() -> Vec<Golden> {
             note: "an open message and a key that expires",
             bytes: told(3).encode(),
             value: format!("hash {}", told(3).hash()),
+        },
+        Golden {
+            name: "view",
+            note: "a member",
+            bytes: visited().encode(),
+            value: format!("hash {}", visited().hash()),
         },
         Golden {
             name: "view",

@@ -3,12 +3,13 @@
 use bytes::Bytes;
 use mainstay_protocol::Code;
 use mainstay_protocol::session::{
-    Change, Expected, Key, Kind, MessageAppend, MessageEnd, MessageId, MessageReplace, MessageStart, Payload, Record,
-    RunId, StateChange, StateDeleted, StateExpired, StatePut, Status,
+    Activity, Change, Departure, Expected, Key, Kind, MessageAppend, MessageEnd, MessageId, MessageReplace,
+    MessageStart, Payload, PresenceJoined, PresenceLeft, PresenceUpdated, Record, RunId, StateChange, StateDeleted,
+    StateExpired, StatePut, Status,
 };
 use mainstay_protocol::wire::{Detail, Writer};
 
-use crate::{Golden, Malformed, label, region};
+use crate::{Golden, Malformed, author, label, region};
 
 pub(crate) fn full() -> Record {
     Record {
@@ -23,6 +24,10 @@ pub(crate) fn full() -> Record {
 
 fn of_message(record: Record) -> Record {
     Record { message: Some(MessageId([0x11; 16])), ..record }
+}
+
+pub(crate) fn activity() -> Activity {
+    Activity { status: label("tool:search"), progress: Some(40), data: Bytes::from_static(b"{}") }
 }
 
 fn key() -> Key {
@@ -60,7 +65,21 @@ pub(crate) fn golden() -> Vec<Golden> {
         record("session.closed", "", Record { kind: Kind::SESSION_CLOSED, ..Record::data(0, &b""[..]) }),
     ];
     list.extend(story().into_iter().map(|of| record(of.kind.name().expect("a known kind"), "", of)));
+    let member = author("alice", 1);
     list.extend([
+        record(
+            "presence.joined",
+            "",
+            PresenceJoined { name: label("Alice"), grace: 10_000, activity: activity() }.record(0),
+        ),
+        record("presence.updated", "", PresenceUpdated { activity: activity() }.record(0)),
+        record(
+            "presence.updated",
+            "the shortest",
+            PresenceUpdated { activity: Activity { status: label("idle"), progress: None, data: Bytes::new() } }
+                .record(0),
+        ),
+        record("presence.left", "lost", PresenceLeft { member, generation: 12, reason: Departure::Lost }.record(0)),
         record("state.deleted", "", StateDeleted { key: key() }.record(0)),
         record("state.expired", "", StateExpired { key: key() }.record(0)),
         record(
@@ -127,6 +146,10 @@ pub(crate) fn malformed() -> Vec<Malformed> {
     wrong(Kind::STATE_PUT, "without how long it lasts", false, &[1, b'k', 1, b'v'], bad);
     wrong(Kind::STATE_DELETED, "a key with a control character", false, &[1, 0x07], bad);
     wrong(Kind::STATE_EXPIRED, "from a client", false, &[1, b'k'], Code::KIND_REFUSED);
+    wrong(Kind::PRESENCE_JOINED, "from a client", false, &[1, b'a', 1, 1, b'i', 0, 0], Code::KIND_REFUSED);
+    wrong(Kind::PRESENCE_UPDATED, "without a status", false, &[0, 0, 0], bad);
+    wrong(Kind::PRESENCE_UPDATED, "more than all", false, &[1, b'i', 1, 0x40, 101, 0], bad);
+    wrong(Kind::PRESENCE_LEFT, "from a client", false, &[], Code::KIND_REFUSED);
     wrong(Kind::STATE_CHANGE, "a change that nobody knows", false, &[1, b'k', 0, 4], bad);
     wrong(Kind::STATE_CHANGE, "a sum that is cut", false, &[1, b'k', 0, 2, 0, 0], bad);
     list

@@ -1,11 +1,13 @@
 //! What records are: the table of kinds, and a file with the payloads of each family (spec KIND).
 
 mod message;
+mod presence;
 mod state;
 
 use bytes::Bytes;
 
 pub use message::{MessageAppend, MessageEnd, MessageReplace, MessageStart, Status};
+pub use presence::{Activity, Departure, PresenceJoined, PresenceLeft, PresenceUpdated};
 pub use state::{Change, Expected, StateChange, StateDeleted, StateExpired, StatePut};
 
 use super::record::Record;
@@ -82,6 +84,12 @@ kinds! {
     STATE_EXPIRED = 0x24, "state.expired", Server;
     /// A change of a key that depends on what it holds.
     STATE_CHANGE = 0x26, "state.change", Request;
+    /// Somebody is here.
+    PRESENCE_JOINED = 0x30, "presence.joined", Server;
+    /// Somebody who is here is doing something else.
+    PRESENCE_UPDATED = 0x32, "presence.updated", Client;
+    /// Somebody is not here any more.
+    PRESENCE_LEFT = 0x34, "presence.left", Server;
 }
 
 impl Kind {
@@ -177,6 +185,9 @@ pub(crate) enum Deed {
     StateDeleted(StateDeleted),
     StateExpired(StateExpired),
     StateChange(StateChange),
+    PresenceJoined(PresenceJoined),
+    PresenceUpdated(PresenceUpdated),
+    PresenceLeft(PresenceLeft),
 }
 
 impl Deed {
@@ -196,6 +207,9 @@ impl Deed {
             Kind::STATE_DELETED => Self::StateDeleted(Payload::of(record)?),
             Kind::STATE_EXPIRED => Self::StateExpired(Payload::of(record)?),
             Kind::STATE_CHANGE => Self::StateChange(Payload::of(record)?),
+            Kind::PRESENCE_JOINED => Self::PresenceJoined(Payload::of(record)?),
+            Kind::PRESENCE_UPDATED => Self::PresenceUpdated(Payload::of(record)?),
+            Kind::PRESENCE_LEFT => Self::PresenceLeft(Payload::of(record)?),
             _ => Self::Plain,
         })
     }

@@ -1,6 +1,7 @@
 //! The fold: the view of a session as a pure function of its records (spec FOLD).
 
 mod entries;
+mod members;
 mod messages;
 
 use std::sync::Arc;
@@ -8,9 +9,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 pub use entries::{Entries, Entry};
+pub use members::{Member, Members};
 pub use messages::{IndexedMessage, Message, Messages};
 
-use super::kinds::Deed;
+use super::kinds::{Deed, PresenceJoined};
 use super::record::{Head, Record};
 use super::words::{Author, ViewHash};
 use crate::error::ProtocolError;
@@ -58,6 +60,7 @@ pub struct View {
     streams: Vec<StreamView>,
     messages: Messages,
     entries: Entries,
+    members: Members,
 }
 
 impl View {
@@ -89,6 +92,11 @@ impl View {
     /// The shared state.
     pub fn state(&self) -> &Entries {
         &self.entries
+    }
+
+    /// Who is here.
+    pub fn members(&self) -> &Members {
+        &self.members
     }
 
     /// Folds the record bytes of the next seq (spec FOLD-2). A record that some version accepted cannot fail; an error
@@ -146,6 +154,7 @@ impl View {
             Deed::SessionClosed => {
                 self.closed.get_or_insert(seq);
                 self.messages.interrupt_all(seq);
+                self.members.clear();
             }
             Deed::MessageStart(id, run, of) => self.messages.start((seq, time, stream), author, (id, run), of),
             Deed::MessageAppend(id, bytes) => self.messages.append(seq, id, &bytes),
@@ -159,6 +168,12 @@ impl View {
             }
             Deed::StateDeleted(deleted) => self.entries.remove(&deleted.key),
             Deed::StateExpired(expired) => self.entries.remove(&expired.key),
+            Deed::PresenceJoined(of) => {
+                let of = PresenceJoined { activity: of.activity.owned(), ..of };
+                self.members.join(seq, time, author, of);
+            }
+            Deed::PresenceUpdated(of) => self.members.update(seq, author, of.activity.owned()),
+            Deed::PresenceLeft(of) => self.members.leave(&of.member, of.generation),
         }
     }
 
@@ -193,6 +208,7 @@ impl View {
         }
         self.messages.put(form, &mut w);
         self.entries.put_to(form, &mut w);
+        self.members.put(&mut w);
         w.freeze()
     }
 
@@ -218,11 +234,12 @@ impl View {
         }
         let messages = Messages::get_from(&mut r, next)?;
         let entries = Entries::get_from(&mut r, next)?;
+        let members = Members::get_from(&mut r, next)?;
         r.finish()?;
         if closed.is_some_and(|seq| seq >= next) {
             return Err(ProtocolError::malformed("view is closed beyond its end"));
         }
-        Ok(Self { next, time, closed, streams, messages, entries })
+        Ok(Self { next, time, closed, streams, messages, entries, members })
     }
 
     /// BLAKE3 of the canonical encoding in which the hash of each text and value stands for it (spec FOLD-4).
