@@ -24,7 +24,7 @@ pub struct Entry {
     pub value: Bytes,
 }
 
-/// See the [module](self).
+/// The shared state of a session: keys that have a value.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Entries {
     by_key: BTreeMap<Key, Entry>,

@@ -26,7 +26,7 @@ pub struct Member {
     pub updated: u64,
 }
 
-/// See the [module](self).
+/// The members of a session.
 #[derive(Debug, Clone, Default)]
 pub struct Members {
     here: BTreeMap<Arc<Author>, Member>,

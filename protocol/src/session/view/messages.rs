@@ -54,7 +54,7 @@ pub struct IndexedMessage {
     pub len: u64,
 }
 
-/// See the [module](self).
+/// The messages of a session, as far as the view keeps them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Messages {
     /// Ascending by start.
