@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use mainstay_client::{Client, Config, Event, Producer, Session, Start, Subscription, Ticket};
+use mainstay_client::{Client, Config, Event, MessageWriter, Producer, Session, Start, Subscription, Ticket, Update};
 use mainstay_tests::proxy::{Faults, Proxy};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -385,7 +385,45 @@ pub async fn replay(target: &Target, options: &Options) -> Outcome {
         report.add("server CPU", "s per million", (after - before).as_secs_f64() / (records as f64 / 1e6));
     }
     add_disk(&mut report, disk, target.disk(), records as f64);
+    late_joiner(target, &writer, &name, &mut report).await?;
     Ok(report)
+}
+
+/// Parts of the message that a late joiner finds, and bytes of each.
+const PARTS: usize = 10_000;
+const PART: &[u8] = b"token";
+
+/// A message of many small parts in a session that is long already: how fast they are stored, and how soon whoever comes then
+/// has it whole.
+async fn late_joiner(target: &Target, writer: &Client, name: &str, report: &mut Report) -> Result<(), String> {
+    let session = session(writer, name).await?;
+    let producer = session.producer("bench").await.map_err(text)?;
+    let message = MessageWriter::begin(&producer, session.main(), "assistant", "text/plain").await.map_err(text)?;
+    let (begun, cpu) = (Instant::now(), target.cpu());
+    for _ in 0..PARTS {
+        message.append(PART).await.map_err(text)?;
+    }
+    producer.flush().await.map_err(text)?;
+    report.add("parts of a message", "records/s", PARTS as f64 / begun.elapsed().as_secs_f64());
+    if let (Some(before), Some(after)) = (cpu, target.cpu()) {
+        report.add("the same, server CPU", "s per million", (after - before).as_secs_f64() / (PARTS as f64 / 1e6));
+    }
+    let mut took = Vec::new();
+    for _ in 0..11 {
+        let begun = Instant::now();
+        let client = target.client(Config::default()).map_err(text)?;
+        let mut live = client.session(name).map_err(text)?.live().await.map_err(text)?;
+        while !matches!(live.next().await.ok_or("the view ended")?.map_err(text)?, Update::Started) {}
+        let found = live.view().messages().get(message.id()).map_or(0, |message| message.text.len());
+        if found != PARTS * PART.len() {
+            return Err(format!("a late joiner found {found} bytes of {}", PARTS * PART.len()));
+        }
+        took.push(begun.elapsed());
+    }
+    took.sort_unstable();
+    report.add("a late joiner is connected and has it whole p50", "ms", took[took.len() / 2].as_secs_f64() * 1e3);
+    report.add("the same, slowest of 11", "ms", took[took.len() - 1].as_secs_f64() * 1e3);
+    Ok(())
 }
 
 /// Idle attached connections, and cold sessions.

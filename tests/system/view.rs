@@ -7,18 +7,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mainstay_client::{
-    AppendError, Change, Client, ClientError, Code, Expected, Key, Kind, LiveView, MessageAppend, MessageEnd,
-    MessageId, MessageStart, MessageWriter, Record, Session, StateChange, StateDeleted, StatePut, Status, Stored,
-    Update, View,
+    AppendError, Change, Client, ClientError, Code, Config as ClientConfig, Expected, Key, Kind, LiveView,
+    MessageAppend, MessageEnd, MessageId, MessageStart, MessageWriter, Record, Session, StateChange, StateDeleted,
+    StatePut, Status, Stored, Update, View,
 };
-use mainstay_protocol::registry::{FOLD_VERSION, MAX_RECORD};
+use mainstay_protocol::registry::{ALPN, FOLD_VERSION, MAX_FRAME, MAX_RECORD};
+use mainstay_protocol::session::{Instance, Operation};
+use mainstay_protocol::wire::{Attach, AttachMode, Deframer, Frame, Hello, Start, Subscribe};
 use mainstay_server::Config;
 use mainstay_store::MemoryStore;
 use mainstay_store_fjall::FjallStore;
 use mainstay_store_fjall::verify::{Found, verify};
-use mainstay_tests::harness::{MemoryServer, QuicServer};
+use mainstay_tests::harness::{MemoryServer, QuicServer, claims};
 use mainstay_tests::process::{self, Server, run};
 use mainstay_tests::random;
+use mainstay_transport::quic::QuicConnector;
+use mainstay_transport::{Connection, Connector, RecvStream, SendStream};
 use serde_json::Value;
 use tokio::time::timeout;
 
@@ -87,6 +91,59 @@ async fn late_joiners_get_a_message_whole_and_then_its_parts() {
         assert_eq!((message.status, &message.text), (Status::Complete, &text));
         assert_eq!(reader.view().hash(), expected.view_hash);
     }
+    server.stop().await;
+}
+
+/// Bytes on the QUIC stream of a subscription that starts with the view, up to the view's end.
+async fn bytes_of_view(server: &QuicServer, name: &str) -> usize {
+    let limits = ClientConfig::default().transport_limits();
+    let connector = QuicConnector::new(server.addr, server.trust(), &limits, ALPN).expect("a connector");
+    let connection = connector.connect().await.expect("a connection");
+    let token = server.key.mint(&claims("late", "", Operation::ALL)).expect("a token");
+    let hello = Hello { instance: Some(Instance([3; 16])), token: Some(token.into()), ..Hello::default() };
+    let (mut control, _answers) = connection.open_bi().await.expect("control");
+    control.write(&mut [Frame::from(hello).to_bytes()]).await.expect("write");
+    let (mut send, _answers) = connection.open_bi().await.expect("an attachment");
+    let (mode, session) = (AttachMode::Attach, name.parse().expect("a name"));
+    let attach = Attach { mode, session, incarnation: None, next: None, expire_after: None };
+    let subscribe = Subscribe { id: 1, start: Start::Snapshot, streams: vec![], kinds: vec![] };
+    send.write(&mut [Frame::from(attach).to_bytes(), Frame::from(subscribe).to_bytes()]).await.expect("write");
+    let mut stream = timeout(PATIENCE, connection.accept_uni()).await.expect("in time").expect("a stream");
+    let (mut frames, mut bytes, mut view) = (Deframer::new(MAX_FRAME), 0, 0);
+    loop {
+        while let Some(raw) = frames.next_frame().expect("a frame") {
+            if let Some(Frame::Snapshot(snapshot)) = Frame::decode(&raw).expect("a known frame") {
+                view += snapshot.part.len() as u64;
+                if view == snapshot.length {
+                    return bytes;
+                }
+            }
+        }
+        let piece = timeout(PATIENCE, stream.read()).await.expect("in time").expect("bytes").expect("more");
+        bytes += piece.len();
+        frames.push(piece);
+    }
+}
+
+/// Scenario A9, as far as it is about joining: ten thousand tokens come as one message, during and after.
+#[tokio::test]
+async fn a_late_joiner_gets_ten_thousand_tokens_as_one_text_and_little_more() {
+    let server = QuicServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let session = attach(&server.client(), "s").await;
+    let producer = session.producer("agent").await.expect("a producer");
+    let writer = MessageWriter::begin(&producer, session.main(), "assistant", "text/plain").await.expect("begin");
+    let mut told = Vec::new();
+    for half in 1..=2 {
+        for _ in 0..5000 {
+            writer.append("token").await.expect("append");
+        }
+        producer.flush().await.expect("stored");
+        told.push((half * 25_000, bytes_of_view(&server, "s").await));
+    }
+    writer.end(Status::Complete, "").await.expect("end").await.expect("stored");
+    told.push((50_000, bytes_of_view(&server, "s").await));
+    println!("bytes of text and on the wire: {told:?}");
+    assert!(told.iter().all(|(text, wire)| wire - text <= 1024), "{told:?}");
     server.stop().await;
 }
 
@@ -382,11 +439,20 @@ async fn the_command_line_reads_writes_and_watches_state_and_follows_a_conversat
         let done = mainstay(args).await;
         assert!(done.status.success(), "{args:?}: {}", String::from_utf8_lossy(&done.stderr));
     }
+    // Commands that run at once do not get into each other's way.
+    let mut counting: Vec<_> = (0..8).map(|_| server.command(&["state", "incr", "s1", "hits"]).spawn()).collect();
+    for child in &mut counting {
+        let child = child.as_mut().expect("state");
+        assert!(timeout(PATIENCE, child.wait()).await.expect("in time").expect("a status").success());
+    }
+    assert_eq!(mainstay(&["state", "get", "s1", "hits"]).await.stdout, b"8");
+    let done = mainstay(&["state", "delete", "s1", "hits"]).await;
+    assert!(done.status.success());
     let listed = json(&mainstay(&["state", "ls", "s1", "--json"]).await);
     assert_eq!((listed.len(), &listed[0]["key"], &listed[0]["value"]), (1, &"count".into(), &"-3".into()));
 
     // A conversation, with one who follows it from its middle.
-    let client = server.client(mainstay_client::Config::default());
+    let client = server.client(ClientConfig::default());
     let session = attach(&client, "s1").await;
     let producer = session.producer("agent").await.expect("a producer");
     let main = session.main();
@@ -420,7 +486,7 @@ async fn the_command_line_reads_writes_and_watches_state_and_follows_a_conversat
     assert_eq!(String::from_utf8_lossy(&told.stdout), "user: why?\nassistant: because of that [interrupted]\n");
     let rows = json(&run(server.command(&["tail", "s1", "--until-idle", "100", "--json"])).await);
     let kinds: Vec<&str> = process::named(&rows, "record").iter().filter_map(|row| row["kind"].as_str()).collect();
-    assert_eq!(kinds.len(), 12, "{kinds:?}");
+    assert_eq!(kinds.len(), 21, "{kinds:?}");
     let ended = process::named(&rows, "record").into_iter().rfind(|row| row["kind"] == "message.end").expect("an end");
     assert_eq!((&ended["status"], &ended["detail"]), (&"interrupted".into(), &"enough".into()));
 }

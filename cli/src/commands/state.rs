@@ -5,8 +5,8 @@ use std::io::Read;
 
 use bytes::Bytes;
 use mainstay_client::{
-    Change, Client, ClientError, Code, Config, Entry, Expected, Folded, Key, Kind, LiveView, Payload, Record, Session,
-    StateChange, StateDeleted, StateExpired, StatePut, Update,
+    AppendError, Change, Client, ClientError, Code, Config, Entry, Expected, Folded, Key, Kind, LiveView, Payload,
+    Record, Session, StateChange, StateDeleted, StateExpired, StatePut, Stored, Update,
 };
 use serde_json::{Value, json};
 
@@ -112,9 +112,26 @@ async fn write(
     output: Output,
 ) -> Result<(), Failure> {
     let session: Session = client.session(session)?.create().attach().await?;
-    let producer = session.producer(&format!("state-{:032x}", rand::random::<u128>())).await?;
     let record: Record = session.main().record(payload);
-    let stored = producer.append_record(record).await?.await;
+    let mut tries = 0;
+    let stored = loop {
+        // One name for all of them: a session keeps a limited number of producers, and each run would use one up.
+        let producer = session.producer("state").await?;
+        let stored = match producer.append_record(record.clone()).await {
+            Ok(ticket) => ticket.await,
+            Err(error) => Err(error),
+        };
+        // Another one opened it meanwhile, and nothing was stored.
+        let displaced = matches!(
+            &stored,
+            Err(AppendError { stored: Stored::NotCommitted, error: ClientError::Refused { code: Code::FENCED, .. } })
+        );
+        if !displaced || tries == DISPLACED {
+            break stored;
+        }
+        tries += 1;
+        tokio::time::sleep(Duration::from_millis(rand::random_range(1..20) * tries)).await;
+    };
     let revision = stored.map_err(|error| match &error.error {
         ClientError::Refused { code: Code::CONFLICT, value, .. } => {
             let is = match value.checked_sub(1) {
@@ -127,6 +144,9 @@ async fn write(
     })?;
     output.event(&json!({"event": "ack", "key": key, "revision": revision}), || format!("{key} revision {revision}"))
 }
+
+/// How often a command that others displace tries again.
+const DISPLACED: u64 = 50;
 
 async fn watch(client: &Client, session: &str, prefix: &str, output: Output) -> Result<(), Failure> {
     let stop = signalled();
