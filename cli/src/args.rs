@@ -337,6 +337,9 @@ pub(crate) struct Tail {
     /// Show the conversation as it is now, each message once and whole, and then what is added to it.
     #[arg(long, conflicts_with_all = ["from", "cursor_file", "output", "stream", "kind", "max"])]
     pub(crate) fold: bool,
+    /// With --fold: take what is added in steps of so many milliseconds, at most 500. Saves most of the traffic of small parts.
+    #[arg(long, value_name = "MS", requires = "fold", value_parser = clap::value_parser!(u64).range(0..=500))]
+    pub(crate) window: Option<u64>,
     /// End when caught up and nothing has come for so many milliseconds.
     #[arg(long, value_name = "MS")]
     pub(crate) until_idle: Option<u64>,

@@ -88,7 +88,13 @@ pub(crate) enum SessionCommand {
     /// Open a producer.
     Producer { name: Label, config: Arc<Config>, answer: Answer<Arc<Shared>> },
     /// Open a subscription.
-    Subscribe { start: Start, streams: Vec<Label>, kinds: Vec<u64>, events: mpsc::Sender<Result<Event, ClientError>> },
+    Subscribe {
+        start: Start,
+        streams: Vec<Label>,
+        kinds: Vec<u64>,
+        window: Option<u64>,
+        events: mpsc::Sender<Result<Event, ClientError>>,
+    },
     /// A subscription lost its stream and goes on, from `start` if it had begun.
     Again { subscription: u64, start: Option<Start> },
     /// Tell when and why the session ended.
@@ -126,6 +132,7 @@ struct SubscriptionEntry<C: Connection> {
     start: Start,
     streams: Vec<Label>,
     kinds: Vec<u64>,
+    window: Option<u64>,
     opened: mpsc::Sender<Opened<C>>,
     /// Its id on the current connection.
     id: Option<u64>,
@@ -454,7 +461,7 @@ impl<C: Connection> Driver<C> {
         });
         entry.wanted = false;
         let (start, streams, kinds) = (entry.start, entry.streams.clone(), entry.kinds.clone());
-        outbox.push(Subscribe { id, start, streams, kinds });
+        outbox.push(Subscribe { id, start, streams, kinds, window: entry.window });
     }
 
     fn ask_next(&mut self, outbox: &Outbox) {
@@ -524,14 +531,14 @@ impl<C: Connection> Driver<C> {
                 self.producers.push(ProducerEntry { shared, id: None, again: None, answer: Some(answer) });
                 self.open_producer(self.producers.len() - 1, link, outbox);
             }
-            SessionCommand::Subscribe { start, streams, kinds, events } => {
+            SessionCommand::Subscribe { start, streams, kinds, window, events } => {
                 let subscription = self.next_subscription;
                 self.next_subscription += 1;
                 let (opened, receiver) = mpsc::channel(1);
                 let resubscriber = Resubscriber { subscription, commands: self.again.clone() };
                 let reader = Reader::<C> { opened: receiver, events, resubscriber };
                 tokio::spawn(reader.run());
-                let entry = SubscriptionEntry { start, streams, kinds, opened, id: None, wanted: true };
+                let entry = SubscriptionEntry { start, streams, kinds, window, opened, id: None, wanted: true };
                 self.subscriptions.insert(subscription, entry);
                 self.subscribe(subscription, link, outbox);
             }

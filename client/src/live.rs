@@ -1,5 +1,6 @@
 //! A session as it is now: the view, kept up to date by folding what comes.
 
+use core::time::Duration;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -7,7 +8,7 @@ use mainstay_protocol::session::{Author, Record, View};
 use mainstay_protocol::wire::Start;
 
 use crate::error::ClientError;
-use crate::session::{Attaching, Session};
+use crate::session::Session;
 use crate::subscription::{Event, Subscribing, Subscription};
 
 /// The view of a session, kept up to date. It goes on over reconnects; where records that it has not folded are gone, it
@@ -34,8 +35,11 @@ pub struct LiveView {
     view: View,
     /// Came with the last delivery and is not folded yet.
     waiting: VecDeque<Folded>,
+    /// Where the last delivery ended.
+    covered: u64,
     /// A new view is asked for: what was left out is gone.
     restarting: bool,
+    window: Option<Duration>,
 }
 
 /// What happened to a live view.
@@ -70,18 +74,25 @@ pub struct Folded {
     pub record: Record,
 }
 
+fn rolled(subscribing: Subscribing, window: Option<Duration>) -> Subscribing {
+    match window {
+        Some(window) => subscribing.rolled_up(window),
+        None => subscribing,
+    }
+}
+
 impl LiveView {
-    pub(crate) async fn attached(session: Session) -> Result<Self, ClientError> {
-        Self::open(session.subscribe(Start::Snapshot)).await
-    }
-
-    pub(crate) async fn attaching(session: Attaching) -> Result<Self, ClientError> {
-        Self::open(session.subscribe(Start::Snapshot)).await
-    }
-
-    async fn open(subscribing: Subscribing) -> Result<Self, ClientError> {
-        let subscription = subscribing.open().await?;
-        Ok(Self { subscription, view: View::default(), waiting: VecDeque::new(), restarting: false })
+    /// Of a subscription that starts with the view.
+    pub(crate) async fn open(subscribing: Subscribing, window: Option<Duration>) -> Result<Self, ClientError> {
+        let subscription = rolled(subscribing, window).open().await?;
+        Ok(Self {
+            subscription,
+            view: View::default(),
+            waiting: VecDeque::new(),
+            covered: 0,
+            restarting: false,
+            window,
+        })
     }
 
     /// The view, with everything folded that [`LiveView::next`] told of. Empty before `Started`.
@@ -98,14 +109,16 @@ impl LiveView {
     pub async fn next(&mut self) -> Option<Result<Update, ClientError>> {
         loop {
             if let Some(folded) = self.waiting.pop_front() {
+                self.view.pass_over(folded.seq);
                 return Some(match self.view.fold_record(&folded.author, folded.time, &folded.record) {
                     Ok(()) => Ok(Update::Record(folded)),
                     Err(error) => Err(error.into()),
                 });
             }
+            self.view.pass_over(self.covered);
             if self.restarting {
                 let session = self.subscription.session().clone();
-                match session.subscribe(Start::Snapshot).open().await {
+                match rolled(session.subscribe(Start::Snapshot), self.window).open().await {
                     Ok(subscription) => self.subscription = subscription,
                     Err(error) => return Some(Err(error)),
                 }
@@ -119,6 +132,7 @@ impl LiveView {
                 Event::Started { .. } => continue,
                 Event::Snapshot(view) => {
                     self.view = *view;
+                    self.covered = self.view.next();
                     Update::Started
                 }
                 Event::Records(batch) => {
@@ -139,6 +153,7 @@ impl LiveView {
     }
 
     fn take(&mut self, batch: &crate::RecordBatch) -> Result<(), ClientError> {
+        self.covered = batch.next();
         let mut last: Option<Arc<Author>> = None;
         for read in batch.iter() {
             let read = read?;

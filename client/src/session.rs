@@ -70,7 +70,12 @@ impl Attaching {
 
     /// Attaches, and follows the session's view from now on, in one flight. Errors: those of [`Attaching::attach`].
     pub async fn live(self) -> Result<LiveView, ClientError> {
-        LiveView::attaching(self).await
+        LiveView::open(self.subscribe(Start::Snapshot), None).await
+    }
+
+    /// The same, rolled up: see [`Subscribing::rolled_up`].
+    pub async fn live_rolled_up(self, window: Duration) -> Result<LiveView, ClientError> {
+        LiveView::open(self.subscribe(Start::Snapshot), Some(window)).await
     }
 
     /// Attaches. Errors: `Refused`, `Unreachable`, `Gone`.
@@ -201,7 +206,12 @@ impl Session {
 
     /// The session's view, kept up to date from now on. Errors: `Closed`.
     pub async fn live(&self) -> Result<LiveView, ClientError> {
-        LiveView::attached(self.clone()).await
+        LiveView::open(self.subscribe(Start::Snapshot), None).await
+    }
+
+    /// The same, rolled up: see [`Subscribing::rolled_up`].
+    pub async fn live_rolled_up(&self, window: Duration) -> Result<LiveView, ClientError> {
+        LiveView::open(self.subscribe(Start::Snapshot), Some(window)).await
     }
 
     /// A subscription from `start` on.

@@ -2,6 +2,7 @@
 
 use core::pin::Pin;
 use core::task::{Context, Poll};
+use core::time::Duration;
 use std::sync::Arc;
 
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -24,6 +25,7 @@ pub struct Subscribing {
     start: Start,
     pub(crate) streams: Vec<String>,
     pub(crate) kinds: Vec<Kind>,
+    window: Option<Duration>,
 }
 
 /// What a subscription is of.
@@ -36,11 +38,11 @@ enum Of {
 
 impl Subscribing {
     pub(crate) fn new(session: Session, start: Start) -> Self {
-        Self { of: Of::Attached(session), start, streams: Vec::new(), kinds: Vec::new() }
+        Self { of: Of::Attached(session), start, streams: Vec::new(), kinds: Vec::new(), window: None }
     }
 
     pub(crate) fn attaching(session: Attaching, start: Start) -> Self {
-        Self { of: Of::Attaching(session), start, streams: Vec::new(), kinds: Vec::new() }
+        Self { of: Of::Attaching(session), start, streams: Vec::new(), kinds: Vec::new(), window: None }
     }
 
     /// Delivers only records of this stream, or of others named so. A stream may be defined later.
@@ -55,6 +57,13 @@ impl Subscribing {
         self
     }
 
+    /// Puts the parts of messages together, in deliveries at least so far apart, at most half a second: for slow networks and for
+    /// screens that do not show every token. Messages come out the same; hashes of views are not to be compared.
+    pub fn rolled_up(mut self, window: Duration) -> Self {
+        self.window = Some(window);
+        self
+    }
+
     /// Opens the subscription. Errors: `Protocol` with `NAME_INVALID`, `Closed`, and those of the attach where that is part of
     /// it. What else the server refuses is an event.
     pub async fn open(self) -> Result<Subscription, ClientError> {
@@ -62,7 +71,8 @@ impl Subscribing {
         let kinds = self.kinds.iter().map(|kind| kind.0).collect();
         // A few: the application's back-pressure must reach the server's credit.
         let (events, receiver) = mpsc::channel(4);
-        let command = SessionCommand::Subscribe { start: self.start, streams, kinds, events };
+        let window = self.window.map(|window| u64::try_from(window.as_millis()).unwrap_or(u64::MAX));
+        let command = SessionCommand::Subscribe { start: self.start, streams, kinds, window, events };
         let session = match self.of {
             Of::Attached(session) => {
                 session.commands.send(command).await.map_err(|_| ClientError::Closed)?;

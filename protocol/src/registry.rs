@@ -71,6 +71,8 @@ pub const MAX_STATE_KEYS: usize = 4096;
 pub const MAX_STATE_BYTES: usize = 8 * 1024 * 1024;
 /// Longest canonical encoding of a view in bytes (spec SUB-6): what the other limits add up to, and room.
 pub const MAX_VIEW: usize = 24 * 1024 * 1024;
+/// Longest window of a roll-up in milliseconds (spec SUB-13).
+pub const MAX_WINDOW: u64 = 500;
 /// Members of one session (spec PRES-5).
 pub const MAX_MEMBERS: usize = 4096;
 /// Bytes of a member's data (spec PRES-2).
@@ -155,6 +157,8 @@ pub mod subscribe {
     pub const STREAMS: u64 = 0x00;
     /// Record kinds to deliver; absent means all.
     pub const KINDS: u64 = 0x02;
+    /// Milliseconds between deliveries in which the parts of messages are put together; absent means every record.
+    pub const WINDOW: u64 = 0x04;
 }
 
 /// True if `id` of a frame, kind or parameter may be skipped by a receiver that does not know it (spec WIRE-7).

@@ -102,7 +102,7 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
     let attach =
         code([("incarnation", attach::INCARNATION), ("next", attach::NEXT), ("expire_after", attach::EXPIRE_AFTER)]);
     assert_eq!(attach, entries(&registry, "parameters.ATTACH", "id"));
-    let subscribe = code([("streams", subscribe::STREAMS), ("kinds", subscribe::KINDS)]);
+    let subscribe = code([("streams", subscribe::STREAMS), ("kinds", subscribe::KINDS), ("window", subscribe::WINDOW)]);
     assert_eq!(subscribe, entries(&registry, "parameters.SUBSCRIBE", "id"));
     let operations: Vec<&str> = Operation::ALL.into_iter().map(Operation::as_str).collect();
     let named: Vec<&str> = table(&registry, "operations").keys().map(String::as_str).collect();
@@ -123,7 +123,7 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
 #[test]
 fn limits_and_versions_are_those_of_the_registry() {
     let registry = registry();
-    let limits: [(&str, usize); 35] = [
+    let limits: [(&str, usize); 36] = [
         ("max_name", numbers::MAX_NAME),
         ("max_label", numbers::MAX_LABEL),
         ("max_subject", numbers::MAX_SUBJECT),
@@ -152,6 +152,7 @@ fn limits_and_versions_are_those_of_the_registry() {
         ("max_state_keys", numbers::MAX_STATE_KEYS),
         ("max_state_bytes", numbers::MAX_STATE_BYTES),
         ("max_view", numbers::MAX_VIEW),
+        ("max_window", numbers::MAX_WINDOW as usize),
         ("max_members", numbers::MAX_MEMBERS),
         ("max_member_data", numbers::MAX_MEMBER_DATA),
         ("max_progress", numbers::MAX_PROGRESS as usize),
@@ -177,7 +178,7 @@ fn limits_and_versions_are_those_of_the_registry() {
 /// The second varint of a SUBSCRIBE body, which says how it starts.
 fn start_number(start: Start) -> u64 {
     let mut body = Writer::new();
-    Subscribe { id: 0, start, streams: vec![], kinds: vec![] }.put(&mut body);
+    Subscribe { id: 0, start, streams: vec![], kinds: vec![], window: None }.put(&mut body);
     u64::from(body.as_slice()[1])
 }
 

@@ -11,6 +11,7 @@ use mainstay_protocol::wire::{Body, Detail, Error, Frame, Snapshot, Start, Subsc
 use mainstay_store::ReadFrom;
 use mainstay_transport::{Connection, SendStream, StreamError, priority};
 use tokio::sync::{Notify, SemaphorePermit};
+use tokio::time::Instant;
 
 use crate::attachment::ask;
 use crate::connection::Conn;
@@ -149,6 +150,8 @@ async fn deliver<S: SendStream>(
     let mut extent = *changed.borrow_and_update();
     let mut pieces = Vec::new();
     let start = request.start;
+    let window = request.window.map(Duration::from_millis);
+    let mut sent = Instant::now();
     let mut held = None;
     let mut feed = if start == Start::Snapshot {
         let (next, view);
@@ -179,12 +182,17 @@ async fn deliver<S: SendStream>(
             extent = *changed.borrow_and_update();
             continue;
         }
+        if let Some(window) = window {
+            // What comes meanwhile is put together.
+            tokio::time::sleep_until(sent + window).await;
+        }
         // Nothing is held while there is no credit: a reader that stopped costs a cursor.
         let available = out.available().await;
         extent = *changed.borrow_and_update();
         // Looked at here too: what waits for the token may not have run yet.
         conn.allow(Operation::Read, &session.id.name).map_err(End::Refused)?;
-        let burst = usize::try_from(available).unwrap_or(BURST).min(BURST);
+        // What is rolled up is less than what is read.
+        let burst = if window.is_some() { BURST } else { usize::try_from(available).unwrap_or(BURST).min(BURST) };
         let mark = feed.mark();
         let mut chunks = Vec::new();
         let memory = session.ring().start();
@@ -223,10 +231,8 @@ async fn deliver<S: SendStream>(
         if last < extent.tail {
             feed.announce_tail(extent.tail, &mut pieces);
         }
-        for chunk in &chunks {
-            let damaged = |error: ProtocolError| End::Refused(Refusal::new(Code::SESSION_DAMAGED, error.detail));
-            feed.deliver(chunk, &streams, &mut pieces).map_err(damaged)?;
-        }
+        let damaged = |error: ProtocolError| End::Refused(Refusal::new(Code::SESSION_DAMAGED, error.detail));
+        feed.deliver_all(&chunks, &streams, &mut pieces).map_err(damaged)?;
         drop(chunks);
         // A burst that exceeds the credit waits in memory, within the connection's budget; without room there it is made
         // again later.
@@ -247,6 +253,7 @@ async fn deliver<S: SendStream>(
             kept => kept,
         };
         out.write(&mut pieces).await?;
+        sent = Instant::now();
         extent = *changed.borrow_and_update();
     }
 }

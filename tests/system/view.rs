@@ -20,6 +20,7 @@ use mainstay_store_fjall::FjallStore;
 use mainstay_store_fjall::verify::{Found, verify};
 use mainstay_tests::harness::{MemoryServer, QuicServer, claims};
 use mainstay_tests::process::{self, Server, run};
+use mainstay_tests::proxy::{Faults, Proxy};
 use mainstay_tests::random;
 use mainstay_transport::quic::QuicConnector;
 use mainstay_transport::{Connection, Connector, RecvStream, SendStream};
@@ -44,6 +45,11 @@ async fn reach(live: &mut LiveView, tail: u64) {
     while live.view().next() < tail {
         timeout(PATIENCE, live.next()).await.expect("in time").expect("an update").expect("no error");
     }
+}
+
+fn now_millis() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    since.as_millis() as u64
 }
 
 fn key(text: &str) -> Key {
@@ -106,7 +112,7 @@ async fn bytes_of_view(server: &QuicServer, name: &str) -> usize {
     let (mut send, _answers) = connection.open_bi().await.expect("an attachment");
     let (mode, session) = (AttachMode::Attach, name.parse().expect("a name"));
     let attach = Attach { mode, session, incarnation: None, next: None, expire_after: None };
-    let subscribe = Subscribe { id: 1, start: Start::Snapshot, streams: vec![], kinds: vec![] };
+    let subscribe = Subscribe { id: 1, start: Start::Snapshot, streams: vec![], kinds: vec![], window: None };
     send.write(&mut [Frame::from(attach).to_bytes(), Frame::from(subscribe).to_bytes()]).await.expect("write");
     let mut stream = timeout(PATIENCE, connection.accept_uni()).await.expect("in time").expect("a stream");
     let (mut frames, mut bytes, mut view) = (Deframer::new(MAX_FRAME), 0, 0);
@@ -144,6 +150,71 @@ async fn a_late_joiner_gets_ten_thousand_tokens_as_one_text_and_little_more() {
     told.push((50_000, bytes_of_view(&server, "s").await));
     println!("bytes of text and on the wire: {told:?}");
     assert!(told.iter().all(|(text, wire)| wire - text <= 1024), "{told:?}");
+    server.stop().await;
+}
+
+/// Scenario A10, shortened: a phone on 64 kbit/s, 300 ms and 5 % loss that has its messages rolled up is never far behind three
+/// agents of 150 tokens a second each, and has the same in the end; whoever is near does not notice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_phone_keeps_up_with_messages_that_are_rolled_up() {
+    const TOKENS: usize = 1500;
+    let server = QuicServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let client = server.client();
+    let session = attach(&client, "s").await;
+    let delay = Duration::from_millis(150);
+    let faults = Faults { delay, loss: 0.05, rate: 8000, queue: 32 * 1024, ..Faults::default() };
+    let proxy = Proxy::start(([127, 0, 0, 1], 0).into(), server.addr, faults, random::seed()).expect("a proxy");
+    let phone = server.client_at(proxy.addr(), ClientConfig::default());
+    let window = Duration::from_millis(250);
+    let phone = current(phone.session("s").expect("a name").live_rolled_up(window).await).await;
+    let laptop = current(session.live().await).await;
+    // How far behind each reader is when it learns of something, until everything is finished.
+    let follow = |mut live: LiveView| async move {
+        let mut lags = Vec::new();
+        let done = |live: &LiveView| live.view().messages().finished().count() == 3;
+        while !done(&live) {
+            let update = timeout(PATIENCE, live.next()).await.expect("in time").expect("an update");
+            if let Update::Record(folded) = update.expect("no error") {
+                lags.push((now_millis().saturating_sub(folded.time), live.view().next()));
+            }
+        }
+        lags.sort_unstable();
+        (live, lags)
+    };
+    let (phone, laptop) = (tokio::spawn(follow(phone)), tokio::spawn(follow(laptop)));
+    let producers = [session.producer("a").await, session.producer("b").await, session.producer("c").await];
+    let producers = producers.map(|producer| producer.expect("a producer"));
+    let mut writers = Vec::new();
+    for producer in &producers {
+        writers.push(MessageWriter::begin(producer, session.main(), "assistant", "text/plain").await.expect("begin"));
+    }
+    let mut ticks = tokio::time::interval(Duration::from_micros(6667));
+    for n in 0..TOKENS {
+        ticks.tick().await;
+        for writer in &writers {
+            writer.append(format!("{n} ")).await.expect("append");
+        }
+    }
+    for writer in writers {
+        writer.end(Status::Complete, "").await.expect("end").await.expect("stored");
+    }
+    let (phone, far) = phone.await.expect("no panic");
+    let (laptop, near) = laptop.await.expect("no panic");
+    let worst = |lags: &[(u64, u64)], of: usize| lags[lags.len() * of / 100 - 1].0;
+    println!(
+        "phone: {} records, behind p50 {} ms, most {} ms; laptop: {} records, p99 {} ms",
+        far.len(),
+        worst(&far, 50),
+        worst(&far, 100),
+        near.len(),
+        worst(&near, 99),
+    );
+    assert!(worst(&far, 100) <= 2000, "{} ms behind", worst(&far, 100));
+    assert!(far.len() * 4 < near.len(), "{} of {} records came", far.len(), near.len());
+    let texts = |live: &LiveView| live.view().messages().finished().map(|m| m.text.clone()).collect::<Vec<_>>();
+    assert_eq!(texts(&phone), texts(&laptop));
+    let expected: String = (0..TOKENS).map(|n| format!("{n} ")).collect();
+    assert!(texts(&phone).iter().all(|text| text == expected.as_bytes()));
     server.stop().await;
 }
 

@@ -26,8 +26,14 @@ pub(crate) async fn follow(client: &Client, args: &args::Tail, output: Output) -
     let stop = signalled();
     tokio::pin!(stop);
     let attaching = client.session(&args.session)?.wait();
+    let live = async {
+        match args.window {
+            Some(window) => attaching.live_rolled_up(Duration::from_millis(window)).await,
+            None => attaching.live().await,
+        }
+    };
     let mut view = tokio::select! {
-        view = patiently(client, &args.session, output, attaching.live()) => view?,
+        view = patiently(client, &args.session, output, live) => view?,
         () = &mut stop => return Ok(()),
     };
     let mut screen = Screen { output, line_of: None };

@@ -3,10 +3,13 @@
 //! A feed is a cursor and a filter. It splices history and live without gap or duplicate by construction: it only ever
 //! takes the chunk that holds its next seq, wherever that comes from, and advances by what it took.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 
 use super::chunk::{Chunk, frame};
 use super::record::{Head, Records};
+use super::rollup::roll_up;
 use super::state::{StreamSet, Streams};
 use super::words::Verdict;
 use crate::error::ProtocolError;
@@ -28,12 +31,15 @@ impl Filter {
         self.streams.is_empty() && self.kinds.is_empty()
     }
 
-    fn passes(&self, head: &Head, streams: &Streams) -> bool {
+    pub(super) fn passes(&self, head: &Head, streams: &Streams) -> bool {
         let name = || streams.name(head.stream);
         (self.kinds.is_empty() || self.kinds.contains(&head.kind.0))
             && (self.streams.is_empty() || name().is_some_and(|name| self.streams.contains(name)))
     }
 }
+
+/// Bytes of chunks that are rolled up into one delivery, unless one alone has more: what comes of them fits into a frame.
+const ROLLED_UP: usize = 256 * 1024;
 
 /// Where the next records of a feed are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +60,8 @@ pub struct Feed {
     id: u64,
     next: u64,
     filter: Filter,
+    /// Parts of messages are put together.
+    rolled_up: bool,
     /// Stream ids whose names the subscriber was told.
     announced: StreamSet,
     /// The highest tail that the subscriber was told or can infer.
@@ -96,7 +104,8 @@ impl Feed {
             _ => Verdict::Exact,
         };
         let filter = Filter { streams: request.streams, kinds: request.kinds };
-        let feed = Self { id: request.id, next, filter, announced: StreamSet::default(), known_tail: tail };
+        let rolled_up = request.window.is_some();
+        let feed = Self { id: request.id, next, filter, rolled_up, announced: StreamSet::default(), known_tail: tail };
         (feed, verdict)
     }
 
@@ -160,6 +169,38 @@ impl Feed {
             out.extend(frame(&self.select(chunk, streams)?, 0));
         }
         self.next = chunk.end();
+        Ok(())
+    }
+
+    /// The same for chunks that follow each other: one by one, or rolled up in deliveries that each fit into a frame.
+    ///
+    /// Errors: as [`Feed::deliver`].
+    pub fn deliver_all(
+        &mut self,
+        chunks: &[Arc<Chunk>],
+        streams: &Streams,
+        out: &mut Vec<Bytes>,
+    ) -> Result<(), ProtocolError> {
+        if !self.rolled_up {
+            return chunks.iter().try_for_each(|chunk| self.deliver(chunk, streams, out));
+        }
+        let mut rest = &chunks[chunks.partition_point(|chunk| chunk.end() <= self.next)..];
+        while let Some(first) = rest.first() {
+            if first.first() > self.next {
+                return Ok(());
+            }
+            let mut bytes = first.bytes().len();
+            let more = rest[1..].iter().take_while(|chunk| {
+                bytes += chunk.bytes().len();
+                bytes <= ROLLED_UP
+            });
+            let (together, later) = rest.split_at(1 + more.count());
+            together.iter().for_each(|chunk| self.announce_streams(chunk, streams, out));
+            let delivery = roll_up(self.next, together, &self.filter, streams)?;
+            self.next = delivery.to;
+            out.extend(frame(&delivery, 0));
+            rest = later;
+        }
         Ok(())
     }
 

@@ -16,6 +16,7 @@ mod overlay;
 mod producer;
 mod progress;
 mod record;
+mod rollup;
 mod state;
 mod view;
 mod words;

@@ -9,13 +9,14 @@ use bytes::Bytes;
 use serde_json::Value;
 
 use crate::error::Code;
-use crate::registry::{KEPT_MESSAGE_BYTES, KEPT_MESSAGES, STREAM_MAIN};
+use crate::registry::{KEPT_MESSAGE_BYTES, KEPT_MESSAGES, MAX_FRAME, STREAM_MAIN};
 use crate::session::{
-    Activity, Author, Authority, Change, CheckedBatch, Chunk, Expected, Incarnation, Instance, Key, MessageAppend,
-    MessageEnd, MessageId, MessageReplace, MessageStart, Outcome, Payload, PresenceJoined, PresenceUpdated,
-    ProducerHandle, ProducerKey, Record, Reply, State, StateChange, StateDeleted, StatePut, Status, Step, View,
+    Activity, Author, Authority, Change, CheckedBatch, Chunk, Expected, Feed, Incarnation, Instance, Key,
+    MessageAppend, MessageEnd, MessageId, MessageReplace, MessageStart, Outcome, Payload, PresenceJoined,
+    PresenceUpdated, ProducerHandle, ProducerKey, Record, Records, Reply, State, StateChange, StateDeleted, StatePut,
+    Status, Step, View,
 };
-use crate::wire::{Detail, Label, Subject, Writer};
+use crate::wire::{Deframer, Detail, Frame, Label, Start, Subject, Subscribe, Writer};
 
 /// One record of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -814,5 +815,48 @@ impl Run {
         assert_eq!(view.hash(), ours.hash());
         let Ok(decoded) = View::decode(&view.encode()) else { panic!("a view does not decode") };
         assert_eq!((&decoded, decoded.hash()), (&view, view.hash()));
+        for together in [1, 3, 1000] {
+            self.roll_up(together);
+        }
+    }
+
+    /// A reader of rolled-up deliveries, of so many chunks at a time, has the same messages, state and members at the end of each.
+    fn roll_up(&self, together: usize) {
+        let state = self.authority.state();
+        let request = Subscribe { id: 1, start: Start::Seq(0), streams: vec![], kinds: vec![], window: Some(0) };
+        let (mut feed, _) = Feed::new(request, 0, state.tail());
+        let (mut view, mut exact) = (View::default(), View::default());
+        let mut all = self.chunks.iter().flat_map(|chunk| chunk.records());
+        for chunks in self.chunks.chunks(together) {
+            let mut out = Vec::new();
+            assert_eq!(feed.deliver_all(chunks, state.streams(), &mut out), Ok(()));
+            let mut frames = Deframer::new(MAX_FRAME);
+            frames.push(out.concat().into());
+            while let Ok(Some(raw)) = frames.next_frame() {
+                let Ok(Some(Frame::Delivery(delivery))) = Frame::decode(&raw) else { continue };
+                let (mut seq, mut records) = (delivery.from, Records::new(&delivery.records));
+                for run in &delivery.runs {
+                    seq += run.skip;
+                    let author = Arc::new(delivery.authors[run.author as usize].clone());
+                    for _ in 0..run.count {
+                        let Some(Ok(record)) = records.next() else { panic!("a rolled-up record does not decode") };
+                        view.pass_over(seq);
+                        assert_eq!(view.fold_record(&author, delivery.base_time + run.time, &record), Ok(()));
+                        seq += 1;
+                    }
+                }
+                assert!(records.next().is_none());
+                view.pass_over(delivery.to);
+                while exact.next() < delivery.to {
+                    let Some(Ok((_, time, author, record))) = all.next() else { panic!("a record is missing") };
+                    assert_eq!(exact.fold_record(author, time, &record), Ok(()));
+                }
+                assert_eq!((view.next(), view.time()), (exact.next(), exact.time()));
+                assert_eq!(view.messages(), exact.messages());
+                assert_eq!(view.state(), exact.state());
+                assert_eq!(view.members(), exact.members());
+            }
+        }
+        assert_eq!(view.next(), state.tail());
     }
 }

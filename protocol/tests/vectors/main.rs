@@ -194,7 +194,11 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
             }
             .into(),
         ),
-        ("SUBSCRIBE", "everything", Subscribe { id: 5, start: Start::Earliest, streams: vec![], kinds: vec![] }.into()),
+        (
+            "SUBSCRIBE",
+            "everything",
+            Subscribe { id: 5, start: Start::Earliest, streams: vec![], kinds: vec![], window: None }.into(),
+        ),
         (
             "SUBSCRIBE",
             "with a filter",
@@ -203,19 +207,24 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
                 start: Start::Seq(1234),
                 streams: vec![label("main"), label("tools")],
                 kinds: vec![0, 2],
+                window: Some(100),
             }
             .into(),
         ),
         (
             "SUBSCRIBE",
             "the last ten",
-            Subscribe { id: 7, start: Start::Last(10), streams: vec![], kinds: vec![] }.into(),
+            Subscribe { id: 7, start: Start::Last(10), streams: vec![], kinds: vec![], window: None }.into(),
         ),
-        ("SUBSCRIBE", "the view", Subscribe { id: 8, start: Start::Snapshot, streams: vec![], kinds: vec![] }.into()),
+        (
+            "SUBSCRIBE",
+            "the view",
+            Subscribe { id: 8, start: Start::Snapshot, streams: vec![], kinds: vec![], window: None }.into(),
+        ),
         (
             "SUBSCRIBE",
             "from the tail",
-            Subscribe { id: 9, start: Start::Latest, streams: vec![], kinds: vec![] }.into(),
+            Subscribe { id: 9, start: Start::Latest, streams: vec![], kinds: vec![], window: None }.into(),
         ),
         ("UNSUBSCRIBE", "", Unsubscribe { id: 5 }.into()),
         ("CLOSE_SESSION", "", CloseSession {}.into()),

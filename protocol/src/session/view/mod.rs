@@ -106,6 +106,11 @@ impl View {
         self.fold(author, time, &mut r, record.len())
     }
 
+    /// Goes on at `next`: the records before it were left out by a filter or a roll-up. The counts of streams do not know them.
+    pub fn pass_over(&mut self, next: u64) {
+        self.next = self.next.max(next);
+    }
+
     /// Folds a decoded record; as [`View::apply`].
     ///
     /// Errors: `RECORD_MALFORMED` if its payload or ids are not those of its kind.

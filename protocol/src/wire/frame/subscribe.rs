@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use crate::error::{Code, ProtocolError};
-use crate::registry::{MAX_FILTER, subscribe};
+use crate::registry::{MAX_FILTER, MAX_WINDOW, subscribe};
 use crate::wire::{Body, Label, Params, Reader, Writer};
 
 /// Where a subscription starts.
@@ -33,6 +33,8 @@ pub struct Subscribe {
     pub streams: Vec<Label>,
     /// Record kinds to deliver; empty means all.
     pub kinds: Vec<u64>,
+    /// Roll parts of messages up, in deliveries at least so many milliseconds apart, at most 500.
+    pub window: Option<u64>,
 }
 
 impl Body for Subscribe {
@@ -60,6 +62,9 @@ impl Body for Subscribe {
             self.kinds.iter().for_each(|kind| value.varint(*kind));
             params.insert(subscribe::KINDS, value.freeze());
         }
+        if let Some(window) = self.window {
+            params.insert_varint(subscribe::WINDOW, window);
+        }
         params.put(w);
     }
 
@@ -79,8 +84,12 @@ impl Body for Subscribe {
         if streams.len() + kinds.len() > MAX_FILTER {
             return Err(ProtocolError::new(Code::LIMIT_EXCEEDED, "filter has too many entries"));
         }
+        let window = params.remove_varint(subscribe::WINDOW)?;
+        if window.is_some_and(|window| window > MAX_WINDOW) {
+            return Err(ProtocolError::new(Code::LIMIT_EXCEEDED, "window of a roll-up is too long"));
+        }
         params.finish()?;
-        Ok(Self { id, start, streams, kinds })
+        Ok(Self { id, start, streams, kinds, window })
     }
 }
 
