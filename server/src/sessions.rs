@@ -166,7 +166,11 @@ impl Sessions {
         new: &mut bool,
     ) -> Result<Arc<Session>, Refusal> {
         let refused = |error: StoreError| {
-            tracing::warn!(session = %name, %error, "cannot load the session");
+            // What passes is told to those who ask, again and again; the operator sees it once, in the store's own words.
+            match error.is_retryable() {
+                true => tracing::debug!(session = %name, %error, "cannot load or create the session now"),
+                false => tracing::warn!(session = %name, %error, "cannot load or create the session"),
+            }
             refusal(&error)
         };
         let stat = match (self.store.stat(name.clone()).await.map_err(refused)?, create) {

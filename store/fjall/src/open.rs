@@ -64,6 +64,9 @@ impl fmt::Display for OpenError {
             Self::Locked(dir) => write!(f, "{} is in use by another process", dir.display()),
             Self::Damaged(what) => write!(f, "{what}; restore the store from a backup"),
             Self::Version(what) => write!(f, "the store is of another version: {what}"),
+            Self::Io(path, error) if error.kind() == io::ErrorKind::NotFound => {
+                write!(f, "{} does not exist", path.display())
+            }
             Self::Io(path, error) => write!(f, "{}: {error}", path.display()),
             Self::Engine(what) => write!(f, "the engine failed: {what}"),
         }
