@@ -195,10 +195,10 @@ pub(crate) async fn patiently<T>(
     if reachable {
         output.warning(
             "WAITING",
-            &format!("session {session} does not exist yet, or cannot be served now; waiting for it"),
+            &format!("session {session} does not exist yet, or the server cannot do it now; waiting for it"),
         )?;
     } else {
-        output.warning("UNAVAILABLE", "the server cannot be reached; trying again for 60 s")?;
+        output.warning("UNAVAILABLE", "the server cannot be reached; trying again")?;
     }
     Ok(work.await?)
 }

@@ -82,6 +82,54 @@ pub(crate) fn time(milliseconds: u64) -> String {
     time.map_or_else(|| format!("+{milliseconds}ms"), |time| format!("{time:.3}"))
 }
 
+/// Output of a command that goes on for long: gathered, and then shown without keeping a signal from ending the command.
+#[derive(Debug)]
+pub(crate) struct Screen {
+    output: Output,
+    gathered: Vec<u8>,
+}
+
+impl Screen {
+    pub(crate) fn new(output: Output) -> Self {
+        Self { output, gathered: Vec::new() }
+    }
+
+    /// True if output is JSON lines.
+    pub(crate) fn is_json(&self) -> bool {
+        self.output.is_json()
+    }
+
+    /// Adds an event: as JSON, or as what people read.
+    pub(crate) fn event(&mut self, event: &Value, text: impl FnOnce() -> String) {
+        let line = if self.is_json() { event.to_string() } else { text() };
+        self.gathered.extend_from_slice(line.as_bytes());
+        self.gathered.push(b'\n');
+    }
+
+    /// Adds an event for scripts only.
+    pub(crate) fn json_only(&mut self, event: &Value) {
+        if self.is_json() {
+            self.event(event, String::new);
+        }
+    }
+
+    /// Adds bytes for people only, as they are.
+    pub(crate) fn raw(&mut self, bytes: &[u8]) {
+        if !self.is_json() {
+            self.gathered.extend_from_slice(bytes);
+        }
+    }
+
+    /// Shows what was gathered, in pieces, before each of which the command may be ended.
+    pub(crate) async fn show(&mut self) -> Result<(), Failure> {
+        for piece in core::mem::take(&mut self.gathered).chunks(AT_ONCE) {
+            room().await?;
+            stdout(piece)?;
+        }
+        Ok(())
+    }
+}
+
 /// What a pipe that can be written to takes without a wait, as one piece (`PIPE_BUF` of Linux).
 pub(crate) const AT_ONCE: usize = 4096;
 

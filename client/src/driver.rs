@@ -19,6 +19,7 @@ use crate::client::{Status, up};
 use crate::config::Config;
 use crate::error::ClientError;
 use crate::link::Link;
+use crate::membership::Wanted;
 use crate::producer::{self, Shared};
 use crate::session::{ATTACH_PAUSE, Attaching, SessionInfo};
 use crate::subscription::{Event, Opened, Reader};
@@ -36,10 +37,10 @@ pub(crate) enum Ask {
     Trim { before: u64, answer: Answer<u64> },
     /// Delete it.
     Delete { answer: Answer<u64> },
-    /// Be a member of it.
-    Join { request: Join, answer: Answer<u64> },
+    /// Be a member of it. Without an answer it was one before.
+    Join { wanted: Wanted, answer: Option<Answer<u64>> },
     /// Be none.
-    Leave { answer: Answer<u64> },
+    Leave { number: u64, answer: Option<Answer<u64>> },
 }
 
 impl Ask {
@@ -49,7 +50,7 @@ impl Ask {
             Self::Close { .. } => CloseSession {}.into(),
             Self::Trim { before, .. } => Trim { before: *before }.into(),
             Self::Delete { .. } => DeleteSession {}.into(),
-            Self::Join { request, .. } => request.clone().into(),
+            Self::Join { wanted, .. } => wanted.request.clone().into(),
             Self::Leave { .. } => Leave {}.into(),
         }
     }
@@ -66,14 +67,17 @@ impl Ask {
     }
 
     fn answer(self, result: Result<u64, ClientError>) {
-        let (Self::Stream { answer, .. }
-        | Self::Close { answer }
-        | Self::Trim { answer, .. }
-        | Self::Delete { answer }
-        | Self::Join { answer, .. }
-        | Self::Leave { answer }) = self;
-        // Whoever asked may be gone.
-        let _ = answer.send(result);
+        let answer = match self {
+            Self::Stream { answer, .. }
+            | Self::Close { answer }
+            | Self::Trim { answer, .. }
+            | Self::Delete { answer } => Some(answer),
+            Self::Join { answer, .. } | Self::Leave { answer, .. } => answer,
+        };
+        if let Some(answer) = answer {
+            // Whoever asked may be gone.
+            let _ = answer.send(result);
+        }
     }
 }
 
@@ -84,7 +88,7 @@ pub(crate) enum SessionCommand {
     /// A request with one answer.
     Ask(Ask),
     /// Say what the member is doing.
-    Update(Activity),
+    Update { number: u64, activity: Activity },
     /// Open a producer.
     Producer { name: Label, config: Arc<Config>, answer: Answer<Arc<Shared>> },
     /// Open a subscription.
@@ -140,6 +144,13 @@ struct SubscriptionEntry<C: Connection> {
     wanted: bool,
 }
 
+struct Joining {
+    /// The join and when it is asked for again; `None` while it is.
+    waiting: Option<(Ask, Instant)>,
+    /// Since when it is refused.
+    since: Instant,
+}
+
 /// Why an attachment ended.
 enum Over {
     /// The connection is lost.
@@ -166,10 +177,10 @@ pub(crate) struct Driver<C: Connection> {
     producers: Vec<ProducerEntry>,
     subscriptions: HashMap<u64, SubscriptionEntry<C>>,
     next_subscription: u64,
-    /// The membership, as it would be asked for again.
-    member: Option<Join>,
-    /// When to join again after a refusal that may pass.
-    join_again: Option<Instant>,
+    /// The membership that is to be kept.
+    member: Option<Wanted>,
+    /// A join that was refused for a reason that may pass.
+    joining: Option<Joining>,
     ended: Vec<oneshot::Sender<ClientError>>,
     /// The session's incarnation, once it is known.
     incarnation: watch::Sender<Option<Incarnation>>,
@@ -202,7 +213,7 @@ impl<C: Connection> Driver<C> {
             subscriptions: HashMap::new(),
             next_subscription: 0,
             member: None,
-            join_again: None,
+            joining: None,
             ended: Vec::new(),
             refused_since: None,
         }
@@ -262,7 +273,7 @@ impl<C: Connection> Driver<C> {
                 SessionCommand::Ask(ask) => ask.answer(Err(error.clone())),
                 SessionCommand::Producer { answer, .. } => drop(answer.send(Err(error.clone()))),
                 SessionCommand::Subscribe { events, .. } => drop(events.try_send(Err(error.clone()))),
-                SessionCommand::Again { .. } | SessionCommand::Update(_) => {}
+                SessionCommand::Again { .. } | SessionCommand::Update { .. } => {}
                 SessionCommand::Ended { answer } => drop(answer.send(error.clone())),
             }
         }
@@ -334,17 +345,25 @@ impl<C: Connection> Driver<C> {
                 expecting = Some(link.expect_answer());
             }
             let again = self.producers.iter().filter_map(|entry| entry.again).min();
-            let member = self.member.as_ref().filter(|_| attached).map(|member| member.grace);
-            let (beats, join_again) = (member.is_some(), self.join_again.filter(|_| attached));
+            let beats = attached && self.member.is_some();
+            let join_again = self.joining.as_ref().and_then(|joining| Some(joining.waiting.as_ref()?.1));
+            let join_again = join_again.filter(|_| attached);
             tokio::select! {
-                () = tokio::time::sleep_until(beat), if beats => {
-                    // Three of four may be late.
-                    beat = Instant::now() + Duration::from_millis(member.unwrap_or(0) / 4);
-                    link.beat();
-                }
+                () = tokio::time::sleep_until(beat), if beats => match &self.member {
+                    Some(member) if !member.is_dropped() => {
+                        beat = Instant::now() + member.beat();
+                        link.beat();
+                    }
+                    Some(member) => {
+                        let number = member.number;
+                        self.ask(Ask::Leave { number, answer: None }, attached, outbox);
+                    }
+                    None => {}
+                },
                 () = tokio::time::sleep_until(join_again.unwrap_or(beat)), if join_again.is_some() => {
-                    self.join_again = None;
-                    self.rejoin(outbox);
+                    if let Some((ask, _)) = self.joining.as_mut().and_then(|joining| joining.waiting.take()) {
+                        self.ask(ask, attached, outbox);
+                    }
                 }
                 () = tokio::time::sleep_until(again.unwrap_or_else(Instant::now)), if attached && again.is_some() => {
                     for at in 0..self.producers.len() {
@@ -419,12 +438,59 @@ impl<C: Connection> Driver<C> {
     /// Asks for the membership again, before anything else, unless it is asked for already.
     fn rejoin(&mut self, outbox: &Outbox) {
         let asked = self.asks.iter().any(|ask| matches!(ask, Ask::Join { .. } | Ask::Leave { .. }));
-        if let Some(request) = self.member.clone().filter(|_| !asked) {
+        if let Some(wanted) = self.member.clone().filter(|_| !asked && self.joining.is_none()) {
             // Behind the one that is on the wire.
-            let ask = Ask::Join { request, answer: oneshot::channel().0 };
-            self.asks.insert(usize::from(self.asked), ask);
+            self.asks.insert(usize::from(self.asked), Ask::Join { wanted, answer: None });
         }
         self.ask_next(outbox);
+    }
+
+    fn ask(&mut self, ask: Ask, attached: bool, outbox: &Outbox) {
+        match ask {
+            // What was taken over is no longer the application's to end.
+            Ask::Leave { number, answer } if self.member.as_ref().is_none_or(|member| member.number != number) => {
+                Ask::Leave { number, answer }.answer(Ok(0));
+            }
+            ask => self.asks.push_back(ask),
+        }
+        if attached {
+            self.ask_next(outbox);
+        }
+    }
+
+    /// The answer to a JOIN. Returns the ask and its answer, unless it is asked again.
+    fn joined(
+        &mut self,
+        wanted: Wanted,
+        answer: Option<Answer<u64>>,
+        result: Result<u64, ClientError>,
+        outbox: &Outbox,
+    ) -> Option<(Ask, Result<u64, ClientError>)> {
+        let since = self.joining.take().map_or_else(Instant::now, |joining| joining.since);
+        match &result {
+            Ok(_) => {
+                // What was said meanwhile counts.
+                let mut wanted = wanted.clone();
+                if let Some(member) = self.member.take_if(|member| member.number == wanted.number)
+                    && member.request.activity != wanted.request.activity
+                {
+                    outbox.push(Update { activity: member.request.activity.clone() });
+                    wanted.request = member.request;
+                }
+                self.member = Some(wanted);
+            }
+            // The server cannot do it now.
+            Err(error) if error.is_retryable() && self.give_up_after.is_none_or(|limit| since.elapsed() < limit) => {
+                let waiting = Some((Ask::Join { wanted, answer }, Instant::now() + REOPEN_PAUSE));
+                self.joining = Some(Joining { waiting, since });
+                return None;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot be a member");
+                self.member.take_if(|member| member.number == wanted.number);
+            }
+        }
+        Some((Ask::Join { wanted, answer }, result))
     }
 
     fn open_producer(&mut self, at: usize, link: &Arc<Link<C>>, outbox: &Outbox) {
@@ -476,27 +542,17 @@ impl<C: Connection> Driver<C> {
     fn answered(&mut self, result: Result<u64, ClientError>, outbox: &Outbox) {
         self.asked = false;
         if let Some(ask) = self.asks.pop_front() {
-            match (&ask, &result) {
-                (Ask::Join { request, .. }, Ok(generation)) => {
-                    // What was said meanwhile counts.
-                    let activity =
-                        self.member.take().map_or_else(|| request.activity.clone(), |member| member.activity);
-                    let said = activity == request.activity;
-                    self.member =
-                        Some(Join { generation: Some(*generation), activity: activity.clone(), ..request.clone() });
-                    if !said {
-                        outbox.push(Update { activity });
-                    }
+            let answered = match ask {
+                Ask::Join { wanted, answer } => self.joined(wanted, answer, result, outbox),
+                Ask::Leave { number, answer } => {
+                    self.member.take_if(|member| member.number == number);
+                    Some((Ask::Leave { number, answer }, result))
                 }
-                (Ask::Join { .. }, Err(error)) if error.is_retryable() => {
-                    // The server cannot do it now. What is asked behind it waits too.
-                    self.join_again = Some(Instant::now() + REOPEN_PAUSE);
-                    return self.asks.push_front(ask);
-                }
-                (Ask::Join { .. }, Err(_)) | (Ask::Leave { .. }, _) => self.member = None,
-                _ => {}
+                ask => Some((ask, result)),
+            };
+            if let Some((ask, result)) = answered {
+                ask.answer(result);
             }
-            ask.answer(result);
         }
         self.ask_next(outbox);
     }
@@ -508,18 +564,11 @@ impl<C: Connection> Driver<C> {
                 None => self.attach_answer = Some(answer),
             },
             SessionCommand::Ask(ask) => {
-                if let Ask::Join { request, .. } = &ask {
-                    let generation = self.member.take().and_then(|member| member.generation);
-                    self.member = Some(Join { generation, ..request.clone() });
-                }
-                self.asks.push_back(ask);
-                if attached {
-                    self.ask_next(outbox);
-                }
+                self.ask(ask, attached, outbox);
             }
-            SessionCommand::Update(activity) => {
-                if let Some(member) = &mut self.member {
-                    member.activity = activity.clone();
+            SessionCommand::Update { number, activity } => {
+                if let Some(member) = self.member.as_mut().filter(|member| member.number == number) {
+                    member.request.activity = activity.clone();
                     if attached {
                         outbox.push(Update { activity });
                     }
@@ -627,10 +676,13 @@ impl<C: Connection> Driver<C> {
                 }
             }
             Frame::Left(_) => {
-                if matches!(self.asks.front(), Some(Ask::Leave { .. })) {
+                if self.asked && matches!(self.asks.front(), Some(Ask::Leave { .. })) {
                     self.answered(Ok(0), outbox);
-                    return Ok(());
+                } else {
+                    // Lost, while nothing came through for a while.
+                    self.rejoin(outbox);
                 }
+                return Ok(());
             }
             Frame::Deleted(_) => {
                 if matches!(self.asks.front(), Some(Ask::Delete { .. })) {
@@ -684,8 +736,15 @@ impl<C: Connection> Driver<C> {
             Update::KIND => {
                 tracing::debug!(code = %error.code, detail = %error.detail, "update refused");
                 if error.code == Code::NOT_A_MEMBER {
-                    // Lost, while nothing came through for a while.
                     self.rejoin(outbox);
+                } else if error.code.is_retryable()
+                    && self.joining.is_none()
+                    && let Some(wanted) = self.member.clone()
+                {
+                    // A JOIN says it too, and is answered.
+                    let since = Instant::now();
+                    let waiting = Some((Ask::Join { wanted, answer: None }, since + REOPEN_PAUSE));
+                    self.joining = Some(Joining { waiting, since });
                 }
             }
             about if self.asked && self.asks.front().is_some_and(|ask| ask.kind() == about) => {

@@ -1,7 +1,10 @@
 //! Being present in a session.
 
 use core::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
+use mainstay_protocol::registry::{MAX_GRACE, MIN_GRACE};
 use mainstay_protocol::session::Activity;
 use mainstay_protocol::wire::{Join, Label};
 use tokio::sync::{mpsc, oneshot};
@@ -44,8 +47,31 @@ impl Doing {
 #[derive(Debug)]
 pub struct Membership {
     commands: mpsc::Sender<SessionCommand>,
+    number: u64,
     generation: u64,
-    left: bool,
+    /// The driver looks whether it is still there.
+    _held: Arc<()>,
+}
+
+/// What the driver knows of a membership that the application asked for.
+#[derive(Debug, Clone)]
+pub(crate) struct Wanted {
+    /// Which one: another one may have taken it over.
+    pub(crate) number: u64,
+    pub(crate) request: Join,
+    held: Weak<()>,
+}
+
+impl Wanted {
+    /// True if the application has let it go.
+    pub(crate) fn is_dropped(&self) -> bool {
+        self.held.strong_count() == 0
+    }
+
+    /// How often it shows that it is alive: three of four may be late.
+    pub(crate) fn beat(&self) -> Duration {
+        Duration::from_millis(self.request.grace / 4)
+    }
 }
 
 impl Membership {
@@ -55,13 +81,20 @@ impl Membership {
         grace: Duration,
         doing: Doing,
     ) -> Result<Self, ClientError> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         let grace = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
-        let request = Join { generation: None, name: Label::new(name)?, grace, activity: doing.0 };
+        if !(MIN_GRACE..=MAX_GRACE).contains(&grace) {
+            return Err(ClientError::Invalid("the grace of a member is from one second to two minutes".into()));
+        }
+        let held = Arc::new(());
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let request = Join { name: Label::new(name)?, grace, activity: doing.0 };
+        let wanted = Wanted { number, request, held: Arc::downgrade(&held) };
         let (answer, joined) = oneshot::channel();
-        let ask = SessionCommand::Ask(Ask::Join { request, answer });
+        let ask = SessionCommand::Ask(Ask::Join { wanted, answer: Some(answer) });
         commands.send(ask).await.map_err(|_| ClientError::Closed)?;
         let generation = joined.await.map_err(|_| ClientError::Closed)??;
-        Ok(Self { commands, generation, left: false })
+        Ok(Self { commands, number, generation, _held: held })
     }
 
     /// Seq of the record with which it joined, at first.
@@ -69,28 +102,29 @@ impl Membership {
         self.generation
     }
 
-    /// Says what the member is doing now. Nothing is waited for; of many updates the server may leave out all but the last.
+    /// Says what the member is doing now. No answer is waited for; of many updates the server may leave out all but the last.
     ///
     /// Errors: `Closed`.
     pub async fn update(&self, doing: Doing) -> Result<(), ClientError> {
-        self.commands.send(SessionCommand::Update(doing.0)).await.map_err(|_| ClientError::Closed)
+        let update = SessionCommand::Update { number: self.number, activity: doing.0 };
+        self.commands.send(update).await.map_err(|_| ClientError::Closed)
     }
 
-    /// Leaves, and waits until everybody can know. Errors: `Refused`, `Closed`.
-    pub async fn leave(mut self) -> Result<(), ClientError> {
+    /// Leaves, and waits until everybody can know. Does nothing if another membership of this session took it over.
+    ///
+    /// Errors: `Refused`, `Closed`.
+    pub async fn leave(self) -> Result<(), ClientError> {
         let (answer, left) = oneshot::channel();
-        self.commands.send(SessionCommand::Ask(Ask::Leave { answer })).await.map_err(|_| ClientError::Closed)?;
-        self.left = true;
+        let ask = Ask::Leave { number: self.number, answer: Some(answer) };
+        self.commands.send(SessionCommand::Ask(ask)).await.map_err(|_| ClientError::Closed)?;
         left.await.map_err(|_| ClientError::Closed)?.map(drop)
     }
 }
 
 impl Drop for Membership {
     fn drop(&mut self) {
-        if self.left {
-            return;
-        }
-        // Where there is no room its grace ends it.
-        let _ = self.commands.try_send(SessionCommand::Ask(Ask::Leave { answer: oneshot::channel().0 }));
+        // Where there is no room, the driver finds out with its next sign of life.
+        let ask = Ask::Leave { number: self.number, answer: None };
+        let _ = self.commands.try_send(SessionCommand::Ask(ask));
     }
 }

@@ -57,17 +57,26 @@ enum Group {
     /// No rule refuses one of them.
     Data,
     /// Parts of one message.
-    Message(MessageId),
-    /// Nothing joins.
-    Alone,
+    Parts(MessageId),
+    /// Nothing joins. Of a message, or not.
+    Alone(Option<MessageId>),
 }
 
 impl Group {
     fn of(record: &Record) -> Self {
         match (record.kind, record.message) {
             (Kind::DATA, _) => Self::Data,
-            (Kind::MESSAGE_APPEND, Some(id)) => Self::Message(id),
-            _ => Self::Alone,
+            (Kind::MESSAGE_APPEND, Some(id)) => Self::Parts(id),
+            (_, message) => Self::Alone(message),
+        }
+    }
+
+    /// The message that all of it is about.
+    fn message(self) -> Option<MessageId> {
+        match self {
+            Self::Data => None,
+            Self::Parts(id) => Some(id),
+            Self::Alone(message) => message,
         }
     }
 }
@@ -85,6 +94,7 @@ struct Flight {
     sequence: u64,
     count: u64,
     records: Bytes,
+    group: Group,
     done: Arc<Done>,
     /// Sent on the current connection and not answered.
     sent: bool,
@@ -294,7 +304,11 @@ impl Shared {
         let unknown = !refused.code.is_retryable() && flight.stored(refused.code) == Stored::Unknown;
         if !refused.code.is_retryable() {
             flight.dead = true;
-            flight.done.set(Err(AppendError { stored: flight.stored(refused.code), error: error.clone() }));
+            let stored = flight.stored(refused.code);
+            flight.done.set(Err(AppendError { stored, error: error.clone() }));
+            if let Some(id) = flight.group.message() {
+                give_up(&mut state, id, refused.sequence, &error);
+            }
         }
         state.refusing = true;
         // A batch of which nobody knows whether it is stored may hold the sequence that the next one would get.
@@ -337,6 +351,23 @@ impl Shared {
         }
         self.work.notify_one();
         self.room.notify_waiters();
+    }
+}
+
+/// A record about a message was refused for good: what was appended to it behind that would leave a hole, and is not stored
+/// either. It was sent behind a sequence that was not used.
+fn give_up(state: &mut State, id: MessageId, behind: u64, error: &ClientError) {
+    let lost = || Err(AppendError { stored: Stored::NotCommitted, error: error.clone() });
+    let about = |group: Group| group.message() == Some(id);
+    for flight in state.flight.iter_mut().filter(|flight| flight.sequence > behind && about(flight.group)) {
+        flight.dead = true;
+        flight.done.set(lost());
+    }
+    let (dropped, kept): (VecDeque<_>, _) = state.ready.drain(..).partition(|batch| about(batch.group));
+    state.ready = kept;
+    for batch in dropped {
+        state.bytes = state.bytes.saturating_sub(batch.records.len());
+        batch.done.set(lost());
     }
 }
 
@@ -449,13 +480,14 @@ fn gather(shared: &Shared, link: u64, out: &mut Writer) -> Next {
         let Some(batch) = state.ready.pop_front() else { break };
         let sequence = state.next;
         state.next += 1;
-        let (count, records) = (batch.count, batch.records.freeze());
+        let (count, group, records) = (batch.count, batch.group, batch.records.freeze());
         put_frame(&Append { sequence, count, records: records.clone() }, out);
         let done = batch.done;
         state.flight.push_back(Flight {
             sequence,
             count,
             records,
+            group,
             done,
             sent: true,
             earlier: false,
@@ -508,7 +540,7 @@ impl Producer {
         let mut state = self.open()?;
         let group = Group::of(&record);
         let joins = |batch: &Batch| {
-            group != Group::Alone
+            !matches!(group, Group::Alone(_))
                 && batch.group == group
                 && (batch.count as usize) < MAX_BATCH_RECORDS
                 && batch.records.len() + len <= GATHER
@@ -547,7 +579,12 @@ impl Producer {
         let mut state = self.open()?;
         state.bytes += records.len();
         let done = Arc::new(Done::default());
-        state.ready.push_back(Batch { count: batch.len() as u64, records, group: Group::Alone, done: done.clone() });
+        state.ready.push_back(Batch {
+            count: batch.len() as u64,
+            records,
+            group: Group::Alone(None),
+            done: done.clone(),
+        });
         drop(state);
         self.shared.work.notify_one();
         Ok(Ticket { done, index: 0 })

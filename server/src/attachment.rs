@@ -1,6 +1,6 @@
 //! One attachment: a bidirectional QUIC stream bound to a session. Requests in; answers, acks and errors out.
 
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::FOLD_VERSION;
@@ -28,21 +28,25 @@ pub(crate) struct Attachment {
     pub(crate) outbox: Outbox,
     /// Never has a permit; closed when the attachment ends.
     alive: Semaphore,
-    /// When its connection was heard last, once it has ended.
+    /// When its connection was heard last. Outlives that, however it ends.
+    heard: Arc<Mutex<Instant>>,
+    /// The same, as it was when the attachment ended.
     last_heard: OnceLock<Instant>,
 }
 
 impl Attachment {
     /// When its client was heard last, as far as it speaks for this attachment.
-    pub(crate) fn heard(&self) -> Option<Instant> {
-        self.last_heard.get().copied().or_else(|| self.conn.upgrade().map(|conn| conn.heard()))
+    pub(crate) fn heard(&self) -> Instant {
+        let now = || *self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        self.last_heard.get().copied().unwrap_or_else(now)
     }
 
     /// Nothing can be answered on it any more.
-    fn end(&self, conn: &Conn) {
+    fn end(&self) {
         self.outbox.close();
         self.alive.close();
-        self.last_heard.get_or_init(|| conn.heard());
+        // What the connection is heard of from now on is not about this attachment.
+        let _ = self.last_heard.set(self.heard());
     }
 
     /// Waits until nothing can be answered on it any more.
@@ -96,6 +100,7 @@ pub(crate) async fn run<C: Connection>(
         author,
         outbox,
         alive: Semaphore::new(0),
+        heard: conn.heard(),
         last_heard: OnceLock::new(),
     });
     // On its own: every attachment would carry its size.
@@ -134,7 +139,7 @@ pub(crate) async fn run<C: Connection>(
             }
         }
         // At once, also if the client does not take the last answers: nothing that comes later could be answered.
-        attachment.end(&conn);
+        attachment.end();
         core::future::pending().await
     };
     tokio::select! {
@@ -142,7 +147,7 @@ pub(crate) async fn run<C: Connection>(
         () = attachment.outbox.write_to(&mut send) => {}
         () = served => {}
     }
-    attachment.end(&conn);
+    attachment.end();
     frames.stop(code.0);
     conn.drop_producers(&attachment);
     if code == Code::GOING_AWAY {

@@ -64,7 +64,7 @@ pub(crate) struct Conn {
     opened: Mutex<Opened>,
     attachments: AtomicUsize,
     /// When a frame came on control last.
-    heard: Mutex<Instant>,
+    heard: Arc<Mutex<Instant>>,
     tasks: mpsc::UnboundedSender<Task>,
 }
 
@@ -142,8 +142,8 @@ impl Conn {
     }
 
     /// When a frame came on control last: the sign of life of members (spec PRES-4).
-    pub(crate) fn heard(&self) -> Instant {
-        *self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn heard(&self) -> Arc<Mutex<Instant>> {
+        self.heard.clone()
     }
 
     fn is_authenticated(&self) -> bool {
@@ -312,7 +312,7 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
         held: Semaphore::new(usize::try_from(server.config().delivery_budget).unwrap_or(Semaphore::MAX_PERMITS)),
         opened: Mutex::default(),
         attachments: AtomicUsize::new(0),
-        heard: Mutex::new(Instant::now()),
+        heard: Arc::new(Mutex::new(Instant::now())),
         tasks,
     });
     tracing::debug!(conn = id, remote = %transport.remote(), "connected");

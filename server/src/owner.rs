@@ -147,6 +147,8 @@ pub(crate) struct Owner {
     next_tick: Instant,
     /// The hash of the view at a tail.
     view_hash: Option<(u64, ViewHash)>,
+    /// Its encoding at a tail, while others may ask for the same.
+    view: Option<(u64, Bytes)>,
     /// Bytes of the last snapshot.
     snapshot_len: usize,
 }
@@ -192,6 +194,7 @@ impl Owner {
             catching_up: true,
             next_tick: Instant::now(),
             view_hash: None,
+            view: None,
             snapshot_len: 0,
         }
     }
@@ -253,6 +256,7 @@ impl Owner {
                 () = tokio::time::sleep_until(tick.unwrap_or(last_use)), if tick.is_some() => {}
                 () = tokio::time::sleep_until(last_use + idle), if idle_store => {
                     last_use = Instant::now();
+                    self.view = None;
                     // Members are here or lost, and somebody has to say which. Before it leaves: from then on it may expire.
                     if self.leases.is_empty()
                         && self.sessions.is_unused(&self.session)
@@ -325,7 +329,7 @@ impl Owner {
         let now = clock(Instant::now());
         if self.leases.deadline()? <= now {
             let present = &self.present;
-            let lapsed = self.leases.lapsed(now, |author| Some(clock(present.get(author)?.heard()?)));
+            let lapsed = self.leases.lapsed(now, |author| Some(clock(present.get(author)?.heard())));
             let wall = (self.sessions.clock)();
             for (author, generation) in lapsed {
                 match self.authority().await {
@@ -442,6 +446,7 @@ impl Owner {
             });
         }
         self.hold_members();
+        self.view = None;
         self.answer(replies);
         self.unsnapshotted += chunk.bytes().len();
         self.keep_up();
@@ -456,7 +461,14 @@ impl Owner {
             None => return,
         };
         if self.leases.follow(view, now) {
-            self.present.retain(|author, _| view.members().get(author).is_some());
+            self.present.retain(|author, attachment| {
+                let here = view.members().get(author).is_some();
+                if !here {
+                    // It did not ask for that: it may want to come back.
+                    attachment.outbox.push(Left {});
+                }
+                here
+            });
         }
     }
 
@@ -573,7 +585,14 @@ impl Owner {
             }
             Command::View { answer } => {
                 if let Some(state) = self.state() {
-                    let _ = answer.send((state.tail(), state.view().encode()));
+                    let tail = state.tail();
+                    let view = match &self.view {
+                        Some((at, view)) if *at == tail => view.clone(),
+                        _ => state.view().encode(),
+                    };
+                    // Shared by all who come before the next commit.
+                    self.view = Some((tail, view.clone()));
+                    let _ = answer.send((tail, view));
                 }
             }
             Command::Append { link, batches, permit } => self.append(now, &link, batches, &permit).await,
@@ -603,14 +622,18 @@ impl Owner {
                 self.request(attachment, Trim::KIND, 0, |authority, ticket| authority.trim(now, before, ticket)).await;
             }
             Command::Join { attachment, request } => {
-                let Join { generation, name, grace, activity } = request;
+                let Join { name, grace, activity } = request;
                 if !(MIN_GRACE..=MAX_GRACE).contains(&grace) {
                     let detail = "the grace of a member is from one second to two minutes";
                     return attachment.refuse(Join::KIND, 0, &Refusal::new(Code::LIMIT_EXCEEDED, detail));
                 }
                 let (author, joined) = (attachment.author.clone(), PresenceJoined { name, grace, activity });
+                if self.state().is_some_and(|state| state.view().members().get(&author).is_some()) {
+                    // From now on, however long the answer takes.
+                    self.present.insert(author.clone(), attachment.clone());
+                }
                 self.request(attachment, Join::KIND, 0, |authority, ticket| {
-                    authority.join(now, &author, generation, joined, ticket)
+                    authority.join(now, &author, joined, ticket)
                 })
                 .await;
             }
@@ -625,6 +648,7 @@ impl Owner {
             }
             Command::Leave { attachment } => {
                 let author = attachment.author.clone();
+                self.present.remove(&author);
                 self.request(attachment, Leave::KIND, 0, |authority, ticket| authority.leave(now, &author, ticket))
                     .await;
             }

@@ -158,7 +158,10 @@ async fn deliver<S: SendStream>(
         (next, view, held) = snapshot(conn, session).await.map_err(End::Refused)?;
         let (feed, verdict) = Feed::new(request, extent.first, next);
         pieces.push(feed.subscribed(verdict, next).to_bytes());
-        pieces.extend(Snapshot::frames(next, FOLD_VERSION, &view).map(|frame| frame.to_bytes()));
+        for frame in Snapshot::frames(next, FOLD_VERSION, &view) {
+            pieces.push(frame.to_bytes());
+            out.write(&mut pieces).await?;
+        }
         feed
     } else {
         let (feed, verdict) = Feed::new(request, extent.first, extent.tail);

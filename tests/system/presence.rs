@@ -10,12 +10,15 @@ use mainstay_client::{
     Activity, ClientError, Code, Config as ClientConfig, Departure, Doing, Kind, LiveView, Membership, Payload,
     PresenceLeft, PresenceUpdated, Update,
 };
-use mainstay_protocol::session::Operation;
+use mainstay_protocol::registry::MAX_FRAME;
+use mainstay_protocol::session::{Instance, Operation};
+use mainstay_protocol::wire::{self, Attach, AttachMode, Frame, Hello, Join, Leave, Left};
 use mainstay_server::Config;
 use mainstay_store::MemoryStore;
 use mainstay_tests::harness::{MemoryServer, claims};
 use mainstay_tests::process::{self, Server};
 use mainstay_tests::proxy::{Faults, Proxy};
+use mainstay_transport::{Connection, Connector, FrameReader, SendStream};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, timeout};
 
@@ -73,7 +76,7 @@ async fn a_member_joins_says_what_it_does_and_leaves() {
     let session = client.session("s").expect("a name").attach().await.expect("attach");
     for grace in [Duration::from_millis(999), Duration::from_secs(121)] {
         let refused = session.join("Agent", grace, doing("idle")).await;
-        assert!(matches!(refused, Err(ClientError::Refused { code: Code::LIMIT_EXCEEDED, .. })), "{refused:?}");
+        assert!(matches!(refused, Err(ClientError::Invalid(_))), "{refused:?}");
     }
     server.stop().await;
 }
@@ -253,6 +256,141 @@ async fn members_that_do_not_come_back_after_a_restart_are_lost_after_their_grac
     seen.watch(&mut live, "the departure", |seen, _| seen.left(Departure::Lost) == 1).await;
     assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
     assert!(live.view().members().is_empty());
+}
+
+/// Spec PRES-1 to PRES-4, as a client made by hand finds them.
+#[tokio::test]
+async fn presence_frames_are_refused_by_name() {
+    let server = MemoryServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let connection = server.network().connect().await.expect("a connection");
+    let token = server.key.mint(&claims("mallory", "", Operation::ALL)).expect("a token");
+    let hello = Hello { instance: Some(Instance([3; 16])), token: Some(token.into()), ..Hello::default() };
+    let (mut control, _control) = connection.open_bi().await.expect("control");
+    control.write(&mut [Frame::from(hello).to_bytes()]).await.expect("write");
+    let (mut send, recv) = connection.open_bi().await.expect("an attachment");
+    let mut frames = FrameReader::new(recv, MAX_FRAME);
+    let attach = Attach {
+        mode: AttachMode::Create,
+        session: "s".parse().expect("a name"),
+        incarnation: None,
+        next: None,
+        expire_after: None,
+    };
+    let join = |grace, data: usize| -> Frame {
+        let activity = Activity { data: vec![0; data].into(), ..activity("idle") };
+        Join { name: "m".parse().expect("a name"), grace, activity }.into()
+    };
+    let update = |data: usize| -> Frame {
+        wire::Update { activity: Activity { data: vec![0; data].into(), ..activity("idle") } }.into()
+    };
+    let mut ask = async |frame: Frame| {
+        send.write(&mut [frame.to_bytes()]).await.expect("write");
+        match timeout(PATIENCE, frames.next()).await.expect("in time") {
+            Ok(Some(Frame::Error(error))) => Err(error.code),
+            Ok(Some(frame)) => Ok(frame.name()),
+            other => panic!("no answer: {other:?}"),
+        }
+    };
+    assert_eq!(ask(attach.into()).await, Ok("ATTACHED"));
+    for (frame, answer) in [
+        (join(999, 0), Err(Code::LIMIT_EXCEEDED)),
+        (join(120_001, 0), Err(Code::LIMIT_EXCEEDED)),
+        (join(1000, 513), Err(Code::LIMIT_EXCEEDED)),
+        (update(0), Err(Code::NOT_A_MEMBER)),
+        (Leave {}.into(), Ok("LEFT")),
+        (join(120_000, 512), Ok("JOINED")),
+        (update(513), Err(Code::LIMIT_EXCEEDED)),
+        (Leave {}.into(), Ok("LEFT")),
+        // The one before it was not a member's either.
+        (update(1), Err(Code::NOT_A_MEMBER)),
+        // Nothing is heard on control from here on.
+        (join(1000, 0), Ok("JOINED")),
+    ] {
+        let what = format!("{frame:?}");
+        assert_eq!(ask(frame).await, answer, "{what}");
+    }
+    let unasked = timeout(PATIENCE, frames.next()).await.expect("in time").expect("a frame");
+    assert_eq!(unasked, Some(Left {}.into()), "who is lost is told");
+    server.stop().await;
+}
+
+/// A member's handle that was replaced took the member with it.
+#[tokio::test]
+async fn joining_again_takes_the_membership_over() {
+    let server = MemoryServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let session = server.client().session("s").expect("a name").create().attach().await.expect("attach");
+    let mut live = session.live().await.expect("live");
+    let first = session.join("Agent", Duration::from_secs(10), doing("idle")).await.expect("join");
+    let second = session.join("Agent", Duration::from_secs(10), doing("idle")).await.expect("join");
+    assert_eq!(first.generation(), second.generation());
+    drop(first);
+    second.update(doing("thinking")).await.expect("update");
+    let status = |live: &LiveView| -> Vec<String> {
+        live.view().members().iter().map(|(_, member)| member.activity.status.to_string()).collect()
+    };
+    follow(&mut live, "the update", |live| status(live) == ["thinking".to_owned()].to_vec()).await;
+    // Under another name it is a new membership.
+    let third = session.join("Renamed", Duration::from_secs(10), doing("idle")).await.expect("join");
+    assert!(third.generation() > second.generation());
+    drop(second);
+    // A refused one changes nothing.
+    let refused = session.join("Agent", Duration::from_secs(10), doing("idle").data(vec![0; 513])).await;
+    assert!(matches!(refused, Err(ClientError::Refused { code: Code::LIMIT_EXCEEDED, .. })), "{refused:?}");
+    third.update(doing("waiting")).await.expect("update");
+    follow(&mut live, "the update", |live| status(live) == ["waiting".to_owned()].to_vec()).await;
+    // One whose answer nobody waited for does not stay.
+    tokio::select! {
+        biased;
+        joined = session.join("Agent", Duration::from_secs(1), doing("gone")) => panic!("at once: {joined:?}"),
+        () = core::future::ready(()) => {}
+    }
+    follow(&mut live, "the one that was given up", |live| status(live) == ["gone".to_owned()].to_vec()).await;
+    follow(&mut live, "its departure", |live| live.view().members().is_empty()).await;
+    server.stop().await;
+}
+
+/// Spec PRES-4: the end of a connection is no departure. Some were lost as soon as their lease was looked at.
+#[tokio::test]
+async fn a_member_whose_connection_ends_has_its_grace_from_when_it_was_heard_last() {
+    const GRACE: Duration = Duration::from_secs(2);
+    let server = MemoryServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let watcher = server.client().session("s").expect("a name").create().attach().await.expect("attach");
+    let mut live = watcher.live().await.expect("live");
+    let mut members = Vec::new();
+    for number in 0..20 {
+        let client = server.client();
+        let session = client.session("s").expect("a name").attach().await.expect("attach");
+        members.push((client, session.join(&format!("{number}"), GRACE, doing("idle")).await.expect("join")));
+    }
+    // Every member shows at least twice that it is alive.
+    tokio::time::sleep(GRACE * 3 / 4).await;
+    let closed = Instant::now();
+    members.iter().for_each(|(client, _)| client.close());
+    let mut seen = Seen::default();
+    seen.watch(&mut live, "the first loss", |seen, _| seen.left(Departure::Lost) > 0).await;
+    // A quarter of the grace lies between two signs of life.
+    assert!(closed.elapsed() >= GRACE * 3 / 4 - Duration::from_millis(50), "lost after {:?}", closed.elapsed());
+    seen.watch(&mut live, "all of them", |_, live| live.view().members().is_empty()).await;
+    assert!(closed.elapsed() <= GRACE + Duration::from_secs(1), "lost after {:?}", closed.elapsed());
+    server.stop().await;
+}
+
+/// Whoever was lost while its connection stayed never came back.
+#[tokio::test]
+async fn a_process_that_stood_still_for_longer_than_its_grace_joins_again() {
+    let server = Server::start().await;
+    let mut watch = server.command(&["presence", "s1", "--watch", "--json"]);
+    let mut watching = watch.stdout(Stdio::piped()).spawn().expect("presence");
+    let mut rows = process::Rows::of(watching.stdout.take().expect("output"));
+    let mut join = server.command(&["join", "s1", "--as", "sleeper", "--grace", "1"]);
+    let mut member = vec![join.stdout(Stdio::null()).spawn().expect("join")];
+    let first = rows.until("member").await.pop().expect("a row");
+    signal(&mut member, "-STOP").await;
+    assert_eq!(rows.until("left").await.pop().expect("a row")["reason"], "lost");
+    signal(&mut member, "-CONT").await;
+    let again = rows.until("member").await.pop().expect("a row");
+    assert!(again["generation"].as_u64() > first["generation"].as_u64(), "{again}");
+    watching.kill().await.expect("kill");
 }
 
 /// The commands.

@@ -11,7 +11,7 @@ use mainstay_client::{
     MessageAppend, MessageEnd, MessageId, MessageStart, MessageWriter, Record, Session, StateChange, StateDeleted,
     StatePut, Status, Stored, Update, View,
 };
-use mainstay_protocol::registry::{ALPN, FOLD_VERSION, MAX_FRAME, MAX_RECORD};
+use mainstay_protocol::registry::{ALPN, FOLD_VERSION, MAX_FRAME, MAX_MESSAGE, MAX_RECORD};
 use mainstay_protocol::session::{Instance, Operation};
 use mainstay_protocol::wire::{Attach, AttachMode, Deframer, Frame, Hello, Start, Subscribe};
 use mainstay_server::Config;
@@ -335,6 +335,35 @@ async fn a_refused_change_takes_nothing_else_with_it() {
     assert_eq!(code(refused), Code::CONFLICT);
     let put = StatePut { key: key("k"), value: "v".into(), lasts: 0 };
     assert_eq!(producer.append_batch(&[main.data("x"), main.record(&put)]).await.expect("append").await, Ok(50));
+    server.stop().await;
+}
+
+/// A message that has too many bytes has no hole: what is appended behind a refused part is refused too.
+#[tokio::test]
+async fn a_message_that_is_full_ends_at_a_part_and_has_no_hole() {
+    let server = MemoryServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let client = server.client();
+    let session = attach(&client, "s").await;
+    let producer = session.producer("p").await.expect("a producer");
+    let writer = MessageWriter::begin(&producer, session.main(), "assistant", "text/plain").await.expect("begin");
+    writer.append(vec![b'.'; MAX_MESSAGE - 10]).await.expect("append").await.expect("stored");
+    let mut tickets = Vec::new();
+    for part in ["aaaa", "bbbb", "cccccccc", "d", "e"] {
+        tickets.push((part, writer.append(part).await.expect("append")));
+    }
+    let mut stored = String::new();
+    for (part, ticket) in tickets {
+        match ticket.await {
+            Ok(_) => stored.push_str(part),
+            refused => assert_eq!(code(refused), Code::LIMIT_EXCEEDED, "{part}"),
+        }
+    }
+    let live = current(session.live().await).await;
+    let text = &live.view().messages().open()[0].text;
+    assert_eq!(text[MAX_MESSAGE - 10..], *stored.as_bytes());
+    assert!("aaaabbbb".starts_with(&stored), "{stored}");
+    // Other records are not about it.
+    producer.append(session.main(), "data").await.expect("append").await.expect("stored");
     server.stop().await;
 }
 

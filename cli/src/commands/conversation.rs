@@ -12,12 +12,12 @@ use super::serve::signalled;
 use crate::args;
 use crate::data::patiently;
 use crate::failure::Failure;
-use crate::output::{Output, room, time};
+use crate::output::{Output, Screen, time};
 use crate::rows;
 
-/// What is on the screen.
-struct Screen {
-    output: Output,
+/// What is shown.
+struct Conversation {
+    screen: Screen,
     /// The message whose text ends the last line, for people.
     line_of: Option<MessageId>,
 }
@@ -36,7 +36,7 @@ pub(crate) async fn follow(client: &Client, args: &args::Tail, output: Output) -
         view = patiently(client, &args.session, output, live) => view?,
         () = &mut stop => return Ok(()),
     };
-    let mut screen = Screen { output, line_of: None };
+    let mut shown = Conversation { screen: Screen::new(output), line_of: None };
     let idle = args.until_idle.map(Duration::from_millis);
     let mut idle_since: Option<Instant> = None;
     let mut connection = client.connection();
@@ -44,11 +44,21 @@ pub(crate) async fn follow(client: &Client, args: &args::Tail, output: Output) -
         let deadline = idle.zip(idle_since).map(|(idle, since)| since + idle);
         let update = tokio::select! {
             update = view.next() => update,
-            () = async { sleep_until(deadline.unwrap_or_else(Instant::now)).await }, if deadline.is_some() => break,
+            () = async { sleep_until(deadline.unwrap_or_else(Instant::now)).await }, if deadline.is_some() => {
+                // A server that is dead is quiet too: at the end of the idle time it has to answer.
+                let tail = tokio::select! {
+                    attached = client.session(&args.session)?.attach() => attached?.info().tail,
+                    () = &mut stop => break,
+                };
+                if tail <= view.view().next() {
+                    break;
+                }
+                idle_since = Some(Instant::now());
+                continue;
+            }
             Some(connected) = connection.changed() => {
                 if !connected {
                     idle_since = None;
-                    screen.end_line()?;
                     output.warning("UNAVAILABLE", "the server is lost; trying again")?;
                 }
                 continue;
@@ -56,120 +66,132 @@ pub(crate) async fn follow(client: &Client, args: &args::Tail, output: Output) -
             () = &mut stop => break,
         };
         let Some(update) = update else { break };
-        tokio::select! {
-            ready = room() => ready?,
-            () = &mut stop => break,
-        }
+        let mut ended = false;
         match update? {
-            Update::Started => screen.whole(&view)?,
+            Update::Started => shown.whole(&view),
             Update::Record(folded) => {
-                screen.folded(&view, &folded)?;
+                shown.folded(&view, &folded)?;
                 idle_since = idle_since.map(|_| Instant::now());
             }
             Update::CaughtUp { tail } => {
-                output.json_only(&json!({"event": "caught_up", "tail": tail}))?;
+                shown.screen.json_only(&json!({"event": "caught_up", "tail": tail}));
                 idle_since = Some(Instant::now());
             }
             Update::Resumed => {
-                output.json_only(&json!({"event": "reconnected", "next": view.view().next()}))?;
+                shown.screen.json_only(&json!({"event": "reconnected", "next": view.view().next()}));
                 idle_since = Some(Instant::now());
             }
-            Update::Ended => break,
+            Update::Ended => ended = true,
             _ => {}
         }
+        tokio::select! {
+            result = shown.screen.show() => result?,
+            () = &mut stop => return Ok(()),
+        }
+        if ended {
+            break;
+        }
     }
-    screen.end_line()
+    shown.end_line();
+    shown.screen.show().await
 }
 
-impl Screen {
+impl Conversation {
     /// Everything that the view holds, in the order in which it began.
-    fn whole(&mut self, view: &LiveView) -> Result<(), Failure> {
+    fn whole(&mut self, view: &LiveView) {
+        self.end_line();
         let view = view.view();
-        self.output.json_only(&json!({"event": "view", "next": view.next(), "hash": view.hash().to_string()}))?;
+        self.screen.json_only(&json!({"event": "view", "next": view.next(), "hash": view.hash().to_string()}));
         let messages = view.messages();
         for older in messages.index() {
-            self.output.json_only(&json!({
+            self.screen.json_only(&json!({
                 "event": "message", "id": older.id.to_string(), "status": older.status.as_str(),
                 "through": older.through, "length": older.len,
-            }))?;
+            }));
         }
-        let mut shown: Vec<&Message> = messages.finished().chain(messages.open()).collect();
-        shown.sort_by_key(|message| message.start);
-        shown.into_iter().try_for_each(|message| self.message(message))
+        let mut known: Vec<&Message> = messages.finished().chain(messages.open()).collect();
+        known.sort_by_key(|message| message.start);
+        known.into_iter().for_each(|message| self.message(message));
     }
 
-    fn message(&mut self, message: &Message) -> Result<(), Failure> {
-        if self.output.is_json() {
-            return self.output.json_only(&row(message));
+    fn message(&mut self, message: &Message) {
+        if self.screen.is_json() {
+            return self.screen.json_only(&row(message));
         }
-        self.speak(message, &message.text)?;
-        self.closed(message)
+        self.speak(message, &message.text);
+        self.closed(message);
     }
 
     /// Text of a message behind what is on its line, or on a new line of its own.
-    fn speak(&mut self, message: &Message, text: &[u8]) -> Result<(), Failure> {
+    fn speak(&mut self, message: &Message, text: &[u8]) {
         if self.line_of != Some(message.id) {
-            self.end_line()?;
-            self.output.text(&format!("{}: ", message.role))?;
+            self.end_line();
+            self.screen.raw(format!("{}: ", message.role).as_bytes());
             self.line_of = Some(message.id);
         }
-        self.output.raw(text)
+        self.screen.raw(text);
     }
 
     /// What is said about a message that is finished.
-    fn closed(&mut self, message: &Message) -> Result<(), Failure> {
+    fn closed(&mut self, message: &Message) {
         match message.status {
-            Status::Open => Ok(()),
+            Status::Open => {}
             Status::Complete => self.end_line(),
             status => {
-                self.output.text(&format!(" [{}]", status.as_str()))?;
-                self.end_line()
+                self.screen.raw(format!(" [{}]", status.as_str()).as_bytes());
+                self.end_line();
             }
         }
     }
 
-    fn end_line(&mut self) -> Result<(), Failure> {
-        match self.line_of.take() {
-            Some(_) => self.output.text("\n"),
-            None => Ok(()),
+    fn ended(&mut self, message: &Message, seq: u64) {
+        let (id, status) = (message.id.to_string(), message.status.as_str());
+        self.screen.json_only(&json!({"event": "end", "id": id, "status": status, "through": seq}));
+        if self.line_of == Some(message.id) || message.status != Status::Complete {
+            self.speak(message, b"");
+            self.closed(message);
+        }
+    }
+
+    fn end_line(&mut self) {
+        if self.line_of.take().is_some() {
+            self.screen.raw(b"\n");
         }
     }
 
     fn folded(&mut self, view: &LiveView, folded: &Folded) -> Result<(), Failure> {
         let record = &folded.record;
         if record.kind == Kind::SESSION_CLOSED {
-            self.end_line()?;
-            return self.output.event(&json!({"event": "closed", "seq": folded.seq}), || "[session closed]".to_owned());
+            // It finishes what was open.
+            for message in view.view().messages().finished().filter(|message| message.through == folded.seq) {
+                self.ended(message, folded.seq);
+            }
+            self.end_line();
+            self.screen.event(&json!({"event": "closed", "seq": folded.seq}), || "[session closed]".to_owned());
+            return Ok(());
         }
         let Some(message) = record.message.and_then(|id| view.view().messages().get(id)) else { return Ok(()) };
-        let id = message.id.to_string();
         match record.kind {
-            Kind::MESSAGE_START if self.output.is_json() => self.output.json_only(&row(message)),
+            Kind::MESSAGE_START if self.screen.is_json() => self.screen.json_only(&row(message)),
             Kind::MESSAGE_START => self.speak(message, b""),
             Kind::MESSAGE_APPEND => {
                 let part = MessageAppend::of(record).map_err(ClientError::from)?.0;
-                if self.output.is_json() {
-                    let mut event = json!({"event": "append", "id": id, "through": folded.seq});
+                if self.screen.is_json() {
+                    let mut event = json!({"event": "append", "id": message.id.to_string(), "through": folded.seq});
                     rows::bytes(&mut event, "text", &part);
-                    return self.output.json_only(&event);
+                    self.screen.json_only(&event);
+                } else {
+                    self.speak(message, &part);
                 }
-                self.speak(message, &part)
             }
             Kind::MESSAGE_REPLACE => {
-                self.end_line()?;
-                self.message(message)
+                self.end_line();
+                self.message(message);
             }
-            Kind::MESSAGE_END => {
-                let status = message.status.as_str();
-                self.output.json_only(&json!({"event": "end", "id": id, "status": status, "through": folded.seq}))?;
-                if self.line_of == Some(message.id) || message.status != Status::Complete {
-                    self.speak(message, b"")?;
-                    self.closed(message)?;
-                }
-                Ok(())
-            }
-            _ => Ok(()),
+            Kind::MESSAGE_END => self.ended(message, folded.seq),
+            _ => {}
         }
+        Ok(())
     }
 }
 

@@ -11,7 +11,7 @@ use super::serve::signalled;
 use crate::args;
 use crate::data::{patiently, with_client};
 use crate::failure::{Exit, Failure};
-use crate::output::{Output, room, time};
+use crate::output::{Output, Screen, time};
 use crate::rows;
 
 pub(crate) async fn run(args: args::Presence, output: Output) -> Result<(), Failure> {
@@ -34,57 +34,66 @@ async fn follow(client: &Client, args: &args::Presence, output: Output) -> Resul
         view = patiently(client, &args.session, output, attaching.live()) => view?,
         () = &mut stop => return Ok(()),
     };
+    let mut screen = Screen::new(output);
     loop {
         let update = tokio::select! {
             update = view.next() => update,
             () = &mut stop => return Ok(()),
         };
         let Some(update) = update else { return Ok(()) };
-        tokio::select! {
-            ready = room() => ready?,
-            () = &mut stop => return Ok(()),
-        }
+        let mut once = false;
         match update? {
             Update::Started => {
                 if view.view().members().is_empty() && !args.watch {
-                    output.text("nobody is here\n")?;
+                    screen.raw(b"nobody is here\n");
                 }
-                view.view().members().iter().try_for_each(|(author, member)| show(author, member, output))?;
-                if !args.watch {
-                    return Ok(());
-                }
+                view.view().members().iter().for_each(|(author, member)| show(author, member, &mut screen));
+                once = !args.watch;
             }
-            Update::CaughtUp { tail } => output.json_only(&json!({"event": "caught_up", "tail": tail}))?,
-            Update::Record(folded) => changed(&view, &folded, output)?,
-            Update::Resumed => output.json_only(&json!({"event": "reconnected"}))?,
+            Update::Record(folded) if folded.record.kind == Kind::SESSION_CLOSED => {
+                let event = json!({"event": "closed", "seq": folded.seq});
+                screen.event(&event, || "the session is closed; nobody is in it any more".to_owned());
+            }
+            Update::CaughtUp { tail } => screen.json_only(&json!({"event": "caught_up", "tail": tail})),
+            Update::Record(folded) => changed(&view, &folded, &mut screen)?,
+            Update::Resumed => screen.json_only(&json!({"event": "reconnected"})),
             _ => {}
+        }
+        tokio::select! {
+            shown = screen.show() => shown?,
+            () = &mut stop => return Ok(()),
+        }
+        if once {
+            return Ok(());
         }
     }
 }
 
-fn changed(view: &LiveView, folded: &Folded, output: Output) -> Result<(), Failure> {
+fn changed(view: &LiveView, folded: &Folded, screen: &mut Screen) -> Result<(), Failure> {
     match folded.record.kind {
-        Kind::PRESENCE_JOINED | Kind::PRESENCE_UPDATED => match view.view().members().get(&folded.author) {
-            Some(member) => show(&folded.author, member, output),
-            None => Ok(()),
-        },
+        Kind::PRESENCE_JOINED | Kind::PRESENCE_UPDATED => {
+            if let Some(member) = view.view().members().get(&folded.author) {
+                show(&folded.author, member, screen);
+            }
+        }
         Kind::PRESENCE_LEFT => {
             let left = PresenceLeft::of(&folded.record).map_err(ClientError::from)?;
             let event = json!({
                 "event": "left", "author": left.member.to_string(), "generation": left.generation,
                 "reason": left.reason.as_str(), "seq": folded.seq,
             });
-            output.event(&event, || format!("{} {}", left.member, left.reason.as_str()))
+            screen.event(&event, || format!("{} {}", left.member, left.reason.as_str()));
         }
-        _ => Ok(()),
+        _ => {}
     }
+    Ok(())
 }
 
-fn show(author: &Author, member: &Member, output: Output) -> Result<(), Failure> {
-    output.event(&row(author, member), || {
+fn show(author: &Author, member: &Member, screen: &mut Screen) {
+    screen.event(&row(author, member), || {
         let progress = member.activity.progress.map_or_else(String::new, |percent| format!(" {percent} %"));
         format!("{} ({author}): {}{progress}", member.name, member.activity.status)
-    })
+    });
 }
 
 fn row(author: &Author, member: &Member) -> Value {
@@ -118,7 +127,10 @@ pub(crate) async fn join(args: args::Join, output: Output) -> Result<(), Failure
             session = patiently(client, &args.session, output, attaching.attach()) => session?,
             () = &mut stop => return Ok(()),
         };
-        let membership = session.join(&name, grace, doing).await?;
+        let membership = tokio::select! {
+            membership = patiently(client, &args.session, output, session.join(&name, grace, doing)) => membership?,
+            () = &mut stop => return Ok(()),
+        };
         let event = json!({"event": "joined", "name": name, "generation": membership.generation()});
         output.event(&event, || format!("{name} is in {} until this is interrupted", args.session))?;
         tokio::select! {

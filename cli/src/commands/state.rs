@@ -14,7 +14,7 @@ use super::serve::signalled;
 use crate::args::{self, StateAction};
 use crate::data::{patiently, with_client};
 use crate::failure::{Exit, Failure};
-use crate::output::{Output, room, time};
+use crate::output::{Output, Screen, time};
 use crate::rows;
 
 pub(crate) async fn run(args: args::State, output: Output) -> Result<(), Failure> {
@@ -41,8 +41,9 @@ async fn act(client: &Client, action: StateAction, output: Output) -> Result<(),
         }
         StateAction::Ls { session, prefix } => {
             let view = read(client, &session).await?;
-            let mut entries = view.view().state().iter().filter(|(key, _)| key.as_str().starts_with(&prefix));
-            entries.try_for_each(|(key, entry)| show(key.as_str(), entry, output))
+            let mut screen = Screen::new(output);
+            list(&view, &prefix, &mut screen);
+            screen.show().await
         }
         StateAction::Put { session, key, value, lasts } => {
             let put = StatePut { key: name(&key)?, value: given(value)?, lasts: lasts.map_or(0, millis) };
@@ -156,32 +157,32 @@ async fn watch(client: &Client, session: &str, prefix: &str, output: Output) -> 
         view = patiently(client, session, output, attaching.live()) => view?,
         () = &mut stop => return Ok(()),
     };
+    let mut screen = Screen::new(output);
     loop {
         let update = tokio::select! {
             update = view.next() => update,
             () = &mut stop => return Ok(()),
         };
         let Some(update) = update else { return Ok(()) };
-        tokio::select! {
-            ready = room() => ready?,
-            () = &mut stop => return Ok(()),
-        }
         match update? {
             Update::Started => {
-                output.json_only(&json!({"event": "snapshot", "next": view.view().next()}))?;
-                let mut entries = view.view().state().iter().filter(|(key, _)| key.as_str().starts_with(prefix));
-                entries.try_for_each(|(key, entry)| show(key.as_str(), entry, output))?;
+                screen.json_only(&json!({"event": "snapshot", "next": view.view().next()}));
+                list(&view, prefix, &mut screen);
             }
-            Update::CaughtUp { tail } => output.json_only(&json!({"event": "caught_up", "tail": tail}))?,
-            Update::Record(folded) => changed(&view, &folded, prefix, output)?,
-            Update::Resumed => output.json_only(&json!({"event": "reconnected"}))?,
+            Update::CaughtUp { tail } => screen.json_only(&json!({"event": "caught_up", "tail": tail})),
+            Update::Record(folded) => changed(&view, &folded, prefix, &mut screen)?,
+            Update::Resumed => screen.json_only(&json!({"event": "reconnected"})),
             _ => {}
+        }
+        tokio::select! {
+            shown = screen.show() => shown?,
+            () = &mut stop => return Ok(()),
         }
     }
 }
 
 /// Tells what a record did to a key.
-fn changed(view: &LiveView, folded: &Folded, prefix: &str, output: Output) -> Result<(), Failure> {
+fn changed(view: &LiveView, folded: &Folded, prefix: &str, screen: &mut Screen) -> Result<(), Failure> {
     let record = &folded.record;
     let (key, expired) = match record.kind {
         Kind::STATE_PUT => (StatePut::of(record).map_err(ClientError::from)?.key, false),
@@ -194,16 +195,22 @@ fn changed(view: &LiveView, folded: &Folded, prefix: &str, output: Output) -> Re
         return Ok(());
     }
     match view.view().state().get(key) {
-        Some(entry) if record.kind == Kind::STATE_PUT => show(key, entry, output),
+        Some(entry) if record.kind == Kind::STATE_PUT => show(key, entry, screen),
         _ => {
             let event = json!({"event": "removed", "key": key, "seq": folded.seq, "expired": expired});
-            output.event(&event, || format!("{key} {}", if expired { "expired" } else { "deleted" }))
+            screen.event(&event, || format!("{key} {}", if expired { "expired" } else { "deleted" }));
         }
     }
+    Ok(())
 }
 
-fn show(key: &str, entry: &Entry, output: Output) -> Result<(), Failure> {
-    output.event(&row(key, entry), || format!("{key} = {}", String::from_utf8_lossy(&entry.value)))
+fn list(view: &LiveView, prefix: &str, screen: &mut Screen) {
+    let entries = view.view().state().iter().filter(|(key, _)| key.as_str().starts_with(prefix));
+    entries.for_each(|(key, entry)| show(key.as_str(), entry, screen));
+}
+
+fn show(key: &str, entry: &Entry, screen: &mut Screen) {
+    screen.event(&row(key, entry), || format!("{key} = {}", String::from_utf8_lossy(&entry.value)));
 }
 
 fn row(key: &str, entry: &Entry) -> Value {

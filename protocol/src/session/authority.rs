@@ -470,28 +470,23 @@ impl<T> Authority<T> {
         Ok(())
     }
 
-    /// Somebody is here (spec PRES-1). Who is here already, as `held` says or without saying so, stays under the same generation and
+    /// Somebody is here (spec PRES-1). Who is here already under the same name and grace stays so under the same generation, and
     /// does what it says now. Refusals: `SESSION_CLOSED`, `LIMIT_EXCEEDED`, `UNAVAILABLE`.
-    pub fn join(
-        &mut self,
-        now: u64,
-        author: &Arc<Author>,
-        held: Option<u64>,
-        joined: PresenceJoined,
-        ticket: T,
-    ) -> (Outcome, Option<T>) {
-        let known = self.state.view().members().get(author);
-        if let Some(member) = known
-            && held == Some(member.generation)
-            && member.activity == joined.activity
-            && self.overlay.member(self.state.view(), author) == held
-            && !self.uncertain
-        {
-            return (Outcome::Done(Reply::Joined { generation: member.generation }), Some(ticket));
-        }
-        let record = match self.overlay.member(self.state.view(), author) {
-            Some(_) => PresenceUpdated { activity: joined.activity }.record(STREAM_MAIN),
-            None => joined.record(STREAM_MAIN),
+    pub fn join(&mut self, now: u64, author: &Arc<Author>, joined: PresenceJoined, ticket: T) -> (Outcome, Option<T>) {
+        let record = match self.state.view().members().get(author) {
+            Some(member) if (&member.name, member.grace) == (&joined.name, joined.grace) => {
+                let said = |work: &Work| matches!(work, Work::Record { author: by, .. } if by == author);
+                let waits = self.waiting.iter().any(|(work, _)| said(work));
+                let pending = waits || self.overlay.changes_member(author);
+                if !pending && member.activity == joined.activity && !self.uncertain {
+                    return (Outcome::Done(Reply::Joined { generation: member.generation }), Some(ticket));
+                }
+                match self.overlay.member(self.state.view(), author) == Some(member.generation) {
+                    true => PresenceUpdated { activity: joined.activity }.record(STREAM_MAIN),
+                    false => joined.record(STREAM_MAIN),
+                }
+            }
+            _ => joined.record(STREAM_MAIN),
         };
         self.ask(now, author, record, ticket)
     }
@@ -503,7 +498,14 @@ impl<T> Authority<T> {
     pub fn update(&mut self, now: u64, author: &Arc<Author>, updated: PresenceUpdated) -> Result<(), Refusal> {
         let record = updated.record(STREAM_MAIN);
         let same = |work: &Work| matches!(work, Work::Record { author: by, record, .. } if by == author && record.kind == Kind::PRESENCE_UPDATED);
-        let waiting = self.waiting.iter().position(|(work, ticket)| ticket.is_none() && same(work));
+        // Not in front of anything else that is about the member.
+        let about = |work: &Work| match work {
+            Work::Batch { author: by, batch, .. } => by == author && !batch.plain,
+            Work::Record { author: by, record, .. } => by == author || record.kind == Kind::PRESENCE_LEFT,
+            _ => false,
+        };
+        let last = self.waiting.iter().rposition(|(work, _)| about(work));
+        let waiting = last.filter(|&at| self.waiting[at].1.is_none() && same(&self.waiting[at].0));
         match waiting.and_then(|at| self.waiting.get_mut(at)) {
             Some((work @ Work::Record { .. }, _)) if self.overlay.member(self.state.view(), author).is_some() => {
                 updated.activity.check()?;
@@ -703,14 +705,20 @@ impl<T> Authority<T> {
         let made = [self.flight.take(), self.prepared.take()].into_iter().flatten();
         let dropped = made.flat_map(|flight| flight.work).chain(self.waiting.drain(..));
         // What has no ticket was not asked for by anyone and must still be written.
-        // Its own records it decides anew, over what is durable.
-        let dropped = dropped.filter(|(work, ticket)| ticket.is_some() || !matches!(work, Work::Record { .. }));
+        // Its own records it decides anew, over what is durable. What members said, which nothing answers, still holds.
+        let members = self.state.view().members();
+        let dropped = dropped.filter(|(work, ticket)| match work {
+            Work::Record { author, record, .. } if ticket.is_none() => {
+                record.kind == Kind::PRESENCE_UPDATED && members.get(author).is_some()
+            }
+            _ => true,
+        });
         let (kept, tickets): (Vec<_>, Vec<_>) = dropped.partition(|(_, ticket)| ticket.is_none());
         self.waiting = kept.into();
         self.waiting_bytes = self.waiting.iter().map(|(work, _)| work.len()).sum();
         self.state.producers.roll_back();
         self.overlay.roll_back();
-        self.staged_tail = self.state.tail();
+        self.staged_tail = self.state.tail() + self.waiting.iter().map(|(work, _)| work.count()).sum::<u64>();
         self.staged_closed = self.state.view().closed().is_some();
         self.staged_time = self.state.time();
         self.staged_streams.clear();

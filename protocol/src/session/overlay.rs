@@ -21,7 +21,7 @@ use crate::registry::{
     MAX_BATCH_BYTES, MAX_MEMBER_DATA, MAX_MEMBERS, MAX_MESSAGE, MAX_OPEN_BYTES, MAX_OPEN_MESSAGES, MAX_RECORD,
     MAX_STATE_BYTES, MAX_STATE_KEYS,
 };
-use crate::wire::Writer;
+use crate::wire::{MAX_VARINT, Writer};
 
 /// How a message stands, as far as the rules need to know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -172,6 +172,11 @@ impl Overlay {
         Ok(())
     }
 
+    /// True if something about a member was accepted that is not durable yet.
+    pub(super) fn changes_member(&self, author: &Author) -> bool {
+        self.changes.members.contains_key(author)
+    }
+
     /// The generation of a member that is here, counting what was accepted.
     pub(super) fn member(&self, view: &View, author: &Author) -> Option<u64> {
         match self.changes.members.get(author) {
@@ -255,9 +260,10 @@ impl Draft<'_> {
             }
             Deed::PresenceUpdated(of) => {
                 of.activity.check()?;
-                if self.member(self.author).is_none() {
+                let Some(generation) = self.member(self.author) else {
                     return Err(Refusal::new(Code::NOT_A_MEMBER, "only a member of the session says what it is doing"));
-                }
+                };
+                self.changes.members.insert(self.author.clone(), (seq, Some(generation)));
             }
             Deed::MessageStart(id, _, MessageStart { .. }) => {
                 if self.message(id) != Standing::Unknown {
@@ -329,7 +335,7 @@ impl Draft<'_> {
     }
 
     fn write(&mut self, seq: u64, time: u64, put: &StatePut) -> Result<(), Refusal> {
-        let expires = (put.lasts > 0).then(|| time.saturating_add(put.lasts));
+        let expires = (put.lasts > 0).then(|| time.saturating_add(put.lasts).min(MAX_VARINT));
         let before = self.totals;
         self.set(seq, put.key.clone(), Some(Held { revision: seq, expires, value: put.value.clone() }));
         if self.totals.keys > MAX_STATE_KEYS && self.totals.keys > before.keys {

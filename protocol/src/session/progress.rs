@@ -3,7 +3,7 @@
 use super::view::View;
 use super::words::Verdict;
 use crate::error::ProtocolError;
-use crate::registry::MAX_VIEW;
+use crate::registry::{FOLD_VERSION, MAX_VIEW};
 use crate::wire::Snapshot;
 
 /// Where a reader stands in a session, over all the QUIC streams that its subscription had.
@@ -12,8 +12,8 @@ pub struct Progress {
     started: bool,
     next: u64,
     tail: u64,
-    /// The view is to come before anything else: its parts so far.
-    owed: Option<Vec<u8>>,
+    /// The view is to come before anything else: its parts so far, and the length that the first one told.
+    owed: Option<(Vec<u8>, Option<u64>)>,
     /// It was told of records that it has not covered, or has not said since that there are none.
     behind: bool,
 }
@@ -33,7 +33,7 @@ impl Progress {
     /// SUBSCRIBED came, for the first time or again. Errors: it goes on behind the position and does not say why.
     pub fn subscribed(&mut self, verdict: Verdict, next: u64, tail: u64) -> Result<(), ProtocolError> {
         if !self.has_started() {
-            let owed = (verdict == Verdict::Snapshot).then(Vec::new);
+            let owed = (verdict == Verdict::Snapshot).then(Default::default);
             *self = Self { started: true, next, owed, ..Self::default() };
         } else if verdict == Verdict::Exact && next != self.next {
             return Err(ProtocolError::malformed("subscription does not go on at its position"));
@@ -47,13 +47,14 @@ impl Progress {
     ///
     /// Errors: none was to come, the parts do not belong together, or they are not the view at the position (spec SUB-6).
     pub fn snapshot(&mut self, frame: &Snapshot) -> Result<Option<View>, ProtocolError> {
-        let Some(parts) = &mut self.owed else {
+        let Some((parts, told)) = &mut self.owed else {
             return Err(ProtocolError::malformed("no snapshot was to come"));
         };
+        let same = *told.get_or_insert(frame.length) == frame.length && frame.fold_version == FOLD_VERSION;
         let length = usize::try_from(frame.length).ok().filter(|length| *length <= MAX_VIEW);
         let left = length.and_then(|length| length.checked_sub(parts.len()));
         let fits = left.is_some_and(|left| frame.part.len() <= left) && !frame.part.is_empty();
-        if !fits || frame.next != self.next {
+        if !same || !fits || frame.next != self.next {
             return Err(ProtocolError::malformed(
                 "snapshot is not that of the subscription's position, or its parts do not fit",
             ));

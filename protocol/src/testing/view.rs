@@ -205,7 +205,10 @@ struct World {
 #[derive(Debug, Clone)]
 enum Accepted {
     Batch(Vec<Deed>, u64),
+    /// Joins, whoever was there before.
     Join(u8, u8),
+    /// Says to be here still.
+    Again(u8, u8),
     Update(u8, u8),
     Leave(u8),
     Lose(u8),
@@ -332,10 +335,11 @@ impl World {
             Accepted::Join(who, status) => {
                 let seq = self.tail;
                 self.tail += 1;
-                let member = self.members.entry(*who).or_insert((seq, 0, 0));
-                (member.1, member.2) = (*status, seq);
+                self.members.insert(*who, (seq, *status, seq));
             }
-            Accepted::Update(who, status) => self.perform(Deed::Say { status: *status }, *who, 0)?,
+            Accepted::Again(who, status) | Accepted::Update(who, status) => {
+                self.perform(Deed::Say { status: *status }, *who, 0)?
+            }
             Accepted::Leave(who) | Accepted::Lose(who) => {
                 self.tail += 1;
                 self.members.remove(who);
@@ -615,7 +619,7 @@ impl Run {
                     self.counts.stored += 1;
                 }
                 Accepted::Close => assert!(matches!(replies.next(), Some((_, Reply::Closed { .. })))),
-                Accepted::Join(who, _) => {
+                Accepted::Join(who, _) | Accepted::Again(who, _) => {
                     let reply = replies.next().map(|(_, reply)| reply);
                     let Some(Reply::Joined { generation }) = reply else { panic!("a join has no answer: {reply:?}") };
                     // Where it was here already, or left again in the same chunk, that is what the answer says.
@@ -635,7 +639,9 @@ impl Run {
         self.authority.not_committed();
         self.chunks.pop();
         self.sequence -= self.accepted.iter().filter(|accepted| matches!(accepted, Accepted::Batch(..))).count() as u64;
-        self.accepted.clear();
+        // What members said, which nothing answers, still holds.
+        let members = &self.durable.members;
+        self.accepted.retain(|accepted| matches!(accepted, Accepted::Update(who, _) if members.contains_key(who)));
         self.counts.rolled_back += 1;
     }
 
@@ -674,13 +680,24 @@ impl Run {
 
     fn join(&mut self, who: u8, status: u8) {
         let held = self.durable.members.get(&who).copied();
+        let staged = self.staged().members.get(&who).copied();
+        let said = |accepted: &Accepted| match accepted {
+            Accepted::Join(by, _)
+            | Accepted::Again(by, _)
+            | Accepted::Update(by, _)
+            | Accepted::Leave(by)
+            | Accepted::Lose(by) => *by == who,
+            Accepted::Batch(deeds, _) => {
+                batch_author(deeds) == who && deeds.iter().any(|deed| matches!(deed, Deed::Say { .. }))
+            }
+            _ => false,
+        };
+        let pending = self.accepted.iter().any(said);
         let joined = PresenceJoined { name: label("tester"), grace: 1000, activity: activity(status) };
         let generation = held.map(|(generation, _, _)| generation);
         let author = self.authors[who as usize].clone();
-        let (outcome, _) = self.authority.join(self.now, &author, generation, joined, 0);
-        let unchanged = held.is_some_and(|(generation, known, _)| {
-            known == status && self.staged().members.get(&who).is_some_and(|member| member.0 == generation)
-        });
+        let (outcome, _) = self.authority.join(self.now, &author, joined, 0);
+        let unchanged = !pending && held.is_some_and(|(_, known, _)| known == status);
         match (self.closed(), outcome) {
             (_, Outcome::Done(reply)) => {
                 assert!(unchanged, "{reply:?}");
@@ -689,7 +706,8 @@ impl Run {
             (Some(code), outcome) => Self::refused(&outcome, code),
             (None, outcome) => {
                 assert_eq!(outcome, Outcome::Pending);
-                self.accepted.push(Accepted::Join(who, status));
+                let same = held.is_some() && held.map(|held| held.0) == staged.map(|staged| staged.0);
+                self.accepted.push(if same { Accepted::Again(who, status) } else { Accepted::Join(who, status) });
             }
         }
     }
@@ -710,13 +728,19 @@ impl Run {
         if self.authority.waiting_bytes() > before + 32 {
             return self.accepted.push(Accepted::Update(who, status));
         }
-        // It took the place of the last one.
-        let last = self.accepted.iter_mut().rev().find_map(|accepted| match accepted {
-            Accepted::Update(by, status) if *by == who => Some(status),
-            _ => None,
-        });
-        let Some(last) = last else { panic!("an update vanished") };
-        *last = status;
+        // It took the place of the last thing that was accepted about the member, and that was an update.
+        let about = |accepted: &&mut Accepted| match accepted {
+            Accepted::Join(by, _) | Accepted::Again(by, _) | Accepted::Update(by, _) => *by == who,
+            Accepted::Leave(_) | Accepted::Lose(_) => true,
+            Accepted::Batch(deeds, _) => {
+                batch_author(deeds) == who && deeds.iter().any(|deed| matches!(deed, Deed::Say { .. }))
+            }
+            _ => false,
+        };
+        match self.accepted.iter_mut().rev().find(about) {
+            Some(Accepted::Update(by, last)) if *by == who => *last = status,
+            other => panic!("an update took the place of {other:?}"),
+        }
     }
 
     fn leave(&mut self, who: u8) {

@@ -286,16 +286,7 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
             }
             .into(),
         ),
-        (
-            "JOIN",
-            "a person",
-            Join { generation: None, name: label("Alice"), grace: 10_000, activity: records::activity() }.into(),
-        ),
-        (
-            "JOIN",
-            "back again",
-            Join { generation: Some(12), name: label("Alice"), grace: 10_000, activity: records::activity() }.into(),
-        ),
+        ("JOIN", "a person", Join { name: label("Alice"), grace: 10_000, activity: records::activity() }.into()),
         ("JOINED", "", Joined { generation: 12 }.into()),
         ("UPDATE", "", Update { activity: records::activity() }.into()),
         ("LEAVE", "", Leave {}.into()),

@@ -17,7 +17,7 @@ use super::record::{Head, Record};
 use super::words::{Author, ViewHash};
 use crate::error::ProtocolError;
 use crate::registry::{FOLD_VERSION, MAX_STREAMS};
-use crate::wire::{Reader, Writer};
+use crate::wire::{MAX_VARINT, Reader, Writer};
 
 /// What the view knows of one stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -166,7 +166,7 @@ impl View {
             Deed::MessageReplace(id, bytes) => self.messages.replace(seq, id, &bytes),
             Deed::MessageEnd(id, of) => self.messages.end(seq, id, of.status),
             Deed::StatePut(put) => {
-                let expires = (put.lasts > 0).then(|| time.saturating_add(put.lasts));
+                let expires = (put.lasts > 0).then(|| time.saturating_add(put.lasts).min(MAX_VARINT));
                 // Its own memory: a chunk would live as long as its smallest value.
                 let value = Bytes::copy_from_slice(&put.value);
                 self.entries.put(put.key, Entry { revision: seq, author: author.clone(), expires, value });

@@ -6,8 +6,6 @@ use crate::wire::Label;
 plain_frame! {
     /// Sent on an attachment. Answered by JOINED, or by ERROR about JOIN.
     Join = 0x44, {
-        /// The generation that the caller holds, when it comes back.
-        generation: Option<u64>,
         /// How people call the member.
         name: Label,
         /// Milliseconds without a sign of life after which the member is lost.
