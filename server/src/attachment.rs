@@ -6,8 +6,7 @@ use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::FOLD_VERSION;
 use mainstay_protocol::session::{Author, Operation, Refusal, Verdict};
 use mainstay_protocol::wire::{
-    Attach, AttachMode, Attached, Body, CloseSession, DefineStream, DeleteSession, Detail, Error, Frame, Join,
-    OpenProducer, Subscribe, Trim, Update,
+    Attach, AttachMode, Attached, Body, DefineStream, Detail, Error, Frame, OpenProducer, Subscribe, Trim, Update,
 };
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream, SendStream, priority};
 use tokio::sync::{Semaphore, oneshot};
@@ -224,6 +223,17 @@ pub(crate) async fn ask<T>(
     })
 }
 
+/// The operation that a request needs.
+fn needed(frame: &Frame) -> Option<Operation> {
+    Some(match frame {
+        Frame::OpenProducer(_) | Frame::DefineStream(_) => Operation::Append,
+        Frame::CloseSession(_) | Frame::Trim(_) | Frame::DeleteSession(_) => Operation::Manage,
+        Frame::Join(_) | Frame::Update(_) => Operation::Join,
+        Frame::Subscribe(_) => Operation::Read,
+        _ => return None,
+    })
+}
+
 /// Reads requests until the client ends the stream. Their answers come in the order of their effects (spec SESS-11).
 async fn read<C: Connection>(
     transport: &C,
@@ -234,63 +244,19 @@ async fn read<C: Connection>(
 ) -> Result<(), FrameError> {
     let name = &session.id.name;
     while let Some(frame) = frames.next().await? {
+        let allowed = needed(&frame).map_or(Ok(()), |operation| conn.allow(operation, name));
         let request = match frame {
             Frame::OpenProducer(request) => {
-                let allowed =
-                    conn.allow(Operation::Append, name).and_then(|()| conn.reserve_producer(request.id, attachment));
-                if let Err(refusal) = allowed {
+                if let Err(refusal) = allowed.and_then(|()| conn.reserve_producer(request.id, attachment)) {
+                    // Nothing is reserved that could be released.
                     attachment.tell(OpenProducer::KIND, request.id, &refusal);
                     continue;
                 }
                 Command::OpenProducer { attachment: attachment.clone(), request }
             }
-            Frame::DefineStream(DefineStream { name: stream }) => {
-                if let Err(refusal) = conn.allow(Operation::Append, name) {
-                    attachment.refuse(DefineStream::KIND, 0, &refusal);
-                    continue;
-                }
-                Command::DefineStream { attachment: attachment.clone(), name: stream }
-            }
-            Frame::CloseSession(_) => match conn.allow(Operation::Manage, name) {
-                Ok(()) => Command::Close { attachment: attachment.clone() },
-                Err(refusal) => {
-                    attachment.refuse(CloseSession::KIND, 0, &refusal);
-                    continue;
-                }
-            },
-            Frame::Trim(Trim { before }) => match conn.allow(Operation::Manage, name) {
-                Ok(()) => Command::Trim { attachment: attachment.clone(), before },
-                Err(refusal) => {
-                    attachment.refuse(Trim::KIND, 0, &refusal);
-                    continue;
-                }
-            },
-            Frame::DeleteSession(_) => match conn.allow(Operation::Manage, name) {
-                Ok(()) => Command::Delete { attachment: attachment.clone() },
-                Err(refusal) => {
-                    attachment.refuse(DeleteSession::KIND, 0, &refusal);
-                    continue;
-                }
-            },
-            Frame::Join(request) => match conn.allow(Operation::Join, name) {
-                Ok(()) => Command::Join { attachment: attachment.clone(), request },
-                Err(refusal) => {
-                    attachment.refuse(Join::KIND, 0, &refusal);
-                    continue;
-                }
-            },
-            Frame::Update(Update { activity }) => match conn.allow(Operation::Join, name) {
-                Ok(()) => Command::Update { attachment: attachment.clone(), activity },
-                Err(refusal) => {
-                    attachment.refuse(Update::KIND, 0, &refusal);
-                    continue;
-                }
-            },
-            Frame::Leave(_) => Command::Leave { attachment: attachment.clone() },
             Frame::Subscribe(request) => {
                 let id = request.id;
-                let allowed = conn.allow(Operation::Read, name).and_then(|()| conn.open_subscription(id));
-                match allowed {
+                match allowed.and_then(|()| conn.open_subscription(id)) {
                     Ok(credit) => {
                         subscription::spawn(transport, conn, session, request, credit);
                     }
@@ -302,6 +268,21 @@ async fn read<C: Connection>(
                 conn.end_subscription(request.id);
                 continue;
             }
+            frame if allowed.is_err() => {
+                if let Err(refusal) = allowed {
+                    attachment.refuse(frame.kind(), 0, &refusal);
+                }
+                continue;
+            }
+            Frame::DefineStream(DefineStream { name: stream }) => {
+                Command::DefineStream { attachment: attachment.clone(), name: stream }
+            }
+            Frame::CloseSession(_) => Command::Close { attachment: attachment.clone() },
+            Frame::Trim(Trim { before }) => Command::Trim { attachment: attachment.clone(), before },
+            Frame::DeleteSession(_) => Command::Delete { attachment: attachment.clone() },
+            Frame::Join(request) => Command::Join { attachment: attachment.clone(), request },
+            Frame::Update(Update { activity }) => Command::Update { attachment: attachment.clone(), activity },
+            Frame::Leave(_) => Command::Leave { attachment: attachment.clone() },
             _ => {
                 return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of an attachment").into());
             }

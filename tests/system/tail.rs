@@ -118,6 +118,18 @@ async fn a_pipe_repeats_at_most_what_it_marks_as_repeated() {
     println!("{repeated} rows were marked as repeated");
 }
 
+/// A follower whose output nobody reads waits for room once its cursor stands still over many looks.
+async fn pipe_is_full(cursor: &Path) {
+    let (mut before, mut looks) = (Vec::new(), 0);
+    until("the pipe is full", async || {
+        let now = std::fs::read(cursor).unwrap_or_default();
+        looks = if now == before && !now.is_empty() { looks + 1 } else { 0 };
+        before = now;
+        looks == 30
+    })
+    .await;
+}
+
 /// A kill while the reader is slow made a whole delivery count as printed, of which the pipe had taken a part.
 #[tokio::test]
 async fn a_kill_behind_a_slow_reader_leaves_no_row_that_was_only_ever_marked() {
@@ -138,15 +150,7 @@ async fn a_kill_behind_a_slow_reader_leaves_no_row_that_was_only_ever_marked() {
         if round == 9 {
             timeout(PATIENCE, stdout.read_to_string(&mut said)).await.expect("in time").expect("output");
         } else {
-            // The pipe is full and the follower waits for room once its cursor stands still over many looks.
-            let (mut before, mut looks) = (Vec::new(), 0);
-            until("the pipe is full", async || {
-                let now = std::fs::read(&cursor).unwrap_or_default();
-                looks = if now == before && !now.is_empty() { looks + 1 } else { 0 };
-                before = now;
-                looks == 30
-            })
-            .await;
+            pipe_is_full(&cursor).await;
             follower.kill().await.expect("kill");
             timeout(PATIENCE, stdout.read_to_string(&mut said)).await.expect("in time").expect("output");
         }
@@ -173,14 +177,7 @@ async fn a_follower_whose_reader_has_stopped_can_be_interrupted_and_knows_where_
     // Without a cursor nothing shows that the pipe is full but that the signal came while the other one's was.
     let mut command = server.command(&["tail", "s1"]);
     let mut other = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("tail");
-    let (mut before, mut looks) = (Vec::new(), 0);
-    until("the pipe is full", async || {
-        let now = std::fs::read(&cursor).unwrap_or_default();
-        looks = if now == before && !now.is_empty() { looks + 1 } else { 0 };
-        before = now;
-        looks == 30
-    })
-    .await;
+    pipe_is_full(&cursor).await;
     let pid = other.id().expect("it runs").to_string();
     assert!(Command::new("kill").args(["-TERM", &pid]).status().await.expect("kill").success());
     assert!(timeout(PATIENCE, other.wait()).await.expect("it ends").expect("a status").success());

@@ -12,3 +12,4 @@ pub(crate) mod state;
 pub(crate) mod tail;
 pub(crate) mod token;
 pub(crate) mod verify;
+pub(crate) mod watch;

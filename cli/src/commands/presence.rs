@@ -1,5 +1,6 @@
 //! `presence` and `join`: who is in a session, and being there.
 
+use core::ops::ControlFlow;
 use core::time::Duration;
 
 use mainstay_client::{
@@ -8,6 +9,7 @@ use mainstay_client::{
 use serde_json::{Value, json};
 
 use super::serve::signalled;
+use super::watch::watch;
 use crate::args;
 use crate::data::{patiently, with_client};
 use crate::failure::{Exit, Failure};
@@ -24,49 +26,28 @@ pub(crate) async fn run(args: args::Presence, output: Output) -> Result<(), Fail
 }
 
 async fn follow(client: &Client, args: &args::Presence, output: Output) -> Result<(), Failure> {
-    let stop = signalled();
-    tokio::pin!(stop);
-    let mut attaching = client.session(&args.session)?;
-    if args.watch {
-        attaching = attaching.wait();
-    }
-    let mut view = tokio::select! {
-        view = patiently(client, &args.session, output, attaching.live()) => view?,
-        () = &mut stop => return Ok(()),
-    };
-    let mut screen = Screen::new(output);
-    loop {
-        let update = tokio::select! {
-            update = view.next() => update,
-            () = &mut stop => return Ok(()),
-        };
-        let Some(update) = update else { return Ok(()) };
-        let mut once = false;
-        match update? {
+    watch(client, &args.session, args.watch, output, |view, update, screen| {
+        match update {
             Update::Started => {
-                if view.view().members().is_empty() && !args.watch {
+                let members = view.view().members();
+                if members.is_empty() && !args.watch {
                     screen.raw(b"nobody is here\n");
                 }
-                view.view().members().iter().for_each(|(author, member)| show(author, member, &mut screen));
-                once = !args.watch;
+                members.iter().for_each(|(author, member)| show(author, member, screen));
+                if !args.watch {
+                    return Ok(ControlFlow::Break(()));
+                }
             }
             Update::Record(folded) if folded.record.kind == Kind::SESSION_CLOSED => {
                 let event = json!({"event": "closed", "seq": folded.seq});
                 screen.event(&event, || "the session is closed; nobody is in it any more".to_owned());
             }
-            Update::CaughtUp { tail } => screen.json_only(&json!({"event": "caught_up", "tail": tail})),
-            Update::Record(folded) => changed(&view, &folded, &mut screen)?,
-            Update::Resumed => screen.json_only(&json!({"event": "reconnected"})),
+            Update::Record(folded) => changed(view, &folded, screen)?,
             _ => {}
         }
-        tokio::select! {
-            shown = screen.show() => shown?,
-            () = &mut stop => return Ok(()),
-        }
-        if once {
-            return Ok(());
-        }
-    }
+        Ok(ControlFlow::Continue(()))
+    })
+    .await
 }
 
 fn changed(view: &LiveView, folded: &Folded, screen: &mut Screen) -> Result<(), Failure> {

@@ -1,5 +1,6 @@
 //! `state`: the session's shared keys and values.
 
+use core::ops::ControlFlow;
 use core::time::Duration;
 use std::io::Read;
 
@@ -10,9 +11,9 @@ use mainstay_client::{
 };
 use serde_json::{Value, json};
 
-use super::serve::signalled;
+use super::watch::watch;
 use crate::args::{self, StateAction};
-use crate::data::{patiently, with_client};
+use crate::data::with_client;
 use crate::failure::{Exit, Failure};
 use crate::output::{Output, Screen, time};
 use crate::rows;
@@ -70,7 +71,20 @@ async fn act(client: &Client, action: StateAction, output: Output) -> Result<(),
             let change = StateChange { key: name(&key)?, expected: expect.into(), change: Change::Delete };
             write(client, &session, &key, &change, output).await
         }
-        StateAction::Watch { session, prefix } => watch(client, &session, &prefix, output).await,
+        StateAction::Watch { session, prefix } => {
+            watch(client, &session, true, output, |view, update, screen| {
+                match update {
+                    Update::Started => {
+                        screen.json_only(&json!({"event": "snapshot", "next": view.view().next()}));
+                        list(view, &prefix, screen);
+                    }
+                    Update::Record(folded) => changed(view, &folded, &prefix, screen)?,
+                    _ => {}
+                }
+                Ok(ControlFlow::Continue(()))
+            })
+            .await
+        }
     }
 }
 
@@ -148,38 +162,6 @@ async fn write(
 
 /// How often a command that others displace tries again.
 const DISPLACED: u64 = 50;
-
-async fn watch(client: &Client, session: &str, prefix: &str, output: Output) -> Result<(), Failure> {
-    let stop = signalled();
-    tokio::pin!(stop);
-    let attaching = client.session(session)?.wait();
-    let mut view = tokio::select! {
-        view = patiently(client, session, output, attaching.live()) => view?,
-        () = &mut stop => return Ok(()),
-    };
-    let mut screen = Screen::new(output);
-    loop {
-        let update = tokio::select! {
-            update = view.next() => update,
-            () = &mut stop => return Ok(()),
-        };
-        let Some(update) = update else { return Ok(()) };
-        match update? {
-            Update::Started => {
-                screen.json_only(&json!({"event": "snapshot", "next": view.view().next()}));
-                list(&view, prefix, &mut screen);
-            }
-            Update::CaughtUp { tail } => screen.json_only(&json!({"event": "caught_up", "tail": tail})),
-            Update::Record(folded) => changed(&view, &folded, prefix, &mut screen)?,
-            Update::Resumed => screen.json_only(&json!({"event": "reconnected"})),
-            _ => {}
-        }
-        tokio::select! {
-            shown = screen.show() => shown?,
-            () = &mut stop => return Ok(()),
-        }
-    }
-}
 
 /// Tells what a record did to a key.
 fn changed(view: &LiveView, folded: &Folded, prefix: &str, screen: &mut Screen) -> Result<(), Failure> {
