@@ -280,8 +280,10 @@ async fn read<C: Connection>(
             Frame::CloseSession(_) => Command::Close { attachment: attachment.clone() },
             Frame::Trim(Trim { before }) => Command::Trim { attachment: attachment.clone(), before },
             Frame::DeleteSession(_) => Command::Delete { attachment: attachment.clone() },
-            Frame::Join(request) => Command::Join { attachment: attachment.clone(), request },
-            Frame::Update(Update { activity }) => Command::Update { attachment: attachment.clone(), activity },
+            Frame::Join(request) => Command::Join { attachment: attachment.clone(), request: Box::new(request) },
+            Frame::Update(Update { activity }) => {
+                Command::Update { attachment: attachment.clone(), activity: Box::new(activity) }
+            }
             Frame::Leave(_) => Command::Leave { attachment: attachment.clone() },
             _ => {
                 return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of an attachment").into());

@@ -55,10 +55,10 @@ pub(crate) enum Command {
     Close { attachment: Arc<Attachment> },
     /// TRIM.
     Trim { attachment: Arc<Attachment>, before: u64 },
-    /// JOIN.
-    Join { attachment: Arc<Attachment>, request: Join },
+    /// JOIN. Boxed, as UPDATE: every hot session has room for some commands.
+    Join { attachment: Arc<Attachment>, request: Box<Join> },
     /// UPDATE.
-    Update { attachment: Arc<Attachment>, activity: Activity },
+    Update { attachment: Arc<Attachment>, activity: Box<Activity> },
     /// LEAVE.
     Leave { attachment: Arc<Attachment> },
     /// DELETE_SESSION.
@@ -221,7 +221,11 @@ impl Owner {
         let mut commands = Vec::new();
         let mut last_use = Instant::now();
         loop {
-            let tick = self.tick().await;
+            let tick = match self.may_be_due() {
+                // On its own: every hot session would carry its size.
+                true => Box::pin(self.tick()).await,
+                false => None,
+            };
             self.start_commit();
             self.catching_up &= !matches!(self.commit, Commit::None);
             if let Some(Role::Writer { authority, .. }) = &mut self.role {
@@ -310,6 +314,11 @@ impl Owner {
                 false
             }
         }
+    }
+
+    /// True if something becomes due some time.
+    fn may_be_due(&self) -> bool {
+        !self.leases.is_empty() || self.state().is_some_and(|state| state.deadline().is_some())
     }
 
     /// Writes what is due, unless that was looked for a moment ago. Returns when to look again.
@@ -622,7 +631,7 @@ impl Owner {
                 self.request(attachment, Trim::KIND, 0, |authority, ticket| authority.trim(now, before, ticket)).await;
             }
             Command::Join { attachment, request } => {
-                let Join { name, grace, activity } = request;
+                let Join { name, grace, activity } = *request;
                 if !(MIN_GRACE..=MAX_GRACE).contains(&grace) {
                     let detail = "the grace of a member is from one second to two minutes";
                     return attachment.refuse(Join::KIND, 0, &Refusal::new(Code::LIMIT_EXCEEDED, detail));
@@ -639,7 +648,7 @@ impl Owner {
             }
             Command::Update { attachment, activity } => {
                 let updated = match self.authority().await {
-                    Ok(authority) => authority.update(now, &attachment.author, PresenceUpdated { activity }),
+                    Ok(authority) => authority.update(now, &attachment.author, PresenceUpdated { activity: *activity }),
                     Err(refusal) => Err(refusal),
                 };
                 if let Err(refusal) = updated {
