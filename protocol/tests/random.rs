@@ -1,8 +1,9 @@
 //! Random histories of the session authority against the reference model.
 
+mod seed;
+
 use mainstay_protocol::testing::log::{Op, run};
 use proptest::prelude::*;
-use proptest::test_runner::RngSeed;
 
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
@@ -30,18 +31,10 @@ fn history() -> impl Strategy<Value = Vec<Op>> {
     })
 }
 
-/// The seed of this run: `MAINSTAY_SEED`, or a new one. It is printed, so that a failure can be repeated.
-fn seed() -> u64 {
-    let given = std::env::var("MAINSTAY_SEED").ok().and_then(|seed| seed.parse().ok());
-    let seed = given.unwrap_or_else(|| u64::from(std::process::id()) << 20 ^ 0x5eed);
-    println!("repeat with MAINSTAY_SEED={seed} cargo nextest run -p mainstay-protocol -E 'test(random_histories)'");
-    seed
-}
-
 /// Spec PROD-1, PROD-2, DUR-2, DUR-3, SESS-5, SESS-15: whatever is accepted, refused, lost and repeated.
 #[test]
 fn random_histories_agree_with_the_model() {
-    let rng_seed = RngSeed::Fixed(seed());
+    let rng_seed = seed::of("random_histories");
     let config = ProptestConfig { cases: 2000, failure_persistence: None, rng_seed, ..ProptestConfig::default() };
     proptest!(config, |(ops in history())| {
         run(&ops);

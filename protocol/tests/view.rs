@@ -1,5 +1,7 @@
 //! Random histories of messages and shared state against the reference model, and the limits of a view.
 
+mod seed;
+
 use core::cell::Cell;
 use std::sync::Arc;
 
@@ -10,27 +12,18 @@ use mainstay_protocol::registry::{
     MAX_STATE_BYTES, MAX_STATE_KEYS,
 };
 use mainstay_protocol::session::{
-    Author, Authority, Change, CheckedBatch, Expected, Incarnation, Instance, Key, MessageAppend, MessageEnd,
-    MessageId, MessageReplace, MessageStart, Outcome, Payload, ProducerHandle, ProducerKey, Record, Refusal, State,
-    StateChange, StatePut, Status, Step, View,
+    Activity, Author, Authority, Change, CheckedBatch, Expected, Incarnation, Instance, Key, MessageAppend, MessageEnd,
+    MessageId, MessageReplace, MessageStart, Outcome, Payload, PresenceJoined, PresenceUpdated, ProducerHandle,
+    ProducerKey, Record, Refusal, State, StateChange, StatePut, Status, Step, View,
 };
 use mainstay_protocol::testing::view::{Counts, Op, run};
 use mainstay_protocol::wire::{Detail, Label, Subject, Writer};
 use proptest::prelude::*;
-use proptest::test_runner::RngSeed;
-
-/// The seed of this run: `MAINSTAY_SEED`, or a new one. It is printed, so that a failure can be repeated.
-fn seed() -> u64 {
-    let given = std::env::var("MAINSTAY_SEED").ok().and_then(|seed| seed.parse().ok());
-    let seed = given.unwrap_or_else(|| u64::from(std::process::id()) << 20 ^ 0x5eed);
-    println!("repeat with MAINSTAY_SEED={seed} cargo nextest run -p mainstay-protocol -E 'test(random_views)'");
-    seed
-}
 
 /// Spec MSG-1 to MSG-4, STATE-1 to STATE-6, FOLD-2 to FOLD-6, KIND-4.
 #[test]
 fn random_views_agree_with_the_model() {
-    let rng_seed = RngSeed::Fixed(seed());
+    let rng_seed = seed::of("random_views");
     let config = ProptestConfig { cases: 120, failure_persistence: None, rng_seed, ..ProptestConfig::default() };
     let total = Cell::new(Counts::default());
     proptest!(config, |(bytes in prop::collection::vec(any::<u8>(), 0..4000))| {
@@ -246,4 +239,28 @@ fn changes_whose_outcome_is_too_large_are_refused() {
     let touch = || change("doc", Expected::Any, Change::Merge(Bytes::from_static(b"{}")));
     assert_eq!(code(session.append(&[touch(), touch(), touch()])), Code::BATCH_TOO_LARGE);
     session.append(&[touch()]).expect("one is not too much");
+}
+
+/// Spec DUR-4, PRES-2: an update outlives a commit that fails, and a store that refuses is not asked again without end.
+#[test]
+fn an_update_that_was_not_committed_waits_until_it_may_be_tried_again() {
+    let mut session = Session::new();
+    let author = session.author.clone();
+    let activity =
+        |status| Activity { status: Label::new(status).expect("a label"), progress: None, data: Bytes::new() };
+    let joined = PresenceJoined { name: Label::new("m").expect("a label"), grace: 1000, activity: activity("idle") };
+    session.authority.join(1, &author, joined, ());
+    assert!(matches!(session.authority.next_chunk(), Step::Commit(_)));
+    session.authority.committed().expect("follows");
+    session.authority.update(1, &author, PresenceUpdated { activity: activity("thinking") }).expect("a member");
+    assert!(matches!(session.authority.next_chunk(), Step::Commit(_)));
+    assert_eq!(session.authority.not_committed(), [], "nobody waits for it");
+    assert!(session.authority.is_held_back());
+    assert!(matches!(session.authority.next_chunk(), Step::Idle));
+    session.authority.try_again();
+    assert!(matches!(session.authority.next_chunk(), Step::Commit(_)));
+    session.authority.committed().expect("follows");
+    assert!(!session.authority.is_held_back());
+    let member = session.view().members().get(&author).expect("here");
+    assert_eq!(member.activity, activity("thinking"));
 }

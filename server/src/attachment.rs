@@ -223,17 +223,6 @@ pub(crate) async fn ask<T>(
     })
 }
 
-/// The operation that a request needs.
-fn needed(frame: &Frame) -> Option<Operation> {
-    Some(match frame {
-        Frame::OpenProducer(_) | Frame::DefineStream(_) => Operation::Append,
-        Frame::CloseSession(_) | Frame::Trim(_) | Frame::DeleteSession(_) => Operation::Manage,
-        Frame::Join(_) | Frame::Update(_) => Operation::Join,
-        Frame::Subscribe(_) => Operation::Read,
-        _ => return None,
-    })
-}
-
 /// Reads requests until the client ends the stream. Their answers come in the order of their effects (spec SESS-11).
 async fn read<C: Connection>(
     transport: &C,
@@ -244,7 +233,7 @@ async fn read<C: Connection>(
 ) -> Result<(), FrameError> {
     let name = &session.id.name;
     while let Some(frame) = frames.next().await? {
-        let allowed = needed(&frame).map_or(Ok(()), |operation| conn.allow(operation, name));
+        let allowed = Operation::needed_by(&frame).map_or(Ok(()), |operation| conn.allow(operation, name));
         let request = match frame {
             Frame::OpenProducer(request) => {
                 if let Err(refusal) = allowed.and_then(|()| conn.reserve_producer(request.id, attachment)) {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use mainstay_protocol::error::Code;
-use mainstay_protocol::registry::{MAX_GRACE, MAX_POSITIONS, MIN_GRACE};
+use mainstay_protocol::registry::MAX_POSITIONS;
 use mainstay_protocol::session::{
     Activity, Author, Authority, CheckedBatch, Chunk, Leases, Outcome, PresenceJoined, PresenceUpdated, ProducerKey,
     Refusal, Reply, State, Step, ViewHash,
@@ -145,6 +145,8 @@ pub(crate) struct Owner {
     catching_up: bool,
     /// Not before then is looked again for what is due.
     next_tick: Instant,
+    /// Not before then is tried again what the store refused.
+    next_try: Instant,
     /// The hash of the view at a tail.
     view_hash: Option<(u64, ViewHash)>,
     /// Its encoding at a tail, while others may ask for the same.
@@ -155,7 +157,9 @@ pub(crate) struct Owner {
 
 /// The shortest time between two looks for what is due: what was found waits for its commit meanwhile.
 const TICK: Duration = Duration::from_millis(50);
-/// The longest: the clock may be set.
+/// How long a store that refused what nobody waits for is left alone.
+const AGAIN: Duration = Duration::from_secs(1);
+/// The longest time between two looks: the clock may be set.
 const RECHECK: Duration = Duration::from_secs(60);
 
 /// How long a store that cannot tell an outcome yet is left alone.
@@ -193,6 +197,7 @@ impl Owner {
             stopping: false,
             catching_up: true,
             next_tick: Instant::now(),
+            next_try: Instant::now(),
             view_hash: None,
             view: None,
             snapshot_len: 0,
@@ -318,7 +323,8 @@ impl Owner {
 
     /// True if something becomes due some time.
     fn may_be_due(&self) -> bool {
-        !self.leases.is_empty() || self.state().is_some_and(|state| state.deadline().is_some())
+        let held_back = matches!(&self.role, Some(Role::Writer { authority, .. }) if authority.is_held_back());
+        held_back || !self.leases.is_empty() || self.state().is_some_and(|state| state.deadline().is_some())
     }
 
     /// Writes what is due, unless that was looked for a moment ago. Returns when to look again.
@@ -328,7 +334,20 @@ impl Owner {
         }
         let leases = self.lapse().await;
         let values = self.expire().await;
-        leases.into_iter().chain(values).min()
+        leases.into_iter().chain(values).chain(self.try_again()).min()
+    }
+
+    /// Lets be tried again what a store refused that nobody else asks for. Returns when to look again.
+    fn try_again(&mut self) -> Option<Instant> {
+        let Some(Role::Writer { authority, .. }) = &mut self.role else { return None };
+        if !authority.is_held_back() {
+            return None;
+        }
+        if self.next_try <= Instant::now() {
+            self.next_try = Instant::now() + AGAIN;
+            authority.try_again();
+        }
+        Some(self.next_try)
     }
 
     /// Loses the members of whom nothing was heard. Returns when to look again.
@@ -632,10 +651,6 @@ impl Owner {
             }
             Command::Join { attachment, request } => {
                 let Join { name, grace, activity } = *request;
-                if !(MIN_GRACE..=MAX_GRACE).contains(&grace) {
-                    let detail = "the grace of a member is from one second to two minutes";
-                    return attachment.refuse(Join::KIND, 0, &Refusal::new(Code::LIMIT_EXCEEDED, detail));
-                }
                 let (author, joined) = (attachment.author.clone(), PresenceJoined { name, grace, activity });
                 if self.state().is_some_and(|state| state.view().members().get(&author).is_some()) {
                     // From now on, however long the answer takes.

@@ -167,6 +167,7 @@ async fn presence_is_true_whatever_members_networks_and_servers_do() {
             0 => roaming.push(member),
             1 => busy.push(tokio::spawn(async move {
                 for n in 0u8.. {
+                    // Five times a second, as the scenario says.
                     member.update(doing("streaming").progress(n % 100)).await.expect("update");
                     tokio::time::sleep(Duration::from_millis(200)).await;
                 }
@@ -188,6 +189,7 @@ async fn presence_is_true_whatever_members_networks_and_servers_do() {
         // Each network changes under its member, one after the other.
         proxies[rounds % EACH].rebind(here);
         rounds += 1;
+        // The pace of the changes: what is waited for is that nobody comes or goes meanwhile.
         let pause = tokio::time::sleep(Duration::from_millis(100));
         tokio::pin!(pause);
         tokio::select! {

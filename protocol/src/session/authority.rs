@@ -25,7 +25,7 @@ use super::record::{CheckedBatch, Record};
 use super::state::{Damage, State};
 use super::words::{Author, SessionName};
 use crate::error::Code;
-use crate::registry::{MAX_STREAMS, STREAM_MAIN, TURN_BYTES};
+use crate::registry::{MAX_GRACE, MAX_STREAMS, MIN_GRACE, STREAM_MAIN, TURN_BYTES};
 use crate::wire::{Acked, Label};
 use bytes::Bytes;
 
@@ -135,10 +135,6 @@ enum Work {
         id: u64,
         name: Label,
     },
-    Close {
-        author: Arc<Author>,
-        time: u64,
-    },
     /// A record that the server writes, by itself or for somebody.
     Record {
         author: Arc<Author>,
@@ -166,7 +162,7 @@ impl Work {
     fn count(&self) -> u64 {
         match self {
             Self::Batch { batch, .. } => batch.count,
-            Self::Close { .. } | Self::Record { .. } => 1,
+            Self::Record { .. } => 1,
             _ => 0,
         }
     }
@@ -204,6 +200,9 @@ pub struct Authority<T> {
     staged_tail: u64,
     overlay: Overlay,
     server: Arc<Author>,
+    /// What waits without a ticket was not committed before: it is not tried again before something else asks for a chunk, or
+    /// [`Authority::try_again`].
+    held_back: bool,
     uncertain: bool,
 }
 
@@ -225,6 +224,7 @@ impl<T> Authority<T> {
             staged_streams: Vec::new(),
             overlay: Overlay::default(),
             server: Arc::new(Author::server()),
+            held_back: false,
             uncertain: false,
         };
         if let Some((name, time)) = created {
@@ -262,6 +262,7 @@ impl<T> Authority<T> {
     }
 
     fn push(&mut self, work: Work, ticket: Option<T>) {
+        self.held_back = false;
         self.waiting_bytes += work.len();
         self.staged_tail += work.count();
         self.waiting.push_back((work, ticket));
@@ -418,7 +419,8 @@ impl<T> Authority<T> {
         let work = if again {
             Work::Entry { entry: Control::Fence { epoch: self.writer_epoch } }
         } else {
-            Work::Close { author: author.clone(), time }
+            let record = Record { kind: Kind::SESSION_CLOSED, ..Record::data(STREAM_MAIN, Bytes::new()) };
+            Work::Record { author: author.clone(), time, record }
         };
         self.push(work, Some(ticket));
         (Outcome::Pending, None)
@@ -453,6 +455,16 @@ impl<T> Authority<T> {
         }
     }
 
+    /// True if something waits that was not committed before and that nothing else asks for.
+    pub fn is_held_back(&self) -> bool {
+        self.held_back && self.staged_tail != self.state.tail()
+    }
+
+    /// Lets what is held back be tried again.
+    pub fn try_again(&mut self) {
+        self.held_back = false;
+    }
+
     /// Accepts a record that the server writes. Refusals: of the rules, `SESSION_CLOSED`, `UNAVAILABLE`.
     fn write(&mut self, now: u64, author: Arc<Author>, record: Record, ticket: Option<T>) -> Result<(), Refusal> {
         if self.uncertain {
@@ -471,8 +483,13 @@ impl<T> Authority<T> {
     }
 
     /// Somebody is here (spec PRES-1). Who is here already under the same name and grace stays so under the same generation, and
-    /// does what it says now. Refusals: `SESSION_CLOSED`, `LIMIT_EXCEEDED`, `UNAVAILABLE`.
+    /// does what it says now. Refusals: `SESSION_CLOSED`, `LIMIT_EXCEEDED` also for a grace that is too short or too long (spec
+    /// PRES-4), `UNAVAILABLE`.
     pub fn join(&mut self, now: u64, author: &Arc<Author>, joined: PresenceJoined, ticket: T) -> (Outcome, Option<T>) {
+        if !(MIN_GRACE..=MAX_GRACE).contains(&joined.grace) {
+            let detail = "the grace of a member is from one second to two minutes";
+            return (Outcome::Refused(Refusal::new(Code::LIMIT_EXCEEDED, detail)), None);
+        }
         let record = match self.state.view().members().get(author) {
             Some(member) if (&member.name, member.grace) == (&joined.name, joined.grace) => {
                 let said = |work: &Work| matches!(work, Work::Record { author: by, .. } if by == author);
@@ -552,7 +569,9 @@ impl<T> Authority<T> {
     /// larger batch.
     pub fn next_chunk(&mut self) -> Step {
         // The creation alone waits for a request that needs a chunk, or a refused one would be tried again at once, for ever.
-        let asks = |(work, ticket): &(Work, Option<T>)| ticket.is_some() || matches!(work, Work::Record { .. });
+        let asks = |(work, ticket): &(Work, Option<T>)| {
+            ticket.is_some() || matches!(work, Work::Record { .. }) && !self.held_back
+        };
         let asked = self.prepared.is_some() || self.waiting.iter().any(asks);
         if self.flight.is_some() || self.uncertain || !asked {
             return Step::Idle;
@@ -611,17 +630,6 @@ impl<T> Authority<T> {
             match &next {
                 Work::Batch { author, handle, epoch, sequence, time, batch } => {
                     builder.batch(author, &handle.key().name, *epoch, *sequence, *time, batch);
-                }
-                Work::Close { author, time } => {
-                    let record = Record {
-                        kind: Kind::SESSION_CLOSED,
-                        stream: STREAM_MAIN,
-                        message: None,
-                        run: None,
-                        headers: Vec::new(),
-                        payload: Bytes::new(),
-                    };
-                    builder.record(author, *time, &record);
                 }
                 Work::Record { author, time, record } => builder.record(author, *time, record),
                 Work::Grant { key, epoch } => {
@@ -689,9 +697,10 @@ impl<T> Authority<T> {
                 Reply::Producer { handle, epoch, next }
             }
             Work::Stream { id, name } => Reply::Stream { id, name },
-            Work::Close { .. } | Work::Entry { .. } => Reply::Closed { seq: state.view().closed()? },
+            Work::Entry { .. } => Reply::Closed { seq: state.view().closed()? },
             Work::Trim { .. } => Reply::Trimmed { first: state.first() },
             Work::Record { author, record, .. } => match record.kind {
+                Kind::SESSION_CLOSED => Reply::Closed { seq: state.view().closed()? },
                 Kind::PRESENCE_LEFT => Reply::Left,
                 // Joined, or said anew what it is doing; it may have been lost meanwhile.
                 _ => Reply::Joined { generation: state.view().members().get(&author).map_or(first, |m| m.generation) },
@@ -718,6 +727,7 @@ impl<T> Authority<T> {
         self.waiting_bytes = self.waiting.iter().map(|(work, _)| work.len()).sum();
         self.state.producers.roll_back();
         self.overlay.roll_back();
+        self.held_back = true;
         self.staged_tail = self.state.tail() + self.waiting.iter().map(|(work, _)| work.count()).sum::<u64>();
         self.staged_closed = self.state.view().closed().is_some();
         self.staged_time = self.state.time();
@@ -745,7 +755,7 @@ impl<T> Authority<T> {
 
 fn time_of(work: &Work) -> Option<u64> {
     match work {
-        Work::Batch { time, .. } | Work::Close { time, .. } | Work::Record { time, .. } => Some(*time),
+        Work::Batch { time, .. } | Work::Record { time, .. } => Some(*time),
         _ => None,
     }
 }

@@ -1,5 +1,7 @@
 //! Grants: what the holder of a capability token may do where (spec AUTH).
 
+use crate::wire::Frame;
+
 /// Something that needs a grant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
@@ -28,6 +30,17 @@ impl Operation {
             Self::Manage => "manage",
             Self::Join => "join",
         }
+    }
+
+    /// The operation that a request on an attachment needs, beside what the attach needed (spec AUTH-7).
+    pub const fn needed_by(request: &Frame) -> Option<Self> {
+        Some(match request {
+            Frame::OpenProducer(_) | Frame::DefineStream(_) => Self::Append,
+            Frame::CloseSession(_) | Frame::Trim(_) | Frame::DeleteSession(_) => Self::Manage,
+            Frame::Join(_) | Frame::Update(_) => Self::Join,
+            Frame::Subscribe(_) => Self::Read,
+            _ => return None,
+        })
     }
 
     /// The operation with this word.

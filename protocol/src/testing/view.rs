@@ -463,6 +463,7 @@ pub fn run(ops: &[Op]) -> Counts {
     }
     while run.authority.in_flight() || !run.accepted.is_empty() {
         run.step(&Op::Committed);
+        run.authority.try_again();
         run.step(&Op::Commit);
     }
     run.refold();
@@ -662,6 +663,7 @@ impl Run {
             self.accepted.extend(due.into_iter().map(|(_, number)| Accepted::Expire(number)));
         }
         self.authority.tick(self.now);
+        self.authority.try_again();
     }
 
     fn refused(outcome: &Outcome, expected: Code) {
