@@ -14,7 +14,7 @@ use mainstay_protocol::registry::{
 use mainstay_protocol::session::{
     Activity, Author, Authority, Change, CheckedBatch, Expected, Incarnation, Instance, Key, MessageAppend, MessageEnd,
     MessageId, MessageReplace, MessageStart, Outcome, Payload, PresenceJoined, PresenceUpdated, ProducerHandle,
-    ProducerKey, Record, Refusal, State, StateChange, StatePut, Status, Step, View,
+    ProducerKey, Record, Refusal, Reply, State, StateChange, StatePut, Status, Step, View,
 };
 use mainstay_protocol::testing::view::{Counts, Op, run};
 use mainstay_protocol::wire::{Detail, Label, Subject, Writer};
@@ -263,4 +263,40 @@ fn an_update_that_was_not_committed_waits_until_it_may_be_tried_again() {
     assert!(!session.authority.is_held_back());
     let member = session.view().members().get(&author).expect("here");
     assert_eq!(member.activity, activity("thinking"));
+}
+
+/// Spec PRES-3, DUR-1: a departure is answered once it is durable, to each who asks; behind a close that may still fail it is
+/// not answered with what the close would make of it. Found by the random histories.
+#[test]
+fn a_departure_is_answered_once_it_is_durable() {
+    let mut session = Session::new();
+    let author = session.author.clone();
+    let activity = Activity { status: Label::new("idle").expect("a label"), progress: None, data: Bytes::new() };
+    let joined = PresenceJoined { name: Label::new("m").expect("a label"), grace: 1000, activity };
+    session.authority.join(1, &author, joined.clone(), ());
+    assert!(matches!(session.authority.next_chunk(), Step::Commit(_)));
+    session.authority.committed().expect("follows");
+    assert_eq!(session.authority.leave(1, &author, ()).0, Outcome::Pending);
+    assert!(matches!(session.authority.next_chunk(), Step::Commit(_)));
+    assert_eq!(session.authority.leave(1, &author, ()).0, Outcome::Pending, "on its way");
+    assert_eq!(session.authority.not_committed(), [(), ()], "neither is answered");
+    assert_eq!(session.authority.leave(1, &author, ()).0, Outcome::Pending);
+    assert_eq!(session.authority.leave(1, &author, ()).0, Outcome::Pending);
+    assert!(matches!(session.authority.next_chunk(), Step::Commit(_)));
+    let (_, replies) = session.authority.committed().expect("follows").expect("a chunk");
+    assert_eq!(replies, [((), Reply::Left), ((), Reply::Left)]);
+
+    session.authority.join(1, &author, joined, ());
+    assert!(matches!(session.authority.next_chunk(), Step::Commit(_)));
+    session.authority.committed().expect("follows");
+    session.authority.close(1, &author, ());
+    let Outcome::Refused(refusal) = session.authority.leave(1, &author, ()).0 else { panic!("not refused") };
+    assert_eq!(refusal.code, Code::UNAVAILABLE);
+    assert!(matches!(session.authority.next_chunk(), Step::Commit(_)));
+    session.authority.committed().expect("follows");
+    assert_eq!(
+        session.authority.leave(1, &author, ()).0,
+        Outcome::Done(Reply::Left),
+        "a closed session has no members"
+    );
 }

@@ -141,6 +141,8 @@ enum Work {
         time: u64,
         record: Record,
     },
+    /// The departure of a member, asked for while it is on its way.
+    Left,
     Trim {
         first: u64,
     },
@@ -541,7 +543,15 @@ impl<T> Authority<T> {
     /// `UNAVAILABLE`.
     pub fn leave(&mut self, now: u64, author: &Arc<Author>, ticket: T) -> (Outcome, Option<T>) {
         let Some(generation) = self.overlay.member(self.state.view(), author) else {
-            return (Outcome::Done(Reply::Left), Some(ticket));
+            if self.state.view().members().get(author).is_none() {
+                return (Outcome::Done(Reply::Left), Some(ticket));
+            }
+            if self.uncertain {
+                return (Outcome::Refused(Self::uncertain()), None);
+            }
+            // Answered once the departure that was accepted is durable.
+            self.push(Work::Left, Some(ticket));
+            return (Outcome::Pending, None);
         };
         let reason = Departure::Left;
         let left = PresenceLeft { member: (**author).clone(), generation, reason };
@@ -639,7 +649,7 @@ impl<T> Authority<T> {
                 Work::Stream { id, name } => builder.control(Control::Stream { id: *id, name: name.clone() }),
                 Work::Trim { first } => builder.control(Control::Trim { first: *first }),
                 Work::Entry { entry } => builder.control(entry.clone()),
-                Work::Again { .. } => {}
+                Work::Again { .. } | Work::Left => {}
             }
             work.push((next, ticket));
         }
@@ -698,6 +708,7 @@ impl<T> Authority<T> {
             }
             Work::Stream { id, name } => Reply::Stream { id, name },
             Work::Entry { .. } => Reply::Closed { seq: state.view().closed()? },
+            Work::Left => Reply::Left,
             Work::Trim { .. } => Reply::Trimmed { first: state.first() },
             Work::Record { author, record, .. } => match record.kind {
                 Kind::SESSION_CLOSED => Reply::Closed { seq: state.view().closed()? },

@@ -416,6 +416,9 @@ fn label(text: &str) -> Label {
     Label::new(text).unwrap_or_else(|_| unreachable!("a valid label"))
 }
 
+/// The ticket of who leaves while its departure is on its way.
+const AGAIN: usize = 1;
+
 struct Run {
     authority: Authority<usize>,
     handle: ProducerHandle,
@@ -607,6 +610,8 @@ impl Run {
     fn committed(&mut self) {
         let Ok(answer) = self.authority.committed() else { panic!("a chunk of the authority does not follow it") };
         let Some((chunk, replies)) = answer else { return };
+        let (again, replies): (Vec<_>, Vec<_>) = replies.into_iter().partition(|(ticket, _)| *ticket == AGAIN);
+        assert!(again.iter().all(|(_, reply)| *reply == Reply::Left), "{again:?}");
         let mut replies = replies.into_iter();
         while self.durable.tail < chunk.end() {
             let accepted = self.accepted.remove(0);
@@ -746,11 +751,18 @@ impl Run {
     }
 
     fn leave(&mut self, who: u8) {
-        let here = self.staged().members.contains_key(&who);
         let author = self.authors[who as usize].clone();
-        let (outcome, _) = self.authority.leave(self.now, &author, 0);
-        match (here, self.closed()) {
+        let (here, staged) = (self.durable.members.contains_key(&who), self.staged().members.contains_key(&who));
+        let ticket = if here && !staged { AGAIN } else { 0 };
+        let (outcome, _) = self.authority.leave(self.now, &author, ticket);
+        let departed = |accepted: &Accepted| match accepted {
+            Accepted::Leave(by) | Accepted::Lose(by) => *by == who,
+            _ => false,
+        };
+        match (here || staged, self.closed()) {
             (false, _) => assert_eq!(outcome, Outcome::Done(Reply::Left)),
+            // What is on its way is waited for.
+            (true, _) if !staged && self.accepted.iter().any(departed) => assert_eq!(outcome, Outcome::Pending),
             (true, Some(code)) => Self::refused(&outcome, code),
             (true, None) => {
                 assert_eq!(outcome, Outcome::Pending);
