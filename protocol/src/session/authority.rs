@@ -320,12 +320,8 @@ impl<T> Authority<T> {
             }
             Admission::New => {}
         }
-        if self.state.view().closed().is_some() {
-            return refused(Code::SESSION_CLOSED, 0, "the session is closed");
-        }
-        if self.staged_closed {
-            // The close may still fail to become durable.
-            return refused(Code::UNAVAILABLE, 0, "the session is being closed");
+        if let Err(refusal) = self.goes_on() {
+            return (Outcome::Refused(refusal), None);
         }
         if batch.max_stream >= self.state.streams().len() {
             return refused(Code::STREAM_UNDEFINED, 0, "the session has no stream with this id");
@@ -467,8 +463,8 @@ impl<T> Authority<T> {
         self.held_back = false;
     }
 
-    /// Accepts a record that the server writes. Refusals: of the rules, `SESSION_CLOSED`, `UNAVAILABLE`.
-    fn write(&mut self, now: u64, author: Arc<Author>, record: Record, ticket: Option<T>) -> Result<(), Refusal> {
+    /// Succeeds if records may follow. Refusals: `SESSION_CLOSED`, `UNAVAILABLE`.
+    fn goes_on(&self) -> Result<(), Refusal> {
         if self.uncertain {
             return Err(Self::uncertain());
         }
@@ -476,8 +472,15 @@ impl<T> Authority<T> {
             return Err(Refusal::new(Code::SESSION_CLOSED, "the session is closed"));
         }
         if self.staged_closed {
+            // The close may still fail to become durable.
             return Err(Refusal::new(Code::UNAVAILABLE, "the session is being closed"));
         }
+        Ok(())
+    }
+
+    /// Accepts a record that the server writes. Refusals: of the rules, `SESSION_CLOSED`, `UNAVAILABLE`.
+    fn write(&mut self, now: u64, author: Arc<Author>, record: Record, ticket: Option<T>) -> Result<(), Refusal> {
+        self.goes_on()?;
         let time = self.stamp(now);
         self.overlay.admit_one(self.state.view(), &author, (self.staged_tail, time), &record)?;
         self.push(Work::Record { author, time, record }, ticket);
@@ -515,6 +518,7 @@ impl<T> Authority<T> {
     ///
     /// What the same member said before and is in no chunk yet is replaced: of many updates a busy disk sees the last.
     pub fn update(&mut self, now: u64, author: &Arc<Author>, updated: PresenceUpdated) -> Result<(), Refusal> {
+        self.goes_on()?;
         let record = updated.record(STREAM_MAIN);
         let same = |work: &Work| matches!(work, Work::Record { author: by, record, .. } if by == author && record.kind == Kind::PRESENCE_UPDATED);
         // Not in front of anything else that is about the member.
@@ -734,16 +738,24 @@ impl<T> Authority<T> {
             _ => true,
         });
         let (kept, tickets): (Vec<_>, Vec<_>) = dropped.partition(|(_, ticket)| ticket.is_none());
-        self.waiting = kept.into();
-        self.waiting_bytes = self.waiting.iter().map(|(work, _)| work.len()).sum();
+        self.waiting.clear();
+        self.waiting_bytes = 0;
         self.state.producers.roll_back();
         self.overlay.roll_back();
-        self.held_back = true;
-        self.staged_tail = self.state.tail() + self.waiting.iter().map(|(work, _)| work.count()).sum::<u64>();
+        self.staged_tail = self.state.tail();
         self.staged_closed = self.state.view().closed().is_some();
         self.staged_time = self.state.time();
         self.staged_streams.clear();
         self.uncertain = false;
+        for (work, _) in kept {
+            if let Work::Record { author, time, record } = &work {
+                let time = self.stamp(*time);
+                // Accepted before, and its member is here: no rule is left that could refuse it.
+                let _ = self.overlay.admit_one(self.state.view(), author, (self.staged_tail, time), record);
+            }
+            self.push(work, None);
+        }
+        self.held_back = true;
         tickets.into_iter().filter_map(|(_, ticket)| ticket).collect()
     }
 
