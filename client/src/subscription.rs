@@ -164,22 +164,22 @@ impl RecordBatch {
 
     /// Number of records.
     pub fn len(&self) -> u64 {
-        self.delivery.runs.iter().map(|run| run.count).sum()
+        self.delivery.spans.iter().map(|span| span.count).sum()
     }
 
     /// True if the interval holds no record that passes the filter.
     pub fn is_empty(&self) -> bool {
-        self.delivery.runs.is_empty()
+        self.delivery.spans.is_empty()
     }
 
     /// Every record. Errors: `Protocol` if the server delivered something that is not a record.
     pub fn iter(&self) -> impl Iterator<Item = Result<ReadRecord<'_>, ClientError>> {
         let mut seq = self.delivery.from;
-        let heads = self.delivery.runs.iter().flat_map(move |run| {
-            let first = seq + run.skip;
-            seq = first + run.count;
-            let time = self.delivery.base_time + run.time;
-            let author = self.delivery.authors.get(run.author as usize);
+        let heads = self.delivery.spans.iter().flat_map(move |span| {
+            let first = seq + span.skip;
+            seq = first + span.count;
+            let time = self.delivery.base_time + span.time;
+            let author = self.delivery.authors.get(span.author as usize);
             (first..seq).map(move |seq| (seq, time, author))
         });
         heads.zip(Records::new(&self.delivery.records)).map(|((seq, time, author), record)| {

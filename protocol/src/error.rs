@@ -104,7 +104,7 @@ codes! {
     NAME_INVALID = 0x25, Request, Fix;
     /// A newer writer holds this session; this server no longer does.
     WRITER_FENCED = 0x26, Stream, Reattach;
-    /// A newer epoch of this producer was granted.
+    /// A newer epoch of this producer or run was granted, or the run was lost.
     FENCED = 0x30, Request, GiveUp;
     /// The batch is ahead of the producer's next sequence; `value` is the expected one.
     SEQ_GAP = 0x31, Request, Retry;
@@ -140,6 +140,12 @@ codes! {
     STATE_INVALID = 0x53, Request, Fix;
     /// The caller is not a member of the session.
     NOT_A_MEMBER = 0x54, Request, Fix;
+    /// A run is active; `value` is its epoch.
+    RUN_ACTIVE = 0x55, Request, Fix;
+    /// The run is over, or no run of this id is known.
+    RUN_OVER = 0x56, Request, Fix;
+    /// Something became of the request already, or none of this id is known; `value` is the seq of what did, plus one, or 0.
+    ALREADY_RESOLVED = 0x57, Request, Fix;
 }
 
 impl Code {

@@ -11,7 +11,7 @@ pub const CHUNK_VERSION: u8 = 1;
 pub const SNAPSHOT_VERSION: u8 = 1;
 
 /// Version of the fold and of the view encoding (spec FOLD-1).
-pub const FOLD_VERSION: u64 = 3;
+pub const FOLD_VERSION: u64 = 4;
 
 /// Longest session name in bytes of UTF-8 (spec SESS-1).
 pub const MAX_NAME: usize = 512;
@@ -83,6 +83,36 @@ pub const MAX_PROGRESS: u64 = 100;
 pub const MIN_GRACE: u64 = 1000;
 /// Longest grace of a member in milliseconds (spec PRES-4).
 pub const MAX_GRACE: u64 = 120_000;
+/// Role of the messages that are for an agent (spec RUN-8).
+pub const INPUT_ROLE: &str = "user";
+/// Runs of one session that may be active (spec RUN-2).
+pub const MAX_RUNS: usize = 64;
+/// Lost runs of one session that may still be taken over (spec RUN-5).
+pub const KEPT_LOST_RUNS: usize = 16;
+/// Runs that are over which a view knows (spec FOLD-8).
+pub const KEPT_RUNS: usize = 64;
+/// Inputs that no run has read which a view knows (spec RUN-8).
+pub const MAX_INPUTS: usize = 256;
+/// Clients of one session that may wait for a run to be lost (spec RUN-7).
+pub const MAX_STANDBYS: usize = 64;
+/// Shortest lease of a run in milliseconds (spec RUN-4).
+pub const MIN_LEASE: u64 = 1000;
+/// Longest lease of a run in milliseconds (spec RUN-4).
+pub const MAX_LEASE: u64 = 600_000;
+/// Signals of one session that nobody took yet (spec SIG-3).
+pub const MAX_SIGNALS: usize = 64;
+/// Bytes of a signal's text (spec SIG-3).
+pub const MAX_SIGNAL_TEXT: usize = 4096;
+/// Signals that something became of which a view knows (spec FOLD-9).
+pub const KEPT_SIGNALS: usize = 256;
+/// Requests of one session that nobody answered yet (spec SIG-7).
+pub const MAX_REQUESTS: usize = 64;
+/// Bytes of a request's body (spec SIG-7).
+pub const MAX_REQUEST_BODY: usize = 16 * 1024;
+/// Requests that something became of which a view knows (spec FOLD-9).
+pub const KEPT_REQUESTS: usize = 256;
+/// Longest time in milliseconds after which a signal or a request expires: one day (spec SIG-3, SIG-7).
+pub const MAX_LASTS: u64 = 86_400_000;
 /// Control bytes that always fit beside bulk, in bytes (spec FLOW-2).
 pub const CONTROL_RESERVE: usize = 256 * 1024;
 /// Smallest bulk window that a peer may state, in bytes (spec FLOW-3).
@@ -149,6 +179,12 @@ pub mod attach {
     pub const NEXT: u64 = 0x02;
     /// Milliseconds without use after which a created session is deleted.
     pub const EXPIRE_AFTER: u64 = 0x04;
+}
+
+/// APPEND parameter ids (spec PROD-3).
+pub mod append {
+    /// Epoch of the run that the batch is part of.
+    pub const RUN_EPOCH: u64 = 0x00;
 }
 
 /// SUBSCRIBE parameter ids (spec SUB-3).

@@ -28,7 +28,7 @@ fn batch(text: &str) -> CheckedBatch {
 fn commit(authority: &mut Authority<usize>) -> Vec<(usize, Reply)> {
     let mut all = Vec::new();
     while let Step::Commit(_) = authority.next_chunk() {
-        all.extend(authority.committed().unwrap().unwrap().1);
+        all.extend(authority.committed().unwrap().unwrap().replies);
     }
     all
 }
@@ -59,7 +59,7 @@ fn grants_and_batches_of_evicted_producers_in_one_chunk_keep_the_table_in_its_li
     restored_is_the_same(&authority);
     // Two grants evict producers 0 and 1, whose batches are in the same chunk and bring them back.
     for (n, handle) in handles.iter().take(2).enumerate() {
-        let outcome = authority.append(2, &author(), (handle, 1), 0, batch("x"), n).0;
+        let outcome = authority.append(2, &author(), (handle, 1, 0), None, batch("x"), n).0;
         assert_eq!(outcome, Outcome::Pending);
     }
     for n in [MAX_PRODUCERS, MAX_PRODUCERS + 1] {
@@ -69,7 +69,7 @@ fn grants_and_batches_of_evicted_producers_in_one_chunk_keep_the_table_in_its_li
         Step::Commit(chunk) => chunk,
         Step::Idle => panic!("nothing to commit"),
     };
-    let replies = authority.committed().unwrap().unwrap().1;
+    let replies = authority.committed().unwrap().unwrap().replies;
     assert_eq!(replies.len(), 4);
     assert_eq!((chunk.header().controls.len(), chunk.header().count), (2, 2));
     assert_eq!(authority.state().producers().len(), MAX_PRODUCERS);
@@ -104,7 +104,7 @@ fn a_close_that_is_not_durable_decides_nothing() {
     let mut authority = Authority::new(State::new(Incarnation([1; 16])), 1, None);
     let handle = open(&mut authority, 0..1).remove(0);
     let append = |authority: &mut Authority<usize>, sequence, ticket| {
-        authority.append(2, &author(), (&handle, 1), sequence, batch("x"), ticket).0
+        authority.append(2, &author(), (&handle, 1, sequence), None, batch("x"), ticket).0
     };
     assert_eq!(append(&mut authority, 0, 1), Outcome::Pending);
     assert_eq!(authority.close(2, &author(), 2).0, Outcome::Pending);
@@ -129,7 +129,7 @@ fn a_chunk_made_ahead_of_time_follows_the_one_in_flight_or_falls_with_it() {
     let mut authority = Authority::new(State::new(Incarnation([1; 16])), 1, None).with_turn(200);
     let handle = open(&mut authority, 0..1).remove(0);
     let append = |authority: &mut Authority<usize>, sequence| {
-        let outcome = authority.append(2, &author(), (&handle, 1), sequence, batch("x"), sequence as usize).0;
+        let outcome = authority.append(2, &author(), (&handle, 1, sequence), None, batch("x"), sequence as usize).0;
         assert_eq!(outcome, Outcome::Pending);
     };
     let next = |authority: &mut Authority<usize>| match authority.next_chunk() {
@@ -143,7 +143,7 @@ fn a_chunk_made_ahead_of_time_follows_the_one_in_flight_or_falls_with_it() {
     assert!(authority.waiting_bytes() < waiting, "the next chunk is made");
     append(&mut authority, 8);
     assert!(matches!(authority.next_chunk(), Step::Idle), "one is in flight at a time");
-    let acked = authority.committed().unwrap().unwrap().1.len();
+    let acked = authority.committed().unwrap().unwrap().replies.len();
     let second = next(&mut authority);
     assert_eq!((second.first(), second.header().number), (first.end(), first.header().number + 1));
     assert_eq!(second.header().link, first.header().chain.link());

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use mainstay_protocol::registry as numbers;
 use mainstay_protocol::session::{
-    Change, Departure, Expected, Key, Kind, Operation, Payload, StateChange, Status, Verdict,
+    Change, Departure, Expected, InputPolicy, Intent, Key, Kind, MessageId, Operation, Payload, RequestId,
+    RequestOutcome, Resolution, RunId, RunMode, Signal, SignalId, SignalOutcome, StateChange, Status, Target, Verdict,
 };
 use mainstay_protocol::wire::{AttachMode, Body, Frame, Start, Subscribe, Writer};
 use mainstay_protocol::{Advice, Code, Scope};
@@ -84,7 +85,7 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
         ("trim", control::TRIM),
     ]);
     assert_eq!(controls, entries(&registry, "controls", ""));
-    use numbers::{attach, hello, subscribe};
+    use numbers::{append, attach, hello, subscribe};
     let hello = code([
         ("instance", hello::INSTANCE),
         ("agent", hello::AGENT),
@@ -104,6 +105,7 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
     assert_eq!(attach, entries(&registry, "parameters.ATTACH", "id"));
     let subscribe = code([("streams", subscribe::STREAMS), ("kinds", subscribe::KINDS), ("window", subscribe::WINDOW)]);
     assert_eq!(subscribe, entries(&registry, "parameters.SUBSCRIBE", "id"));
+    assert_eq!(code([("run_epoch", append::RUN_EPOCH)]), entries(&registry, "parameters.APPEND", "id"));
     let operations: Vec<&str> = Operation::ALL.into_iter().map(Operation::as_str).collect();
     let named: Vec<&str> = table(&registry, "operations").keys().map(String::as_str).collect();
     assert_eq!(
@@ -123,7 +125,7 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
 #[test]
 fn limits_and_versions_are_those_of_the_registry() {
     let registry = registry();
-    let limits: [(&str, usize); 36] = [
+    let limits: [(&str, usize); 50] = [
         ("max_name", numbers::MAX_NAME),
         ("max_label", numbers::MAX_LABEL),
         ("max_subject", numbers::MAX_SUBJECT),
@@ -158,6 +160,20 @@ fn limits_and_versions_are_those_of_the_registry() {
         ("max_progress", numbers::MAX_PROGRESS as usize),
         ("min_grace", numbers::MIN_GRACE as usize),
         ("max_grace", numbers::MAX_GRACE as usize),
+        ("max_runs", numbers::MAX_RUNS),
+        ("kept_lost_runs", numbers::KEPT_LOST_RUNS),
+        ("kept_runs", numbers::KEPT_RUNS),
+        ("max_inputs", numbers::MAX_INPUTS),
+        ("max_standbys", numbers::MAX_STANDBYS),
+        ("min_lease", numbers::MIN_LEASE as usize),
+        ("max_lease", numbers::MAX_LEASE as usize),
+        ("max_signals", numbers::MAX_SIGNALS),
+        ("max_signal_text", numbers::MAX_SIGNAL_TEXT),
+        ("kept_signals", numbers::KEPT_SIGNALS),
+        ("max_requests", numbers::MAX_REQUESTS),
+        ("max_request_body", numbers::MAX_REQUEST_BODY),
+        ("kept_requests", numbers::KEPT_REQUESTS),
+        ("max_lasts", numbers::MAX_LASTS as usize),
         ("control_reserve", numbers::CONTROL_RESERVE),
         ("min_bulk_window", numbers::MIN_BULK_WINDOW as usize),
     ];
@@ -188,6 +204,13 @@ fn change_number(change: Change) -> u64 {
     u64::from(StateChange { key, expected: Expected::Any, change }.record(0).payload[3])
 }
 
+/// The number of a target in a signal, behind its id.
+fn target_number(target: Target) -> u64 {
+    let intent = if matches!(target, Target::Request(_)) { Intent::Approve } else { Intent::Cancel };
+    let signal = Signal { id: SignalId([0; 16]), intent, target, lasts: 1, text: Bytes::new() };
+    u64::from(signal.record(0, None).payload[16])
+}
+
 #[test]
 fn enumerations_and_defaults_are_those_of_the_registry() {
     let registry = registry();
@@ -208,8 +231,22 @@ fn enumerations_and_defaults_are_those_of_the_registry() {
     assert_eq!(code([("trimmed", numbers::GAP_TRIMMED)]), entries(&registry, "gap_reasons", ""));
     let statuses = code(Status::ALL.map(|status| (status.as_str(), status as u64)));
     assert_eq!(statuses, entries(&registry, "message_statuses", ""));
-    let departures = code(Departure::ALL.map(|reason| (reason.as_str(), reason as u64)));
-    assert_eq!(departures, entries(&registry, "departures", ""));
+    macro_rules! words_are_those_of {
+        ($($table:literal: $words:ident),+) => { $(
+            let in_code = code($words::ALL.iter().map(|word| (word.as_str(), *word as u64)));
+            assert_eq!(in_code, entries(&registry, $table, ""), $table);
+        )+ };
+    }
+    words_are_those_of! {
+        "departures": Departure, "run_modes": RunMode, "input_policies": InputPolicy, "resolutions": Resolution,
+        "signal_outcomes": SignalOutcome, "request_outcomes": RequestOutcome
+    }
+    let targets = [("run", Target::Run(RunId([0; 16]))), ("input", Target::Input(MessageId([0; 16])))];
+    let targets = targets.into_iter().chain([("request", Target::Request(RequestId([0; 16])))]);
+    assert_eq!(
+        code(targets.map(|(name, target)| (name, target_number(target)))),
+        entries(&registry, "signal_targets", "")
+    );
     let changes = [
         ("put", Change::Put { value: Bytes::new(), lasts: 0 }),
         ("delete", Change::Delete),

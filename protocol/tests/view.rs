@@ -61,8 +61,8 @@ impl Session {
         let mut w = Writer::new();
         records.iter().for_each(|record| record.put(&mut w));
         let batch = CheckedBatch::new(records.len() as u64, w.freeze()).expect("a valid batch");
-        let producer = (&self.handle, 1);
-        match self.authority.append(1, &self.author, producer, self.sequence, batch, ()).0 {
+        let producer = (&self.handle, 1, self.sequence);
+        match self.authority.append(1, &self.author, producer, None, batch, ()).0 {
             Outcome::Refused(refusal) => Err(refusal),
             _ => {
                 self.sequence += 1;
@@ -283,8 +283,8 @@ fn a_departure_is_answered_once_it_is_durable() {
     assert_eq!(session.authority.leave(1, &author, ()).0, Outcome::Pending);
     assert_eq!(session.authority.leave(1, &author, ()).0, Outcome::Pending);
     assert!(matches!(session.authority.next_chunk(), Step::Commit(_)));
-    let (_, replies) = session.authority.committed().expect("follows").expect("a chunk");
-    assert_eq!(replies, [((), Reply::Left), ((), Reply::Left)]);
+    let committed = session.authority.committed().expect("follows").expect("a chunk");
+    assert_eq!(committed.replies, [((), Reply::Left), ((), Reply::Left)]);
 
     session.authority.join(1, &author, joined, ());
     assert!(matches!(session.authority.next_chunk(), Step::Commit(_)));

@@ -24,7 +24,7 @@ use super::state::{Damage, StreamSet};
 use super::words::{Author, Incarnation, SessionName};
 use crate::error::{Code, ProtocolError};
 use crate::registry::{CHUNK_VERSION, control, is_ignorable};
-use crate::wire::{Body, Delivery, Label, Reader, Run, Subject, Writer};
+use crate::wire::{Body, Delivery, Label, Reader, Span, Subject, Writer};
 
 /// A durable fact about a session that is not a record: it has no seq and is neither delivered nor folded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -363,11 +363,11 @@ impl Chunk {
 
     /// The delivery that covers exactly this chunk without a filter.
     pub fn delivery(&self) -> Delivery {
-        let mut runs: Vec<Run> = Vec::new();
+        let mut spans: Vec<Span> = Vec::new();
         for batch in &self.header.batches {
-            match runs.last_mut() {
-                Some(run) if run.author == batch.author && run.time == batch.time => run.count += batch.count,
-                _ => runs.push(Run { skip: 0, count: batch.count, author: batch.author, time: batch.time }),
+            match spans.last_mut() {
+                Some(span) if span.author == batch.author && span.time == batch.time => span.count += batch.count,
+                _ => spans.push(Span { skip: 0, count: batch.count, author: batch.author, time: batch.time }),
             }
         }
         Delivery {
@@ -375,7 +375,7 @@ impl Chunk {
             to: self.end(),
             base_time: self.header.base_time,
             authors: self.header.authors.iter().map(|author| (**author).clone()).collect(),
-            runs,
+            spans,
             records: self.records.clone(),
         }
     }

@@ -14,7 +14,7 @@ use super::state::{StreamSet, Streams};
 use super::words::Verdict;
 use crate::error::ProtocolError;
 use crate::registry::GAP_TRIMMED;
-use crate::wire::{Delivery, Frame, Gap, Label, Reader, Run, Start, Stream, Subscribe, Subscribed, Tail, Writer};
+use crate::wire::{Delivery, Frame, Gap, Label, Reader, Span, Start, Stream, Subscribe, Subscribed, Tail, Writer};
 
 /// Which records a subscription wants.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -207,13 +207,13 @@ impl Feed {
     /// The delivery of the records from the feed's next seq on that pass its filter.
     fn select(&self, chunk: &Chunk, streams: &Streams) -> Result<Delivery, ProtocolError> {
         let whole = chunk.delivery();
-        let mut runs: Vec<Run> = Vec::new();
+        let mut spans: Vec<Span> = Vec::new();
         let mut records = Writer::new();
         let mut walk = Records::new(chunk.region());
         let (mut seq, mut skip) = (chunk.first(), 0);
-        for run in &whole.runs {
+        for span in &whole.spans {
             let mut joins = false;
-            for _ in 0..run.count {
+            for _ in 0..span.count {
                 let record = walk.next_bytes().ok_or(ProtocolError::malformed("records do not add up"))??;
                 let wanted = seq >= self.next && {
                     let head = Head::get(&mut Reader::new(&record))?;
@@ -221,9 +221,9 @@ impl Feed {
                 };
                 if wanted {
                     records.bytes(&record);
-                    match runs.last_mut() {
+                    match spans.last_mut() {
                         Some(last) if joins && skip == 0 => last.count += 1,
-                        _ => runs.push(Run { skip, count: 1, ..*run }),
+                        _ => spans.push(Span { skip, count: 1, ..*span }),
                     }
                     (skip, joins) = (0, true);
                 } else if seq >= self.next {
@@ -232,7 +232,7 @@ impl Feed {
                 seq += 1;
             }
         }
-        Ok(Delivery { from: self.next, runs, records: records.freeze(), ..whole })
+        Ok(Delivery { from: self.next, spans, records: records.freeze(), ..whole })
     }
 
     /// Names come before the first record that needs them (spec SUB-11).

@@ -15,11 +15,16 @@ pub enum Operation {
     Manage,
     /// Be a member.
     Join,
+    /// Hold runs.
+    Run,
+    /// Send signals, answer requests.
+    Signal,
 }
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 5] = [Self::Read, Self::Append, Self::Create, Self::Manage, Self::Join];
+    pub const ALL: [Self; 7] =
+        [Self::Read, Self::Append, Self::Create, Self::Manage, Self::Join, Self::Run, Self::Signal];
 
     /// The word in tokens.
     pub const fn as_str(self) -> &'static str {
@@ -29,6 +34,8 @@ impl Operation {
             Self::Create => "create",
             Self::Manage => "manage",
             Self::Join => "join",
+            Self::Run => "run",
+            Self::Signal => "signal",
         }
     }
 
@@ -36,9 +43,11 @@ impl Operation {
     pub const fn needed_by(request: &Frame) -> Option<Self> {
         Some(match request {
             Frame::OpenProducer(_) | Frame::DefineStream(_) => Self::Append,
-            Frame::CloseSession(_) | Frame::Trim(_) | Frame::DeleteSession(_) => Self::Manage,
+            Frame::CloseSession(_) | Frame::Trim(_) | Frame::DeleteSession(_) | Frame::Configure(_) => Self::Manage,
+            Frame::StartRun(_) | Frame::TakeRun(_) | Frame::Renew(_) | Frame::Release(_) => Self::Run,
+            Frame::Signal(_) => Self::Signal,
             Frame::Join(_) | Frame::Update(_) => Self::Join,
-            Frame::Subscribe(_) => Self::Read,
+            Frame::Subscribe(_) | Frame::Listen(_) => Self::Read,
             _ => return None,
         })
     }

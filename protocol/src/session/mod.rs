@@ -21,7 +21,7 @@ mod state;
 mod view;
 mod words;
 
-pub use authority::{Authority, Committed, Outcome, Refusal, Reply, Step};
+pub use authority::{Authority, Committed, EarlyRecord, Outcome, Refusal, Reply, Step};
 pub use backoff::Backoff;
 pub use chain::Chain;
 pub use chunk::{Chunk, ChunkBatch, ChunkBuilder, ChunkHeader, ChunkProducer, Control};
@@ -29,13 +29,20 @@ pub use credit::{CreditReceived, CreditSent};
 pub use feed::{Feed, Filter, Place};
 pub use grants::{Grant, Grants, Operation, Operations};
 pub use kinds::{
-    Activity, Change, Departure, Expected, Kind, MessageAppend, MessageEnd, MessageReplace, MessageStart, Payload,
-    PresenceJoined, PresenceLeft, PresenceUpdated, StateChange, StateDeleted, StateExpired, StatePut, Status, Writes,
+    Activity, Change, Departure, Expected, InputPolicy, Intent, Kind, MessageAppend, MessageEnd, MessageReplace,
+    MessageStart, Payload, PresenceJoined, PresenceLeft, PresenceUpdated, RequestExpired, RequestOpened,
+    RequestWithdrawn, Resolution, RunConsumed, RunEnd, RunLost, RunMode, RunStart, SessionConfigured, Signal,
+    SignalExpired, SignalResolved, StateChange, StateDeleted, StateExpired, StatePut, Status, Target, Writes,
 };
 pub use leases::Leases;
 pub use producer::{Admission, ProducerHandle, ProducerKey, Producers};
 pub use progress::Progress;
 pub use record::{CheckedBatch, Record, Records};
 pub use state::{Damage, State, Streams};
-pub use view::{Entries, Entry, IndexedMessage, Member, Members, Message, Messages, StreamView, View};
-pub use words::{Author, Cursor, Incarnation, Instance, Key, MessageId, RunId, SessionName, Verdict, ViewHash};
+pub use view::{
+    Entries, Entry, FinishedRun, IndexedMessage, Input, Member, Members, Message, Messages, OpenRequest, PendingSignal,
+    RequestOutcome, ResolvedRequest, ResolvedSignal, Run, Runs, SignalOutcome, Signals, StreamView, View,
+};
+pub use words::{
+    Author, Cursor, Incarnation, Instance, Key, MessageId, RequestId, RunId, SessionName, SignalId, Verdict, ViewHash,
+};

@@ -207,8 +207,10 @@ pub struct CheckedBatch {
     pub(super) count: u64,
     pub(super) records: Bytes,
     pub(super) max_stream: u64,
-    /// No record does anything but being there.
+    /// No record does anything but being there, or names a run.
     pub(super) plain: bool,
+    /// Some record is told early.
+    pub(super) early: bool,
 }
 
 impl CheckedBatch {
@@ -223,7 +225,7 @@ impl CheckedBatch {
         }
         let malformed = |error: ProtocolError| ProtocolError::new(Code::RECORD_MALFORMED, error.detail);
         let mut r = Reader::new(&records);
-        let (mut seen, mut max_stream, mut plain) = (0, 0, true);
+        let (mut seen, mut max_stream, mut plain, mut early) = (0, 0, true, false);
         while !r.is_empty() {
             let start = r.clone();
             let len = r.varint().map_err(malformed)?;
@@ -241,16 +243,19 @@ impl CheckedBatch {
             head.kind.check_sendable()?;
             if !head.kind.is_plain() {
                 plain = false;
+                early |= head.kind.is_early();
                 let mut whole = start;
                 Deed::of(&Record::get(&mut whole)?)?;
             }
+            // Whether it may do so depends on who holds the run.
+            plain &= head.flags & HAS_RUN == 0;
             max_stream = max_stream.max(head.stream);
             seen += 1;
         }
         if seen != count {
             return Err(ProtocolError::new(Code::RECORD_MALFORMED, "count is not the number of records"));
         }
-        Ok(Self { count, records, max_stream, plain })
+        Ok(Self { count, records, max_stream, plain, early })
     }
 
     /// Records of the batch.

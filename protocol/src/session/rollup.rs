@@ -13,7 +13,7 @@ use super::state::Streams;
 use super::words::{Author, MessageId};
 use crate::error::ProtocolError;
 use crate::registry::MAX_RECORD;
-use crate::wire::{Delivery, Reader, Run, Writer};
+use crate::wire::{Delivery, Reader, Span, Writer};
 
 /// A record that is delivered, at its seq.
 struct Item {
@@ -97,7 +97,7 @@ pub(super) fn roll_up(
     }
     let to = chunks.last().map_or(from, |chunk| chunk.end());
     let base_time = if base_time == u64::MAX { 0 } else { base_time };
-    let (mut runs, mut records): (Vec<Run>, _) = (Vec::new(), Writer::new());
+    let (mut spans, mut records): (Vec<Span>, _) = (Vec::new(), Writer::new());
     let (mut next, mut last_time) = (from, None);
     for Item { seq, time, author, what } in items {
         match what {
@@ -105,12 +105,12 @@ pub(super) fn roll_up(
             What::Whole(bytes) => records.bytes(&bytes),
             What::Parts { record, payload } => Record { payload: payload.into(), ..record }.put(&mut records),
         }
-        match runs.last_mut() {
-            Some(run) if next == seq && run.author == author as u64 && last_time == Some(time) => run.count += 1,
-            _ => runs.push(Run { skip: seq - next, count: 1, author: author as u64, time: time - base_time }),
+        match spans.last_mut() {
+            Some(span) if next == seq && span.author == author as u64 && last_time == Some(time) => span.count += 1,
+            _ => spans.push(Span { skip: seq - next, count: 1, author: author as u64, time: time - base_time }),
         }
         (next, last_time) = (seq + 1, Some(time));
     }
     let authors = authors.iter().map(|author| (**author).clone()).collect();
-    Ok(Delivery { from, to, base_time, authors, runs, records: records.freeze() })
+    Ok(Delivery { from, to, base_time, authors, spans, records: records.freeze() })
 }

@@ -183,10 +183,10 @@ impl State {
         &self.view
     }
 
-    /// When the server has something to write, in milliseconds since the Unix epoch: a value expires (spec STATE-6).
+    /// When the server has something to write, in milliseconds since the Unix epoch: a value, a signal or a request expires (spec
+    /// STATE-6, SIG-5, SIG-8).
     pub fn deadline(&self) -> Option<u64> {
-        let first = self.view.state().deadlines().next().map(|(at, _)| *at);
-        first.filter(|_| self.view.closed().is_none())
+        self.view.deadline()
     }
 
     /// The session's streams.

@@ -93,6 +93,14 @@ id_type! {
     RunId, 16
 }
 id_type! {
+    /// Id of a signal, chosen at random by whoever sends it (spec SIG-1).
+    SignalId, 16
+}
+id_type! {
+    /// Id of a request to people, chosen at random by whoever asks (spec SIG-7).
+    RequestId, 16
+}
+id_type! {
     /// BLAKE3 of the canonical encoding of a view (spec FOLD-4).
     ViewHash, 32
 }
@@ -111,6 +119,11 @@ impl Author {
     pub fn server() -> Self {
         let subject = Subject::new("server").unwrap_or_else(|_| unreachable!("a fixed valid subject"));
         Self { subject, instance: Instance([0; 16]) }
+    }
+
+    /// True for [`Author::server`].
+    pub fn is_server(&self) -> bool {
+        self.subject.as_str() == "server"
     }
 
     pub(crate) fn put(&self, w: &mut Writer) {

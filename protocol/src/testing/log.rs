@@ -11,8 +11,8 @@ use bytes::Bytes;
 use crate::error::Code;
 use crate::registry::{MAX_STREAMS, PRODUCER_WINDOW};
 use crate::session::{
-    Author, Authority, CheckedBatch, Chunk, Feed, Incarnation, Instance, Outcome, Place, ProducerHandle, ProducerKey,
-    Record, Reply, SessionName, State, Step,
+    Author, Authority, CheckedBatch, Chunk, Committed, Feed, Incarnation, Instance, Outcome, Place, ProducerHandle,
+    ProducerKey, Record, Reply, SessionName, State, Step,
 };
 use crate::wire::{Acked, Frame, Label, RawFrame, Start, Subject, Subscribe, Writer};
 
@@ -310,7 +310,8 @@ impl Run {
             Ok(batch) => batch,
             Err(error) => panic!("a valid batch was refused: {error}"),
         };
-        let (outcome, _) = self.authority.append(self.now, &self.author, (&handle, epoch), sequence, batch, ticket);
+        let (outcome, _) =
+            self.authority.append(self.now, &self.author, (&handle, epoch, sequence), None, batch, ticket);
         let stored = self.durable.batches(producer);
         let window = stored.len().saturating_sub(PRODUCER_WINDOW) as u64;
         let known = (window..stored.len() as u64).contains(&sequence).then(|| stored[sequence as usize]);
@@ -384,8 +385,8 @@ impl Run {
         Record::data(0, "late").put(&mut region);
         let Ok(batch) = CheckedBatch::new(1, region.freeze()) else { unreachable!("a valid batch") };
         let ticket = self.ticket();
-        let producer = (before, epoch);
-        let (outcome, _) = self.authority.append(self.now, &self.author, producer, sequence, batch, ticket);
+        let producer = (before, epoch, sequence);
+        let (outcome, _) = self.authority.append(self.now, &self.author, producer, None, batch, ticket);
         self.refused(&outcome, Code::FENCED);
     }
 
@@ -439,7 +440,7 @@ impl Run {
 
     fn committed(&mut self) {
         let Ok(answer) = self.authority.committed() else { panic!("a chunk of the authority does not follow it") };
-        let Some((chunk, replies)) = answer else { return };
+        let Some(Committed { chunk, replies, .. }) = answer else { return };
         self.uncertain = false;
         // In the order of requests, as many as the chunk took.
         let committed: Vec<Accepted> = self.accepted.drain(..replies.len()).collect();

@@ -1,7 +1,8 @@
 //! Reference models of a session, and runners that hold the [`Authority`](crate::session::Authority) to them.
 //!
 //! Property tests and fuzzing run the same operations through both: [`log`] is about batches, producers and commits, [`view`]
-//! about what records mean.
+//! about what records mean, [`runs`] about who may do what in a run, and signals.
 
 pub mod log;
+pub mod runs;
 pub mod view;

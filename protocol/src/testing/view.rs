@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::error::Code;
 use crate::registry::{KEPT_MESSAGE_BYTES, KEPT_MESSAGES, MAX_FRAME, STREAM_MAIN};
 use crate::session::{
-    Activity, Author, Authority, Change, CheckedBatch, Chunk, Expected, Feed, Incarnation, Instance, Key,
+    Activity, Author, Authority, Change, CheckedBatch, Chunk, Committed, Expected, Feed, Incarnation, Instance, Key,
     MessageAppend, MessageEnd, MessageId, MessageReplace, MessageStart, Outcome, Payload, PresenceJoined,
     PresenceUpdated, ProducerHandle, ProducerKey, Record, Records, Reply, State, StateChange, StateDeleted, StatePut,
     Status, Step, View,
@@ -590,9 +590,9 @@ impl Run {
             Ok(batch) => batch,
             Err(error) => panic!("a valid batch was refused: {error}"),
         };
-        let producer = (&self.handle, 1);
+        let producer = (&self.handle, 1, self.sequence);
         let author = &self.authors[batch_author(deeds) as usize];
-        let (outcome, _) = self.authority.append(self.now, author, producer, self.sequence, batch, 0);
+        let (outcome, _) = self.authority.append(self.now, author, producer, None, batch, 0);
         match outcome {
             Outcome::Pending => {
                 assert_eq!((expected, closed), (Ok(()), false), "accepted, and should not: {deeds:?}");
@@ -614,7 +614,7 @@ impl Run {
 
     fn committed(&mut self) {
         let Ok(answer) = self.authority.committed() else { panic!("a chunk of the authority does not follow it") };
-        let Some((chunk, replies)) = answer else { return };
+        let Some(Committed { chunk, replies, .. }) = answer else { return };
         let (again, replies): (Vec<_>, Vec<_>) = replies.into_iter().partition(|(ticket, _)| *ticket == AGAIN);
         assert!(again.iter().all(|(_, reply)| *reply == Reply::Left), "{again:?}");
         let mut replies = replies.into_iter();
@@ -876,13 +876,13 @@ impl Run {
             while let Ok(Some(raw)) = frames.next_frame() {
                 let Ok(Some(Frame::Delivery(delivery))) = Frame::decode(&raw) else { continue };
                 let (mut seq, mut records) = (delivery.from, Records::new(&delivery.records));
-                for run in &delivery.runs {
-                    seq += run.skip;
-                    let author = Arc::new(delivery.authors[run.author as usize].clone());
-                    for _ in 0..run.count {
+                for span in &delivery.spans {
+                    seq += span.skip;
+                    let author = Arc::new(delivery.authors[span.author as usize].clone());
+                    for _ in 0..span.count {
                         let Some(Ok(record)) = records.next() else { panic!("a rolled-up record does not decode") };
                         view.pass_over(seq);
-                        assert_eq!(view.fold_record(&author, delivery.base_time + run.time, &record), Ok(()));
+                        assert_eq!(view.fold_record(&author, delivery.base_time + span.time, &record), Ok(()));
                         seq += 1;
                     }
                 }

@@ -4,7 +4,7 @@ use bytes::Bytes;
 
 use super::codec::{Detail, Label, Reader, Subject, Writer};
 use crate::error::{Code, ProtocolError};
-use crate::session::{Author, Incarnation, Instance, Key, MessageId, RunId, SessionName, Verdict};
+use crate::session::{Author, Incarnation, Instance, Key, MessageId, RequestId, RunId, SessionName, SignalId, Verdict};
 
 /// A field that has one encoding.
 pub(crate) trait Field: Sized {
@@ -77,7 +77,21 @@ macro_rules! text_fields {
         }
     )+ };
 }
-text_fields!(Author, Label, Subject, Detail, SessionName, Key, Incarnation, Instance, MessageId, RunId, Verdict);
+text_fields!(
+    Author,
+    Label,
+    Subject,
+    Detail,
+    SessionName,
+    Key,
+    Incarnation,
+    Instance,
+    MessageId,
+    RequestId,
+    RunId,
+    SignalId,
+    Verdict
+);
 
 impl Field for Code {
     fn put(&self, w: &mut Writer) {

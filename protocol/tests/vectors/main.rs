@@ -15,7 +15,7 @@ use mainstay_protocol::session::{
     Author, Chain, CheckedBatch, Chunk, ChunkBuilder, Control, Incarnation, Instance, Record, SessionName, State,
     Verdict, View, ViewHash,
 };
-use mainstay_protocol::session::{Kind, Payload, PresenceJoined};
+use mainstay_protocol::session::{InputPolicy, Intent, Kind, Payload, PresenceJoined, RunMode, Target};
 use mainstay_protocol::wire::*;
 use mainstay_protocol::{Code, ProtocolError};
 use toml::Table;
@@ -238,15 +238,15 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
         ("SNAPSHOT", "the whole view", Snapshot::frames(3, 3, &view().encode()).next().expect("a frame")),
         (
             "DELIVERY",
-            "two runs, the second behind what the filter left out",
+            "two spans, the second behind what the filter left out",
             Delivery {
                 from: 57,
                 to: 62,
                 base_time: 1_800_000_000_000,
                 authors: vec![author("alice", 1), author("server", 0)],
-                runs: vec![
-                    Run { skip: 0, count: 2, author: 0, time: 0 },
-                    Run { skip: 2, count: 1, author: 1, time: 12 },
+                spans: vec![
+                    Span { skip: 0, count: 2, author: 0, time: 0 },
+                    Span { skip: 2, count: 1, author: 1, time: 12 },
                 ],
                 records: region(&[
                     Record::data(0, &b"one"[..]),
@@ -259,7 +259,7 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
         (
             "DELIVERY",
             "an interval of which the filter left nothing",
-            Delivery { from: 10, to: 20, base_time: 0, authors: vec![], runs: vec![], records: Bytes::new() }.into(),
+            Delivery { from: 10, to: 20, base_time: 0, authors: vec![], spans: vec![], records: Bytes::new() }.into(),
         ),
         ("GAP", "", Gap { from: 3, to: 12, reason: 0 }.into()),
         ("TAIL", "", Tail { tail: 5000 }.into()),
@@ -267,8 +267,18 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
         (
             "APPEND",
             "two records",
-            Append { sequence: 120, count: 2, records: region(&[Record::data(0, &b"hello"[..]), records::full()]) }
-                .into(),
+            Append {
+                sequence: 120,
+                count: 2,
+                records: region(&[Record::data(0, &b"hello"[..]), records::full()]),
+                run_epoch: None,
+            }
+            .into(),
+        ),
+        (
+            "APPEND",
+            "of a run",
+            Append { sequence: 121, count: 1, records: region(&[records::full()]), run_epoch: Some(7) }.into(),
         ),
         ("LIST", "", List { prefix: Bytes::from_static(b"agent:"), after: Bytes::new(), limit: 256 }.into()),
         (
@@ -291,6 +301,56 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
         ("UPDATE", "", Update { activity: records::activity() }.into()),
         ("LEAVE", "", Leave {}.into()),
         ("LEFT", "", Left {}.into()),
+        ("CONFIGURE", "", Configure { runs: RunMode::Parallel, inputs: InputPolicy::Interrupt }.into()),
+        ("CONFIGURED", "", Configured { seq: 3 }.into()),
+        (
+            "START_RUN",
+            "for an input",
+            StartRun { run: records::RUN, lease: 15_000, input: Some(records::MESSAGE) }.into(),
+        ),
+        ("TAKE_RUN", "any", TakeRun { run: None, lease: 15_000 }.into()),
+        ("TAKE_RUN", "one", TakeRun { run: Some(records::RUN), lease: 15_000 }.into()),
+        ("GRANTED", "taken over", Granted { run: records::RUN, epoch: 9, lost: Some(5) }.into()),
+        ("RENEW", "", Renew { epoch: 9 }.into()),
+        ("RELEASE", "a run", Release { epoch: Some(9) }.into()),
+        ("RELEASE", "waits no longer", Release { epoch: None }.into()),
+        (
+            "SIGNAL",
+            "to the run that is active",
+            Signal {
+                id: records::SIGNAL,
+                intent: Intent::Interrupt,
+                target: None,
+                lasts: 0,
+                text: Bytes::from_static(b"shorter"),
+            }
+            .into(),
+        ),
+        (
+            "SIGNAL",
+            "an answer",
+            Signal {
+                id: records::SIGNAL,
+                intent: Intent::Approve,
+                target: Some(Target::Request(records::REQUEST)),
+                lasts: 60_000,
+                text: Bytes::new(),
+            }
+            .into(),
+        ),
+        ("SIGNALLED", "", Signalled { id: records::SIGNAL, seq: 12 }.into()),
+        ("LISTEN", "", Listen { from: 12 }.into()),
+        (
+            "EARLY",
+            "",
+            Early {
+                seq: 12,
+                time: 1_800_000_000_000,
+                author: author("alice", 1),
+                record: region(&[records::signal(Intent::Steer)]).slice(1..),
+            }
+            .into(),
+        ),
         ("LISTED", "the end", Listed { sessions: vec![], next: Bytes::new() }.into()),
     ]
 }
@@ -398,6 +458,12 @@ fn golden_states() -> Vec<Golden> {
         },
         Golden {
             name: "view",
+            note: "a lost run with what waits for it",
+            bytes: view_of(records::run_story()).encode(),
+            value: format!("hash {}", view_of(records::run_story()).hash()),
+        },
+        Golden {
+            name: "view",
             note: "a finished message",
             bytes: told(5).encode(),
             value: format!("hash {}", told(5).hash()),
@@ -447,7 +513,7 @@ fn malformed_frames() -> Vec<Malformed> {
             });
         }
     }
-    let own: [(&str, &str, &[u8], Code); 30] = [
+    let own: [(&str, &str, &[u8], Code); 34] = [
         ("(any)", "the type is not a minimal varint", &[0x40, 0x06, 0x01, 0x07], Code::FRAME_MALFORMED),
         ("(any)", "the length is not a minimal varint", &[0x06, 0x40, 0x01, 0x07], Code::FRAME_MALFORMED),
         ("(any)", "longer than any frame may be", &[0x3e, 0x80, 0x10, 0x00, 0x00], Code::FRAME_TOO_LARGE),
@@ -517,7 +583,7 @@ fn malformed_frames() -> Vec<Malformed> {
         ),
         (
             "DELIVERY",
-            "a run names an author that is not listed",
+            "a span names an author that is not listed",
             &[0x36, 0x0a, 0x00, 0x01, 0x00, 0x00, 0x01, 0x00, 0x01, 0x00, 0x00, 0x00],
             Code::FRAME_MALFORMED,
         ),
@@ -528,11 +594,20 @@ fn malformed_frames() -> Vec<Malformed> {
             Code::FRAME_MALFORMED,
         ),
         ("LISTED", "more sessions than bytes", &[0x42, 0x02, 0x3f, 0x00], Code::FRAME_MALFORMED),
+        ("CONFIGURE", "a run mode that nobody knows", &[0x4e, 0x02, 0x03, 0x00], Code::FRAME_MALFORMED),
+        ("CONFIGURE", "an input policy that nobody knows", &[0x4e, 0x02, 0x00, 0x04], Code::FRAME_MALFORMED),
+        ("TAKE_RUN", "a run id that is cut", &[0x54, 0x03, 0x01, 0x22, 0x22], Code::FRAME_MALFORMED),
+        (
+            "SIGNAL",
+            "an intent that nobody knows",
+            &[0x5c, 0x15, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0x40, 0x62, 0x00, 0x00, 0x00],
+            Code::FRAME_MALFORMED,
+        ),
     ];
     let own = own.into_iter().map(|(name, note, bytes, error)| {
         // Types above 0x3f take two bytes.
         let bytes = match name {
-            "LISTED" => [&[0x40, 0x42], &bytes[1..]].concat(),
+            "LISTED" | "CONFIGURE" | "TAKE_RUN" | "SIGNAL" => [&[0x40], bytes].concat(),
             _ => bytes.to_vec(),
         };
         Malformed { name: leak(name), note: leak(note), bytes, error }

@@ -3,13 +3,60 @@
 use bytes::Bytes;
 use mainstay_protocol::Code;
 use mainstay_protocol::session::{
-    Activity, Change, Departure, Expected, Key, Kind, MessageAppend, MessageEnd, MessageId, MessageReplace,
-    MessageStart, Payload, PresenceJoined, PresenceLeft, PresenceUpdated, Record, RunId, StateChange, StateDeleted,
-    StateExpired, StatePut, Status,
+    Activity, Change, Departure, Expected, InputPolicy, Intent, Key, Kind, MessageAppend, MessageEnd, MessageId,
+    MessageReplace, MessageStart, Payload, PresenceJoined, PresenceLeft, PresenceUpdated, Record, RequestExpired,
+    RequestId, RequestOpened, RequestWithdrawn, Resolution, RunConsumed, RunEnd, RunId, RunLost, RunMode, RunStart,
+    SessionConfigured, Signal, SignalExpired, SignalId, SignalResolved, StateChange, StateDeleted, StateExpired,
+    StatePut, Status, Target,
 };
 use mainstay_protocol::wire::{Detail, Writer};
 
 use crate::{Golden, Malformed, author, label, region};
+
+pub(crate) const MESSAGE: MessageId = MessageId([0x11; 16]);
+pub(crate) const RUN: RunId = RunId([0x22; 16]);
+pub(crate) const SIGNAL: SignalId = SignalId([0x33; 16]);
+pub(crate) const REQUEST: RequestId = RequestId([0x44; 16]);
+
+/// A signal of an intent that is for a run.
+pub(crate) fn signal(intent: Intent) -> Record {
+    let text = Bytes::from_static(b"use the other one");
+    Signal { id: SIGNAL, intent, target: Target::Run(RUN), lasts: 60_000, text }.record(0, Some(RUN))
+}
+
+fn answer(intent: Intent) -> Record {
+    let target = Target::Request(REQUEST);
+    Signal { id: SIGNAL, intent, target, lasts: 60_000, text: Bytes::new() }.record(0, Some(RUN))
+}
+
+fn of_run(payload: &impl Payload) -> Record {
+    Record { run: Some(RUN), ..payload.record(0) }
+}
+
+pub(crate) fn request() -> Record {
+    let body = Bytes::from_static(b"{\"tool\":\"rm\"}");
+    of_run(&RequestOpened { request: REQUEST, needs: label("approval"), lasts: 20_000, body })
+}
+
+pub(crate) fn run_start(lost: Option<u64>) -> Record {
+    of_run(&RunStart { lease: 15_000, input: Some(MESSAGE), lost })
+}
+
+/// A run that an input caused, that is steered, asks something and is lost.
+pub(crate) fn run_story() -> Vec<Record> {
+    let start = |role| MessageStart { role: label(role), content_type: label("text/plain") };
+    let end = MessageEnd { status: Status::Complete, detail: Detail::default() };
+    let said = Record { message: Some(MessageId([0x55; 16])), ..of_run(&start("assistant")) };
+    vec![
+        of_message(start("user").record(0)),
+        of_message(end.record(0)),
+        run_start(None),
+        said,
+        signal(Intent::Steer),
+        request(),
+        of_run(&RunLost { epoch: 2 }),
+    ]
+}
 
 pub(crate) fn full() -> Record {
     Record {
@@ -83,6 +130,26 @@ pub(crate) fn golden() -> Vec<Golden> {
         record("state.deleted", "", StateDeleted { key: key() }.record(0)),
         record("state.expired", "", StateExpired { key: key() }.record(0)),
         record(
+            "session.configured",
+            "",
+            SessionConfigured { runs: RunMode::Parallel, inputs: InputPolicy::Latest }.record(0),
+        ),
+        record("run.start", "for an input", run_start(None)),
+        record("run.start", "taken over", run_start(Some(5))),
+        record("run.end", "", of_run(&RunEnd { status: Status::Complete, detail: Detail::new("done") })),
+        record("run.lost", "", of_run(&RunLost { epoch: 5 })),
+        record("run.consumed", "", of_run(&RunConsumed { through: 12 })),
+        record(
+            "signal.resolved",
+            "rejected",
+            SignalResolved { signal: SIGNAL, outcome: Resolution::Rejected, detail: Detail::new("cannot pause") }
+                .record(0),
+        ),
+        record("signal.expired", "", SignalExpired { signal: SIGNAL }.record(0)),
+        record("request.opened", "", request()),
+        record("request.withdrawn", "", RequestWithdrawn { request: REQUEST }.record(0)),
+        record("request.expired", "", RequestExpired { request: REQUEST }.record(0)),
+        record(
             "state.change",
             "put if absent",
             change(Expected::Absent, Change::Put { value: Bytes::from_static(b"1"), lasts: 0 }),
@@ -95,6 +162,10 @@ pub(crate) fn golden() -> Vec<Golden> {
             change(Expected::Any, Change::Merge(Bytes::from_static(b"{\"ok\":null}"))),
         ),
     ]);
+    for intent in Intent::ALL {
+        let of = if intent.is_answer() { answer(intent) } else { signal(intent) };
+        list.push(record(of.kind.name().expect("a known kind"), "", of));
+    }
     list
 }
 
@@ -150,6 +221,18 @@ pub(crate) fn malformed() -> Vec<Malformed> {
     wrong(Kind::PRESENCE_UPDATED, "without a status", false, &[0, 0, 0], bad);
     wrong(Kind::PRESENCE_UPDATED, "more than all", false, &[1, b'i', 1, 0x40, 101, 0], bad);
     wrong(Kind::PRESENCE_LEFT, "from a client", false, &[], Code::KIND_REFUSED);
+    wrong(Kind::SESSION_CONFIGURED, "from a client", false, &[0, 0], Code::KIND_REFUSED);
+    wrong(Kind::RUN_START, "from a client", false, &[1, 0, 0], Code::KIND_REFUSED);
+    wrong(Kind::RUN_END, "without a run id", false, &[1, 0], bad);
+    wrong(Kind::RUN_LOST, "from a client", false, &[1], Code::KIND_REFUSED);
+    wrong(Kind::RUN_CONSUMED, "without a run id", false, &[1], bad);
+    wrong(Kind::SIGNAL_CANCEL, "from a client", false, &[], Code::KIND_REFUSED);
+    wrong(Kind::SIGNAL_EXPIRED, "from a client", false, &[0; 16], Code::KIND_REFUSED);
+    wrong(Kind::SIGNAL_RESOLVED, "an id that is cut", false, &[0; 15], bad);
+    wrong(Kind::SIGNAL_RESOLVED, "a resolution that nobody knows", false, &[&[0; 16][..], &[2, 0]].concat(), bad);
+    wrong(Kind::REQUEST_OPENED, "without what it needs", false, &[&[0; 16][..], &[0, 1, 0]].concat(), bad);
+    wrong(Kind::REQUEST_WITHDRAWN, "an id that is cut", false, &[0; 15], bad);
+    wrong(Kind::REQUEST_EXPIRED, "from a client", false, &[0; 16], Code::KIND_REFUSED);
     wrong(Kind::STATE_CHANGE, "a change that nobody knows", false, &[1, b'k', 0, 4], bad);
     wrong(Kind::STATE_CHANGE, "a sum that is cut", false, &[1, b'k', 0, 2, 0, 0], bad);
     list

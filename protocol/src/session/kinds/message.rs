@@ -4,6 +4,7 @@ use bytes::Bytes;
 
 use super::{Kind, Payload, payload};
 use crate::error::ProtocolError;
+use crate::registry::INPUT_ROLE;
 use crate::wire::{Detail, Field, Label, Reader, Writer};
 
 payload! {
@@ -13,6 +14,13 @@ payload! {
         role: Label,
         /// Media type of its bytes, for example `text/markdown`.
         content_type: Label,
+    }
+}
+
+impl MessageStart {
+    /// True if the message is for an agent: what is said under the role `user` (spec RUN-8).
+    pub fn is_input(&self) -> bool {
+        self.role.as_str() == INPUT_ROLE
     }
 }
 

@@ -2,12 +2,18 @@
 
 mod message;
 mod presence;
+mod run;
+mod signal;
 mod state;
 
 use bytes::Bytes;
 
 pub use message::{MessageAppend, MessageEnd, MessageReplace, MessageStart, Status};
 pub use presence::{Activity, Departure, PresenceJoined, PresenceLeft, PresenceUpdated};
+pub use run::{InputPolicy, RunConsumed, RunEnd, RunLost, RunMode, RunStart, SessionConfigured};
+pub use signal::{
+    Intent, RequestExpired, RequestOpened, RequestWithdrawn, Resolution, Signal, SignalExpired, SignalResolved, Target,
+};
 pub use state::{Change, Expected, StateChange, StateDeleted, StateExpired, StatePut};
 
 use super::record::Record;
@@ -68,6 +74,8 @@ kinds! {
     DATA = 0x00, "data", Client;
     /// The session was closed; no record follows.
     SESSION_CLOSED = 0x02, "session.closed", Server;
+    /// How runs and inputs are treated.
+    SESSION_CONFIGURED = 0x04, "session.configured", Server;
     /// A message begins.
     MESSAGE_START = 0x10, "message.start", Client;
     /// Bytes at the end of an open message.
@@ -90,6 +98,42 @@ kinds! {
     PRESENCE_UPDATED = 0x32, "presence.updated", Client;
     /// Somebody is not here any more.
     PRESENCE_LEFT = 0x34, "presence.left", Server;
+    /// A run is active, held by somebody.
+    RUN_START = 0x40, "run.start", Server;
+    /// A run is over.
+    RUN_END = 0x42, "run.end", Client;
+    /// Nothing was heard of who held a run.
+    RUN_LOST = 0x44, "run.lost", Server;
+    /// A run has read inputs.
+    RUN_CONSUMED = 0x46, "run.consumed", Client;
+    /// Stop, and finish as cancelled.
+    SIGNAL_CANCEL = 0x50, "signal.cancel", Server;
+    /// Stop, and go on from what the text says.
+    SIGNAL_INTERRUPT = 0x52, "signal.interrupt", Server;
+    /// Take the text into account.
+    SIGNAL_STEER = 0x54, "signal.steer", Server;
+    /// Wait.
+    SIGNAL_PAUSE = 0x56, "signal.pause", Server;
+    /// Go on.
+    SIGNAL_RESUME = 0x58, "signal.resume", Server;
+    /// What was asked for is allowed.
+    SIGNAL_APPROVE = 0x5a, "signal.approve", Server;
+    /// What was asked for is not allowed.
+    SIGNAL_DENY = 0x5c, "signal.deny", Server;
+    /// An answer to what was asked.
+    SIGNAL_REPLY = 0x5e, "signal.reply", Server;
+    /// What the application makes of it.
+    SIGNAL_CUSTOM = 0x60, "signal.custom", Server;
+    /// What became of a signal.
+    SIGNAL_RESOLVED = 0x62, "signal.resolved", Client;
+    /// Nobody took a signal in its time.
+    SIGNAL_EXPIRED = 0x64, "signal.expired", Server;
+    /// An agent asks people something.
+    REQUEST_OPENED = 0x70, "request.opened", Client;
+    /// Nobody needs to answer any more.
+    REQUEST_WITHDRAWN = 0x72, "request.withdrawn", Client;
+    /// Nobody answered in time.
+    REQUEST_EXPIRED = 0x74, "request.expired", Server;
 }
 
 impl Kind {
@@ -110,6 +154,12 @@ impl Kind {
             return Err(ProtocolError::new(Code::KIND_UNKNOWN, "critical record kind is not known"));
         }
         Ok(())
+    }
+
+    /// True if records of this kind are also told early (spec SIG-6).
+    pub(crate) fn is_early(self) -> bool {
+        Intent::of_kind(self).is_some()
+            || matches!(self, Self::RUN_LOST | Self::SIGNAL_RESOLVED | Self::SIGNAL_EXPIRED | Self::REQUEST_EXPIRED)
     }
 
     /// True if records of this kind change nothing but what is known of their stream.
@@ -147,8 +197,8 @@ pub trait Payload: Sized {
 
 /// A payload whose fields follow each other, and then parameters, of which it defines none.
 macro_rules! payload {
-    ($(#[$doc:meta])* $name:ident = $kind:ident, { $( $(#[$field_doc:meta])* $field:ident: $ty:ty, )* }) => {
-        $(#[$doc])*
+    ($(#[$attribute:meta])* $name:ident = $kind:ident, { $( $(#[$field_doc:meta])* $field:ident: $ty:ty, )* }) => {
+        $(#[$attribute])*
         #[derive(Debug, Clone, PartialEq, Eq)]
         pub struct $name {
             $( $(#[$field_doc])* pub $field: $ty, )*
@@ -171,6 +221,51 @@ macro_rules! payload {
 }
 pub(crate) use payload;
 
+/// An enumeration whose members are numbers in records and words for people.
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident, $what:literal, { $( $(#[$member_doc:meta])* $member:ident = $number:literal, $word:literal; )+ }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum $name {
+            $( $(#[$member_doc])* $member = $number, )+
+        }
+
+        impl $name {
+            /// Every member, by number.
+            pub const ALL: &'static [Self] = &[$( Self::$member ),+];
+
+            /// The word used in the registry, on the command line and in logs.
+            pub const fn as_str(self) -> &'static str {
+                match self { $( Self::$member => $word, )+ }
+            }
+        }
+
+        impl core::str::FromStr for $name {
+            type Err = $crate::ProtocolError;
+
+            /// Reads the word. Errors: `NAME_INVALID` for any other.
+            fn from_str(word: &str) -> Result<Self, Self::Err> {
+                let known = Self::ALL.iter().copied().find(|member| member.as_str() == word);
+                known.ok_or($crate::ProtocolError::new($crate::Code::NAME_INVALID, concat!($what, " is not known")))
+            }
+        }
+
+        impl $crate::wire::Field for $name {
+            fn put(&self, w: &mut $crate::wire::Writer) {
+                w.varint(*self as u64);
+            }
+
+            fn get(r: &mut $crate::wire::Reader<'_>) -> Result<Self, $crate::ProtocolError> {
+                match r.varint()? {
+                    $( $number => Ok(Self::$member), )+
+                    _ => Err($crate::ProtocolError::malformed(concat!($what, " is not known"))),
+                }
+            }
+        }
+    };
+}
+pub(crate) use words;
+
 /// A record as what it does.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Deed {
@@ -188,14 +283,43 @@ pub(crate) enum Deed {
     PresenceJoined(PresenceJoined),
     PresenceUpdated(PresenceUpdated),
     PresenceLeft(PresenceLeft),
+    SessionConfigured(SessionConfigured),
+    RunStart(RunId, RunStart),
+    RunEnd(RunId, RunEnd),
+    RunLost(RunId, RunLost),
+    RunConsumed(RunId, RunConsumed),
+    Signal(Option<RunId>, Signal),
+    SignalResolved(SignalResolved),
+    SignalExpired(SignalExpired),
+    RequestOpened(Option<RunId>, RequestOpened),
+    RequestWithdrawn(RequestWithdrawn),
+    RequestExpired(RequestExpired),
 }
 
 impl Deed {
+    /// True if a record that names a run says that the run does this: only its holder may (spec RUN-3). Inputs are for the run; of a
+    /// message's other records the message decides.
+    pub(crate) fn is_said_by_run(&self) -> bool {
+        match self {
+            Self::MessageStart(_, _, start) => !start.is_input(),
+            Self::Plain
+            | Self::StatePut(_)
+            | Self::StateDeleted(_)
+            | Self::StateChange(_)
+            | Self::PresenceUpdated(_) => true,
+            _ => false,
+        }
+    }
+
     /// What `record` does. Errors: `RECORD_MALFORMED` if its fields or payload are not those of its kind (spec KIND-5).
     pub(crate) fn of(record: &Record) -> Result<Self, ProtocolError> {
         let message = || {
             let missing = ProtocolError::new(Code::RECORD_MALFORMED, "record of a message names no message");
             record.message.ok_or(missing)
+        };
+        let run = || {
+            let missing = ProtocolError::new(Code::RECORD_MALFORMED, "record of a run names no run");
+            record.run.ok_or(missing)
         };
         Ok(match record.kind {
             Kind::SESSION_CLOSED => Self::SessionClosed,
@@ -210,6 +334,17 @@ impl Deed {
             Kind::PRESENCE_JOINED => Self::PresenceJoined(Payload::of(record)?),
             Kind::PRESENCE_UPDATED => Self::PresenceUpdated(Payload::of(record)?),
             Kind::PRESENCE_LEFT => Self::PresenceLeft(Payload::of(record)?),
+            Kind::SESSION_CONFIGURED => Self::SessionConfigured(Payload::of(record)?),
+            Kind::RUN_START => Self::RunStart(run()?, Payload::of(record)?),
+            Kind::RUN_END => Self::RunEnd(run()?, Payload::of(record)?),
+            Kind::RUN_LOST => Self::RunLost(run()?, Payload::of(record)?),
+            Kind::RUN_CONSUMED => Self::RunConsumed(run()?, Payload::of(record)?),
+            Kind::SIGNAL_RESOLVED => Self::SignalResolved(Payload::of(record)?),
+            Kind::SIGNAL_EXPIRED => Self::SignalExpired(Payload::of(record)?),
+            Kind::REQUEST_OPENED => Self::RequestOpened(record.run, Payload::of(record)?),
+            Kind::REQUEST_WITHDRAWN => Self::RequestWithdrawn(Payload::of(record)?),
+            Kind::REQUEST_EXPIRED => Self::RequestExpired(Payload::of(record)?),
+            kind if Intent::of_kind(kind).is_some() => Self::Signal(record.run, Signal::of(record)?),
             _ => Self::Plain,
         })
     }

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::payload;
+use super::{payload, words};
 use crate::error::ProtocolError;
 use crate::registry::MAX_PROGRESS;
 use crate::session::words::Author;
@@ -74,36 +74,12 @@ impl Field for Activity {
     }
 }
 
-/// Why a member is not here any more (spec PRES-3).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Departure {
-    /// It said so.
-    Left = 0,
-    /// Nothing was heard of it for its grace.
-    Lost = 1,
-}
-
-impl Departure {
-    /// Every reason, by number.
-    pub const ALL: [Self; 2] = [Self::Left, Self::Lost];
-
-    /// The word used in the registry, on the command line and in logs.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Left => "left",
-            Self::Lost => "lost",
-        }
-    }
-}
-
-impl Field for Departure {
-    fn put(&self, w: &mut Writer) {
-        w.varint(*self as u64);
-    }
-
-    fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
-        let number = r.varint()?;
-        let known = Self::ALL.into_iter().find(|reason| *reason as u64 == number);
-        known.ok_or(ProtocolError::malformed("reason of a departure is not known"))
+words! {
+    /// Why a member is not here any more (spec PRES-3).
+    Departure, "reason of a departure", {
+        /// It said so.
+        Left = 0, "left";
+        /// Nothing was heard of it for its grace.
+        Lost = 1, "lost";
     }
 }

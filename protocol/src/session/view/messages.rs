@@ -3,10 +3,10 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::Form;
+use super::{Form, Input};
 use crate::error::ProtocolError;
 use crate::registry::{
-    INDEXED_MESSAGES, KEPT_MESSAGE_BYTES, KEPT_MESSAGES, MAX_MESSAGE, MAX_OPEN_BYTES, MAX_OPEN_MESSAGES,
+    INDEXED_MESSAGES, INPUT_ROLE, KEPT_MESSAGE_BYTES, KEPT_MESSAGES, MAX_MESSAGE, MAX_OPEN_BYTES, MAX_OPEN_MESSAGES,
 };
 use crate::session::kinds::{MessageStart, Status};
 use crate::session::words::{Author, MessageId, RunId};
@@ -67,7 +67,8 @@ pub struct Messages {
 }
 
 impl Messages {
-    /// Messages to which parts may be added, in the order in which they began.
+    /// Messages that are not finished, in the order in which they began: open ones, to which parts may be added, and those that
+    /// are interrupted because their run was lost, and open again once it is taken over.
     pub fn open(&self) -> &[Message] {
         &self.open
     }
@@ -127,7 +128,8 @@ impl Messages {
     /// Adds bytes behind the first `keep` of the message's, and drops the rest of those. What would exceed a limit does nothing: no
     /// server accepted it.
     fn write(&mut self, seq: u64, id: MessageId, keep: impl FnOnce(usize) -> usize, bytes: &[u8]) {
-        let Some(message) = self.open.iter_mut().find(|message| message.id == id) else { return };
+        let open = |message: &&mut Message| message.id == id && message.status == Status::Open;
+        let Some(message) = self.open.iter_mut().find(open) else { return };
         let before = message.text.len();
         let keep = keep(before);
         let (len, total) = (keep + bytes.len(), self.open_bytes - before + keep + bytes.len());
@@ -148,9 +150,36 @@ impl Messages {
         self.write(seq, id, |_| 0, bytes);
     }
 
-    pub(super) fn end(&mut self, seq: u64, id: MessageId, status: Status) {
-        if let Some(at) = self.open.iter().position(|message| message.id == id) {
-            self.finish(at, seq, status);
+    /// Returns the input that it was, if it was one and is complete.
+    pub(super) fn end(&mut self, seq: u64, id: MessageId, status: Status) -> Option<Input> {
+        let open = |message: &Message| message.id == id && message.status == Status::Open;
+        let at = self.open.iter().position(open)?;
+        let message = &self.open[at];
+        let is_input = message.is_input() && status == Status::Complete;
+        let input = is_input.then_some(Input { message: id, seq, run: message.run });
+        self.finish(at, seq, status);
+        input
+    }
+
+    /// A run was lost: what it was writing is interrupted until somebody takes it over.
+    pub(super) fn suspend(&mut self, seq: u64, run: RunId) {
+        for message in self.open.iter_mut().filter(|message| message.is_of(run)) {
+            (message.status, message.through) = (Status::Interrupted, seq);
+        }
+    }
+
+    /// A lost run was taken over: what it was writing is open again.
+    pub(super) fn reopen(&mut self, seq: u64, run: RunId) {
+        let suspended = |message: &&mut Message| message.is_of(run) && message.status == Status::Interrupted;
+        for message in self.open.iter_mut().filter(suspended) {
+            (message.status, message.through) = (Status::Open, seq);
+        }
+    }
+
+    /// A run is over: what it left unfinished is interrupted.
+    pub(super) fn finish_run(&mut self, seq: u64, run: RunId) {
+        while let Some(at) = self.open.iter().position(|message| message.is_of(run)) {
+            self.finish(at, seq, Status::Interrupted);
         }
     }
 
@@ -186,7 +215,10 @@ impl Messages {
 
     pub(super) fn put(&self, form: Form, w: &mut Writer) {
         w.varint(self.open.len() as u64);
-        self.open.iter().for_each(|message| message.put(form, w));
+        for message in &self.open {
+            message.put(form, w);
+            Field::put(&(message.status != Status::Open), w);
+        }
         w.varint(self.finished.len() as u64);
         for message in &self.finished {
             message.put(form, w);
@@ -207,7 +239,10 @@ impl Messages {
         let inconsistent = || ProtocolError::malformed("messages of a view are not consistent");
         let mut this = Self::default();
         for _ in 0..r.count(MAX_OPEN_MESSAGES)? {
-            let message = Message::get(r)?;
+            let mut message = Message::get(r)?;
+            if <bool as Field>::get(r)? {
+                message.status = Status::Interrupted;
+            }
             let ascends = this.open.last().is_none_or(|last| last.start < message.start);
             if !ascends || message.through >= next {
                 return Err(inconsistent());
@@ -216,7 +251,7 @@ impl Messages {
             this.open.push(message);
         }
         for _ in 0..r.count(KEPT_MESSAGES)? {
-            let message = Message { status: Status::Open, ..Message::get(r)? };
+            let message = Message::get(r)?;
             let message = Message { status: Status::get(r)?, ..message };
             // Those that a close interrupts end with the same record.
             let ascends = this.finished.back().is_none_or(|last| last.through <= message.through);
@@ -243,6 +278,16 @@ impl Messages {
 }
 
 impl Message {
+    /// True if it is for an agent: what is said under the role `user` (spec RUN-8).
+    pub fn is_input(&self) -> bool {
+        self.role.as_str() == INPUT_ROLE
+    }
+
+    /// True if it is part of what a run says.
+    fn is_of(&self, run: RunId) -> bool {
+        self.run == Some(run) && !self.is_input()
+    }
+
     fn put(&self, form: Form, w: &mut Writer) {
         self.id.put(w);
         w.varint(self.stream);

@@ -3,6 +3,8 @@
 mod entries;
 mod members;
 mod messages;
+mod runs;
+mod signals;
 
 use std::sync::Arc;
 
@@ -11,10 +13,14 @@ use bytes::Bytes;
 pub use entries::{Entries, Entry};
 pub use members::{Member, Members};
 pub use messages::{IndexedMessage, Message, Messages};
+pub use runs::{FinishedRun, Input, Run, Runs};
+pub use signals::{
+    OpenRequest, PendingSignal, RequestOutcome, ResolvedRequest, ResolvedSignal, SignalOutcome, Signals,
+};
 
-use super::kinds::{Deed, PresenceJoined};
+use super::kinds::{Deed, Intent, PresenceJoined, Status};
 use super::record::{Head, Record};
-use super::words::{Author, ViewHash};
+use super::words::{Author, RunId, ViewHash};
 use crate::error::ProtocolError;
 use crate::registry::{FOLD_VERSION, MAX_STREAMS};
 use crate::wire::{MAX_VARINT, Reader, Writer};
@@ -61,6 +67,8 @@ pub struct View {
     messages: Messages,
     entries: Entries,
     members: Members,
+    runs: Runs,
+    signals: Signals,
 }
 
 impl View {
@@ -97,6 +105,22 @@ impl View {
     /// Who is here.
     pub fn members(&self) -> &Members {
         &self.members
+    }
+
+    /// The runs, and the inputs that wait for one.
+    pub fn runs(&self) -> &Runs {
+        &self.runs
+    }
+
+    /// The signals and requests.
+    pub fn signals(&self) -> &Signals {
+        &self.signals
+    }
+
+    /// When the server has something to write, in milliseconds since the Unix epoch: a value, a signal or a request expires.
+    pub(super) fn deadline(&self) -> Option<u64> {
+        let value = self.entries.deadlines().next().map(|(at, _)| *at);
+        value.into_iter().chain(self.signals.deadline()).min().filter(|_| self.closed.is_none())
     }
 
     /// Folds the record bytes of the next seq (spec FOLD-2). A record that some version accepted cannot fail; an error
@@ -160,11 +184,19 @@ impl View {
                 self.closed.get_or_insert(seq);
                 self.messages.interrupt_all(seq);
                 self.members.clear();
+                while let Some(run) = self.runs.current().first().map(|run| run.id) {
+                    self.finish_run(seq, run, Status::Interrupted);
+                }
+                self.signals.finish_run(seq, |_| true);
             }
             Deed::MessageStart(id, run, of) => self.messages.start((seq, time, stream), author, (id, run), of),
             Deed::MessageAppend(id, bytes) => self.messages.append(seq, id, &bytes),
             Deed::MessageReplace(id, bytes) => self.messages.replace(seq, id, &bytes),
-            Deed::MessageEnd(id, of) => self.messages.end(seq, id, of.status),
+            Deed::MessageEnd(id, of) => {
+                if let Some(input) = self.messages.end(seq, id, of.status) {
+                    self.runs.input(input);
+                }
+            }
             Deed::StatePut(put) => {
                 let expires = (put.lasts > 0).then(|| time.saturating_add(put.lasts).min(MAX_VARINT));
                 // Its own memory: a chunk would live as long as its smallest value.
@@ -179,6 +211,46 @@ impl View {
             }
             Deed::PresenceUpdated(of) => self.members.update(seq, author, of.activity.owned()),
             Deed::PresenceLeft(of) => self.members.leave(&of.member, of.generation),
+            Deed::SessionConfigured(of) => self.runs.configure(&of),
+            Deed::RunStart(id, of) => {
+                for lost in self.runs.start((seq, time), id, author, &of) {
+                    self.finish_run(seq, lost, Status::Interrupted);
+                }
+                self.messages.reopen(seq, id);
+                if let Some(input) = of.input {
+                    self.signals.caused(input, id);
+                }
+            }
+            Deed::RunEnd(id, of) => self.finish_run(seq, id, of.status),
+            Deed::RunLost(id, of) => {
+                let (lost, oldest) = self.runs.lose(seq, id, of.epoch);
+                if lost {
+                    self.messages.suspend(seq, id);
+                }
+                if let Some(oldest) = oldest {
+                    self.finish_run(seq, oldest, Status::Interrupted);
+                }
+            }
+            Deed::RunConsumed(id, of) => self.runs.consume(id, of.through),
+            Deed::Signal(run, signal) => {
+                if let Some(run) = run.filter(|_| signal.intent == Intent::Interrupt && author.is_server()) {
+                    self.runs.interrupted(seq, run);
+                }
+                self.signals.send((seq, time), author, run, signal);
+            }
+            Deed::SignalResolved(of) => self.signals.resolve(seq, of.signal, of.outcome.into()),
+            Deed::SignalExpired(of) => self.signals.resolve(seq, of.signal, SignalOutcome::Expired),
+            Deed::RequestOpened(run, of) => self.signals.open_request((seq, time), author, run, of),
+            Deed::RequestWithdrawn(of) => self.signals.resolve_request(seq, of.request, RequestOutcome::Withdrawn),
+            Deed::RequestExpired(of) => self.signals.resolve_request(seq, of.request, RequestOutcome::Expired),
+        }
+    }
+
+    /// A run is over, and with it what it was writing, what was wanted of it and what it asked.
+    fn finish_run(&mut self, seq: u64, id: RunId, status: Status) {
+        if self.runs.finish(seq, id, status) {
+            self.messages.finish_run(seq, id);
+            self.signals.finish_run(seq, |run| run == Some(id));
         }
     }
 
@@ -214,6 +286,8 @@ impl View {
         self.messages.put(form, &mut w);
         self.entries.put_to(form, &mut w);
         self.members.put(&mut w);
+        self.runs.put(&mut w);
+        self.signals.put(form, &mut w);
         w.freeze()
     }
 
@@ -240,11 +314,13 @@ impl View {
         let messages = Messages::get_from(&mut r, next)?;
         let entries = Entries::get_from(&mut r, next)?;
         let members = Members::get_from(&mut r, next)?;
+        let runs = Runs::get_from(&mut r, next)?;
+        let signals = Signals::get_from(&mut r, next)?;
         r.finish()?;
         if closed.is_some_and(|seq| seq >= next) {
             return Err(ProtocolError::malformed("view is closed beyond its end"));
         }
-        Ok(Self { next, time, closed, streams, messages, entries, members })
+        Ok(Self { next, time, closed, streams, messages, entries, members, runs, signals })
     }
 
     /// BLAKE3 of the canonical encoding in which the hash of each text and value stands for it (spec FOLD-4).

@@ -8,10 +8,10 @@ use crate::wire::{Body, Params, Reader, Writer};
 
 /// Consecutive records of one author and one time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Run {
-    /// Seqs between the end of the run before (or the start of the interval) and this run that the filter left out.
+pub struct Span {
+    /// Seqs between the end of the span before (or the start of the interval) and this span that the filter left out.
     pub skip: u64,
-    /// Records of the run, at least 1.
+    /// Records of the span, at least 1.
     pub count: u64,
     /// Index into the authors.
     pub author: u64,
@@ -28,19 +28,19 @@ pub struct Delivery {
     pub from: u64,
     /// First seq not covered.
     pub to: u64,
-    /// Base of the runs' times, in milliseconds since the Unix epoch.
+    /// Base of the spans' times, in milliseconds since the Unix epoch.
     pub base_time: u64,
-    /// Authors that the runs name.
+    /// Authors that the spans name.
     pub authors: Vec<Author>,
     /// Who wrote which records when.
-    pub runs: Vec<Run>,
+    pub spans: Vec<Span>,
     /// The records, each as `length | record bytes`.
     pub records: Bytes,
 }
 
 /// Fewest bytes that an author takes: two lengths, one character, the instance.
 const MIN_AUTHOR: usize = 18;
-/// Fewest bytes that a run takes.
+/// Fewest bytes that a span takes.
 const MIN_RUN: usize = 4;
 
 impl Body for Delivery {
@@ -60,25 +60,25 @@ impl Body for Delivery {
         let count = r.count(r.remaining() / MIN_AUTHOR)?;
         let authors = (0..count).map(|_| Author::get(r)).collect::<Result<Vec<_>, _>>()?;
         let count = r.count(r.remaining() / MIN_RUN)?;
-        let mut runs = Vec::with_capacity(count);
+        let mut spans = Vec::with_capacity(count);
         let mut at = from;
         for _ in 0..count {
-            let run = Run { skip: r.varint()?, count: r.varint()?, author: r.varint()?, time: r.varint()? };
-            if run.count == 0 {
-                return Err(ProtocolError::malformed("run of no record"));
+            let span = Span { skip: r.varint()?, count: r.varint()?, author: r.varint()?, time: r.varint()? };
+            if span.count == 0 {
+                return Err(ProtocolError::malformed("span of no record"));
             }
-            if run.author >= authors.len() as u64 {
-                return Err(ProtocolError::malformed("run names an author that is not listed"));
+            if span.author >= authors.len() as u64 {
+                return Err(ProtocolError::malformed("span names an author that is not listed"));
             }
-            at = at.saturating_add(run.skip).saturating_add(run.count);
+            at = at.saturating_add(span.skip).saturating_add(span.count);
             if at > to {
-                return Err(ProtocolError::malformed("runs exceed the covered interval"));
+                return Err(ProtocolError::malformed("spans exceed the covered interval"));
             }
-            runs.push(run);
+            spans.push(span);
         }
         let records = r.bytes(usize::MAX)?;
         Params::get_none(r)?;
-        Ok(Self { from, to, base_time, authors, runs, records })
+        Ok(Self { from, to, base_time, authors, spans, records })
     }
 }
 
@@ -90,12 +90,12 @@ impl Delivery {
         w.varint(self.base_time);
         w.varint(self.authors.len() as u64);
         self.authors.iter().for_each(|author| author.put(w));
-        w.varint(self.runs.len() as u64);
-        for run in &self.runs {
-            w.varint(run.skip);
-            w.varint(run.count);
-            w.varint(run.author);
-            w.varint(run.time);
+        w.varint(self.spans.len() as u64);
+        for span in &self.spans {
+            w.varint(span.skip);
+            w.varint(span.count);
+            w.varint(span.author);
+            w.varint(span.time);
         }
     }
 }

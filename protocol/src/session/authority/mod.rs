@@ -13,17 +13,23 @@
 //! At most one chunk is in flight. While it is, and a whole turn waits behind it, the next one is made ahead of time, so that
 //! hashing and syncing of a busy session overlap. `T` is the driver's ticket: it comes back with the answer.
 
+mod runs;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use runs::Standbys;
+
 use super::chain::Chain;
 use super::chunk::{Chunk, ChunkBuilder, Control};
-use super::kinds::{Departure, Kind, Payload, PresenceJoined, PresenceLeft, PresenceUpdated, StateExpired};
+use super::kinds::{
+    Departure, Intent, Kind, Payload, PresenceJoined, PresenceLeft, PresenceUpdated, RunStart, Signal, StateExpired,
+};
 use super::overlay::Overlay;
 use super::producer::{Admission, ProducerHandle, ProducerKey};
-use super::record::{CheckedBatch, Record};
+use super::record::{CheckedBatch, Record, Records};
 use super::state::{Damage, State};
-use super::words::{Author, SessionName};
+use super::words::{Author, RunId, SessionName, SignalId};
 use crate::error::Code;
 use crate::registry::{MAX_GRACE, MAX_STREAMS, MIN_GRACE, STREAM_MAIN, TURN_BYTES};
 use crate::wire::{Acked, Label};
@@ -85,6 +91,27 @@ pub enum Reply {
     },
     /// The caller is not here.
     Left,
+    /// The caller holds a run.
+    Run {
+        /// The run.
+        run: RunId,
+        /// Its epoch: the seq of the record that says so.
+        epoch: u64,
+        /// The epoch under which it was lost, if it was taken over.
+        lost: Option<u64>,
+    },
+    /// A signal is stored.
+    Signalled {
+        /// The signal.
+        signal: SignalId,
+        /// Seq of its record, or of the one that wants the same.
+        seq: u64,
+    },
+    /// The session treats runs and inputs as asked.
+    Configured {
+        /// Seq of the record that says so.
+        seq: u64,
+    },
     /// Records below `first` are released.
     Trimmed {
         /// The first seq that can be read.
@@ -160,6 +187,25 @@ impl Work {
         }
     }
 
+    /// Adds its records that are told early; the first one has the seq `first`.
+    fn put_early(&self, first: u64, early: &mut Vec<EarlyRecord>) {
+        match self {
+            Self::Batch { author, time, batch, .. } if batch.early => {
+                // Checked when the batch came.
+                for (seq, record) in (first..).zip(Records::new(&batch.records).flatten()) {
+                    if record.kind.is_early() {
+                        early.push(EarlyRecord { seq, time: *time, author: author.clone(), record });
+                    }
+                }
+            }
+            Self::Record { author, time, record } if record.kind.is_early() => {
+                let record = record.clone();
+                early.push(EarlyRecord { seq: first, time: *time, author: author.clone(), record });
+            }
+            _ => {}
+        }
+    }
+
     /// Seqs that it takes.
     fn count(&self) -> u64 {
         match self {
@@ -179,8 +225,29 @@ struct Flight<T> {
 /// Values that expire in one step: a turn must not be all of them.
 const EXPIRED_AT_ONCE: usize = 64;
 
-/// A durable chunk and the answers that it gives.
-pub type Committed<T> = (Arc<Chunk>, Vec<(T, Reply)>);
+/// A durable chunk and what follows from it.
+#[derive(Debug)]
+pub struct Committed<T> {
+    /// The chunk.
+    pub chunk: Arc<Chunk>,
+    /// The answers that it gives, in the order of the requests.
+    pub replies: Vec<(T, Reply)>,
+    /// Its records that are told early (spec SIG-6).
+    pub early: Vec<EarlyRecord>,
+}
+
+/// A record that is told ahead of the data that it is behind (spec SIG-6).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EarlyRecord {
+    /// Its seq.
+    pub seq: u64,
+    /// When it was accepted, in milliseconds since the Unix epoch.
+    pub time: u64,
+    /// Who wrote it.
+    pub author: Arc<Author>,
+    /// The record.
+    pub record: Record,
+}
 
 /// Decides what happens to one session: accepts or refuses requests, assigns seqs, makes chunks, answers once they are durable.
 #[derive(Debug)]
@@ -206,6 +273,7 @@ pub struct Authority<T> {
     /// [`Authority::try_again`].
     held_back: bool,
     uncertain: bool,
+    standbys: Standbys<T>,
 }
 
 impl<T> Authority<T> {
@@ -228,6 +296,7 @@ impl<T> Authority<T> {
             server: Arc::new(Author::server()),
             held_back: false,
             uncertain: false,
+            standbys: Standbys::default(),
         };
         if let Some((name, time)) = created {
             this.staged_time = this.staged_time.max(time);
@@ -282,21 +351,23 @@ impl<T> Authority<T> {
 
     /// Accepts or refuses a batch (spec PROD-6, PROD-8). `now` is wall time in milliseconds since the Unix epoch.
     ///
+    /// `producer` is the producer, its epoch and the sequence; `run` the epoch of the run that the batch is part of, if any (spec RUN-3).
     /// A refused batch uses no sequence. Refusals: `SESSION_CLOSED`, `STREAM_UNDEFINED`, `FENCED` with the current epoch, `SEQ_GAP` with the
     /// expected sequence, `DUPLICATE`, `PRODUCER_UNKNOWN`, `LIMIT_EXCEEDED` for too many unacknowledged batches,
-    /// `UNAVAILABLE` while an earlier outcome or a newer epoch is not certain; and of a batch that breaks the rules of messages or
-    /// of the shared state `MESSAGE_EXISTS`, `MESSAGE_NOT_OPEN`, `CONFLICT` with what the key is, `STATE_INVALID`,
-    /// `LIMIT_EXCEEDED`, `RECORD_TOO_LARGE`, `BATCH_TOO_LARGE`.
+    /// `UNAVAILABLE` while an earlier outcome or a newer epoch is not certain; and of a batch that breaks the rules of its records
+    /// `MESSAGE_EXISTS`, `MESSAGE_NOT_OPEN`, `CONFLICT` with what the key is, `STATE_INVALID`, `NOT_A_MEMBER`, `FENCED` with the
+    /// epoch of the run or 0, `RUN_ACTIVE`, `RUN_OVER`, `ALREADY_RESOLVED`, `ID_IN_USE`, `LIMIT_EXCEEDED`, `RECORD_MALFORMED`,
+    /// `RECORD_TOO_LARGE`, `BATCH_TOO_LARGE`.
     pub fn append(
         &mut self,
         now: u64,
         author: &Arc<Author>,
-        producer: (&ProducerHandle, u64),
-        sequence: u64,
+        producer: (&ProducerHandle, u64, u64),
+        run: Option<u64>,
         batch: CheckedBatch,
         ticket: T,
     ) -> (Outcome, Option<T>) {
-        let (handle, epoch) = producer;
+        let (handle, epoch, sequence) = producer;
         let refused = |code, value, detail| (Outcome::Refused(Refusal { code, value, detail }), None);
         if self.uncertain {
             return (Outcome::Refused(Self::uncertain()), None);
@@ -335,11 +406,15 @@ impl<T> Authority<T> {
             };
             return refused(code, value, detail);
         }
+        let held = match run.map(|epoch| self.held_run(author, epoch)).transpose() {
+            Ok(held) => held,
+            Err(refusal) => return (Outcome::Refused(refusal), None),
+        };
         let time = self.stamp(now);
         let batch = if batch.plain {
             batch
         } else {
-            match self.overlay.admit(self.state.view(), author, (self.staged_tail, time), batch) {
+            match self.overlay.admit(self.state.view(), (author, held), (self.staged_tail, time), batch) {
                 Ok(batch) => batch,
                 Err(refusal) => return (Outcome::Refused(refusal), None),
             }
@@ -439,12 +514,13 @@ impl<T> Authority<T> {
         (Outcome::Pending, None)
     }
 
-    /// Writes what became due at `now` (see [`State::deadline`]): values that expire (spec STATE-6). At most 64 at once; the rest
-    /// is due again.
+    /// Writes what became due at `now` (see [`State::deadline`]): values, signals and requests that expire (spec STATE-6, SIG-5,
+    /// SIG-8). At most 64 values at once; the rest is due again.
     pub fn tick(&mut self, now: u64) {
         if self.uncertain || self.staged_closed {
             return;
         }
+        self.expire_signals(now);
         for _ in 0..EXPIRED_AT_ONCE {
             let Some(key) = self.overlay.expired(self.state.view(), now) else { return };
             let author = self.server.clone();
@@ -478,13 +554,26 @@ impl<T> Authority<T> {
         Ok(())
     }
 
-    /// Accepts a record that the server writes. Refusals: of the rules, `SESSION_CLOSED`, `UNAVAILABLE`.
-    fn write(&mut self, now: u64, author: Arc<Author>, record: Record, ticket: Option<T>) -> Result<(), Refusal> {
-        self.goes_on()?;
-        let time = self.stamp(now);
-        self.overlay.admit_one(self.state.view(), &author, (self.staged_tail, time), &record)?;
-        self.push(Work::Record { author, time, record }, ticket);
-        Ok(())
+    /// Accepts a record that the server writes. Refusals, with the ticket: of the rules, `SESSION_CLOSED`, `UNAVAILABLE`.
+    fn write(
+        &mut self,
+        now: u64,
+        author: Arc<Author>,
+        record: Record,
+        ticket: Option<T>,
+    ) -> Result<(), (Refusal, Option<T>)> {
+        let admitted = self.goes_on().and_then(|()| {
+            let time = self.stamp(now);
+            self.overlay.admit_one(self.state.view(), &author, (self.staged_tail, time), &record)?;
+            Ok(time)
+        });
+        match admitted {
+            Ok(time) => {
+                self.push(Work::Record { author, time, record }, ticket);
+                Ok(())
+            }
+            Err(refusal) => Err((refusal, ticket)),
+        }
     }
 
     /// Somebody is here (spec PRES-1). Who is here already under the same name and grace stays so under the same generation, and
@@ -539,7 +628,7 @@ impl<T> Authority<T> {
                 self.waiting_bytes += work.len();
                 Ok(())
             }
-            _ => self.write(now, author.clone(), record, None),
+            _ => self.write(now, author.clone(), record, None).map_err(|(refusal, _)| refusal),
         }
     }
 
@@ -575,7 +664,7 @@ impl<T> Authority<T> {
     fn ask(&mut self, now: u64, author: &Arc<Author>, record: Record, ticket: T) -> (Outcome, Option<T>) {
         match self.write(now, author.clone(), record, Some(ticket)) {
             Ok(()) => (Outcome::Pending, None),
-            Err(refusal) => (Outcome::Refused(refusal), None),
+            Err((refusal, _)) => (Outcome::Refused(refusal), None),
         }
     }
 
@@ -684,8 +773,10 @@ impl<T> Authority<T> {
         self.overlay.durable(chunk.end());
         let mut first = chunk.first();
         let mut replies = Vec::with_capacity(work.len());
+        let mut early = Vec::new();
         for (work, ticket) in work {
             let count = work.count();
+            work.put_early(first, &mut early);
             if let Some(ticket) = ticket
                 && let Some(reply) = self.reply(work, first)
             {
@@ -693,7 +784,7 @@ impl<T> Authority<T> {
             }
             first += count;
         }
-        Ok(Some((chunk, replies)))
+        Ok(Some(Committed { chunk, replies, early }))
     }
 
     fn reply(&mut self, work: Work, first: u64) -> Option<Reply> {
@@ -717,6 +808,13 @@ impl<T> Authority<T> {
             Work::Record { author, record, .. } => match record.kind {
                 Kind::SESSION_CLOSED => Reply::Closed { seq: state.view().closed()? },
                 Kind::PRESENCE_LEFT => Reply::Left,
+                Kind::SESSION_CONFIGURED => Reply::Configured { seq: first },
+                Kind::RUN_START => {
+                    Reply::Run { run: record.run?, epoch: first, lost: RunStart::of(&record).ok()?.lost }
+                }
+                kind if Intent::of_kind(kind).is_some() => {
+                    Reply::Signalled { signal: Signal::of(&record).ok()?.id, seq: first }
+                }
                 // Joined, or said anew what it is doing; it may have been lost meanwhile.
                 _ => Reply::Joined { generation: state.view().members().get(&author).map_or(first, |m| m.generation) },
             },

@@ -6,16 +6,21 @@
 //!
 //! A refused batch drops its draft; an accepted one joins the overlay, from which each change goes once it is durable.
 
+mod runs;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
 
+pub(super) use runs::RunStanding;
+use runs::{PendingStanding, RequestStanding};
+
 use super::authority::Refusal;
-use super::kinds::{Activity, Change, Deed, Expected, MessageStart, Payload, StateChange, StateDeleted, StatePut};
+use super::kinds::{Activity, Change, Deed, Expected, Payload, SessionConfigured, StateChange, StateDeleted, StatePut};
 use super::record::{CheckedBatch, Record, Records};
 use super::view::View;
-use super::words::{Author, Key, MessageId};
+use super::words::{Author, Key, MessageId, RequestId, RunId, SignalId};
 use crate::error::Code;
 use crate::registry::{
     MAX_BATCH_BYTES, MAX_MEMBER_DATA, MAX_MEMBERS, MAX_MESSAGE, MAX_OPEN_BYTES, MAX_OPEN_MESSAGES, MAX_RECORD,
@@ -27,7 +32,11 @@ use crate::wire::{MAX_VARINT, Writer};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Standing {
     Unknown,
-    Open { len: usize },
+    /// Of a run, unless it is an input.
+    Open {
+        len: usize,
+        run: Option<RunId>,
+    },
     Finished,
 }
 
@@ -47,6 +56,8 @@ struct Totals {
     keys: usize,
     state_bytes: usize,
     members: usize,
+    signals: usize,
+    requests: usize,
 }
 
 impl Totals {
@@ -57,6 +68,8 @@ impl Totals {
             keys: view.state().len(),
             state_bytes: view.state().bytes(),
             members: view.members().len(),
+            signals: view.signals().pending().len(),
+            requests: view.signals().requests().len(),
         }
     }
 }
@@ -68,17 +81,44 @@ struct Changes {
     keys: HashMap<Key, (u64, Option<Held>)>,
     /// The member's generation, if it is here.
     members: HashMap<Arc<Author>, (u64, Option<u64>)>,
+    /// With the seq at which it began and the input that caused it, of those that began.
+    runs: HashMap<RunId, (u64, RunStanding, Option<(u64, MessageId)>)>,
+    /// With the seq of the signal's record; how it stands, if nobody took it.
+    signals: HashMap<SignalId, (u64, u64, Option<PendingStanding>)>,
+    requests: HashMap<RequestId, (u64, RequestStanding)>,
+    configured: Option<(u64, SessionConfigured)>,
 }
 
 impl Changes {
     fn is_empty(&self) -> bool {
-        self.messages.is_empty() && self.keys.is_empty() && self.members.is_empty()
+        self.messages.is_empty()
+            && self.keys.is_empty()
+            && self.members.is_empty()
+            && self.runs.is_empty()
+            && self.signals.is_empty()
+            && self.requests.is_empty()
+            && self.configured.is_none()
     }
 
     fn extend(&mut self, later: Self) {
         self.messages.extend(later.messages);
         self.keys.extend(later.keys);
         self.members.extend(later.members);
+        self.runs.extend(later.runs);
+        self.signals.extend(later.signals);
+        self.requests.extend(later.requests);
+        self.configured = later.configured.or(self.configured);
+    }
+
+    /// Keeps what changed at `tail` or later.
+    fn since(&mut self, tail: u64) {
+        self.messages.retain(|_, (seq, _)| *seq >= tail);
+        self.keys.retain(|_, (seq, _)| *seq >= tail);
+        self.members.retain(|_, (seq, _)| *seq >= tail);
+        self.runs.retain(|_, (seq, ..)| *seq >= tail);
+        self.signals.retain(|_, (seq, ..)| *seq >= tail);
+        self.requests.retain(|_, (seq, _)| *seq >= tail);
+        self.configured = self.configured.filter(|(seq, _)| *seq >= tail);
     }
 }
 
@@ -93,9 +133,7 @@ pub(super) struct Overlay {
 impl Overlay {
     /// Everything below `tail` is durable.
     pub(super) fn durable(&mut self, tail: u64) {
-        self.changes.messages.retain(|_, (seq, _)| *seq >= tail);
-        self.changes.keys.retain(|_, (seq, _)| *seq >= tail);
-        self.changes.members.retain(|_, (seq, _)| *seq >= tail);
+        self.changes.since(tail);
         if self.changes.is_empty() {
             self.totals = None;
         }
@@ -109,16 +147,18 @@ impl Overlay {
     /// Holds a batch whose first record gets the seq `first`, accepted at `time`, to the rules, over `view` and what was accepted
     /// before. Returns the batch as it is stored: requests are replaced by what comes of them (spec KIND-4).
     ///
-    /// Refusals, each of the whole batch: `MESSAGE_EXISTS`, `MESSAGE_NOT_OPEN`, `CONFLICT` with the revision of the key plus
-    /// one, or 0 where it has no value, `STATE_INVALID`, `NOT_A_MEMBER`, `LIMIT_EXCEEDED`, `RECORD_TOO_LARGE`, `BATCH_TOO_LARGE`.
+    /// `held` is the run whose epoch the batch carries. Refusals, each of the whole batch: `MESSAGE_EXISTS`, `MESSAGE_NOT_OPEN`,
+    /// `CONFLICT` with the revision of the key plus one, or 0 where it has no value, `STATE_INVALID`, `NOT_A_MEMBER`, `FENCED`,
+    /// `RUN_OVER`, `RUN_ACTIVE`, `ALREADY_RESOLVED`, `ID_IN_USE`, `LIMIT_EXCEEDED`, `RECORD_MALFORMED`, `RECORD_TOO_LARGE`,
+    /// `BATCH_TOO_LARGE`.
     pub(super) fn admit(
         &mut self,
         view: &View,
-        author: &Arc<Author>,
+        (author, held): (&Arc<Author>, Option<RunId>),
         (first, time): (u64, u64),
         batch: CheckedBatch,
     ) -> Result<CheckedBatch, Refusal> {
-        let mut draft = self.draft(view, author);
+        let mut draft = self.draft(view, author, held);
         // Begun with the first record that is replaced; most batches have none.
         let mut stored: Option<Writer> = None;
         let mut walk = Records::new(&batch.records);
@@ -165,7 +205,7 @@ impl Overlay {
         (seq, time): (u64, u64),
         record: &Record,
     ) -> Result<(), Refusal> {
-        let mut draft = self.draft(view, author);
+        let mut draft = self.draft(view, author, None);
         draft.hold(seq, time, record)?;
         let (changes, totals) = (draft.changes, draft.totals);
         self.accept(changes, totals);
@@ -185,9 +225,9 @@ impl Overlay {
         }
     }
 
-    fn draft<'a>(&'a self, view: &'a View, author: &'a Arc<Author>) -> Draft<'a> {
+    fn draft<'a>(&'a self, view: &'a View, author: &'a Arc<Author>, held: Option<RunId>) -> Draft<'a> {
         let totals = self.totals.unwrap_or_else(|| Totals::of(view));
-        Draft { view, author, accepted: self, changes: Changes::default(), totals }
+        Draft { view, author, held, accepted: self, changes: Changes::default(), totals }
     }
 
     fn accept(&mut self, changes: Changes, totals: Totals) {
@@ -209,6 +249,8 @@ impl Overlay {
 struct Draft<'a> {
     view: &'a View,
     author: &'a Arc<Author>,
+    /// The run that the author holds, and that the batch is part of.
+    held: Option<RunId>,
     accepted: &'a Overlay,
     changes: Changes,
     totals: Totals,
@@ -222,7 +264,9 @@ impl Draft<'_> {
         }
         let messages = self.view.messages();
         match messages.open().iter().find(|message| message.id == id) {
-            Some(message) => Standing::Open { len: message.text.len() },
+            Some(message) => {
+                Standing::Open { len: message.text.len(), run: message.run.filter(|_| !message.is_input()) }
+            }
             None if messages.knows(id) => Standing::Finished,
             None => Standing::Unknown,
         }
@@ -238,7 +282,13 @@ impl Draft<'_> {
 
     /// Holds one record to the rules, over those before it. Returns what is stored in its place, if not itself.
     fn hold(&mut self, seq: u64, time: u64, record: &Record) -> Result<Option<Record>, Refusal> {
-        match Deed::of(record).map_err(|error| Refusal::new(error.code, error.detail))? {
+        let deed = Deed::of(record).map_err(|error| Refusal::new(error.code, error.detail))?;
+        if let Some(run) = record.run
+            && deed.is_said_by_run()
+        {
+            self.may_write(run)?;
+        }
+        match deed {
             Deed::Plain | Deed::SessionClosed => {}
             // The server's own.
             Deed::StateExpired(expired) => self.set(seq, expired.key, None),
@@ -265,29 +315,45 @@ impl Draft<'_> {
                 };
                 self.changes.members.insert(self.author.clone(), (seq, Some(generation)));
             }
-            Deed::MessageStart(id, _, MessageStart { .. }) => {
+            Deed::MessageStart(id, run, start) => {
                 if self.message(id) != Standing::Unknown {
                     return Err(Refusal::new(Code::MESSAGE_EXISTS, "a message with this id was begun before"));
+                }
+                let input = start.is_input();
+                if input {
+                    self.begin_input()?;
                 }
                 self.totals.open_messages += 1;
                 if self.totals.open_messages > MAX_OPEN_MESSAGES {
                     return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the session has too many open messages"));
                 }
-                self.changes.messages.insert(id, (seq, Standing::Open { len: 0 }));
+                let run = run.filter(|_| !input);
+                self.changes.messages.insert(id, (seq, Standing::Open { len: 0, run }));
             }
             Deed::MessageAppend(id, bytes) => {
-                let len = self.open_len(id)?;
-                self.resize(seq, id, len, len + bytes.len())?;
+                let (len, run) = self.open_message(id)?;
+                self.resize(seq, id, run, len, len + bytes.len())?;
             }
             Deed::MessageReplace(id, bytes) => {
-                let len = self.open_len(id)?;
-                self.resize(seq, id, len, bytes.len())?;
+                let (len, run) = self.open_message(id)?;
+                self.resize(seq, id, run, len, bytes.len())?;
             }
             Deed::MessageEnd(id, _) => {
-                self.totals.open_bytes -= self.open_len(id)?;
-                self.totals.open_messages -= 1;
-                self.changes.messages.insert(id, (seq, Standing::Finished));
+                let (len, _) = self.open_message(id)?;
+                self.finish_message(seq, id, len);
             }
+            Deed::RunEnd(id, _) => self.end_run(seq, id)?,
+            Deed::RunConsumed(id, of) => self.consume(seq, id, &of)?,
+            Deed::SignalResolved(of) => self.resolve_signal(seq, of.signal)?,
+            Deed::RequestOpened(run, of) => self.open_request(seq, run, &of)?,
+            Deed::RequestWithdrawn(of) => self.withdraw_request(seq, of.request)?,
+            // The server's own.
+            Deed::SessionConfigured(of) => self.configure(seq, of),
+            Deed::RunStart(id, of) => self.start_run(seq, id, &of)?,
+            Deed::RunLost(id, of) => self.lose_run(seq, id, of.epoch),
+            Deed::Signal(run, signal) => self.send_signal(seq, run, &signal)?,
+            Deed::SignalExpired(of) => self.expire_signal(seq, of.signal),
+            Deed::RequestExpired(of) => self.expire_request(seq, of.request),
             Deed::StatePut(put) => self.write(seq, time, &put)?,
             Deed::StateDeleted(deleted) => self.set(seq, deleted.key, None),
             Deed::StateChange(change) => return self.change(seq, time, record, change).map(Some),
@@ -302,15 +368,25 @@ impl Draft<'_> {
         }
     }
 
-    fn open_len(&self, id: MessageId) -> Result<usize, Refusal> {
+    /// The length of a message that this batch may write to, and the run that it is part of.
+    fn open_message(&self, id: MessageId) -> Result<(usize, Option<RunId>), Refusal> {
         match self.message(id) {
-            Standing::Open { len } => Ok(len),
+            Standing::Open { len, run } => {
+                run.map_or(Ok(()), |run| self.may_write(run))?;
+                Ok((len, run))
+            }
             Standing::Finished => Err(Refusal::new(Code::MESSAGE_NOT_OPEN, "the message is finished")),
             Standing::Unknown => Err(Refusal::new(Code::MESSAGE_NOT_OPEN, "no message with this id is open")),
         }
     }
 
-    fn resize(&mut self, seq: u64, id: MessageId, from: usize, to: usize) -> Result<(), Refusal> {
+    fn finish_message(&mut self, seq: u64, id: MessageId, len: usize) {
+        self.totals.open_bytes -= len;
+        self.totals.open_messages -= 1;
+        self.changes.messages.insert(id, (seq, Standing::Finished));
+    }
+
+    fn resize(&mut self, seq: u64, id: MessageId, run: Option<RunId>, from: usize, to: usize) -> Result<(), Refusal> {
         self.totals.open_bytes = self.totals.open_bytes - from + to;
         if to > MAX_MESSAGE {
             return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the message has too many bytes"));
@@ -318,7 +394,7 @@ impl Draft<'_> {
         if self.totals.open_bytes > MAX_OPEN_BYTES && to > from {
             return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the session's open messages have too many bytes"));
         }
-        self.changes.messages.insert(id, (seq, Standing::Open { len: to }));
+        self.changes.messages.insert(id, (seq, Standing::Open { len: to, run }));
         Ok(())
     }
 

@@ -1,0 +1,13 @@
+//! TAKE_RUN: waits until a run is lost, and takes it over (spec RUN-7).
+
+use crate::session::RunId;
+
+plain_frame! {
+    /// Sent on an attachment. Answered by GRANTED once a run is granted, or by ERROR about TAKE_RUN.
+    TakeRun = 0x54, {
+        /// Which run; none for any.
+        run: Option<RunId>,
+        /// Milliseconds without a renewal after which it is lost again.
+        lease: u64,
+    }
+}

@@ -1,0 +1,33 @@
+//! Random histories of runs, inputs, signals and requests against the reference model.
+
+mod seed;
+
+use core::cell::Cell;
+
+use mainstay_protocol::testing::runs::{Counts, Op, run};
+use proptest::prelude::*;
+
+/// Spec RUN-2 to RUN-9, SIG-1 to SIG-8, FOLD-8, FOLD-9.
+#[test]
+fn random_runs_agree_with_the_model() {
+    let rng_seed = seed::of("random_runs");
+    let config = ProptestConfig { cases: 200, failure_persistence: None, rng_seed, ..ProptestConfig::default() };
+    let total = Cell::new(Counts::default());
+    proptest!(config, |(bytes in prop::collection::vec(any::<u8>(), 0..4000))| {
+        total.set(total.get() + run(&Op::from_bytes(&bytes)));
+    });
+    let total = total.get();
+    println!("{total:?}");
+    let least = [
+        total.stored,
+        total.refused,
+        total.fenced,
+        total.lost,
+        total.taken,
+        total.ended,
+        total.resolved,
+        total.interrupted,
+        total.restarts,
+    ];
+    assert!(least.into_iter().all(|count| count > 100), "the histories provoked too little: {total:?}");
+}
