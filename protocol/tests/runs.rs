@@ -29,5 +29,5 @@ fn random_runs_agree_with_the_model() {
         total.interrupted,
         total.restarts,
     ];
-    assert!(least.into_iter().all(|count| count > 100), "the histories provoked too little: {total:?}");
+    assert!(least.into_iter().all(|count| count > 20), "the histories provoked too little: {total:?}");
 }

@@ -6,7 +6,8 @@ use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::FOLD_VERSION;
 use mainstay_protocol::session::{Author, Operation, Refusal, Verdict};
 use mainstay_protocol::wire::{
-    Attach, AttachMode, Attached, Body, DefineStream, Detail, Error, Frame, OpenProducer, Subscribe, Trim, Update,
+    Attach, AttachMode, Attached, Body, DefineStream, Detail, Error, Frame, Listen, OpenProducer, Release, Renew,
+    Subscribe, Trim, Update,
 };
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream, SendStream, priority};
 use tokio::sync::{Semaphore, oneshot};
@@ -57,6 +58,11 @@ impl Attachment {
     /// True once nothing can be answered on it.
     pub(crate) fn has_ended(&self) -> bool {
         self.alive.is_closed()
+    }
+
+    /// True if it can still be answered, as far as is known.
+    pub(crate) fn is_alive(&self) -> bool {
+        !self.has_ended() && self.conn.strong_count() > 0
     }
 
     /// Answers a request that the session's owner had with an error.
@@ -274,6 +280,15 @@ async fn read<C: Connection>(
                 Command::Update { attachment: attachment.clone(), activity: Box::new(activity) }
             }
             Frame::Leave(_) => Command::Leave { attachment: attachment.clone() },
+            Frame::Configure(request) => Command::Configure { attachment: attachment.clone(), request },
+            Frame::StartRun(request) => {
+                Command::StartRun { attachment: attachment.clone(), request: Box::new(request) }
+            }
+            Frame::TakeRun(request) => Command::TakeRun { attachment: attachment.clone(), request: Box::new(request) },
+            Frame::Renew(Renew { epoch }) => Command::Renew { attachment: attachment.clone(), epoch },
+            Frame::Release(Release { epoch }) => Command::Release { attachment: attachment.clone(), epoch },
+            Frame::Signal(request) => Command::Signal { attachment: attachment.clone(), request: Box::new(request) },
+            Frame::Listen(Listen { from }) => Command::Listen { attachment: attachment.clone(), from },
             _ => {
                 return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of an attachment").into());
             }

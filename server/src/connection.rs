@@ -3,7 +3,7 @@
 use core::future::Future;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::{
@@ -12,13 +12,17 @@ use mainstay_protocol::registry::{
 };
 use mainstay_protocol::session::{Author, CreditSent, Grants, Instance, Operation, Refusal, SessionName};
 use mainstay_protocol::wire::{Authenticated, Body, Detail, Error, Frame, Hello, Pong, Produce, Token, put_grease};
-use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream, SendStream, StreamError, priority};
+use mainstay_transport::{
+    Connection, ConnectionError, FrameError, FrameReader, Outbox, RecvStream, SendStream, StreamError, priority,
+};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use crate::owner::Command;
 use crate::producer::{self, ProducerLink};
 use crate::server::Shared;
+use crate::sessions::Session;
 use crate::subscription::SubscriptionCredit;
 use crate::{
     attachment::{self, Attachment},
@@ -47,6 +51,8 @@ struct Opened {
     /// Producers asked for and not answered yet.
     reserved: HashMap<u64, Arc<Attachment>>,
     subscriptions: HashMap<u64, Arc<SubscriptionCredit>>,
+    /// Sessions with runs that are held over this connection.
+    runs: Vec<Weak<Session>>,
 }
 
 type Task = core::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -105,6 +111,8 @@ impl Conn {
                 Operation::Create => "the token does not grant `create` on this session",
                 Operation::Manage => "the token does not grant `manage` on this session",
                 Operation::Join => "the token does not grant `join` on this session",
+                Operation::Run => "the token does not grant `run` on this session",
+                Operation::Signal => "the token does not grant `signal` on this session",
             };
             Err(Refusal::new(Code::FORBIDDEN, detail))
         })
@@ -240,6 +248,24 @@ impl Conn {
         self.opened().producers.get(&id).cloned()
     }
 
+    /// A run of `session` is held over this connection.
+    pub(crate) fn hold_run(&self, session: &Arc<Session>) {
+        let mut opened = self.opened();
+        if !opened.runs.iter().any(|held| held.as_ptr() == Arc::as_ptr(session)) {
+            opened.runs.retain(|held| held.strong_count() > 0);
+            opened.runs.push(Arc::downgrade(session));
+        }
+    }
+
+    /// The client closed the connection: what it held over it is in question.
+    async fn departed(&self) {
+        let held = core::mem::take(&mut self.opened().runs);
+        for session in held.iter().filter_map(Weak::upgrade) {
+            // An owner that has ended has told everybody.
+            let _ = session.commands.send(Command::Departed { conn: self.id }).await;
+        }
+    }
+
     /// Makes room for a subscription. Refusals: `LIMIT_EXCEEDED` beyond what the client allows, `ID_IN_USE`.
     pub(crate) fn open_subscription(&self, id: u64) -> Result<Arc<SubscriptionCredit>, Refusal> {
         let limits = (*self.hello.borrow())
@@ -352,6 +378,9 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
     }
     // Nothing of it is left when this returns.
     running.shutdown().await;
+    if matches!(transport.closed().await, ConnectionError::Closed { .. }) {
+        conn.departed().await;
+    }
     tracing::debug!(conn = id, "disconnected");
 }
 

@@ -9,14 +9,16 @@ use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use mainstay_protocol::error::Code;
-use mainstay_protocol::registry::MAX_POSITIONS;
+use mainstay_protocol::registry::{MAX_POSITIONS, STREAM_MAIN};
+use mainstay_protocol::session::Committed as Durable;
 use mainstay_protocol::session::{
-    Activity, Author, Authority, CheckedBatch, Chunk, Leases, Outcome, PresenceJoined, PresenceUpdated, ProducerKey,
-    Refusal, Reply, State, Step, ViewHash,
+    Activity, Author, Authority, CheckedBatch, Chunk, EarlyRecord, Leases, Outcome, PresenceJoined, PresenceUpdated,
+    ProducerKey, Refusal, Reply, RunId, SessionConfigured, State, Step, View, ViewHash,
 };
 use mainstay_protocol::wire::{
-    Ack, Acked, Body, CloseSession, Closed, DefineStream, DeleteSession, Deleted, Detail, Error, Join, Joined, Label,
-    Leave, Left, OpenProducer, Position, Producer, Refused, Stream, Subject, Trim, Trimmed, Update, put_frame,
+    Ack, Acked, Body, CloseSession, Closed, Configure, Configured, DefineStream, DeleteSession, Deleted, Detail, Early,
+    Error, Granted, Join, Joined, Label, Leave, Left, OpenProducer, Position, Producer, Refused, Release, Renew,
+    Signal, Signalled, StartRun, Stream, Subject, TakeRun, Trim, Trimmed, Update, put_frame,
 };
 use mainstay_store::{Committing, Outcome as Committed, Pending, SessionStat, StoreError, Writer};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
@@ -46,7 +48,7 @@ pub(crate) enum Command {
     /// The view at the tail, for a subscription that starts with it.
     View { answer: oneshot::Sender<(u64, Bytes)> },
     /// Batches of one producer, in order.
-    Append { link: Arc<ProducerLink>, batches: Vec<(u64, CheckedBatch)>, permit: Arc<OwnedSemaphorePermit> },
+    Append { link: Arc<ProducerLink>, batches: Vec<Sent>, permit: Arc<OwnedSemaphorePermit> },
     /// OPEN_PRODUCER.
     OpenProducer { attachment: Arc<Attachment>, request: OpenProducer },
     /// DEFINE_STREAM.
@@ -61,10 +63,44 @@ pub(crate) enum Command {
     Update { attachment: Arc<Attachment>, activity: Box<Activity> },
     /// LEAVE.
     Leave { attachment: Arc<Attachment> },
+    /// CONFIGURE.
+    Configure { attachment: Arc<Attachment>, request: Configure },
+    /// START_RUN.
+    StartRun { attachment: Arc<Attachment>, request: Box<StartRun> },
+    /// TAKE_RUN.
+    TakeRun { attachment: Arc<Attachment>, request: Box<TakeRun> },
+    /// RENEW.
+    Renew { attachment: Arc<Attachment>, epoch: u64 },
+    /// RELEASE.
+    Release { attachment: Arc<Attachment>, epoch: Option<u64> },
+    /// SIGNAL.
+    Signal { attachment: Arc<Attachment>, request: Box<Signal> },
+    /// LISTEN.
+    Listen { attachment: Arc<Attachment>, from: u64 },
+    /// The client closed this connection.
+    Departed { conn: u64 },
     /// DELETE_SESSION.
     Delete { attachment: Arc<Attachment> },
     /// End after what was accepted is committed.
     Stop,
+}
+
+/// A batch as it came.
+#[derive(Debug)]
+pub(crate) struct Sent {
+    pub(crate) sequence: u64,
+    /// Epoch of the run that it is part of.
+    pub(crate) run: Option<u64>,
+    pub(crate) batch: CheckedBatch,
+}
+
+/// Who holds a run, as far as is known.
+#[derive(Debug)]
+struct Holder {
+    /// When it was heard last.
+    heard: Instant,
+    /// The connection over which.
+    conn: u64,
 }
 
 /// Whom to answer.
@@ -72,6 +108,20 @@ pub(crate) enum Command {
 enum Ticket {
     Batch { link: Arc<ProducerLink>, sequence: u64, _permit: Arc<OwnedSemaphorePermit> },
     Request { attachment: Arc<Attachment>, about: u64, id: u64 },
+}
+
+impl Ticket {
+    fn is_of(&self, of: &Arc<Attachment>) -> bool {
+        matches!(self, Self::Request { attachment, .. } if Arc::ptr_eq(attachment, of))
+    }
+
+    /// True if it can be answered.
+    fn is_alive(&self) -> bool {
+        match self {
+            Self::Request { attachment, .. } => attachment.is_alive(),
+            Self::Batch { link, .. } => link.attachment.is_alive(),
+        }
+    }
 }
 
 /// Who may change the session: nobody until the first request that does.
@@ -136,8 +186,15 @@ pub(crate) struct Owner {
     /// Who appends as which producer, to tell them when they are fenced.
     holders: HashMap<ProducerKey, Weak<ProducerLink>>,
     /// How long members count as here, and through which attachment they say so.
-    leases: Leases,
+    leases: Leases<Arc<Author>>,
     present: HashMap<Arc<Author>, Arc<Attachment>>,
+    /// What of the members the leases know.
+    seen_members: Option<u64>,
+    /// How long runs count as held, and by epoch who does.
+    runs: Leases<RunId>,
+    run_holders: HashMap<u64, Holder>,
+    /// Who hears signals early.
+    listeners: Vec<Arc<Attachment>>,
     /// Where the clock of the leases begins.
     begun: Instant,
     stopping: bool,
@@ -164,6 +221,9 @@ const RECHECK: Duration = Duration::from_secs(60);
 
 /// How long a store that cannot tell an outcome yet is left alone.
 const RESOLVE_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a run whose holder closed its connection is held on, in milliseconds: it may be on its way back.
+const DEPARTED: u64 = 500;
 
 const FENCED: &str = "a newer epoch of this producer was granted";
 const DISPLACED: &str = "the producer was opened again under its epoch";
@@ -193,6 +253,10 @@ impl Owner {
             holders: HashMap::new(),
             leases: Leases::default(),
             present: HashMap::new(),
+            seen_members: None,
+            runs: Leases::default(),
+            run_holders: HashMap::new(),
+            listeners: Vec::new(),
             begun: Instant::now(),
             stopping: false,
             catching_up: true,
@@ -222,7 +286,7 @@ impl Owner {
     pub(crate) async fn run(mut self) {
         let idle = self.sessions.config.idle;
         // Whoever was here before this server has its grace to come back.
-        self.hold_members();
+        self.hold_leases();
         let mut commands = Vec::new();
         let mut last_use = Instant::now();
         loop {
@@ -268,6 +332,7 @@ impl Owner {
                     self.view = None;
                     // Members are here or lost, and somebody has to say which. Before it leaves: from then on it may expire.
                     if self.leases.is_empty()
+                        && self.runs.is_empty()
                         && self.sessions.is_unused(&self.session)
                         && self.postpone_expiry().await
                         && self.sessions.leave_if_unused(&self.session)
@@ -324,7 +389,10 @@ impl Owner {
     /// True if something becomes due some time.
     fn may_be_due(&self) -> bool {
         let held_back = matches!(&self.role, Some(Role::Writer { authority, .. }) if authority.is_held_back());
-        held_back || !self.leases.is_empty() || self.state().is_some_and(|state| state.deadline().is_some())
+        held_back
+            || !self.leases.is_empty()
+            || !self.runs.is_empty()
+            || self.state().is_some_and(|state| state.deadline().is_some())
     }
 
     /// Writes what is due, unless that was looked for a moment ago. Returns when to look again.
@@ -333,8 +401,9 @@ impl Owner {
             return None;
         }
         let leases = self.lapse().await;
+        let runs = self.lapse_runs().await;
         let values = self.expire().await;
-        leases.into_iter().chain(values).chain(self.try_again()).min()
+        leases.into_iter().chain(runs).chain(values).chain(self.try_again()).min()
     }
 
     /// Lets be tried again what a store refused that nobody else asks for. Returns when to look again.
@@ -352,12 +421,10 @@ impl Owner {
 
     /// Loses the members of whom nothing was heard. Returns when to look again.
     async fn lapse(&mut self) -> Option<Instant> {
-        let clock =
-            |at: Instant| u64::try_from(at.saturating_duration_since(self.begun).as_millis()).unwrap_or(u64::MAX);
-        let now = clock(Instant::now());
+        let (begun, present) = (self.begun, &self.present);
+        let now = since(begun, Instant::now());
         if self.leases.deadline()? <= now {
-            let present = &self.present;
-            let lapsed = self.leases.lapsed(now, |author| Some(clock(present.get(author)?.heard())));
+            let lapsed = self.leases.lapsed(now, |author, _| Some(since(begun, present.get(author)?.heard())));
             let wall = (self.sessions.clock)();
             for (author, generation) in lapsed {
                 match self.authority().await {
@@ -372,7 +439,27 @@ impl Owner {
         Some(self.begun + Duration::from_millis(self.leases.deadline()?))
     }
 
-    /// Writes the values that expired. Returns when to look again.
+    /// Loses the runs whose holder was not heard for their lease. Returns when to look again.
+    async fn lapse_runs(&mut self) -> Option<Instant> {
+        let (begun, holders) = (self.begun, &self.run_holders);
+        let now = since(begun, Instant::now());
+        if self.runs.deadline()? <= now {
+            let lapsed = self.runs.lapsed(now, |_, epoch| Some(since(begun, holders.get(&epoch)?.heard)));
+            let wall = (self.sessions.clock)();
+            for (run, epoch) in lapsed {
+                match self.authority().await {
+                    Ok(authority) => authority.lose_run(wall, run, epoch),
+                    Err(refusal) => {
+                        tracing::warn!(session = %self.session.id, code = %refusal.code, "cannot write which run is lost now");
+                        break;
+                    }
+                }
+            }
+        }
+        Some(self.begun + Duration::from_millis(self.runs.deadline()?))
+    }
+
+    /// Writes the values, signals and requests that expired. Returns when to look again.
     async fn expire(&mut self) -> Option<Instant> {
         let deadline = self.state()?.deadline()?;
         let now = (self.sessions.clock)();
@@ -419,7 +506,7 @@ impl Owner {
         self.catching_up &= matches!(fate, Fate::Committed);
         match fate {
             Fate::Committed => match authority.committed() {
-                Ok(Some((chunk, replies))) => self.publish(&chunk, replies),
+                Ok(Some(committed)) => self.publish(committed),
                 Ok(None) => {}
                 Err(damage) => {
                     tracing::error!(session = %self.session.id, %damage, "a chunk does not follow its session");
@@ -460,7 +547,7 @@ impl Owner {
     }
 
     /// Shows a durable chunk to the readers, then answers the requests that it holds.
-    fn publish(&mut self, chunk: &Arc<Chunk>, replies: Vec<(Ticket, Reply)>) {
+    fn publish(&mut self, Durable { chunk, replies, early }: Durable<Ticket>) {
         let Some(state) = self.state() else { return };
         let header = chunk.header();
         if !header.controls.is_empty() && self.session.streams().len() != state.streams().len() {
@@ -473,22 +560,28 @@ impl Owner {
                 (extent.first, extent.tail, extent.closed) = (first, chunk.end(), closed);
             });
         }
-        self.hold_members();
+        self.hold_leases();
         self.view = None;
+        self.tell(&early);
         self.answer(replies);
+        self.follow_up();
         self.unsnapshotted += chunk.bytes().len();
         self.keep_up();
     }
 
-    /// Holds those who are members now.
-    fn hold_members(&mut self) {
-        let now = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+    /// Holds those who are members now, and the runs that are active.
+    fn hold_leases(&mut self) {
+        let now = since(self.begun, Instant::now());
         let view = match &self.role {
             Some(Role::Reader(state)) => state.view(),
             Some(Role::Writer { authority, .. }) => authority.state().view(),
             None => return,
         };
-        if self.leases.follow(view, now) {
+        // Of thousands of members most commits change none.
+        if self.seen_members != Some(view.members().changes()) {
+            self.seen_members = Some(view.members().changes());
+            let members = view.members().iter();
+            self.leases.follow(now, members.map(|(author, of)| (author.clone(), of.generation, of.grace)));
             self.present.retain(|author, attachment| {
                 let here = view.members().get(author).is_some();
                 if !here {
@@ -498,6 +591,72 @@ impl Owner {
                 here
             });
         }
+        if !self.runs.is_empty() || !view.runs().current().is_empty() {
+            let leased = view.runs().active().filter(|run| run.lease > 0);
+            self.runs.follow(now, leased.map(|run| (run.id, run.epoch, run.lease)));
+            self.run_holders.retain(|epoch, _| view.runs().active().any(|run| run.epoch == *epoch));
+        }
+    }
+
+    /// Who holds a run under `epoch` is at work, over the connection of `attachment`.
+    fn renew(&mut self, epoch: u64, attachment: &Attachment) {
+        let Some(conn) = attachment.conn.upgrade() else { return };
+        conn.hold_run(&self.session);
+        self.run_holders.insert(epoch, Holder { heard: Instant::now(), conn: conn.id });
+    }
+
+    /// A client closed its connection: it holds its runs for a moment only, unless it comes back.
+    fn departed(&mut self, conn: u64) {
+        let now = since(self.begun, Instant::now());
+        let until = now.saturating_add(DEPARTED);
+        let Some(Role::Writer { authority, .. }) = &self.role else { return };
+        for run in authority.state().view().runs().active() {
+            if self.run_holders.get(&run.epoch).is_some_and(|holder| holder.conn == conn) {
+                self.runs.hasten(&run.id, run.epoch, (now, until));
+            }
+        }
+    }
+
+    /// Tells records early to who listens.
+    fn tell(&mut self, early: &[EarlyRecord]) {
+        if early.is_empty() {
+            return;
+        }
+        self.listeners.retain(|attachment| attachment.is_alive());
+        for EarlyRecord { seq, time, author, record } in early {
+            let frame = Early { seq: *seq, time: *time, author: (**author).clone(), record: record.encode() };
+            self.listeners.iter().for_each(|attachment| attachment.outbox.add(|w| put_frame(&frame, w)));
+        }
+    }
+
+    /// Lets the authority do what follows from what is durable.
+    fn follow_up(&mut self) {
+        let now = (self.sessions.clock)();
+        let Some(Role::Writer { authority, .. }) = &mut self.role else { return };
+        if authority.has_standbys() {
+            authority.retain_standbys(Ticket::is_alive);
+        }
+        for (ticket, refusal) in authority.follow_up(now) {
+            refuse(&ticket, &refusal);
+        }
+    }
+
+    /// Answers LISTEN: every signal that nobody took, from `from` on, and from now on every one that comes.
+    fn listen(&mut self, attachment: Arc<Attachment>, from: u64) {
+        let pending = |view: &View| {
+            let pending = view.signals().pending().iter().filter(|pending| pending.seq >= from);
+            let early = pending.map(|pending| Early {
+                seq: pending.seq,
+                time: pending.time,
+                author: (*pending.author).clone(),
+                record: pending.signal.record(STREAM_MAIN, pending.run).encode(),
+            });
+            early.collect::<Vec<_>>()
+        };
+        let known = self.state().map(|state| pending(state.view())).unwrap_or_default();
+        known.into_iter().for_each(|frame| attachment.outbox.push(frame));
+        self.listeners.retain(|listener| listener.is_alive() && !Arc::ptr_eq(listener, &attachment));
+        self.listeners.push(attachment);
     }
 
     /// Starts what is due and not running: a snapshot after many bytes and before a trim.
@@ -595,6 +754,12 @@ impl Owner {
                 outbox.push(Joined { generation });
             }
             Reply::Left => outbox.push(Left {}),
+            Reply::Run { run, epoch, lost } => {
+                outbox.push(Granted { run, epoch, lost });
+                self.renew(epoch, attachment);
+            }
+            Reply::Signalled { signal, seq } => outbox.push(Signalled { id: signal, seq }),
+            Reply::Configured { seq } => outbox.push(Configured { seq }),
             Reply::Stream { id, name } => outbox.push(Stream { id, name }),
             Reply::Closed { seq } => outbox.push(Closed { seq }),
             Reply::Trimmed { first } => outbox.push(Trimmed { first }),
@@ -676,6 +841,55 @@ impl Owner {
                 self.request(attachment, Leave::KIND, 0, |authority, ticket| authority.leave(now, &author, ticket))
                     .await;
             }
+            Command::Configure { attachment, request } => {
+                let author = attachment.author.clone();
+                let configured = SessionConfigured { runs: request.runs, inputs: request.inputs };
+                self.request(attachment, Configure::KIND, 0, |authority, ticket| {
+                    authority.configure(now, &author, configured, ticket)
+                })
+                .await;
+            }
+            Command::StartRun { attachment, request } => {
+                let author = attachment.author.clone();
+                let StartRun { run, lease, input } = *request;
+                self.request(attachment, StartRun::KIND, 0, |authority, ticket| {
+                    authority.start_run(now, &author, run, (lease, input), ticket)
+                })
+                .await;
+            }
+            Command::TakeRun { attachment, request } => {
+                let author = attachment.author.clone();
+                let TakeRun { run, lease } = *request;
+                self.request(attachment, TakeRun::KIND, 0, |authority, ticket| {
+                    authority.retain_standbys(Ticket::is_alive);
+                    authority.take_run(&author, run, lease, ticket)
+                })
+                .await;
+                self.follow_up();
+            }
+            Command::Renew { attachment, epoch } => match self.held_run(&attachment, epoch).await {
+                Ok(_) => self.renew(epoch, &attachment),
+                Err(refusal) => attachment.refuse(Renew::KIND, 0, &refusal),
+            },
+            Command::Release { attachment, epoch: Some(epoch) } => match self.held_run(&attachment, epoch).await {
+                Ok((authority, run)) => authority.lose_run(now, run, epoch),
+                Err(refusal) => attachment.refuse(Release::KIND, 0, &refusal),
+            },
+            Command::Release { attachment, epoch: None } => {
+                if let Some(Role::Writer { authority, .. }) = &mut self.role {
+                    authority.retain_standbys(|ticket| !ticket.is_of(&attachment));
+                }
+            }
+            Command::Signal { attachment, request } => {
+                let author = attachment.author.clone();
+                let Signal { id, intent, target, lasts, text } = *request;
+                self.request(attachment, Signal::KIND, 0, |authority, ticket| {
+                    authority.signal(now, &author, (id, intent, target), (lasts, text), ticket)
+                })
+                .await;
+            }
+            Command::Listen { attachment, from } => self.listen(attachment, from),
+            Command::Departed { conn } => self.departed(conn),
             Command::Delete { attachment } => self.delete(&attachment).await,
             Command::Stop => self.stopping = true,
         }
@@ -729,25 +943,25 @@ impl Owner {
         &mut self,
         now: u64,
         link: &Arc<ProducerLink>,
-        batches: Vec<(u64, CheckedBatch)>,
+        batches: Vec<Sent>,
         permit: &Arc<OwnedSemaphorePermit>,
     ) {
         let authority = match self.authority().await {
             Ok(authority) => authority,
             Err(refusal) => {
-                for (sequence, _) in batches {
+                for Sent { sequence, .. } in batches {
                     refuse_batch(link, sequence, &refusal);
                 }
                 return;
             }
         };
-        let mut acks = None;
-        for (sequence, batch) in batches {
+        let (mut acks, mut renewed) = (None, Vec::new());
+        for Sent { sequence, run, batch } in batches {
             let ticket = Ticket::Batch { link: link.clone(), sequence, _permit: permit.clone() };
             let author = &link.attachment.author;
-            let (outcome, _) = authority.append(now, author, (&link.handle, link.epoch), sequence, batch, ticket);
+            let (outcome, _) = authority.append(now, author, (&link.handle, link.epoch, sequence), run, batch, ticket);
             match outcome {
-                Outcome::Pending => {}
+                Outcome::Pending => renewed.extend(run.filter(|run| renewed.last() != Some(run))),
                 Outcome::Done(Reply::Appended { sequence, acked }) => {
                     acknowledge(&mut acks, link.clone(), sequence, acked);
                 }
@@ -758,6 +972,18 @@ impl Owner {
         if let Some((link, ack)) = acks {
             link.attachment.outbox.push(ack);
         }
+        renewed.into_iter().for_each(|epoch| self.renew(epoch, &link.attachment));
+    }
+
+    /// The run that the client of `attachment` holds under `epoch`. Refusals: `FENCED`, those of becoming the writer.
+    async fn held_run(
+        &mut self,
+        attachment: &Attachment,
+        epoch: u64,
+    ) -> Result<(&mut Authority<Ticket>, RunId), Refusal> {
+        let authority = self.authority().await?;
+        let run = authority.held_run(&attachment.author, epoch)?;
+        Ok((authority, run))
     }
 
     async fn request(
@@ -810,6 +1036,11 @@ impl Owner {
             Err(error) => attachment.refuse(DeleteSession::KIND, 0, &refusal(&error)),
         }
     }
+}
+
+/// Milliseconds from `begun` to `at`.
+fn since(begun: Instant, at: Instant) -> u64 {
+    u64::try_from(at.saturating_duration_since(begun).as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Adds an acknowledgement to the ACK being gathered, or sends that and begins another.

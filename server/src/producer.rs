@@ -10,7 +10,7 @@ use mainstay_transport::{FrameError, FrameReader, RecvStream};
 
 use crate::attachment::Attachment;
 use crate::connection::Conn;
-use crate::owner::Command;
+use crate::owner::{Command, Sent};
 use crate::sessions::Session;
 
 /// A producer that was opened on this connection.
@@ -58,7 +58,7 @@ async fn pump<R: RecvStream>(
             let Frame::Append(append) = frame else {
                 return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "only APPEND may follow PRODUCE").into());
             };
-            let Append { sequence, count, records } = append;
+            let Append { sequence, count, records, run_epoch: run } = append;
             if let Err(refusal) = conn.allow(Operation::Append, &link.session.id.name) {
                 flush(conn, link, &mut batches, &mut bytes).await?;
                 link.refuse(sequence, &refusal);
@@ -67,7 +67,7 @@ async fn pump<R: RecvStream>(
             match CheckedBatch::new(count, records) {
                 Ok(batch) => {
                     bytes += batch.len();
-                    batches.push((sequence, batch));
+                    batches.push(Sent { sequence, run, batch });
                 }
                 Err(error) => {
                     // What came before is answered first, so that answers keep the order of the batches.
@@ -102,7 +102,7 @@ async fn pump<R: RecvStream>(
 async fn flush(
     conn: &Conn,
     link: &Arc<ProducerLink>,
-    batches: &mut Vec<(u64, CheckedBatch)>,
+    batches: &mut Vec<Sent>,
     bytes: &mut usize,
 ) -> Result<(), ProtocolError> {
     if batches.is_empty() {

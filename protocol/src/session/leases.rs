@@ -1,73 +1,80 @@
-//! Leases of members: how long somebody counts as here without a sign of life (spec PRES-4).
+//! Leases: how long somebody counts as here, or a run as held, without a sign of life (spec PRES-4, RUN-4).
 
+use core::hash::Hash;
 use std::collections::HashMap;
-use std::sync::Arc;
-
-use super::view::View;
-use super::words::Author;
 
 #[derive(Debug)]
 struct Lease {
     generation: u64,
-    grace: u64,
+    lasts: u64,
     /// Then it is looked at again.
     until: u64,
+    /// What was heard up to then does not count any more.
+    hastened: Option<u64>,
 }
 
-/// Who is held present until when, in milliseconds of a clock that only ever goes forward. Nothing of it is stored: a server
-/// that starts gives everybody a grace to come back.
-#[derive(Debug, Default)]
-pub struct Leases {
-    held: HashMap<Arc<Author>, Lease>,
-    /// What the members had seen when they were looked at.
-    seen: Option<u64>,
+/// What is held until when, in milliseconds of a clock that only ever goes forward. Nothing of it is stored: a server that
+/// starts gives everybody a whole lease to come back.
+#[derive(Debug)]
+pub struct Leases<K> {
+    held: HashMap<K, Lease>,
 }
 
-/// How long a departure may take to become durable before it is asked for again, in milliseconds.
+impl<K> Default for Leases<K> {
+    fn default() -> Self {
+        Self { held: HashMap::new() }
+    }
+}
+
+/// How long a loss may take to become durable before it is asked for again, in milliseconds.
 const AGAIN: u64 = 1000;
 
-impl Leases {
-    /// Holds exactly the members of the durable view; those that are new from `now` on. True if somebody came or went.
-    pub fn follow(&mut self, view: &View, now: u64) -> bool {
-        let members = view.members();
-        if self.seen == Some(members.changes()) {
-            return false;
+impl<K: Hash + Eq + Clone> Leases<K> {
+    /// Holds exactly `held`, each with its generation and how long its lease lasts; what is new, or of another generation, from
+    /// `now` on.
+    pub fn follow(&mut self, now: u64, held: impl Iterator<Item = (K, u64, u64)>) {
+        let mut before = core::mem::take(&mut self.held);
+        for (key, generation, lasts) in held {
+            let lease = match before.remove(&key) {
+                Some(lease) if lease.generation == generation => lease,
+                _ => Lease { generation, lasts, until: now.saturating_add(lasts), hastened: None },
+            };
+            self.held.insert(key, lease);
         }
-        self.seen = Some(members.changes());
-        self.held.retain(|author, lease| members.get(author).is_some_and(|m| m.generation == lease.generation));
-        for (author, member) in members.iter() {
-            self.held.entry(author.clone()).or_insert_with(|| Lease {
-                generation: member.generation,
-                grace: member.grace,
-                until: now.saturating_add(member.grace),
-            });
-        }
-        true
     }
 
-    /// True if nobody is here.
+    /// True if nothing is held.
     pub fn is_empty(&self) -> bool {
         self.held.is_empty()
     }
 
-    /// When [`Leases::lapsed`] may find somebody.
+    /// When [`Leases::lapsed`] may find something.
     pub fn deadline(&self) -> Option<u64> {
         self.held.values().map(|lease| lease.until).min()
     }
 
-    /// Members of whom nothing was heard for their grace, with their generations. `heard` says when a member was heard last.
-    pub fn lapsed(&mut self, now: u64, heard: impl Fn(&Author) -> Option<u64>) -> Vec<(Arc<Author>, u64)> {
+    /// Whoever holds something went away at `now`: unless more is heard until `until`, it lapses then.
+    pub fn hasten(&mut self, key: &K, generation: u64, (now, until): (u64, u64)) {
+        if let Some(lease) = self.held.get_mut(key).filter(|lease| lease.generation == generation) {
+            lease.until = lease.until.min(until);
+            lease.hastened = Some(now);
+        }
+    }
+
+    /// What nothing was heard of for its lease, with its generation. `heard` says when it was heard last.
+    pub fn lapsed(&mut self, now: u64, heard: impl Fn(&K, u64) -> Option<u64>) -> Vec<(K, u64)> {
         let mut lapsed = Vec::new();
-        for (author, lease) in &mut self.held {
+        for (key, lease) in &mut self.held {
             if lease.until > now {
                 continue;
             }
-            let alive = heard(author).map_or(0, |at| at.saturating_add(lease.grace));
+            let heard = heard(key, lease.generation).filter(|at| lease.hastened.is_none_or(|hastened| *at > hastened));
+            let alive = heard.map_or(0, |at| at.saturating_add(lease.lasts));
             if alive > now {
-                lease.until = alive;
+                (lease.until, lease.hastened) = (alive, None);
             } else {
-                lapsed.push((author.clone(), lease.generation));
-                // It goes once its departure is durable.
+                lapsed.push((key.clone(), lease.generation));
+                // It goes once its loss is durable.
                 lease.until = now.saturating_add(AGAIN);
             }
         }

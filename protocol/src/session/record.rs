@@ -70,6 +70,15 @@ impl Record {
         w.raw(&self.payload);
     }
 
+    /// The record bytes.
+    pub fn encode(&self) -> Bytes {
+        let mut w = Writer::with_capacity(self.encoded_len() + 4);
+        self.put(&mut w);
+        let mut bytes = w.freeze();
+        let _ = bytes.split_to(varint_len(self.encoded_len() as u64));
+        bytes
+    }
+
     /// Length of the record bytes, without the length that precedes them in a region.
     pub fn encoded_len(&self) -> usize {
         let field = |bytes: &Bytes| varint_len(bytes.len() as u64) + bytes.len();
@@ -90,7 +99,8 @@ impl Record {
         Self::parse(&bytes).map_err(|error| ProtocolError::new(Code::RECORD_MALFORMED, error.detail))
     }
 
-    pub(super) fn parse(bytes: &Bytes) -> Result<Self, ProtocolError> {
+    /// Reads record bytes. Errors: `FRAME_MALFORMED`.
+    pub fn parse(bytes: &Bytes) -> Result<Self, ProtocolError> {
         let mut r = Reader::new(bytes);
         let Head { kind, stream, flags } = Head::get(&mut r)?;
         let message = if flags & HAS_MESSAGE != 0 { Some(MessageId::get(&mut r)?) } else { None };

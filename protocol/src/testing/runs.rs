@@ -322,6 +322,7 @@ enum Accepted {
     Interrupt {
         id: SignalId,
         run: u8,
+        message: u8,
         expires: u64,
     },
     ExpireSignal(SignalId),
@@ -488,7 +489,7 @@ impl World {
                 }
                 let target = input.map(|input| Target::Input(message_id(input)));
                 for signal in self.signals.values_mut().filter(|signal| Some(signal.target) == target) {
-                    if signal.outcome.is_none() {
+                    if signal.outcome.is_none() && signal.run.is_none() {
                         signal.run = Some(run);
                     }
                 }
@@ -520,11 +521,11 @@ impl World {
                 }
                 self.signals.insert(id, Signal { seq, intent, target, run, expires, outcome: None });
             }
-            Accepted::Interrupt { id, run, expires } => {
+            Accepted::Interrupt { id, run, message, expires } => {
                 if let Some(run) = self.runs.get_mut(&run) {
                     run.interrupted = seq + 1;
                 }
-                let (intent, target) = (Intent::Interrupt, Target::Run(run_id(run)));
+                let (intent, target) = (Intent::Interrupt, Target::Input(message_id(message)));
                 self.signals.insert(id, Signal { seq, intent, target, run: Some(run), expires, outcome: None });
             }
             Accepted::ExpireSignal(id) => {
@@ -1016,7 +1017,10 @@ impl History {
                 let staged = self.staged();
                 if !staged.signals.contains_key(&SignalId(signal)) && staged.pending() < MAX_SIGNALS {
                     let expires = self.now + MAX_LASTS;
-                    self.accepted.push((Accepted::Interrupt { id: SignalId(signal), run: id, expires }, None));
+                    self.accepted.push((
+                        Accepted::Interrupt { id: SignalId(signal), run: id, message: *message, expires },
+                        None,
+                    ));
                 }
             }
         }

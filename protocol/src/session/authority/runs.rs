@@ -227,14 +227,14 @@ impl<T> Authority<T> {
             let signal = Signal {
                 id,
                 intent: Intent::Interrupt,
-                target: Target::Run(run),
+                target: Target::Input(message),
                 lasts: MAX_LASTS,
                 text: bytes::Bytes::new(),
             };
             if self.overlay.same_signal(self.state.view(), &signal).is_some() {
                 continue;
             }
-            let record = Record { message: Some(message), ..signal.record(STREAM_MAIN, Some(run)) };
+            let record = signal.record(STREAM_MAIN, Some(run));
             // Refused where too many signals wait already: the run has enough reasons to stop.
             let _ = self.write(now, self.server.clone(), record, None);
         }

@@ -325,7 +325,7 @@ impl Draft<'_> {
     /// What was for an input is for the run that it caused.
     fn caused(&mut self, seq: u64, input: MessageId, run: RunId) {
         for (id, pending) in self.pending() {
-            if pending.signal.1 == Target::Input(input) && pending.run != Some(run) {
+            if pending.signal.1 == Target::Input(input) && pending.run.is_none() {
                 let pending = PendingStanding { run: Some(run), ..pending };
                 self.changes.signals.insert(id, (seq, pending.seq, Some(pending)));
             }

@@ -74,7 +74,7 @@ impl Members {
     }
 
     /// Differs from before if somebody came or went since.
-    pub(in crate::session) fn changes(&self) -> u64 {
+    pub fn changes(&self) -> u64 {
         self.changes
     }
 

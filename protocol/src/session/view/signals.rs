@@ -203,7 +203,7 @@ impl Signals {
     /// An input caused a run: what was for the input is for the run.
     pub(super) fn caused(&mut self, input: MessageId, run: RunId) {
         for pending in &mut self.pending {
-            if pending.signal.target == Target::Input(input) {
+            if pending.signal.target == Target::Input(input) && pending.run.is_none() {
                 pending.run = Some(run);
             }
         }
