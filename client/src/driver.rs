@@ -3,13 +3,17 @@
 use core::time::Duration;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::MAX_FRAME;
-use mainstay_protocol::session::{Activity, Backoff, Cursor, Incarnation, Verdict};
+use mainstay_protocol::session::{
+    Activity, Backoff, Cursor, Incarnation, InputPolicy, MessageId, Record, RunId, RunMode, Verdict,
+};
 use mainstay_protocol::wire::{
-    Attach, AttachMode, Attached, Body, CloseSession, DefineStream, DeleteSession, Frame, Join, Label, Leave,
-    OpenProducer, Start, Subscribe, Trim, Unsubscribe, Update,
+    Attach, AttachMode, Attached, Body, CloseSession, Configure, DefineStream, DeleteSession, Early, Frame, Granted,
+    Join, Label, Leave, Listen, OpenProducer, Release, Renew, Signal, Start, StartRun, Subscribe, TakeRun, Trim,
+    Unsubscribe, Update,
 };
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, SendStream, priority};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -19,9 +23,11 @@ use crate::client::{Status, up};
 use crate::config::Config;
 use crate::error::ClientError;
 use crate::link::Link;
+use crate::live::Folded;
 use crate::membership::Wanted;
 use crate::producer::{self, Shared};
 use crate::session::{ATTACH_PAUSE, Attaching, SessionInfo};
+use crate::signal::Heard;
 use crate::subscription::{Event, Opened, Reader};
 
 type Answer<T> = oneshot::Sender<Result<T, ClientError>>;
@@ -41,6 +47,12 @@ pub(crate) enum Ask {
     Join { wanted: Wanted, answer: Option<Answer<u64>> },
     /// Be none.
     Leave { number: u64, answer: Option<Answer<u64>> },
+    /// How runs and inputs are treated.
+    Configure { runs: RunMode, inputs: InputPolicy, answer: Answer<u64> },
+    /// Begin a run.
+    StartRun { run: RunId, lease: u64, input: Option<MessageId>, answer: Answer<u64> },
+    /// Want something of a run.
+    Signal { signal: Signal, answer: Answer<u64> },
 }
 
 impl Ask {
@@ -52,6 +64,9 @@ impl Ask {
             Self::Delete { .. } => DeleteSession {}.into(),
             Self::Join { wanted, .. } => wanted.request.clone().into(),
             Self::Leave { .. } => Leave {}.into(),
+            Self::Configure { runs, inputs, .. } => Configure { runs: *runs, inputs: *inputs }.into(),
+            Self::StartRun { run, lease, input, .. } => StartRun { run: *run, lease: *lease, input: *input }.into(),
+            Self::Signal { signal, .. } => signal.clone().into(),
         }
     }
 
@@ -63,6 +78,9 @@ impl Ask {
             Self::Delete { .. } => DeleteSession::KIND,
             Self::Join { .. } => Join::KIND,
             Self::Leave { .. } => Leave::KIND,
+            Self::Configure { .. } => Configure::KIND,
+            Self::StartRun { .. } => StartRun::KIND,
+            Self::Signal { .. } => Signal::KIND,
         }
     }
 
@@ -71,7 +89,10 @@ impl Ask {
             Self::Stream { answer, .. }
             | Self::Close { answer }
             | Self::Trim { answer, .. }
-            | Self::Delete { answer } => Some(answer),
+            | Self::Delete { answer }
+            | Self::Configure { answer, .. }
+            | Self::StartRun { answer, .. }
+            | Self::Signal { answer, .. } => Some(answer),
             Self::Join { answer, .. } | Self::Leave { answer, .. } => answer,
         };
         if let Some(answer) = answer {
@@ -87,6 +108,16 @@ pub(crate) enum SessionCommand {
     Attached { answer: Answer<Arc<watch::Receiver<SessionInfo>>> },
     /// A request with one answer.
     Ask(Ask),
+    /// Wait for a run to be lost.
+    TakeRun { run: Option<RunId>, lease: u64, answer: Answer<Granted> },
+    /// Say that a run is worked on.
+    Renew { epoch: u64 },
+    /// Let a run go, or wait for none.
+    Release { epoch: Option<u64> },
+    /// Hear signals early.
+    Listen { records: mpsc::Sender<Folded>, heard: Arc<Heard> },
+    /// Hear those again that nobody took.
+    ListenAgain { from: u64 },
     /// Say what the member is doing.
     Update { number: u64, activity: Activity },
     /// Open a producer.
@@ -144,6 +175,30 @@ struct SubscriptionEntry<C: Connection> {
     wanted: bool,
 }
 
+/// A run that is waited for.
+struct Taking {
+    id: u64,
+    run: Option<RunId>,
+    lease: u64,
+    answer: Answer<Granted>,
+    /// When it is asked for again after a refusal that may pass.
+    again: Option<Instant>,
+}
+
+impl Taking {
+    fn frame(&self) -> TakeRun {
+        TakeRun { id: self.id, run: self.run, lease: self.lease }
+    }
+}
+
+/// Where signals are told early.
+struct Listener {
+    records: mpsc::Sender<Folded>,
+    heard: Arc<Heard>,
+    /// Behind the last one told.
+    next: u64,
+}
+
 struct Joining {
     /// The join and when it is asked for again; `None` while it is.
     waiting: Option<(Ask, Instant)>,
@@ -181,6 +236,10 @@ pub(crate) struct Driver<C: Connection> {
     member: Option<Wanted>,
     /// A join that was refused for a reason that may pass.
     joining: Option<Joining>,
+    /// Runs that are waited for, in the order in which they were asked for.
+    taking: VecDeque<Taking>,
+    next_taking: u64,
+    listener: Option<Listener>,
     ended: Vec<oneshot::Sender<ClientError>>,
     /// The session's incarnation, once it is known.
     incarnation: watch::Sender<Option<Incarnation>>,
@@ -214,6 +273,9 @@ impl<C: Connection> Driver<C> {
             next_subscription: 0,
             member: None,
             joining: None,
+            taking: VecDeque::new(),
+            next_taking: 0,
+            listener: None,
             ended: Vec::new(),
             refused_since: None,
         }
@@ -255,6 +317,8 @@ impl<C: Connection> Driver<C> {
             let _ = answer.send(Err(error.clone()));
         }
         self.asks.drain(..).for_each(|ask| ask.answer(Err(error.clone())));
+        self.taking.drain(..).for_each(|taking| drop(taking.answer.send(Err(error.clone()))));
+        self.listener = None;
         for entry in self.producers.drain(..) {
             entry.shared.end(error);
             if let Some(answer) = entry.answer {
@@ -273,7 +337,13 @@ impl<C: Connection> Driver<C> {
                 SessionCommand::Ask(ask) => ask.answer(Err(error.clone())),
                 SessionCommand::Producer { answer, .. } => drop(answer.send(Err(error.clone()))),
                 SessionCommand::Subscribe { events, .. } => drop(events.try_send(Err(error.clone()))),
-                SessionCommand::Again { .. } | SessionCommand::Update { .. } => {}
+                SessionCommand::TakeRun { answer, .. } => drop(answer.send(Err(error.clone()))),
+                SessionCommand::Again { .. }
+                | SessionCommand::Update { .. }
+                | SessionCommand::Renew { .. }
+                | SessionCommand::Release { .. }
+                | SessionCommand::Listen { .. }
+                | SessionCommand::ListenAgain { .. } => {}
                 SessionCommand::Ended { answer } => drop(answer.send(error.clone())),
             }
         }
@@ -348,6 +418,7 @@ impl<C: Connection> Driver<C> {
             let beats = attached && self.member.is_some();
             let join_again = self.joining.as_ref().and_then(|joining| Some(joining.waiting.as_ref()?.1));
             let join_again = join_again.filter(|_| attached);
+            let take_again = self.taking.iter().filter_map(|taking| taking.again).min().filter(|_| attached);
             tokio::select! {
                 () = tokio::time::sleep_until(beat), if beats => match &self.member {
                     Some(member) if !member.is_dropped() => {
@@ -364,6 +435,9 @@ impl<C: Connection> Driver<C> {
                     if let Some((ask, _)) = self.joining.as_mut().and_then(|joining| joining.waiting.take()) {
                         self.ask(ask, attached, outbox);
                     }
+                }
+                () = tokio::time::sleep_until(take_again.unwrap_or(beat)), if take_again.is_some() => {
+                    self.take_again(outbox);
                 }
                 () = tokio::time::sleep_until(again.unwrap_or_else(Instant::now)), if attached && again.is_some() => {
                     for at in 0..self.producers.len() {
@@ -409,6 +483,48 @@ impl<C: Connection> Driver<C> {
         for subscription in waiting {
             self.subscribe(subscription, link, outbox);
         }
+        if let Some(listener) = &self.listener {
+            outbox.push(Listen { from: listener.next });
+        }
+        self.taking.retain(|taking| !taking.answer.is_closed());
+        for taking in &mut self.taking {
+            taking.again = None;
+            outbox.push(taking.frame());
+        }
+    }
+
+    /// Asks again for the runs that were refused a while ago.
+    fn take_again(&mut self, outbox: &Outbox) {
+        self.taking.retain(|taking| !taking.answer.is_closed());
+        for taking in self.taking.iter_mut().filter(|taking| taking.again.is_some_and(|at| at <= Instant::now())) {
+            taking.again = None;
+            outbox.push(taking.frame());
+        }
+    }
+
+    /// A run was granted that was waited for.
+    fn taken(&mut self, granted: Granted, outbox: &Outbox) {
+        let at = self.taking.iter().position(|taking| taking.id == granted.id);
+        let epoch = granted.epoch;
+        let answer = at.and_then(|at| self.taking.remove(at)).map(|taking| taking.answer);
+        if answer.is_none_or(|answer| answer.send(Ok(granted)).is_err()) {
+            // Nobody waits for it any more: another client may have it.
+            outbox.push(Release { epoch: Some(epoch) });
+        }
+    }
+
+    /// A record came early.
+    fn early(&mut self, early: Early) -> Result<(), ProtocolError> {
+        let Some(listener) = &mut self.listener else { return Ok(()) };
+        let record = Record::parse(&early.record)?;
+        listener.next = listener.next.max(early.seq + 1);
+        let folded = Folded { seq: early.seq, time: early.time, author: Arc::new(early.author), record };
+        match listener.records.try_send(folded) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(_)) => listener.heard.missed.store(true, Ordering::Release),
+            Err(mpsc::error::TrySendError::Closed(_)) => self.listener = None,
+        }
+        Ok(())
     }
 
     /// ATTACHED came.
@@ -574,6 +690,32 @@ impl<C: Connection> Driver<C> {
                     }
                 }
             }
+            SessionCommand::TakeRun { run, lease, answer } => {
+                self.next_taking += 1;
+                let taking = Taking { id: self.next_taking, run, lease, answer, again: None };
+                outbox.push(taking.frame());
+                self.taking.push_back(taking);
+            }
+            SessionCommand::Renew { epoch } => {
+                // Where there is no attachment it is too early or too late: what is appended says it too.
+                if attached {
+                    outbox.push(Renew { epoch });
+                }
+            }
+            SessionCommand::Release { epoch: None } => {
+                let before = self.taking.len();
+                self.taking.retain(|taking| !taking.answer.is_closed());
+                if before > self.taking.len() {
+                    outbox.push(Release { epoch: None });
+                    self.taking.iter().for_each(|taking| outbox.push(taking.frame()));
+                }
+            }
+            SessionCommand::Release { epoch } => outbox.push(Release { epoch }),
+            SessionCommand::Listen { records, heard } => {
+                self.listener = Some(Listener { records, heard, next: 0 });
+                outbox.push(Listen { from: 0 });
+            }
+            SessionCommand::ListenAgain { from } => outbox.push(Listen { from }),
             SessionCommand::Producer { name, config, answer } => {
                 self.producers.retain(|entry| !entry.shared.is_finished());
                 let shared = Arc::new(Shared::new(name, config));
@@ -675,6 +817,28 @@ impl<C: Connection> Driver<C> {
                     return Ok(());
                 }
             }
+            Frame::Configured(configured) => {
+                if matches!(self.asks.front(), Some(Ask::Configure { .. })) {
+                    self.answered(Ok(configured.seq), outbox);
+                    return Ok(());
+                }
+            }
+            Frame::Granted(granted) => {
+                let started = |ask: &Ask| matches!(ask, Ask::StartRun { run, .. } if *run == granted.run);
+                if self.asked && self.asks.front().is_some_and(started) {
+                    self.answered(Ok(granted.epoch), outbox);
+                } else {
+                    self.taken(granted, outbox);
+                }
+                return Ok(());
+            }
+            Frame::Signalled(signalled) => {
+                if matches!(self.asks.front(), Some(Ask::Signal { .. })) {
+                    self.answered(Ok(signalled.seq), outbox);
+                    return Ok(());
+                }
+            }
+            Frame::Early(early) => return self.early(early).map_err(|error| Over::Failed(error.into())),
             Frame::Left(_) => {
                 if self.asked && matches!(self.asks.front(), Some(Ask::Leave { .. })) {
                     self.answered(Ok(0), outbox);
@@ -747,6 +911,18 @@ impl<C: Connection> Driver<C> {
                     self.joining = Some(Joining { waiting, since });
                 }
             }
+            TakeRun::KIND => {
+                let at = self.taking.iter().position(|taking| taking.id == error.id);
+                if let Some(taking) = at.and_then(|at| self.taking.get_mut(at))
+                    && error.code.is_retryable()
+                {
+                    taking.again = Some(Instant::now() + REOPEN_PAUSE);
+                } else if let Some(taking) = at.and_then(|at| self.taking.remove(at)) {
+                    let _ = taking.answer.send(Err(failure));
+                }
+            }
+            // What is appended next is told, and so is who listens.
+            Renew::KIND | Release::KIND => tracing::debug!(code = %error.code, "the run is not held any more"),
             about if self.asked && self.asks.front().is_some_and(|ask| ask.kind() == about) => {
                 self.answered(Err(failure), outbox);
             }

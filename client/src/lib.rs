@@ -35,7 +35,9 @@ mod live;
 mod membership;
 mod message;
 mod producer;
+mod run;
 mod session;
+mod signal;
 mod subscription;
 mod tokens;
 
@@ -44,15 +46,19 @@ pub use config::{Config, ConnectFile};
 pub use error::{AppendError, ClientError, Stored};
 pub use live::{Folded, LiveView, Update};
 pub use mainstay_protocol::session::{
-    Activity, Author, Change, Cursor, Departure, Entry, Expected, Incarnation, Instance, Key, Kind, Member, Message,
-    MessageAppend, MessageEnd, MessageId, MessageReplace, MessageStart, Payload, PresenceJoined, PresenceLeft,
-    PresenceUpdated, Record, RunId, SessionName, StateChange, StateDeleted, StateExpired, StatePut, Status, Verdict,
-    View,
+    Activity, Author, Change, Cursor, Departure, Entry, Expected, Incarnation, Input, InputPolicy, Instance, Intent,
+    Key, Kind, Member, Message, MessageAppend, MessageEnd, MessageId, MessageReplace, MessageStart, OpenRequest,
+    Payload, PendingSignal, PresenceJoined, PresenceLeft, PresenceUpdated, Record, RequestExpired, RequestId,
+    RequestOpened, RequestOutcome, RequestWithdrawn, Resolution, RunConsumed, RunEnd, RunId, RunLost, RunMode,
+    RunStart, SessionConfigured, SessionName, Signal, SignalExpired, SignalId, SignalOutcome, SignalResolved,
+    StateChange, StateDeleted, StateExpired, StatePut, Status, Target, Verdict, View,
 };
 pub use mainstay_protocol::wire::{ListedSession, Start};
 pub use mainstay_protocol::{Advice, Code};
 pub use membership::{Doing, Membership};
 pub use message::MessageWriter;
 pub use producer::{Producer, Ticket};
+pub use run::Run;
 pub use session::{Attaching, Session, SessionInfo, StreamId};
+pub use signal::{Signalling, Signals};
 pub use subscription::{Event, ReadRecord, RecordBatch, Subscribing, Subscription};

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_RECORD, PRODUCER_WINDOW};
-use mainstay_protocol::session::{Kind, MessageId, Record};
+use mainstay_protocol::session::{Kind, MessageId, Record, RunId};
 use mainstay_protocol::wire::{Ack, Append, Label, Produce, Refused, Writer, put_frame};
 use mainstay_transport::{Connection, SendStream, StreamError};
 use tokio::sync::{Notify, watch};
@@ -26,6 +26,7 @@ use tokio::time::Instant;
 use crate::config::Config;
 use crate::error::{AppendError, ClientError, Stored};
 use crate::link::Link;
+use crate::run::Run;
 use crate::session::{Session, StreamId};
 
 /// A batch that gathers records stays open up to this many bytes: enough to fill many packets, small enough that the
@@ -86,6 +87,8 @@ struct Batch {
     count: u64,
     records: Writer,
     group: Group,
+    /// Epoch of the run that it is part of.
+    run: Option<u64>,
     done: Arc<Done>,
 }
 
@@ -95,6 +98,7 @@ struct Flight {
     count: u64,
     records: Bytes,
     group: Group,
+    run: Option<u64>,
     done: Arc<Done>,
     /// Sent on the current connection and not answered.
     sent: bool,
@@ -301,18 +305,27 @@ impl Shared {
             return;
         };
         (flight.sent, flight.refused) = (false, true);
+        let of_run = flight.run;
         let unknown = !refused.code.is_retryable() && flight.stored(refused.code) == Stored::Unknown;
         if !refused.code.is_retryable() {
             flight.dead = true;
             let stored = flight.stored(refused.code);
             flight.done.set(Err(AppendError { stored, error: error.clone() }));
-            if let Some(id) = flight.group.message() {
-                give_up(&mut state, id, refused.sequence, &error);
+            match (flight.run, flight.group.message()) {
+                // Nothing that the run says is stored any more; a producer that is fenced is told so beside.
+                (Some(run), _) if refused.code == Code::FENCED => {
+                    give_up(&mut state, refused.sequence, &error, |_, of| of == Some(run));
+                }
+                (_, Some(id)) => {
+                    give_up(&mut state, refused.sequence, &error, |group, _| group.message() == Some(id));
+                }
+                _ => {}
             }
         }
         state.refusing = true;
         // A batch of which nobody knows whether it is stored may hold the sequence that the next one would get.
-        let ends = matches!(refused.code, Code::FENCED | Code::PRODUCER_UNKNOWN | Code::SESSION_CLOSED) || unknown;
+        let fenced = refused.code == Code::FENCED && of_run.is_none();
+        let ends = fenced || matches!(refused.code, Code::PRODUCER_UNKNOWN | Code::SESSION_CLOSED) || unknown;
         if ends && !state.flight.iter().any(|flight| flight.sent && flight.sequence < refused.sequence) {
             // What is behind it would be refused for the same reason, and was not stored.
             for flight in &mut state.flight {
@@ -354,16 +367,16 @@ impl Shared {
     }
 }
 
-/// A record about a message was refused for good: what was appended to it behind that would leave a hole, and is not stored
-/// either. It was sent behind a sequence that was not used.
-fn give_up(state: &mut State, id: MessageId, behind: u64, error: &ClientError) {
+/// A batch was refused for good, and with it what came `about` the same behind it: parts of a message would leave a hole, and a run
+/// says nothing any more. It was sent behind a sequence that was not used, and is not stored either.
+fn give_up(state: &mut State, behind: u64, error: &ClientError, about: impl Fn(Group, Option<u64>) -> bool) {
     let lost = || Err(AppendError { stored: Stored::NotCommitted, error: error.clone() });
-    let about = |group: Group| group.message() == Some(id);
-    for flight in state.flight.iter_mut().filter(|flight| flight.sequence > behind && about(flight.group)) {
+    let later = |flight: &&mut Flight| flight.sequence > behind && about(flight.group, flight.run);
+    for flight in state.flight.iter_mut().filter(later) {
         flight.dead = true;
         flight.done.set(lost());
     }
-    let (dropped, kept): (VecDeque<_>, _) = state.ready.drain(..).partition(|batch| about(batch.group));
+    let (dropped, kept): (VecDeque<_>, _) = state.ready.drain(..).partition(|batch| about(batch.group, batch.run));
     state.ready = kept;
     for batch in dropped {
         state.bytes = state.bytes.saturating_sub(batch.records.len());
@@ -474,20 +487,21 @@ fn gather(shared: &Shared, link: u64, out: &mut Writer) -> Next {
         }
         flight.sent = true;
         let (sequence, count, records) = (flight.sequence, flight.count, flight.records.clone());
-        put_frame(&Append { sequence, count, records }, out);
+        put_frame(&Append { sequence, count, records, run_epoch: flight.run }, out);
     }
     while out.len() < BURST && state.flight.len() < PRODUCER_WINDOW {
         let Some(batch) = state.ready.pop_front() else { break };
         let sequence = state.next;
         state.next += 1;
-        let (count, group, records) = (batch.count, batch.group, batch.records.freeze());
-        put_frame(&Append { sequence, count, records: records.clone() }, out);
+        let (count, group, run, records) = (batch.count, batch.group, batch.run, batch.records.freeze());
+        put_frame(&Append { sequence, count, records: records.clone(), run_epoch: run }, out);
         let done = batch.done;
         state.flight.push_back(Flight {
             sequence,
             count,
             records,
             group,
+            run,
             done,
             sent: true,
             earlier: false,
@@ -502,20 +516,51 @@ fn gather(shared: &Shared, link: u64, out: &mut Writer) -> Next {
 ///
 /// Records are gathered into batches while earlier ones are on the way; nothing waits for a timer. Dropping a producer does
 /// not take back what was appended; [`Producer::flush`] waits for it.
+///
+/// [`Producer::of_run`] is the same producer, which says that all it appends is part of a run.
 #[derive(Debug)]
 pub struct Producer {
-    shared: Arc<Shared>,
+    handle: Arc<Handle>,
     session: Session,
+    /// The run that what it appends is part of, and its epoch.
+    run: Option<(RunId, u64)>,
+}
+
+/// Ends the producer with the last of those who append through it.
+#[derive(Debug)]
+struct Handle {
+    shared: Arc<Shared>,
+}
+
+impl core::ops::Deref for Handle {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.shared
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.shared.lock().dropped = true;
+        self.shared.work.notify_one();
+    }
 }
 
 impl Producer {
     pub(crate) fn new(shared: Arc<Shared>, session: Session) -> Self {
-        Self { shared, session }
+        Self { handle: Arc::new(Handle { shared }), session, run: None }
+    }
+
+    /// The same producer, for what is part of `run`: its records name the run, and are refused with `FENCED` once the run is lost or
+    /// taken over.
+    pub fn of_run(&self, run: &Run) -> Self {
+        Self { handle: self.handle.clone(), session: self.session.clone(), run: Some((run.id(), run.epoch())) }
     }
 
     /// The epoch that the server granted.
     pub fn epoch(&self) -> u64 {
-        self.shared.epoch()
+        self.handle.epoch()
     }
 
     /// The session that it appends to.
@@ -532,6 +577,8 @@ impl Producer {
 
     /// Appends a record. As [`Producer::append`].
     pub async fn append_record(&self, record: Record) -> Result<Ticket, AppendError> {
+        let record = self.stamped(record);
+        let run = self.run.map(|(_, epoch)| epoch);
         let len = record.encoded_len();
         if len > MAX_RECORD {
             return Err(invalid("the record is longer than 256 KiB"));
@@ -541,13 +588,13 @@ impl Producer {
         let group = Group::of(&record);
         let joins = |batch: &Batch| {
             !matches!(group, Group::Alone(_))
-                && batch.group == group
+                && (batch.group, batch.run) == (group, run)
                 && (batch.count as usize) < MAX_BATCH_RECORDS
                 && batch.records.len() + len <= GATHER
         };
         if !state.ready.back().is_some_and(joins) {
             let (records, done) = (Writer::new(), Arc::new(Done::default()));
-            state.ready.push_back(Batch { count: 0, records, group, done });
+            state.ready.push_back(Batch { count: 0, records, group, run, done });
         }
         let Some(batch) = state.ready.back_mut() else { unreachable!("a batch was just added") };
         let before = batch.records.len();
@@ -557,7 +604,7 @@ impl Producer {
         let added = batch.records.len() - before;
         state.bytes += added;
         drop(state);
-        self.shared.work.notify_one();
+        self.handle.work.notify_one();
         Ok(ticket)
     }
 
@@ -567,6 +614,7 @@ impl Producer {
     pub async fn append_batch(&self, batch: &[Record]) -> Result<Ticket, AppendError> {
         let mut records = Writer::new();
         for record in batch {
+            let record = self.stamped(record.clone());
             if record.encoded_len() > MAX_RECORD {
                 return Err(invalid("a record of the batch is longer than 256 KiB"));
             }
@@ -583,17 +631,18 @@ impl Producer {
             count: batch.len() as u64,
             records,
             group: Group::Alone(None),
+            run: self.run.map(|(_, epoch)| epoch),
             done: done.clone(),
         });
         drop(state);
-        self.shared.work.notify_one();
+        self.handle.work.notify_one();
         Ok(Ticket { done, index: 0 })
     }
 
     /// Waits until everything appended so far is durable. Errors: the first failure among what was in flight.
     pub async fn flush(&self) -> Result<(), AppendError> {
         let last: Vec<Arc<Done>> = {
-            let state = self.shared.lock();
+            let state = self.handle.lock();
             let flight = state.flight.iter().map(|flight| flight.done.clone());
             flight.chain(state.ready.iter().map(|batch| batch.done.clone())).collect()
         };
@@ -605,7 +654,7 @@ impl Producer {
 
     /// Waits for the next refusal that is being retried, for example for lack of disk space. Cancellation-safe.
     pub async fn trouble(&self) -> ClientError {
-        let mut trouble = self.shared.trouble.subscribe();
+        let mut trouble = self.handle.trouble.subscribe();
         loop {
             // The sender lives in `self`.
             let _ = trouble.changed().await;
@@ -618,18 +667,24 @@ impl Producer {
     /// Waits until the producer has ended and says why, for example that it was fenced.
     pub async fn ended(&self) -> ClientError {
         loop {
-            let room = self.shared.room.notified();
+            let room = self.handle.room.notified();
             tokio::pin!(room);
             room.as_mut().enable();
-            if let Some(error) = self.shared.lock().ended.clone() {
+            if let Some(error) = self.handle.lock().ended.clone() {
                 return error;
             }
             room.await;
         }
     }
 
+    /// The record as part of the run.
+    fn stamped(&self, record: Record) -> Record {
+        let run = record.run.or(self.run.map(|(id, _)| id));
+        Record { run, ..record }
+    }
+
     fn open(&self) -> Result<MutexGuard<'_, State>, AppendError> {
-        let state = self.shared.lock();
+        let state = self.handle.lock();
         match state.ended.as_ref().or(state.fenced.as_ref()) {
             Some(error) => Err(AppendError { stored: Stored::NotCommitted, error: error.clone() }),
             None => Ok(state),
@@ -639,21 +694,14 @@ impl Producer {
     /// Waits until there is room for more.
     async fn room(&self) -> Result<(), AppendError> {
         loop {
-            let room = self.shared.room.notified();
+            let room = self.handle.room.notified();
             tokio::pin!(room);
             room.as_mut().enable();
-            if self.open()?.bytes < self.shared.config.producer_bytes {
+            if self.open()?.bytes < self.handle.config.producer_bytes {
                 return Ok(());
             }
             room.await;
         }
-    }
-}
-
-impl Drop for Producer {
-    fn drop(&mut self) {
-        self.shared.lock().dropped = true;
-        self.shared.work.notify_one();
     }
 }
 

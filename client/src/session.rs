@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use mainstay_protocol::registry::STREAM_MAIN;
-use mainstay_protocol::session::{Cursor, Incarnation, Payload, Record, SessionName, Verdict, ViewHash};
+use mainstay_protocol::session::{
+    Cursor, Incarnation, InputPolicy, Intent, MessageId, Payload, Record, RunId, RunMode, SessionName, Verdict,
+    ViewHash,
+};
 use mainstay_protocol::wire::{AttachMode, Attached, Label, MAX_VARINT, Start};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -15,6 +18,8 @@ use crate::error::ClientError;
 use crate::live::LiveView;
 use crate::membership::{Doing, Membership};
 use crate::producer::Producer;
+use crate::run::Run;
+use crate::signal::{Signalling, Signals};
 use crate::subscription::Subscribing;
 
 /// A session that is about to be attached to.
@@ -225,6 +230,36 @@ impl Session {
     /// Errors: `Refused` with `FORBIDDEN` without the operation `join`, `LIMIT_EXCEEDED`; `Protocol` with `NAME_INVALID`.
     pub async fn join(&self, name: &str, grace: Duration, doing: Doing) -> Result<Membership, ClientError> {
         Membership::join(self.commands.clone(), name, grace, doing).await
+    }
+
+    /// Says how the session treats runs and inputs from now on. Returns the seq of the record that says so. Errors: `Refused`.
+    pub async fn configure(&self, runs: RunMode, inputs: InputPolicy) -> Result<u64, ClientError> {
+        self.ask(|answer| Ask::Configure { runs, inputs, answer }).await
+    }
+
+    /// Begins a run that this client holds, under a lease of 1 s to 10 min, caused by `input`.
+    ///
+    /// Errors: `Refused` with `RUN_ACTIVE` where another one is and the session has one at a time, `FORBIDDEN`, `LIMIT_EXCEEDED`.
+    pub async fn start_run(&self, lease: Duration, input: Option<MessageId>) -> Result<Run, ClientError> {
+        Run::start(self.commands.clone(), RunId(rand::random()), lease, input).await
+    }
+
+    /// Waits until a run is lost, `run` or any, and takes it over: a standby. Dropping the future stops to wait.
+    ///
+    /// Errors: `Refused` with `RUN_OVER` where `run` is over or unknown, `FORBIDDEN`, `LIMIT_EXCEEDED`.
+    pub async fn take_run(&self, run: Option<RunId>, lease: Duration) -> Result<Run, ClientError> {
+        Run::take(self.commands.clone(), run, lease).await
+    }
+
+    /// A signal to the run that is active, unless it says to which.
+    pub fn signal(&self, intent: Intent) -> Signalling {
+        Signalling::new(self.commands.clone(), intent)
+    }
+
+    /// Signals, as soon as they are durable. A session has one such listener of a client: a new one takes the place of the last.
+    /// Errors: `Closed`.
+    pub async fn signals(&self) -> Result<Signals, ClientError> {
+        Signals::open(self.commands.clone()).await
     }
 
     /// Closes the session: no record can follow. Returns the seq of the record that says so. Errors: `Refused`.

@@ -755,7 +755,7 @@ impl Owner {
             }
             Reply::Left => outbox.push(Left {}),
             Reply::Run { run, epoch, lost } => {
-                outbox.push(Granted { run, epoch, lost });
+                outbox.push(Granted { id, run, epoch, lost });
                 self.renew(epoch, attachment);
             }
             Reply::Signalled { signal, seq } => outbox.push(Signalled { id: signal, seq }),
@@ -859,8 +859,8 @@ impl Owner {
             }
             Command::TakeRun { attachment, request } => {
                 let author = attachment.author.clone();
-                let TakeRun { run, lease } = *request;
-                self.request(attachment, TakeRun::KIND, 0, |authority, ticket| {
+                let TakeRun { id, run, lease } = *request;
+                self.request(attachment, TakeRun::KIND, id, |authority, ticket| {
                     authority.retain_standbys(Ticket::is_alive);
                     authority.take_run(&author, run, lease, ticket)
                 })

@@ -5,6 +5,8 @@ use crate::session::RunId;
 plain_frame! {
     /// Answers START_RUN and TAKE_RUN.
     Granted = 0x56, {
+        /// That of the TAKE_RUN; 0 for START_RUN.
+        id: u64,
         /// The run.
         run: RunId,
         /// Its epoch: the seq of the record that says so.

@@ -5,6 +5,8 @@ use crate::session::RunId;
 plain_frame! {
     /// Sent on an attachment. Answered by GRANTED once a run is granted, or by ERROR about TAKE_RUN.
     TakeRun = 0x54, {
+        /// Chosen by the client, not 0: the answer names it.
+        id: u64,
         /// Which run; none for any.
         run: Option<RunId>,
         /// Milliseconds without a renewal after which it is lost again.
