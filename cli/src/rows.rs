@@ -3,7 +3,8 @@
 use base64::Engine as _;
 use mainstay_client::{
     Activity, Author, Kind, MessageEnd, MessageStart, Payload, PresenceJoined, PresenceLeft, PresenceUpdated,
-    ReadRecord, Record, StateDeleted, StateExpired, StatePut,
+    ReadRecord, Record, RequestExpired, RequestOpened, RequestWithdrawn, RunConsumed, RunEnd, RunLost, RunStart,
+    SessionConfigured, Signal, SignalExpired, SignalResolved, StateDeleted, StateExpired, StatePut, Target,
 };
 use serde_json::{Value, json};
 
@@ -74,6 +75,59 @@ fn fields(record: &Record, row: &mut Value) -> bool {
             row["reason"] = json!(left.reason.as_str());
             true
         }),
+        Kind::SESSION_CONFIGURED => SessionConfigured::of(record).is_ok_and(|configured| {
+            row["runs"] = json!(configured.runs.as_str());
+            row["inputs"] = json!(configured.inputs.as_str());
+            true
+        }),
+        Kind::RUN_START => RunStart::of(record).is_ok_and(|start| {
+            row["lease_ms"] = json!(start.lease);
+            if let Some(input) = start.input {
+                row["input"] = json!(input.to_string());
+            }
+            if let Some(lost) = start.lost {
+                row["lost_epoch"] = json!(lost);
+            }
+            true
+        }),
+        Kind::RUN_END => RunEnd::of(record).is_ok_and(|end| {
+            row["status"] = json!(end.status.as_str());
+            row["detail"] = json!(end.detail.as_str());
+            true
+        }),
+        Kind::RUN_LOST => RunLost::of(record).is_ok_and(|lost| {
+            row["epoch"] = json!(lost.epoch);
+            true
+        }),
+        Kind::RUN_CONSUMED => RunConsumed::of(record).is_ok_and(|consumed| {
+            row["consumed_through"] = json!(consumed.through);
+            true
+        }),
+        Kind::SIGNAL_RESOLVED => SignalResolved::of(record).is_ok_and(|resolved| {
+            row["signal"] = json!(resolved.signal.to_string());
+            row["outcome"] = json!(resolved.outcome.as_str());
+            row["detail"] = json!(resolved.detail.as_str());
+            true
+        }),
+        Kind::SIGNAL_EXPIRED => SignalExpired::of(record).is_ok_and(|expired| {
+            row["signal"] = json!(expired.signal.to_string());
+            true
+        }),
+        Kind::REQUEST_OPENED => RequestOpened::of(record).is_ok_and(|opened| {
+            row["request"] = json!(opened.request.to_string());
+            row["needs"] = json!(opened.needs.as_str());
+            row["lasts_ms"] = json!(opened.lasts);
+            bytes(row, "body", &opened.body);
+            true
+        }),
+        Kind::REQUEST_WITHDRAWN => RequestWithdrawn::of(record).is_ok_and(|withdrawn| {
+            row["request"] = json!(withdrawn.request.to_string());
+            true
+        }),
+        Kind::REQUEST_EXPIRED => RequestExpired::of(record).is_ok_and(|expired| {
+            row["request"] = json!(expired.request.to_string());
+            true
+        }),
         Kind::STATE_DELETED => StateDeleted::of(record).is_ok_and(|deleted| {
             row["key"] = json!(deleted.key.as_str());
             true
@@ -82,8 +136,24 @@ fn fields(record: &Record, row: &mut Value) -> bool {
             row["key"] = json!(expired.key.as_str());
             true
         }),
-        _ => false,
+        _ => Signal::of(record).is_ok_and(|signal| {
+            self::signal(row, &signal);
+            true
+        }),
     }
+}
+
+/// What a signal says, beside its intent, which is its kind.
+fn signal(row: &mut Value, signal: &Signal) {
+    row["signal"] = json!(signal.id.to_string());
+    let (name, id) = match signal.target {
+        Target::Run(id) => ("run", id.to_string()),
+        Target::Input(id) => ("input", id.to_string()),
+        Target::Request(id) => ("request", id.to_string()),
+    };
+    row[name] = json!(id);
+    row["lasts_ms"] = json!(signal.lasts);
+    bytes(row, "text", &signal.text);
 }
 
 fn activity(row: &mut Value, activity: &Activity) {

@@ -305,15 +305,14 @@ impl Shared {
             return;
         };
         (flight.sent, flight.refused) = (false, true);
-        let of_run = flight.run;
         let unknown = !refused.code.is_retryable() && flight.stored(refused.code) == Stored::Unknown;
         if !refused.code.is_retryable() {
             flight.dead = true;
             let stored = flight.stored(refused.code);
             flight.done.set(Err(AppendError { stored, error: error.clone() }));
             match (flight.run, flight.group.message()) {
-                // Nothing that the run says is stored any more; a producer that is fenced is told so beside.
-                (Some(run), _) if refused.code == Code::FENCED => {
+                // Nothing that the run says is stored any more.
+                (Some(run), _) if refused.code == Code::RUN_FENCED => {
                     give_up(&mut state, refused.sequence, &error, |_, of| of == Some(run));
                 }
                 (_, Some(id)) => {
@@ -324,8 +323,7 @@ impl Shared {
         }
         state.refusing = true;
         // A batch of which nobody knows whether it is stored may hold the sequence that the next one would get.
-        let fenced = refused.code == Code::FENCED && of_run.is_none();
-        let ends = fenced || matches!(refused.code, Code::PRODUCER_UNKNOWN | Code::SESSION_CLOSED) || unknown;
+        let ends = matches!(refused.code, Code::FENCED | Code::PRODUCER_UNKNOWN | Code::SESSION_CLOSED) || unknown;
         if ends && !state.flight.iter().any(|flight| flight.sent && flight.sequence < refused.sequence) {
             // What is behind it would be refused for the same reason, and was not stored.
             for flight in &mut state.flight {
@@ -552,7 +550,7 @@ impl Producer {
         Self { handle: Arc::new(Handle { shared }), session, run: None }
     }
 
-    /// The same producer, for what is part of `run`: its records name the run, and are refused with `FENCED` once the run is lost or
+    /// The same producer, for what is part of `run`: its records name the run, and are refused with `RUN_FENCED` once the run is lost or
     /// taken over.
     pub fn of_run(&self, run: &Run) -> Self {
         Self { handle: self.handle.clone(), session: self.session.clone(), run: Some((run.id(), run.epoch())) }

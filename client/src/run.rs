@@ -121,7 +121,7 @@ impl Run {
         self.say(producer, &RunConsumed { through }).await
     }
 
-    /// Says what became of a signal. Errors: those of [`Producer::append_record`]; the ticket's are `ALREADY_RESOLVED`, `FENCED`.
+    /// Says what became of a signal. Errors: those of [`Producer::append_record`]; the ticket's are `ALREADY_RESOLVED`, `RUN_FENCED`.
     pub async fn resolve(
         &self,
         producer: &Producer,
@@ -134,7 +134,7 @@ impl Run {
 
     /// Asks people for something: `needs` says for what kind of answer, for example `approval`. The server expires it after `lasts`.
     ///
-    /// Errors: those of [`Producer::append_record`], `NAME_INVALID`; the ticket's are `LIMIT_EXCEEDED`, `FENCED`.
+    /// Errors: those of [`Producer::append_record`], `NAME_INVALID`; the ticket's are `LIMIT_EXCEEDED`, `RUN_FENCED`.
     pub async fn request(
         &self,
         producer: &Producer,

@@ -104,7 +104,7 @@ codes! {
     NAME_INVALID = 0x25, Request, Fix;
     /// A newer writer holds this session; this server no longer does.
     WRITER_FENCED = 0x26, Stream, Reattach;
-    /// A newer epoch of this producer or run was granted, or the run was lost.
+    /// A newer epoch of this producer was granted.
     FENCED = 0x30, Request, GiveUp;
     /// The batch is ahead of the producer's next sequence; `value` is the expected one.
     SEQ_GAP = 0x31, Request, Retry;
@@ -146,6 +146,8 @@ codes! {
     RUN_OVER = 0x56, Request, Fix;
     /// Something became of the request already, or none of this id is known; `value` is the seq of what did, plus one, or 0.
     ALREADY_RESOLVED = 0x57, Request, Fix;
+    /// The run is not held under this epoch: it was lost, taken over, or is over; `value` is its epoch, or 0.
+    RUN_FENCED = 0x58, Request, GiveUp;
 }
 
 impl Code {

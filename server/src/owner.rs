@@ -975,7 +975,7 @@ impl Owner {
         renewed.into_iter().for_each(|epoch| self.renew(epoch, &link.attachment));
     }
 
-    /// The run that the client of `attachment` holds under `epoch`. Refusals: `FENCED`, those of becoming the writer.
+    /// The run that the client of `attachment` holds under `epoch`. Refusals: `RUN_FENCED`, those of becoming the writer.
     async fn held_run(
         &mut self,
         attachment: &Attachment,

@@ -192,7 +192,8 @@ async fn bad_batches_are_refused_by_name_and_good_ones_behind_them_are_stored() 
         record.put(&mut w);
         w.freeze()
     };
-    let append = |sequence, count, records: Bytes| Frame::from(Append { sequence, count, records, run_epoch: None }).to_bytes();
+    let append =
+        |sequence, count, records: Bytes| Frame::from(Append { sequence, count, records, run_epoch: None }).to_bytes();
     let good = region(Record::data(0, &b"good"[..]));
     let bad: Vec<(Bytes, Code)> = vec![
         (append(0, 2, good.clone()), Code::RECORD_MALFORMED),
@@ -488,7 +489,8 @@ async fn a_batch_that_was_stored_long_ago_is_a_duplicate() {
     let mut region = Writer::new();
     Record::data(0, "x").put(&mut region);
     let records = region.freeze();
-    let append = |sequence| Frame::from(Append { sequence, count: 1, records: records.clone(), run_epoch: None }).to_bytes();
+    let append =
+        |sequence| Frame::from(Append { sequence, count: 1, records: records.clone(), run_epoch: None }).to_bytes();
     let window = PRODUCER_WINDOW as u64;
     for sequence in 0..=window {
         batches.write(&mut [append(sequence)]).await.expect("write");

@@ -334,8 +334,8 @@ impl World {
     /// Whether a batch that is part of the run `held` may write what belongs to `run`.
     fn may_write(&self, held: Option<u8>, run: u8) -> Result<(), Code> {
         match self.runs.get(&run) {
-            Some(of) if of.active() && of.leased && held != Some(run) => Err(Code::FENCED),
-            Some(of) if of.lost.is_some() && of.over.is_none() => Err(Code::FENCED),
+            Some(of) if of.active() && of.leased && held != Some(run) => Err(Code::RUN_FENCED),
+            Some(of) if of.lost.is_some() && of.over.is_none() => Err(Code::RUN_FENCED),
             _ => Ok(()),
         }
     }
@@ -750,7 +750,7 @@ impl History {
         let epoch = if stale { had() } else { in_force.or_else(had) };
         let holder = |epoch: u64| {
             let held = world.runs.iter().find(|(_, of)| of.active() && of.epoch == epoch && of.holder == who);
-            held.map(|(id, _)| *id).ok_or(Code::FENCED)
+            held.map(|(id, _)| *id).ok_or(Code::RUN_FENCED)
         };
         let held = epoch.map(holder).transpose();
         let mut region = Writer::new();
@@ -768,7 +768,7 @@ impl History {
         let ticket = self.ticket();
         let producer = (&self.handle, 1, self.sequence);
         let (outcome, _) = self.authority.append(self.now, &self.authors[who as usize], producer, epoch, batch, ticket);
-        self.counts.fenced += u64::from(expected == Err(Code::FENCED));
+        self.counts.fenced += u64::from(expected == Err(Code::RUN_FENCED));
         self.sequence += u64::from(outcome == Outcome::Pending);
         let accepted = Accepted::Batch { held, deeds: deeds.to_vec(), time: self.now };
         self.held_to(&outcome, expected.map(|()| accepted), ticket);

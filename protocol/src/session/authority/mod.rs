@@ -355,7 +355,7 @@ impl<T> Authority<T> {
     /// A refused batch uses no sequence. Refusals: `SESSION_CLOSED`, `STREAM_UNDEFINED`, `FENCED` with the current epoch, `SEQ_GAP` with the
     /// expected sequence, `DUPLICATE`, `PRODUCER_UNKNOWN`, `LIMIT_EXCEEDED` for too many unacknowledged batches,
     /// `UNAVAILABLE` while an earlier outcome or a newer epoch is not certain; and of a batch that breaks the rules of its records
-    /// `MESSAGE_EXISTS`, `MESSAGE_NOT_OPEN`, `CONFLICT` with what the key is, `STATE_INVALID`, `NOT_A_MEMBER`, `FENCED` with the
+    /// `MESSAGE_EXISTS`, `MESSAGE_NOT_OPEN`, `CONFLICT` with what the key is, `STATE_INVALID`, `NOT_A_MEMBER`, `RUN_FENCED` with the
     /// epoch of the run or 0, `RUN_ACTIVE`, `RUN_OVER`, `ALREADY_RESOLVED`, `ID_IN_USE`, `LIMIT_EXCEEDED`, `RECORD_MALFORMED`,
     /// `RECORD_TOO_LARGE`, `BATCH_TOO_LARGE`.
     pub fn append(

@@ -240,11 +240,11 @@ impl<T> Authority<T> {
         }
     }
 
-    /// The run that `author` holds under `epoch`, counting what was accepted. Refusals: `FENCED`.
+    /// The run that `author` holds under `epoch`, counting what was accepted. Refusals: `RUN_FENCED`.
     pub fn held_run(&self, author: &Arc<Author>, epoch: u64) -> Result<RunId, Refusal> {
         let held = self.overlay.held(self.state.view(), epoch).filter(|(_, holder)| holder == author);
         let detail = "the caller holds no run under this epoch: it was lost, taken over, or is over";
-        held.map(|(run, _)| run).ok_or(Refusal::new(Code::FENCED, detail))
+        held.map(|(run, _)| run).ok_or(Refusal::new(Code::RUN_FENCED, detail))
     }
 
     /// Nothing was heard of who holds a run for its lease (spec RUN-5). Does nothing if it is not held under this epoch, or if

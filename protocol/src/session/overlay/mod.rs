@@ -148,7 +148,7 @@ impl Overlay {
     /// before. Returns the batch as it is stored: requests are replaced by what comes of them (spec KIND-4).
     ///
     /// `held` is the run whose epoch the batch carries. Refusals, each of the whole batch: `MESSAGE_EXISTS`, `MESSAGE_NOT_OPEN`,
-    /// `CONFLICT` with the revision of the key plus one, or 0 where it has no value, `STATE_INVALID`, `NOT_A_MEMBER`, `FENCED`,
+    /// `CONFLICT` with the revision of the key plus one, or 0 where it has no value, `STATE_INVALID`, `NOT_A_MEMBER`, `RUN_FENCED`,
     /// `RUN_OVER`, `RUN_ACTIVE`, `ALREADY_RESOLVED`, `ID_IN_USE`, `LIMIT_EXCEEDED`, `RECORD_MALFORMED`, `RECORD_TOO_LARGE`,
     /// `BATCH_TOO_LARGE`.
     pub(super) fn admit(

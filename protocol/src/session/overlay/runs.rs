@@ -46,7 +46,7 @@ fn limit(detail: &'static str) -> Refusal {
 }
 
 fn fenced(epoch: u64) -> Refusal {
-    Refusal { code: Code::FENCED, value: epoch, detail: "the run is held under another epoch, or by nobody" }
+    Refusal { code: Code::RUN_FENCED, value: epoch, detail: "the run is held under another epoch, or by nobody" }
 }
 
 const RUN_OVER: Refusal = Refusal::new(Code::RUN_OVER, "the run is over, or was never begun");
