@@ -37,7 +37,11 @@ pub(crate) enum Command {
     Presence(Presence),
     /// Be in a session until interrupted.
     Join(Join),
-    /// Create, list, show, close, trim and delete sessions.
+    /// Run any process as a session's agent.
+    Run(Run),
+    /// Cancel, interrupt or steer a session's agent, or answer it.
+    Signal(Signal),
+    /// Create, configure, list, show, close, trim and delete sessions.
     Session(Session),
     /// Make and read capability tokens.
     Token(Token),
@@ -62,6 +66,8 @@ impl Args {
             Command::State(args) => args.json,
             Command::Presence(args) => args.json,
             Command::Join(args) => args.json,
+            Command::Run(args) => args.json,
+            Command::Signal(args) => args.json,
             Command::Session(args) => args.json,
             Command::Token(args) => args.json,
             Command::Verify(args) => args.json || args.dump,
@@ -132,6 +138,9 @@ pub(crate) struct Append {
     /// Stream of the session to append to.
     #[arg(long, value_name = "S", default_value = "main")]
     pub(crate) stream: String,
+    /// Make each line a message of this role instead of a bare record: `user` for what an agent is to read.
+    #[arg(long, value_name = "ROLE")]
+    pub(crate) role: Option<String>,
     /// Producer to append as; whoever appended under this name before is fenced. [default: a fresh name]
     #[arg(long, value_name = "NAME")]
     pub(crate) producer: Option<String>,
@@ -183,6 +192,203 @@ pub(crate) struct Join {
 fn grace(text: &str) -> Result<f64, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
     if (1.0..=120.0).contains(&seconds) { Ok(seconds) } else { Err("not between 1 and 120 seconds".into()) }
+}
+
+/// Runs a process as the session's agent: it is present, holds a run under a lease that is renewed while it lives, and what it
+/// prints is a message, part by part. Inputs and steering come as lines on its standard input; a cancel is SIGINT, then SIGTERM; its
+/// exit status ends the run. While the server or the network is lost it goes on, and what it prints waits in order.
+///
+/// The process finds MAINSTAY_SESSION, MAINSTAY_RUN and MAINSTAY_EPOCH in its environment; after a take-over also MAINSTAY_OFFSET, the
+/// bytes that the message has already, and MAINSTAY_PARTIAL, a file with them.
+#[derive(Debug, ClapArgs)]
+#[command(after_long_help = "\
+With --events each line of the process is one JSON event of AG-UI:
+
+  {\"type\":\"TEXT_MESSAGE_START\",\"messageId\":\"a\",\"role\":\"assistant\"}   and _CONTENT with \"delta\", _END
+  {\"type\":\"REASONING_MESSAGE_START\",\"messageId\":\"b\"}                   and _CONTENT, _END
+  {\"type\":\"TOOL_CALL_START\",\"toolCallId\":\"c\",\"toolCallName\":\"ls\"}  and _ARGS with \"delta\", _END
+  {\"type\":\"TOOL_CALL_RESULT\",\"toolCallId\":\"c\",\"content\":\"...\"}
+  {\"type\":\"CUSTOM\",\"name\":\"state.put\",\"value\":{\"key\":\"k\",\"value\":1}}
+  {\"type\":\"CUSTOM\",\"name\":\"status\",\"value\":\"tool:search\"}
+  {\"type\":\"CUSTOM\",\"name\":\"request\",\"value\":{\"needs\":\"approval\",\"lasts\":20,\"body\":\"...\"}}
+
+Any other line is stored as a record of its own. Its standard input has JSON lines too: {\"type\":\"input\",\"text\":...},
+{\"type\":\"signal\",\"intent\":...,\"text\":...}.
+
+Exit codes: 0 the process succeeded; 1 it failed, was cancelled or cannot be started; 3 the run is held by somebody else; 4 server not \
+reachable at the start.")]
+pub(crate) struct Run {
+    /// Name of the session; it is made if it does not exist.
+    pub(crate) session: String,
+    /// Seconds without a sign of life after which the run is lost, from 1 to 600.
+    #[arg(long, value_name = "SECS", default_value_t = 15.0, value_parser = lease)]
+    pub(crate) lease: f64,
+    /// Report `stalled` as the agent's status after so many seconds without output.
+    #[arg(long, value_name = "SECS", value_parser = seconds)]
+    pub(crate) stall: Option<f64>,
+    /// How people call the agent. [default: the command's name]
+    #[arg(long = "as", value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Wait until the session's run is lost, and go on with it.
+    #[arg(long)]
+    pub(crate) standby: bool,
+    /// Id of the run, to begin or to wait for. [default: a new one; with --standby any]
+    #[arg(long, value_name = "ID")]
+    pub(crate) run: Option<mainstay_client::RunId>,
+    /// Message id of the input that causes the run.
+    #[arg(long, value_name = "ID", conflicts_with = "standby")]
+    pub(crate) input: Option<mainstay_client::MessageId>,
+    /// Take each line that the process prints as a JSON event.
+    #[arg(long)]
+    pub(crate) events: bool,
+    /// Stream of the session for what the process prints.
+    #[arg(long, value_name = "S", default_value = "main")]
+    pub(crate) stream: String,
+    /// Media type of what it prints.
+    #[arg(long, value_name = "TYPE", default_value = "text/plain")]
+    pub(crate) content_type: String,
+    /// Seconds from SIGINT to SIGTERM, and from there to SIGKILL.
+    #[arg(long, value_name = "SECS", default_value_t = 5.0, value_parser = seconds)]
+    pub(crate) patience: f64,
+    /// Print JSON lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) connect: Connect,
+    /// The process and its arguments.
+    #[arg(required = true, last = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<std::ffi::OsString>,
+}
+
+/// The lease of a run, in seconds.
+fn lease(text: &str) -> Result<f64, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
+    if (1.0..=600.0).contains(&seconds) { Ok(seconds) } else { Err("not between 1 and 600 seconds".into()) }
+}
+
+/// Wants something of a session's agent. A signal is stored in the session and reaches the agent ahead of everything else, also while
+/// nobody can see the other; what becomes of it is stored too. Closing a window or losing the network is never a cancel.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Signal {
+    /// Name of the session.
+    pub(crate) session: String,
+    /// What is wanted.
+    #[arg(value_enum)]
+    pub(crate) intent: Intent,
+    /// The run that it is for. [default: the one that is active]
+    #[arg(long, value_name = "ID")]
+    pub(crate) run: Option<mainstay_client::RunId>,
+    /// The input whose run it is for, which need not be there yet.
+    #[arg(long, value_name = "ID", conflicts_with = "run")]
+    pub(crate) input: Option<mainstay_client::MessageId>,
+    /// The request that is answered; needed for approve, deny and reply.
+    #[arg(long, value_name = "ID", conflicts_with_all = ["run", "input"],
+        required_if_eq_any = [("intent", "approve"), ("intent", "deny"), ("intent", "reply")])]
+    pub(crate) request: Option<mainstay_client::RequestId>,
+    /// What is said with it: at most 4 KiB.
+    #[arg(long, value_name = "T")]
+    pub(crate) text: Option<String>,
+    /// Seconds after which it expires, if nobody took it; at most a day. [default: a day]
+    #[arg(long = "for", value_name = "SECS", value_parser = day)]
+    pub(crate) lasts: Option<f64>,
+    /// Wait until it is known what became of it; exit code 3 unless it was consumed.
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// Print JSON lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) connect: Connect,
+}
+
+/// A number of seconds up to a day.
+fn day(text: &str) -> Result<f64, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
+    if (0.001..=86_400.0).contains(&seconds) { Ok(seconds) } else { Err("not between 0.001 seconds and a day".into()) }
+}
+
+/// What is wanted of an agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Intent {
+    /// Stop, and finish as cancelled.
+    Cancel,
+    /// Stop, and go on from what --text says.
+    Interrupt,
+    /// Take what --text says into account.
+    Steer,
+    /// Wait.
+    Pause,
+    /// Go on.
+    Resume,
+    /// Allow what --request asks for.
+    Approve,
+    /// Do not allow what --request asks for.
+    Deny,
+    /// Answer --request with --text.
+    Reply,
+    /// What the agent makes of it.
+    Custom,
+}
+
+impl core::convert::From<Intent> for mainstay_client::Intent {
+    fn from(intent: Intent) -> Self {
+        match intent {
+            Intent::Cancel => Self::Cancel,
+            Intent::Interrupt => Self::Interrupt,
+            Intent::Steer => Self::Steer,
+            Intent::Pause => Self::Pause,
+            Intent::Resume => Self::Resume,
+            Intent::Approve => Self::Approve,
+            Intent::Deny => Self::Deny,
+            Intent::Reply => Self::Reply,
+            Intent::Custom => Self::Custom,
+        }
+    }
+}
+
+/// How many runs may be active.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum RunMode {
+    /// One at a time.
+    Single,
+    /// Many, each under its lease.
+    Parallel,
+    /// Many, without leases.
+    Open,
+}
+
+/// What becomes of an input that comes while a run is active.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum InputPolicy {
+    /// It waits.
+    Enqueue,
+    /// It is refused.
+    Reject,
+    /// The run is told to stop for it.
+    Interrupt,
+    /// It takes the place of those that wait.
+    Latest,
+}
+
+impl core::convert::From<RunMode> for mainstay_client::RunMode {
+    fn from(mode: RunMode) -> Self {
+        match mode {
+            RunMode::Single => Self::Single,
+            RunMode::Parallel => Self::Parallel,
+            RunMode::Open => Self::Open,
+        }
+    }
+}
+
+impl core::convert::From<InputPolicy> for mainstay_client::InputPolicy {
+    fn from(policy: InputPolicy) -> Self {
+        match policy {
+            InputPolicy::Enqueue => Self::Enqueue,
+            InputPolicy::Reject => Self::Reject,
+            InputPolicy::Interrupt => Self::Interrupt,
+            InputPolicy::Latest => Self::Latest,
+        }
+    }
 }
 
 /// Reads, writes and watches the shared state of a session: keys with values, changed in one order with everything else.
@@ -395,6 +601,17 @@ pub(crate) enum SessionAction {
         #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=1 << 40))]
         expire_after: Option<u64>,
     },
+    /// Say how a session treats runs and inputs. It is made if it does not exist.
+    Configure {
+        /// Its name.
+        session: String,
+        /// How many runs may be active.
+        #[arg(long, value_enum, default_value = "single")]
+        runs: RunMode,
+        /// What becomes of an input that comes while a run is active.
+        #[arg(long, value_enum, default_value = "enqueue")]
+        inputs: InputPolicy,
+    },
     /// List the sessions that the token lets you read.
     Ls {
         /// Only sessions whose name starts so.
@@ -448,8 +665,8 @@ pub(crate) enum TokenAction {
         /// Who holds it; authors of records carry it.
         #[arg(long, value_name = "NAME")]
         subject: String,
-        /// What it allows: PREFIX=OPERATIONS, for example agent:=read,append. Operations are read, append, create, manage, join
-        /// and all. An empty prefix is every session. May be repeated.
+        /// What it allows: PREFIX=OPERATIONS, for example agent:=read,append. Operations are read, append, create, manage, join,
+        /// run, signal and all. An empty prefix is every session. May be repeated.
         #[arg(long, value_name = "PREFIX=OPS", required = true)]
         grant: Vec<String>,
         /// Seconds until it expires.

@@ -83,6 +83,8 @@ async fn run(command: Command, output: Output) -> Result<(), Failure> {
         Command::Tail(args) => commands::tail::run(args, output).await,
         Command::Presence(args) => commands::presence::run(args, output).await,
         Command::Join(args) => commands::presence::join(args, output).await,
+        Command::Run(args) => commands::run::run(args, output).await,
+        Command::Signal(args) => commands::signal::run(args, output).await,
         Command::State(args) => commands::state::run(args, output).await,
         Command::Session(args) => commands::session::run(args, output).await,
         Command::Token(args) => commands::token::run(args, output),

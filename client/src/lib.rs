@@ -53,7 +53,7 @@ pub use mainstay_protocol::session::{
     RunStart, SessionConfigured, SessionName, Signal, SignalExpired, SignalId, SignalOutcome, SignalResolved,
     StateChange, StateDeleted, StateExpired, StatePut, Status, Target, Verdict, View,
 };
-pub use mainstay_protocol::wire::{ListedSession, Start};
+pub use mainstay_protocol::wire::{Detail, Label, ListedSession, Start};
 pub use mainstay_protocol::{Advice, Code};
 pub use membership::{Doing, Membership};
 pub use message::MessageWriter;

@@ -241,7 +241,18 @@ impl Session {
     ///
     /// Errors: `Refused` with `RUN_ACTIVE` where another one is and the session has one at a time, `FORBIDDEN`, `LIMIT_EXCEEDED`.
     pub async fn start_run(&self, lease: Duration, input: Option<MessageId>) -> Result<Run, ClientError> {
-        Run::start(self.commands.clone(), RunId(rand::random()), lease, input).await
+        self.start_run_as(RunId(rand::random()), lease, input).await
+    }
+
+    /// The same, under an id that is known before; or takes a run of this id over that is lost. Errors: as [`Session::start_run`], and
+    /// `RUN_OVER`.
+    pub async fn start_run_as(
+        &self,
+        run: RunId,
+        lease: Duration,
+        input: Option<MessageId>,
+    ) -> Result<Run, ClientError> {
+        Run::start(self.commands.clone(), run, lease, input).await
     }
 
     /// Waits until a run is lost, `run` or any, and takes it over: a standby. Dropping the future stops to wait.

@@ -2,7 +2,10 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use mainstay_client::{Client, Config, Producer, Ticket};
+use mainstay_client::{
+    Client, ClientError, Config, MessageAppend, MessageEnd, MessageId, MessageStart, Producer, Record, Status,
+    StreamId, Ticket,
+};
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::sync::mpsc;
@@ -64,8 +67,14 @@ async fn append(client: &Client, args: &args::Append, acked: &AtomicU64, output:
             if line.last() == Some(&b'\n') {
                 line.pop();
             }
-            let ticket = producer.append(stream, line).await?;
-            if tickets.send((number, ticket)).await.is_err() {
+            let (ticket, message) = match &args.role {
+                Some(role) => {
+                    let id = MessageId(rand::random());
+                    (producer.append_batch(&message(stream, id, role, line)?).await?, Some(id))
+                }
+                None => (producer.append(stream, line).await?, None),
+            };
+            if tickets.send((number, ticket, message)).await.is_err() {
                 // Printing has failed; its error is the one to tell.
                 return Ok(());
             }
@@ -107,6 +116,15 @@ async fn append(client: &Client, args: &args::Append, acked: &AtomicU64, output:
     })
 }
 
+/// A whole message, as one batch.
+fn message(stream: StreamId, id: MessageId, role: &str, text: Vec<u8>) -> Result<[Record; 3], Failure> {
+    let label = |text| mainstay_client::Label::new(text).map_err(|error| Failure::from(ClientError::from(error)));
+    let start = MessageStart { role: label(role)?, content_type: label("text/plain")? };
+    let end = MessageEnd { status: Status::Complete, detail: Default::default() };
+    let records = [stream.record(&start), stream.record(&MessageAppend(text.into())), stream.record(&end)];
+    Ok(records.map(|record| Record { message: Some(id), ..record }))
+}
+
 /// Tells of refusals that are being retried.
 async fn trouble(producer: &Producer, output: Output) -> Result<(), Failure> {
     loop {
@@ -115,17 +133,24 @@ async fn trouble(producer: &Producer, output: Output) -> Result<(), Failure> {
     }
 }
 
+/// A line on its way, and the message that it is.
+type Sent = (u64, Ticket, Option<MessageId>);
+
 type Span = ((u64, u64), Option<u64>);
 
 /// Prints acks in order. Returns the first seq, the number of records, and the last seq.
-async fn print(mut tickets: mpsc::Receiver<(u64, Ticket)>, acked: &AtomicU64, output: Output) -> Result<Span, Failure> {
+async fn print(mut tickets: mpsc::Receiver<Sent>, acked: &AtomicU64, output: Output) -> Result<Span, Failure> {
     let (mut first, mut count, mut last) = (None, 0, None);
-    while let Some((line, ticket)) = tickets.recv().await {
+    while let Some((line, ticket, message)) = tickets.recv().await {
         let seq = ticket.wait().await?;
         if output.is_json() {
             room().await?;
         }
-        output.json_only(&json!({"event": "ack", "seq": seq, "line": line}))?;
+        let mut ack = json!({"event": "ack", "seq": seq, "line": line});
+        if let Some(message) = message {
+            ack["message"] = json!(message.to_string());
+        }
+        output.json_only(&ack)?;
         first.get_or_insert(seq);
         count += 1;
         acked.store(count, Ordering::Relaxed);

@@ -153,6 +153,19 @@ impl Conversation {
         }
     }
 
+    /// A run was lost, taken over or ended: what it was writing is interrupted, or goes on.
+    fn of_runs(&mut self, view: &LiveView, seq: u64) {
+        let messages = view.view().messages();
+        for message in messages.open().iter().chain(messages.finished()).filter(|message| message.through == seq) {
+            if message.status == Status::Open {
+                let event = json!({"event": "reopened", "id": message.id.to_string(), "through": seq});
+                self.screen.json_only(&event);
+            } else {
+                self.ended(message, seq);
+            }
+        }
+    }
+
     fn end_line(&mut self) {
         if self.line_of.take().is_some() {
             self.screen.raw(b"\n");
@@ -168,6 +181,10 @@ impl Conversation {
             }
             self.end_line();
             self.screen.event(&json!({"event": "closed", "seq": folded.seq}), || "[session closed]".to_owned());
+            return Ok(());
+        }
+        if matches!(record.kind, Kind::RUN_START | Kind::RUN_LOST | Kind::RUN_END) {
+            self.of_runs(view, folded.seq);
             return Ok(());
         }
         let Some(message) = record.message.and_then(|id| view.view().messages().get(id)) else { return Ok(()) };

@@ -1,8 +1,8 @@
-//! `session`: create, list, show, close, trim, delete.
+//! `session`: create, configure, list, show, close, trim, delete.
 
 use core::time::Duration;
 
-use mainstay_client::{Client, Config, SessionInfo};
+use mainstay_client::{Client, Config, InputPolicy, RunMode, SessionInfo};
 use serde_json::{Value, json};
 
 use crate::args::{self, SessionAction};
@@ -26,6 +26,16 @@ async fn act(client: &Client, action: SessionAction, output: Output) -> Result<(
             }
             let info = attaching.attach().await?.info();
             output.event(&row("created", &info), || format!("created {session} ({})", info.incarnation))
+        }
+        SessionAction::Configure { session, runs, inputs } => {
+            let (runs, inputs): (RunMode, InputPolicy) = (runs.into(), inputs.into());
+            let seq = client.session(&session)?.create().attach().await?.configure(runs, inputs).await?;
+            let event = json!({
+                "event": "configured", "name": session, "runs": runs.as_str(), "inputs": inputs.as_str(), "seq": seq,
+            });
+            output.event(&event, || {
+                format!("configured {session}: runs {}, inputs {} (seq {seq})", runs.as_str(), inputs.as_str())
+            })
         }
         SessionAction::Ls { prefix } => list(client, &prefix, output).await,
         SessionAction::Show { session } => {
