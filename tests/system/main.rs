@@ -11,6 +11,7 @@ mod hostile;
 mod lifetime;
 mod network;
 mod presence;
+mod runs;
 mod simulated;
 mod slow;
 mod tail;
