@@ -26,8 +26,8 @@ pub struct Config {
     pub ring_bytes: usize,
     /// Bytes of recent chunks kept in memory for all sessions together.
     pub ring_budget: usize,
-    /// How often it is looked for sessions that expired; each time a few are deleted.
-    pub expiry_pause: Duration,
+    /// How often it is looked for sessions that are due: to be deleted, or because they have something to write.
+    pub due_pause: Duration,
     /// How long a session without attachments stays in memory.
     pub idle: Duration,
     /// How long a connection may take to say HELLO.
@@ -47,7 +47,7 @@ impl Default for Config {
             session_backlog: 1 << 20,
             ring_bytes: 256 * 1024,
             ring_budget: 256 << 20,
-            expiry_pause: Duration::from_secs(1),
+            due_pause: Duration::from_secs(1),
             idle: Duration::from_secs(10),
             hello_timeout: Duration::from_secs(5),
             snapshot_bytes: 8 << 20,

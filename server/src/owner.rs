@@ -177,6 +177,8 @@ pub(crate) struct Owner {
     role: Option<Role>,
     created: u64,
     expire_after: u64,
+    /// What the store was told of when the session must be served.
+    wake: Option<u64>,
     commit: Commit,
     upkeep: Upkeep,
     /// Chunk bytes since the last snapshot.
@@ -237,7 +239,7 @@ impl Owner {
         session: Arc<Session>,
         mailbox: mpsc::Receiver<Command>,
         state: State,
-        SessionStat { created, first: released, expire_after, .. }: SessionStat,
+        SessionStat { created, first: released, expire_after, wake, .. }: SessionStat,
     ) -> Self {
         Self {
             sessions,
@@ -246,6 +248,7 @@ impl Owner {
             role: Some(Role::Reader(Box::new(state))),
             created,
             expire_after,
+            wake,
             commit: Commit::None,
             upkeep: Upkeep::None,
             unsnapshotted: 0,
@@ -335,6 +338,7 @@ impl Owner {
                         && self.runs.is_empty()
                         && self.sessions.is_unused(&self.session)
                         && self.postpone_expiry().await
+                        && self.tell_wake().await
                         && self.sessions.leave_if_unused(&self.session)
                     {
                         break;
@@ -354,6 +358,9 @@ impl Owner {
             first
         });
         self.sessions.leave(&self.session);
+        if !self.leases.is_empty() || !self.runs.is_empty() {
+            self.sessions.forsaken.store(true, std::sync::atomic::Ordering::Relaxed);
+        }
         match core::mem::replace(&mut self.upkeep, Upkeep::None) {
             Upkeep::Snapshot { running, .. } | Upkeep::Trim { running, .. } => drop(running.await),
             Upkeep::None => {}
@@ -382,6 +389,25 @@ impl Owner {
             Err(error) => {
                 tracing::warn!(session = %self.session.id, %error, "stays in memory, or it would expire too early");
                 false
+            }
+        }
+    }
+
+    /// Lets the store know exactly when the session must be served again. False if that is not stored.
+    async fn tell_wake(&mut self) -> bool {
+        let wake = self.state().and_then(State::wake);
+        if wake == self.wake {
+            return true;
+        }
+        match self.sessions.store.set_wake(self.session.id.clone(), wake).await {
+            Ok(()) | Err(StoreError::NotFound) => {
+                self.wake = wake;
+                true
+            }
+            Err(error) => {
+                // It is loaded too early at worst: what was told before was no later.
+                tracing::debug!(session = %self.session.id, %error, "cannot say when it is due");
+                true
             }
         }
     }
@@ -488,7 +514,9 @@ impl Owner {
         if let Some(Role::Writer { authority, writer }) = &mut self.role
             && let Step::Commit(chunk) = authority.next_chunk()
         {
-            self.commit = Commit::Running(self.sessions.store.append(writer, chunk.clone()), chunk);
+            let wake = authority.wake();
+            self.wake = wake;
+            self.commit = Commit::Running(self.sessions.store.append(writer, chunk.clone(), wake), chunk);
         }
     }
 

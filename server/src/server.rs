@@ -115,11 +115,13 @@ impl Server {
         let mut connections = JoinSet::new();
         tokio::pin!(stop);
         let expiring = self.shared.sessions.expire();
-        tokio::pin!(expiring);
+        let waking = self.shared.sessions.wake();
+        tokio::pin!(expiring, waking);
         loop {
             tokio::select! {
                 () = &mut stop => break,
                 () = &mut expiring => {}
+                () = &mut waking => {}
                 Some(_) = connections.join_next() => {}
                 connection = listener.accept() => match connection {
                     Some(connection) => {

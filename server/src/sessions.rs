@@ -92,8 +92,10 @@ pub(crate) fn refusal(error: &StoreError) -> Refusal {
     Refusal::new(code, detail)
 }
 
-/// Sessions that expire in one step.
+/// Sessions that expire, or are woken, in one step.
 const EXPIRY_STEP: usize = 64;
+/// How soon sessions that could not be woken are tried again.
+const WAKE_AGAIN: tokio::time::Duration = tokio::time::Duration::from_secs(1);
 
 type Cell = Arc<OnceCell<Arc<Session>>>;
 
@@ -108,6 +110,8 @@ pub(crate) struct Sessions {
     owners: Mutex<JoinSet<()>>,
     /// Nothing is loaded any more. Set under the lock of `hot`.
     stopping: AtomicBool,
+    /// A session with members or runs is served by nobody, for a reason that may pass.
+    pub(crate) forsaken: AtomicBool,
     /// Woken when a session left memory.
     pub(crate) left: tokio::sync::Notify,
 }
@@ -115,8 +119,18 @@ pub(crate) struct Sessions {
 impl Sessions {
     pub(crate) fn new(store: Arc<dyn Store>, config: Config, clock: fn() -> u64) -> Self {
         let hot = Mutex::default();
-        let (stopping, left) = (AtomicBool::new(false), tokio::sync::Notify::new());
-        Self { store, config, clock, ring_total: Arc::default(), hot, owners: Mutex::default(), stopping, left }
+        let (stopping, forsaken, left) = (AtomicBool::new(false), AtomicBool::new(false), tokio::sync::Notify::new());
+        Self {
+            store,
+            config,
+            clock,
+            ring_total: Arc::default(),
+            hot,
+            owners: Mutex::default(),
+            stopping,
+            forsaken,
+            left,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<SessionName, Cell>> {
@@ -191,6 +205,7 @@ impl Sessions {
                             expire_after,
                             written: created,
                             chunks: 0,
+                            wake: None,
                         }
                     }
                     Created::Existing(stat) => stat,
@@ -277,10 +292,52 @@ impl Sessions {
         self.left.notify_waiters();
     }
 
+    /// Loads the sessions that have something to write by themselves, so that they do: those with members or runs when the server starts,
+    /// and each when its next deadline comes (spec STATE-6, PRES-4, RUN-4). Never returns.
+    pub(crate) async fn wake(self: &Arc<Self>) {
+        // What is held by a lease is served from then on for as long as it is, and need not be looked for again.
+        let mut leased = true;
+        loop {
+            leased |= self.forsaken.swap(false, Ordering::Relaxed);
+            let again = self.wake_some(leased).await;
+            leased &= again;
+            tokio::time::sleep(if again { WAKE_AGAIN } else { self.config.due_pause }).await;
+        }
+    }
+
+    /// True if it must be tried again before long.
+    async fn wake_some(self: &Arc<Self>, leased: bool) -> bool {
+        let now = (self.clock)();
+        let mut after = (!leased).then_some((0, Incarnation([0xff; 16])));
+        let mut again = false;
+        loop {
+            let waking = match self.store.waking(now, after, EXPIRY_STEP).await {
+                Ok(waking) => waking,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot look for sessions that have something to do");
+                    return true;
+                }
+            };
+            let Some(last) = waking.last() else { return again };
+            after = last.wake.map(|at| (at, last.session.incarnation));
+            for stat in waking {
+                // One that is in memory does by itself what it must. To be loaded is enough.
+                match self.get(&stat.session.name, None).await {
+                    Ok(_) => {}
+                    Err(refusal) if refusal.code == Code::SESSION_NOT_FOUND => {}
+                    Err(refusal) => {
+                        tracing::debug!(session = %stat.session, code = %refusal.code, "cannot be loaded now");
+                        again |= refusal.code.is_retryable();
+                    }
+                }
+            }
+        }
+    }
+
     /// Deletes sessions that were not used for as long as they asked for, a few at a time (spec SESS-21). Never returns.
     pub(crate) async fn expire(&self) {
         loop {
-            tokio::time::sleep(self.config.expiry_pause).await;
+            tokio::time::sleep(self.config.due_pause).await;
             // Without a pause while there are many, and they go.
             while self.expire_some().await == EXPIRY_STEP {}
         }

@@ -165,6 +165,8 @@ pub struct SessionStat {
     pub written: u64,
     /// Chunks written so far, trimmed ones included: the number of the next chunk.
     pub chunks: u64,
+    /// When it has something to write by itself, in milliseconds since the Unix epoch.
+    pub wake: Option<u64>,
 }
 
 /// Where a read starts.
@@ -238,10 +240,11 @@ pub trait Store: Send + Sync + 'static {
     /// Lets a writer go. It costs memory until then, nothing else.
     fn close_writer(&self, writer: Writer);
 
-    /// Appends the next chunk. The engine refuses one that does not follow the last (`NotCommitted(Invalid)`).
+    /// Appends the next chunk. The engine refuses one that does not follow the last (`NotCommitted(Invalid)`). From it on the session
+    /// has something to write by itself at `wake`, in milliseconds since the Unix epoch.
     ///
     /// `NotCommitted` reasons: `Fenced`, `NotFound` after a delete, `NoSpace`, `Overloaded`, `Damaged`, `Failed`, `Invalid`.
-    fn append(&self, writer: &Writer, chunk: Arc<Chunk>) -> Committing;
+    fn append(&self, writer: &Writer, chunk: Arc<Chunk>, wake: Option<u64>) -> Committing;
 
     /// Finds out whether a chunk whose append was `Unknown` is stored. Errors: `Failed`, `Damaged`, `Fenced`: then it is
     /// still not known.
@@ -277,6 +280,13 @@ pub trait Store: Send + Sync + 'static {
     /// Deletes the session if its expiry is due at `now`, and tells whether it was: it may have been postponed since
     /// [`Store::due`] said so. Errors: those of [`Store::delete`].
     fn expire(&self, session: SessionId, now: u64) -> Pending<bool>;
+
+    /// Says when the session has something to write by itself. Errors: `NotFound`, `NoSpace`, `Failed`.
+    fn set_wake(&self, session: SessionId, wake: Option<u64>) -> Pending<()>;
+
+    /// Sessions that have something to write by itself at `until` or before, at most `limit`, the longest due first, those of the
+    /// same moment by incarnation; behind the moment and incarnation `after`. Errors: `Failed`.
+    fn waking(&self, until: u64, after: Option<(u64, Incarnation)>, limit: usize) -> Pending<Vec<SessionStat>>;
 
     /// Sessions whose name starts with `prefix` and sorts after `after`, at most `limit`. Errors: `Failed`.
     fn list(&self, prefix: Vec<u8>, after: Vec<u8>, limit: usize) -> Pending<ListPage>;

@@ -5,7 +5,7 @@ use std::ops::Bound;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use mainstay_protocol::session::{Chunk, SessionName, State};
+use mainstay_protocol::session::{Chunk, Incarnation, SessionName, State};
 
 use crate::contract::{
     Committing, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store, StoreError,
@@ -33,6 +33,7 @@ struct Session {
     chunks: Vec<Arc<Chunk>>,
     tail: u64,
     snapshot: Option<Bytes>,
+    wake: Option<u64>,
 }
 
 impl Session {
@@ -45,6 +46,7 @@ impl Session {
             first: self.first,
             tail: self.tail,
             chunks: self.trimmed + self.chunks.len() as u64,
+            wake: self.wake,
         }
     }
 }
@@ -98,6 +100,7 @@ impl Store for MemoryStore {
             chunks: Vec::new(),
             tail: 0,
             snapshot: None,
+            wake: None,
         };
         sessions.insert(name, session);
         ready(Ok(Created::New))
@@ -116,7 +119,7 @@ impl Store for MemoryStore {
 
     fn close_writer(&self, _writer: Writer) {}
 
-    fn append(&self, writer: &Writer, chunk: Arc<Chunk>) -> Committing {
+    fn append(&self, writer: &Writer, chunk: Arc<Chunk>, wake: Option<u64>) -> Committing {
         let result = self.written(writer, |session| {
             let header = chunk.header();
             let next = session.trimmed + session.chunks.len() as u64;
@@ -128,6 +131,7 @@ impl Store for MemoryStore {
                 .map_err(|_| StoreError::Invalid { what: "the chunk does not decode" })?;
             session.tail = stored.end();
             session.chunks.push(Arc::new(stored));
+            session.wake = wake;
             Ok(())
         });
         Committing::ready(match result {
@@ -222,6 +226,21 @@ impl Store for MemoryStore {
             self.lock().remove(&id.name);
         }
         ready(due)
+    }
+
+    fn set_wake(&self, id: SessionId, wake: Option<u64>) -> Pending<()> {
+        ready(self.with(&id, |session| {
+            session.wake = wake;
+            Ok(())
+        }))
+    }
+
+    fn waking(&self, until: u64, after: Option<(u64, Incarnation)>, limit: usize) -> Pending<Vec<SessionStat>> {
+        let sessions = self.lock();
+        let waking = sessions.values().filter_map(|session| Some(((session.wake?, session.id.incarnation), session)));
+        let mut due: Vec<_> = waking.filter(|(at, _)| at.0 <= until && after.is_none_or(|after| *at > after)).collect();
+        due.sort_by_key(|(at, _)| *at);
+        ready(Ok(due.into_iter().take(limit).map(|(_, session)| session.stat()).collect()))
     }
 
     fn list(&self, prefix: Vec<u8>, after: Vec<u8>, limit: usize) -> Pending<ListPage> {

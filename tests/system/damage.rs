@@ -44,7 +44,7 @@ async fn fill(dir: &Path) -> Stored {
                 ChunkBuilder::new(id.incarnation, tail, number, writer.epoch, 1000 + sequence, state.chain());
             builder.batch(&author, &name, 1, sequence, 1000 + sequence, &batch);
             let chunk = Arc::new(builder.finish().expect("a chunk"));
-            assert_eq!(store.append(&writer, chunk.clone()).await, Outcome::Committed);
+            assert_eq!(store.append(&writer, chunk.clone(), None).await, Outcome::Committed);
             state.apply(&chunk).expect("follows");
         }
         store.put_snapshot(&writer, state.snapshot()).await.expect("a snapshot");

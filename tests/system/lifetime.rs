@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 async fn unused_sessions_expire(store: Arc<dyn Store>) {
     let mut config = Config::default();
-    (config.idle, config.expiry_pause) = (Duration::from_millis(50), Duration::from_millis(20));
+    (config.idle, config.due_pause) = (Duration::from_millis(50), Duration::from_millis(20));
     let server = MemoryServer::start(store.clone(), config);
     let client = server.client();
     let create = async |name: &str, after: Option<Duration>| {

@@ -702,3 +702,49 @@ async fn a_signal_overtakes_a_flood() {
     assert!(behind > Duration::from_secs(10));
     server.stop().await;
 }
+
+/// Spec PRES-4, RUN-4, RUN-5, STATE-6, SIG-8: what is due after a restart is written although nobody asks for the session, and what is due
+/// in a session that is not in memory wakes it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_due_is_written_whether_or_not_anybody_asks_for_the_session() {
+    let mut server = Server::start().await;
+    let client = server.client(ClientConfig::default());
+    let session = attach(&client).await;
+    let producer = session.producer("agent").await.expect("a producer");
+    let doing = mainstay_client::Doing::new("thinking").expect("a status");
+    session.join("agent", Duration::from_secs(1), doing).await.expect("join");
+    let run = session.start_run(Duration::from_secs(1), None).await.expect("a run");
+    let (_, asked) = run.request(&producer, "approval", Duration::from_millis(1500), "").await.expect("append");
+    asked.await.expect("stored");
+    // Another session, cold when its value expires: no member, no run.
+    let cold = client.session("cold").expect("a name").create().attach().await.expect("attach");
+    let writer = cold.producer("p").await.expect("a producer");
+    let key = mainstay_client::Key::new("k").expect("a key");
+    let put = mainstay_client::StatePut { key, value: "v".into(), lasts: 3500 };
+    writer.append_record(cold.main().record(&put)).await.expect("append").await.expect("stored");
+    server.kill().await;
+    client.close();
+    server.restart().await;
+    // Until all of it was due: time is the subject.
+    tokio::time::sleep(Duration::from_millis(5500)).await;
+    server.kill().await;
+    let output = run_verify(&server).await;
+    let of = |session: &str| -> Vec<String> {
+        let rows = output.iter().filter(|row| row["session"] == session);
+        rows.filter_map(|row| row["kind"].as_str().map(str::to_owned)).collect()
+    };
+    let kinds = of("s1");
+    for kind in ["presence.left", "run.lost", "request.expired"] {
+        assert_eq!(kinds.iter().filter(|known| *known == kind).count(), 1, "{kind} in {kinds:?}");
+    }
+    assert_eq!(of("cold"), ["state.put", "state.expired"]);
+}
+
+/// Every record of a stopped server.
+async fn run_verify(server: &Server) -> Vec<Value> {
+    let mut command = Command::new(mainstay_tests::process::binary());
+    command.args(["verify", "--dump", "--data"]).arg(server.dir()).stdin(Stdio::null());
+    let output = run(command).await;
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    events(&output.stdout)
+}

@@ -189,6 +189,12 @@ impl State {
         self.view.deadline()
     }
 
+    /// When a server that is not serving the session must, in milliseconds since the Unix epoch; 0 for at once: its members and runs
+    /// have until their leases are over to be heard of, from when it is loaded.
+    pub fn wake(&self) -> Option<u64> {
+        self.view.wake()
+    }
+
     /// The session's streams.
     pub fn streams(&self) -> &Streams {
         &self.streams

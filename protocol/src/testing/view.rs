@@ -801,6 +801,9 @@ impl Run {
 
     /// The durable view against the model's.
     fn compare(&self) {
+        // Whatever is accepted, the store is told early enough.
+        let wake = (!self.durable.closed).then(|| self.authority.state().wake()).flatten();
+        assert!(wake.is_none_or(|at| self.authority.wake().is_some_and(|told| told <= at)));
         let view = self.authority.state().view();
         assert_eq!(view.next(), self.durable.tail);
         let entries = view.state().iter();

@@ -27,10 +27,11 @@ pub(crate) type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
 
 /// What the committer can be asked to do.
 pub(crate) enum Request {
-    Append { session: SessionId, epoch: u64, chunk: Arc<Chunk>, answer: oneshot::Sender<Outcome> },
+    Append { session: SessionId, epoch: u64, chunk: Arc<Chunk>, wake: Option<u64>, answer: oneshot::Sender<Outcome> },
     Resolve { session: SessionId, epoch: u64, chunk: Arc<Chunk>, answer: Answer<bool> },
     Create { session: SessionId, created: u64, expire_after: u64, answer: Answer<Created> },
     Postpone { session: SessionId, until: u64, answer: Answer<()> },
+    SetWake { session: SessionId, wake: Option<u64>, answer: Answer<()> },
     Expire { session: SessionId, now: u64, answer: Answer<bool> },
     OpenWriter { session: SessionId, answer: Answer<Writer> },
     CloseWriter { session: SessionId, epoch: u64 },
@@ -219,9 +220,9 @@ impl Committer {
 
     fn take(&mut self, request: Request, turn: &mut Turn) {
         match request {
-            Request::Append { session, epoch, chunk, answer } => {
+            Request::Append { session, epoch, chunk, wake, answer } => {
                 // Whoever waits may have gone; the outcome stands.
-                match self.append(&session, epoch, &chunk, turn) {
+                match self.append(&session, epoch, &chunk, wake, turn) {
                     Ok(()) => turn.tell(move |result| {
                         drop(answer.send(match result {
                             Ok(()) => Outcome::Committed,
@@ -242,6 +243,10 @@ impl Committer {
             }
             Request::Postpone { session, until, answer } => {
                 let result = self.postpone(&session, until, turn);
+                turn.answer(result, answer);
+            }
+            Request::SetWake { session, wake, answer } => {
+                let result = self.set_wake(&session, wake, turn);
                 turn.answer(result, answer);
             }
             Request::OpenWriter { session, answer } => match self.open_writer(&session, turn) {
@@ -334,7 +339,14 @@ impl Committer {
         Ok(())
     }
 
-    fn append(&mut self, id: &SessionId, epoch: u64, chunk: &Chunk, turn: &mut Turn) -> Result<(), StoreError> {
+    fn append(
+        &mut self,
+        id: &SessionId,
+        epoch: u64,
+        chunk: &Chunk,
+        wake: Option<u64>,
+        turn: &mut Turn,
+    ) -> Result<(), StoreError> {
         self.need_space()?;
         if turn.deleted.contains(&id.incarnation) {
             return Err(StoreError::NotFound);
@@ -349,22 +361,26 @@ impl Committer {
         {
             return Err(StoreError::Invalid { what: "the chunk does not follow the last one" });
         }
-        let mut rolled = None;
-        if open.row.segments.is_empty() || open.segment_bytes >= segment_limit {
+        let rolls = open.row.segments.is_empty() || open.segment_bytes >= segment_limit;
+        if rolls {
             let segment = Segment { id: next_segment, first: header.first, number: header.number };
             open.row.segments.push(segment);
             open.segment_bytes = 0;
-            rolled = Some((open.name.clone(), open.row.clone()));
         }
+        let woke = core::mem::replace(&mut open.row.wake, wake);
+        let row = (rolls || woke != wake).then(|| (open.name.clone(), open.row.clone()));
         let segment = open.row.segments.last().map_or(0, |segment| segment.id);
         open.segment_bytes += chunk.bytes().len() as u64;
         open.next = (chunk.end(), header.number + 1);
         open.link = header.chain.link();
         turn.bytes += chunk.bytes().len();
         turn.put(0, keys::chunk(segment, header.first, header.number).to_vec(), chunk.bytes().clone());
-        if let Some((name, row)) = rolled {
-            self.next_segment += 1;
+        if let Some((name, row)) = row {
+            turn.put_wake(&name, woke, &row);
             turn.put_row(name, row);
+        }
+        if rolls {
+            self.next_segment += 1;
         }
         Ok(())
     }
@@ -446,6 +462,19 @@ impl Committer {
         turn.put_due(&id.name, &row);
         if let Some(open) = self.writers.get_mut(&id.incarnation) {
             open.row.due = row.due;
+        }
+        turn.put_row(id.name.clone(), row);
+        Ok(())
+    }
+
+    fn set_wake(&mut self, id: &SessionId, wake: Option<u64>, turn: &mut Turn) -> Result<(), StoreError> {
+        // Below the reserve too, as a postponement.
+        self.need_engine()?;
+        let mut row = self.current_row(id, turn)?;
+        let woke = core::mem::replace(&mut row.wake, wake);
+        turn.put_wake(&id.name, woke, &row);
+        if let Some(open) = self.writers.get_mut(&id.incarnation) {
+            open.row.wake = wake;
         }
         turn.put_row(id.name.clone(), row);
         Ok(())
@@ -581,6 +610,13 @@ impl Committer {
         turn.remove(3, keys::quarantined(id.incarnation).to_vec());
         if row.due > 0 {
             turn.remove(3, keys::due(row.due, row.incarnation).to_vec());
+        }
+        let wake = match self.writers.get(&id.incarnation) {
+            Some(open) if !open.stale => open.row.wake,
+            _ => row.wake,
+        };
+        if let Some(at) = wake {
+            turn.remove(3, keys::wake(at, row.incarnation).to_vec());
         }
         turn.remove(1, id.name.as_str().as_bytes().to_vec());
         turn.rows.insert(id.name.clone(), None);
@@ -848,6 +884,19 @@ impl Turn {
     fn put_row(&mut self, name: SessionName, row: SessionRow) {
         self.put(1, name.as_str().as_bytes().to_vec(), row.encode());
         self.rows.insert(name, Some(row));
+    }
+
+    /// The session wakes as its row says, and not any more as it was to before.
+    fn put_wake(&mut self, name: &SessionName, before: Option<u64>, row: &SessionRow) {
+        if before == row.wake {
+            return;
+        }
+        if let Some(at) = before {
+            self.remove(3, keys::wake(at, row.incarnation).to_vec());
+        }
+        if let Some(at) = row.wake {
+            self.put(3, keys::wake(at, row.incarnation).to_vec(), Bytes::copy_from_slice(name.as_str().as_bytes()));
+        }
     }
 
     fn put_due(&mut self, name: &SessionName, row: &SessionRow) {

@@ -19,17 +19,29 @@ pub(crate) const QUARANTINED: u8 = b'q';
 /// Prefix of the rows of sessions that expire in `meta`.
 pub(crate) const DUE: u8 = b'e';
 
+/// Prefix of the rows of sessions that have something to write by themselves in `meta`.
+pub(crate) const WAKE: u8 = b'a';
+
 /// Key of the row of a session that expires in `meta`: when it is due, and its incarnation. The value is its name.
 pub(crate) fn due(at: u64, incarnation: Incarnation) -> [u8; 25] {
-    let mut key = [DUE; 25];
+    timed(DUE, at, incarnation)
+}
+
+/// Key of the row of a session that has something to write by itself, as [`due`].
+pub(crate) fn wake(at: u64, incarnation: Incarnation) -> [u8; 25] {
+    timed(WAKE, at, incarnation)
+}
+
+fn timed(prefix: u8, at: u64, incarnation: Incarnation) -> [u8; 25] {
+    let mut key = [prefix; 25];
     key[1..9].copy_from_slice(&at.to_be_bytes());
     key[9..].copy_from_slice(&incarnation.0);
     key
 }
 
-/// When the session of a due row is due.
+/// When the session of such a row is due.
 pub(crate) fn due_at(key: &[u8]) -> Option<u64> {
-    key.strip_prefix(&[DUE])?.get(..8)?.try_into().map(u64::from_be_bytes).ok()
+    key.get(1..9)?.try_into().map(u64::from_be_bytes).ok()
 }
 
 /// Key of a chunk: segment, first seq, number.
@@ -130,6 +142,8 @@ pub(crate) struct SessionRow {
     pub(crate) expire_after: u64,
     /// When that is due; 0 for never.
     pub(crate) due: u64,
+    /// When it has something to write by itself.
+    pub(crate) wake: Option<u64>,
     pub(crate) writer_epoch: u64,
     /// Records below were released; those in a chunk that is kept are still there.
     pub(crate) released: u64,
@@ -145,13 +159,15 @@ impl SessionRow {
     pub(crate) fn new(incarnation: Incarnation, created: u64, expire_after: u64) -> Self {
         let due = if expire_after == 0 { 0 } else { created.saturating_add(expire_after).min(MAX_VARINT) };
         let base = Base { first: 0, number: 0, chain: Chain::start(incarnation) };
-        Self { incarnation, created, expire_after, due, writer_epoch: 0, released: 0, base, segments: Vec::new() }
+        let (writer_epoch, released, wake, segments) = (0, 0, None, Vec::new());
+        Self { incarnation, created, expire_after, due, wake, writer_epoch, released, base, segments }
     }
 
     pub(crate) fn encode(&self) -> Bytes {
         let mut w = Writer::new();
         w.raw(&self.incarnation.0);
-        for field in [self.created, self.expire_after, self.due, self.writer_epoch, self.released] {
+        let wake = self.wake.map_or(0, |at| at + 1);
+        for field in [self.created, self.expire_after, self.due, wake, self.writer_epoch, self.released] {
             w.varint(field);
         }
         w.varint(self.base.first);
@@ -171,13 +187,14 @@ impl SessionRow {
         let mut r = Reader::new(&body);
         let incarnation = Incarnation(r.array()?);
         let (created, expire_after, due) = (r.varint()?, r.varint()?, r.varint()?);
+        let wake = r.varint()?.checked_sub(1);
         let (writer_epoch, released) = (r.varint()?, r.varint()?);
         let base = Base { first: r.varint()?, number: r.varint()?, chain: Chain(r.array()?) };
         let segments = (0..r.count(MAX_SEGMENTS)?)
             .map(|_| Ok(Segment { id: r.varint()?, first: r.varint()?, number: r.varint()? }))
             .collect::<Result<_, ProtocolError>>()?;
         r.finish()?;
-        Ok(Self { incarnation, created, expire_after, due, writer_epoch, released, base, segments })
+        Ok(Self { incarnation, created, expire_after, due, wake, writer_epoch, released, base, segments })
     }
 }
 

@@ -1,10 +1,11 @@
 //! Reads: chunks of a session in order, checked.
 
+use std::ops::Bound;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use fjall::{Readable, Snapshot};
-use mainstay_protocol::session::{Chunk, SessionName};
+use mainstay_protocol::session::{Chunk, Incarnation, SessionName};
 use mainstay_store::{ListPage, Page, ReadFrom, SessionId, SessionStat, StoreError};
 
 use crate::keys::{self, SessionRow};
@@ -79,20 +80,46 @@ impl<'a> Reader<'a> {
 
     /// Sessions whose expiry is due at `now`, at most `limit`, the longest due first.
     pub(crate) fn due(&self, now: u64, limit: usize) -> Result<Vec<SessionStat>, StoreError> {
+        let rows = self.snapshot.prefix(self.engine.meta(), [keys::DUE]);
+        self.timed(rows, now, limit, |row| Some(keys::due(row.due, row.incarnation)))
+    }
+
+    /// Sessions that have something to write by themselves at `until`, as [`Reader::due`], behind `after`.
+    pub(crate) fn waking(
+        &self,
+        until: u64,
+        after: Option<(u64, Incarnation)>,
+        limit: usize,
+    ) -> Result<Vec<SessionStat>, StoreError> {
+        let first = after.map_or_else(|| vec![keys::WAKE], |(at, incarnation)| keys::wake(at, incarnation).to_vec());
+        let end = vec![keys::WAKE + 1];
+        let start = if after.is_some() { Bound::Excluded(first) } else { Bound::Included(first) };
+        let rows = self.snapshot.range(self.engine.meta(), (start, Bound::Excluded(end)));
+        self.timed(rows, until, limit, |row| Some(keys::wake(row.wake?, row.incarnation)))
+    }
+
+    /// The sessions of these rows up to a moment, each checked against the key that its own row makes.
+    fn timed(
+        &self,
+        rows: impl Iterator<Item = fjall::Guard>,
+        until: u64,
+        limit: usize,
+        key_of: impl Fn(&SessionRow) -> Option<[u8; 25]>,
+    ) -> Result<Vec<SessionStat>, StoreError> {
         let mut due = Vec::new();
-        for guard in self.snapshot.prefix(self.engine.meta(), [keys::DUE]) {
+        for guard in rows {
             let (key, name) = guard.into_inner().map_err(|error| read_error(0, &error))?;
-            if due.len() == limit || keys::due_at(&key).is_none_or(|at| at > now) {
+            if due.len() == limit || keys::due_at(&key).is_none_or(|at| at > until) {
                 break;
             }
-            // What does not fit must not keep the others from expiring; `verify` reports it.
+            // What does not fit must not keep the others back; `verify` reports it.
             let name = core::str::from_utf8(&name).ok().and_then(|name| SessionName::new(name).ok());
             let Some(name) = name else { continue };
             match self.row(&name) {
-                Ok(Some(row)) if key.as_ref() == keys::due(row.due, row.incarnation) => {
+                Ok(Some(row)) if key_of(&row).is_some_and(|own| key.as_ref() == own) => {
                     due.extend(self.stat(name, &row).ok());
                 }
-                _ => tracing::warn!(session = %name, "is due to expire, and is another one or cannot be read"),
+                _ => tracing::warn!(session = %name, "is due, and is another one or cannot be read"),
             }
         }
         Ok(due)
@@ -109,7 +136,16 @@ impl<'a> Reader<'a> {
         let (tail, chunks) = end(row, last.as_ref());
         let session = SessionId { name, incarnation: row.incarnation };
         let first = row.base.first.max(row.released);
-        Ok(SessionStat { session, created: row.created, first, tail, expire_after: row.expire_after, written, chunks })
+        Ok(SessionStat {
+            session,
+            created: row.created,
+            first,
+            tail,
+            expire_after: row.expire_after,
+            written,
+            chunks,
+            wake: row.wake,
+        })
     }
 
     /// Consecutive chunks from `from` on, about `budget` bytes of them.

@@ -217,9 +217,9 @@ impl Store for FjallStore {
         let _ = self.requests.send(Request::CloseWriter { session, epoch });
     }
 
-    fn append(&self, writer: &Writer, chunk: Arc<Chunk>) -> Committing {
+    fn append(&self, writer: &Writer, chunk: Arc<Chunk>, wake: Option<u64>) -> Committing {
         let (answer, committing) = Committing::channel();
-        let request = Request::Append { session: writer.session.clone(), epoch: writer.epoch, chunk, answer };
+        let request = Request::Append { session: writer.session.clone(), epoch: writer.epoch, chunk, wake, answer };
         match self.requests.send(request) {
             Ok(()) => committing,
             Err(_) => {
@@ -268,6 +268,14 @@ impl Store for FjallStore {
 
     fn postpone(&self, session: SessionId, until: u64) -> Pending<()> {
         self.ask(|answer| Request::Postpone { session, until, answer })
+    }
+
+    fn set_wake(&self, session: SessionId, wake: Option<u64>) -> Pending<()> {
+        self.ask(|answer| Request::SetWake { session, wake, answer })
+    }
+
+    fn waking(&self, until: u64, after: Option<(u64, Incarnation)>, limit: usize) -> Pending<Vec<SessionStat>> {
+        self.read(None, move |reader| reader.waking(until, after, limit))
     }
 
     fn expire(&self, session: SessionId, now: u64) -> Pending<bool> {

@@ -446,18 +446,22 @@ fn step(state: &mut State, chain: &mut Chain, chunk: &Chunk, fold: bool) -> Resu
     Ok(())
 }
 
-/// Rows of sessions that expire without the session.
+/// Rows of sessions that expire, or have something to write, without the session.
 fn due_rows(engine: &Engine, report: &mut Report) {
-    for guard in engine.meta().prefix([keys::DUE]) {
+    type KeyOf = fn(&SessionRow) -> Option<[u8; 25]>;
+    let due: KeyOf = |row| Some(keys::due(row.due, row.incarnation));
+    let wake: KeyOf = |row| Some(keys::wake(row.wake?, row.incarnation));
+    let rows = |prefix: u8, key_of: KeyOf| engine.meta().prefix([prefix]).map(move |guard| (guard, key_of));
+    for (guard, key_of) in rows(keys::DUE, due).chain(rows(keys::WAKE, wake)) {
         let Ok((key, name)) = guard.into_inner() else { return };
         let name = core::str::from_utf8(&name).ok().and_then(|name| SessionName::new(name).ok());
         let row = name.as_ref().and_then(|name| engine.sessions().get(name.as_str()).ok().flatten());
         let row = row.and_then(|row| SessionRow::decode(&Bytes::from(row)).ok());
-        if row.is_none_or(|row| key.as_ref() != keys::due(row.due, row.incarnation)) {
+        if row.and_then(|row| key_of(&row)).is_none_or(|own| key.as_ref() != own) {
             report.problem(
                 name.as_ref(),
                 None,
-                "a row says when a session expires that is not there, or is another one",
+                "a row says when a session is due that is not there, or is another one",
             );
         }
     }

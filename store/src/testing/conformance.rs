@@ -9,7 +9,7 @@ use mainstay_protocol::session::{
 };
 use mainstay_protocol::wire::{Label, Subject, Writer as Bytewriter};
 
-use crate::contract::{Created, Outcome, ReadFrom, SessionId, Store, StoreError, Writer};
+use crate::contract::{Created, Outcome, ReadFrom, SessionId, SessionStat, Store, StoreError, Writer};
 
 /// A promise and the test of it. The store is fresh, or at least holds none of the sessions that the case makes.
 pub type Case = (&'static str, fn(Arc<dyn Store>) -> Pin<Box<dyn Future<Output = ()> + Send>>);
@@ -36,6 +36,7 @@ cases! {
     sessions_do_not_touch_each_other,
     a_list_is_ordered_filtered_and_paged,
     a_session_that_expires_is_due_until_it_is_postponed_or_deleted,
+    a_session_wakes_when_its_last_chunk_said_so,
     a_missing_session_is_not_found,
 }
 
@@ -52,6 +53,8 @@ pub struct Log {
     pub writer: Writer,
     /// The state after every chunk that is committed.
     pub state: State,
+    /// What each chunk says of when the session wakes.
+    pub wake: Option<u64>,
     author: Arc<Author>,
     sequence: u64,
 }
@@ -82,7 +85,7 @@ impl Log {
             }
         }
         let author = Author { subject: Subject::new("tester").expect("a valid subject"), instance: Instance([9; 16]) };
-        Self { store: store.clone(), writer, state, author: Arc::new(author), sequence: 0 }
+        Self { store: store.clone(), writer, state, wake: None, author: Arc::new(author), sequence: 0 }
     }
 
     fn id(&self) -> SessionId {
@@ -110,7 +113,7 @@ impl Log {
     /// Commits `chunk`, repeating and resolving as the contract asks.
     pub async fn commit(&mut self, chunk: &Arc<Chunk>) -> Result<(), StoreError> {
         loop {
-            match self.store.append(&self.writer, chunk.clone()).await {
+            match self.store.append(&self.writer, chunk.clone(), self.wake).await {
                 Outcome::Committed => break,
                 Outcome::NotCommitted(error) if error.is_retryable() => {}
                 Outcome::NotCommitted(error) => return Err(error),
@@ -243,7 +246,7 @@ async fn a_page_respects_its_budget_and_returns_at_least_one_chunk(store: Arc<dy
 /// Appends a chunk that must never be stored by this until the store says so.
 async fn refused_for_good(store: &Arc<dyn Store>, writer: &Writer, chunk: &Arc<Chunk>) {
     loop {
-        match store.append(writer, chunk.clone()).await {
+        match store.append(writer, chunk.clone(), None).await {
             Outcome::Committed => panic!("a chunk that does not follow was committed"),
             Outcome::NotCommitted(StoreError::Invalid { .. }) => return,
             Outcome::NotCommitted(error) => assert!(error.is_retryable(), "{error}"),
@@ -415,6 +418,47 @@ async fn a_session_that_expires_is_due_until_it_is_postponed_or_deleted(store: A
     assert_eq!(retry(|| store.expire(late.clone(), 9000)).await, Ok(true));
     assert_eq!(due(9000, 10).await, ["due/early"]);
     assert_eq!(retry(|| store.postpone(late.clone(), 1)).await, Err(StoreError::NotFound));
+}
+
+async fn a_session_wakes_when_its_last_chunk_said_so(store: Arc<dyn Store>) {
+    let ids = [("wake/a", 1), ("wake/b", 2), ("wake/c", 3)].map(|(name, n)| session_id(name, n));
+    let waking = async |until: u64, after: Option<&SessionStat>, limit: usize| -> Vec<SessionStat> {
+        let after = after.and_then(|stat| Some((stat.wake?, stat.session.incarnation)));
+        store.waking(until, after, limit).await.expect("waking")
+    };
+    let names = |stats: &[SessionStat]| -> Vec<String> {
+        stats.iter().map(|stat| stat.session.name.as_str().to_owned()).collect()
+    };
+    let mut logs = Vec::new();
+    for id in &ids {
+        retry(|| store.create(id.clone(), 1000, 0)).await.expect("create");
+        logs.push(Log::open(&store, id.clone()).await);
+    }
+    for (log, wake) in logs.iter_mut().zip([Some(2000), Some(1), Some(1)]) {
+        log.append(&["never"]).await;
+        log.wake = wake;
+        log.append(&["some time"]).await;
+    }
+    assert_eq!(names(&waking(0, None, 10).await), [""; 0]);
+    assert_eq!(names(&waking(1999, None, 10).await), ["wake/b", "wake/c"]);
+    let first = waking(9000, None, 2).await;
+    assert_eq!(names(&first), ["wake/b", "wake/c"], "the longest due first, then by incarnation");
+    assert_eq!(names(&waking(9000, first.last(), 2).await), ["wake/a"]);
+    assert_eq!(names(&waking(9000, first.first(), 1).await), ["wake/c"], "of the same moment, too");
+    let stat = store.stat(ids[0].name.clone()).await.expect("stat").expect("exists");
+    assert_eq!(stat.wake, Some(2000));
+    // A chunk that says nothing takes it back; so does whoever knows better; a delete takes all with it.
+    logs[1].wake = None;
+    logs[1].append(&["nothing to do"]).await;
+    retry(|| store.set_wake(ids[2].clone(), Some(3000))).await.expect("set");
+    assert_eq!(names(&waking(9000, None, 10).await), ["wake/a", "wake/c"]);
+    logs[2].wake = Some(500);
+    logs[2].append(&["earlier"]).await;
+    assert_eq!(names(&waking(9000, None, 10).await), ["wake/c", "wake/a"]);
+    retry(|| store.set_wake(ids[2].clone(), None)).await.expect("set");
+    retry(|| store.delete(ids[0].clone())).await.expect("delete");
+    assert_eq!(names(&waking(9000, None, 10).await), [""; 0]);
+    assert_eq!(retry(|| store.set_wake(ids[0].clone(), Some(1))).await, Err(StoreError::NotFound));
 }
 
 async fn a_missing_session_is_not_found(store: Arc<dyn Store>) {

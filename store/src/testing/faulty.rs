@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use mainstay_protocol::session::{Chunk, SessionName};
+use mainstay_protocol::session::{Chunk, Incarnation, SessionName};
 
 use crate::contract::{
     Committing, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store, StoreError,
@@ -83,7 +83,7 @@ impl<S: Store> Store for FaultyStore<S> {
         self.inner.close_writer(writer);
     }
 
-    fn append(&self, writer: &Writer, chunk: Arc<Chunk>) -> Committing {
+    fn append(&self, writer: &Writer, chunk: Arc<Chunk>, wake: Option<u64>) -> Committing {
         let Faults { not_committed, unknown_stored, unknown_lost, .. } = self.faults();
         let roll = self.roll();
         let unknown = || Committing::ready(Outcome::Unknown(StoreError::Overloaded));
@@ -91,12 +91,12 @@ impl<S: Store> Store for FaultyStore<S> {
             Committing::ready(Outcome::NotCommitted(StoreError::Overloaded))
         } else if roll < not_committed + unknown_stored {
             // The engine keeps what it was given, whether or not anyone waits.
-            drop(self.inner.append(writer, chunk));
+            drop(self.inner.append(writer, chunk, wake));
             unknown()
         } else if roll < not_committed + unknown_stored + unknown_lost {
             unknown()
         } else {
-            self.inner.append(writer, chunk)
+            self.inner.append(writer, chunk, wake)
         }
     }
 
@@ -134,6 +134,14 @@ impl<S: Store> Store for FaultyStore<S> {
 
     fn postpone(&self, session: SessionId, until: u64) -> Pending<()> {
         self.refuse().unwrap_or_else(|| self.inner.postpone(session, until))
+    }
+
+    fn set_wake(&self, session: SessionId, wake: Option<u64>) -> Pending<()> {
+        self.refuse().unwrap_or_else(|| self.inner.set_wake(session, wake))
+    }
+
+    fn waking(&self, until: u64, after: Option<(u64, Incarnation)>, limit: usize) -> Pending<Vec<SessionStat>> {
+        self.inner.waking(until, after, limit)
     }
 
     fn expire(&self, session: SessionId, now: u64) -> Pending<bool> {

@@ -316,6 +316,12 @@ impl<T> Authority<T> {
         &self.state
     }
 
+    /// When a server must serve the session once the next chunk is stored, whatever becomes of this one (see [`State::wake`]): too
+    /// early at worst.
+    pub fn wake(&self) -> Option<u64> {
+        self.state.wake().into_iter().chain(self.overlay.wake()).min()
+    }
+
     /// Bytes accepted and not yet in a chunk. The driver stops taking requests above a bound of its own.
     pub fn waiting_bytes(&self) -> usize {
         self.waiting_bytes

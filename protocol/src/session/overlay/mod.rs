@@ -19,7 +19,7 @@ use runs::{PendingStanding, RequestStanding};
 use super::authority::Refusal;
 use super::kinds::{Activity, Change, Deed, Expected, Payload, SessionConfigured, StateChange, StateDeleted, StatePut};
 use super::record::{CheckedBatch, Record, Records};
-use super::view::View;
+use super::view::{AT_ONCE, View};
 use super::words::{Author, Key, MessageId, RequestId, RunId, SignalId};
 use crate::error::Code;
 use crate::registry::{
@@ -128,6 +128,8 @@ pub(super) struct Overlay {
     changes: Changes,
     /// Of the durable view and the changes; `None` while there are none.
     totals: Option<Totals>,
+    /// When the first of the changes may need the session to be served; too early at worst.
+    wake: Option<u64>,
 }
 
 impl Overlay {
@@ -135,7 +137,7 @@ impl Overlay {
     pub(super) fn durable(&mut self, tail: u64) {
         self.changes.since(tail);
         if self.changes.is_empty() {
-            self.totals = None;
+            (self.totals, self.wake) = (None, None);
         }
     }
 
@@ -189,8 +191,8 @@ impl Overlay {
                 return Err(Refusal::new(Code::BATCH_TOO_LARGE, "what comes of the changes exceeds a batch"));
             }
         }
-        let (changes, totals) = (draft.changes, draft.totals);
-        self.accept(changes, totals);
+        let (changes, totals, wake) = (draft.changes, draft.totals, draft.wake);
+        self.accept(changes, totals, wake);
         Ok(match stored {
             Some(stored) => CheckedBatch { records: stored.freeze(), ..batch },
             None => batch,
@@ -207,8 +209,8 @@ impl Overlay {
     ) -> Result<(), Refusal> {
         let mut draft = self.draft(view, author, None);
         draft.hold(seq, time, record)?;
-        let (changes, totals) = (draft.changes, draft.totals);
-        self.accept(changes, totals);
+        let (changes, totals, wake) = (draft.changes, draft.totals, draft.wake);
+        self.accept(changes, totals, wake);
         Ok(())
     }
 
@@ -227,11 +229,17 @@ impl Overlay {
 
     fn draft<'a>(&'a self, view: &'a View, author: &'a Arc<Author>, held: Option<RunId>) -> Draft<'a> {
         let totals = self.totals.unwrap_or_else(|| Totals::of(view));
-        Draft { view, author, held, accepted: self, changes: Changes::default(), totals }
+        Draft { view, author, held, accepted: self, changes: Changes::default(), totals, wake: None }
     }
 
-    fn accept(&mut self, changes: Changes, totals: Totals) {
+    /// When what was accepted and is not durable yet may need the session to be served.
+    pub(super) fn wake(&self) -> Option<u64> {
+        self.wake
+    }
+
+    fn accept(&mut self, changes: Changes, totals: Totals, wake: Option<u64>) {
         if !changes.is_empty() {
+            self.wake = self.wake.into_iter().chain(wake).min();
             self.totals = Some(totals);
             self.changes.extend(changes);
         }
@@ -254,6 +262,7 @@ struct Draft<'a> {
     accepted: &'a Overlay,
     changes: Changes,
     totals: Totals,
+    wake: Option<u64>,
 }
 
 impl Draft<'_> {
@@ -301,6 +310,7 @@ impl Draft<'_> {
                     }
                 }
                 self.changes.members.insert(self.author.clone(), (seq, Some(seq)));
+                self.wakes(AT_ONCE);
             }
             Deed::PresenceLeft(of) => {
                 if self.member(&of.member) == Some(of.generation) {
@@ -345,13 +355,24 @@ impl Draft<'_> {
             Deed::RunEnd(id, _) => self.end_run(seq, id)?,
             Deed::RunConsumed(id, of) => self.consume(seq, id, &of)?,
             Deed::SignalResolved(of) => self.resolve_signal(seq, of.signal)?,
-            Deed::RequestOpened(run, of) => self.open_request(seq, run, &of)?,
+            Deed::RequestOpened(run, of) => {
+                self.open_request(seq, run, &of)?;
+                self.wakes(time.saturating_add(of.lasts));
+            }
             Deed::RequestWithdrawn(of) => self.withdraw_request(seq, of.request)?,
             // The server's own.
             Deed::SessionConfigured(of) => self.configure(seq, of),
-            Deed::RunStart(id, of) => self.start_run(seq, id, &of)?,
+            Deed::RunStart(id, of) => {
+                self.start_run(seq, id, &of)?;
+                if of.lease > 0 {
+                    self.wakes(AT_ONCE);
+                }
+            }
             Deed::RunLost(id, of) => self.lose_run(seq, id, of.epoch),
-            Deed::Signal(run, signal) => self.send_signal(seq, run, &signal)?,
+            Deed::Signal(run, signal) => {
+                self.send_signal(seq, run, &signal)?;
+                self.wakes(time.saturating_add(signal.lasts));
+            }
             Deed::SignalExpired(of) => self.expire_signal(seq, of.signal),
             Deed::RequestExpired(of) => self.expire_request(seq, of.request),
             Deed::StatePut(put) => self.write(seq, time, &put)?,
@@ -359,6 +380,11 @@ impl Draft<'_> {
             Deed::StateChange(change) => return self.change(seq, time, record, change).map(Some),
         }
         Ok(None)
+    }
+
+    /// The session has something to write by itself at `at`.
+    fn wakes(&mut self, at: u64) {
+        self.wake = Some(self.wake.map_or(at, |before| before.min(at)));
     }
 
     fn member(&self, author: &Author) -> Option<u64> {
@@ -412,6 +438,7 @@ impl Draft<'_> {
 
     fn write(&mut self, seq: u64, time: u64, put: &StatePut) -> Result<(), Refusal> {
         let expires = (put.lasts > 0).then(|| time.saturating_add(put.lasts).min(MAX_VARINT));
+        expires.into_iter().for_each(|at| self.wakes(at));
         let before = self.totals;
         self.set(seq, put.key.clone(), Some(Held { revision: seq, expires, value: put.value.clone() }));
         if self.totals.keys > MAX_STATE_KEYS && self.totals.keys > before.keys {

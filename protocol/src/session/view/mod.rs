@@ -56,6 +56,9 @@ impl Form {
     }
 }
 
+/// The moment of what cannot wait.
+pub(super) const AT_ONCE: u64 = 0;
+
 /// The current picture of a session: `fold(records below next)`. Bounded: it grows with what the session holds now, within
 /// the registry's limits, never with the number of records.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -121,6 +124,13 @@ impl View {
     pub(super) fn deadline(&self) -> Option<u64> {
         let value = self.entries.deadlines().next().map(|(at, _)| *at);
         value.into_iter().chain(self.signals.deadline()).min().filter(|_| self.closed.is_none())
+    }
+
+    /// When a server that is not serving the session must, in milliseconds since the Unix epoch: at once while somebody or something is
+    /// held by a lease (spec PRES-4, RUN-4), else when something expires.
+    pub(super) fn wake(&self) -> Option<u64> {
+        let leased = !self.members.is_empty() || self.runs.active().any(|run| run.lease > 0);
+        if leased { Some(AT_ONCE) } else { self.deadline() }
     }
 
     /// Folds the record bytes of the next seq (spec FOLD-2). A record that some version accepted cannot fail; an error

@@ -48,7 +48,7 @@ impl Log {
 
     pub(crate) async fn append(&mut self, store: &FjallStore, payload: Vec<u8>) -> Outcome {
         let chunk = self.next(payload);
-        let outcome = store.append(&self.writer, chunk.clone()).await;
+        let outcome = store.append(&self.writer, chunk.clone(), None).await;
         if outcome == Outcome::Committed {
             self.state.apply(&chunk).unwrap();
         }
