@@ -27,6 +27,9 @@ pub(crate) enum Command {
     Serve(Serve),
     /// Show the whole story on this machine and verify it.
     Demo(Demo),
+    /// The agent of the demo.
+    #[command(hide = true)]
+    DemoAgent(DemoAgent),
     /// Append standard input to a session, one record per line.
     Append(Append),
     /// Follow a session: its records so far, then new ones as they come.
@@ -72,7 +75,7 @@ impl Args {
             Command::Token(args) => args.json,
             Command::Verify(args) => args.json || args.dump,
             Command::Bench(args) => args.json,
-            Command::Completions(_) | Command::Man(_) => false,
+            Command::DemoAgent(_) | Command::Completions(_) | Command::Man(_) => false,
         }
     }
 }
@@ -112,13 +115,21 @@ pub(crate) struct Serve {
     pub(crate) json: bool,
 }
 
-/// Starts a server, lets a process stream a text into a session, follows it with two clients, kills and restarts one of them
-/// and the server, and verifies that both saw the whole text once.
+/// Plays the story of a session on this machine, with real processes: an agent announces itself, calls a tool and answers; tab one is
+/// killed, tab two goes on with the partial answer and the shared state; the server is killed; tab two interrupts the agent; the next
+/// agent is killed too, and a standby finishes its answer. Exit code 0 only if every check held.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Demo {
     /// Print JSON lines.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// What `demo` runs as its agent.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct DemoAgent {
+    /// Milliseconds between two words.
+    pub(crate) pause: u64,
 }
 
 /// How to find the server.

@@ -79,6 +79,7 @@ async fn run(command: Command, output: Output) -> Result<(), Failure> {
     match command {
         Command::Serve(args) => commands::serve::run(args, output).await,
         Command::Demo(args) => interruptible(commands::demo::run(args, output)).await,
+        Command::DemoAgent(args) => commands::demo::agent(args).await,
         Command::Append(args) => commands::append::run(args, output).await,
         Command::Tail(args) => commands::tail::run(args, output).await,
         Command::Presence(args) => commands::presence::run(args, output).await,

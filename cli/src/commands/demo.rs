@@ -1,12 +1,16 @@
 //! `demo`: the whole story on this machine, with real processes, verified at the end.
 
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
+use tokio::sync::Notify;
 
 use crate::args;
 use crate::failure::Failure;
@@ -14,8 +18,8 @@ use crate::output::Output;
 
 const TEXT: &str = include_str!("demo.txt");
 const SESSION: &str = "agent:demo";
-/// Pause between two words of the agent.
-const WORD: Duration = Duration::from_millis(8);
+/// What the agent's tool found, as its state value.
+const TOOL_RESULT: &str = "\"read\"";
 /// Nothing in the demo takes longer than this on a working machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -70,15 +74,96 @@ impl Stage {
         Ok(Server { child, addr })
     }
 
-    fn follower(&self, name: &str) -> Result<Child, Failure> {
-        let (file, cursor) = (self.file(name), self.data.join(format!("{name}.cursor")));
-        let (file, cursor) = (file.to_string_lossy(), cursor.to_string_lossy());
-        let args = ["tail", SESSION, "--output", &file, "--cursor-file", &cursor, "--json"];
-        spawn(&mut self.command(&args))
+    /// A tab that shows the conversation.
+    fn tab(&self) -> Result<Tab, Failure> {
+        let mut child = spawn(&mut self.command(&["tail", SESSION, "--fold", "--json"]))?;
+        let mut lines = lines(&mut child)?;
+        let seen = Arc::new(Mutex::new(Seen::default()));
+        let (noting, changed) = (seen.clone(), Arc::new(Notify::new()));
+        let changes = changed.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(line)) = lines.next_line().await {
+                if let Ok(event) = serde_json::from_str(&line) {
+                    noting.lock().unwrap_or_else(PoisonError::into_inner).note(&event);
+                    changes.notify_one();
+                }
+            }
+        });
+        Ok(Tab { child, seen, changed })
     }
 
-    fn file(&self, name: &str) -> PathBuf {
-        self.data.join(format!("{name}.jsonl"))
+    /// `mainstay run` of the demo's agent, which says a word after each pause of so many milliseconds.
+    fn agent(&self, options: &[&str], pause: u32) -> Result<Child, Failure> {
+        let program = self.program.to_string_lossy();
+        let pause = pause.to_string();
+        let run = ["run", SESSION, "--events", "--as", "agent", "--lease", "2", "--json"];
+        let agent = ["--", &program, "demo-agent", &pause];
+        spawn(&mut self.command(&[&run, options, &agent].concat()))
+    }
+
+    /// The JSON lines of a command that ends.
+    async fn ask(&self, args: &[&str]) -> Result<Vec<Value>, Failure> {
+        let output = self.command(args).output().await.map_err(|error| Failure::io("a process of the demo", &error))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+    }
+}
+
+/// What a tab has shown.
+#[derive(Debug, Default, Clone)]
+struct Seen {
+    /// Text and status of each message, by id.
+    messages: BTreeMap<String, (String, String)>,
+    /// The view hash that it began with.
+    hash: Option<String>,
+}
+
+impl Seen {
+    fn note(&mut self, event: &Value) {
+        let text = |name: &str| event[name].as_str().unwrap_or_default().to_owned();
+        let id = text("id");
+        match event["event"].as_str() {
+            Some("view") => self.hash = Some(text("hash")),
+            Some("message") => drop(self.messages.insert(id, (text("text"), text("status")))),
+            Some("append") => self.messages.entry(id).or_default().0.push_str(&text("text")),
+            Some("end") => self.messages.entry(id).or_default().1 = text("status"),
+            Some("reopened") => self.messages.entry(id).or_default().1 = "open".to_owned(),
+            _ => {}
+        }
+    }
+
+    /// The longest text among messages of this status: the answers are longer than all else.
+    fn answer(&self, status: &str) -> String {
+        let of = self.messages.values().filter(|(_, known)| known == status);
+        of.map(|(text, _)| text.clone()).max_by_key(String::len).unwrap_or_default()
+    }
+}
+
+/// A tab process.
+struct Tab {
+    child: Child,
+    seen: Arc<Mutex<Seen>>,
+    changed: Arc<Notify>,
+}
+
+impl Tab {
+    fn seen(&self) -> Seen {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Waits until it has shown what is wanted.
+    async fn shows(&self, what: &str, wanted: impl Fn(&Seen) -> bool) -> Result<Seen, Failure> {
+        let wait = async {
+            loop {
+                let seen = self.seen();
+                if wanted(&seen) {
+                    return seen;
+                }
+                self.changed.notified().await;
+            }
+        };
+        let late = |_| Failure::failed("TIMEOUT", format!("a tab of the demo did not show {what} in time"));
+        tokio::time::timeout(PATIENCE, wait).await.map_err(late)
     }
 }
 
@@ -120,122 +205,149 @@ async fn story(output: Output) -> Result<(), Failure> {
     let program = std::env::current_exe().map_err(|error| Failure::io("this program", &error))?;
     let dir = tempfile::tempdir().map_err(|error| Failure::io("a temporary directory", &error))?;
     let stage = Stage { program, data: dir.path().to_owned(), output, begun: Instant::now() };
-    let words: Vec<String> = TEXT.split_inclusive(' ').map(|word| word.trim_end_matches('\n').to_owned()).collect();
+    let mut checks = Checks { output, held: true };
 
     let mut server = stage.server("127.0.0.1:0").await?;
     stage.tell("server", &format!("a server listens on {}; its data is in {}", server.addr, dir.path().display()))?;
 
-    let mut agent = spawn(stage.command(&["append", SESSION, "--producer", "agent", "--json"]).stdin(Stdio::piped()))?;
-    let mut acks = lines(&mut agent)?;
-    let stdin = agent.stdin.take().ok_or_else(|| Failure::failed("INTERNAL", "the agent has no input"))?;
-    let writing = tokio::spawn(stream(stdin, words.clone()));
-    let confirmed = tokio::spawn(async move {
-        let mut seqs = Vec::new();
-        while let Ok(Some(line)) = acks.next_line().await {
-            let event: Value = serde_json::from_str(&line).unwrap_or_default();
-            if event["event"] == "ack" {
-                seqs.extend(event["seq"].as_u64());
-            }
-        }
-        seqs
-    });
-    stage.tell("agent", &format!("an agent process streams {} words into {SESSION}, one record each", words.len()))?;
-
-    let mut laptop = stage.follower("laptop")?;
-    let mut phone = stage.follower("phone")?;
-    stage.tell("followers", "two clients follow it live: laptop and phone")?;
-
-    let third = words.len() / 3;
-    wait_for_rows(&stage.file("phone"), third).await?;
-    kill(&mut phone).await?;
-    let seen = rows(&stage.file("phone"))?.len();
-    stage.tell("kill_client", &format!("the phone is killed with SIGKILL after {seen} words"))?;
-
-    wait_for_rows(&stage.file("laptop"), third + third / 2).await?;
-    kill(&mut server.child).await?;
-    let seen = rows(&stage.file("laptop"))?.len();
+    let mut one = stage.tab()?;
+    let mut agent = stage.agent(&[], 6)?;
+    let mut said = lines(&mut agent)?;
+    let run = next_event(&mut said, "run").await?;
     stage.tell(
-        "kill_server",
-        &format!("the server is killed with SIGKILL; the laptop has {seen} words, the agent goes on"),
+        "agent",
+        "an agent has announced its presence and holds a run; it calls a tool, then answers word by word",
     )?;
+
+    let third = TEXT.len() / 3;
+    one.shows("the first third", |seen| seen.answer("open").len() > third / 2).await?;
+    kill(&mut one.child).await?;
+    let left = one.seen().answer("open").len();
+    stage.tell("kill_tab", &format!("tab one is killed with SIGKILL after {left} bytes of the answer"))?;
+
+    let mut two = stage.tab()?;
+    let seen = two.shows("the answer so far", |seen| !seen.answer("open").is_empty()).await?;
+    let here = seen.answer("open");
+    stage.tell(
+        "tab_two",
+        &format!("tab two opens and has the partial answer at once: {} bytes, one message", here.len()),
+    )?;
+    checks.hold(
+        "tab two began with every byte that tab one had, in place",
+        here.len() >= left && TEXT.starts_with(&here),
+    )?;
+    let value = stage.ask(&["state", "get", SESSION, "tool/1", "--json"]).await?;
+    checks.hold(
+        "it has the result of the tool, from the shared state",
+        value.iter().any(|row| row["value"] == TOOL_RESULT),
+    )?;
+    let members = stage.ask(&["presence", SESSION, "--json"]).await?;
+    let streams = |row: &Value| row["name"] == "agent" && row["status"] == "streaming";
+    checks.hold("it sees what the agent is doing", members.iter().any(streams))?;
+
+    kill(&mut server.child).await?;
+    stage.tell("kill_server", "the server is killed with SIGKILL; the agent goes on and keeps what it says")?;
     tokio::time::sleep(Duration::from_millis(300)).await;
     let mut server = stage.server(&server.addr).await?;
-    stage.tell("restart_server", "the server is back on the same data; agent and laptop return by themselves")?;
-    let mut phone = stage.follower("phone")?;
-    stage.tell("restart_client", "the phone is back and goes on at its cursor")?;
+    stage.tell("restart_server", "the server is back on the same data; agent and tab two return by themselves")?;
+    two.shows("more of the answer", |seen| seen.answer("open").len() > here.len() + third / 4).await?;
 
-    let status = agent.wait().await.map_err(|error| Failure::io("the agent", &error))?;
-    let joined = |error: tokio::task::JoinError| Failure::failed("INTERNAL", error.to_string());
-    writing.await.map_err(joined)?.map_err(|error| Failure::io("the agent's input", &error))?;
-    let acked = confirmed.await.map_err(joined)?;
+    let signal = stage.ask(&["signal", SESSION, "interrupt", "--text", "once more", "--wait", "--json"]).await?;
+    let consumed = signal.iter().any(|row| row["event"] == "outcome" && row["outcome"] == "consumed");
+    let seen = two.shows("the end of the answer", |seen| !seen.answer("interrupted").is_empty()).await?;
+    let partial = seen.answer("interrupted");
+    ended(&mut agent).await?;
+    stage.tell("interrupt", &format!("tab two interrupts the agent after {} bytes", partial.len()))?;
+    checks.hold("the interrupt was accepted and consumed, for all to see", consumed)?;
+    checks.hold("what was interrupted is a prefix of what the agent had to say", TEXT.starts_with(&partial))?;
+
+    let mut agent = stage.agent(&[], 3)?;
+    let mut said = lines(&mut agent)?;
+    next_event(&mut said, "run").await?;
+    let mut standby = stage.agent(&["--standby"], 3)?;
+    let mut standing = lines(&mut standby)?;
+    next_event(&mut standing, "standby").await?;
+    stage.tell("standby", "the agent answers once more, and another one stands by")?;
+    two.shows("a third of the answer", |seen| seen.answer("open").len() > third).await?;
+    kill(&mut agent).await?;
+    let killed = Instant::now();
+    stage.tell("kill_agent", "the agent is killed with SIGKILL")?;
+    let taken = next_event(&mut standing, "run").await?;
     stage.tell(
-        "agent_done",
-        &format!("the agent has ended; {} of {} words are acknowledged", acked.len(), words.len()),
+        "takeover",
+        &format!(
+            "{:.1} s later the run is lost, and the standby has taken it over at byte {} of the answer",
+            killed.elapsed().as_secs_f64(),
+            taken["offset"]
+        ),
     )?;
-    for name in ["laptop", "phone"] {
-        wait_for_rows(&stage.file(name), words.len()).await?;
+    let seen = two.shows("the whole answer", |seen| seen.answer("complete").len() >= TEXT.len()).await?;
+    ended(&mut standby).await?;
+    checks.hold("two agents said the whole answer, each byte once", seen.answer("complete") == TEXT)?;
+    checks.hold("the run that was taken over is another one than the first", taken["run"] != run["run"])?;
+
+    // The agent that was killed counts as here until its grace is over.
+    while stage.ask(&["presence", SESSION, "--json"]).await?.iter().any(|row| row["event"] == "member") {
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    for follower in [&mut laptop, &mut phone] {
-        kill(follower).await?;
+    let again = stage.tab()?;
+    let other = again.shows("everything", |other| other.messages == seen.messages).await;
+    checks.hold("a tab that is opened now has the same as the one that was there", other.is_ok())?;
+    let info = stage.ask(&["session", "show", SESSION, "--json"]).await?;
+    let hash = info.first().map(|info| info["view_hash"].clone());
+    let shown = again.seen().hash.map(Value::from);
+    checks.hold("their view is the server's: one hash", hash.is_some() && hash == shown)?;
+    for tab in [&mut two, &mut { again }] {
+        kill(&mut tab.child).await?;
     }
     kill(&mut server.child).await?;
-
-    let every: Vec<u64> = (0..words.len() as u64).collect();
-    let mut held = true;
-    let mut check = |what: &str, ok: bool| -> Result<(), Failure> {
-        held &= ok;
-        let word = if ok { "holds" } else { "DOES NOT HOLD" };
-        stage.output.event(&json!({"event": "check", "check": what, "ok": ok}), || format!("   check  {what}: {word}"))
-    };
-    check("the agent ended well", status.success())?;
-    check("every word was acknowledged once, in order", acked == every)?;
-    for name in ["laptop", "phone"] {
-        let rows = rows(&stage.file(name))?;
-        let seqs: Vec<u64> = rows.iter().filter_map(|row| row["seq"].as_u64()).collect();
-        let text: String = rows.iter().filter_map(|row| row["data"].as_str()).collect();
-        check(&format!("the {name} has every seq once, without a hole"), seqs == every)?;
-        check(&format!("the {name} has the whole text once"), text == TEXT.trim_end_matches('\n'))?;
-    }
-    let verified = stage.command(&["verify", "--data", &stage.data.to_string_lossy()]).output().await;
-    let verified = verified.map_err(|error| Failure::io("verify", &error))?;
-    check("the data directory verifies offline", verified.status.success())?;
-    if !verified.status.success() {
-        eprint!("{}", String::from_utf8_lossy(&verified.stdout));
-    }
-    if !held {
+    let verified = stage.ask(&["verify", "--data", &stage.data.to_string_lossy(), "--json"]).await?;
+    let sound = verified.iter().any(|row| row["event"] == "session" && Some(&row["view_hash"]) == hash.as_ref());
+    checks.hold("the data directory verifies offline, with the same hash", sound)?;
+    if !checks.held {
         return Err(Failure::integrity("the demo found that a promise does not hold"));
     }
     stage.tell("done", "everything held")
 }
 
-/// Writes words to the agent, one line each.
-async fn stream(mut stdin: tokio::process::ChildStdin, words: Vec<String>) -> std::io::Result<()> {
-    for word in words {
-        stdin.write_all(word.as_bytes()).await?;
-        stdin.write_all(b"\n").await?;
-        tokio::time::sleep(WORD).await;
-    }
-    Ok(())
+/// What has to hold.
+struct Checks {
+    output: Output,
+    held: bool,
 }
 
-/// The whole record rows of a file.
-fn rows(path: &Path) -> Result<Vec<Value>, Failure> {
-    let text = match std::fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-        Err(error) => return Err(Failure::io(path.display(), &error)),
+impl Checks {
+    fn hold(&mut self, what: &str, ok: bool) -> Result<(), Failure> {
+        self.held &= ok;
+        let word = if ok { "holds" } else { "DOES NOT HOLD" };
+        self.output.event(&json!({"event": "check", "check": what, "ok": ok}), || format!("   check  {what}: {word}"))
+    }
+}
+
+async fn ended(child: &mut Child) -> Result<(), Failure> {
+    let wait = tokio::time::timeout(PATIENCE, child.wait()).await;
+    let late = |_| Failure::failed("TIMEOUT", "an agent of the demo did not end in time");
+    wait.map_err(late)?.map(drop).map_err(|error| Failure::io("an agent of the demo", &error))
+}
+
+/// The agent of the demo: says what it does as events, one a line, and goes on where another one stopped.
+pub(crate) async fn agent(args: args::DemoAgent) -> Result<(), Failure> {
+    let say = |event: Value| {
+        let mut out = std::io::stdout().lock();
+        writeln!(out, "{event}").and_then(|()| out.flush()).map_err(|error| Failure::io("standard output", &error))
     };
-    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
-}
-
-/// Waits until a follower has written so many rows.
-async fn wait_for_rows(path: &Path, count: usize) -> Result<(), Failure> {
-    let deadline = Instant::now() + PATIENCE;
-    while rows(path)?.len() < count {
-        if Instant::now() >= deadline {
-            return Err(Failure::failed("TIMEOUT", format!("{} has too few rows", path.display())));
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    let offset: Option<usize> = std::env::var("MAINSTAY_OFFSET").ok().and_then(|offset| offset.parse().ok());
+    if offset.is_none() {
+        say(json!({"type": "TOOL_CALL_START", "toolCallId": "1", "toolCallName": "read_text"}))?;
+        say(json!({"type": "TOOL_CALL_ARGS", "toolCallId": "1", "delta": "{\"of\":\"demo\"}"}))?;
+        say(json!({"type": "TOOL_CALL_END", "toolCallId": "1"}))?;
+        say(json!({"type": "CUSTOM", "name": "state.put", "value": {"key": "tool/1", "value": "read"}}))?;
+        say(json!({"type": "TOOL_CALL_RESULT", "toolCallId": "1", "content": "read"}))?;
+        say(json!({"type": "TEXT_MESSAGE_START", "messageId": "answer"}))?;
     }
-    Ok(())
+    for word in TEXT.get(offset.unwrap_or(0)..).unwrap_or_default().split_inclusive(' ') {
+        say(json!({"type": "TEXT_MESSAGE_CONTENT", "messageId": "answer", "delta": word}))?;
+        tokio::time::sleep(Duration::from_millis(args.pause)).await;
+    }
+    say(json!({"type": "TEXT_MESSAGE_END", "messageId": "answer"}))
 }
