@@ -26,7 +26,7 @@ async fn serve(connection: MemoryConnection, data: Vec<u8>) -> Option<()> {
         first: 0,
         created: 0,
         closed: false,
-        fold_version: 1,
+        fold_version: mainstay_protocol::registry::FOLD_VERSION,
         view_hash: ViewHash([0; 32]),
         streams: vec![Label::new("main").ok()?],
         positions: vec![],
