@@ -28,7 +28,7 @@ use crate::membership::Wanted;
 use crate::producer::{self, Shared};
 use crate::session::{ATTACH_PAUSE, Attaching, SessionInfo};
 use crate::signal::Heard;
-use crate::subscription::{Event, Opened, Reader};
+use crate::subscription::{self, Event, Opened, Reader};
 
 type Answer<T> = oneshot::Sender<Result<T, ClientError>>;
 
@@ -123,13 +123,7 @@ pub(crate) enum SessionCommand {
     /// Open a producer.
     Producer { name: Label, config: Arc<Config>, answer: Answer<Arc<Shared>> },
     /// Open a subscription.
-    Subscribe {
-        start: Start,
-        streams: Vec<Label>,
-        kinds: Vec<u64>,
-        window: Option<u64>,
-        events: mpsc::Sender<Result<Event, ClientError>>,
-    },
+    Subscribe { start: Start, wanted: subscription::Wanted, events: mpsc::Sender<Result<Event, ClientError>> },
     /// A subscription lost its stream and goes on, from `start` if it had begun.
     Again { subscription: u64, start: Option<Start> },
     /// Tell when and why the session ended.
@@ -165,9 +159,7 @@ const REOPEN_PAUSE: Duration = Duration::from_millis(200);
 
 struct SubscriptionEntry<C: Connection> {
     start: Start,
-    streams: Vec<Label>,
-    kinds: Vec<u64>,
-    window: Option<u64>,
+    wants: subscription::Wanted,
     opened: mpsc::Sender<Opened<C>>,
     /// Its id on the current connection.
     id: Option<u64>,
@@ -642,8 +634,7 @@ impl<C: Connection> Driver<C> {
             let _ = opened.send(told).await;
         });
         entry.wanted = false;
-        let (start, streams, kinds) = (entry.start, entry.streams.clone(), entry.kinds.clone());
-        outbox.push(Subscribe { id, start, streams, kinds, window: entry.window });
+        outbox.push(entry.wants.frame(id, entry.start));
     }
 
     fn ask_next(&mut self, outbox: &Outbox) {
@@ -722,14 +713,14 @@ impl<C: Connection> Driver<C> {
                 self.producers.push(ProducerEntry { shared, id: None, again: None, answer: Some(answer) });
                 self.open_producer(self.producers.len() - 1, link, outbox);
             }
-            SessionCommand::Subscribe { start, streams, kinds, window, events } => {
+            SessionCommand::Subscribe { start, wanted, events } => {
                 let subscription = self.next_subscription;
                 self.next_subscription += 1;
                 let (opened, receiver) = mpsc::channel(1);
                 let resubscriber = Resubscriber { subscription, commands: self.again.clone() };
-                let reader = Reader::<C> { opened: receiver, events, resubscriber };
+                let reader = Reader::<C> { opened: receiver, events, resubscriber, folded: wanted.folded };
                 tokio::spawn(reader.run());
-                let entry = SubscriptionEntry { start, streams, kinds, window, opened, id: None, wanted: true };
+                let entry = SubscriptionEntry { start, wants: wanted, opened, id: None, wanted: true };
                 self.subscriptions.insert(subscription, entry);
                 self.subscribe(subscription, link, outbox);
             }

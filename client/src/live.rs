@@ -39,14 +39,14 @@ pub struct LiveView {
     covered: u64,
     /// A new view is asked for: what was left out is gone.
     restarting: bool,
-    window: Option<Duration>,
+    manner: Manner,
 }
 
 /// What happened to a live view.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Update {
-    /// The view is there. Comes again when it had to be read anew.
+    /// The view is there. Comes again when it had to be read anew, and where it is folded, whenever much was left out.
     Started,
     /// One record was folded.
     Record(Folded),
@@ -74,24 +74,33 @@ pub struct Folded {
     pub record: Record,
 }
 
-fn rolled(subscribing: Subscribing, window: Option<Duration>) -> Subscribing {
-    match window {
-        Some(window) => subscribing.rolled_up(window),
-        None => subscribing,
+/// How a view is kept up to date.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Manner {
+    pub(crate) window: Option<Duration>,
+    pub(crate) folded: bool,
+}
+
+impl Manner {
+    fn of(self, mut subscribing: Subscribing) -> Subscribing {
+        if let Some(window) = self.window {
+            subscribing = subscribing.rolled_up(window);
+        }
+        if self.folded { subscribing.folded() } else { subscribing }
     }
 }
 
 impl LiveView {
     /// Of a subscription that starts with the view.
-    pub(crate) async fn open(subscribing: Subscribing, window: Option<Duration>) -> Result<Self, ClientError> {
-        let subscription = rolled(subscribing, window).open().await?;
+    pub(crate) async fn open(subscribing: Subscribing, manner: Manner) -> Result<Self, ClientError> {
+        let subscription = manner.of(subscribing).open().await?;
         Ok(Self {
             subscription,
             view: View::default(),
             waiting: VecDeque::new(),
             covered: 0,
             restarting: false,
-            window,
+            manner,
         })
     }
 
@@ -118,7 +127,7 @@ impl LiveView {
             self.view.pass_over(self.covered);
             if self.restarting {
                 let session = self.subscription.session().clone();
-                match rolled(session.subscribe(Start::Snapshot), self.window).open().await {
+                match self.manner.of(session.subscribe(Start::Snapshot)).open().await {
                     Ok(subscription) => self.subscription = subscription,
                     Err(error) => return Some(Err(error)),
                 }

@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::client::Client;
 use crate::driver::{Ask, SessionCommand};
 use crate::error::ClientError;
-use crate::live::LiveView;
+use crate::live::{LiveView, Manner};
 use crate::membership::{Doing, Membership};
 use crate::producer::Producer;
 use crate::run::Run;
@@ -75,12 +75,12 @@ impl Attaching {
 
     /// Attaches, and follows the session's view from now on, in one flight. Errors: those of [`Attaching::attach`].
     pub async fn live(self) -> Result<LiveView, ClientError> {
-        LiveView::open(self.subscribe(Start::Snapshot), None).await
+        LiveView::open(self.subscribe(Start::Snapshot), Manner::default()).await
     }
 
     /// The same, rolled up: see [`Subscribing::rolled_up`].
     pub async fn live_rolled_up(self, window: Duration) -> Result<LiveView, ClientError> {
-        LiveView::open(self.subscribe(Start::Snapshot), Some(window)).await
+        LiveView::open(self.subscribe(Start::Snapshot), Manner { window: Some(window), folded: false }).await
     }
 
     /// Attaches. Errors: `Refused`, `Unreachable`, `Gone`.
@@ -211,12 +211,17 @@ impl Session {
 
     /// The session's view, kept up to date from now on. Errors: `Closed`.
     pub async fn live(&self) -> Result<LiveView, ClientError> {
-        LiveView::open(self.subscribe(Start::Snapshot), None).await
+        LiveView::open(self.subscribe(Start::Snapshot), Manner::default()).await
     }
 
     /// The same, rolled up: see [`Subscribing::rolled_up`].
     pub async fn live_rolled_up(&self, window: Duration) -> Result<LiveView, ClientError> {
-        LiveView::open(self.subscribe(Start::Snapshot), Some(window)).await
+        LiveView::open(self.subscribe(Start::Snapshot), Manner { window: Some(window), folded: false }).await
+    }
+
+    /// The same, rolled up, for a network that is too slow for every record: see [`Subscribing::folded`].
+    pub async fn live_folded(&self, window: Duration) -> Result<LiveView, ClientError> {
+        LiveView::open(self.subscribe(Start::Snapshot), Manner { window: Some(window), folded: true }).await
     }
 
     /// A subscription from `start` on.

@@ -9,7 +9,7 @@ use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::session::{
     Author, Backoff, CreditReceived, Incarnation, Kind, Progress, Record, Records, Verdict, View,
 };
-use mainstay_protocol::wire::{Delivery, Frame, Label, Start};
+use mainstay_protocol::wire::{Delivery, Frame, Label, Start, Subscribe};
 use mainstay_transport::{Connection, FrameError, FrameReader, RecvStream};
 use tokio::sync::mpsc;
 
@@ -26,6 +26,23 @@ pub struct Subscribing {
     pub(crate) streams: Vec<String>,
     pub(crate) kinds: Vec<Kind>,
     window: Option<Duration>,
+    folded: bool,
+}
+
+/// What a subscription wants, beside where it starts.
+#[derive(Debug, Clone)]
+pub(crate) struct Wanted {
+    streams: Vec<Label>,
+    kinds: Vec<u64>,
+    window: Option<u64>,
+    pub(crate) folded: bool,
+}
+
+impl Wanted {
+    pub(crate) fn frame(&self, id: u64, start: Start) -> Subscribe {
+        let Self { streams, kinds, window, folded } = self.clone();
+        Subscribe { id, start, streams, kinds, window, folded }
+    }
 }
 
 /// What a subscription is of.
@@ -38,11 +55,11 @@ enum Of {
 
 impl Subscribing {
     pub(crate) fn new(session: Session, start: Start) -> Self {
-        Self { of: Of::Attached(session), start, streams: Vec::new(), kinds: Vec::new(), window: None }
+        Self { of: Of::Attached(session), start, streams: Vec::new(), kinds: Vec::new(), window: None, folded: false }
     }
 
     pub(crate) fn attaching(session: Attaching, start: Start) -> Self {
-        Self { of: Of::Attaching(session), start, streams: Vec::new(), kinds: Vec::new(), window: None }
+        Self { of: Of::Attaching(session), start, streams: Vec::new(), kinds: Vec::new(), window: None, folded: false }
     }
 
     /// Delivers only records of this stream, or of others named so. A stream may be defined later.
@@ -64,15 +81,25 @@ impl Subscribing {
         self
     }
 
-    /// Opens the subscription. Errors: `Protocol` with `NAME_INVALID`, `Closed`, and those of the attach where that is part of
+    /// Wants the newest state, not every record: where much waits for this reader, a snapshot comes in its place. Not with a filter.
+    pub fn folded(mut self) -> Self {
+        self.folded = true;
+        self
+    }
+
+    /// Opens the subscription. Errors: `Invalid` for a filter that is folded, `Protocol` with `NAME_INVALID`, `Closed`, and those of the attach where that is part of
     /// it. What else the server refuses is an event.
     pub async fn open(self) -> Result<Subscription, ClientError> {
+        if self.folded && !(self.streams.is_empty() && self.kinds.is_empty()) {
+            return Err(ClientError::Invalid("a subscription with a filter cannot be folded".into()));
+        }
         let streams = self.streams.iter().map(|name| Label::new(name)).collect::<Result<_, _>>()?;
         let kinds = self.kinds.iter().map(|kind| kind.0).collect();
         // A few: the application's back-pressure must reach the server's credit.
         let (events, receiver) = mpsc::channel(4);
         let window = self.window.map(|window| u64::try_from(window.as_millis()).unwrap_or(u64::MAX));
-        let command = SessionCommand::Subscribe { start: self.start, streams, kinds, window, events };
+        let wanted = Wanted { streams, kinds, window, folded: self.folded };
+        let command = SessionCommand::Subscribe { start: self.start, wanted, events };
         let session = match self.of {
             Of::Attached(session) => {
                 session.commands.send(command).await.map_err(|_| ClientError::Closed)?;
@@ -100,7 +127,8 @@ pub enum Event {
         /// The session's incarnation.
         incarnation: Incarnation,
     },
-    /// The view at a seq; records from there on follow.
+    /// The view at a seq; records from there on follow. Comes at the beginning of a subscription that starts so, and at any time of one
+    /// that is folded: in the place of what waited.
     Snapshot(Box<View>),
     /// Records, in order.
     Records(RecordBatch),
@@ -236,6 +264,8 @@ pub(crate) struct Reader<C: Connection> {
     pub(crate) opened: mpsc::Receiver<Opened<C>>,
     pub(crate) events: mpsc::Sender<Result<Event, ClientError>>,
     pub(crate) resubscriber: Resubscriber,
+    /// A view may come at any time.
+    pub(crate) folded: bool,
 }
 
 /// How often a new subscription is refused for the limit before that is believed: about two seconds.
@@ -256,7 +286,7 @@ enum Over {
 impl<C: Connection> Reader<C> {
     /// Runs until the subscription ends.
     pub(crate) async fn run(mut self) {
-        let mut progress = Progress::default();
+        let mut progress = Progress::new(self.folded);
         let mut backoff = Backoff::new(ATTACH_PAUSE.0, ATTACH_PAUSE.1);
         loop {
             let opened = tokio::select! {

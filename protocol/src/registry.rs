@@ -195,6 +195,8 @@ pub mod subscribe {
     pub const KINDS: u64 = 0x02;
     /// Milliseconds between deliveries in which the parts of messages are put together; absent means every record.
     pub const WINDOW: u64 = 0x04;
+    /// The view takes the place of much that waits; without a value.
+    pub const FOLDED: u64 = 0x06;
 }
 
 /// True if `id` of a frame, kind or parameter may be skipped by a receiver that does not know it (spec WIRE-7).

@@ -138,3 +138,25 @@ fn an_attach_says_what_became_of_the_cursor() {
     assert_eq!(verdict(Some(other), Some(21)), Ok(Verdict::Gone));
     assert_eq!(verdict(Some(other), None), Ok(Verdict::Gone));
 }
+
+/// Spec SUB-14: a view may take the place of what waits, whole or not at all.
+#[test]
+fn a_folded_reader_takes_a_view_in_the_place_of_what_it_lacks() {
+    let mut exact = started(0, 4);
+    assert!(exact.snapshot(&parts(6, 1)[0]).is_err(), "nobody asked for one");
+    let mut progress = Progress::new(true);
+    progress.subscribed(Verdict::Exact, 2, 9).expect("a start");
+    assert!(progress.clone().snapshot(&parts(1, 1)[0]).is_err(), "it would go back");
+    let views = parts(6, 2);
+    assert_eq!(progress.snapshot(&views[0]), Ok(None));
+    // Until it is whole the position is the one before, and nothing else comes.
+    assert_eq!((progress.next(), progress.has_started()), (2, true));
+    assert!(progress.clone().covered(2, 3).is_err());
+    let mut lost = progress.clone();
+    lost.subscribed(Verdict::Exact, 2, 9).expect("it goes on at its position");
+    lost.covered(2, 3).expect("without the view");
+    assert_eq!(progress.snapshot(&views[1]), Ok(Some(view(6))));
+    assert_eq!((progress.next(), progress.caught_up()), (6, None));
+    progress.covered(6, 9).expect("it goes on behind the view");
+    assert_eq!(progress.caught_up(), Some(9));
+}

@@ -103,7 +103,12 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
     let attach =
         code([("incarnation", attach::INCARNATION), ("next", attach::NEXT), ("expire_after", attach::EXPIRE_AFTER)]);
     assert_eq!(attach, entries(&registry, "parameters.ATTACH", "id"));
-    let subscribe = code([("streams", subscribe::STREAMS), ("kinds", subscribe::KINDS), ("window", subscribe::WINDOW)]);
+    let subscribe = code([
+        ("streams", subscribe::STREAMS),
+        ("kinds", subscribe::KINDS),
+        ("window", subscribe::WINDOW),
+        ("folded", subscribe::FOLDED),
+    ]);
     assert_eq!(subscribe, entries(&registry, "parameters.SUBSCRIBE", "id"));
     assert_eq!(code([("run_epoch", append::RUN_EPOCH)]), entries(&registry, "parameters.APPEND", "id"));
     let operations: Vec<&str> = Operation::ALL.into_iter().map(Operation::as_str).collect();
@@ -194,7 +199,7 @@ fn limits_and_versions_are_those_of_the_registry() {
 /// The second varint of a SUBSCRIBE body, which says how it starts.
 fn start_number(start: Start) -> u64 {
     let mut body = Writer::new();
-    Subscribe { id: 0, start, streams: vec![], kinds: vec![], window: None }.put(&mut body);
+    Subscribe { id: 0, start, streams: vec![], kinds: vec![], window: None, folded: false }.put(&mut body);
     u64::from(body.as_slice()[1])
 }
 

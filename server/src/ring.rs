@@ -6,6 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use mainstay_protocol::session::Chunk;
 
+/// Bytes of a record of which nothing is known.
+const ASSUMED: u64 = 64;
+
 /// Contiguous chunks that end at the tail. Chunks without records are left out.
 #[derive(Debug)]
 pub(crate) struct Ring {
@@ -27,6 +30,14 @@ impl Ring {
     /// First seq that is in memory.
     pub(crate) fn start(&self) -> u64 {
         self.chunks.front().map_or(self.tail, |chunk| chunk.first())
+    }
+
+    /// About how many bytes of chunks a reader at `seq` lacks; where they are not in memory, as many as if those were like these.
+    pub(crate) fn behind(&self, seq: u64) -> u64 {
+        let here = self.chunks.range(self.chunks.partition_point(|chunk| chunk.end() <= seq)..);
+        let bytes: usize = here.map(|chunk| chunk.bytes().len()).sum();
+        let (missing, known) = (self.start().saturating_sub(seq), self.tail.saturating_sub(self.start()));
+        bytes as u64 + missing.saturating_mul((self.bytes as u64).checked_div(known).unwrap_or(ASSUMED))
     }
 
     /// Adds the newest chunk.

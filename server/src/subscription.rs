@@ -51,6 +51,9 @@ impl SubscriptionCredit {
 /// Bytes read from the store or the ring for one burst of deliveries.
 const BURST: usize = 256 * 1024;
 
+/// Bytes that wait for a reader that wants the newest state only, from which on it gets the view instead, if that is no more.
+const FOLDED: u64 = 32 * 1024;
+
 /// How long a client that gives no credit may keep the server from saying why a subscription ends.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -151,11 +154,15 @@ async fn deliver<S: SendStream>(
     let mut pieces = Vec::new();
     let start = request.start;
     let window = request.window.map(Duration::from_millis);
+    let folded = request.folded;
+    // Bytes of the view when it was sent last.
+    let mut view_len = 0;
     let mut sent = Instant::now();
     let mut held = None;
     let mut feed = if start == Start::Snapshot {
         let (next, view);
         (next, view, held) = snapshot(conn, session).await.map_err(End::Refused)?;
+        view_len = view.len() as u64;
         let (feed, verdict) = Feed::new(request, extent.first, next);
         pieces.push(feed.subscribed(verdict, next).to_bytes());
         for frame in Snapshot::frames(next, FOLD_VERSION, &view) {
@@ -194,6 +201,17 @@ async fn deliver<S: SendStream>(
         extent = *changed.borrow_and_update();
         // Looked at here too: what waits for the token may not have run yet.
         conn.allow(Operation::Read, &session.id.name).map_err(End::Refused)?;
+        if folded && session.ring().behind(feed.next()) > FOLDED.max(view_len) {
+            let (next, view, _held) = snapshot(conn, session).await.map_err(End::Refused)?;
+            view_len = view.len() as u64;
+            feed.jump(next);
+            for frame in Snapshot::frames(next, FOLD_VERSION, &view) {
+                pieces.push(frame.to_bytes());
+                out.write(&mut pieces).await?;
+            }
+            sent = Instant::now();
+            continue;
+        }
         // What is rolled up is less than what is read.
         let burst = if window.is_some() { BURST } else { usize::try_from(available).unwrap_or(BURST).min(BURST) };
         let mark = feed.mark();

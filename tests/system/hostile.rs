@@ -236,7 +236,15 @@ async fn limits_of_a_connection_are_refused_by_name() {
     }
     // The default HELLO allows eight subscriptions.
     for id in 0..9 {
-        Frame::from(Subscribe { id, start: Start::Earliest, streams: vec![], kinds: vec![], window: None }).put(&mut w);
+        Frame::from(Subscribe {
+            id,
+            start: Start::Earliest,
+            streams: vec![],
+            kinds: vec![],
+            window: None,
+            folded: false,
+        })
+        .put(&mut w);
     }
     send.write(&mut [w.freeze()]).await.expect("write");
     let (mut granted, mut refused, mut subscriptions) = (0, 0, 0);
@@ -439,7 +447,8 @@ async fn credit_for_what_was_never_sent_is_a_violation() {
     let server = server();
     let mut raw = Raw::hello(&server).await;
     let (mut send, _frames) = raw.attach("s").await;
-    let subscribe = Subscribe { id: 5, start: Start::Earliest, streams: vec![], kinds: vec![], window: None };
+    let subscribe =
+        Subscribe { id: 5, start: Start::Earliest, streams: vec![], kinds: vec![], window: None, folded: false };
     send.write(&mut [Frame::from(subscribe).to_bytes()]).await.expect("write");
     let recv = raw.connection.accept_uni().await.expect("a subscription");
     let mut subscription = FrameReader::new(recv, MAX_FRAME);

@@ -25,7 +25,7 @@ use mainstay_tests::random;
 use mainstay_transport::quic::QuicConnector;
 use mainstay_transport::{Connection, Connector, RecvStream, SendStream};
 use serde_json::Value;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -38,6 +38,13 @@ async fn current(live: Result<LiveView, ClientError>) -> LiveView {
     let mut live = live.expect("live");
     while !matches!(timeout(PATIENCE, live.next()).await.expect("in time").expect("an update"), Ok(Update::Started)) {}
     live
+}
+
+/// Folds until `enough`.
+async fn until(live: &mut LiveView, enough: impl Fn(&LiveView) -> bool) {
+    while !enough(live) {
+        timeout(PATIENCE, live.next()).await.expect("in time").expect("an update").expect("no error");
+    }
 }
 
 /// Folds until everything below `tail` is.
@@ -112,7 +119,8 @@ async fn bytes_of_view(server: &QuicServer, name: &str) -> usize {
     let (mut send, _answers) = connection.open_bi().await.expect("an attachment");
     let (mode, session) = (AttachMode::Attach, name.parse().expect("a name"));
     let attach = Attach { mode, session, incarnation: None, next: None, expire_after: None };
-    let subscribe = Subscribe { id: 1, start: Start::Snapshot, streams: vec![], kinds: vec![], window: None };
+    let subscribe =
+        Subscribe { id: 1, start: Start::Snapshot, streams: vec![], kinds: vec![], window: None, folded: false };
     send.write(&mut [Frame::from(attach).to_bytes(), Frame::from(subscribe).to_bytes()]).await.expect("write");
     let mut stream = timeout(PATIENCE, connection.accept_uni()).await.expect("in time").expect("a stream");
     let (mut frames, mut bytes, mut view) = (Deframer::new(MAX_FRAME), 0, 0);
@@ -215,6 +223,48 @@ async fn a_slow_phone_keeps_up_with_messages_that_are_rolled_up() {
     assert_eq!(texts(&phone), texts(&laptop));
     let expected: String = (0..TOKENS).map(|n| format!("{n} ")).collect();
     assert!(texts(&phone).iter().all(|text| text == expected.as_bytes()));
+    server.stop().await;
+}
+
+/// Spec SUB-14: a phone that wants what is, not all that was, and was away while much was said, is current again after one view.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_phone_that_was_away_gets_the_view_in_the_place_of_what_it_missed() {
+    let server = QuicServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let client = server.client();
+    let session = attach(&client, "s").await;
+    let delay = Duration::from_millis(30);
+    let faults = Faults { delay, rate: 32_000, queue: 32 * 1024, ..Faults::default() };
+    let proxy = Proxy::start(([127, 0, 0, 1], 0).into(), server.addr, faults, random::seed()).expect("a proxy");
+    let phone = attach(&server.client_at(proxy.addr(), ClientConfig::default()), "s").await;
+    let mut phone = current(phone.live_folded(Duration::from_millis(100)).await).await;
+    let producer = session.producer("p").await.expect("a producer");
+    let writer = MessageWriter::begin(&producer, session.main(), "assistant", "text/plain").await.expect("begin");
+    writer.append("before ").await.expect("append").await.expect("stored");
+    let says = |live: &LiveView, end: &[u8]| live.view().messages().open().iter().any(|m| m.text.ends_with(end));
+    until(&mut phone, |live| says(live, b"before ")).await;
+    proxy.blackhole(true);
+    // A megabyte of records that add up to a message of a few bytes.
+    for n in 0..4000u32 {
+        writer.replace(format!("{n:0250}")).await.expect("append");
+    }
+    writer.replace("at last ").await.expect("append").await.expect("stored");
+    proxy.blackhole(false);
+    let back = Instant::now();
+    let (mut views, mut records) = (0, 0);
+    while !says(&phone, b"at last ") {
+        match timeout(PATIENCE, phone.next()).await.expect("in time").expect("an update").expect("no error") {
+            Update::Started => views += 1,
+            Update::Record(_) => records += 1,
+            _ => {}
+        }
+    }
+    let took = back.elapsed();
+    println!("current {took:?} after it was back, with {views} views and {records} records of 4001");
+    assert!(views >= 1 && records < 4001, "{views} views, {records} records");
+    // All of it would have taken half a minute at this rate.
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    writer.append("and on").await.expect("append");
+    until(&mut phone, |live| says(live, b"at last and on")).await;
     server.stop().await;
 }
 

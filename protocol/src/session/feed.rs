@@ -124,6 +124,11 @@ impl Feed {
         Subscribed { id: self.id, verdict, next: self.next, tail }.into()
     }
 
+    /// Goes on at `next`, where the view that is sent ends (spec SUB-14).
+    pub fn jump(&mut self, next: u64) {
+        self.next = self.next.max(next);
+    }
+
     /// Where to look for the next records: those with seq `memory..tail` are in memory, those with `first..tail` in the
     /// store.
     pub fn place(&self, first: u64, memory: u64, tail: u64) -> Place {

@@ -12,17 +12,37 @@ pub struct Progress {
     started: bool,
     next: u64,
     tail: u64,
-    /// The view is to come before anything else: its parts so far, and the length that the first one told.
-    owed: Option<(Vec<u8>, Option<u64>)>,
+    /// The view is to come before anything else.
+    owed: Option<Owed>,
+    /// A view may come at any time (spec SUB-14).
+    folded: bool,
     /// It was told of records that it has not covered, or has not said since that there are none.
     behind: bool,
 }
 
+/// A view that comes in parts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Owed {
+    /// The parts so far.
+    parts: Vec<u8>,
+    /// The length that the first one told.
+    length: Option<u64>,
+    /// Where it ends.
+    next: u64,
+    /// The subscription begins with it: before it there is no position.
+    first: bool,
+}
+
 impl Progress {
+    /// Of a subscription that is folded, or not.
+    pub fn new(folded: bool) -> Self {
+        Self { folded, ..Self::default() }
+    }
+
     /// True once there is a position to go on from: SUBSCRIBED came, and the view where the subscription starts with it. Before
     /// that, a subscription that loses its QUIC stream is asked for anew.
     pub fn has_started(&self) -> bool {
-        self.started && self.owed.is_none()
+        self.started && self.owed.as_ref().is_none_or(|owed| !owed.first)
     }
 
     /// The next seq that is to be covered: where to go on.
@@ -33,11 +53,13 @@ impl Progress {
     /// SUBSCRIBED came, for the first time or again. Errors: it goes on behind the position and does not say why.
     pub fn subscribed(&mut self, verdict: Verdict, next: u64, tail: u64) -> Result<(), ProtocolError> {
         if !self.has_started() {
-            let owed = (verdict == Verdict::Snapshot).then(Default::default);
-            *self = Self { started: true, next, owed, ..Self::default() };
+            let owed = (verdict == Verdict::Snapshot).then(|| Owed { next, first: true, ..Owed::default() });
+            *self = Self { started: true, next, owed, folded: self.folded, ..Self::default() };
         } else if verdict == Verdict::Exact && next != self.next {
             return Err(ProtocolError::malformed("subscription does not go on at its position"));
         }
+        // One that came in part comes anew, or is not needed any more.
+        self.owed.take_if(|owed| !owed.first);
         self.behind = true;
         self.told(tail);
         Ok(())
@@ -47,14 +69,19 @@ impl Progress {
     ///
     /// Errors: none was to come, the parts do not belong together, or they are not the view at the position (spec SUB-6).
     pub fn snapshot(&mut self, frame: &Snapshot) -> Result<Option<View>, ProtocolError> {
-        let Some((parts, told)) = &mut self.owed else {
+        if self.owed.is_none() && self.started && self.folded && frame.next >= self.next {
+            // In the place of what waited.
+            self.owed = Some(Owed { next: frame.next, ..Owed::default() });
+            self.told(frame.next);
+        }
+        let Some(Owed { parts, length: told, next, .. }) = &mut self.owed else {
             return Err(ProtocolError::malformed("no snapshot was to come"));
         };
         let same = *told.get_or_insert(frame.length) == frame.length && frame.fold_version == FOLD_VERSION;
         let length = usize::try_from(frame.length).ok().filter(|length| *length <= MAX_VIEW);
         let left = length.and_then(|length| length.checked_sub(parts.len()));
         let fits = left.is_some_and(|left| frame.part.len() <= left) && !frame.part.is_empty();
-        if !same || !fits || frame.next != self.next {
+        if !same || !fits || frame.next != *next {
             return Err(ProtocolError::malformed(
                 "snapshot is not that of the subscription's position, or its parts do not fit",
             ));
@@ -63,11 +90,11 @@ impl Progress {
         if parts.len() as u64 != frame.length {
             return Ok(None);
         }
-        let view = View::decode(&core::mem::take(parts).into())?;
-        if view.next() != self.next {
+        let (view, next) = (View::decode(&core::mem::take(parts).into())?, *next);
+        if view.next() != next {
             return Err(ProtocolError::malformed("snapshot is not that of the subscription's position"));
         }
-        self.owed = None;
+        (self.owed, self.next) = (None, next);
         Ok(Some(view))
     }
 

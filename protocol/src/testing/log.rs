@@ -554,7 +554,14 @@ impl Run {
         let state = self.authority.state();
         let (first, tail) = (state.first(), state.tail());
         for start in (0..=tail).step_by(1 + tail as usize / 8) {
-            let request = Subscribe { id: 1, start: Start::Seq(start), streams: vec![], kinds: vec![], window: None };
+            let request = Subscribe {
+                id: 1,
+                start: Start::Seq(start),
+                streams: vec![],
+                kinds: vec![],
+                window: None,
+                folded: false,
+            };
             let (mut feed, _) = Feed::new(request, first, tail);
             let mut out = Vec::new();
             while feed.place(first, tail, tail) != Place::AtTail {

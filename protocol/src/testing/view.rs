@@ -867,7 +867,8 @@ impl Run {
     /// A reader of rolled-up deliveries, of so many chunks at a time, has the same messages, state and members at the end of each.
     fn roll_up(&self, together: usize) {
         let state = self.authority.state();
-        let request = Subscribe { id: 1, start: Start::Seq(0), streams: vec![], kinds: vec![], window: Some(0) };
+        let request =
+            Subscribe { id: 1, start: Start::Seq(0), streams: vec![], kinds: vec![], window: Some(0), folded: false };
         let (mut feed, _) = Feed::new(request, 0, state.tail());
         let (mut view, mut exact) = (View::default(), View::default());
         let mut all = self.chunks.iter().flat_map(|chunk| chunk.records());

@@ -197,7 +197,8 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
         (
             "SUBSCRIBE",
             "everything",
-            Subscribe { id: 5, start: Start::Earliest, streams: vec![], kinds: vec![], window: None }.into(),
+            Subscribe { id: 5, start: Start::Earliest, streams: vec![], kinds: vec![], window: None, folded: false }
+                .into(),
         ),
         (
             "SUBSCRIBE",
@@ -208,23 +209,33 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
                 streams: vec![label("main"), label("tools")],
                 kinds: vec![0, 2],
                 window: Some(100),
+                folded: false,
             }
             .into(),
         ),
         (
             "SUBSCRIBE",
             "the last ten",
-            Subscribe { id: 7, start: Start::Last(10), streams: vec![], kinds: vec![], window: None }.into(),
+            Subscribe { id: 7, start: Start::Last(10), streams: vec![], kinds: vec![], window: None, folded: false }
+                .into(),
         ),
         (
             "SUBSCRIBE",
             "the view",
-            Subscribe { id: 8, start: Start::Snapshot, streams: vec![], kinds: vec![], window: None }.into(),
+            Subscribe { id: 8, start: Start::Snapshot, streams: vec![], kinds: vec![], window: None, folded: false }
+                .into(),
         ),
         (
             "SUBSCRIBE",
-            "from the tail",
-            Subscribe { id: 9, start: Start::Latest, streams: vec![], kinds: vec![], window: None }.into(),
+            "folded",
+            Subscribe { id: 10, start: Start::Seq(7), streams: vec![], kinds: vec![], window: Some(250), folded: true }
+                .into(),
+        ),
+        (
+            "SUBSCRIBE",
+            "from the tail on",
+            Subscribe { id: 9, start: Start::Latest, streams: vec![], kinds: vec![], window: None, folded: false }
+                .into(),
         ),
         ("UNSUBSCRIBE", "", Unsubscribe { id: 5 }.into()),
         ("CLOSE_SESSION", "", CloseSession {}.into()),

@@ -35,6 +35,8 @@ pub struct Subscribe {
     pub kinds: Vec<u64>,
     /// Roll parts of messages up, in deliveries at least so many milliseconds apart, at most 500.
     pub window: Option<u64>,
+    /// Where much waits for it, the view comes in its place (spec SUB-14); not with a filter.
+    pub folded: bool,
 }
 
 impl Body for Subscribe {
@@ -65,6 +67,9 @@ impl Body for Subscribe {
         if let Some(window) = self.window {
             params.insert_varint(subscribe::WINDOW, window);
         }
+        if self.folded {
+            params.insert(subscribe::FOLDED, Bytes::new());
+        }
         params.put(w);
     }
 
@@ -88,8 +93,15 @@ impl Body for Subscribe {
         if window.is_some_and(|window| window > MAX_WINDOW) {
             return Err(ProtocolError::new(Code::LIMIT_EXCEEDED, "window of a roll-up is too long"));
         }
+        let folded = match params.remove(subscribe::FOLDED) {
+            Some(value) if !value.is_empty() => return Err(ProtocolError::malformed("folded has a value")),
+            Some(_) if !streams.is_empty() || !kinds.is_empty() => {
+                return Err(ProtocolError::malformed("a subscription with a filter cannot be folded"));
+            }
+            folded => folded.is_some(),
+        };
         params.finish()?;
-        Ok(Self { id, start, streams, kinds, window })
+        Ok(Self { id, start, streams, kinds, window, folded })
     }
 }
 
