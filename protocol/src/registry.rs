@@ -101,8 +101,10 @@ pub const MIN_LEASE: u64 = 1000;
 pub const MAX_LEASE: u64 = 600_000;
 /// Signals of one session that nobody took yet (spec SIG-3).
 pub const MAX_SIGNALS: usize = 64;
-/// Bytes of a signal's text (spec SIG-3).
-pub const MAX_SIGNAL_TEXT: usize = 4096;
+/// Of those, for cancels and interrupts alone (spec SIG-3).
+pub const RESERVED_SIGNALS: usize = 16;
+/// Bytes of a signal's text (spec SIG-3): all that are pending fit into what a peer may leave unread of control.
+pub const MAX_SIGNAL_TEXT: usize = 2048;
 /// Signals that something became of which a view knows (spec FOLD-9).
 pub const KEPT_SIGNALS: usize = 256;
 /// Requests of one session that nobody answered yet (spec SIG-7).

@@ -887,10 +887,10 @@ impl Owner {
             }
             Command::TakeRun { attachment, request } => {
                 let author = attachment.author.clone();
-                let TakeRun { id, run, lease } = *request;
+                let TakeRun { id, run, lease, since } = *request;
                 self.request(attachment, TakeRun::KIND, id, |authority, ticket| {
                     authority.retain_standbys(Ticket::is_alive);
-                    authority.take_run(&author, run, lease, ticket)
+                    authority.take_run(&author, (run, lease, since), ticket)
                 })
                 .await;
                 self.follow_up();

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::error::Code;
-use crate::registry::{KEPT_LOST_RUNS, MAX_LASTS, MAX_SIGNALS, STREAM_MAIN};
+use crate::registry::{KEPT_LOST_RUNS, MAX_LASTS, MAX_SIGNALS, RESERVED_SIGNALS, STREAM_MAIN};
 use crate::session::{
     Author, Authority, CheckedBatch, Chunk, Committed, Incarnation, InputPolicy, Instance, Intent, MessageAppend,
     MessageEnd, MessageId, MessageStart, Outcome, Payload, ProducerHandle, ProducerKey, Record, Reply, RequestId,
@@ -519,7 +519,9 @@ impl World {
                     };
                     self.answer(seq, request, outcome);
                 }
-                self.signals.insert(id, Signal { seq, intent, target, run, expires, outcome: None });
+                let settled = intent.is_answer() && run.is_none();
+                let outcome = settled.then_some((SignalOutcome::Consumed, seq));
+                self.signals.insert(id, Signal { seq, intent, target, run, expires, outcome });
             }
             Accepted::Interrupt { id, run, message, expires } => {
                 if let Some(run) = self.runs.get_mut(&run) {
@@ -585,7 +587,7 @@ fn request_id(request: u8) -> RequestId {
 }
 
 fn signal_id(signal: u8) -> SignalId {
-    SignalId([signal; 16])
+    SignalId([signal.max(1); 16])
 }
 
 fn label(text: &str) -> Label {
@@ -819,7 +821,7 @@ impl History {
     fn take_run(&mut self, who: u8, run: Option<u8>) {
         let ticket = self.ticket();
         let author = self.authors[who as usize].clone();
-        let (outcome, _) = self.authority.take_run(&author, run.map(run_id), LEASE, ticket);
+        let (outcome, _) = self.authority.take_run(&author, (run.map(run_id), LEASE, u64::MAX), ticket);
         match (self.shut(), outcome) {
             (Some(code), Outcome::Refused(refusal)) => assert_eq!(refusal.code, code),
             (None, Outcome::Refused(refusal)) => {
@@ -906,7 +908,9 @@ impl History {
             if world.signals.contains_key(&id) || world.signals.values().any(|signal| same(&signal)) {
                 return Err(Code::NO_ERROR);
             }
-            if world.pending() >= MAX_SIGNALS {
+            let settled = intent.is_answer() && run.is_none();
+            let room = if intent.stops() { MAX_SIGNALS } else { MAX_SIGNALS - RESERVED_SIGNALS };
+            if !settled && world.pending() >= room {
                 return Err(Code::LIMIT_EXCEEDED);
             }
             let expires = self.now + if lasts == 0 { MAX_LASTS } else { lasts };
@@ -1010,10 +1014,10 @@ impl History {
                 let waits = |(_, seq, run): &&(u8, u64, Option<u8>)| {
                     *seq >= of.consumed && run.is_none_or(|run| run == id) && *seq > of.start && *seq >= of.interrupted
                 };
-                let Some((message, _, _)) = self.durable.inputs.iter().filter(waits).last() else { continue };
-                let hash = blake3::hash(&[[id; 16], [*message; 16]].concat());
+                let Some((message, seq, _)) = self.durable.inputs.iter().filter(waits).last() else { continue };
                 let mut signal = [0; 16];
-                signal.copy_from_slice(&hash.as_bytes()[..16]);
+                signal[4..8].copy_from_slice(&[id; 4]);
+                signal[8..].copy_from_slice(&seq.to_be_bytes());
                 let staged = self.staged();
                 if !staged.signals.contains_key(&SignalId(signal)) && staged.pending() < MAX_SIGNALS {
                     let expires = self.now + MAX_LASTS;

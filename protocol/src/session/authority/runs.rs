@@ -12,8 +12,11 @@ use crate::session::kinds::{
 };
 use crate::session::overlay::RunStanding;
 use crate::session::record::Record;
-use crate::session::view::{Run, View};
+use crate::session::view::{Input, Run, View};
 use crate::session::words::{Author, MessageId, RunId, SignalId};
+
+/// How the ids of the server's own signals begin.
+const RESERVED_IDS: [u8; 4] = [0; 4];
 
 /// Somebody who waits for a run to be lost.
 #[derive(Debug)]
@@ -46,16 +49,17 @@ fn leased(lease: u64) -> Result<(), Refusal> {
 }
 
 /// The newest input that came since a run began, waits for it, and for which it was not told to stop.
-fn interrupting(view: &View, run: &Run) -> Option<MessageId> {
+fn interrupting(view: &View, run: &Run) -> Option<Input> {
     let waiting = view.runs().waiting_for(run);
-    waiting.filter(|input| input.seq > run.start && input.seq >= run.interrupted).last().map(|input| input.message)
+    waiting.filter(|input| input.seq > run.start && input.seq >= run.interrupted).last().copied()
 }
 
-/// The id of the server's signal to a run about an input: the same whenever it is made.
-fn interrupt_id(run: RunId, input: MessageId) -> SignalId {
-    let hash = blake3::hash(&[run.0, input.0].concat());
+/// The id of the server's signal to a run about the input that the record with this seq completed: the same whenever it is made, and
+/// of those that no client may use.
+fn interrupt_id(run: RunId, input: u64) -> SignalId {
     let mut id = [0; 16];
-    id.copy_from_slice(&hash.as_bytes()[..16]);
+    id[4..8].copy_from_slice(&run.0[..4]);
+    id[8..].copy_from_slice(&input.to_be_bytes());
     SignalId(id)
 }
 
@@ -153,17 +157,27 @@ impl<T> Authority<T> {
     }
 
     /// Waits until a run is lost, `run` or any, and takes it over (spec RUN-7). The answer comes out of
-    /// [`Authority::follow_up`] or [`Authority::committed`].
+    /// [`Authority::follow_up`] or [`Authority::committed`]. One that `author` took over already under an epoch from `since` on, of
+    /// which it does not know, is the answer at once.
     ///
     /// Refusals: `RUN_OVER` for one that is over or unknown, `LIMIT_EXCEEDED` also for too many who wait, `SESSION_CLOSED`,
     /// `UNAVAILABLE`.
     pub fn take_run(
         &mut self,
         author: &Arc<Author>,
-        run: Option<RunId>,
-        lease: u64,
+        (run, lease, since): (Option<RunId>, u64, u64),
         ticket: T,
     ) -> (Outcome, Option<T>) {
+        // An answer that was lost on its way: the caller took a run over, and does not know.
+        let taken = |of: &&Run| {
+            of.epoch >= since && of.epoch > of.start && of.holder == *author && run.is_none_or(|id| of.id == id)
+        };
+        if let Some(of) = self.state.view().runs().active().find(taken)
+            && self.overlay.held(self.state.view(), of.epoch).is_some()
+        {
+            let reply = Reply::Run { run: of.id, epoch: of.epoch, lost: Some(of.start) };
+            return (Outcome::Done(reply), Some(ticket));
+        }
         let held = leased(lease).and_then(|()| self.goes_on());
         if let Err(refusal) = held {
             return (Outcome::Refused(refusal), None);
@@ -222,8 +236,8 @@ impl<T> Authority<T> {
             return;
         }
         let told: Vec<_> = view.runs().active().filter_map(|run| Some((run.id, interrupting(view, run)?))).collect();
-        for (run, message) in told {
-            let id = interrupt_id(run, message);
+        for (run, Input { message, seq, .. }) in told {
+            let id = interrupt_id(run, seq);
             let signal = Signal {
                 id,
                 intent: Intent::Interrupt,
@@ -270,6 +284,9 @@ impl<T> Authority<T> {
         (lasts, text): (u64, bytes::Bytes),
         ticket: T,
     ) -> (Outcome, Option<T>) {
+        if id.0.starts_with(&RESERVED_IDS) {
+            return refused(Code::ID_IN_USE, 0, "ids that begin with four zero bytes are the server's");
+        }
         if let Some(seq) = self.state.view().signals().seq_of(id) {
             return (Outcome::Done(Reply::Signalled { signal: id, seq }), Some(ticket));
         }
@@ -332,13 +349,15 @@ impl<T> Authority<T> {
     /// Writes the signals and requests that expired at `now` (spec SIG-5, SIG-8).
     pub(super) fn expire_signals(&mut self, now: u64) {
         let author = self.server.clone();
-        while let Some(signal) = self.overlay.expired_signal(self.state.view(), now) {
-            if self.write(now, author.clone(), SignalExpired { signal }.record(STREAM_MAIN), None).is_err() {
+        while let Some((signal, run)) = self.overlay.expired_signal(self.state.view(), now) {
+            let record = Record { run, ..SignalExpired { signal }.record(STREAM_MAIN) };
+            if self.write(now, author.clone(), record, None).is_err() {
                 return;
             }
         }
-        while let Some(request) = self.overlay.expired_request(self.state.view(), now) {
-            if self.write(now, author.clone(), RequestExpired { request }.record(STREAM_MAIN), None).is_err() {
+        while let Some((request, run)) = self.overlay.expired_request(self.state.view(), now) {
+            let record = Record { run, ..RequestExpired { request }.record(STREAM_MAIN) };
+            if self.write(now, author.clone(), record, None).is_err() {
                 return;
             }
         }

@@ -80,6 +80,11 @@ impl Intent {
         }
     }
 
+    /// True if it is to stop a run: there is always room for some.
+    pub const fn stops(self) -> bool {
+        matches!(self, Self::Cancel | Self::Interrupt)
+    }
+
     /// True if it answers a request.
     pub const fn is_answer(self) -> bool {
         matches!(self, Self::Approve | Self::Deny | Self::Reply)
@@ -155,6 +160,11 @@ impl Signal {
         w.bytes(&self.text);
         let (kind, payload) = (self.intent.kind(), w.freeze());
         Record { kind, run, payload, ..Record::data(stream, Bytes::new()) }
+    }
+
+    /// True if nothing more can become of it: it answers a request of no run (spec SIG-4).
+    pub(crate) fn is_settled(&self, run: Option<RunId>) -> bool {
+        self.intent.is_answer() && run.is_none()
     }
 
     /// The signal that `record` is. Errors: `RECORD_MALFORMED`, also for another kind.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::{Changes, Draft, Overlay, Standing};
 use crate::error::Code;
 use crate::registry::{
-    KEPT_LOST_RUNS, MAX_LASTS, MAX_REQUEST_BODY, MAX_REQUESTS, MAX_RUNS, MAX_SIGNAL_TEXT, MAX_SIGNALS,
+    KEPT_LOST_RUNS, MAX_LASTS, MAX_REQUEST_BODY, MAX_REQUESTS, MAX_RUNS, MAX_SIGNAL_TEXT, MAX_SIGNALS, RESERVED_SIGNALS,
 };
 use crate::session::authority::Refusal;
 use crate::session::kinds::{
@@ -127,15 +127,15 @@ impl Overlay {
     }
 
     /// A signal that expires at `now` or before.
-    pub(in crate::session) fn expired_signal(&self, view: &View, now: u64) -> Option<SignalId> {
+    pub(in crate::session) fn expired_signal(&self, view: &View, now: u64) -> Option<(SignalId, Option<RunId>)> {
         let due = view.signals().pending().iter().filter(|pending| pending.expires() <= now);
-        due.map(|pending| pending.signal.id).find(|id| !self.changes.signals.contains_key(id))
+        due.map(|pending| (pending.signal.id, pending.run)).find(|(id, _)| !self.changes.signals.contains_key(id))
     }
 
     /// A request that expires at `now` or before.
-    pub(in crate::session) fn expired_request(&self, view: &View, now: u64) -> Option<RequestId> {
+    pub(in crate::session) fn expired_request(&self, view: &View, now: u64) -> Option<(RequestId, Option<RunId>)> {
         let due = view.signals().requests().iter().filter(|request| request.expires <= now);
-        due.map(|request| request.id).find(|id| !self.changes.requests.contains_key(id))
+        due.map(|request| (request.id, request.run)).find(|(id, _)| !self.changes.requests.contains_key(id))
     }
 }
 
@@ -342,9 +342,15 @@ impl Draft<'_> {
         if let Target::Request(request) = signal.target {
             self.answer(seq, request)?;
         }
+        if signal.is_settled(run) {
+            // Nobody is left to take it.
+            self.changes.signals.insert(signal.id, (seq, seq, None));
+            return Ok(());
+        }
         self.totals.signals += 1;
-        if self.totals.signals > MAX_SIGNALS {
-            return Err(limit("the session has too many signals that nobody took"));
+        let room = if signal.intent.stops() { MAX_SIGNALS } else { MAX_SIGNALS - RESERVED_SIGNALS };
+        if self.totals.signals > room {
+            return Err(limit("too many signals that nobody took; cancel the run, or wait until some expire"));
         }
         let pending = PendingStanding { seq, run, signal: (signal.intent, signal.target) };
         self.changes.signals.insert(signal.id, (seq, seq, Some(pending)));

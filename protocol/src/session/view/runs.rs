@@ -54,6 +54,8 @@ pub struct FinishedRun {
 pub struct Input {
     /// The message.
     pub message: MessageId,
+    /// Seq of the record that began it: where its text is in the log, if the view does not keep it.
+    pub start: u64,
     /// Seq of the record that finished it.
     pub seq: u64,
     /// The run that it is for; none for whichever reads it.
@@ -258,6 +260,7 @@ impl Runs {
         w.varint(self.inputs.len() as u64);
         for input in &self.inputs {
             input.message.put(w);
+            w.varint(input.start);
             w.varint(input.seq);
             Field::put(&input.run, w);
         }
@@ -303,9 +306,10 @@ impl Runs {
             this.finished.push_back(run);
         }
         for _ in 0..r.count(MAX_INPUTS)? {
-            let input = Input { message: MessageId::get(r)?, seq: r.varint()?, run: Field::get(r)? };
+            let input =
+                Input { message: MessageId::get(r)?, start: r.varint()?, seq: r.varint()?, run: Field::get(r)? };
             let ascends = this.inputs.back().is_none_or(|last| last.seq < input.seq);
-            if !ascends || input.seq >= next {
+            if !ascends || input.start >= input.seq || input.seq >= next {
                 return Err(inconsistent());
             }
             this.inputs.push_back(input);

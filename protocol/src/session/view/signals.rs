@@ -181,11 +181,16 @@ impl Signals {
 
     /// What would exceed a limit does nothing: no server accepted it.
     pub(super) fn send(&mut self, (seq, time): (u64, u64), author: &Arc<Author>, run: Option<RunId>, signal: Signal) {
-        if self.seq_of(signal.id).is_some() || self.pending.len() == MAX_SIGNALS {
+        let settled = signal.is_settled(run);
+        if self.seq_of(signal.id).is_some() || !settled && self.pending.len() == MAX_SIGNALS {
             return;
         }
         if let (Target::Request(id), Some(outcome)) = (signal.target, answer_of(signal.intent)) {
             self.resolve_request(seq, id, outcome);
+        }
+        if settled {
+            let (id, outcome) = (signal.id, SignalOutcome::Consumed);
+            return self.note(ResolvedSignal { id, seq, outcome, by: seq });
         }
         let signal = Signal { text: Bytes::copy_from_slice(&signal.text), ..signal };
         self.pending.push(PendingSignal { signal, run, author: author.clone(), seq, time });
@@ -194,10 +199,14 @@ impl Signals {
     pub(super) fn resolve(&mut self, by: u64, id: SignalId, outcome: SignalOutcome) {
         let Some(at) = self.pending.iter().position(|pending| pending.signal.id == id) else { return };
         let seq = self.pending.remove(at).seq;
+        self.note(ResolvedSignal { id, seq, outcome, by });
+    }
+
+    fn note(&mut self, signal: ResolvedSignal) {
         if self.resolved.len() == KEPT_SIGNALS {
             self.resolved.pop_front();
         }
-        self.resolved.push_back(ResolvedSignal { id, seq, outcome, by });
+        self.resolved.push_back(signal);
     }
 
     /// An input caused a run: what was for the input is for the run.
@@ -312,7 +321,7 @@ impl Signals {
             let signal =
                 ResolvedSignal { id: SignalId::get(r)?, seq: r.varint()?, outcome: Field::get(r)?, by: r.varint()? };
             let ascends = this.resolved.back().is_none_or(|last| last.by <= signal.by);
-            if !ascends || signal.seq >= signal.by || signal.by >= next {
+            if !ascends || signal.seq > signal.by || signal.by >= next {
                 return Err(inconsistent());
             }
             this.resolved.push_back(signal);

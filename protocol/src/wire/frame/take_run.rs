@@ -11,5 +11,7 @@ plain_frame! {
         run: Option<RunId>,
         /// Milliseconds without a renewal after which it is lost again.
         lease: u64,
+        /// Behind the newest epoch of a run that the client knows to have been granted; 0 for none.
+        since: u64,
     }
 }
