@@ -1,12 +1,12 @@
 //! The driver of one session: attaches, attaches again when the connection is lost, and passes requests and answers on.
 
 use core::time::Duration;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use mainstay_protocol::error::{Code, ProtocolError};
-use mainstay_protocol::registry::MAX_FRAME;
+use mainstay_protocol::registry::{MAX_FRAME, MAX_RUNS};
 use mainstay_protocol::session::{
     Activity, Backoff, Cursor, Incarnation, InputPolicy, MessageId, Record, RunId, RunMode, Verdict,
 };
@@ -50,7 +50,7 @@ pub(crate) enum Ask {
     /// How runs and inputs are treated.
     Configure { runs: RunMode, inputs: InputPolicy, answer: Answer<u64> },
     /// Begin a run.
-    StartRun { run: RunId, lease: u64, input: Option<MessageId>, answer: Answer<u64> },
+    StartRun { run: RunId, lease: u64, input: Option<MessageId>, answer: Answer<Granted> },
     /// Want something of a run.
     Signal { signal: Signal, answer: Answer<u64> },
 }
@@ -91,9 +91,15 @@ impl Ask {
             | Self::Trim { answer, .. }
             | Self::Delete { answer }
             | Self::Configure { answer, .. }
-            | Self::StartRun { answer, .. }
             | Self::Signal { answer, .. } => Some(answer),
             Self::Join { answer, .. } | Self::Leave { answer, .. } => answer,
+            // Granted elsewhere: here it is refused.
+            Self::StartRun { answer, .. } => {
+                if let Err(error) = result {
+                    let _ = answer.send(Err(error));
+                }
+                return;
+            }
         };
         if let Some(answer) = answer {
             // Whoever asked may be gone.
@@ -117,7 +123,7 @@ pub(crate) enum SessionCommand {
     /// Hear signals early.
     Listen { records: mpsc::Sender<Folded>, heard: Arc<Heard> },
     /// Hear those again that nobody took.
-    ListenAgain { from: u64 },
+    ListenAgain,
     /// Say what the member is doing.
     Update { number: u64, activity: Activity },
     /// Open a producer.
@@ -178,8 +184,9 @@ struct Taking {
 }
 
 impl Taking {
-    fn frame(&self) -> TakeRun {
-        TakeRun { id: self.id, run: self.run, lease: self.lease }
+    /// Its request, of a client that knows of no run granted from the epoch `since` on.
+    fn frame(&self, since: u64) -> TakeRun {
+        TakeRun { id: self.id, run: self.run, lease: self.lease, since }
     }
 }
 
@@ -231,6 +238,10 @@ pub(crate) struct Driver<C: Connection> {
     /// Runs that are waited for, in the order in which they were asked for.
     taking: VecDeque<Taking>,
     next_taking: u64,
+    /// Behind the newest epoch of a run that was granted.
+    granted: u64,
+    /// Epochs of runs that were renewed while there was no attachment.
+    renewed: BTreeSet<u64>,
     listener: Option<Listener>,
     ended: Vec<oneshot::Sender<ClientError>>,
     /// The session's incarnation, once it is known.
@@ -267,6 +278,8 @@ impl<C: Connection> Driver<C> {
             joining: None,
             taking: VecDeque::new(),
             next_taking: 0,
+            granted: 0,
+            renewed: BTreeSet::new(),
             listener: None,
             ended: Vec::new(),
             refused_since: None,
@@ -277,9 +290,11 @@ impl<C: Connection> Driver<C> {
     pub(crate) async fn run(mut self) {
         let mut backoff = Backoff::new(ATTACH_PAUSE.0, ATTACH_PAUSE.1);
         let error = loop {
-            let link = match up(&mut self.status).await {
-                Ok(link) => link,
-                Err(error) => break error,
+            let mut status = self.status.clone();
+            let link = match self.meanwhile(up(&mut status)).await {
+                Some(Ok(link)) => link,
+                Some(Err(error)) => break error,
+                None => return,
             };
             let over = match link.is_going_away() {
                 // It would be refused there.
@@ -290,17 +305,39 @@ impl<C: Connection> Driver<C> {
             match over {
                 Over::Unused => return,
                 Over::Failed(error) => break error,
-                Over::Again if !link.is_going_away() => tokio::time::sleep(backoff.next(rand::random())).await,
+                Over::Again if !link.is_going_away() => {
+                    let pause = tokio::time::sleep(backoff.next(rand::random()));
+                    if self.meanwhile(pause).await.is_none() {
+                        return;
+                    }
+                }
                 Over::Lost | Over::Again => {
                     backoff.reset();
                     self.refused_since = None;
                     // The supervisor notices the same loss; until then the link is still published.
                     let same = |status: &Status<C>| matches!(status, Status::Up(now) if Arc::ptr_eq(now, &link));
-                    let _ = self.status.wait_for(|status| !same(status)).await;
+                    let mut status = self.status.clone();
+                    let gone = async { status.wait_for(|status| !same(status)).await.map(drop) };
+                    if self.meanwhile(gone).await.is_none() {
+                        return;
+                    }
                 }
             }
         };
         self.fail(&error).await;
+    }
+
+    /// Waits, and takes commands meanwhile: whoever gives one must not have to wait for the network. `None` once every handle was
+    /// dropped.
+    async fn meanwhile<T>(&mut self, wait: impl Future<Output = T>) -> Option<T> {
+        tokio::pin!(wait);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut wait => return Some(done),
+                command = self.commands.recv() => self.command(command?, None),
+            }
+        }
     }
 
     /// Tells everybody that it is over.
@@ -335,7 +372,7 @@ impl<C: Connection> Driver<C> {
                 | SessionCommand::Renew { .. }
                 | SessionCommand::Release { .. }
                 | SessionCommand::Listen { .. }
-                | SessionCommand::ListenAgain { .. } => {}
+                | SessionCommand::ListenAgain => {}
                 SessionCommand::Ended { answer } => drop(answer.send(error.clone())),
             }
         }
@@ -419,13 +456,13 @@ impl<C: Connection> Driver<C> {
                     }
                     Some(member) => {
                         let number = member.number;
-                        self.ask(Ask::Leave { number, answer: None }, attached, outbox);
+                        self.ask(Ask::Leave { number, answer: None }, Some(outbox));
                     }
                     None => {}
                 },
                 () = tokio::time::sleep_until(join_again.unwrap_or(beat)), if join_again.is_some() => {
                     if let Some((ask, _)) = self.joining.as_mut().and_then(|joining| joining.waiting.take()) {
-                        self.ask(ask, attached, outbox);
+                        self.ask(ask, Some(outbox));
                     }
                 }
                 () = tokio::time::sleep_until(take_again.unwrap_or(beat)), if take_again.is_some() => {
@@ -458,7 +495,7 @@ impl<C: Connection> Driver<C> {
                     }
                 }
                 command = self.commands.recv() => match command {
-                    Some(command) => self.command(command, attached, link, outbox),
+                    Some(command) => self.command(command, Some((attached, link, outbox))),
                     None => return Over::Unused,
                 },
             }
@@ -481,7 +518,7 @@ impl<C: Connection> Driver<C> {
         self.taking.retain(|taking| !taking.answer.is_closed());
         for taking in &mut self.taking {
             taking.again = None;
-            outbox.push(taking.frame());
+            outbox.push(taking.frame(self.granted));
         }
     }
 
@@ -490,7 +527,7 @@ impl<C: Connection> Driver<C> {
         self.taking.retain(|taking| !taking.answer.is_closed());
         for taking in self.taking.iter_mut().filter(|taking| taking.again.is_some_and(|at| at <= Instant::now())) {
             taking.again = None;
-            outbox.push(taking.frame());
+            outbox.push(taking.frame(self.granted));
         }
     }
 
@@ -509,10 +546,14 @@ impl<C: Connection> Driver<C> {
     fn early(&mut self, early: Early) -> Result<(), ProtocolError> {
         let Some(listener) = &mut self.listener else { return Ok(()) };
         let record = Record::parse(&early.record)?;
-        listener.next = listener.next.max(early.seq + 1);
+        if listener.heard.missed.load(Ordering::Acquire) {
+            // Told again once the application has taken what it has.
+            return Ok(());
+        }
+        let next = listener.next.max(early.seq + 1);
         let folded = Folded { seq: early.seq, time: early.time, author: Arc::new(early.author), record };
         match listener.records.try_send(folded) {
-            Ok(()) => {}
+            Ok(()) => listener.next = next,
             Err(mpsc::error::TrySendError::Full(_)) => listener.heard.missed.store(true, Ordering::Release),
             Err(mpsc::error::TrySendError::Closed(_)) => self.listener = None,
         }
@@ -539,6 +580,8 @@ impl<C: Connection> Driver<C> {
                 }
             }
         }
+        // What the application renewed last holds until then.
+        core::mem::take(&mut self.renewed).into_iter().for_each(|epoch| outbox.push(Renew { epoch }));
         self.rejoin(outbox);
         Ok(())
     }
@@ -553,7 +596,7 @@ impl<C: Connection> Driver<C> {
         self.ask_next(outbox);
     }
 
-    fn ask(&mut self, ask: Ask, attached: bool, outbox: &Outbox) {
+    fn ask(&mut self, ask: Ask, attached: Option<&Outbox>) {
         match ask {
             // What was taken over is no longer the application's to end.
             Ask::Leave { number, answer } if self.member.as_ref().is_none_or(|member| member.number != number) => {
@@ -561,7 +604,7 @@ impl<C: Connection> Driver<C> {
             }
             ask => self.asks.push_back(ask),
         }
-        if attached {
+        if let Some(outbox) = attached {
             self.ask_next(outbox);
         }
     }
@@ -664,19 +707,21 @@ impl<C: Connection> Driver<C> {
         self.ask_next(outbox);
     }
 
-    fn command(&mut self, command: SessionCommand, attached: bool, link: &Arc<Link<C>>, outbox: &Outbox) {
+    /// Takes a command. What there is no attachment for now goes out with the next.
+    fn command(&mut self, command: SessionCommand, on: Option<(bool, &Arc<Link<C>>, &Outbox)>) {
+        let attached = on.filter(|(attached, ..)| *attached).map(|(_, _, outbox)| outbox);
         match command {
             SessionCommand::Attached { answer } => match &self.info {
                 Some(info) => drop(answer.send(Ok(Arc::new(info.subscribe())))),
                 None => self.attach_answer = Some(answer),
             },
             SessionCommand::Ask(ask) => {
-                self.ask(ask, attached, outbox);
+                self.ask(ask, attached);
             }
             SessionCommand::Update { number, activity } => {
                 if let Some(member) = self.member.as_mut().filter(|member| member.number == number) {
                     member.request.activity = activity.clone();
-                    if attached {
+                    if let Some(outbox) = attached {
                         outbox.push(Update { activity });
                     }
                 }
@@ -684,34 +729,51 @@ impl<C: Connection> Driver<C> {
             SessionCommand::TakeRun { run, lease, answer } => {
                 self.next_taking += 1;
                 let taking = Taking { id: self.next_taking, run, lease, answer, again: None };
-                outbox.push(taking.frame());
+                if let Some((_, _, outbox)) = on {
+                    outbox.push(taking.frame(self.granted));
+                }
                 self.taking.push_back(taking);
             }
             SessionCommand::Renew { epoch } => {
-                // Where there is no attachment it is too early or too late: what is appended says it too.
-                if attached {
+                if let Some(outbox) = attached {
                     outbox.push(Renew { epoch });
+                } else {
+                    // Said once there is an attachment: the work went on.
+                    self.renewed.insert(epoch);
+                    if self.renewed.len() > MAX_RUNS {
+                        self.renewed.pop_first();
+                    }
                 }
             }
             SessionCommand::Release { epoch: None } => {
                 let before = self.taking.len();
                 self.taking.retain(|taking| !taking.answer.is_closed());
-                if before > self.taking.len() {
+                if let Some((_, _, outbox)) = on.filter(|_| before > self.taking.len()) {
                     outbox.push(Release { epoch: None });
-                    self.taking.iter().for_each(|taking| outbox.push(taking.frame()));
+                    self.taking.iter().for_each(|taking| outbox.push(taking.frame(self.granted)));
                 }
             }
-            SessionCommand::Release { epoch } => outbox.push(Release { epoch }),
+            // Without an attachment it is lost by itself.
+            SessionCommand::Release { epoch } => {
+                on.into_iter().for_each(|(_, _, outbox)| outbox.push(Release { epoch }))
+            }
             SessionCommand::Listen { records, heard } => {
                 self.listener = Some(Listener { records, heard, next: 0 });
-                outbox.push(Listen { from: 0 });
+                on.into_iter().for_each(|(_, _, outbox)| outbox.push(Listen { from: 0 }));
             }
-            SessionCommand::ListenAgain { from } => outbox.push(Listen { from }),
+            SessionCommand::ListenAgain => {
+                if let (Some(listener), Some((_, _, outbox))) = (&self.listener, on) {
+                    listener.heard.missed.store(false, Ordering::Release);
+                    outbox.push(Listen { from: listener.next });
+                }
+            }
             SessionCommand::Producer { name, config, answer } => {
                 self.producers.retain(|entry| !entry.shared.is_finished());
                 let shared = Arc::new(Shared::new(name, config));
                 self.producers.push(ProducerEntry { shared, id: None, again: None, answer: Some(answer) });
-                self.open_producer(self.producers.len() - 1, link, outbox);
+                if let Some((_, link, outbox)) = on {
+                    self.open_producer(self.producers.len() - 1, link, outbox);
+                }
             }
             SessionCommand::Subscribe { start, wanted, events } => {
                 let subscription = self.next_subscription;
@@ -722,18 +784,23 @@ impl<C: Connection> Driver<C> {
                 tokio::spawn(reader.run());
                 let entry = SubscriptionEntry { start, wants: wanted, opened, id: None, wanted: true };
                 self.subscriptions.insert(subscription, entry);
-                self.subscribe(subscription, link, outbox);
+                if let Some((_, link, outbox)) = on {
+                    self.subscribe(subscription, link, outbox);
+                }
             }
             SessionCommand::Again { subscription, start } => {
                 if let Some(entry) = self.subscriptions.get_mut(&subscription) {
-                    if let Some(id) = entry.id.take() {
-                        // It may still run on this connection, after an error of the stream alone.
-                        link.unexpect(id);
-                        outbox.push(Unsubscribe { id });
-                    }
+                    let id = entry.id.take();
                     entry.start = start.unwrap_or(entry.start);
                     entry.wanted = true;
-                    self.subscribe(subscription, link, outbox);
+                    if let Some((_, link, outbox)) = on {
+                        if let Some(id) = id {
+                            // It may still run on this connection, after an error of the stream alone.
+                            link.unexpect(id);
+                            outbox.push(Unsubscribe { id });
+                        }
+                        self.subscribe(subscription, link, outbox);
+                    }
                 }
             }
             SessionCommand::Ended { answer } => self.ended.push(answer),
@@ -816,8 +883,17 @@ impl<C: Connection> Driver<C> {
             }
             Frame::Granted(granted) => {
                 let started = |ask: &Ask| matches!(ask, Ask::StartRun { run, .. } if *run == granted.run);
+                self.granted = self.granted.max(granted.epoch + 1);
                 if self.asked && self.asks.front().is_some_and(started) {
-                    self.answered(Ok(granted.epoch), outbox);
+                    self.asked = false;
+                    if let Some(Ask::StartRun { answer, .. }) = self.asks.pop_front() {
+                        let epoch = granted.epoch;
+                        if answer.send(Ok(granted)).is_err() {
+                            // Nobody works on it.
+                            outbox.push(Release { epoch: Some(epoch) });
+                        }
+                    }
+                    self.ask_next(outbox);
                 } else {
                     self.taken(granted, outbox);
                 }

@@ -147,7 +147,7 @@ impl<C: Connection> Link<C> {
         let writing = async {
             self.control.write_to(&mut send).await;
             // Control ends with the connection, never before it (spec CONN-3).
-            self.transport.close(Code::NO_ERROR.0, "the server stopped reading control");
+            self.transport.close(Code::GOING_AWAY.0, "the server stopped reading control");
         };
         let reading = async {
             let error = match self.read_control(&mut control).await {
@@ -172,7 +172,7 @@ impl<C: Connection> Link<C> {
                     (heard, since) = (now, Instant::now());
                 } else if since.elapsed() >= limit {
                     tracing::info!("nothing was heard of the server; connecting again");
-                    return self.transport.close(Code::NO_ERROR.0, "nothing was heard");
+                    return self.transport.close(Code::GOING_AWAY.0, "nothing was heard");
                 }
             }
         };
@@ -191,7 +191,7 @@ impl<C: Connection> Link<C> {
                 }
                 if missed == MISSED {
                     tracing::info!("the server does not answer; connecting again");
-                    return self.transport.close(Code::NO_ERROR.0, "no answer");
+                    return self.transport.close(Code::GOING_AWAY.0, "no answer");
                 }
             }
         };

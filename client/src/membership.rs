@@ -29,6 +29,11 @@ impl Doing {
         Ok(Self(Activity { status: Label::new(status)?, progress: None, data: bytes::Bytes::new() }))
     }
 
+    /// The word.
+    pub fn status(&self) -> &str {
+        self.0.status.as_str()
+    }
+
     /// How far, in percent; more than 100 counts as 100.
     pub fn progress(mut self, percent: u8) -> Self {
         self.0.progress = Some(u64::from(percent.min(100)));

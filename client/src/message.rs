@@ -3,13 +3,52 @@
 use bytes::Bytes;
 use mainstay_protocol::registry::MAX_RECORD;
 use mainstay_protocol::session::{
-    MessageAppend, MessageEnd, MessageId, MessageReplace, MessageStart, Payload, Record, Status,
+    Kind, MessageAppend, MessageEnd, MessageId, MessageReplace, MessageStart, Payload, Record, Status,
 };
-use mainstay_protocol::wire::{Detail, Label};
+use mainstay_protocol::wire::{Detail, Label, Start};
 
 use crate::error::{AppendError, ClientError};
 use crate::producer::{Producer, Ticket};
-use crate::session::StreamId;
+use crate::session::{Session, StreamId};
+use crate::subscription::Event;
+
+impl Session {
+    /// The bytes of a finished message, read from the log: for one of which the view knows only where it is, from the record that began
+    /// it to the one that finished it. `None` if that was trimmed.
+    ///
+    /// Errors: those of a subscription.
+    pub async fn read_message(
+        &self,
+        id: MessageId,
+        (start, through): (u64, u64),
+    ) -> Result<Option<Vec<u8>>, ClientError> {
+        let subscribing = self.subscribe(Start::Seq(start)).kind(Kind::MESSAGE_APPEND).kind(Kind::MESSAGE_REPLACE);
+        let mut subscription = subscribing.open().await?;
+        let mut text = Vec::new();
+        while let Some(event) = subscription.next().await {
+            match event? {
+                Event::Records(batch) => {
+                    for read in batch.iter() {
+                        let read = read?;
+                        if read.record.message != Some(id) || read.seq > through {
+                            continue;
+                        }
+                        if read.record.kind == Kind::MESSAGE_REPLACE {
+                            text.clear();
+                        }
+                        text.extend_from_slice(&read.record.payload);
+                    }
+                    if batch.next() > through {
+                        return Ok(Some(text));
+                    }
+                }
+                Event::Gap { .. } => return Ok(None),
+                _ => {}
+            }
+        }
+        Ok(None)
+    }
+}
 
 /// Longest part of one record: the rest is what surrounds it.
 const PART: usize = MAX_RECORD - 64;

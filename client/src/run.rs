@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::driver::{Ask, SessionCommand};
 use crate::error::{AppendError, ClientError};
 use crate::producer::{Producer, Ticket};
+use crate::session::Session;
 
 /// A run that this client holds, under a lease. What is appended for it, with a producer of [`Producer::of_run`], renews the lease;
 /// otherwise whoever does the work has to, with [`Run::renew`]: a run whose holder hangs must be lost.
@@ -36,16 +37,14 @@ fn millis(lease: Duration) -> Result<u64, ClientError> {
 
 impl Run {
     pub(crate) async fn start(
-        commands: mpsc::Sender<SessionCommand>,
+        session: &Session,
         run: RunId,
         lease: Duration,
         input: Option<MessageId>,
     ) -> Result<Self, ClientError> {
-        let (answer, started) = oneshot::channel();
-        let ask = Ask::StartRun { run, lease: millis(lease)?, input, answer };
-        commands.send(SessionCommand::Ask(ask)).await.map_err(|_| ClientError::Closed)?;
-        let epoch = started.await.map_err(|_| ClientError::Closed)??;
-        Ok(Self { commands, granted: Granted { id: 0, run, epoch, lost: None }, lease })
+        let millis = millis(lease)?;
+        let granted = session.ask_again(|answer| Ask::StartRun { run, lease: millis, input, answer }).await?;
+        Ok(Self { commands: session.commands.clone(), granted, lease })
     }
 
     pub(crate) async fn take(

@@ -257,7 +257,7 @@ impl Session {
         lease: Duration,
         input: Option<MessageId>,
     ) -> Result<Run, ClientError> {
-        Run::start(self.commands.clone(), run, lease, input).await
+        Run::start(self, run, lease, input).await
     }
 
     /// Waits until a run is lost, `run` or any, and takes it over: a standby. Dropping the future stops to wait.
@@ -269,7 +269,7 @@ impl Session {
 
     /// A signal to the run that is active, unless it says to which.
     pub fn signal(&self, intent: Intent) -> Signalling {
-        Signalling::new(self.commands.clone(), intent)
+        Signalling::new(self.clone(), intent)
     }
 
     /// Signals, as soon as they are durable. A session has one such listener of a client: a new one takes the place of the last.
@@ -302,6 +302,30 @@ impl Session {
         ended.await.unwrap_or(ClientError::Closed)
     }
 
+    /// Asks again while it is refused for a reason that may pass, as long as the configuration says. What is asked must be safe to
+    /// repeat.
+    pub(crate) async fn ask_again<T>(
+        &self,
+        ask: impl Fn(oneshot::Sender<Result<T, ClientError>>) -> Ask,
+    ) -> Result<T, ClientError> {
+        let give_up_after = self.client.core.config().give_up_after;
+        let begun = tokio::time::Instant::now();
+        loop {
+            let (answer, asked) = oneshot::channel();
+            self.commands.send(SessionCommand::Ask(ask(answer))).await.map_err(|_| ClientError::Closed)?;
+            match asked.await.map_err(|_| ClientError::Closed)? {
+                Err(error)
+                    if matches!(error, ClientError::Refused { .. })
+                        && error.is_retryable()
+                        && give_up_after.is_none_or(|limit| begun.elapsed() < limit) =>
+                {
+                    tokio::time::sleep(ASK_PAUSE).await;
+                }
+                answered => return answered,
+            }
+        }
+    }
+
     async fn ask(
         &self,
         ask: impl FnOnce(oneshot::Sender<Result<u64, ClientError>>) -> Ask,
@@ -311,6 +335,9 @@ impl Session {
         asked.await.map_err(|_| ClientError::Closed)?
     }
 }
+
+/// How long a server that cannot do something now is left alone.
+const ASK_PAUSE: Duration = Duration::from_millis(100);
 
 /// How long to wait before attaching again to a session that does not exist yet or is not served yet.
 pub(crate) const ATTACH_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));

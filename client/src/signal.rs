@@ -1,30 +1,32 @@
 //! Sending signals, and hearing them ahead of the data that they are behind.
 
 use core::time::Duration;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use mainstay_protocol::session::{Intent, MessageId, RequestId, RunId, SignalId, Target};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
 use crate::driver::{Ask, SessionCommand};
 use crate::error::ClientError;
 use crate::live::Folded;
+use crate::session::Session;
 
 /// A signal that is about to be sent: see [`Session::signal`](crate::Session::signal).
 #[must_use = "a signal is sent by `send`"]
 #[derive(Debug)]
 pub struct Signalling {
-    commands: mpsc::Sender<SessionCommand>,
+    session: Session,
     signal: mainstay_protocol::wire::Signal,
 }
 
 impl Signalling {
-    pub(crate) fn new(commands: mpsc::Sender<SessionCommand>, intent: Intent) -> Self {
+    pub(crate) fn new(session: Session, intent: Intent) -> Self {
         let id = SignalId(rand::random());
         let signal = mainstay_protocol::wire::Signal { id, intent, target: None, lasts: 0, text: Bytes::new() };
-        Self { commands, signal }
+        Self { session, signal }
     }
 
     /// For this run, not the one that is active.
@@ -45,7 +47,7 @@ impl Signalling {
         self
     }
 
-    /// What is said with it: at most 4 KiB.
+    /// What is said with it: at most 2 KiB.
     pub fn text(mut self, text: impl Into<Bytes>) -> Self {
         self.signal.text = text.into();
         self
@@ -68,10 +70,8 @@ impl Signalling {
     /// Errors: `Refused` with `RUN_OVER`, `RUN_ACTIVE` where it must be said which run is meant, `ALREADY_RESOLVED` for a request
     /// that somebody answered, `LIMIT_EXCEEDED`, `FORBIDDEN`.
     pub async fn send(self) -> Result<u64, ClientError> {
-        let (answer, sent) = oneshot::channel();
-        let ask = Ask::Signal { signal: self.signal, answer };
-        self.commands.send(SessionCommand::Ask(ask)).await.map_err(|_| ClientError::Closed)?;
-        sent.await.map_err(|_| ClientError::Closed)?
+        let Self { session, signal } = self;
+        session.ask_again(|answer| Ask::Signal { signal: signal.clone(), answer }).await
     }
 }
 
@@ -95,7 +95,8 @@ pub struct Signals {
     commands: mpsc::Sender<SessionCommand>,
     records: mpsc::Receiver<Folded>,
     heard: Arc<Heard>,
-    last: Option<u64>,
+    /// Seqs of the newest that were returned.
+    seen: BTreeSet<u64>,
 }
 
 impl Signals {
@@ -104,20 +105,21 @@ impl Signals {
         let heard = Arc::new(Heard::default());
         let listen = SessionCommand::Listen { records: sender, heard: heard.clone() };
         commands.send(listen).await.map_err(|_| ClientError::Closed)?;
-        Ok(Self { commands, records, heard, last: None })
+        Ok(Self { commands, records, heard, seen: BTreeSet::new() })
     }
 
     /// The next one; `None` once the session cannot be used any more. Cancellation-safe.
     pub async fn next(&mut self) -> Option<Folded> {
         loop {
             if self.records.is_empty() && self.heard.missed.load(Ordering::Acquire) {
-                let from = self.last.map_or(0, |last| last + 1);
-                self.commands.send(SessionCommand::ListenAgain { from }).await.ok()?;
-                self.heard.missed.store(false, Ordering::Release);
+                self.commands.send(SessionCommand::ListenAgain).await.ok()?;
             }
             let next = self.records.recv().await?;
-            if self.last.is_none_or(|last| next.seq > last) {
-                self.last = Some(next.seq);
+            // What came again because more was missed.
+            if self.seen.insert(next.seq) {
+                if self.seen.len() > 2 * HEARD {
+                    self.seen.pop_first();
+                }
                 return Some(next);
             }
         }

@@ -265,7 +265,8 @@ async fn read<C: Connection>(
             }
             frame if allowed.is_err() => {
                 if let Err(refusal) = allowed {
-                    attachment.refuse(frame.kind(), 0, &refusal);
+                    let id = if let Frame::TakeRun(request) = &frame { request.id } else { 0 };
+                    attachment.refuse(frame.kind(), id, &refusal);
                 }
                 continue;
             }

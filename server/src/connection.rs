@@ -378,7 +378,8 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
     }
     // Nothing of it is left when this returns.
     running.shutdown().await;
-    if matches!(transport.closed().await, ConnectionError::Closed { .. }) {
+    // One that makes another connection says so by another code (spec RUN-4).
+    if matches!(transport.closed().await, ConnectionError::Closed { code, .. } if code == Code::NO_ERROR.0) {
         conn.departed().await;
     }
     tracing::debug!(conn = id, "disconnected");

@@ -12,8 +12,8 @@ use mainstay_protocol::error::Code;
 use mainstay_protocol::registry::{MAX_POSITIONS, STREAM_MAIN};
 use mainstay_protocol::session::Committed as Durable;
 use mainstay_protocol::session::{
-    Activity, Author, Authority, CheckedBatch, Chunk, EarlyRecord, Leases, Outcome, PresenceJoined, PresenceUpdated,
-    ProducerKey, Refusal, Reply, RunId, SessionConfigured, State, Step, View, ViewHash,
+    Activity, Author, Authority, CheckedBatch, Chunk, EarlyRecord, InputPolicy, Leases, Outcome, PresenceJoined,
+    PresenceUpdated, ProducerKey, Refusal, Reply, RunId, SessionConfigured, State, Step, View, ViewHash,
 };
 use mainstay_protocol::wire::{
     Ack, Acked, Body, CloseSession, Closed, Configure, Configured, DefineStream, DeleteSession, Deleted, Detail, Early,
@@ -195,6 +195,8 @@ pub(crate) struct Owner {
     /// How long runs count as held, and by epoch who does.
     runs: Leases<RunId>,
     run_holders: HashMap<u64, Holder>,
+    /// What follows from the durable view was not stored, and is tried again.
+    owes: bool,
     /// Who hears signals early.
     listeners: Vec<Arc<Attachment>>,
     /// Where the clock of the leases begins.
@@ -259,6 +261,7 @@ impl Owner {
             seen_members: None,
             runs: Leases::default(),
             run_holders: HashMap::new(),
+            owes: false,
             listeners: Vec::new(),
             begun: Instant::now(),
             stopping: false,
@@ -290,6 +293,7 @@ impl Owner {
         let idle = self.sessions.config.idle;
         // Whoever was here before this server has its grace to come back.
         self.hold_leases();
+        self.interrupt_for_inputs().await;
         let mut commands = Vec::new();
         let mut last_use = Instant::now();
         loop {
@@ -416,6 +420,7 @@ impl Owner {
     fn may_be_due(&self) -> bool {
         let held_back = matches!(&self.role, Some(Role::Writer { authority, .. }) if authority.is_held_back());
         held_back
+            || self.owes
             || !self.leases.is_empty()
             || !self.runs.is_empty()
             || self.state().is_some_and(|state| state.deadline().is_some())
@@ -435,12 +440,15 @@ impl Owner {
     /// Lets be tried again what a store refused that nobody else asks for. Returns when to look again.
     fn try_again(&mut self) -> Option<Instant> {
         let Some(Role::Writer { authority, .. }) = &mut self.role else { return None };
-        if !authority.is_held_back() {
+        if !authority.is_held_back() && !self.owes {
             return None;
         }
         if self.next_try <= Instant::now() {
             self.next_try = Instant::now() + AGAIN;
             authority.try_again();
+            if core::mem::take(&mut self.owes) {
+                self.follow_up();
+            }
         }
         Some(self.next_try)
     }
@@ -547,6 +555,7 @@ impl Owner {
                 for ticket in authority.not_committed() {
                     refuse(&ticket, &refusal);
                 }
+                self.owes = true;
                 if matches!(refusal.code, Code::WRITER_FENCED | Code::SESSION_GONE | Code::SESSION_DAMAGED) {
                     self.gone(refusal.code);
                     return false;
@@ -622,7 +631,27 @@ impl Owner {
         if !self.runs.is_empty() || !view.runs().current().is_empty() {
             let leased = view.runs().active().filter(|run| run.lease > 0);
             self.runs.follow(now, leased.map(|run| (run.id, run.epoch, run.lease)));
-            self.run_holders.retain(|epoch, _| view.runs().active().any(|run| run.epoch == *epoch));
+        }
+        if !self.run_holders.is_empty() {
+            let active = |epoch: &u64| view.runs().active().any(|run| run.epoch == *epoch);
+            self.run_holders.retain(|epoch, _| *epoch >= view.next() || active(epoch));
+        }
+    }
+
+    /// What a server that died between an input and its interrupt did not say.
+    async fn interrupt_for_inputs(&mut self) {
+        let owes = |view: &View| {
+            let runs = view.runs();
+            runs.policy() == InputPolicy::Interrupt && runs.active().any(|run| runs.waiting_for(run).next().is_some())
+        };
+        if self.state().is_some_and(|state| owes(state.view())) {
+            match self.authority().await {
+                Ok(_) => self.follow_up(),
+                // The next commit follows up, too.
+                Err(refusal) => {
+                    tracing::debug!(session = %self.session.id, code = %refusal.code, "cannot be written now")
+                }
+            }
         }
     }
 
@@ -785,6 +814,11 @@ impl Owner {
             Reply::Run { run, epoch, lost } => {
                 outbox.push(Granted { id, run, epoch, lost });
                 self.renew(epoch, attachment);
+                if !attachment.is_alive() {
+                    // Nobody works on it.
+                    let now = since(self.begun, Instant::now());
+                    self.runs.hasten(&run, epoch, (now, now.saturating_add(DEPARTED)));
+                }
             }
             Reply::Signalled { signal, seq } => outbox.push(Signalled { id: signal, seq }),
             Reply::Configured { seq } => outbox.push(Configured { seq }),
@@ -989,7 +1023,9 @@ impl Owner {
             let author = &link.attachment.author;
             let (outcome, _) = authority.append(now, author, (&link.handle, link.epoch, sequence), run, batch, ticket);
             match outcome {
-                Outcome::Pending => renewed.extend(run.filter(|run| renewed.last() != Some(run))),
+                // A repetition of one that is on its way was not held to its run.
+                Outcome::Pending => renewed
+                    .extend(run.filter(|run| renewed.last() != Some(run) && authority.held_run(author, *run).is_ok())),
                 Outcome::Done(Reply::Appended { sequence, acked }) => {
                     acknowledge(&mut acks, link.clone(), sequence, acked);
                 }

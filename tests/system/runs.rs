@@ -748,3 +748,284 @@ async fn run_verify(server: &Server) -> Vec<Value> {
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
     events(&output.stdout)
 }
+
+/// Appends lines as inputs; returns their message ids.
+async fn inputs(server: &Server, lines: &str) -> Vec<String> {
+    let mut child = server
+        .command(&["append", "s1", "--role", "user", "--json"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("start append");
+    let mut stdin = child.stdin.take().expect("input");
+    tokio::io::AsyncWriteExt::write_all(&mut stdin, lines.as_bytes()).await.expect("write");
+    drop(stdin);
+    let output = timeout(PATIENCE, child.wait_with_output()).await.expect("in time").expect("a status");
+    assert!(output.status.success());
+    let acks = events(&output.stdout);
+    named(&acks, "ack").iter().map(|ack| ack["message"].as_str().expect("an id").to_owned()).collect()
+}
+
+/// Everything that the messages of role `assistant` hold, in the order in which they began.
+async fn said(server: &Server) -> String {
+    let client = server.client(ClientConfig::default());
+    let mut live = attach(&client).await.live().await.expect("live");
+    follow(&mut live, "the view", |live| live.view().next() > 0).await;
+    let messages = live.view().messages();
+    let mut all: Vec<_> = messages.finished().chain(messages.open()).filter(|m| !m.is_input()).collect();
+    all.sort_by_key(|message| message.start);
+    all.into_iter().map(|message| String::from_utf8_lossy(&message.text).into_owned()).collect()
+}
+
+async fn exit(child: &mut Child) -> Option<i32> {
+    timeout(PATIENCE, child.wait()).await.expect("it ends in time").expect("a status").code()
+}
+
+/// Spec RUN-9: what stops a run is for the next one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_input_that_interrupts_a_run_is_read_by_the_next_one() {
+    let server = Server::start().await;
+    let configured = run(server.command(&["session", "configure", "s1", "--inputs", "interrupt"])).await;
+    assert!(configured.status.success());
+    // Reads whatever it is given, until it is stopped.
+    let (mut first, mut rows) = agent(&server.connect_file(), &[], "while read l; do echo \"1 $l\"; done", &[]);
+    rows.until("run").await;
+    inputs(&server, "hi\n").await;
+    assert_eq!(exit(&mut first).await, Some(1));
+    let (mut second, _rows) = agent(&server.connect_file(), &[], "read l; echo \"2 $l\"", &[]);
+    assert_eq!(exit(&mut second).await, Some(0));
+    assert_eq!(said(&server).await, "2 hi\n");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_ends_with_its_session_and_so_does_its_process() {
+    let server = Server::start().await;
+    let (mut child, mut rows) = agent(&server.connect_file(), &["--patience", "0.3"], "echo $$; sleep 60", &[]);
+    rows.until("run").await;
+    let client = server.client(ClientConfig::default());
+    let mut live = attach(&client).await.live().await.expect("live");
+    follow(&mut live, "its id", |live| live.view().messages().open().iter().any(|m| m.text.ends_with(b"\n"))).await;
+    let process: u32 = text(&live).0.trim().parse().expect("a process id");
+    let closed = run(server.command(&["session", "close", "s1"])).await;
+    assert!(closed.status.success());
+    assert_eq!(rows.until("error").await.last().expect("a row")["code"], "SESSION_CLOSED");
+    assert_eq!(exit(&mut child).await, Some(3));
+    assert!(!Path::new(&format!("/proc/{process}")).exists(), "its process goes on");
+}
+
+/// An agent that says much about itself while there is no server can still be stopped where it runs.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_without_a_server_can_be_stopped() {
+    const STATUS: &str = r#"
+        i=0; while [ $i -lt 300 ]; do i=$((i+1)); echo '{"type":"CUSTOM","name":"status","value":"s'$i'"}'; done
+        echo ready > "$1"; while :; do sleep 0.1; done
+    "#;
+    let mut server = Server::start().await;
+    let ready = server.dir().join("ready");
+    let script = format!("while [ ! -e \"$1.go\" ]; do sleep 0.05; done\n{STATUS}");
+    let path = ready.to_string_lossy().into_owned();
+    let options = ["--events", "--lease", "1", "--patience", "0.3"];
+    let (mut child, mut rows) = agent(&server.connect_file(), &options, &script, &[&path]);
+    rows.until("run").await;
+    server.kill().await;
+    std::fs::write(server.dir().join("ready.go"), "").expect("write");
+    let said = async {
+        while !ready.exists() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, said).await.expect("its output is read");
+    kill(&child, "-INT").await;
+    let asked = Instant::now();
+    assert_eq!(exit(&mut child).await, Some(1));
+    println!("stopped after {:?} without a server", asked.elapsed());
+    assert!(asked.elapsed() < Duration::from_secs(15));
+}
+
+/// Spec RUN-3, RUN-5: also one that had nothing to say.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_agent_takes_its_run_again_after_an_outage() {
+    let server = Server::start().await;
+    let proxy = Proxy::start(([127, 0, 0, 1], 0).into(), server.addr(), Faults::default(), 7).expect("a proxy");
+    let connect = server.connect_file_at(proxy.addr(), "through-proxy.json");
+    let watcher = server.client(ClientConfig::default());
+    let mut live = attach(&watcher).await.live().await.expect("live");
+    let script = "while [ ! -e \"$1\" ]; do sleep 0.1; done; echo out";
+    let go = server.dir().join("go");
+    let (mut child, mut rows) = agent(&connect, &["--lease", "1"], script, &[&go.to_string_lossy()]);
+    rows.until("run").await;
+    proxy.blackhole(true);
+    comes(&mut live, Kind::RUN_LOST).await;
+    proxy.blackhole(false);
+    comes(&mut live, Kind::RUN_START).await;
+    std::fs::write(&go, "").expect("write");
+    assert_eq!(exit(&mut child).await, Some(0));
+    comes(&mut live, Kind::RUN_END).await;
+    assert_eq!(text(&live), ("out\n".to_owned(), Status::Complete));
+}
+
+/// Spec SIG-2: a process hears what was wanted of it before it ran; and not what another one did already.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_hears_each_signal_that_nobody_took_and_no_other() {
+    let server = Server::start().await;
+    let input = inputs(&server, "do it\n").await.remove(0);
+    let cancel = ["signal", "s1", "cancel", "--input", &input, "--json"];
+    assert!(run(server.command(&cancel)).await.status.success());
+    let (mut child, mut rows) = agent(&server.connect_file(), &["--input", &input], "sleep 30", &[]);
+    let rows = rows.until("ended").await;
+    assert_eq!(rows.last().expect("a row")["status"], "cancelled");
+    assert_eq!(exit(&mut child).await, Some(1));
+    // The second one stands by while the first one is steered.
+    let hears = "while read l; do echo \"$1 $l\"; done";
+    let (first, mut first_rows) = agent(&server.connect_file(), &["--lease", "1"], hears, &["A"]);
+    first_rows.until("run").await;
+    let (mut second, mut second_rows) = agent(&server.connect_file(), &["--lease", "1", "--standby"], hears, &["B"]);
+    second_rows.until("standby").await;
+    let steer = |text: &'static str| run(server.command(&["signal", "s1", "steer", "--text", text, "--wait"]));
+    assert!(steer("one").await.status.success());
+    kill(&first, "-KILL").await;
+    second_rows.until("run").await;
+    assert!(steer("two").await.status.success());
+    assert!(run(server.command(&["signal", "s1", "cancel", "--wait"])).await.status.success());
+    assert_eq!(exit(&mut second).await, Some(1));
+    let heard = said(&server).await;
+    assert!(heard.ends_with("A one\nB two\n"), "{heard}");
+    assert_eq!(heard.matches("one").count(), 1, "{heard}");
+}
+
+/// A process that asks people learns that nobody answered in time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_is_told_that_its_request_expired() {
+    const ASKS: &str = r#"
+        echo '{"type":"CUSTOM","name":"request","value":{"needs":"approval","lasts":0.5,"body":"may I"}}'
+        read l; echo "{\"type\":\"TEXT_MESSAGE_START\",\"messageId\":\"m\"}"
+        case "$l" in *request.expired*) w=nobody;; *) w=what;; esac
+        echo '{"type":"TEXT_MESSAGE_CONTENT","messageId":"unknown","delta":"lost"}'
+        echo '{"type":"TEXT_MESSAGE_START","messageId":"u","role":"user"}'
+        echo "{\"type\":\"TEXT_MESSAGE_CONTENT\",\"messageId\":\"m\",\"delta\":\"$w\"}"
+        echo '{"type":"TEXT_MESSAGE_END","messageId":"m"}'
+    "#;
+    let server = Server::start().await;
+    let (mut child, mut rows) = agent(&server.connect_file(), &["--events"], ASKS, &[]);
+    let rows = rows.until("ended").await;
+    // A line that makes no sense is told of, and costs the others nothing.
+    assert_eq!(named(&rows, "warning").iter().filter(|row| row["code"] == "MESSAGE_NOT_OPEN").count(), 1, "{rows:?}");
+    assert_eq!(rows.last().expect("a row")["status"], "complete");
+    assert_eq!(exit(&mut child).await, Some(0));
+    assert_eq!(said(&server).await, "nobody");
+}
+
+/// More inputs wait than the view keeps the texts of.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_input_that_waits_is_read_whatever_the_view_keeps() {
+    const COUNT: usize = 150;
+    let server = Server::start().await;
+    let lines: String = (1..=COUNT).map(|n| format!("{n}\n")).collect();
+    inputs(&server, &lines).await;
+    let (mut child, _rows) = agent(&server.connect_file(), &[], "head -n \"$1\"", &[&COUNT.to_string()]);
+    assert_eq!(exit(&mut child).await, Some(0));
+    assert_eq!(said(&server).await, lines);
+}
+
+/// The same run, begun again by name after its agent was killed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_that_is_begun_again_by_its_id_goes_on_where_it_stopped() {
+    let server = Server::start().await;
+    let id = "00112233445566778899aabbccddeeff";
+    let options = ["--lease", "1", "--run", id];
+    let (first, mut rows) = agent(&server.connect_file(), &options, "printf 'one '; cat > /dev/null", &[]);
+    rows.until("run").await;
+    let client = server.client(ClientConfig::default());
+    let mut live = attach(&client).await.live().await.expect("live");
+    follow(&mut live, "text", |live| live.view().messages().open().iter().any(|m| m.text == b"one ")).await;
+    kill(&first, "-KILL").await;
+    comes(&mut live, Kind::RUN_LOST).await;
+    let (mut second, mut rows) = agent(&server.connect_file(), &options, "printf \"$MAINSTAY_OFFSET\"", &[]);
+    let granted = rows.until("run").await.pop().expect("a row");
+    assert_eq!((&granted["taken_over"], &granted["offset"]), (&Value::from(true), &Value::from(4)));
+    assert_eq!(exit(&mut second).await, Some(0));
+    assert_eq!(said(&server).await, "one 4");
+}
+
+/// Spec SIG-1, SIG-3, RUN-7: as many signals as may wait, long ones, over a slow link, cost a take-over nothing; many cancels are one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standby_takes_a_run_over_whatever_waits_for_it() {
+    let server = QuicServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let client = server.client();
+    let session = attach(&client).await;
+    let run = session.start_run(Duration::from_secs(30), None).await.expect("a run");
+    let mut sent = 0;
+    while session.signal(Intent::Steer).run(run.id()).text(vec![b'x'; 2048]).send().await.is_ok() {
+        sent += 1;
+    }
+    assert!(sent >= 40, "{sent}");
+    // There is always room for a cancel, and one is enough.
+    let cancels = (0..12).map(|_| session.signal(Intent::Cancel).run(run.id()).send());
+    let mut seqs = Vec::new();
+    for cancel in cancels.map(tokio::spawn).collect::<Vec<_>>() {
+        seqs.push(cancel.await.expect("no panic").expect("accepted"));
+    }
+    assert!(seqs.iter().all(|seq| *seq == seqs[0]), "{seqs:?}");
+    let faults = Faults { delay: Duration::from_millis(50), ..Faults::default() };
+    let proxy = Proxy::start(([127, 0, 0, 1], 0).into(), server.addr, faults, 5).expect("a proxy");
+    let standby = attach(&server.client_at(proxy.addr(), ClientConfig::default())).await;
+    let mut signals = standby.signals().await.expect("signals");
+    let waits = tokio::spawn(async move { standby.take_run(None, Duration::from_secs(30)).await });
+    for _ in 0..=sent {
+        timeout(PATIENCE, signals.next()).await.expect("in time").expect("a signal");
+    }
+    run.release().await.expect("released");
+    let taken = timeout(PATIENCE, waits).await.expect("in time").expect("no panic").expect("granted");
+    let mut live = session.live().await.expect("live");
+    follow(&mut live, "the take-over", |live| live.view().next() > taken.epoch()).await;
+    let run = live.view().runs().get(taken.id()).expect("the run");
+    assert_eq!((run.epoch, run.lost), (taken.epoch(), None), "it was taken over once");
+    server.stop().await;
+}
+
+/// Spec RUN-7: who may not is told.
+#[tokio::test]
+async fn who_may_not_hold_runs_or_send_signals_is_told_so() {
+    use mainstay_protocol::session::Operation;
+    let server = MemoryServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let session = attach(&server.client()).await;
+    session.start_run(Duration::from_secs(30), None).await.expect("a run");
+    let reader = mainstay_tests::harness::claims("reader", "", [Operation::Read, Operation::Append]);
+    let reader = attach(&server.client_as(&reader, ClientConfig::default())).await;
+    let lease = Duration::from_secs(30);
+    assert_eq!(refused(timeout(PATIENCE, reader.take_run(None, lease)).await.expect("an answer")), Code::FORBIDDEN);
+    assert_eq!(refused(reader.start_run(lease, None).await), Code::FORBIDDEN);
+    assert_eq!(refused(reader.signal(Intent::Cancel).send().await), Code::FORBIDDEN);
+    assert_eq!(refused(reader.configure(RunMode::Open, InputPolicy::Latest).await), Code::FORBIDDEN);
+    server.stop().await;
+}
+
+/// An application that falls behind misses what others took, never what is still wanted.
+#[tokio::test]
+async fn a_listener_that_falls_behind_hears_of_every_signal_that_nobody_took() {
+    let server = MemoryServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let session = attach(&server.client()).await;
+    let producer = session.producer("agent").await.expect("a producer");
+    let run = session.start_run(Duration::from_secs(30), None).await.expect("a run");
+    let mut late = attach(&server.client()).await.signals().await.expect("signals");
+    for _ in 0..200 {
+        let signal = session.signal(Intent::Steer).run(run.id());
+        let id = signal.id();
+        signal.send().await.expect("accepted");
+        run.resolve(&producer, id, Resolution::Consumed, "").await.expect("append").await.expect("stored");
+    }
+    let wanted = session.signal(Intent::Pause).run(run.id()).send().await.expect("accepted");
+    let mut heard = 0;
+    loop {
+        let told = timeout(PATIENCE, late.next()).await.expect("in time").expect("a signal");
+        heard += 1;
+        if told.seq == wanted {
+            break;
+        }
+    }
+    println!("heard {heard} of 401");
+    assert!(heard < 401, "it did not fall behind");
+    let last = session.signal(Intent::Resume).run(run.id()).send().await.expect("accepted");
+    assert_eq!(timeout(PATIENCE, late.next()).await.expect("in time").expect("a signal").seq, last);
+    server.stop().await;
+}

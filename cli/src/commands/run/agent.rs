@@ -97,6 +97,11 @@ impl Agent {
         if !lost || error.stored == Stored::Unknown {
             return Err(error.into());
         }
+        self.retake().await
+    }
+
+    /// As [`Agent::recover`], of a run that is known to be lost.
+    pub(crate) async fn retake(&mut self) -> Result<(), Failure> {
         // Whatever was on its way is refused for the same reason, or stored.
         for (_, ticket) in &self.waiting {
             match ticket.wait().await {
@@ -136,15 +141,5 @@ impl Agent {
         };
         self.of_run = self.producer.of_run(&self.run);
         Ok(())
-    }
-
-    /// The run was lost under `epoch`. Takes it again, if it was this one. Errors: as [`Agent::recover`].
-    pub(crate) async fn lost(&mut self, epoch: u64) -> Result<bool, Failure> {
-        let mine = epoch == self.run.epoch();
-        if mine && self.waiting.is_empty() {
-            self.take_again().await?;
-        }
-        // What waits is refused, and recovered then.
-        Ok(mine)
     }
 }

@@ -33,6 +33,10 @@ pub(crate) fn read(line: &[u8], run: RunId, stream: StreamId, content_type: &str
     Some(match field("type")? {
         "TEXT_MESSAGE_START" => {
             let role = field("role").unwrap_or("assistant");
+            if role == "user" {
+                // It would be an input of its own.
+                return None;
+            }
             let begun = message("text", field("messageId")?, start(role, content_type)?);
             Said { doing: doing("streaming"), ..one(begun) }
         }
@@ -97,9 +101,6 @@ fn headers(pairs: &[(&str, &str)]) -> Vec<(bytes::Bytes, bytes::Bytes)> {
 
 /// The id of a message that the process calls so: the same for whoever goes on with the run.
 fn id_of(run: RunId, kind: &str, id: &str) -> MessageId {
-    if let Ok(id) = id.parse() {
-        return id;
-    }
     let mut hasher = blake3::Hasher::new();
     hasher.update(&run.0).update(kind.as_bytes()).update(&[0]).update(id.as_bytes());
     let mut short = [0; 16];
@@ -119,6 +120,11 @@ pub(crate) fn input(message: &mainstay_client::Message) -> Vec<u8> {
         "text": String::from_utf8_lossy(&message.text),
     });
     event.to_string().into_bytes()
+}
+
+/// The same, of which only the text is known.
+pub(crate) fn input_text(text: &[u8]) -> Vec<u8> {
+    serde_json::json!({"type": "input", "text": String::from_utf8_lossy(text)}).to_string().into_bytes()
 }
 
 /// A signal as a line for the process.

@@ -4,16 +4,18 @@ mod agent;
 mod events;
 mod process;
 
+use core::pin::Pin;
+use std::collections::BTreeSet;
 use std::io::Write as _;
 
 use mainstay_client::{
-    Client, ClientError, Code, Config, Detail, Doing, Folded, Intent, Kind, LiveView, Membership, MessageAppend,
-    MessageEnd, MessageId, MessageStart, Payload, RequestExpired, Resolution, Run, RunConsumed, RunEnd, RunLost,
+    Author, Client, ClientError, Code, Config, Detail, Doing, Folded, InputPolicy, Intent, LiveView, Membership,
+    MessageAppend, MessageEnd, MessageId, MessageStart, Payload, RequestExpired, Resolution, Run, RunConsumed, RunEnd,
     Session, Signal, SignalId, SignalResolved, Signals, Status, StreamId, Update,
 };
 use serde_json::json;
 use tokio::io::AsyncReadExt;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Duration, Instant, sleep_until};
 
 use self::agent::{Agent, fenced};
@@ -21,7 +23,7 @@ use self::process::{About, Process, Taken};
 use super::serve::signalled;
 use crate::args;
 use crate::data::{patiently, with_client};
-use crate::failure::Failure;
+use crate::failure::{Exit, Failure};
 use crate::output::Output;
 
 /// Bytes taken from the process at once.
@@ -44,12 +46,30 @@ pub(crate) async fn run(args: args::Run, output: Output) -> Result<(), Failure> 
             begun = begin(client, &args, output) => begun?,
             () = signalled() => return Err(Failure::failed("INTERRUPTED", "interrupted before the run began")),
         };
+        let told = begun.process.told.clone();
+        // Time for the process to end, and for its last words to be stored.
+        let last = Duration::from_secs_f64(2.0 * args.patience) + REST + LAST;
         tokio::select! {
             result = begun.work(output) => result,
             result = warn(client, output) => result,
+            () = forced(told, last) => {
+                Err(Failure::failed("INTERRUPTED", "interrupted; the last records of the run may not be stored"))
+            }
         }
     })
     .await
+}
+
+/// Waits until this command was told to end twice, or once and long ago.
+async fn forced(mut told: watch::Receiver<bool>, last: Duration) {
+    if told.wait_for(|told| *told).await.is_err() {
+        // The process has ended.
+        return core::future::pending().await;
+    }
+    tokio::select! {
+        () = signalled() => {}
+        () = tokio::time::sleep(last) => {}
+    }
 }
 
 /// Tells of every loss of the server, for as long as the command runs.
@@ -79,6 +99,9 @@ struct Ended {
     exit: Option<i32>,
 }
 
+/// The text of an input that the view does not keep, on its way from the log.
+type Reading = Pin<Box<dyn Future<Output = (u64, Result<Option<Vec<u8>>, ClientError>)> + Send>>;
+
 struct Work<'a> {
     args: &'a args::Run,
     agent: Agent,
@@ -89,10 +112,17 @@ struct Work<'a> {
     membership: Membership,
     stream: StreamId,
     saying: Saying,
+    /// The epoch under which this agent began: signals before it are those of the view.
+    begun: u64,
+    /// Seqs of signals that were acted upon, and that the view may still have.
+    handled: BTreeSet<u64>,
     /// The seq behind the last input that was given to the process.
     given: u64,
-    /// What the process does, as far as others were told.
+    reading: Option<Reading>,
+    /// What the process does, as far as it or this said, and whether others were told that it is stalled.
+    doing: Doing,
     status: String,
+    stalled: bool,
     last_output: Instant,
     /// How it is to end, if somebody wants it to, and why.
     ending: Option<(Status, String)>,
@@ -129,15 +159,15 @@ async fn begin<'a>(client: &Client, args: &'a args::Run, output: Output) -> Resu
         ("MAINSTAY_EPOCH", epoch.to_string()),
     ];
     let open = run.open_messages(live.view()).next().cloned();
-    let partial = match (&open, run.taken_over()) {
-        (Some(message), Some(_)) => {
+    let partial = match &open {
+        Some(message) => {
             let mut file = tempfile::NamedTempFile::new().map_err(|error| Failure::io("a temporary file", &error))?;
             file.write_all(&message.text).map_err(|error| Failure::io("a temporary file", &error))?;
             environment.push(("MAINSTAY_OFFSET", message.text.len().to_string()));
             environment.push(("MAINSTAY_PARTIAL", file.path().display().to_string()));
             Some(file)
         }
-        _ => None,
+        None => None,
     };
     let event = json!({
         "event": "run", "run": run.id().to_string(), "epoch": epoch, "taken_over": run.taken_over().is_some(),
@@ -181,8 +211,13 @@ async fn begin<'a>(client: &Client, args: &'a args::Run, output: Output) -> Resu
         membership,
         stream,
         saying,
+        begun: epoch,
+        handled: BTreeSet::new(),
         given: 0,
+        reading: None,
+        doing: Doing::new("thinking")?,
         status: "thinking".to_owned(),
+        stalled: false,
         last_output: Instant::now(),
         ending: None,
         _partial: partial,
@@ -217,6 +252,9 @@ impl Work<'_> {
     /// Runs to the end, and leaves.
     async fn work(mut self, output: Output) -> Result<(), Failure> {
         let result = self.serve(output).await;
+        if result.is_err() {
+            self.give_up(&result).await;
+        }
         // A server that does not answer finds out by itself.
         let _ = tokio::time::timeout(Duration::from_secs(2), self.membership.leave()).await;
         let Ended { status, detail, exit } = result?;
@@ -229,28 +267,59 @@ impl Work<'_> {
         }
     }
 
+    /// This cannot go on: stops the process as somebody would, and ends the run where that is possible.
+    async fn give_up(&mut self, result: &Result<Ended, Failure>) {
+        self.process.stop();
+        let patience = Duration::from_secs_f64(3.0 * self.args.patience);
+        let mut rest = vec![0; AT_ONCE];
+        let ended = async {
+            loop {
+                tokio::select! {
+                    _ = self.process.child.wait() => return,
+                    // One that waits for its output to be read does not end.
+                    read = self.process.stdout.read(&mut rest) => if read.unwrap_or(0) == 0 {
+                        let _ = self.process.child.wait().await;
+                        return;
+                    },
+                }
+            }
+        };
+        let _ = tokio::time::timeout(patience, ended).await;
+        if let Err(failure) = result
+            && failure.code != "FENCED"
+        {
+            let why = RunEnd { status: Status::Error, detail: Detail::new(failure.message.clone()) };
+            let end = async {
+                if self.agent.say(self.stream, &why).await.is_ok() {
+                    while self.agent.waits() && self.agent.progress().await.is_ok() {}
+                }
+            };
+            let _ = tokio::time::timeout(Duration::from_secs(2), end).await;
+        }
+    }
+
     async fn serve(&mut self, output: Output) -> Result<Ended, Failure> {
-        let stop = signalled();
-        tokio::pin!(stop);
-        let mut stopped = false;
         let renewing = Duration::from_secs_f64(self.args.lease / 3.0);
         let mut renew_at = Instant::now() + renewing;
         let mut buffer = vec![0; AT_ONCE];
         let (mut read, mut exited) = (true, None);
+        let mut told = self.process.told.clone();
         let mut drain_until = None;
+        self.pending_signals(output).await?;
         self.give_inputs()?;
         while read || exited.is_none() {
+            if exited.is_some() && (drain_until.is_none() || !self.agent.has_room()) {
+                drain_until = Some(Instant::now() + REST);
+            }
             let stall = self.args.stall.map(|seconds| self.last_output + Duration::from_secs_f64(seconds));
-            let stall = stall.filter(|_| !matches!(self.status.as_str(), "stalled" | "paused"));
-            let stops_at = self.process.stops_at().filter(|_| exited.is_none());
+            let stall = stall.filter(|_| !self.stalled && !matches!(self.status.as_str(), "waiting" | "paused"));
+            let drain = drain_until.filter(|_| read && self.agent.has_room());
             tokio::select! {
                 count = self.process.stdout.read(&mut buffer), if read && self.agent.has_room() => {
                     let count = count.map_err(|error| Failure::io("the output of the process", &error))?;
                     read = count > 0;
-                    if read {
-                        self.last_output = Instant::now();
-                        self.say(&buffer[..count]).await?;
-                    }
+                    self.heard(&buffer[..count]).await?;
+                    drain_until = None;
                 }
                 result = self.agent.progress(), if self.agent.waits() => {
                     if let Err(error) = result {
@@ -258,34 +327,45 @@ impl Work<'_> {
                     }
                 }
                 status = self.process.child.wait(), if exited.is_none() => {
-                    let status = status.map_err(|error| Failure::io("the process", &error))?;
-                    exited = Some(status);
-                    drain_until = Some(Instant::now() + REST);
+                    exited = Some(status.map_err(|error| Failure::io("the process", &error))?);
                 }
-                () = sleep_until(drain_until.unwrap_or(renew_at)), if drain_until.is_some() && self.agent.has_room() => read = false,
+                () = sleep_until(drain.unwrap_or(renew_at)), if drain.is_some() => {
+                    // Something that the process left behind may hold the pipe; what is in it is still read.
+                    match tokio::time::timeout(Duration::ZERO, self.process.stdout.read(&mut buffer)).await {
+                        Ok(Ok(count)) if count > 0 => self.heard(&buffer[..count]).await?,
+                        _ => read = false,
+                    }
+                    drain_until = None;
+                }
                 () = sleep_until(renew_at) => {
                     renew_at = Instant::now() + renewing;
                     // The process lives, or its last words are on their way.
                     self.agent.run().renew().await?;
                 }
-                () = sleep_until(stall.unwrap_or(renew_at)), if stall.is_some() => self.doing("stalled").await?,
-                () = sleep_until(stops_at.unwrap_or(renew_at)), if stops_at.is_some() => self.process.insist(),
+                () = sleep_until(stall.unwrap_or(renew_at)), if stall.is_some() => {
+                    self.stalled = true;
+                    self.membership.update(Doing::new("stalled")?).await?;
+                }
                 Some((about, open)) = self.taken.recv() => self.taken(about, open).await?,
+                (through, text) = maybe(&mut self.reading) => {
+                    self.reading = None;
+                    self.input_read(through, text?, output)?;
+                    self.give_inputs()?;
+                }
                 signal = self.signals.next() => match signal {
-                    Some(signal) => self.signalled(&signal, output).await?,
-                    None => return Err(self.agent_ended().await),
+                    Some(told) => self.signalled(&told, output).await?,
+                    None => return Err(closed()),
                 },
                 update = self.live.next() => match update {
-                    Some(Ok(Update::Ended)) | None => return Err(self.agent_ended().await),
+                    Some(Ok(Update::Ended)) | None => return Err(closed()),
                     Some(update) => {
                         update?;
+                        self.look_after_run(output).await?;
+                        self.pending_signals(output).await?;
                         self.give_inputs()?;
                     }
                 },
-                () = &mut stop, if !stopped => {
-                    stopped = true;
-                    self.end_as(Status::Cancelled, "the agent was told to stop where it runs");
-                }
+                Ok(()) = told.changed() => self.end_as(Status::Cancelled, "the agent was told to stop where it runs"),
             }
         }
         let (status, detail) = match (&self.ending, exited) {
@@ -295,26 +375,64 @@ impl Work<'_> {
             (None, None) => (Status::Error, "the process closed its output".to_owned()),
         };
         self.finish(status, &detail).await?;
-        let settled = self.settle(output);
-        tokio::select! {
-            result = settled => result?,
-            () = async { if stopped { tokio::time::sleep(LAST).await } else { signalled().await } } => {
-                return Err(Failure::failed("INTERRUPTED", "interrupted; the last records of the run may not be stored"));
+        while self.agent.waits() {
+            tokio::select! {
+                result = self.agent.progress() => {
+                    if let Err(error) = result {
+                        self.recover(error, output).await?;
+                    }
+                }
+                () = sleep_until(renew_at) => {
+                    renew_at = Instant::now() + renewing;
+                    self.agent.run().renew().await?;
+                }
             }
         }
         Ok(Ended { status, detail, exit: exited.and_then(|exited| exited.code()) })
     }
 
-    async fn agent_ended(&mut self) -> Failure {
-        Failure::from(self.live.session().ended().await)
+    /// The process said something.
+    async fn heard(&mut self, bytes: &[u8]) -> Result<(), Failure> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.last_output = Instant::now();
+        if core::mem::take(&mut self.stalled) {
+            self.membership.update(self.doing.clone()).await?;
+        }
+        self.say(bytes).await
+    }
+
+    /// The run may have been lost, or be somebody else's, without a word to this agent.
+    async fn look_after_run(&mut self, output: Output) -> Result<(), Failure> {
+        let (view, id, epoch) = (self.live.view(), self.agent.run().id(), self.agent.run().epoch());
+        if view.next() <= epoch {
+            return Ok(());
+        }
+        match view.runs().get(id) {
+            Some(run) if run.epoch == epoch && run.lost.is_some() => {
+                self.agent.retake().await?;
+                output.warning("RUN_LOST", "the run was lost while nothing was heard of this agent; it is held again")
+            }
+            Some(run) if run.epoch > epoch => Err(fenced("another agent took the run over")),
+            None if view.closed().is_some() => Err(closed()),
+            None => Err(fenced("the run is over")),
+            Some(_) => Ok(()),
+        }
     }
 
     async fn doing(&mut self, status: &str) -> Result<(), Failure> {
         if self.status != status {
-            status.clone_into(&mut self.status);
-            self.membership.update(Doing::new(status)?).await?;
+            self.does(Doing::new(status)?, status).await?;
         }
         Ok(())
+    }
+
+    async fn does(&mut self, doing: Doing, status: &str) -> Result<(), Failure> {
+        status.clone_into(&mut self.status);
+        self.doing = doing.clone();
+        self.stalled = false;
+        Ok(self.membership.update(doing).await?)
     }
 
     fn end_as(&mut self, status: Status, why: &str) {
@@ -383,8 +501,8 @@ impl Work<'_> {
                     self.agent.append(record).await?;
                 }
                 if let Some(doing) = said.doing {
-                    self.status.clear();
-                    self.membership.update(doing).await?;
+                    let status = doing.status().to_owned();
+                    self.does(doing, &status).await?;
                 }
                 Ok(())
             }
@@ -392,19 +510,46 @@ impl Work<'_> {
         }
     }
 
-    /// Gives the process the inputs that came since.
+    /// Gives the process the inputs that came since. Where one stops the run, it and those behind it are for the next one.
     fn give_inputs(&mut self) -> Result<(), Failure> {
+        if self.ending.is_some() || self.reading.is_some() {
+            return Ok(());
+        }
         let view = self.live.view();
         let Some(run) = view.runs().get(self.agent.run().id()) else { return Ok(()) };
         let given = self.given;
-        for input in view.runs().waiting_for(run).filter(|input| input.seq >= given) {
-            let Some(message) = view.messages().get(input.message) else { continue };
+        let last = if view.runs().policy() == InputPolicy::Interrupt { run.start } else { u64::MAX };
+        for input in view.runs().waiting_for(run).filter(|input| (given..last).contains(&input.seq)) {
+            let Some(message) = view.messages().get(input.message) else {
+                let (session, input) = (self.live.session().clone(), *input);
+                let read =
+                    async move { (input.seq, session.read_message(input.message, (input.start, input.seq)).await) };
+                self.reading = Some(Box::pin(read));
+                break;
+            };
             let line = if self.args.events { events::input(message) } else { message.text.clone() };
             if !self.process.give(line, About::Input(input.seq)) {
                 // It reads nothing: the rest waits in the session.
                 break;
             }
             self.given = input.seq + 1;
+        }
+        Ok(())
+    }
+
+    /// The text of an input came from the log.
+    fn input_read(&mut self, through: u64, text: Option<Vec<u8>>, output: Output) -> Result<(), Failure> {
+        if self.ending.is_some() {
+            return Ok(());
+        }
+        let Some(text) = text else {
+            self.given = through + 1;
+            let what = format!("the input at seq {through} was trimmed before it was read");
+            return output.warning("TRIMMED", &what);
+        };
+        let line = if self.args.events { events::input_text(&text) } else { text };
+        if self.process.give(line, About::Input(through)) {
+            self.given = through + 1;
         }
         Ok(())
     }
@@ -423,34 +568,52 @@ impl Work<'_> {
         self.agent.say(self.stream, &SignalResolved { signal, outcome, detail: Detail::new(detail) }).await
     }
 
-    async fn signalled(&mut self, told: &Folded, output: Output) -> Result<(), Failure> {
-        if told.record.run != Some(self.agent.run().id()) {
-            return Ok(());
+    /// Acts upon what was wanted of the run before this agent held it, and on what else nobody took.
+    async fn pending_signals(&mut self, output: Output) -> Result<(), Failure> {
+        let (view, run) = (self.live.view(), self.agent.run().id());
+        let pending = view.signals().pending().iter().filter(|pending| pending.run == Some(run));
+        let pending: Vec<_> =
+            pending.map(|pending| (pending.seq, pending.author.clone(), pending.signal.clone())).collect();
+        let next = view.next();
+        self.handled.retain(|seq| *seq >= next || pending.iter().any(|(pending, ..)| pending == seq));
+        for (seq, author, signal) in pending {
+            self.act_upon(seq, &author, &signal, output).await?;
         }
-        if told.record.kind == Kind::RUN_LOST {
-            let lost = RunLost::of(&told.record).map_err(ClientError::from)?;
-            if self.agent.lost(lost.epoch).await? {
-                output
-                    .warning("RUN_LOST", "the run was lost while nothing was heard of this agent; taking it again")?;
-            }
+        Ok(())
+    }
+
+    async fn signalled(&mut self, told: &Folded, output: Output) -> Result<(), Failure> {
+        if told.record.run != Some(self.agent.run().id()) || told.seq < self.begun {
             return Ok(());
         }
         if let Some(expired) = events::payload::<RequestExpired>(&told.record) {
-            let line = json!({"type": "request.expired", "request": expired.request.to_string()}).to_string();
-            // Whether it reads that concerns nobody.
-            self.process.give(line.into_bytes(), About::Nothing);
+            if self.args.events {
+                let line = json!({"type": "request.expired", "request": expired.request.to_string()}).to_string();
+                // Whether it reads that concerns nobody.
+                self.process.give(line.into_bytes(), About::Nothing);
+            }
             return Ok(());
         }
-        let Ok(signal) = Signal::of(&told.record) else { return Ok(()) };
+        match Signal::of(&told.record) {
+            Ok(signal) => self.act_upon(told.seq, &told.author, &signal, output).await,
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Does what somebody wants, once.
+    async fn act_upon(&mut self, seq: u64, author: &Author, signal: &Signal, output: Output) -> Result<(), Failure> {
+        if !self.handled.insert(seq) {
+            return Ok(());
+        }
         let text = String::from_utf8_lossy(&signal.text).into_owned();
         output.json_only(&json!({
-            "event": "signal", "signal": signal.id.to_string(), "intent": signal.intent.as_str(), "text": text, "seq": told.seq,
+            "event": "signal", "signal": signal.id.to_string(), "intent": signal.intent.as_str(), "text": text, "seq": seq,
         }))?;
         match signal.intent {
             Intent::Cancel | Intent::Interrupt => {
                 let status = if signal.intent == Intent::Cancel { Status::Cancelled } else { Status::Interrupted };
                 let said = if text.is_empty() { String::new() } else { format!(": {text}") };
-                self.end_as(status, &format!("{} by {}{said}", status.as_str(), told.author));
+                self.end_as(status, &format!("{} by {author}{said}", status.as_str()));
                 self.resolve(signal.id, Resolution::Consumed, "").await
             }
             Intent::Pause => {
@@ -466,7 +629,7 @@ impl Work<'_> {
             }
             Intent::Steer | Intent::Custom | Intent::Approve | Intent::Deny | Intent::Reply => {
                 let line = match (self.args.events, signal.text.is_empty()) {
-                    (true, _) => events::signal(&signal),
+                    (true, _) => events::signal(signal),
                     (false, true) => signal.intent.as_str().as_bytes().to_vec(),
                     (false, false) => signal.text.to_vec(),
                 };
@@ -487,6 +650,12 @@ impl Work<'_> {
                 Ok(())
             }
             ClientError::Refused { code: Code::RUN_OVER, message, .. } => Err(fenced(message)),
+            ClientError::Refused { code: Code::SESSION_CLOSED, .. } => Err(closed()),
+            // What one line says wrong is not stored; the next ones are.
+            ClientError::Refused { code, message, .. } if self.args.events && is_about_one_record(*code) => {
+                self.agent.forget();
+                output.warning(&code.to_string(), &format!("what the process said is not stored: {message}"))
+            }
             _ => {
                 self.agent.recover(error).await?;
                 output.warning("RUN_LOST", "the run was lost for a while; it is held again, and nothing is missing")
@@ -506,15 +675,39 @@ impl Work<'_> {
         }
         self.agent.say(self.stream, &RunEnd { status, detail: Detail::new(detail) }).await
     }
+}
 
-    /// Waits until everything is stored.
-    async fn settle(&mut self, output: Output) -> Result<(), Failure> {
-        while self.agent.waits() {
-            if let Err(error) = self.agent.progress().await {
-                self.recover(error, output).await?;
-            }
-        }
-        Ok(())
+/// The session takes nothing more.
+fn closed() -> Failure {
+    Failure {
+        exit: Exit::Refused,
+        code: "SESSION_CLOSED".into(),
+        message: "the session was closed; no record can follow".into(),
+        retryable: false,
+    }
+}
+
+/// True for refusals that concern what was said alone.
+fn is_about_one_record(code: Code) -> bool {
+    matches!(
+        code,
+        Code::MESSAGE_EXISTS
+            | Code::MESSAGE_NOT_OPEN
+            | Code::CONFLICT
+            | Code::STATE_INVALID
+            | Code::LIMIT_EXCEEDED
+            | Code::ID_IN_USE
+            | Code::RECORD_MALFORMED
+            | Code::RECORD_TOO_LARGE
+            | Code::BATCH_TOO_LARGE
+    )
+}
+
+/// Waits for what is there to be waited for, for ever if there is nothing.
+async fn maybe<T>(waited: &mut Option<Pin<Box<dyn Future<Output = T> + Send>>>) -> T {
+    match waited {
+        Some(waited) => waited.await,
+        None => core::future::pending().await,
     }
 }
 

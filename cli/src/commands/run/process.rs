@@ -7,9 +7,10 @@ use mainstay_client::SignalId;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
-use tokio::sync::mpsc;
-use tokio::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Duration, Instant, sleep_until};
 
+use crate::commands::serve::signalled;
 use crate::failure::Failure;
 
 /// Lines that wait for a process that does not read them.
@@ -29,14 +30,21 @@ pub(crate) enum About {
 /// What became of a line: whether the process can have read it.
 pub(crate) type Taken = (About, bool);
 
+/// What is done to the process.
+enum Control {
+    /// SIGINT now, SIGTERM and SIGKILL each after the patience.
+    Stop,
+    Pause,
+    Resume,
+}
+
 pub(crate) struct Process {
     pub(crate) child: Child,
     pub(crate) stdout: ChildStdout,
     lines: mpsc::Sender<(Vec<u8>, About)>,
-    group: Option<Pid>,
-    patience: Duration,
-    /// The next signal of those that stop it, and when.
-    next: Option<(Signal, Instant)>,
+    control: mpsc::Sender<Control>,
+    /// True once this command was told to end, by Ctrl-C or SIGTERM.
+    pub(crate) told: watch::Receiver<bool>,
 }
 
 impl Process {
@@ -59,13 +67,17 @@ impl Process {
             .spawn()
             .map_err(|error| Failure::failed("NOT_STARTED", format!("cannot start {}: {error}", program.display())))?;
         let group = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
-        let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
-            return Err(Failure::failed("INTERNAL", "the process has no pipes"));
+        let (Some(stdin), Some(stdout), Some(group)) = (child.stdin.take(), child.stdout.take(), group) else {
+            return Err(Failure::failed("INTERNAL", "the process has no pipes, or no id"));
         };
         let (lines, waiting) = mpsc::channel(LINES);
-        let (told, taken) = mpsc::channel(LINES);
-        tokio::spawn(write(stdin, waiting, told));
-        Ok((Self { child, stdout, lines, group, patience, next: None }, taken))
+        let (tell, taken) = mpsc::channel(LINES);
+        tokio::spawn(write(stdin, waiting, tell));
+        let (control, controls) = mpsc::channel(8);
+        let (tell, told) = watch::channel(false);
+        // A task of its own: nothing that the rest waits for keeps the process from being stopped.
+        tokio::spawn(control_group(group, patience, controls, tell));
+        Ok((Self { child, stdout, lines, control, told }, taken))
     }
 
     /// Gives it a line. False if it has too many that it did not read.
@@ -75,49 +87,66 @@ impl Process {
     }
 
     /// Stops it: SIGINT now, SIGTERM and SIGKILL each after the patience.
-    pub(crate) fn stop(&mut self) {
-        if self.next.is_none() {
-            self.signal(Signal::INT);
-            self.next = Some((Signal::TERM, Instant::now() + self.patience));
-        }
+    pub(crate) fn stop(&self) {
+        self.ask(Control::Stop);
     }
 
     pub(crate) fn pause(&self) {
-        self.signal(Signal::STOP);
+        self.ask(Control::Pause);
     }
 
     pub(crate) fn resume(&self) {
-        self.signal(Signal::CONT);
+        self.ask(Control::Resume);
     }
 
-    /// When to look again whether it has stopped.
-    pub(crate) fn stops_at(&self) -> Option<Instant> {
-        self.next.map(|(_, at)| at)
-    }
-
-    /// It did not stop for the last signal.
-    pub(crate) fn insist(&mut self) {
-        if let Some((signal, _)) = self.next {
-            self.signal(signal);
-            self.next = Some((Signal::KILL, Instant::now() + self.patience));
-        }
-    }
-
-    fn signal(&self, signal: Signal) {
-        if let Some(group) = self.group {
-            // A stopped process takes no other signal; one that is gone takes none.
-            if signal != Signal::STOP {
-                let _ = kill_process_group(group, Signal::CONT);
-            }
-            let _ = kill_process_group(group, signal);
-        }
+    fn ask(&self, control: Control) {
+        // Full only of the same.
+        let _ = self.control.try_send(control);
     }
 }
 
-impl Drop for Process {
-    fn drop(&mut self) {
-        // Also what it started and left behind.
-        self.signal(Signal::KILL);
+/// Sends the group what it is asked to, and stops it when this command is told to end. Dropping the process kills what is left of it.
+async fn control_group(group: Pid, patience: Duration, mut asked: mpsc::Receiver<Control>, told: watch::Sender<bool>) {
+    // One that is gone takes none.
+    let send = |signal| {
+        let _ = kill_process_group(group, signal);
+    };
+    let mut next: Option<(Signal, Instant)> = None;
+    let ended = signalled();
+    tokio::pin!(ended);
+    loop {
+        let at = next.map(|(_, at)| at);
+        let stop = tokio::select! {
+            () = &mut ended, if !*told.borrow() => {
+                told.send_replace(true);
+                true
+            }
+            control = asked.recv() => match control {
+                Some(Control::Stop) => true,
+                Some(Control::Pause) => {
+                    send(Signal::STOP);
+                    false
+                }
+                Some(Control::Resume) => {
+                    send(Signal::CONT);
+                    false
+                }
+                None => return send(Signal::KILL),
+            },
+            () = sleep_until(at.unwrap_or_else(Instant::now)), if at.is_some() => {
+                if let Some((signal, _)) = next {
+                    send(signal);
+                    next = Some((Signal::KILL, Instant::now() + patience));
+                }
+                false
+            }
+        };
+        if stop && next.is_none() {
+            // One that is paused would not hear it.
+            send(Signal::CONT);
+            send(Signal::INT);
+            next = Some((Signal::TERM, Instant::now() + patience));
+        }
     }
 }
 
