@@ -10,8 +10,8 @@ use std::io::Write as _;
 
 use mainstay_client::{
     Author, Client, ClientError, Code, Config, Detail, Doing, Folded, InputPolicy, Intent, LiveView, Membership,
-    MessageAppend, MessageEnd, MessageId, MessageStart, Payload, RequestExpired, Resolution, Run, RunConsumed, RunEnd,
-    Session, Signal, SignalId, SignalResolved, Signals, Status, StreamId, Update,
+    MessageAppend, MessageEnd, MessageId, MessageStart, RequestExpired, Resolution, Run, RunConsumed, RunEnd, Session,
+    Signal, SignalId, SignalResolved, Signals, Status, StreamId, Update,
 };
 use serde_json::json;
 use tokio::io::AsyncReadExt;
