@@ -11,7 +11,7 @@ pub const CHUNK_VERSION: u8 = 1;
 pub const SNAPSHOT_VERSION: u8 = 1;
 
 /// Version of the fold and of the view encoding (spec FOLD-1).
-pub const FOLD_VERSION: u64 = 4;
+pub const FOLD_VERSION: u64 = 5;
 
 /// Longest session name in bytes of UTF-8 (spec SESS-1).
 pub const MAX_NAME: usize = 512;
@@ -113,6 +113,14 @@ pub const MAX_REQUESTS: usize = 64;
 pub const MAX_REQUEST_BODY: usize = 16 * 1024;
 /// Requests that something became of which a view knows (spec FOLD-9).
 pub const KEPT_REQUESTS: usize = 256;
+/// Rules of notification of one session (spec NOTE-1).
+pub const MAX_RULES: usize = 32;
+/// Kinds of records of which one rule tells (spec NOTE-2).
+pub const MAX_TRIGGERS: usize = 4;
+/// Jobs of one session that nobody has done (spec NOTE-3).
+pub const MAX_JOBS: usize = 64;
+/// Jobs that one worker may have in hand (spec NOTE-5).
+pub const MAX_PULLED: usize = 256;
 /// Longest time in milliseconds after which a signal or a request expires: one day (spec SIG-3, SIG-7).
 pub const MAX_LASTS: u64 = 86_400_000;
 /// Control bytes that always fit beside bulk, in bytes (spec FLOW-2).

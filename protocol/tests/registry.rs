@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use mainstay_protocol::registry as numbers;
 use mainstay_protocol::session::{
-    Change, Departure, Expected, InputPolicy, Intent, Key, Kind, MessageId, Operation, Payload, RequestId,
+    Change, Departure, Expected, InputPolicy, Intent, JobOutcome, Key, Kind, MessageId, Operation, Payload, RequestId,
     RequestOutcome, Resolution, RunId, RunMode, Signal, SignalId, SignalOutcome, StateChange, Status, Target, Verdict,
 };
 use mainstay_protocol::wire::{AttachMode, Body, Frame, Start, Subscribe, Writer};
@@ -130,7 +130,7 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
 #[test]
 fn limits_and_versions_are_those_of_the_registry() {
     let registry = registry();
-    let limits: [(&str, usize); 51] = [
+    let limits: [(&str, usize); 55] = [
         ("max_name", numbers::MAX_NAME),
         ("max_label", numbers::MAX_LABEL),
         ("max_subject", numbers::MAX_SUBJECT),
@@ -179,6 +179,10 @@ fn limits_and_versions_are_those_of_the_registry() {
         ("max_requests", numbers::MAX_REQUESTS),
         ("max_request_body", numbers::MAX_REQUEST_BODY),
         ("kept_requests", numbers::KEPT_REQUESTS),
+        ("max_rules", numbers::MAX_RULES),
+        ("max_triggers", numbers::MAX_TRIGGERS),
+        ("max_jobs", numbers::MAX_JOBS),
+        ("max_pulled", numbers::MAX_PULLED),
         ("max_lasts", numbers::MAX_LASTS as usize),
         ("control_reserve", numbers::CONTROL_RESERVE),
         ("min_bulk_window", numbers::MIN_BULK_WINDOW as usize),
@@ -244,7 +248,7 @@ fn enumerations_and_defaults_are_those_of_the_registry() {
         )+ };
     }
     words_are_those_of! {
-        "departures": Departure, "run_modes": RunMode, "input_policies": InputPolicy, "resolutions": Resolution,
+        "departures": Departure, "run_modes": RunMode, "input_policies": InputPolicy, "resolutions": Resolution, "job_outcomes": JobOutcome,
         "signal_outcomes": SignalOutcome, "request_outcomes": RequestOutcome
     }
     let targets = [("run", Target::Run(RunId([0; 16]))), ("input", Target::Input(MessageId([0; 16])))];

@@ -27,6 +27,8 @@ fn random_runs_agree_with_the_model() {
         total.ended,
         total.resolved,
         total.interrupted,
+        total.emitted,
+        total.withdrawn,
         total.restarts,
     ];
     assert!(least.into_iter().all(|count| count > 20), "the histories provoked too little: {total:?}");

@@ -113,6 +113,7 @@ impl Conn {
                 Operation::Join => "the token does not grant `join` on this session",
                 Operation::Run => "the token does not grant `run` on this session",
                 Operation::Signal => "the token does not grant `signal` on this session",
+                Operation::Notify => "the token does not grant `notify` on this session",
             };
             Err(Refusal::new(Code::FORBIDDEN, detail))
         })

@@ -19,12 +19,14 @@ pub enum Operation {
     Run,
     /// Send signals, answer requests.
     Signal,
+    /// Take jobs of notification.
+    Notify,
 }
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 7] =
-        [Self::Read, Self::Append, Self::Create, Self::Manage, Self::Join, Self::Run, Self::Signal];
+    pub const ALL: [Self; 8] =
+        [Self::Read, Self::Append, Self::Create, Self::Manage, Self::Join, Self::Run, Self::Signal, Self::Notify];
 
     /// The word in tokens.
     pub const fn as_str(self) -> &'static str {
@@ -36,6 +38,7 @@ impl Operation {
             Self::Join => "join",
             Self::Run => "run",
             Self::Signal => "signal",
+            Self::Notify => "notify",
         }
     }
 
@@ -43,7 +46,11 @@ impl Operation {
     pub const fn needed_by(request: &Frame) -> Option<Self> {
         Some(match request {
             Frame::OpenProducer(_) | Frame::DefineStream(_) => Self::Append,
-            Frame::CloseSession(_) | Frame::Trim(_) | Frame::DeleteSession(_) | Frame::Configure(_) => Self::Manage,
+            Frame::CloseSession(_)
+            | Frame::Trim(_)
+            | Frame::DeleteSession(_)
+            | Frame::Configure(_)
+            | Frame::SetRule(_) => Self::Manage,
             Frame::StartRun(_) | Frame::TakeRun(_) | Frame::Renew(_) | Frame::Release(_) => Self::Run,
             Frame::Signal(_) => Self::Signal,
             Frame::Join(_) | Frame::Update(_) => Self::Join,

@@ -29,10 +29,11 @@ pub use credit::{CreditReceived, CreditSent};
 pub use feed::{Feed, Filter, Place};
 pub use grants::{Grant, Grants, Operation, Operations};
 pub use kinds::{
-    Activity, Change, Departure, Expected, InputPolicy, Intent, Kind, MessageAppend, MessageEnd, MessageReplace,
-    MessageStart, Payload, PresenceJoined, PresenceLeft, PresenceUpdated, RequestExpired, RequestOpened,
-    RequestWithdrawn, Resolution, RunConsumed, RunEnd, RunLost, RunMode, RunStart, SessionConfigured, Signal,
-    SignalExpired, SignalResolved, StateChange, StateDeleted, StateExpired, StatePut, Status, Target, Writes,
+    Activity, Change, Departure, Expected, InputPolicy, Intent, JobOutcome, Kind, MessageAppend, MessageEnd,
+    MessageReplace, MessageStart, NotifyDone, NotifyEmitted, NotifyRule, Payload, PresenceJoined, PresenceLeft,
+    PresenceUpdated, RequestExpired, RequestOpened, RequestWithdrawn, Resolution, RunConsumed, RunEnd, RunLost,
+    RunMode, RunStart, SessionConfigured, Signal, SignalExpired, SignalResolved, StateChange, StateDeleted,
+    StateExpired, StatePut, Status, Target, Triggers, Writes,
 };
 pub use leases::Leases;
 pub use producer::{Admission, ProducerHandle, ProducerKey, Producers};
@@ -40,8 +41,9 @@ pub use progress::Progress;
 pub use record::{CheckedBatch, Record, Records};
 pub use state::{Damage, State, Streams};
 pub use view::{
-    Entries, Entry, FinishedRun, IndexedMessage, Input, Member, Members, Message, Messages, OpenRequest, PendingSignal,
-    RequestOutcome, ResolvedRequest, ResolvedSignal, Run, Runs, SignalOutcome, Signals, StreamView, View,
+    Entries, Entry, FinishedRun, IndexedMessage, Input, Job, Member, Members, Message, Messages, Notes, OpenRequest,
+    PendingSignal, RequestOutcome, ResolvedRequest, ResolvedSignal, Run, Runs, SignalOutcome, Signals, StreamView,
+    View,
 };
 pub use words::{
     Author, Cursor, Incarnation, Instance, Key, MessageId, RequestId, RunId, SessionName, SignalId, Verdict, ViewHash,

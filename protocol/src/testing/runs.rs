@@ -1,19 +1,20 @@
-//! Runs, inputs, signals and requests: who may do what, and what becomes of it (spec RUN, SIG).
+//! Runs, inputs, signals, requests and notifications: who may do what, and what becomes of it (spec RUN, SIG, NOTE).
 //!
 //! The model keeps everything in plain maps, knows nothing of bounds but those that it can reach, and decides each request on a copy.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
 
 use crate::error::Code;
-use crate::registry::{KEPT_LOST_RUNS, MAX_LASTS, MAX_SIGNALS, RESERVED_SIGNALS, STREAM_MAIN};
+use crate::registry::{KEPT_LOST_RUNS, MAX_JOBS, MAX_LASTS, MAX_SIGNALS, RESERVED_SIGNALS, STREAM_MAIN};
 use crate::session::{
-    Author, Authority, CheckedBatch, Chunk, Committed, Incarnation, InputPolicy, Instance, Intent, MessageAppend,
-    MessageEnd, MessageId, MessageStart, Outcome, Payload, ProducerHandle, ProducerKey, Record, Reply, RequestId,
-    RequestOpened, RequestOutcome, RequestWithdrawn, Resolution, RunConsumed, RunEnd, RunId, RunMode,
-    SessionConfigured, SignalId, SignalOutcome, SignalResolved, State, Status, Step, Target,
+    Activity, Author, Authority, CheckedBatch, Chunk, Committed, Incarnation, InputPolicy, Instance, Intent,
+    JobOutcome, Kind, MessageAppend, MessageEnd, MessageId, MessageStart, NotifyRule, Outcome, Payload, PresenceJoined,
+    ProducerHandle, ProducerKey, Record, Reply, RequestId, RequestOpened, RequestOutcome, RequestWithdrawn, Resolution,
+    RunConsumed, RunEnd, RunId, RunMode, SessionConfigured, SignalId, SignalOutcome, SignalResolved, State, Status,
+    Step, Target, Triggers,
 };
 use crate::wire::{Detail, Label, Subject, Writer};
 
@@ -97,6 +98,23 @@ pub enum Op {
         of: u8,
         lasts: u8,
     },
+    /// A rule of notification for somebody; of no kinds to take it away.
+    SetRule {
+        name: u8,
+        principal: u8,
+        kinds: u8,
+        delay: u8,
+    },
+    Join {
+        who: u8,
+    },
+    Leave {
+        who: u8,
+    },
+    /// A worker has done a job, or the one with that number of those that there are.
+    FinishJob {
+        job: u8,
+    },
     Close,
     Commit,
     Committed,
@@ -134,8 +152,17 @@ impl Op {
                     let (a, b, c) = (next(), next(), next());
                     Self::Signal { who: a % 3, id: a, intent: b, target: b / 16, of: c, lasts: c }
                 }
-                39..=48 => Self::Commit,
-                49..=58 => Self::Committed,
+                39..=46 => Self::Commit,
+                47..=54 => Self::Committed,
+                55 => {
+                    let (a, b, delay) = (next(), next(), next());
+                    Self::SetRule { name: a % 4, principal: a / 4 % 3, kinds: b, delay }
+                }
+                56 => {
+                    let a = next();
+                    if a < 128 { Self::Join { who: a % 3 } } else { Self::Leave { who: a % 3 } }
+                }
+                57 | 58 => Self::FinishJob { job: next() },
                 59 => Self::NotCommitted,
                 60 => Self::Restart,
                 // Rare, or nothing would come after it.
@@ -195,6 +222,10 @@ pub struct Counts {
     pub resolved: u64,
     /// Times that the server told a run to stop for an input.
     pub interrupted: u64,
+    /// Jobs that became due, and that a worker did.
+    pub emitted: u64,
+    /// Of those that were caused, the ones that nobody needed to be told of after all.
+    pub withdrawn: u64,
     /// Restarts.
     pub restarts: u64,
 }
@@ -212,6 +243,8 @@ impl core::ops::Add for Counts {
             ended: self.ended + other.ended,
             resolved: self.resolved + other.resolved,
             interrupted: self.interrupted + other.interrupted,
+            emitted: self.emitted + other.emitted,
+            withdrawn: self.withdrawn + other.withdrawn,
             restarts: self.restarts + other.restarts,
         }
     }
@@ -265,6 +298,26 @@ struct Request {
     outcome: Option<(RequestOutcome, u64)>,
 }
 
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Rule {
+    principal: u8,
+    kinds: Vec<Kind>,
+    delay: u64,
+    collapse: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Job {
+    id: u64,
+    rule: u8,
+    principal: u8,
+    cause: Kind,
+    request: Option<u8>,
+    due: u64,
+    collapse: bool,
+    emitted: bool,
+}
+
 /// A session as the model sees it.
 #[derive(Debug, Clone)]
 struct World {
@@ -278,6 +331,10 @@ struct World {
     inputs: Vec<(u8, u64, Option<u8>)>,
     signals: BTreeMap<SignalId, Signal>,
     requests: BTreeMap<u8, Request>,
+    members: BTreeSet<u8>,
+    rules: BTreeMap<u8, Rule>,
+    jobs: Vec<Job>,
+    withdrawn: u64,
 }
 
 impl Default for World {
@@ -292,6 +349,10 @@ impl Default for World {
             inputs: Vec::new(),
             signals: BTreeMap::new(),
             requests: BTreeMap::new(),
+            members: BTreeSet::new(),
+            rules: BTreeMap::new(),
+            jobs: Vec::new(),
+            withdrawn: 0,
         }
     }
 }
@@ -299,6 +360,7 @@ impl Default for World {
 #[derive(Debug, Clone)]
 enum Accepted {
     Batch {
+        who: u8,
         held: Option<u8>,
         deeds: Vec<Deed>,
         time: u64,
@@ -311,7 +373,12 @@ enum Accepted {
         leased: bool,
         input: Option<u8>,
     },
-    Lose(u8),
+    Lose(u8, u64),
+    SetRule(u8, Rule),
+    Join(u8),
+    Leave(u8),
+    Emit(u64, u8),
+    Done(u64, u8),
     Signal {
         id: SignalId,
         intent: Intent,
@@ -372,6 +439,38 @@ impl World {
         }
     }
 
+    /// Something happened of which rules tell.
+    fn happened(&mut self, seq: u64, time: u64, cause: Kind, request: Option<u8>) {
+        let works: Vec<u8> = self.runs.values().filter(|run| run.active()).map(|run| run.holder).collect();
+        for (name, rule) in self.rules.clone() {
+            let here = self.members.contains(&rule.principal) && !works.contains(&rule.principal);
+            if here || !rule.kinds.contains(&cause) {
+                continue;
+            }
+            if rule.collapse {
+                self.withdraw(|job| job.collapse && job.principal == rule.principal);
+            }
+            if self.jobs.len() == MAX_JOBS {
+                self.jobs.remove(0);
+            }
+            let (principal, collapse, due) = (rule.principal, rule.collapse, time + rule.delay);
+            self.jobs.push(Job { id: seq, rule: name, principal, cause, request, due, collapse, emitted: false });
+        }
+    }
+
+    fn withdraw(&mut self, over: impl Fn(&Job) -> bool) {
+        let before = self.jobs.len();
+        self.jobs.retain(|job| !over(job));
+        self.withdrawn += (before - self.jobs.len()) as u64;
+    }
+
+    /// Nobody needs to be told of what is answered.
+    fn settle(&mut self) {
+        let answered = |id: &u8| self.requests.get(id).is_none_or(|request| request.outcome.is_some());
+        let answered: Vec<u8> = self.jobs.iter().filter_map(|job| job.request).filter(answered).collect();
+        self.withdraw(|job| job.request.is_some_and(|id| answered.contains(&id)));
+    }
+
     fn perform(&mut self, deed: Deed, held: Option<u8>, time: u64) -> Result<(), Code> {
         let seq = self.tail;
         self.tail += 1;
@@ -396,6 +495,9 @@ impl World {
                 let of = self.open(held, message)?;
                 (of.status, of.finished) = (status, true);
                 let (input, run) = (of.input, of.run);
+                if !input && complete {
+                    self.happened(seq, time, Kind::MESSAGE_END, None);
+                }
                 if input && complete {
                     if self.policy == InputPolicy::Latest {
                         self.inputs.retain(|(_, _, of)| *of != run);
@@ -406,6 +508,7 @@ impl World {
             Deed::RunEnd { run, status: number } => {
                 self.must_hold(held, run)?;
                 self.finish_run(seq, run, status(number));
+                self.happened(seq, time, Kind::RUN_END, None);
             }
             Deed::Consume { run, before } => {
                 let through = seq.saturating_sub(u64::from(before));
@@ -434,6 +537,7 @@ impl World {
                 }
                 let expires = time + u64::from(lasts);
                 self.requests.insert(request, Request { seq, run, expires, outcome: None });
+                self.happened(seq, time, Kind::REQUEST_OPENED, Some(request));
             }
             Deed::Withdraw { request } => {
                 let open = self.requests.get(&request).filter(|request| request.outcome.is_none());
@@ -453,12 +557,33 @@ impl World {
 
     fn apply(&mut self, accepted: &Accepted) -> Result<(), Code> {
         if let Accepted::Batch { held, deeds, time, .. } = accepted {
-            return deeds.iter().try_for_each(|deed| self.perform(*deed, *held, *time));
+            return deeds.iter().try_for_each(|deed| {
+                self.perform(*deed, *held, *time)?;
+                self.settle();
+                Ok(())
+            });
         }
         let seq = self.tail;
         self.tail += 1;
         match *accepted {
             Accepted::Batch { .. } => {}
+            Accepted::SetRule(name, ref rule) => {
+                self.rules.remove(&name);
+                if !rule.kinds.is_empty() {
+                    self.rules.insert(name, rule.clone());
+                }
+            }
+            Accepted::Join(who) => {
+                self.members.insert(who);
+                self.withdraw(|job| job.principal == who);
+            }
+            Accepted::Leave(who) => drop(self.members.remove(&who)),
+            Accepted::Emit(id, rule) => {
+                for job in self.jobs.iter_mut().filter(|job| (job.id, job.rule) == (id, rule)) {
+                    job.emitted = true;
+                }
+            }
+            Accepted::Done(id, rule) => self.jobs.retain(|job| (job.id, job.rule) != (id, rule)),
             Accepted::Configure(mode, policy) => (self.mode, self.policy) = (mode, policy),
             Accepted::Hold { who, run, leased, input } => {
                 if let Some(of) = self.runs.get_mut(&run) {
@@ -494,7 +619,7 @@ impl World {
                     }
                 }
             }
-            Accepted::Lose(run) => {
+            Accepted::Lose(run, time) => {
                 if let Some(of) = self.runs.get_mut(&run) {
                     of.lost = Some(seq);
                 }
@@ -503,6 +628,7 @@ impl World {
                         message.status = Status::Interrupted;
                     }
                 }
+                self.happened(seq, time, Kind::RUN_LOST, None);
                 let lost = self.runs.iter().filter(|(_, run)| run.lost.is_some() && run.over.is_none());
                 if lost.clone().count() > KEPT_LOST_RUNS
                     && let Some(oldest) = lost.min_by_key(|(_, run)| run.lost).map(|(id, _)| *id)
@@ -549,8 +675,11 @@ impl World {
                 for request in self.requests.values_mut() {
                     request.outcome.get_or_insert((RequestOutcome::Withdrawn, seq));
                 }
+                self.members.clear();
+                self.withdraw(|_| true);
             }
         }
+        self.settle();
         Ok(())
     }
 
@@ -590,6 +719,27 @@ fn signal_id(signal: u8) -> SignalId {
     SignalId([signal.max(1); 16])
 }
 
+fn producer(who: u8) -> ProducerKey {
+    ProducerKey { subject: subject_of(who), name: label("p") }
+}
+
+fn handles(authority: &Authority<usize>) -> [ProducerHandle; 3] {
+    let find = |who| authority.state().producers().find(&producer(who));
+    [0, 1, 2].map(|who| find(who).unwrap_or_else(|| unreachable!("a granted producer")))
+}
+
+fn subject_of(who: u8) -> Subject {
+    Subject::new(&format!("s{who}")).unwrap_or_else(|_| unreachable!("a valid subject"))
+}
+
+fn rule_name(rule: u8) -> Label {
+    label(&format!("r{rule}"))
+}
+
+fn activity() -> Activity {
+    Activity { status: label("idle"), progress: None, data: Bytes::new() }
+}
+
 fn label(text: &str) -> Label {
     Label::new(text).unwrap_or_else(|_| unreachable!("a valid label"))
 }
@@ -598,7 +748,8 @@ const LEASE: u64 = 1000;
 
 struct History {
     authority: Authority<usize>,
-    handle: ProducerHandle,
+    /// One for each author: a producer is its subject's.
+    handles: [ProducerHandle; 3],
     authors: [Arc<Author>; 3],
     durable: World,
     /// With the ticket of who is to be answered.
@@ -609,7 +760,7 @@ struct History {
     epochs: BTreeMap<u8, Vec<(u64, u8)>>,
     chunks: Vec<Arc<Chunk>>,
     snapshot: Bytes,
-    sequence: u64,
+    sequences: [u64; 3],
     now: u64,
     epoch: u64,
     tickets: usize,
@@ -622,26 +773,23 @@ struct History {
 ///
 /// Where the two disagree.
 pub fn run(ops: &[Op]) -> Counts {
-    let subject = Subject::new("tester").unwrap_or_else(|_| unreachable!("a fixed valid subject"));
-    let producer = ProducerKey { subject: subject.clone(), name: label("p") };
     let state = State::new(Incarnation([7; 16]));
     let snapshot = state.snapshot();
     let mut authority = Authority::new(state, 1, None).with_turn(2000);
-    authority.open_producer(0, producer.clone(), None, 0);
+    (0..3).for_each(|who| drop(authority.open_producer(0, producer(who), None, 0)));
     let Step::Commit(chunk) = authority.next_chunk() else { panic!("a grant makes a chunk") };
     let Ok(Some(_)) = authority.committed() else { panic!("a grant is committed") };
-    let Some(handle) = authority.state().producers().find(&producer) else { panic!("a granted producer") };
     let mut history = History {
+        handles: handles(&authority),
         authority,
-        handle,
-        authors: [0, 1, 2].map(|who| Arc::new(Author { subject: subject.clone(), instance: Instance([who; 16]) })),
+        authors: [0, 1, 2].map(|who| Arc::new(Author { subject: subject_of(who), instance: Instance([who; 16]) })),
         durable: World::default(),
         accepted: Vec::new(),
         standbys: Vec::new(),
         epochs: BTreeMap::new(),
         chunks: vec![chunk],
         snapshot,
-        sequence: 0,
+        sequences: [0; 3],
         now: 1000,
         epoch: 1,
         tickets: 1,
@@ -663,6 +811,7 @@ pub fn run(ops: &[Op]) -> Counts {
     let resolved = history.durable.signals.values().filter(|signal| signal.outcome.is_some()).count()
         + history.durable.requests.values().filter(|request| request.outcome.is_some()).count();
     history.counts.resolved = resolved as u64;
+    history.counts.withdrawn = history.durable.withdrawn;
     history.counts.ended = history.durable.runs.values().filter(|run| run.over.is_some()).count() as u64;
     history.counts
 }
@@ -696,6 +845,10 @@ impl History {
             Op::Signal { who, id, intent, target, of, lasts } => {
                 self.signal(*who, *id, (*intent, *target, *of), u64::from(*lasts));
             }
+            Op::SetRule { name, principal, kinds, delay } => self.set_rule(*name, *principal, *kinds, *delay),
+            Op::Join { who } => self.join(*who),
+            Op::Leave { who } => self.leave(*who),
+            Op::FinishJob { job } => self.finish_job(*job),
             Op::Close => {
                 let before = self.staged().closed;
                 let ticket = self.ticket();
@@ -768,11 +921,12 @@ impl History {
         let Ok(batch) = CheckedBatch::new(deeds.len() as u64, region.freeze()) else { panic!("a valid batch") };
         let expected = self.shut().map_or(expected, Err);
         let ticket = self.ticket();
-        let producer = (&self.handle, 1, self.sequence);
-        let (outcome, _) = self.authority.append(self.now, &self.authors[who as usize], producer, epoch, batch, ticket);
+        let by = who as usize;
+        let producer = (&self.handles[by], 1, self.sequences[by]);
+        let (outcome, _) = self.authority.append(self.now, &self.authors[by], producer, epoch, batch, ticket);
         self.counts.fenced += u64::from(expected == Err(Code::RUN_FENCED));
-        self.sequence += u64::from(outcome == Outcome::Pending);
-        let accepted = Accepted::Batch { held, deeds: deeds.to_vec(), time: self.now };
+        self.sequences[by] += u64::from(outcome == Outcome::Pending);
+        let accepted = Accepted::Batch { who, held, deeds: deeds.to_vec(), time: self.now };
         self.held_to(&outcome, expected.map(|()| accepted), ticket);
     }
 
@@ -833,6 +987,69 @@ impl History {
         self.follow_up();
     }
 
+    fn set_rule(&mut self, name: u8, principal: u8, kinds: u8, delay: u8) {
+        let chosen = Triggers::ALL.into_iter().enumerate().filter(|(at, _)| kinds & 1 << at != 0).map(|(_, kind)| kind);
+        let chosen: Vec<Kind> = chosen.collect();
+        let Ok(triggers) = Triggers::new(chosen.clone()) else { unreachable!("known triggers") };
+        let collapse = kinds >= 128;
+        let rule = NotifyRule {
+            name: rule_name(name),
+            principal: subject_of(principal),
+            triggers,
+            delay: delay.into(),
+            collapse: collapse.then(|| label("key")),
+        };
+        let ticket = self.ticket();
+        let (outcome, _) = self.authority.set_rule(self.now, &self.authors[0], rule, ticket);
+        let rule = Rule { principal, kinds: chosen, delay: delay.into(), collapse };
+        let expected = self.shut().map_or(Ok(Accepted::SetRule(name, rule)), Err);
+        self.held_to(&outcome, expected, ticket);
+    }
+
+    fn join(&mut self, who: u8) {
+        if self.staged_but(|accepted| !matches!(accepted, Accepted::Close)).members.contains(&who) {
+            return;
+        }
+        let ticket = self.ticket();
+        let author = self.authors[who as usize].clone();
+        let joined = PresenceJoined { name: label("m"), grace: 1000, activity: activity() };
+        let (outcome, _) = self.authority.join(self.now, &author, joined, ticket);
+        let expected = self.shut().map_or(Ok(Accepted::Join(who)), Err);
+        self.held_to(&outcome, expected, ticket);
+    }
+
+    fn leave(&mut self, who: u8) {
+        if !self.staged_but(|accepted| !matches!(accepted, Accepted::Close)).members.contains(&who) {
+            return;
+        }
+        let ticket = self.ticket();
+        let author = self.authors[who as usize].clone();
+        let (outcome, _) = self.authority.leave(self.now, &author, ticket);
+        let expected = self.shut().map_or(Ok(Accepted::Leave(who)), Err);
+        self.held_to(&outcome, expected, ticket);
+    }
+
+    /// True if something was accepted about a job.
+    fn changes_job(&self, id: u64, rule: u8) -> bool {
+        self.accepted.iter().any(|(accepted, _)| match accepted {
+            Accepted::Emit(of, by) | Accepted::Done(of, by) => (*of, *by) == (id, rule),
+            _ => false,
+        })
+    }
+
+    fn finish_job(&mut self, job: u8) {
+        let jobs = &self.durable.jobs;
+        if jobs.is_empty() {
+            return;
+        }
+        let Job { id, rule, emitted, .. } = jobs[job as usize % jobs.len()];
+        let done = (JobOutcome::Delivered, Detail::default());
+        self.authority.finish_job(self.now, &self.authors[0], (id, rule_name(rule)), done);
+        if emitted && !self.changes_job(id, rule) && self.shut().is_none() {
+            self.accepted.push((Accepted::Done(id, rule), None));
+        }
+    }
+
     fn lose(&mut self, run: u8) {
         let world = self.staged();
         let Some(of) = self.durable.runs.get(&run) else { return };
@@ -840,7 +1057,7 @@ impl History {
         let held = world.runs.get(&run).is_some_and(|staged| staged.active() && staged.epoch == of.epoch);
         if held && self.shut().is_none() {
             self.counts.lost += 1;
-            self.accepted.push((Accepted::Lose(run), None));
+            self.accepted.push((Accepted::Lose(run, self.now), None));
         }
     }
 
@@ -942,7 +1159,10 @@ impl History {
             requests.retain(|(id, request)| staged.requests.get(*id) == Some(request));
             requests.sort_by_key(|(_, request)| request.seq);
             let requests = requests.into_iter().map(|(id, _)| (Accepted::ExpireRequest(*id), None));
-            self.accepted.extend(signals.chain(requests).collect::<Vec<_>>());
+            let due = self.durable.jobs.iter().filter(|job| !job.emitted && job.due <= self.now);
+            let jobs = due.filter(|job| !self.changes_job(job.id, job.rule));
+            let jobs = jobs.map(|job| (Accepted::Emit(job.id, job.rule), None));
+            self.accepted.extend(signals.chain(requests).chain(jobs).collect::<Vec<_>>());
         }
         self.authority.tick(self.now);
         self.authority.try_again();
@@ -990,7 +1210,15 @@ impl History {
                     told += 1;
                     None
                 }
-                Accepted::Lose(_) | Accepted::ExpireSignal(_) | Accepted::ExpireRequest(_) => {
+                Accepted::SetRule(..) => Some(Reply::Configured { seq: first }),
+                Accepted::Join(_) => Some(Reply::Joined { generation: first }),
+                Accepted::Leave(_) => Some(Reply::Left),
+                Accepted::Emit(..) => {
+                    self.counts.emitted += 1;
+                    None
+                }
+                Accepted::Done(..) => None,
+                Accepted::Lose(..) | Accepted::ExpireSignal(_) | Accepted::ExpireRequest(_) => {
                     told += 1;
                     None
                 }
@@ -1051,9 +1279,11 @@ impl History {
     }
 
     fn drop_accepted(&mut self) {
-        let batches = self.accepted.iter().filter(|(accepted, _)| matches!(accepted, Accepted::Batch { .. })).count();
-        self.sequence -= batches as u64;
-        self.accepted.clear();
+        for (accepted, _) in self.accepted.drain(..) {
+            if let Accepted::Batch { who, .. } = accepted {
+                self.sequences[who as usize] -= 1;
+            }
+        }
     }
 
     fn not_committed(&mut self) {
@@ -1085,10 +1315,8 @@ impl History {
             self.snapshot = state.snapshot();
         }
         self.epoch += 1;
-        let key = self.handle.key().clone();
         self.authority = Authority::new(state, self.epoch, None).with_turn(2000);
-        let Some(handle) = self.authority.state().producers().find(&key) else { panic!("a granted producer") };
-        self.handle = handle;
+        self.handles = handles(&self.authority);
         self.counts.restarts += 1;
     }
 
@@ -1142,6 +1370,17 @@ impl History {
             let expected = world.requests.get(&resolved.id.0[0]).and_then(|request| request.outcome);
             assert_eq!(expected, Some((resolved.outcome, resolved.by)));
         }
+        let seen = view.notes().jobs().iter();
+        let seen = seen
+            .map(|job| (job.id, job.rule.clone(), job.principal.clone(), job.cause, job.request, job.due, job.emitted));
+        let expected = world.jobs.iter().map(|job| {
+            let request = job.request.map(request_id);
+            (job.id, rule_name(job.rule), subject_of(job.principal), job.cause, request, job.due, job.emitted)
+        });
+        assert_eq!(seen.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
+        assert_eq!(view.notes().rules().len(), world.rules.len());
+        let wake = (!world.closed).then(|| self.authority.state().wake()).flatten();
+        assert!(wake.is_none_or(|at| self.authority.wake().is_some_and(|told| told <= at)));
     }
 }
 

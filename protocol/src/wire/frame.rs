@@ -148,6 +148,11 @@ frames! {
     signalled::Signalled "SIGNALLED",
     listen::Listen "LISTEN",
     early::Early "EARLY",
+    set_rule::SetRule "SET_RULE",
+    pull::Pull "PULL",
+    job::Job "JOB",
+    done::Done "DONE",
+    withdrawn::Withdrawn "WITHDRAWN",
     list::List "LIST",
     listed::Listed "LISTED",
 }

@@ -15,7 +15,7 @@ use mainstay_protocol::session::{
     Author, Chain, CheckedBatch, Chunk, ChunkBuilder, Control, Incarnation, Instance, Record, SessionName, State,
     Verdict, View, ViewHash,
 };
-use mainstay_protocol::session::{InputPolicy, Intent, Kind, Payload, PresenceJoined, RunMode, Target};
+use mainstay_protocol::session::{InputPolicy, Intent, JobOutcome, Kind, Payload, PresenceJoined, RunMode, Target};
 use mainstay_protocol::wire::*;
 use mainstay_protocol::{Code, ProtocolError};
 use toml::Table;
@@ -362,6 +362,37 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
             }
             .into(),
         ),
+        (
+            "SET_RULE",
+            "",
+            SetRule {
+                name: label("approvals"),
+                principal: Subject::new("alice").expect("a valid subject"),
+                triggers: records::triggers(),
+                delay: 5000,
+                collapse: Some(label("approvals")),
+            }
+            .into(),
+        ),
+        ("PULL", "", Pull { prefix: Bytes::from_static(b"agent:"), limit: 16 }.into()),
+        (
+            "JOB",
+            "",
+            Job {
+                number: 1,
+                session: session(),
+                incarnation,
+                job: 12,
+                rule: label("approvals"),
+                principal: Subject::new("alice").expect("a valid subject"),
+                cause: Kind::REQUEST_OPENED.0,
+                time: 1_800_000_000_000,
+                request: Some(records::REQUEST),
+            }
+            .into(),
+        ),
+        ("DONE", "failed", Done { number: 1, outcome: JobOutcome::Failed, detail: Detail::new("410 Gone") }.into()),
+        ("WITHDRAWN", "", Withdrawn { number: 1 }.into()),
         ("LISTED", "the end", Listed { sessions: vec![], next: Bytes::new() }.into()),
     ]
 }
@@ -475,6 +506,12 @@ fn golden_states() -> Vec<Golden> {
         },
         Golden {
             name: "view",
+            note: "a rule of notification and its job",
+            bytes: view_of(records::told_story()).encode(),
+            value: format!("hash {}", view_of(records::told_story()).hash()),
+        },
+        Golden {
+            name: "view",
             note: "a finished message",
             bytes: told(5).encode(),
             value: format!("hash {}", told(5).hash()),
@@ -524,7 +561,7 @@ fn malformed_frames() -> Vec<Malformed> {
             });
         }
     }
-    let own: [(&str, &str, &[u8], Code); 34] = [
+    let own: [(&str, &str, &[u8], Code); 37] = [
         ("(any)", "the type is not a minimal varint", &[0x40, 0x06, 0x01, 0x07], Code::FRAME_MALFORMED),
         ("(any)", "the length is not a minimal varint", &[0x06, 0x40, 0x01, 0x07], Code::FRAME_MALFORMED),
         ("(any)", "longer than any frame may be", &[0x3e, 0x80, 0x10, 0x00, 0x00], Code::FRAME_TOO_LARGE),
@@ -609,6 +646,14 @@ fn malformed_frames() -> Vec<Malformed> {
         ("CONFIGURE", "an input policy that nobody knows", &[0x4e, 0x02, 0x00, 0x04], Code::FRAME_MALFORMED),
         ("TAKE_RUN", "a run id that is cut", &[0x54, 0x04, 0x01, 0x01, 0x22, 0x22], Code::FRAME_MALFORMED),
         (
+            "SET_RULE",
+            "triggers in the wrong order",
+            &[0x64, 0x0a, 1, b'r', 1, b'a', 2, 0x40, 0x70, 0x42, 0, 0],
+            Code::FRAME_MALFORMED,
+        ),
+        ("SET_RULE", "a trigger that is none", &[0x64, 0x08, 1, b'r', 1, b'a', 1, 0, 0, 0], Code::FRAME_MALFORMED),
+        ("DONE", "an outcome that nobody knows", &[0x6a, 0x03, 1, 2, 0], Code::FRAME_MALFORMED),
+        (
             "SIGNAL",
             "an intent that nobody knows",
             &[0x5c, 0x15, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0x40, 0x62, 0x00, 0x00, 0x00],
@@ -618,7 +663,7 @@ fn malformed_frames() -> Vec<Malformed> {
     let own = own.into_iter().map(|(name, note, bytes, error)| {
         // Types above 0x3f take two bytes.
         let bytes = match name {
-            "LISTED" | "CONFIGURE" | "TAKE_RUN" | "SIGNAL" => [&[0x40], bytes].concat(),
+            "LISTED" | "CONFIGURE" | "TAKE_RUN" | "SIGNAL" | "SET_RULE" | "DONE" => [&[0x40], bytes].concat(),
             _ => bytes.to_vec(),
         };
         Malformed { name: leak(name), note: leak(note), bytes, error }

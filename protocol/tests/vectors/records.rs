@@ -3,11 +3,11 @@
 use bytes::Bytes;
 use mainstay_protocol::Code;
 use mainstay_protocol::session::{
-    Activity, Change, Departure, Expected, InputPolicy, Intent, Key, Kind, MessageAppend, MessageEnd, MessageId,
-    MessageReplace, MessageStart, Payload, PresenceJoined, PresenceLeft, PresenceUpdated, Record, RequestExpired,
-    RequestId, RequestOpened, RequestWithdrawn, Resolution, RunConsumed, RunEnd, RunId, RunLost, RunMode, RunStart,
-    SessionConfigured, Signal, SignalExpired, SignalId, SignalResolved, StateChange, StateDeleted, StateExpired,
-    StatePut, Status, Target,
+    Activity, Change, Departure, Expected, InputPolicy, Intent, JobOutcome, Key, Kind, MessageAppend, MessageEnd,
+    MessageId, MessageReplace, MessageStart, NotifyDone, NotifyEmitted, NotifyRule, Payload, PresenceJoined,
+    PresenceLeft, PresenceUpdated, Record, RequestExpired, RequestId, RequestOpened, RequestWithdrawn, Resolution,
+    RunConsumed, RunEnd, RunId, RunLost, RunMode, RunStart, SessionConfigured, Signal, SignalExpired, SignalId,
+    SignalResolved, StateChange, StateDeleted, StateExpired, StatePut, Status, Target, Triggers,
 };
 use mainstay_protocol::wire::{Detail, Writer};
 
@@ -36,6 +36,20 @@ fn of_run(payload: &impl Payload) -> Record {
 pub(crate) fn request() -> Record {
     let body = Bytes::from_static(b"{\"tool\":\"rm\"}");
     of_run(&RequestOpened { request: REQUEST, needs: label("approval"), lasts: 20_000, body })
+}
+
+pub(crate) fn triggers() -> Triggers {
+    Triggers::new([Kind::REQUEST_OPENED, Kind::RUN_LOST]).expect("triggers")
+}
+
+fn rule() -> Record {
+    let (name, principal) = (label("approvals"), "alice".parse().expect("a subject"));
+    NotifyRule { name, principal, triggers: triggers(), delay: 5000, collapse: None }.record(0)
+}
+
+/// A rule, a request that it is about, and the job that is due.
+pub(crate) fn told_story() -> Vec<Record> {
+    vec![rule(), request(), NotifyEmitted { job: 1, rule: label("approvals") }.record(0)]
 }
 
 pub(crate) fn run_start(lost: Option<u64>) -> Record {
@@ -148,6 +162,19 @@ pub(crate) fn golden() -> Vec<Golden> {
         record("signal.expired", "", SignalExpired { signal: SIGNAL }.record(0)),
         record("request.opened", "", request()),
         record("request.withdrawn", "", RequestWithdrawn { request: REQUEST }.record(0)),
+        record("notify.rule", "", rule()),
+        record("notify.emitted", "", NotifyEmitted { job: 12, rule: label("approvals") }.record(0)),
+        record(
+            "notify.done",
+            "",
+            NotifyDone {
+                job: 12,
+                rule: label("approvals"),
+                outcome: JobOutcome::Delivered,
+                detail: Detail::new("200 OK"),
+            }
+            .record(0),
+        ),
         record("request.expired", "", RequestExpired { request: REQUEST }.record(0)),
         record(
             "state.change",
@@ -232,6 +259,9 @@ pub(crate) fn malformed() -> Vec<Malformed> {
     wrong(Kind::SIGNAL_RESOLVED, "a resolution that nobody knows", false, &[&[0; 16][..], &[2, 0]].concat(), bad);
     wrong(Kind::REQUEST_OPENED, "without what it needs", false, &[&[0; 16][..], &[0, 1, 0]].concat(), bad);
     wrong(Kind::REQUEST_WITHDRAWN, "an id that is cut", false, &[0; 15], bad);
+    wrong(Kind::NOTIFY_RULE, "from a client", false, &[], Code::KIND_REFUSED);
+    wrong(Kind::NOTIFY_EMITTED, "from a client", false, &[], Code::KIND_REFUSED);
+    wrong(Kind::NOTIFY_DONE, "from a client", false, &[], Code::KIND_REFUSED);
     wrong(Kind::REQUEST_EXPIRED, "from a client", false, &[0; 16], Code::KIND_REFUSED);
     wrong(Kind::STATE_CHANGE, "a change that nobody knows", false, &[1, b'k', 0, 4], bad);
     wrong(Kind::STATE_CHANGE, "a sum that is cut", false, &[1, b'k', 0, 2, 0, 0], bad);

@@ -13,6 +13,7 @@
 //! At most one chunk is in flight. While it is, and a whole turn waits behind it, the next one is made ahead of time, so that
 //! hashing and syncing of a busy session overlap. `T` is the driver's ticket: it comes back with the answer.
 
+mod notes;
 mod runs;
 
 use std::collections::VecDeque;
@@ -107,7 +108,7 @@ pub enum Reply {
         /// Seq of its record, or of the one that wants the same.
         seq: u64,
     },
-    /// The session treats runs and inputs as asked.
+    /// The session treats runs and inputs, or tells people, as asked.
     Configured {
         /// Seq of the record that says so.
         seq: u64,
@@ -527,6 +528,7 @@ impl<T> Authority<T> {
             return;
         }
         self.expire_signals(now);
+        self.emit_jobs(now);
         for _ in 0..EXPIRED_AT_ONCE {
             let Some(key) = self.overlay.expired(self.state.view(), now) else { return };
             let author = self.server.clone();
@@ -814,7 +816,7 @@ impl<T> Authority<T> {
             Work::Record { author, record, .. } => match record.kind {
                 Kind::SESSION_CLOSED => Reply::Closed { seq: state.view().closed()? },
                 Kind::PRESENCE_LEFT => Reply::Left,
-                Kind::SESSION_CONFIGURED => Reply::Configured { seq: first },
+                Kind::SESSION_CONFIGURED | Kind::NOTIFY_RULE => Reply::Configured { seq: first },
                 Kind::RUN_START => {
                     Reply::Run { run: record.run?, epoch: first, lost: RunStart::of(&record).ok()?.lost }
                 }

@@ -1,6 +1,7 @@
 //! What records are: the table of kinds, and a file with the payloads of each family (spec KIND).
 
 mod message;
+mod notify;
 mod presence;
 mod run;
 mod signal;
@@ -9,6 +10,7 @@ mod state;
 use bytes::Bytes;
 
 pub use message::{MessageAppend, MessageEnd, MessageReplace, MessageStart, Status};
+pub use notify::{JobOutcome, NotifyDone, NotifyEmitted, NotifyRule, Triggers};
 pub use presence::{Activity, Departure, PresenceJoined, PresenceLeft, PresenceUpdated};
 pub use run::{InputPolicy, RunConsumed, RunEnd, RunLost, RunMode, RunStart, SessionConfigured};
 pub use signal::{
@@ -134,6 +136,12 @@ kinds! {
     REQUEST_WITHDRAWN = 0x72, "request.withdrawn", Client;
     /// Nobody answered in time.
     REQUEST_EXPIRED = 0x74, "request.expired", Server;
+    /// Somebody is to be told of some things.
+    NOTIFY_RULE = 0x80, "notify.rule", Server;
+    /// A job is due.
+    NOTIFY_EMITTED = 0x82, "notify.emitted", Server;
+    /// A job is done.
+    NOTIFY_DONE = 0x84, "notify.done", Server;
 }
 
 impl Kind {
@@ -294,6 +302,9 @@ pub(crate) enum Deed {
     RequestOpened(Option<RunId>, RequestOpened),
     RequestWithdrawn(RequestWithdrawn),
     RequestExpired(RequestExpired),
+    NotifyRule(NotifyRule),
+    NotifyEmitted(NotifyEmitted),
+    NotifyDone(NotifyDone),
 }
 
 impl Deed {
@@ -344,6 +355,9 @@ impl Deed {
             Kind::REQUEST_OPENED => Self::RequestOpened(record.run, Payload::of(record)?),
             Kind::REQUEST_WITHDRAWN => Self::RequestWithdrawn(Payload::of(record)?),
             Kind::REQUEST_EXPIRED => Self::RequestExpired(Payload::of(record)?),
+            Kind::NOTIFY_RULE => Self::NotifyRule(Payload::of(record)?),
+            Kind::NOTIFY_EMITTED => Self::NotifyEmitted(Payload::of(record)?),
+            Kind::NOTIFY_DONE => Self::NotifyDone(Payload::of(record)?),
             kind if Intent::of_kind(kind).is_some() => Self::Signal(record.run, Signal::of(record)?),
             _ => Self::Plain,
         })

@@ -17,16 +17,19 @@ pub(super) use runs::RunStanding;
 use runs::{PendingStanding, RequestStanding};
 
 use super::authority::Refusal;
-use super::kinds::{Activity, Change, Deed, Expected, Payload, SessionConfigured, StateChange, StateDeleted, StatePut};
+use super::kinds::{
+    Activity, Change, Deed, Expected, NotifyRule, Payload, SessionConfigured, StateChange, StateDeleted, StatePut,
+    Triggers,
+};
 use super::record::{CheckedBatch, Record, Records};
 use super::view::{AT_ONCE, View};
 use super::words::{Author, Key, MessageId, RequestId, RunId, SignalId};
 use crate::error::Code;
 use crate::registry::{
-    MAX_BATCH_BYTES, MAX_MEMBER_DATA, MAX_MEMBERS, MAX_MESSAGE, MAX_OPEN_BYTES, MAX_OPEN_MESSAGES, MAX_RECORD,
-    MAX_STATE_BYTES, MAX_STATE_KEYS,
+    MAX_BATCH_BYTES, MAX_LASTS, MAX_MEMBER_DATA, MAX_MEMBERS, MAX_MESSAGE, MAX_OPEN_BYTES, MAX_OPEN_MESSAGES,
+    MAX_RECORD, MAX_RULES, MAX_STATE_BYTES, MAX_STATE_KEYS,
 };
-use crate::wire::{MAX_VARINT, Writer};
+use crate::wire::{Label, MAX_VARINT, Writer};
 
 /// How a message stands, as far as the rules need to know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,6 +90,10 @@ struct Changes {
     signals: HashMap<SignalId, (u64, u64, Option<PendingStanding>)>,
     requests: HashMap<RequestId, (u64, RequestStanding)>,
     configured: Option<(u64, SessionConfigured)>,
+    /// Rules by name; true for those in force.
+    rules: HashMap<Label, (u64, bool)>,
+    /// Jobs that something is said about.
+    jobs: HashMap<(u64, Label), u64>,
 }
 
 impl Changes {
@@ -98,6 +105,8 @@ impl Changes {
             && self.signals.is_empty()
             && self.requests.is_empty()
             && self.configured.is_none()
+            && self.rules.is_empty()
+            && self.jobs.is_empty()
     }
 
     fn extend(&mut self, later: Self) {
@@ -108,6 +117,8 @@ impl Changes {
         self.signals.extend(later.signals);
         self.requests.extend(later.requests);
         self.configured = later.configured.or(self.configured);
+        self.rules.extend(later.rules);
+        self.jobs.extend(later.jobs);
     }
 
     /// Keeps what changed at `tail` or later.
@@ -119,6 +130,8 @@ impl Changes {
         self.signals.retain(|_, (seq, ..)| *seq >= tail);
         self.requests.retain(|_, (seq, _)| *seq >= tail);
         self.configured = self.configured.filter(|(seq, _)| *seq >= tail);
+        self.rules.retain(|_, (seq, _)| *seq >= tail);
+        self.jobs.retain(|_, seq| *seq >= tail);
     }
 }
 
@@ -245,6 +258,17 @@ impl Overlay {
         }
     }
 
+    /// A job that waits and is due at `now`.
+    pub(super) fn due_job(&self, view: &View, now: u64) -> Option<(u64, Label)> {
+        let due = view.notes().jobs().iter().filter(|job| !job.emitted && job.due <= now);
+        due.map(|job| (job.id, job.rule.clone())).find(|job| !self.changes.jobs.contains_key(job))
+    }
+
+    /// True if something was accepted about a job that is not durable yet.
+    pub(super) fn changes_job(&self, job: &(u64, Label)) -> bool {
+        self.changes.jobs.contains_key(job)
+    }
+
     /// A key whose value expires at `now` or before.
     pub(super) fn expired(&self, view: &View, now: u64) -> Option<Key> {
         let due = view.state().deadlines().take_while(|(at, _)| *at <= now);
@@ -292,6 +316,10 @@ impl Draft<'_> {
     /// Holds one record to the rules, over those before it. Returns what is stored in its place, if not itself.
     fn hold(&mut self, seq: u64, time: u64, record: &Record) -> Result<Option<Record>, Refusal> {
         let deed = Deed::of(record).map_err(|error| Refusal::new(error.code, error.detail))?;
+        if Triggers::ALL.contains(&record.kind) && !self.view.notes().rules().is_empty() {
+            // It may cause a job.
+            self.wakes(time);
+        }
         if let Some(run) = record.run
             && deed.is_said_by_run()
         {
@@ -375,11 +403,31 @@ impl Draft<'_> {
             }
             Deed::SignalExpired(of) => self.expire_signal(seq, of.signal),
             Deed::RequestExpired(of) => self.expire_request(seq, of.request),
+            Deed::NotifyRule(of) => self.rule(seq, of)?,
+            Deed::NotifyEmitted(of) => drop(self.changes.jobs.insert((of.job, of.rule), seq)),
+            Deed::NotifyDone(of) => drop(self.changes.jobs.insert((of.job, of.rule), seq)),
             Deed::StatePut(put) => self.write(seq, time, &put)?,
             Deed::StateDeleted(deleted) => self.set(seq, deleted.key, None),
             Deed::StateChange(change) => return self.change(seq, time, record, change).map(Some),
         }
         Ok(None)
+    }
+
+    fn rule(&mut self, seq: u64, of: NotifyRule) -> Result<(), Refusal> {
+        let in_force = !of.triggers.kinds().is_empty();
+        if of.delay > MAX_LASTS {
+            return Err(Refusal::new(Code::LIMIT_EXCEEDED, "a notification waits for a day at most"));
+        }
+        let durable = self.view.notes().rules().iter().map(|rule| (&rule.name, true));
+        let accepted = self.accepted.changes.rules.iter().chain(&self.changes.rules);
+        let mut names: HashMap<&Label, bool> =
+            durable.chain(accepted.map(|(name, (_, in_force))| (name, *in_force))).collect();
+        names.insert(&of.name, in_force);
+        if names.values().filter(|in_force| **in_force).count() > MAX_RULES {
+            return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the session has too many rules of notification"));
+        }
+        self.changes.rules.insert(of.name, (seq, in_force));
+        Ok(())
     }
 
     /// The session has something to write by itself at `at`.

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use crate::error::ProtocolError;
 use crate::registry::MAX_MEMBERS;
 use crate::session::kinds::{Activity, PresenceJoined};
-use crate::session::words::Author;
-use crate::wire::{Field, Label, Reader, Writer};
+use crate::session::words::{Author, Instance};
+use crate::wire::{Field, Label, Reader, Subject, Writer};
 
 /// Somebody who is here at the view's seq.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,6 +46,12 @@ impl Members {
     /// The member with this subject and instance.
     pub fn get(&self, author: &Author) -> Option<&Member> {
         self.here.get(author)
+    }
+
+    /// Everybody of one subject.
+    pub fn of(&self, subject: &Subject) -> impl Iterator<Item = &Arc<Author>> {
+        let first = Arc::new(Author { subject: subject.clone(), instance: Instance([0; 16]) });
+        self.here.range(first..).map(|(author, _)| author).take_while(move |author| author.subject == *subject)
     }
 
     /// Everybody, by subject and instance.

@@ -3,6 +3,7 @@
 mod entries;
 mod members;
 mod messages;
+mod notes;
 mod runs;
 mod signals;
 
@@ -13,17 +14,18 @@ use bytes::Bytes;
 pub use entries::{Entries, Entry};
 pub use members::{Member, Members};
 pub use messages::{IndexedMessage, Message, Messages};
+pub use notes::{Job, Notes};
 pub use runs::{FinishedRun, Input, Run, Runs};
 pub use signals::{
     OpenRequest, PendingSignal, RequestOutcome, ResolvedRequest, ResolvedSignal, SignalOutcome, Signals,
 };
 
-use super::kinds::{Deed, Intent, PresenceJoined, Status};
+use super::kinds::{Deed, Intent, Kind, PresenceJoined, Status};
 use super::record::{Head, Record};
-use super::words::{Author, RunId, ViewHash};
+use super::words::{Author, RequestId, RunId, ViewHash};
 use crate::error::ProtocolError;
 use crate::registry::{FOLD_VERSION, MAX_STREAMS};
-use crate::wire::{MAX_VARINT, Reader, Writer};
+use crate::wire::{MAX_VARINT, Reader, Subject, Writer};
 
 /// What the view knows of one stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,6 +60,8 @@ impl Form {
 
 /// The moment of what cannot wait.
 pub(super) const AT_ONCE: u64 = 0;
+/// The moment of what waits for workers.
+pub(super) const FOR_WORKERS: u64 = 1;
 
 /// The current picture of a session: `fold(records below next)`. Bounded: it grows with what the session holds now, within
 /// the registry's limits, never with the number of records.
@@ -72,6 +76,7 @@ pub struct View {
     members: Members,
     runs: Runs,
     signals: Signals,
+    notes: Notes,
 }
 
 impl View {
@@ -120,17 +125,27 @@ impl View {
         &self.signals
     }
 
-    /// When the server has something to write, in milliseconds since the Unix epoch: a value, a signal or a request expires.
+    /// The rules of notification, and their jobs.
+    pub fn notes(&self) -> &Notes {
+        &self.notes
+    }
+
+    /// When the server has something to write, in milliseconds since the Unix epoch: a value, a signal or a request expires, or a job
+    /// is due.
     pub(super) fn deadline(&self) -> Option<u64> {
         let value = self.entries.deadlines().next().map(|(at, _)| *at);
-        value.into_iter().chain(self.signals.deadline()).min().filter(|_| self.closed.is_none())
+        let deadlines = value.into_iter().chain(self.signals.deadline()).chain(self.notes.deadline());
+        deadlines.min().filter(|_| self.closed.is_none())
     }
 
     /// When a server that is not serving the session must, in milliseconds since the Unix epoch: at once while somebody or something is
-    /// held by a lease (spec PRES-4, RUN-4), else when something expires.
+    /// held by a lease (spec PRES-4, RUN-4), when a worker asks while it has jobs, else when something expires.
     pub(super) fn wake(&self) -> Option<u64> {
         let leased = !self.members.is_empty() || self.runs.active().any(|run| run.lease > 0);
-        if leased { Some(AT_ONCE) } else { self.deadline() }
+        match leased {
+            true => Some(AT_ONCE),
+            false => self.deadline().into_iter().chain(self.notes.has_emitted().then_some(FOR_WORKERS)).min(),
+        }
     }
 
     /// Folds the record bytes of the next seq (spec FOLD-2). A record that some version accepted cannot fail; an error
@@ -198,13 +213,19 @@ impl View {
                     self.finish_run(seq, run, Status::Interrupted);
                 }
                 self.signals.finish_run(seq, |_| true);
+                self.notes.withdraw(|_| true);
             }
             Deed::MessageStart(id, run, of) => self.messages.start((seq, time, stream), author, (id, run), of),
             Deed::MessageAppend(id, bytes) => self.messages.append(seq, id, &bytes),
             Deed::MessageReplace(id, bytes) => self.messages.replace(seq, id, &bytes),
             Deed::MessageEnd(id, of) => {
-                if let Some(input) = self.messages.end(seq, id, of.status) {
-                    self.runs.input(input);
+                let known = self.messages.get(id).map(|message| message.status);
+                match self.messages.end(seq, id, of.status) {
+                    Some(input) => self.runs.input(input),
+                    None if known == Some(Status::Open) && of.status == Status::Complete => {
+                        self.happened((seq, time), Kind::MESSAGE_END, None);
+                    }
+                    None => {}
                 }
             }
             Deed::StatePut(put) => {
@@ -218,6 +239,7 @@ impl View {
             Deed::PresenceJoined(of) => {
                 let of = PresenceJoined { activity: of.activity.owned(), ..of };
                 self.members.join(seq, time, author, of);
+                self.seen(&author.subject);
             }
             Deed::PresenceUpdated(of) => self.members.update(seq, author, of.activity.owned()),
             Deed::PresenceLeft(of) => self.members.leave(&of.member, of.generation),
@@ -231,11 +253,16 @@ impl View {
                     self.signals.caused(input, id);
                 }
             }
-            Deed::RunEnd(id, of) => self.finish_run(seq, id, of.status),
+            Deed::RunEnd(id, of) => {
+                if self.finish_run(seq, id, of.status) {
+                    self.happened((seq, time), Kind::RUN_END, None);
+                }
+            }
             Deed::RunLost(id, of) => {
                 let (lost, oldest) = self.runs.lose(seq, id, of.epoch);
                 if lost {
                     self.messages.suspend(seq, id);
+                    self.happened((seq, time), Kind::RUN_LOST, None);
                 }
                 if let Some(oldest) = oldest {
                     self.finish_run(seq, oldest, Status::Interrupted);
@@ -250,17 +277,47 @@ impl View {
             }
             Deed::SignalResolved(of) => self.signals.resolve(seq, of.signal, of.outcome.into()),
             Deed::SignalExpired(of) => self.signals.resolve(seq, of.signal, SignalOutcome::Expired),
-            Deed::RequestOpened(run, of) => self.signals.open_request((seq, time), author, run, of),
+            Deed::RequestOpened(run, of) => {
+                let id = of.request;
+                if self.signals.open_request((seq, time), author, run, of) {
+                    self.happened((seq, time), Kind::REQUEST_OPENED, Some(id));
+                }
+            }
             Deed::RequestWithdrawn(of) => self.signals.resolve_request(seq, of.request, RequestOutcome::Withdrawn),
             Deed::RequestExpired(of) => self.signals.resolve_request(seq, of.request, RequestOutcome::Expired),
+            Deed::NotifyRule(of) => self.notes.rule(of),
+            Deed::NotifyEmitted(of) => self.notes.emit(of.job, &of.rule),
+            Deed::NotifyDone(of) => self.notes.withdraw(|job| job.id == of.job && job.rule == of.rule),
+        }
+        // Of a request that somebody answered nobody needs to be told.
+        let signals = &self.signals;
+        if self.notes.jobs().iter().any(|job| job.request.is_some_and(|id| signals.request(id).is_none())) {
+            self.notes.withdraw(|job| job.request.is_some_and(|id| signals.request(id).is_none()));
         }
     }
 
-    /// A run is over, and with it what it was writing, what was wanted of it and what it asked.
-    fn finish_run(&mut self, seq: u64, id: RunId, status: Status) {
-        if self.runs.finish(seq, id, status) {
+    /// A run is over, and with it what it was writing, what was wanted of it and what it asked. False if it was before.
+    fn finish_run(&mut self, seq: u64, id: RunId, status: Status) -> bool {
+        let ended = self.runs.finish(seq, id, status);
+        if ended {
             self.messages.finish_run(seq, id);
             self.signals.finish_run(seq, |run| run == Some(id));
+        }
+        ended
+    }
+
+    /// Something happened of which people who are not here may want to be told (spec NOTE-3). An agent at work is none of them.
+    fn happened(&mut self, at: (u64, u64), cause: Kind, request: Option<RequestId>) {
+        let (members, runs) = (&self.members, &self.runs);
+        let works = |author: &Author| runs.active().any(|run| *run.holder == *author);
+        let here = |of: &Subject| members.of(of).any(|author| !works(author));
+        self.notes.happened(at, cause, request, here);
+    }
+
+    /// Somebody came: those of the same subject need not be told of what was before.
+    fn seen(&mut self, subject: &Subject) {
+        if self.notes.jobs().iter().any(|job| job.principal == *subject) {
+            self.notes.withdraw(|job| job.principal == *subject);
         }
     }
 
@@ -298,6 +355,7 @@ impl View {
         self.members.put(&mut w);
         self.runs.put(&mut w);
         self.signals.put(form, &mut w);
+        self.notes.put(&mut w);
         w.freeze()
     }
 
@@ -326,11 +384,12 @@ impl View {
         let members = Members::get_from(&mut r, next)?;
         let runs = Runs::get_from(&mut r, next)?;
         let signals = Signals::get_from(&mut r, next)?;
+        let notes = Notes::get_from(&mut r, next)?;
         r.finish()?;
         if closed.is_some_and(|seq| seq >= next) {
             return Err(ProtocolError::malformed("view is closed beyond its end"));
         }
-        Ok(Self { next, time, closed, streams, messages, entries, members, runs, signals })
+        Ok(Self { next, time, closed, streams, messages, entries, members, runs, signals, notes })
     }
 
     /// BLAKE3 of the canonical encoding in which the hash of each text and value stands for it (spec FOLD-4).

@@ -218,15 +218,16 @@ impl Signals {
         }
     }
 
+    /// True if it is open from here on.
     pub(super) fn open_request(
         &mut self,
         (seq, time): (u64, u64),
         author: &Arc<Author>,
         run: Option<RunId>,
         of: RequestOpened,
-    ) {
+    ) -> bool {
         if self.request(of.request).is_some() || self.requests.len() == MAX_REQUESTS {
-            return;
+            return false;
         }
         self.requests.push(OpenRequest {
             id: of.request,
@@ -237,6 +238,7 @@ impl Signals {
             expires: time.saturating_add(of.lasts).min(MAX_VARINT),
             body: Bytes::copy_from_slice(&of.body),
         });
+        true
     }
 
     pub(super) fn resolve_request(&mut self, by: u64, id: RequestId, outcome: RequestOutcome) {
