@@ -44,6 +44,8 @@ pub(crate) enum Command {
     Run(Run),
     /// Cancel, interrupt or steer a session's agent, or answer it.
     Signal(Signal),
+    /// Say who is told of what while nobody of them is there, and tell them.
+    Notify(Notify),
     /// Create, configure, list, show, close, trim and delete sessions.
     Session(Session),
     /// Make and read capability tokens.
@@ -71,6 +73,7 @@ impl Args {
             Command::Join(args) => args.json,
             Command::Run(args) => args.json,
             Command::Signal(args) => args.json,
+            Command::Notify(args) => args.json,
             Command::Session(args) => args.json,
             Command::Token(args) => args.json,
             Command::Verify(args) => args.json || args.dump,
@@ -310,6 +313,116 @@ pub(crate) struct Signal {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) connect: Connect,
+}
+
+/// Notifications: a session's rules say who is told of what. When it happens and no member of the session has their subject, a job waits
+/// for its delay, and then for a worker; it is withdrawn as soon as one of them joins, or what it is about is settled.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Notify {
+    #[command(subcommand)]
+    pub(crate) action: NotifyAction,
+    /// Print JSON lines.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Connection file of the server. [default: the one that `serve --dev` wrote on this machine]
+    #[arg(long, value_name = "FILE", env = "MAINSTAY_CONNECT", global = true)]
+    pub(crate) connect: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum NotifyAction {
+    /// Put a rule in force, in the place of one of this name. The session is made if it does not exist.
+    Rule {
+        /// Name of the session.
+        session: String,
+        /// Name of the rule.
+        name: mainstay_client::Label,
+        /// Whom to tell: the subject of people's tokens.
+        #[arg(long, value_name = "SUBJECT")]
+        principal: mainstay_client::Subject,
+        /// Of what.
+        #[arg(long, value_enum, value_delimiter = ',', required = true)]
+        on: Vec<Trigger>,
+        /// Seconds for which it may turn out that nobody needs to be told; at most a day.
+        #[arg(long, value_name = "SECS", default_value = "0", value_parser = delay)]
+        delay: f64,
+        /// Of jobs with the same key for the same principal only the newest is kept.
+        #[arg(long, value_name = "KEY")]
+        collapse: Option<mainstay_client::Label>,
+    },
+    /// Take a rule away. Jobs that it has caused stay.
+    Unrule {
+        /// Name of the session.
+        session: String,
+        /// Name of the rule.
+        name: mainstay_client::Label,
+    },
+    /// Show the rules of a session, and the jobs that nobody has done.
+    Show {
+        /// Name of the session.
+        session: String,
+    },
+    /// Take jobs until interrupted, and deliver them.
+    #[command(after_long_help = "\
+Without --webhook a job counts as delivered once its line is written. With it each job is sent as a POST with a JSON body:
+
+  {\"key\": …, \"session\": …, \"rule\": …, \"principal\": …, \"cause\": \"request.opened\", \"seq\": …, \"time\": …, \"request\": …}
+
+and its key as header Idempotency-Key: after a crash a job may be sent once more, with the same key. An answer 2xx means delivered; 408,
+429, 5xx and no answer within 10 s are tried again after 1 to 60 s; anything else, redirections too, means failed. A job that is
+withdrawn is not tried again. Jobs in hand when this ends go to other workers.")]
+    Work {
+        /// Only of sessions whose name starts so.
+        #[arg(long, default_value = "")]
+        prefix: String,
+        /// Send each job to this address, http or https.
+        #[arg(long, value_name = "URL")]
+        webhook: Option<String>,
+        /// Value of the header Authorization that goes with it.
+        #[arg(
+            long,
+            value_name = "VALUE",
+            env = "MAINSTAY_WEBHOOK_AUTHORIZATION",
+            hide_env_values = true,
+            requires = "webhook"
+        )]
+        authorization: Option<String>,
+        /// Seconds after which a job that cannot be delivered counts as failed.
+        #[arg(long, value_name = "SECS", default_value_t = 3600.0, value_parser = seconds, requires = "webhook")]
+        give_up: f64,
+        /// Jobs in hand at once, at most 256.
+        #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
+        limit: u16,
+    },
+}
+
+/// Of what somebody is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Trigger {
+    /// An agent asks people something.
+    Request,
+    /// A run has ended.
+    RunEnd,
+    /// A run was lost.
+    RunLost,
+    /// A message is complete that is not an input.
+    Message,
+}
+
+impl core::convert::From<Trigger> for mainstay_client::Kind {
+    fn from(trigger: Trigger) -> Self {
+        match trigger {
+            Trigger::Request => Self::REQUEST_OPENED,
+            Trigger::RunEnd => Self::RUN_END,
+            Trigger::RunLost => Self::RUN_LOST,
+            Trigger::Message => Self::MESSAGE_END,
+        }
+    }
+}
+
+/// A number of seconds up to a day, or none.
+fn delay(text: &str) -> Result<f64, String> {
+    if text == "0" { Ok(0.0) } else { day(text) }
 }
 
 /// A number of seconds up to a day.

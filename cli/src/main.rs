@@ -85,6 +85,7 @@ async fn run(command: Command, output: Output) -> Result<(), Failure> {
         Command::Presence(args) => commands::presence::run(args, output).await,
         Command::Join(args) => commands::presence::join(args, output).await,
         Command::Run(args) => commands::run::run(args, output).await,
+        Command::Notify(args) => commands::notify::run(args, output).await,
         Command::Signal(args) => commands::signal::run(args, output).await,
         Command::State(args) => commands::state::run(args, output).await,
         Command::Session(args) => commands::session::run(args, output).await,

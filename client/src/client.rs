@@ -18,6 +18,7 @@ use tokio::time::Instant;
 use crate::config::{Config, ConnectFile};
 use crate::driver::{Driver, SessionCommand};
 use crate::error::ClientError;
+use crate::jobs::{self, Jobs};
 use crate::link::Link;
 use crate::session::Attaching;
 use crate::tokens::{Judged, Tokens};
@@ -71,6 +72,8 @@ pub(crate) trait Core: Send + Sync {
     fn connected(&self) -> BoxFuture<'_, Result<(), ClientError>>;
     /// One page of sessions and where the next starts.
     fn list(&self, request: List) -> BoxFuture<'_, Result<(Vec<ListedSession>, Bytes), ClientError>>;
+    /// Takes jobs.
+    fn jobs(&self, prefix: &str, limit: usize) -> Jobs;
     /// Uses another token from now on.
     fn renew(&self, token: String) -> BoxFuture<'_, Result<(), ClientError>>;
     /// The configuration.
@@ -125,6 +128,10 @@ impl<C: Connection> Core for Wired<C> {
                 }
             }
         })
+    }
+
+    fn jobs(&self, prefix: &str, limit: usize) -> Jobs {
+        jobs::start(self.status.clone(), prefix, limit)
     }
 
     fn renew(&self, token: String) -> BoxFuture<'_, Result<(), ClientError>> {
@@ -277,6 +284,12 @@ impl Client {
             }
             after = next;
         }
+    }
+
+    /// Takes jobs of notification of the sessions whose name starts with `prefix` and for which the token grants `notify`, at most
+    /// `limit` (1 to 256) at once. Must be called inside a tokio runtime.
+    pub fn jobs(&self, prefix: &str, limit: usize) -> Jobs {
+        self.core.jobs(prefix, limit)
     }
 
     /// Closes the connection; everything made from this client ends.

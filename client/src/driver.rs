@@ -12,8 +12,8 @@ use mainstay_protocol::session::{
 };
 use mainstay_protocol::wire::{
     Attach, AttachMode, Attached, Body, CloseSession, Configure, DefineStream, DeleteSession, Early, Frame, Granted,
-    Join, Label, Leave, Listen, OpenProducer, Release, Renew, Signal, Start, StartRun, Subscribe, TakeRun, Trim,
-    Unsubscribe, Update,
+    Join, Label, Leave, Listen, OpenProducer, Release, Renew, SetRule, Signal, Start, StartRun, Subscribe, TakeRun,
+    Trim, Unsubscribe, Update,
 };
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, SendStream, priority};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -49,6 +49,8 @@ pub(crate) enum Ask {
     Leave { number: u64, answer: Option<Answer<u64>> },
     /// How runs and inputs are treated.
     Configure { runs: RunMode, inputs: InputPolicy, answer: Answer<u64> },
+    /// Whom to tell of what.
+    Rule { rule: SetRule, answer: Answer<u64> },
     /// Begin a run.
     StartRun { run: RunId, lease: u64, input: Option<MessageId>, answer: Answer<Granted> },
     /// Want something of a run.
@@ -65,6 +67,7 @@ impl Ask {
             Self::Join { wanted, .. } => wanted.request.clone().into(),
             Self::Leave { .. } => Leave {}.into(),
             Self::Configure { runs, inputs, .. } => Configure { runs: *runs, inputs: *inputs }.into(),
+            Self::Rule { rule, .. } => rule.clone().into(),
             Self::StartRun { run, lease, input, .. } => StartRun { run: *run, lease: *lease, input: *input }.into(),
             Self::Signal { signal, .. } => signal.clone().into(),
         }
@@ -79,6 +82,7 @@ impl Ask {
             Self::Join { .. } => Join::KIND,
             Self::Leave { .. } => Leave::KIND,
             Self::Configure { .. } => Configure::KIND,
+            Self::Rule { .. } => SetRule::KIND,
             Self::StartRun { .. } => StartRun::KIND,
             Self::Signal { .. } => Signal::KIND,
         }
@@ -91,6 +95,7 @@ impl Ask {
             | Self::Trim { answer, .. }
             | Self::Delete { answer }
             | Self::Configure { answer, .. }
+            | Self::Rule { answer, .. }
             | Self::Signal { answer, .. } => Some(answer),
             Self::Join { answer, .. } | Self::Leave { answer, .. } => answer,
             // Granted elsewhere: here it is refused.
@@ -876,7 +881,7 @@ impl<C: Connection> Driver<C> {
                 }
             }
             Frame::Configured(configured) => {
-                if matches!(self.asks.front(), Some(Ask::Configure { .. })) {
+                if matches!(self.asks.front(), Some(Ask::Configure { .. } | Ask::Rule { .. })) {
                     self.answered(Ok(configured.seq), outbox);
                     return Ok(());
                 }

@@ -30,6 +30,7 @@ mod client;
 mod config;
 mod driver;
 mod error;
+mod jobs;
 mod link;
 mod live;
 mod membership;
@@ -44,16 +45,17 @@ mod tokens;
 pub use client::{Client, ConnectionWatch};
 pub use config::{Config, ConnectFile};
 pub use error::{AppendError, ClientError, Stored};
+pub use jobs::{Job, JobEvent, JobKey, Jobs};
 pub use live::{Folded, LiveView, Update};
 pub use mainstay_protocol::session::{
     Activity, Author, Change, Cursor, Departure, Entry, Expected, Incarnation, Input, InputPolicy, Instance, Intent,
-    Key, Kind, Member, Message, MessageAppend, MessageEnd, MessageId, MessageReplace, MessageStart, OpenRequest,
-    Payload, PendingSignal, PresenceJoined, PresenceLeft, PresenceUpdated, Record, RequestExpired, RequestId,
-    RequestOpened, RequestOutcome, RequestWithdrawn, Resolution, RunConsumed, RunEnd, RunId, RunLost, RunMode,
-    RunStart, SessionConfigured, SessionName, Signal, SignalExpired, SignalId, SignalOutcome, SignalResolved,
-    StateChange, StateDeleted, StateExpired, StatePut, Status, Target, Verdict, View,
+    JobOutcome, Key, Kind, Member, Message, MessageAppend, MessageEnd, MessageId, MessageReplace, MessageStart,
+    NotifyRule, OpenRequest, Payload, PendingSignal, PresenceJoined, PresenceLeft, PresenceUpdated, Record,
+    RequestExpired, RequestId, RequestOpened, RequestOutcome, RequestWithdrawn, Resolution, RunConsumed, RunEnd, RunId,
+    RunLost, RunMode, RunStart, SessionConfigured, SessionName, Signal, SignalExpired, SignalId, SignalOutcome,
+    SignalResolved, StateChange, StateDeleted, StateExpired, StatePut, Status, Target, Triggers, Verdict, View,
 };
-pub use mainstay_protocol::wire::{Detail, Label, ListedSession, Start};
+pub use mainstay_protocol::wire::{Detail, Label, ListedSession, Start, Subject};
 pub use mainstay_protocol::{Advice, Code};
 pub use membership::{Doing, Membership};
 pub use message::MessageWriter;

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use mainstay_protocol::registry::STREAM_MAIN;
 use mainstay_protocol::session::{
-    Cursor, Incarnation, InputPolicy, Intent, MessageId, Payload, Record, RunId, RunMode, SessionName, Verdict,
-    ViewHash,
+    Cursor, Incarnation, InputPolicy, Intent, MessageId, NotifyRule, Payload, Record, RunId, RunMode, SessionName,
+    Verdict, ViewHash,
 };
-use mainstay_protocol::wire::{AttachMode, Attached, Label, MAX_VARINT, Start};
+use mainstay_protocol::wire::{AttachMode, Attached, Label, MAX_VARINT, SetRule, Start};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::client::Client;
@@ -240,6 +240,16 @@ impl Session {
     /// Says how the session treats runs and inputs from now on. Returns the seq of the record that says so. Errors: `Refused`.
     pub async fn configure(&self, runs: RunMode, inputs: InputPolicy) -> Result<u64, ClientError> {
         self.ask(|answer| Ask::Configure { runs, inputs, answer }).await
+    }
+
+    /// Puts a rule in force that says whom to tell of what while nobody of them is here, in the place of one of the same name; a rule
+    /// without triggers is taken away. Returns the seq from which on it counts. Needs `manage`.
+    ///
+    /// Errors: `Refused` with `FORBIDDEN`, `LIMIT_EXCEEDED`, `SESSION_CLOSED`.
+    pub async fn set_rule(&self, rule: NotifyRule) -> Result<u64, ClientError> {
+        let NotifyRule { name, principal, triggers, delay, collapse } = rule;
+        let rule = SetRule { name, principal, triggers, delay, collapse };
+        self.ask(|answer| Ask::Rule { rule, answer }).await
     }
 
     /// Begins a run that this client holds, under a lease of 1 s to 10 min, caused by `input`.

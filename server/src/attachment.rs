@@ -282,6 +282,7 @@ async fn read<C: Connection>(
             }
             Frame::Leave(_) => Command::Leave { attachment: attachment.clone() },
             Frame::Configure(request) => Command::Configure { attachment: attachment.clone(), request },
+            Frame::SetRule(request) => Command::SetRule { attachment: attachment.clone(), request: Box::new(request) },
             Frame::StartRun(request) => {
                 Command::StartRun { attachment: attachment.clone(), request: Box::new(request) }
             }

@@ -26,7 +26,7 @@ use crate::sessions::Session;
 use crate::subscription::SubscriptionCredit;
 use crate::{
     attachment::{self, Attachment},
-    requests,
+    jobs, requests,
 };
 
 /// Who is at the other end.
@@ -116,6 +116,14 @@ impl Conn {
                 Operation::Notify => "the token does not grant `notify` on this session",
             };
             Err(Refusal::new(Code::FORBIDDEN, detail))
+        })
+    }
+
+    /// The author, if the token in force allows `notify` on some session. Refusals: those of [`Conn::allow`].
+    pub(crate) fn worker(&self) -> Result<Arc<Author>, Refusal> {
+        self.with_identity(|author, grants| match grants.allow_somewhere(Operation::Notify) {
+            true => Ok(author.clone()),
+            false => Err(Refusal::new(Code::FORBIDDEN, "the token does not grant `notify` on any session")),
         })
     }
 
@@ -528,6 +536,14 @@ async fn bidirectional<C: Connection>(transport: C, conn: Arc<Conn>, mut send: C
             Ok(_attached) => {
                 allow_streams(&conn, &transport);
                 return attachment::run(transport, conn, request, send, frames).await;
+            }
+            Err(refusal) => ProtocolError::new(refusal.code, refusal.detail),
+        },
+        Ok(Some(Frame::Pull(request))) => match conn.attached() {
+            // Counted among the attachments: both stay open.
+            Ok(_attached) => {
+                allow_streams(&conn, &transport);
+                return Box::pin(jobs::pull(&conn, request, send, frames)).await;
             }
             Err(refusal) => ProtocolError::new(refusal.code, refusal.detail),
         },

@@ -16,6 +16,7 @@ mod attachment;
 pub mod auth;
 mod config;
 mod connection;
+mod jobs;
 mod owner;
 mod producer;
 mod requests;

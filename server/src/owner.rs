@@ -12,19 +12,21 @@ use mainstay_protocol::error::Code;
 use mainstay_protocol::registry::{MAX_POSITIONS, STREAM_MAIN};
 use mainstay_protocol::session::Committed as Durable;
 use mainstay_protocol::session::{
-    Activity, Author, Authority, CheckedBatch, Chunk, EarlyRecord, InputPolicy, Leases, Outcome, PresenceJoined,
-    PresenceUpdated, ProducerKey, Refusal, Reply, RunId, SessionConfigured, State, Step, View, ViewHash,
+    AT_ONCE, Activity, Author, Authority, CheckedBatch, Chunk, EarlyRecord, InputPolicy, Job, JobOutcome, Leases,
+    NotifyRule, Outcome, PresenceJoined, PresenceUpdated, ProducerKey, Refusal, Reply, RunId, SessionConfigured, State,
+    Step, View, ViewHash,
 };
 use mainstay_protocol::wire::{
     Ack, Acked, Body, CloseSession, Closed, Configure, Configured, DefineStream, DeleteSession, Deleted, Detail, Early,
     Error, Granted, Join, Joined, Label, Leave, Left, OpenProducer, Position, Producer, Refused, Release, Renew,
-    Signal, Signalled, StartRun, Stream, Subject, TakeRun, Trim, Trimmed, Update, put_frame,
+    SetRule, Signal, Signalled, StartRun, Stream, Subject, TakeRun, Trim, Trimmed, Update, put_frame,
 };
 use mainstay_store::{Committing, Outcome as Committed, Pending, SessionStat, StoreError, Writer};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::{Duration, Instant, Sleep};
 
 use crate::attachment::Attachment;
+use crate::jobs::Worker;
 use crate::producer::ProducerLink;
 use crate::sessions::{Session, Sessions, refusal};
 
@@ -77,6 +79,12 @@ pub(crate) enum Command {
     Signal { attachment: Arc<Attachment>, request: Box<Signal> },
     /// LISTEN.
     Listen { attachment: Arc<Attachment>, from: u64 },
+    /// SET_RULE.
+    SetRule { attachment: Arc<Attachment>, request: Box<SetRule> },
+    /// A worker takes some jobs.
+    Jobs { worker: Arc<Worker>, most: usize, answer: oneshot::Sender<Vec<Job>> },
+    /// It is done with one.
+    JobDone { author: Arc<Author>, job: u64, rule: Label, outcome: JobOutcome, detail: Detail },
     /// The client closed this connection.
     Departed { conn: u64 },
     /// DELETE_SESSION.
@@ -197,6 +205,9 @@ pub(crate) struct Owner {
     run_holders: HashMap<u64, Holder>,
     /// What follows from the durable view was not stored, and is tried again.
     owes: bool,
+    /// Who has which job in hand, and what of the jobs they know.
+    in_hand: HashMap<(u64, Label), Weak<Worker>>,
+    seen_jobs: Option<u64>,
     /// Who hears signals early.
     listeners: Vec<Arc<Attachment>>,
     /// Where the clock of the leases begins.
@@ -262,6 +273,8 @@ impl Owner {
             runs: Leases::default(),
             run_holders: HashMap::new(),
             owes: false,
+            in_hand: HashMap::new(),
+            seen_jobs: None,
             listeners: Vec::new(),
             begun: Instant::now(),
             stopping: false,
@@ -293,6 +306,7 @@ impl Owner {
         let idle = self.sessions.config.idle;
         // Whoever was here before this server has its grace to come back.
         self.hold_leases();
+        self.offer_jobs();
         self.interrupt_for_inputs().await;
         let mut commands = Vec::new();
         let mut last_use = Instant::now();
@@ -338,8 +352,7 @@ impl Owner {
                     last_use = Instant::now();
                     self.view = None;
                     // Members are here or lost, and somebody has to say which. Before it leaves: from then on it may expire.
-                    if self.leases.is_empty()
-                        && self.runs.is_empty()
+                    if !self.is_needed()
                         && self.sessions.is_unused(&self.session)
                         && self.postpone_expiry().await
                         && self.tell_wake().await
@@ -361,8 +374,15 @@ impl Owner {
             extent.gone.get_or_insert(Code::GOING_AWAY);
             first
         });
+        self.sessions.offers.remove(&self.session.id.name);
+        // Whoever serves it next gives what is left again.
+        for ((job, rule), worker) in self.in_hand.drain() {
+            if let Some(worker) = worker.upgrade() {
+                let _ = worker.withdrawn.send((self.session.id.incarnation, job, rule));
+            }
+        }
         self.sessions.leave(&self.session);
-        if !self.leases.is_empty() || !self.runs.is_empty() {
+        if self.is_needed() {
             self.sessions.forsaken.store(true, std::sync::atomic::Ordering::Relaxed);
         }
         match core::mem::replace(&mut self.upkeep, Upkeep::None) {
@@ -380,6 +400,12 @@ impl Owner {
             }
             self.sessions.store.close_writer(writer);
         }
+    }
+
+    /// True if the session must be in memory whoever uses it.
+    fn is_needed(&self) -> bool {
+        let always = self.state().and_then(State::wake) == Some(AT_ONCE);
+        always || !self.leases.is_empty() || !self.runs.is_empty()
     }
 
     /// Lets the time until the session expires begin now. False if that is not stored.
@@ -598,6 +624,7 @@ impl Owner {
             });
         }
         self.hold_leases();
+        self.offer_jobs();
         self.view = None;
         self.tell(&early);
         self.answer(replies);
@@ -636,6 +663,54 @@ impl Owner {
             let active = |epoch: &u64| view.runs().active().any(|run| run.epoch == *epoch);
             self.run_holders.retain(|epoch, _| *epoch >= view.next() || active(epoch));
         }
+    }
+
+    /// Lets workers know of jobs that came, and of those in hand that went.
+    fn offer_jobs(&mut self) {
+        let view = match &self.role {
+            Some(Role::Reader(state)) => state.view(),
+            Some(Role::Writer { authority, .. }) => authority.state().view(),
+            None => return,
+        };
+        let notes = view.notes();
+        if self.seen_jobs == Some(notes.changes()) {
+            return;
+        }
+        self.seen_jobs = Some(notes.changes());
+        let incarnation = self.session.id.incarnation;
+        self.in_hand.retain(|(job, rule), worker| {
+            let wanted = notes.job(*job, rule).is_some();
+            if let Some(worker) = worker.upgrade().filter(|_| !wanted) {
+                // A worker that is about to end does not hear it.
+                let _ = worker.withdrawn.send((incarnation, *job, rule.clone()));
+            }
+            wanted
+        });
+        let free = |job: &Job| job.emitted && !self.in_hand.contains_key(&(job.id, job.rule.clone()));
+        match notes.has_emitted() {
+            true => self.sessions.offers.set(&self.session.id.name, notes.jobs().iter().any(free)),
+            false => self.sessions.offers.remove(&self.session.id.name),
+        }
+    }
+
+    /// Gives a worker jobs that nobody has in hand.
+    fn give_jobs(&mut self, worker: &Arc<Worker>, most: usize) -> Vec<Job> {
+        self.in_hand.retain(|_, worker| worker.strong_count() > 0);
+        let in_hand = &self.in_hand;
+        let free = |job: &&Job| !in_hand.contains_key(&(job.id, job.rule.clone()));
+        let jobs: Vec<Job> = match &self.role {
+            Some(Role::Reader(state)) => {
+                let jobs = state.view().notes().jobs().iter().filter(|job| job.emitted);
+                jobs.filter(free).take(most).cloned().collect()
+            }
+            Some(Role::Writer { authority, .. }) => authority.offered_jobs().filter(free).take(most).cloned().collect(),
+            None => Vec::new(),
+        };
+        self.in_hand.extend(jobs.iter().map(|job| ((job.id, job.rule.clone()), Arc::downgrade(worker))));
+        if jobs.len() < most && self.state().is_some_and(|state| state.view().notes().has_emitted()) {
+            self.sessions.offers.set(&self.session.id.name, false);
+        }
+        jobs
     }
 
     /// What a server that died between an input and its interrupt did not say.
@@ -949,6 +1024,31 @@ impl Owner {
                     authority.signal(now, &author, (id, intent, target), (lasts, text), ticket)
                 })
                 .await;
+            }
+            Command::SetRule { attachment, request } => {
+                let author = attachment.author.clone();
+                let SetRule { name, principal, triggers, delay, collapse } = *request;
+                let rule = NotifyRule { name, principal, triggers, delay, collapse };
+                self.request(attachment, SetRule::KIND, 0, |authority, ticket| {
+                    authority.set_rule(now, &author, rule, ticket)
+                })
+                .await;
+            }
+            Command::Jobs { worker, most, answer } => {
+                let jobs = self.give_jobs(&worker, most);
+                if let Err(jobs) = answer.send(jobs) {
+                    jobs.into_iter().for_each(|job| drop(self.in_hand.remove(&(job.id, job.rule))));
+                }
+            }
+            Command::JobDone { author, job, rule, outcome, detail } => {
+                let key = (job, rule);
+                self.in_hand.remove(&key);
+                match self.authority().await {
+                    Ok(authority) => authority.finish_job(now, &author, key, (outcome, detail)),
+                    Err(refusal) => {
+                        tracing::debug!(session = %self.session.id, code = %refusal.code, "a job is given again");
+                    }
+                }
             }
             Command::Listen { attachment, from } => self.listen(attachment, from),
             Command::Departed { conn } => self.departed(conn),

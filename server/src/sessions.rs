@@ -6,13 +6,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use mainstay_protocol::error::Code;
-use mainstay_protocol::session::{Incarnation, Refusal, SessionName, State, Streams};
+use mainstay_protocol::session::{FOR_WORKERS, Incarnation, Refusal, SessionName, State, Streams};
 use mainstay_store::{Created, ReadFrom, SessionId, SessionStat, Store, StoreError};
 use rand::RngCore;
 use tokio::sync::{OnceCell, mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::config::Config;
+use crate::jobs::Offers;
 use crate::owner::{Command, Owner};
 use crate::ring::Ring;
 
@@ -110,8 +111,10 @@ pub(crate) struct Sessions {
     owners: Mutex<JoinSet<()>>,
     /// Nothing is loaded any more. Set under the lock of `hot`.
     stopping: AtomicBool,
-    /// A session with members or runs is served by nobody, for a reason that may pass.
+    /// A session that must always be served is served by nobody, for a reason that may pass.
     pub(crate) forsaken: AtomicBool,
+    /// Which of them have jobs for workers.
+    pub(crate) offers: Offers,
     /// Woken when a session left memory.
     pub(crate) left: tokio::sync::Notify,
 }
@@ -129,6 +132,7 @@ impl Sessions {
             owners: Mutex::default(),
             stopping,
             forsaken,
+            offers: Offers::default(),
             left,
         }
     }
@@ -264,6 +268,11 @@ impl Sessions {
         Ok(state)
     }
 
+    /// True if the session is in memory, or being loaded.
+    pub(crate) fn is_hot(&self, name: &SessionName) -> bool {
+        self.lock().contains_key(name)
+    }
+
     /// True if nobody uses it now.
     pub(crate) fn is_unused(&self, session: &Session) -> bool {
         session.users.load(Ordering::Relaxed) == 0
@@ -292,8 +301,8 @@ impl Sessions {
         self.left.notify_waiters();
     }
 
-    /// Loads the sessions that have something to write by themselves, so that they do: those with members or runs when the server starts,
-    /// and each when its next deadline comes (spec STATE-6, PRES-4, RUN-4). Never returns.
+    /// Loads the sessions that have something to write by themselves, so that they do: those that must always be served when the server
+    /// starts, and each when its next deadline comes (spec STATE-6, PRES-4, RUN-4, NOTE-4). Never returns.
     pub(crate) async fn wake(self: &Arc<Self>) {
         // What is held by a lease is served from then on for as long as it is, and need not be looked for again.
         let mut leased = true;
@@ -308,7 +317,8 @@ impl Sessions {
     /// True if it must be tried again before long.
     async fn wake_some(self: &Arc<Self>, leased: bool) -> bool {
         let now = (self.clock)();
-        let mut after = (!leased).then_some((0, Incarnation([0xff; 16])));
+        // What only workers want is loaded for them. At first everything is: what is written with a commit may be too early.
+        let mut after = (!leased).then_some((FOR_WORKERS, Incarnation([0xff; 16])));
         let mut again = false;
         loop {
             let waking = match self.store.waking(now, after, EXPIRY_STEP).await {

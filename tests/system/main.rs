@@ -10,6 +10,7 @@ mod disk;
 mod hostile;
 mod lifetime;
 mod network;
+mod notify;
 mod presence;
 mod runs;
 mod simulated;

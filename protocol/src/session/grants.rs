@@ -129,6 +129,11 @@ impl Grants {
     pub fn allow(&self, operation: Operation, session: &str) -> bool {
         self.0.iter().any(|grant| grant.operations.contains(operation) && grant.covers(session))
     }
+
+    /// True if some grant allows `operation` on some session.
+    pub fn allow_somewhere(&self, operation: Operation) -> bool {
+        self.0.iter().any(|grant| grant.operations.contains(operation))
+    }
 }
 
 #[cfg(test)]

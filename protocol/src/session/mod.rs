@@ -41,9 +41,9 @@ pub use progress::Progress;
 pub use record::{CheckedBatch, Record, Records};
 pub use state::{Damage, State, Streams};
 pub use view::{
-    Entries, Entry, FinishedRun, IndexedMessage, Input, Job, Member, Members, Message, Messages, Notes, OpenRequest,
-    PendingSignal, RequestOutcome, ResolvedRequest, ResolvedSignal, Run, Runs, SignalOutcome, Signals, StreamView,
-    View,
+    AT_ONCE, Entries, Entry, FOR_WORKERS, FinishedRun, IndexedMessage, Input, Job, Member, Members, Message, Messages,
+    Notes, OpenRequest, PendingSignal, RequestOutcome, ResolvedRequest, ResolvedSignal, Run, Runs, SignalOutcome,
+    Signals, StreamView, View,
 };
 pub use words::{
     Author, Cursor, Incarnation, Instance, Key, MessageId, RequestId, RunId, SessionName, SignalId, Verdict, ViewHash,

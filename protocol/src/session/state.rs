@@ -189,8 +189,9 @@ impl State {
         self.view.deadline()
     }
 
-    /// When a server that is not serving the session must, in milliseconds since the Unix epoch; 0 for at once: its members and runs
-    /// have until their leases are over to be heard of, from when it is loaded.
+    /// When a server that is not serving the session must, in milliseconds since the Unix epoch. [`AT_ONCE`](super::AT_ONCE) for one
+    /// that must always be served: its members and runs have until their leases are over to be heard of, from when it is loaded.
+    /// [`FOR_WORKERS`](super::FOR_WORKERS) for one with nothing to do but to give jobs to workers.
     pub fn wake(&self) -> Option<u64> {
         self.view.wake()
     }

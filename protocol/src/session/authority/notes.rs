@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::{Authority, Outcome};
 use crate::registry::STREAM_MAIN;
 use crate::session::kinds::{JobOutcome, NotifyDone, NotifyEmitted, NotifyRule, Payload};
+use crate::session::view::Job;
 use crate::session::words::Author;
 use crate::wire::{Detail, Label};
 
@@ -12,6 +13,12 @@ impl<T> Authority<T> {
     /// Puts a rule in force, or takes it away (spec NOTE-1). Refusals: `LIMIT_EXCEEDED`, `SESSION_CLOSED`, `UNAVAILABLE`.
     pub fn set_rule(&mut self, now: u64, author: &Arc<Author>, rule: NotifyRule, ticket: T) -> (Outcome, Option<T>) {
         self.ask(now, author, rule.record(STREAM_MAIN), ticket)
+    }
+
+    /// The jobs that are for workers to take, and about which nothing was said (spec NOTE-5).
+    pub fn offered_jobs(&self) -> impl Iterator<Item = &Job> {
+        let emitted = self.state.view().notes().jobs().iter().filter(|job| job.emitted);
+        emitted.filter(|job| !self.overlay.changes_job(&(job.id, job.rule.clone())))
     }
 
     /// A worker did what it could about a job (spec NOTE-5). Does nothing about one that is not there any more, or if it cannot be

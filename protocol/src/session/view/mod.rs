@@ -58,10 +58,10 @@ impl Form {
     }
 }
 
-/// The moment of what cannot wait.
-pub(super) const AT_ONCE: u64 = 0;
-/// The moment of what waits for workers.
-pub(super) const FOR_WORKERS: u64 = 1;
+/// The moment at which a session must be served that may never be out of memory (see [`super::State::wake`]).
+pub const AT_ONCE: u64 = 0;
+/// The moment of a session that must be served when a worker asks for jobs, and has nothing else to do.
+pub const FOR_WORKERS: u64 = 1;
 
 /// The current picture of a session: `fold(records below next)`. Bounded: it grows with what the session holds now, within
 /// the registry's limits, never with the number of records.
@@ -139,12 +139,14 @@ impl View {
     }
 
     /// When a server that is not serving the session must, in milliseconds since the Unix epoch: at once while somebody or something is
-    /// held by a lease (spec PRES-4, RUN-4), when a worker asks while it has jobs, else when something expires.
+    /// held by a lease (spec PRES-4, RUN-4), when a worker asks while it has jobs (spec NOTE-5), else when something expires. One with
+    /// jobs and something that expires has no one moment for both, and stays.
     pub(super) fn wake(&self) -> Option<u64> {
         let leased = !self.members.is_empty() || self.runs.active().any(|run| run.lease > 0);
-        match leased {
-            true => Some(AT_ONCE),
-            false => self.deadline().into_iter().chain(self.notes.has_emitted().then_some(FOR_WORKERS)).min(),
+        match (leased, self.notes.has_emitted(), self.deadline()) {
+            (true, _, _) | (false, true, Some(_)) => Some(AT_ONCE),
+            (false, true, None) => Some(FOR_WORKERS),
+            (false, false, deadline) => deadline,
         }
     }
 

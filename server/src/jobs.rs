@@ -1,0 +1,289 @@
+//! Jobs of notification, from the sessions that have some to the workers that take them (spec NOTE-5).
+
+use core::ops::Bound;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::registry::MAX_PULLED;
+use mainstay_protocol::session::{Author, FOR_WORKERS, Incarnation, Operation, Refusal, SessionName};
+use mainstay_protocol::wire::{Body, Detail, Done, Error, Frame, Job, Label, Pull, Withdrawn};
+use mainstay_transport::{FrameError, FrameReader, Outbox, RecvStream, SendStream};
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+
+use crate::attachment::ask;
+use crate::connection::Conn;
+use crate::owner::Command;
+use crate::sessions::{SessionUse, refusal};
+
+/// The sessions in memory that have jobs for workers.
+#[derive(Debug)]
+pub(crate) struct Offers {
+    /// True for those with jobs that nobody has in hand, as far as is known.
+    by_name: Mutex<BTreeMap<Vec<u8>, (SessionName, bool)>>,
+    /// Changed when there may be something to take that there was not.
+    more: watch::Sender<()>,
+}
+
+impl Default for Offers {
+    fn default() -> Self {
+        Self { by_name: Mutex::default(), more: watch::channel(()).0 }
+    }
+}
+
+impl Offers {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<Vec<u8>, (SessionName, bool)>> {
+        self.by_name.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A session has jobs, some of which are free or not.
+    pub(crate) fn set(&self, name: &SessionName, free: bool) {
+        self.lock().insert(name.as_str().into(), (name.clone(), free));
+        if free {
+            self.more.send_replace(());
+        }
+    }
+
+    /// A session has no jobs, or is not in memory any more.
+    pub(crate) fn remove(&self, name: &SessionName) {
+        self.lock().remove(name.as_str().as_bytes());
+    }
+
+    /// The next session by name behind `after` that starts with `prefix`; one with free jobs, or `any`.
+    fn next(&self, prefix: &[u8], after: &[u8], any: bool) -> Option<SessionName> {
+        let from = match after >= prefix {
+            true => Bound::Excluded(after),
+            false => Bound::Included(prefix),
+        };
+        let by_name = self.lock();
+        let names = by_name.range::<[u8], _>((from, Bound::Unbounded)).take_while(|(name, _)| name.starts_with(prefix));
+        names.map(|(_, of)| of).find(|(_, free)| *free || any).map(|(name, _)| name.clone())
+    }
+}
+
+/// A job, as the worker that has it in hand knows it: session, seq of its cause, and rule.
+pub(crate) type Key = (Incarnation, u64, Label);
+
+/// One worker, as the owners of sessions know it. Once it is dropped, what it had in hand is for others.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    pub(crate) author: Arc<Author>,
+    /// Jobs that nobody needs to be told of any more. Bounded by what is in hand: of each job it is told once.
+    pub(crate) withdrawn: mpsc::UnboundedSender<Key>,
+}
+
+/// Sessions out of memory that are looked at in one step.
+const STEP: usize = 64;
+
+/// Serves a stream that began with PULL until either side ends it.
+pub(crate) async fn pull<S: SendStream, R: RecvStream>(
+    conn: &Conn,
+    request: Pull,
+    mut send: S,
+    mut frames: FrameReader<R>,
+) {
+    let outbox = Outbox::default();
+    let working = async {
+        let ended = work(conn, request, &outbox, &mut frames).await;
+        if let Err(error) = &ended {
+            let Refusal { code, value, detail } = *error;
+            outbox.push(Error { about: Pull::KIND, id: 0, code, value, detail: Detail::new(detail) });
+        }
+        outbox.close();
+        ended.err().map_or(Code::NO_ERROR, |refusal| refusal.code)
+    };
+    let mut code = Code::NO_ERROR;
+    let served = async {
+        code = working.await;
+        core::future::pending().await
+    };
+    tokio::select! {
+        // To the end, also after the work has ended.
+        () = outbox.write_to(&mut send) => {}
+        () = served => {}
+    }
+    frames.stop(code.0);
+}
+
+/// The jobs that a worker has in hand.
+struct Hands<'a> {
+    conn: &'a Conn,
+    outbox: &'a Outbox,
+    worker: Arc<Worker>,
+    prefix: Vec<u8>,
+    limit: usize,
+    next: u64,
+    held: HashMap<u64, (SessionUse, Key)>,
+    /// The session that was asked last: all get their turn.
+    after: Vec<u8>,
+    /// The same for those out of memory.
+    cold: Option<(u64, Incarnation)>,
+}
+
+async fn work<R: RecvStream>(
+    conn: &Conn,
+    request: Pull,
+    outbox: &Outbox,
+    frames: &mut FrameReader<R>,
+) -> Result<(), Refusal> {
+    let author = conn.worker()?;
+    let (withdraw, mut withdrawn) = mpsc::unbounded_channel();
+    let limit = usize::try_from(request.limit).unwrap_or(MAX_PULLED).clamp(1, MAX_PULLED);
+    let mut hands = Hands {
+        conn,
+        outbox,
+        worker: Arc::new(Worker { author, withdrawn: withdraw }),
+        prefix: request.prefix.to_vec(),
+        limit,
+        next: 0,
+        held: HashMap::new(),
+        after: Vec::new(),
+        cold: None,
+    };
+    let sessions = conn.server.sessions();
+    let mut more = sessions.offers.more.subscribe();
+    let mut goaway = conn.server.goaway();
+    let pause = sessions.config.due_pause;
+    let mut look = Instant::now();
+    loop {
+        conn.worker()?;
+        let all = look <= Instant::now();
+        more.mark_unchanged();
+        // From time to time also what became free without a word: its worker left, or what it said could not be written.
+        hands.fill(all).await;
+        if all {
+            look = Instant::now() + pause;
+            hands.warm().await;
+        }
+        tokio::select! {
+            frame = frames.next() => match frame {
+                Ok(Some(Frame::Done(done))) => hands.done(done).await?,
+                Ok(Some(_)) => return Err(violation(ProtocolError::new(Code::FRAME_UNEXPECTED, "not an answer to JOB"))),
+                Ok(None) | Err(FrameError::Lost(_)) => return Ok(()),
+                Err(FrameError::Violation(error)) => return Err(violation(error)),
+            },
+            // The sender lives in `hands`.
+            Some(key) = withdrawn.recv() => hands.withdraw(&key),
+            // The sender lives in the sessions.
+            Ok(()) = more.changed(), if hands.room() > 0 => {}
+            () = tokio::time::sleep_until(look) => {}
+            () = async { drop(goaway.wait_for(Option::is_some).await) } => {
+                return Err(Refusal::new(Code::GOING_AWAY, "the server stops"));
+            }
+        }
+    }
+}
+
+fn violation(error: ProtocolError) -> Refusal {
+    Refusal::new(error.code, error.detail)
+}
+
+impl Hands<'_> {
+    fn room(&self) -> usize {
+        self.limit - self.held.len()
+    }
+
+    /// Takes what there is in sessions in memory.
+    async fn fill(&mut self, any: bool) {
+        let first = self.after.clone();
+        let mut wrapped = false;
+        while self.room() > 0 {
+            match self.conn.server.sessions().offers.next(&self.prefix, &self.after, any) {
+                Some(name) if wrapped && name.as_str().as_bytes() > first.as_slice() => return,
+                Some(name) => {
+                    self.after = name.as_str().into();
+                    self.take(&name).await;
+                }
+                None if wrapped => return,
+                None => {
+                    wrapped = true;
+                    self.after.clear();
+                }
+            }
+        }
+    }
+
+    /// Loads some of the sessions that have jobs and are not in memory.
+    async fn warm(&mut self) {
+        if self.room() == 0 {
+            return;
+        }
+        // Those with members or runs come before and are in memory.
+        let after = self.cold.take().or(Some((FOR_WORKERS - 1, Incarnation([0xff; 16]))));
+        let waking = match self.conn.server.sessions().store.waking(FOR_WORKERS, after, STEP).await {
+            Ok(waking) => waking,
+            Err(error) => {
+                tracing::debug!(code = %refusal(&error).code, "cannot look for jobs now");
+                return;
+            }
+        };
+        self.cold = waking.last().filter(|_| waking.len() == STEP).map(|last| (FOR_WORKERS, last.session.incarnation));
+        for stat in waking {
+            let name = stat.session.name;
+            let wanted = name.as_str().as_bytes().starts_with(&self.prefix);
+            // Those in memory are known, and are not kept there by being asked.
+            if wanted && self.room() > 0 && !self.conn.server.sessions().is_hot(&name) {
+                self.take(&name).await;
+            }
+        }
+    }
+
+    /// Takes what a session has, as far as there is room.
+    async fn take(&mut self, name: &SessionName) {
+        if self.conn.allow(Operation::Notify, name).is_err() {
+            return;
+        }
+        let session = match self.conn.server.sessions().get(name, None).await {
+            Ok((session, _)) => session,
+            Err(refusal) => {
+                tracing::debug!(session = %name, code = %refusal.code, "cannot be asked for jobs now");
+                return;
+            }
+        };
+        let (worker, most) = (self.worker.clone(), self.room());
+        // An owner that ends has told everybody.
+        let Ok(jobs) = ask(&session, |answer| Command::Jobs { worker, most, answer }).await else { return };
+        for job in jobs {
+            let number = self.next;
+            self.next += 1;
+            let incarnation = session.id.incarnation;
+            self.held.insert(number, (session.clone(), (incarnation, job.id, job.rule.clone())));
+            self.outbox.push(Job {
+                number,
+                session: session.id.name.clone(),
+                incarnation,
+                job: job.id,
+                rule: job.rule,
+                principal: job.principal,
+                cause: job.cause.0,
+                time: job.time,
+                request: job.request,
+            });
+        }
+    }
+
+    /// A job is done. Refusals: `FORBIDDEN`, a violation.
+    async fn done(&mut self, Done { number, outcome, detail }: Done) -> Result<(), Refusal> {
+        let Some((session, (_, job, rule))) = self.held.remove(&number) else {
+            return match number < self.next {
+                // It was withdrawn meanwhile.
+                true => Ok(()),
+                false => Err(Refusal::new(Code::FRAME_MALFORMED, "no job has this number")),
+            };
+        };
+        self.conn.allow(Operation::Notify, &session.id.name)?;
+        let author = self.worker.author.clone();
+        // An owner that has ended offers it again.
+        let _ = session.commands.send(Command::JobDone { author, job, rule, outcome, detail }).await;
+        Ok(())
+    }
+
+    fn withdraw(&mut self, key: &Key) {
+        let number = self.held.iter().find(|(_, (_, held))| held == key).map(|(number, _)| *number);
+        if let Some(number) = number {
+            self.held.remove(&number);
+            self.outbox.push(Withdrawn { number });
+        }
+    }
+}
