@@ -23,7 +23,7 @@
 //!    delete the name is free; the old incarnation never comes back.
 //! 9. **Trim.** Whole chunks below a position may be removed. Until then they may still be read.
 //! 10. **Wake.** With each chunk the writer says when the session has something to write by itself. The store remembers the last that
-//!    it was told, with the chunk or by [`Store::set_wake`], and finds those that are due; it does nothing about them.
+//!     it was told, with the chunk or by [`Store::set_wake`], and finds those that are due; it does nothing about them.
 //!
 //! Snapshots are a help, not a truth: losing one costs time, unless the chunks before it were trimmed, which is why a
 //! trim needs one.

@@ -7,10 +7,10 @@ use bytes::Bytes;
 use mainstay_client::{Client, Config as ClientConfig};
 use mainstay_protocol::Code;
 use mainstay_protocol::registry::{ALPN, MAX_FRAME, PRODUCER_WINDOW};
-use mainstay_protocol::session::{Instance, Operation, Record};
+use mainstay_protocol::session::{Instance, JobOutcome, Operation, Record};
 use mainstay_protocol::wire::{
-    Append, Attach, AttachMode, Credit, DeleteSession, Frame, Hello, OpenProducer, Ping, Produce, Start, Subscribe,
-    Writer, put_grease,
+    Append, Attach, AttachMode, Credit, DeleteSession, Detail, Done, Frame, Hello, OpenProducer, Ping, Produce, Pull,
+    Start, Subscribe, Writer, put_grease,
 };
 use mainstay_server::Config;
 use mainstay_store::MemoryStore;
@@ -167,6 +167,12 @@ async fn violations_on_another_stream_end_that_stream_and_nothing_else() {
         assert_eq!(error(&mut frames).await, expected, "{what}");
         still_serves(&honest, round as u64).await;
     }
+    // A worker that is done with what it was not given.
+    let pull = Pull { prefix: Bytes::new(), limit: 1 };
+    let (mut send, mut frames) = raw.open(&Frame::from(pull).to_bytes()).await;
+    let done = Done { number: 0, outcome: JobOutcome::Delivered, detail: Detail::new("") };
+    send.write(&mut [Frame::from(done).to_bytes()]).await.expect("write");
+    assert_eq!(error(&mut frames).await, Code::FRAME_MALFORMED);
     // A stream that ends inside a frame.
     let (mut send, mut frames) = raw.open(&attach("s")[..4]).await;
     send.finish();

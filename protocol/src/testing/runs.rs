@@ -182,7 +182,7 @@ const IDS: u8 = 12;
 const MESSAGES: u8 = 48;
 
 fn some(number: u8, choice: u8) -> Option<u8> {
-    (choice % 3 > 0).then_some(number % IDS.min(RUNS))
+    (!choice.is_multiple_of(3)).then_some(number % IDS.min(RUNS))
 }
 
 impl Deed {
@@ -507,8 +507,8 @@ impl World {
             }
             Deed::RunEnd { run, status: number } => {
                 self.must_hold(held, run)?;
-                self.finish_run(seq, run, status(number));
                 self.happened(seq, time, Kind::RUN_END, None);
+                self.finish_run(seq, run, status(number));
             }
             Deed::Consume { run, before } => {
                 let through = seq.saturating_sub(u64::from(before));
@@ -620,6 +620,7 @@ impl World {
                 }
             }
             Accepted::Lose(run, time) => {
+                self.happened(seq, time, Kind::RUN_LOST, None);
                 if let Some(of) = self.runs.get_mut(&run) {
                     of.lost = Some(seq);
                 }
@@ -628,7 +629,6 @@ impl World {
                         message.status = Status::Interrupted;
                     }
                 }
-                self.happened(seq, time, Kind::RUN_LOST, None);
                 let lost = self.runs.iter().filter(|(_, run)| run.lost.is_some() && run.over.is_none());
                 if lost.clone().count() > KEPT_LOST_RUNS
                     && let Some(oldest) = lost.min_by_key(|(_, run)| run.lost).map(|(id, _)| *id)
@@ -1242,7 +1242,7 @@ impl History {
                 let waits = |(_, seq, run): &&(u8, u64, Option<u8>)| {
                     *seq >= of.consumed && run.is_none_or(|run| run == id) && *seq > of.start && *seq >= of.interrupted
                 };
-                let Some((message, seq, _)) = self.durable.inputs.iter().filter(waits).last() else { continue };
+                let Some((message, seq, _)) = self.durable.inputs.iter().rfind(waits) else { continue };
                 let mut signal = [0; 16];
                 signal[4..8].copy_from_slice(&[id; 4]);
                 signal[8..].copy_from_slice(&seq.to_be_bytes());

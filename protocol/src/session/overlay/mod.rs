@@ -77,6 +77,9 @@ impl Totals {
     }
 }
 
+/// Of a run that began: the seq at which it did, and the input that caused it.
+type Cause = (u64, MessageId);
+
 /// What changed, each with the seq of the last record that changed it.
 #[derive(Debug, Default)]
 struct Changes {
@@ -84,8 +87,7 @@ struct Changes {
     keys: HashMap<Key, (u64, Option<Held>)>,
     /// The member's generation, if it is here.
     members: HashMap<Arc<Author>, (u64, Option<u64>)>,
-    /// With the seq at which it began and the input that caused it, of those that began.
-    runs: HashMap<RunId, (u64, RunStanding, Option<(u64, MessageId)>)>,
+    runs: HashMap<RunId, (u64, RunStanding, Option<Cause>)>,
     /// With the seq of the signal's record; how it stands, if nobody took it.
     signals: HashMap<SignalId, (u64, u64, Option<PendingStanding>)>,
     requests: HashMap<RequestId, (u64, RequestStanding)>,

@@ -256,15 +256,18 @@ impl View {
                 }
             }
             Deed::RunEnd(id, of) => {
-                if self.finish_run(seq, id, of.status) {
+                if self.runs.get(id).is_some() {
                     self.happened((seq, time), Kind::RUN_END, None);
+                    self.finish_run(seq, id, of.status);
                 }
             }
             Deed::RunLost(id, of) => {
+                if self.runs.active().any(|run| run.id == id && run.epoch == of.epoch) {
+                    self.happened((seq, time), Kind::RUN_LOST, None);
+                }
                 let (lost, oldest) = self.runs.lose(seq, id, of.epoch);
                 if lost {
                     self.messages.suspend(seq, id);
-                    self.happened((seq, time), Kind::RUN_LOST, None);
                 }
                 if let Some(oldest) = oldest {
                     self.finish_run(seq, oldest, Status::Interrupted);
@@ -298,17 +301,16 @@ impl View {
         }
     }
 
-    /// A run is over, and with it what it was writing, what was wanted of it and what it asked. False if it was before.
-    fn finish_run(&mut self, seq: u64, id: RunId, status: Status) -> bool {
-        let ended = self.runs.finish(seq, id, status);
-        if ended {
+    /// A run is over, and with it what it was writing, what was wanted of it and what it asked.
+    fn finish_run(&mut self, seq: u64, id: RunId, status: Status) {
+        if self.runs.finish(seq, id, status) {
             self.messages.finish_run(seq, id);
             self.signals.finish_run(seq, |run| run == Some(id));
         }
-        ended
     }
 
-    /// Something happened of which people who are not here may want to be told (spec NOTE-3). An agent at work is none of them.
+    /// Something is about to happen of which people who are not here may want to be told (spec NOTE-2). An agent at work is none of
+    /// them, whatever becomes of its work.
     fn happened(&mut self, at: (u64, u64), cause: Kind, request: Option<RequestId>) {
         let (members, runs) = (&self.members, &self.runs);
         let works = |author: &Author| runs.active().any(|run| *run.holder == *author);
