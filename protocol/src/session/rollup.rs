@@ -1,4 +1,4 @@
-//! Roll-up: the parts of messages in one delivery put together (spec SUB-13).
+//! Roll-up: the parts of messages in one delivery put together, and of what members do only the newest (spec SUB-13).
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -33,7 +33,7 @@ enum What {
 }
 
 /// The delivery of the seqs `from..` up to the end of the last of `chunks`, which follow each other and hold `from`, with
-/// the parts of each message put together where no other record of it is between them.
+/// the parts of each message put together where no other record of it is between them, and the newest update of each member.
 ///
 /// Errors: those of record decoding; stored chunks that were checked have none.
 pub(super) fn roll_up(
@@ -46,6 +46,8 @@ pub(super) fn roll_up(
     let mut authors: Vec<Arc<Author>> = Vec::new();
     // Where the parts of a message gather that may grow.
     let mut gathering: HashMap<MessageId, usize> = HashMap::new();
+    // What members did last.
+    let mut doing: HashMap<usize, usize> = HashMap::new();
     let mut base_time = u64::MAX;
     for chunk in chunks {
         let header = chunk.header();
@@ -65,6 +67,16 @@ pub(super) fn roll_up(
             });
             let mut item = Item { seq, time: header.base_time + batch.time, author, what: What::Gone };
             let kind = Head::get(&mut Reader::new(&bytes))?.kind;
+            if kind == Kind::PRESENCE_UPDATED {
+                if Record::parse(&bytes)?.headers.is_empty()
+                    && let Some(before) = doing.insert(author, items.len()).and_then(|at| items.get_mut(at))
+                {
+                    before.what = What::Gone;
+                }
+                item.what = What::Whole(bytes);
+                items.push(item);
+                continue;
+            }
             if !matches!(kind, Kind::MESSAGE_APPEND | Kind::MESSAGE_REPLACE | Kind::MESSAGE_END) {
                 item.what = What::Whole(bytes);
                 items.push(item);

@@ -880,11 +880,16 @@ impl Run {
             while let Ok(Some(raw)) = frames.next_frame() {
                 let Ok(Some(Frame::Delivery(delivery))) = Frame::decode(&raw) else { continue };
                 let (mut seq, mut records) = (delivery.from, Records::new(&delivery.records));
+                let mut updated = Vec::new();
                 for span in &delivery.spans {
                     seq += span.skip;
                     let author = Arc::new(delivery.authors[span.author as usize].clone());
                     for _ in 0..span.count {
                         let Some(Ok(record)) = records.next() else { panic!("a rolled-up record does not decode") };
+                        if record.kind == crate::session::Kind::PRESENCE_UPDATED && record.headers.is_empty() {
+                            assert!(!updated.contains(&span.author), "an update of a member that is not its last");
+                            updated.push(span.author);
+                        }
                         view.pass_over(seq);
                         assert_eq!(view.fold_record(&author, delivery.base_time + span.time, &record), Ok(()));
                         seq += 1;
