@@ -4,14 +4,14 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mainstay_client::{ClientError, Config as ClientConfig, Event, Start};
+use mainstay_client::{ClientError, Config as ClientConfig, Cursor, Event, MessageWriter, Start, Status, Verdict};
 use mainstay_protocol::Code;
 use mainstay_protocol::session::Operation;
 use mainstay_server::Config;
 use mainstay_store::{MemoryStore, Store};
 use mainstay_store_fjall::FjallStore;
 use mainstay_tests::harness::{MemoryServer, claims, now};
-use mainstay_tests::process::PATIENCE;
+use mainstay_tests::process::{PATIENCE, Server};
 use mainstay_tests::until;
 use tokio::time::timeout;
 
@@ -69,6 +69,73 @@ async fn a_session_expires_once_nobody_uses_it_on_disk() {
         mainstay_store_fjall::verify::verify(dir.path(), &mut |_, _| ControlFlow::Continue(())).expect("verify");
     assert_eq!(report.problems, []);
     assert_eq!(report.sessions, 1);
+}
+
+/// Scenario A20, without the size on disk: of 50,000 records the last 1,000 are kept; who comes back with a cursor of old is told what is
+/// missing, before anything else; and what nobody uses is gone, and says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_retention_released_is_told_as_a_gap() {
+    const RECORDS: u64 = 50_000;
+    const KEPT: u64 = 1_000;
+    let server = Server::start().await;
+    let client = server.client(ClientConfig::default());
+    let attaching = client.session("s1").expect("a name").create().expire_after(Duration::from_secs(2));
+    let session = attaching.attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let writer = MessageWriter::begin(&producer, session.main(), "assistant", "text/plain").await.expect("begin");
+    let kept = writer.id();
+    writer.append("kept by the view").await.expect("append");
+    writer.end(Status::Complete, "").await.expect("end");
+    let mut last = None;
+    for _ in 3..RECORDS {
+        last = Some(producer.append(session.main(), "a record").await.expect("append"));
+    }
+    let tail = last.expect("a ticket").await.expect("stored") + 1;
+    let incarnation = session.info().incarnation;
+    let first = session.trim(tail - KEPT).await.expect("trim");
+    assert_eq!(first, tail - KEPT);
+
+    // With a cursor of old: a gap, in the verdict and in its place.
+    let returning = server.client(ClientConfig::default());
+    let cursor = Cursor { incarnation, next: 10 };
+    let back = returning.session("s1").expect("a name").at(cursor).attach().await.expect("attach");
+    assert_eq!((back.info().verdict, back.info().first), (Verdict::Gap, first));
+    let mut from_ten = back.subscribe(Start::Seq(10)).open().await.expect("a subscription");
+    let mut told = Vec::new();
+    for _ in 0..2 {
+        told.push(timeout(PATIENCE, from_ten.next()).await.expect("in time").expect("an event").expect("no error"));
+    }
+    assert!(matches!(told[0], Event::Started { verdict: Verdict::Gap, next: 10, .. }), "{told:?}");
+    assert!(matches!(told[1], Event::Gap { from: 10, to, .. } if to == first), "{told:?}");
+    // From the earliest: it begins with the first that is left, and ends with the last.
+    let mut earliest = back.subscribe(Start::Earliest).open().await.expect("a subscription");
+    let mut seqs = Vec::new();
+    while seqs.last() != Some(&(tail - 1)) {
+        let event = timeout(PATIENCE, earliest.next()).await.expect("in time").expect("an event").expect("no error");
+        if let Event::Records(batch) = event {
+            seqs.extend(batch.iter().map(|record| record.expect("a record").seq));
+        }
+    }
+    assert!(seqs.iter().copied().eq(first..tail), "{:?}", (seqs.first(), seqs.len()));
+    // What the view keeps is not lost with its records.
+    let mut live = back.live().await.expect("live");
+    while live.view().next() < tail {
+        timeout(PATIENCE, live.next()).await.expect("in time").expect("an update").expect("no error");
+    }
+    assert_eq!(live.view().messages().get(kept).expect("the message").text, b"kept by the view");
+    drop((live, from_ten, earliest, back, session, producer));
+    returning.finish().await;
+    client.finish().await;
+
+    // Nobody uses it: it is gone, and another one of the name is another one.
+    let late = server.client(ClientConfig::default());
+    // A list is no use.
+    until("it expires", async || late.list("s1").await.expect("a list").is_empty()).await;
+    let gone = late.session("s1").expect("a name").at(cursor).attach().await;
+    assert!(matches!(gone, Err(ClientError::Refused { code: Code::SESSION_NOT_FOUND, .. })), "{gone:?}");
+    let other = late.session("s1").expect("a name").create().at(cursor).attach().await;
+    assert!(matches!(other, Err(ClientError::Gone)), "{other:?}");
+    println!("{RECORDS} records, {KEPT} kept: earliest is {first}, a cursor at 10 gets a gap up to it");
 }
 
 #[tokio::test]

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mainstay_client::{
-    AppendError, Change, Client, ClientError, Code, Config as ClientConfig, Expected, Key, Kind, LiveView,
-    MessageAppend, MessageEnd, MessageId, MessageStart, MessageWriter, Record, Session, StateChange, StateDeleted,
-    StatePut, Status, Stored, Update, View,
+    AppendError, Change, Client, ClientError, Code, Config as ClientConfig, Doing, Expected, InputPolicy, Intent, Key,
+    Kind, LiveView, MessageAppend, MessageEnd, MessageId, MessageStart, MessageWriter, NotifyRule, Producer, Record,
+    Run, RunMode, Session, StateChange, StateDeleted, StatePut, Status, Stored, Triggers, Update, View,
 };
 use mainstay_protocol::registry::{ALPN, FOLD_VERSION, MAX_FRAME, MAX_MESSAGE, MAX_RECORD};
 use mainstay_protocol::session::{Instance, Operation};
@@ -468,7 +468,8 @@ fn random_record(random: &mut random::Random, open: &mut Vec<MessageId>, session
             let id =
                 MessageId([random.bits(), random.bits()].map(u64::to_be_bytes).concat().try_into().expect("16 bytes"));
             open.push(id);
-            of(id, main.record(&MessageStart { role: label("assistant"), content_type: label("t") }))
+            let role = if random.below(4) == 0 { "user" } else { "assistant" };
+            of(id, main.record(&MessageStart { role: label(role), content_type: label("t") }))
         }
         1 if !open.is_empty() => {
             let id = open.swap_remove(random.below(open.len() as u64) as usize);
@@ -486,6 +487,50 @@ fn random_record(random: &mut random::Random, open: &mut Vec<MessageId>, session
             main.record(&StatePut { key: name, value: value.into(), lasts: random.below(3) * 50 })
         }
         _ => main.data("data"),
+    }
+}
+
+/// One random step of what the server writes for others: runs, signals, requests, members and rules.
+async fn stir(random: &mut random::Random, session: &Session, producer: &Producer, runs: &mut Vec<Run>) {
+    let name = |text: &str| text.parse().expect("a name");
+    let any = random.below(runs.len().max(1) as u64) as usize;
+    match random.below(8) {
+        0 | 1 if runs.len() < 8 => {
+            runs.push(session.start_run(Duration::from_secs(600), None).await.expect("a run"));
+        }
+        2 if !runs.is_empty() => {
+            let end = runs.swap_remove(any).end(producer, Status::Complete, "").await.expect("append");
+            end.await.expect("stored");
+        }
+        3 | 4 if !runs.is_empty() => {
+            let lasts = Duration::from_millis(1 + random.below(2000));
+            // One too many is refused.
+            drop(runs[any].request(producer, "approval", lasts, "may I").await.expect("append"));
+        }
+        5 if !runs.is_empty() => {
+            let steer = session.signal(Intent::Steer).run(runs[any].id()).text("so").lasts(Duration::from_millis(500));
+            match steer.send().await {
+                Ok(_) | Err(ClientError::Refused { code: Code::LIMIT_EXCEEDED, .. }) => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+        6 => {
+            let doing = Doing::new("idle").expect("a word");
+            let member = session.join("somebody", Duration::from_secs(60), doing).await.expect("join");
+            member.leave().await.expect("leave");
+        }
+        _ => {
+            let triggers = [Kind::REQUEST_OPENED, Kind::RUN_END, Kind::MESSAGE_END];
+            let triggers: Vec<Kind> = triggers.into_iter().filter(|_| random.below(2) == 0).collect();
+            let rule = NotifyRule {
+                name: name(&format!("rule {}", random.below(5))),
+                principal: ["boss", "tester"][random.below(2) as usize].parse().expect("a subject"),
+                triggers: Triggers::new(triggers).expect("triggers"),
+                delay: random.below(3) * 100,
+                collapse: (random.below(2) == 0).then(|| name("one")),
+            };
+            session.set_rule(rule).await.expect("a rule");
+        }
     }
 }
 
@@ -520,8 +565,12 @@ async fn view_hashes_agree_all_along_a_random_history_with_restarts() {
                 restarts += usize::from(tail > 0);
             }
         }
-        let mut last = None;
-        for _ in 0..OPERATIONS / ROUNDS {
+        session.configure(RunMode::Parallel, InputPolicy::Enqueue).await.expect("configure");
+        let (mut last, mut runs) = (None, Vec::new());
+        for operation in 0..OPERATIONS / ROUNDS {
+            if operation % 200 == 0 {
+                stir(&mut random, &session, &producer, &mut runs).await;
+            }
             let record = random_record(&mut random, &mut open, &session);
             last = Some(producer.append_record(record).await.expect("append"));
         }
@@ -533,7 +582,7 @@ async fn view_hashes_agree_all_along_a_random_history_with_restarts() {
                 note(at, reader);
             }
         }
-        drop((readers, producer, session));
+        drop((readers, producer, session, runs));
         server.stop().await;
     }
     // As `verify` reads them: chunk by chunk, folded record by record.
@@ -558,10 +607,14 @@ async fn view_hashes_agree_all_along_a_random_history_with_restarts() {
     });
     assert_eq!(report.expect("verify").problems, []);
     println!(
-        "compared {compared} hashes; {} open messages, {} keys; {restarts} restarts",
+        "compared {compared} hashes; {} open messages, {} keys, {} runs, {} rules, {} jobs; {restarts} restarts",
         open.len(),
-        view.state().len()
+        view.state().len(),
+        view.runs().current().len(),
+        view.notes().rules().len(),
+        view.notes().jobs().len(),
     );
+    assert!(!view.notes().jobs().is_empty() && !view.runs().current().is_empty(), "it was stirred");
     assert!(compared >= 95, "only {compared} of 100 thousandths were compared");
 }
 
