@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mainstay_client::{
-    AppendError, Client, ClientError, Code, Config as ClientConfig, InputPolicy, Intent, Kind, LiveView, MessageId,
-    MessageWriter, Payload, Producer, RequestOutcome, Resolution, RunLost, RunMode, Session, Signal, SignalOutcome,
-    Start, Status, Update,
+    AppendError, Client, ClientError, Code, Config as ClientConfig, Doing, InputPolicy, Intent, Key, Kind, LiveView,
+    MessageId, MessageWriter, Payload, Producer, RequestOutcome, Resolution, RunLost, RunMode, Session, Signal,
+    SignalOutcome, Start, StatePut, Status, Update,
 };
 use mainstay_server::Config;
 use mainstay_store::MemoryStore;
@@ -207,6 +207,106 @@ async fn answer(session: &Session, tokens: usize, input: Option<MessageId>) -> (
     let end = run.end(&producer, Status::Complete, "").await.expect("end");
     end.await.expect("stored");
     (written, None)
+}
+
+/// Scenario A1: the agent is here, has used a tool and speaks; the first tab is killed in the middle; the second one has, with its first
+/// answer, everything up to a seq, and from there on what follows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tab_that_is_killed_leaves_nothing_out_for_the_next_one() {
+    const TOKENS: usize = 400;
+    const GRACE: Duration = Duration::from_secs(2);
+    let server = Server::start().await;
+    let client = server.client(ClientConfig::default());
+    let session = attach(&client).await;
+    let doing = |status: &str| Doing::new(status).expect("a word");
+    let member = session.join("agent", Duration::from_secs(10), doing("thinking")).await.expect("join");
+    let producer = session.producer("agent").await.expect("a producer");
+    let run = session.start_run(Duration::from_secs(30), None).await.expect("a run");
+    // The result of the tool and what is said of it are one.
+    let main = session.main();
+    let key = Key::new("tool/42").expect("a key");
+    let put = main.record(&StatePut { key, value: "7 °C".into(), lasts: 0 });
+    producer.append_batch(&[put, main.data("tool 42 is done")]).await.expect("append").await.expect("stored");
+    member.update(doing("streaming")).await.expect("update");
+
+    // The first tab: a member, and a reader that shows what is said.
+    let grace = GRACE.as_secs().to_string();
+    let mut here = server.command(&["join", "s1", "--as", "tab 1", "--grace", &grace]).stdout(Stdio::null()).spawn();
+    let here = here.as_mut().expect("join");
+    let mut shown = server.command(&["tail", "s1", "--json"]).stdout(Stdio::piped()).spawn().expect("tail");
+    let mut rows = Rows::of(shown.stdout.take().expect("output"));
+    let (half, mut halfway) = tokio::sync::oneshot::channel::<()>();
+    let of_run = producer.of_run(&run);
+    let writer = MessageWriter::begin(&of_run, main, "assistant", "text/plain").await.expect("begin");
+    let id = writer.id();
+    let speaking = async {
+        let mut half = Some(half);
+        for n in 0..TOKENS {
+            // The pace of a model that speaks.
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            writer.append(format!("{n} ")).await.expect("append");
+            if n == TOKENS / 2 {
+                half.take().map(|half| half.send(())).expect("once").expect("somebody waits");
+            }
+        }
+        writer.end(Status::Complete, "").await.expect("end").await.expect("stored");
+        run.end(&producer, Status::Complete, "").await.expect("end").await.expect("stored")
+    };
+    let tabs = async {
+        let mut read = 0;
+        while read < TOKENS / 4 {
+            let row = rows.until("record").await.pop().expect("a row");
+            read += usize::from(row["kind"] == "message.append");
+        }
+        timeout(PATIENCE, &mut halfway).await.expect("in time").expect("half of it");
+        for child in [&mut *here, &mut shown] {
+            child.kill().await.expect("kill");
+        }
+        let killed = Instant::now();
+        let second = server.client(ClientConfig::default());
+        second.connected().await.expect("a connection");
+        let asked = Instant::now();
+        let mut live = second.session("s1").expect("a name").live().await.expect("live");
+        let first = timeout(PATIENCE, live.next()).await.expect("in time").expect("an update").expect("no error");
+        let answered = asked.elapsed();
+        assert!(matches!(first, Update::Started), "{first:?}");
+        let view = live.view();
+        assert_eq!(
+            view.members()
+                .iter()
+                .find(|(_, of)| of.name.as_str() == "agent")
+                .expect("the agent")
+                .1
+                .activity
+                .status
+                .as_str(),
+            "streaming"
+        );
+        assert_eq!(view.state().get("tool/42").expect("the tool's result").value, "7 °C");
+        assert!(view.runs().active().any(|active| active.id == run.id()));
+        let message = view.messages().get(id).expect("the message");
+        let begun = message.text.clone();
+        assert!(begun.len() > TOKENS / 2 && message.status == Status::Open && message.through < view.next());
+        follow(&mut live, "the end", |live| {
+            live.view().messages().get(id).is_some_and(|of| of.status == Status::Complete)
+        })
+        .await;
+        follow(&mut live, "who was killed is lost", |live| live.view().members().len() == 1).await;
+        (live, begun, answered, killed.elapsed())
+    };
+    let (end, (mut live, begun, answered, lost)) = tokio::join!(speaking, tabs);
+    follow(&mut live, "the end of the run", |live| live.view().next() > end).await;
+    let text = live.view().messages().get(id).expect("the message").text.clone();
+    let expected: String = (0..TOKENS).map(|n| format!("{n} ")).collect();
+    assert_eq!(String::from_utf8_lossy(&text), expected);
+    assert!(text.starts_with(&begun), "what it began with is how it goes on");
+    // From its last sign of life on.
+    assert!(lost > GRACE / 2 && lost < GRACE + Duration::from_secs(1), "{lost:?}");
+    println!(
+        "second tab: all after {answered:?} with {} of {} bytes; the first one's member lost after {lost:?}",
+        begun.len(),
+        text.len()
+    );
 }
 
 /// Scenario A2: one tab starts a run, another one interrupts it, and both see the same, in the same order.
@@ -711,7 +811,7 @@ async fn what_is_due_is_written_whether_or_not_anybody_asks_for_the_session() {
     let client = server.client(ClientConfig::default());
     let session = attach(&client).await;
     let producer = session.producer("agent").await.expect("a producer");
-    let doing = mainstay_client::Doing::new("thinking").expect("a status");
+    let doing = Doing::new("thinking").expect("a status");
     session.join("agent", Duration::from_secs(1), doing).await.expect("join");
     let run = session.start_run(Duration::from_secs(1), None).await.expect("a run");
     let (_, asked) = run.request(&producer, "approval", Duration::from_millis(1500), "").await.expect("append");
@@ -719,8 +819,8 @@ async fn what_is_due_is_written_whether_or_not_anybody_asks_for_the_session() {
     // Another session, cold when its value expires: no member, no run.
     let cold = client.session("cold").expect("a name").create().attach().await.expect("attach");
     let writer = cold.producer("p").await.expect("a producer");
-    let key = mainstay_client::Key::new("k").expect("a key");
-    let put = mainstay_client::StatePut { key, value: "v".into(), lasts: 3500 };
+    let key = Key::new("k").expect("a key");
+    let put = StatePut { key, value: "v".into(), lasts: 3500 };
     writer.append_record(cold.main().record(&put)).await.expect("append").await.expect("stored");
     server.kill().await;
     client.close();
