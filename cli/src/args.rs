@@ -364,13 +364,17 @@ pub(crate) enum NotifyAction {
     },
     /// Take jobs until interrupted, and deliver them.
     #[command(after_long_help = "\
-Without --webhook a job counts as delivered once its line is written. With it each job is sent as a POST with a JSON body:
+Without --webhook a job counts as delivered once its line is written.
+
+With it each job is sent as a POST with a JSON body, and its key as header Idempotency-Key:
 
   {\"key\": …, \"session\": …, \"rule\": …, \"principal\": …, \"cause\": \"request.opened\", \"seq\": …, \"time\": …, \"request\": …}
 
-and its key as header Idempotency-Key: after a crash a job may be sent once more, with the same key. An answer 2xx means delivered; 408,
-429, 5xx and no answer within 10 s are tried again after 1 to 60 s; anything else, redirections too, means failed. A job that is
-withdrawn is not tried again. Jobs in hand when this ends go to other workers.")]
+After a crash a job may be sent once more, with the same key.
+An answer 2xx means delivered; 400, 410, 413, 422 and redirections mean failed.
+Anything else, and no answer within 10 s, is tried again after 1 to 60 s, until --give-up.
+A job that is withdrawn is not tried again.
+Jobs in hand when this ends go to other workers.")]
     Work {
         /// Only of sessions whose name starts so.
         #[arg(long, default_value = "")]
@@ -422,7 +426,8 @@ impl core::convert::From<Trigger> for mainstay_client::Kind {
 
 /// A number of seconds up to a day, or none.
 fn delay(text: &str) -> Result<f64, String> {
-    if text == "0" { Ok(0.0) } else { day(text) }
+    let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
+    if (0.0..=86_400.0).contains(&seconds) { Ok(seconds) } else { Err("not between 0 seconds and a day".into()) }
 }
 
 /// A number of seconds up to a day.
@@ -790,7 +795,7 @@ pub(crate) enum TokenAction {
         #[arg(long, value_name = "NAME")]
         subject: String,
         /// What it allows: PREFIX=OPERATIONS, for example agent:=read,append. Operations are read, append, create, manage, join,
-        /// run, signal and all. An empty prefix is every session. May be repeated.
+        /// run, signal, notify and all. An empty prefix is every session. May be repeated.
         #[arg(long, value_name = "PREFIX=OPS", required = true)]
         grant: Vec<String>,
         /// Seconds until it expires.

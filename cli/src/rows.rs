@@ -2,9 +2,10 @@
 
 use base64::Engine as _;
 use mainstay_client::{
-    Activity, Author, Kind, MessageEnd, MessageStart, Payload, PresenceJoined, PresenceLeft, PresenceUpdated,
-    ReadRecord, Record, RequestExpired, RequestOpened, RequestWithdrawn, RunConsumed, RunEnd, RunLost, RunStart,
-    SessionConfigured, Signal, SignalExpired, SignalResolved, StateDeleted, StateExpired, StatePut, Target,
+    Activity, Author, Kind, MessageEnd, MessageStart, NotifyDone, NotifyEmitted, NotifyRule, Payload, PresenceJoined,
+    PresenceLeft, PresenceUpdated, ReadRecord, Record, RequestExpired, RequestOpened, RequestWithdrawn, RunConsumed,
+    RunEnd, RunLost, RunStart, SessionConfigured, Signal, SignalExpired, SignalResolved, StateDeleted, StateExpired,
+    StatePut, Target,
 };
 use serde_json::{Value, json};
 
@@ -126,6 +127,25 @@ fn fields(record: &Record, row: &mut Value) -> bool {
         }),
         Kind::REQUEST_EXPIRED => RequestExpired::of(record).is_ok_and(|expired| {
             row["request"] = json!(expired.request.to_string());
+            true
+        }),
+        Kind::NOTIFY_RULE => NotifyRule::of(record).is_ok_and(|rule| {
+            row["rule"] = json!(rule.name.as_str());
+            row["principal"] = json!(rule.principal.as_str());
+            row["on"] = rule.triggers.kinds().iter().map(|kind| json!(kind.name())).collect();
+            row["delay_ms"] = json!(rule.delay);
+            true
+        }),
+        Kind::NOTIFY_EMITTED => NotifyEmitted::of(record).is_ok_and(|emitted| {
+            row["job"] = json!(emitted.job);
+            row["rule"] = json!(emitted.rule.as_str());
+            true
+        }),
+        Kind::NOTIFY_DONE => NotifyDone::of(record).is_ok_and(|done| {
+            row["job"] = json!(done.job);
+            row["rule"] = json!(done.rule.as_str());
+            row["outcome"] = json!(done.outcome.as_str());
+            row["detail"] = json!(done.detail.as_str());
             true
         }),
         Kind::STATE_DELETED => StateDeleted::of(record).is_ok_and(|deleted| {

@@ -5,7 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use bytes::Bytes;
 use core::time::Duration;
 use mainstay_protocol::error::{Code, ProtocolError};
-use mainstay_protocol::registry::{MAX_FRAME, MAX_PULLED};
+use mainstay_protocol::registry::{MAX_FRAME, MAX_PULLED, WORKER_SILENCE};
 use mainstay_protocol::session::{Incarnation, JobOutcome, Kind, RequestId, SessionName};
 use mainstay_protocol::wire::{self, Detail, Done, Frame, Label, Pull, Subject};
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox};
@@ -93,15 +93,21 @@ struct Held {
     outcome: Option<(JobOutcome, Detail)>,
 }
 
+/// The time from one sign of life to the next: three may be lost.
+const BEAT: Duration = Duration::from_millis(WORKER_SILENCE / 4);
 /// Pause before the stream is opened again on a connection that goes on.
 const AGAIN: Duration = Duration::from_secs(1);
+
+/// Withdrawals that wait for an application which takes none. It may deliver what was withdrawn, which is no more than late.
+const WITHDRAWALS: usize = 2 * MAX_PULLED;
 
 struct Puller {
     prefix: Bytes,
     limit: usize,
     events: mpsc::Sender<Result<JobEvent, ClientError>>,
     done: mpsc::Receiver<(JobKey, JobOutcome, Detail)>,
-    /// What the application has not taken yet. At most two for each job in hand.
+    /// What the application has not taken yet: jobs in hand, and withdrawals of jobs that it took. The latter are bounded by
+    /// [`WITHDRAWALS`], of which the oldest go first.
     queue: VecDeque<JobEvent>,
     held: HashMap<JobKey, Held>,
     /// Those that are done, and those of another stream, oldest first, in case they are given again.
@@ -111,7 +117,8 @@ struct Puller {
 /// Starts to take jobs.
 pub(crate) fn start<C: Connection>(status: watch::Receiver<Status<C>>, prefix: &str, limit: usize) -> Jobs {
     let limit = limit.clamp(1, MAX_PULLED);
-    let (events, next) = mpsc::channel(limit);
+    // What is still in the queue can be taken back; what is in the channel is the application's.
+    let (events, next) = mpsc::channel(1);
     let (done, finished) = mpsc::channel(limit);
     let puller = Puller {
         prefix: Bytes::copy_from_slice(prefix.as_bytes()),
@@ -142,9 +149,16 @@ impl Puller {
                 let outbox = Outbox::default();
                 outbox.push(Pull { prefix: self.prefix.clone(), limit: self.limit as u64 });
                 let mut frames = FrameReader::new(recv, MAX_FRAME);
+                let beating = async {
+                    loop {
+                        link.beat();
+                        tokio::time::sleep(BEAT).await;
+                    }
+                };
                 let ended = tokio::select! {
                     ended = self.work(&outbox, &mut frames) => Some(ended),
                     () = outbox.write_to(&mut send) => None,
+                    () = beating => None,
                 };
                 frames.stop(Code::NO_ERROR.0);
                 match ended {
@@ -197,7 +211,12 @@ impl Puller {
                 let key = self.held.iter().find(|(_, held)| held.number == Some(withdrawn.number));
                 if let Some((key, Held { outcome: None, .. })) = key.map(|(key, held)| (key.clone(), held)) {
                     self.held.remove(&key);
-                    self.queue.push_back(JobEvent::Withdrawn(key));
+                    // Of what the application has not heard it need not hear.
+                    let queued = self.queue.len();
+                    self.queue.retain(|event| !matches!(event, JobEvent::Job(job) if job.key == key));
+                    if self.queue.len() == queued {
+                        self.told(JobEvent::Withdrawn(key));
+                    }
                 }
             }
             // Another connection is on its way.
@@ -221,14 +240,24 @@ impl Puller {
             }
             None => {
                 let given = self.held.values().filter(|held| held.number.is_some() && held.outcome.is_none()).count();
-                if given >= self.limit || self.queue.len() >= 2 * self.limit {
+                if given >= self.limit {
                     return Err(ProtocolError::new(Code::LIMIT_EXCEEDED, "more jobs than were asked for").into());
                 }
                 self.held.insert(key.clone(), Held { number: Some(number), outcome: None });
-                self.queue.push_back(JobEvent::Job(Job { key, session, principal, cause: Kind(cause), time, request }));
+                self.told(JobEvent::Job(Job { key, session, principal, cause: Kind(cause), time, request }));
             }
         }
         Ok(())
+    }
+
+    fn told(&mut self, event: JobEvent) {
+        self.queue.push_back(event);
+        let withdrawn = |event: &JobEvent| matches!(event, JobEvent::Withdrawn(_));
+        if self.queue.iter().filter(|event| withdrawn(event)).count() > WITHDRAWALS
+            && let Some(oldest) = self.queue.iter().position(withdrawn)
+        {
+            self.queue.remove(oldest);
+        }
     }
 
     fn finish(&mut self, key: JobKey, outcome: JobOutcome, detail: Detail, outbox: &Outbox) {

@@ -50,10 +50,11 @@ pub use live::{Folded, LiveView, Update};
 pub use mainstay_protocol::session::{
     Activity, Author, Change, Cursor, Departure, Entry, Expected, Incarnation, Input, InputPolicy, Instance, Intent,
     JobOutcome, Key, Kind, Member, Message, MessageAppend, MessageEnd, MessageId, MessageReplace, MessageStart,
-    NotifyRule, OpenRequest, Payload, PendingSignal, PresenceJoined, PresenceLeft, PresenceUpdated, Record,
-    RequestExpired, RequestId, RequestOpened, RequestOutcome, RequestWithdrawn, Resolution, RunConsumed, RunEnd, RunId,
-    RunLost, RunMode, RunStart, SessionConfigured, SessionName, Signal, SignalExpired, SignalId, SignalOutcome,
-    SignalResolved, StateChange, StateDeleted, StateExpired, StatePut, Status, Target, Triggers, Verdict, View,
+    NotifyDone, NotifyEmitted, NotifyRule, OpenRequest, Payload, PendingSignal, PresenceJoined, PresenceLeft,
+    PresenceUpdated, Record, RequestExpired, RequestId, RequestOpened, RequestOutcome, RequestWithdrawn, Resolution,
+    RunConsumed, RunEnd, RunId, RunLost, RunMode, RunStart, SessionConfigured, SessionName, Signal, SignalExpired,
+    SignalId, SignalOutcome, SignalResolved, StateChange, StateDeleted, StateExpired, StatePut, Status, Target,
+    Triggers, Verdict, View,
 };
 pub use mainstay_protocol::wire::{Detail, Label, ListedSession, Start, Subject};
 pub use mainstay_protocol::{Advice, Code};

@@ -121,6 +121,8 @@ pub const MAX_TRIGGERS: usize = 4;
 pub const MAX_JOBS: usize = 64;
 /// Jobs that one worker may have in hand (spec NOTE-5).
 pub const MAX_PULLED: usize = 256;
+/// Milliseconds after which a worker that sends nothing on control has no jobs in hand any more (spec NOTE-5).
+pub const WORKER_SILENCE: u64 = 20_000;
 /// Longest time in milliseconds after which a signal or a request expires: one day (spec SIG-3, SIG-7).
 pub const MAX_LASTS: u64 = 86_400_000;
 /// Control bytes that always fit beside bulk, in bytes (spec FLOW-2).

@@ -31,5 +31,9 @@ fn random_runs_agree_with_the_model() {
         total.withdrawn,
         total.restarts,
     ];
-    assert!(least.into_iter().all(|count| count > 20), "the histories provoked too little: {total:?}");
+    // Twenty in the mean: it takes a request that is open, and a rule, and a member that is lost.
+    assert!(
+        least.into_iter().all(|count| count > 20) && total.missed > 2,
+        "the histories provoked too little: {total:?}"
+    );
 }

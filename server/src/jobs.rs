@@ -1,11 +1,12 @@
 //! Jobs of notification, from the sessions that have some to the workers that take them (spec NOTE-5).
 
 use core::ops::Bound;
+use core::time::Duration;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mainstay_protocol::error::{Code, ProtocolError};
-use mainstay_protocol::registry::MAX_PULLED;
+use mainstay_protocol::registry::{MAX_PULLED, WORKER_SILENCE};
 use mainstay_protocol::session::{Author, FOR_WORKERS, Incarnation, Operation, Refusal, SessionName};
 use mainstay_protocol::wire::{Body, Detail, Done, Error, Frame, Job, Label, Pull, Withdrawn};
 use mainstay_transport::{FrameError, FrameReader, Outbox, RecvStream, SendStream};
@@ -75,6 +76,10 @@ pub(crate) struct Worker {
 
 /// Sessions out of memory that are looked at in one step.
 const STEP: usize = 64;
+/// How long an owner may take to give jobs.
+const ANSWER: Duration = Duration::from_secs(1);
+/// How long a worker may say nothing on control: one that was killed must not keep its jobs for as long as a connection lives on.
+const SILENCE: Duration = Duration::from_millis(WORKER_SILENCE);
 
 /// Serves a stream that began with PULL until either side ends it.
 pub(crate) async fn pull<S: SendStream, R: RecvStream>(
@@ -117,8 +122,10 @@ struct Hands<'a> {
     held: HashMap<u64, (SessionUse, Key)>,
     /// The session that was asked last: all get their turn.
     after: Vec<u8>,
-    /// The same for those out of memory.
+    /// The last of those out of memory that was looked at, while there are more.
     cold: Option<(u64, Incarnation)>,
+    /// When it was begun to look at them, and from the end on when to begin again: a small part of the time goes into that.
+    pass: Instant,
 }
 
 async fn work<R: RecvStream>(
@@ -140,6 +147,7 @@ async fn work<R: RecvStream>(
         held: HashMap::new(),
         after: Vec::new(),
         cold: None,
+        pass: Instant::now(),
     };
     let sessions = conn.server.sessions();
     let mut more = sessions.offers.more.subscribe();
@@ -148,17 +156,24 @@ async fn work<R: RecvStream>(
     let mut look = Instant::now();
     loop {
         conn.worker()?;
+        let heard = *conn.heard().lock().unwrap_or_else(PoisonError::into_inner);
+        if heard.elapsed() > SILENCE {
+            return Err(Refusal::new(Code::UNAVAILABLE, "the worker has not been heard of"));
+        }
         let all = look <= Instant::now();
         more.mark_unchanged();
         // From time to time also what became free without a word: its worker left, or what it said could not be written.
         hands.fill(all).await;
-        if all {
-            look = Instant::now() + pause;
+        if hands.cold.is_some() || all && hands.pass <= Instant::now() {
             hands.warm().await;
         }
+        if all {
+            look = Instant::now() + pause;
+        }
         tokio::select! {
+            biased;
             frame = frames.next() => match frame {
-                Ok(Some(Frame::Done(done))) => hands.done(done).await?,
+                Ok(Some(Frame::Done(done))) => hands.done(done)?,
                 Ok(Some(_)) => return Err(violation(ProtocolError::new(Code::FRAME_UNEXPECTED, "not an answer to JOB"))),
                 Ok(None) | Err(FrameError::Lost(_)) => return Ok(()),
                 Err(FrameError::Violation(error)) => return Err(violation(error)),
@@ -171,6 +186,8 @@ async fn work<R: RecvStream>(
             () = async { drop(goaway.wait_for(Option::is_some).await) } => {
                 return Err(Refusal::new(Code::GOING_AWAY, "the server stops"));
             }
+            // There are more out of memory; whatever else came goes first.
+            () = core::future::ready(()), if hands.room() > 0 && hands.cold.is_some() => {}
         }
     }
 }
@@ -210,7 +227,10 @@ impl Hands<'_> {
             return;
         }
         // Those with members or runs come before and are in memory.
-        let after = self.cold.take().or(Some((FOR_WORKERS - 1, Incarnation([0xff; 16]))));
+        if self.cold.is_none() {
+            self.pass = Instant::now();
+        }
+        let after = self.cold.or(Some((FOR_WORKERS - 1, Incarnation([0xff; 16]))));
         let waking = match self.conn.server.sessions().store.waking(FOR_WORKERS, after, STEP).await {
             Ok(waking) => waking,
             Err(error) => {
@@ -218,14 +238,21 @@ impl Hands<'_> {
                 return;
             }
         };
-        self.cold = waking.last().filter(|_| waking.len() == STEP).map(|last| (FOR_WORKERS, last.session.incarnation));
+        let full = waking.len() == STEP;
         for stat in waking {
+            if self.room() == 0 {
+                return;
+            }
+            self.cold = Some((FOR_WORKERS, stat.session.incarnation));
             let name = stat.session.name;
-            let wanted = name.as_str().as_bytes().starts_with(&self.prefix);
             // Those in memory are known, and are not kept there by being asked.
-            if wanted && self.room() > 0 && !self.conn.server.sessions().is_hot(&name) {
+            if name.as_str().as_bytes().starts_with(&self.prefix) && !self.conn.server.sessions().is_hot(&name) {
                 self.take(&name).await;
             }
+        }
+        if !full {
+            self.cold = None;
+            self.pass = Instant::now() + 20 * self.pass.elapsed();
         }
     }
 
@@ -242,8 +269,9 @@ impl Hands<'_> {
             }
         };
         let (worker, most) = (self.worker.clone(), self.room());
-        // An owner that ends has told everybody.
-        let Ok(jobs) = ask(&session, |answer| Command::Jobs { worker, most, answer }).await else { return };
+        // An owner that ends has told everybody. One that does not answer now keeps them, and is asked again.
+        let asked = ask(&session, |answer| Command::Jobs { worker, most, answer });
+        let Ok(Ok(jobs)) = tokio::time::timeout(ANSWER, asked).await else { return };
         for job in jobs {
             let number = self.next;
             self.next += 1;
@@ -264,7 +292,7 @@ impl Hands<'_> {
     }
 
     /// A job is done. Refusals: `FORBIDDEN`, a violation.
-    async fn done(&mut self, Done { number, outcome, detail }: Done) -> Result<(), Refusal> {
+    fn done(&mut self, Done { number, outcome, detail }: Done) -> Result<(), Refusal> {
         let Some((session, (_, job, rule))) = self.held.remove(&number) else {
             return match number < self.next {
                 // It was withdrawn meanwhile.
@@ -274,8 +302,10 @@ impl Hands<'_> {
         };
         self.conn.allow(Operation::Notify, &session.id.name)?;
         let author = self.worker.author.clone();
-        // An owner that has ended offers it again.
-        let _ = session.commands.send(Command::JobDone { author, job, rule, outcome, detail }).await;
+        // Beside it: an owner that is busy holds nothing else up. One that has ended has it offered again.
+        self.conn.spawn(async move {
+            let _ = session.commands.send(Command::JobDone { author, job, rule, outcome, detail }).await;
+        });
         Ok(())
     }
 

@@ -374,7 +374,6 @@ impl Owner {
             extent.gone.get_or_insert(Code::GOING_AWAY);
             first
         });
-        self.sessions.offers.remove(&self.session.id.name);
         // Whoever serves it next gives what is left again.
         for ((job, rule), worker) in self.in_hand.drain() {
             if let Some(worker) = worker.upgrade() {

@@ -297,6 +297,8 @@ impl Sessions {
         let name = &session.id.name;
         if hot.get(name).and_then(|cell| cell.get()).is_some_and(|current| Arc::ptr_eq(current, session)) {
             hot.remove(name);
+            // While nobody else can have loaded it again.
+            self.offers.remove(name);
         }
         self.left.notify_waiters();
     }

@@ -19,12 +19,27 @@ use mainstay_tests::until;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
-use tokio::process::Child;
+use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 
 async fn attach(client: &Client, name: &str) -> Session {
     client.session(name).expect("a name").create().attach().await.expect("attach")
+}
+
+/// The view as it is now.
+async fn current(session: &Session) -> LiveView {
+    let mut live = session.live().await.expect("live");
+    follow(&mut live, "the view", |live| live.view().next() > 0).await;
+    live
+}
+
+/// Folds until `enough`.
+async fn follow(live: &mut LiveView, what: &str, mut enough: impl FnMut(&LiveView) -> bool) {
+    while !enough(live) {
+        let update = timeout(PATIENCE, live.next()).await.unwrap_or_else(|_| panic!("{what} does not come"));
+        update.expect("an update").expect("no error");
+    }
 }
 
 /// A rule that tells `principal` of requests at once.
@@ -164,8 +179,8 @@ async fn who_is_away_is_told_once_however_often_the_webhook_fails() {
     let producer = producer.of_run(&run);
     let writer = MessageWriter::begin(&producer, session.main(), "assistant", "text/plain").await.expect("begin");
     writer.end(Status::Complete, "").await.expect("end").await.expect("stored");
-    let live = session.live().await.expect("live");
-    assert!(live.view().notes().jobs().is_empty());
+    let live = current(&session).await;
+    assert!(live.view().notes().jobs().is_empty() && !live.view().notes().rules().is_empty());
     assert!(posts.try_recv().is_err());
     let first = first.expect("a post") - asked;
     println!("first attempt after {first:?}, delivered after {delivered:?}, expired after {waited:?}");
@@ -180,12 +195,10 @@ async fn who_comes_in_time_is_not_told() {
     let (_worker, mut rows) = work(&server, hook);
     let agent = server.client(ClientConfig::default());
     let session = attach(&agent, "s1").await;
-    let mut live = session.live().await.expect("live");
+    let mut live = current(&session).await;
     let waiting = ask(&session, Duration::from_secs(3600)).await;
     let has = async |live: &mut LiveView, jobs: usize| {
-        while live.view().notes().jobs().len() != jobs {
-            timeout(PATIENCE, live.next()).await.expect("in time").expect("an update").expect("no error");
-        }
+        follow(live, "the jobs", |live| live.view().notes().jobs().len() == jobs).await;
     };
     has(&mut live, 1).await;
     let phone = server.client(ClientConfig::default());
@@ -199,7 +212,8 @@ async fn who_comes_in_time_is_not_told() {
     let doing = Doing::new("idle").expect("a word");
     let here = in_second.join("phone", Duration::from_secs(10), doing.clone()).await.expect("join");
     ask(&second, Duration::from_secs(3600)).await;
-    assert!(second.live().await.expect("live").view().notes().jobs().is_empty());
+    let view = current(&second).await;
+    assert!(view.view().notes().jobs().is_empty() && view.view().signals().requests().len() == 1);
     here.leave().await.expect("leave");
     // In a worker's hand, and failing.
     let third = attach(&agent, "s3").await;
@@ -252,14 +266,106 @@ async fn a_job_outlives_its_worker_and_its_server() {
     server.kill().await;
     server.restart().await;
     jobs.done(key.clone(), JobOutcome::Delivered, "").await;
-    let mut live = session.live().await.expect("live");
-    while !live.view().notes().jobs().is_empty() {
-        timeout(PATIENCE, live.next()).await.expect("in time").expect("an update").expect("no error");
-    }
+    let mut live = current(&session).await;
+    follow(&mut live, "that it is done", |live| live.view().notes().jobs().is_empty()).await;
     // The next thing that anybody hears of is another job.
     let (_, again) = run.request(&producer, "approval", lasts, "and this").await.expect("append");
     let next = again.await.expect("stored");
     assert_eq!(job(&mut jobs).await.seq, next);
+}
+
+/// Who was lost may not have seen what was asked in its grace: it is told then. Who left has seen it.
+#[tokio::test]
+async fn what_was_asked_in_the_grace_of_who_is_lost_is_told_then() {
+    let server = Server::start().await;
+    let agent = server.client(ClientConfig::default());
+    let session = attach(&agent, "s1").await;
+    session.set_rule(rule("phone", "dev")).await.expect("a rule");
+    let mut live = current(&session).await;
+    let phone = |name: &str| {
+        let mut command = server.command(&["join", "s1", "--as", name, "--grace", "2"]);
+        command.stdout(Stdio::null()).kill_on_drop(true).spawn().expect("join")
+    };
+    let members = async |live: &mut LiveView, count: usize| {
+        follow(live, "the members", |live| live.view().members().len() == count).await;
+    };
+    let mut lost = phone("phone");
+    members(&mut live, 1).await;
+    lost.kill().await.expect("kill");
+    let (_, seq) = ask(&session, Duration::from_secs(3600)).await;
+    follow(&mut live, "the request", |live| live.view().next() > seq).await;
+    assert!(live.view().notes().jobs().is_empty(), "it is in its grace");
+    members(&mut live, 0).await;
+    assert_eq!(live.view().notes().jobs().iter().map(|job| job.id).collect::<Vec<_>>(), [seq]);
+    let mut jobs = agent.jobs("", 1);
+    let key = job(&mut jobs).await;
+    assert_eq!(key.seq, seq);
+    jobs.done(key, JobOutcome::Delivered, "").await;
+    follow(&mut live, "that it is done", |live| live.view().notes().jobs().is_empty()).await;
+    // Another one comes, and goes by itself.
+    let mut left = phone("phone");
+    members(&mut live, 1).await;
+    let pid = left.id().expect("it runs").to_string();
+    assert!(Command::new("kill").args(["-TERM", &pid]).status().await.expect("kill").success());
+    timeout(PATIENCE, left.wait()).await.expect("in time").expect("a status");
+    members(&mut live, 0).await;
+    assert!(live.view().notes().jobs().is_empty(), "it was told");
+}
+
+/// Spec NOTE-5: what a worker has in hand that was killed is given to another one long before its connection is known to be lost; and a
+/// worker that was stopped for a while, while jobs came and went, goes on.
+#[tokio::test]
+async fn a_worker_that_is_killed_holds_nothing_up_for_long() {
+    let server = Server::start().await;
+    tell(&server, &[]).await;
+    let agent = server.client(ClientConfig::default());
+    let session = attach(&agent, "s1").await;
+    let (hook, mut posts) = webhook(&[500; 64]).await;
+    let (mut worker, mut rows) = work(&server, hook);
+    let (_, seq) = ask(&session, Duration::from_secs(3600)).await;
+    rows.until("retry").await;
+    worker.kill().await.expect("kill");
+    let killed = Instant::now();
+    let mut jobs = agent.jobs("", 1);
+    assert_eq!(job(&mut jobs).await.seq, seq);
+    let took = killed.elapsed();
+    println!("given to another worker after {took:?}");
+    assert!(took > Duration::from_secs(5) && took < Duration::from_secs(25), "{took:?}");
+    while posts.try_recv().is_ok() {}
+}
+
+/// Jobs that come and go while a worker takes none do not gather, and it goes on with those that are left.
+#[tokio::test]
+async fn a_worker_that_falls_behind_hears_of_what_is_left() {
+    let server = MemoryServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let author = server.client();
+    let session = attach(&author, "s1").await;
+    session
+        .set_rule(NotifyRule { collapse: Some("one".parse().expect("a key")), ..rule("phone", "boss") })
+        .await
+        .expect("a rule");
+    let producer = session.producer("agent").await.expect("a producer");
+    let run = session.start_run(Duration::from_secs(60), None).await.expect("a run");
+    let worker = server.client();
+    let mut jobs = worker.jobs("", 1);
+    let mut last = 0;
+    let mut live = current(&session).await;
+    for _ in 0..60 {
+        let lasts = Duration::from_secs(60);
+        let (_, asked) = run.request(&producer, "approval", lasts, "may I").await.expect("append");
+        last = asked.await.expect("stored");
+        follow(&mut live, "the job", |live| live.view().notes().jobs().iter().any(|job| job.id == last && job.emitted))
+            .await;
+    }
+    // The first may have been on its way to the application before it was withdrawn.
+    let mut heard = Vec::new();
+    while heard.last().is_none_or(|seq| *seq != last) {
+        if let JobEvent::Job(job) = next(&mut jobs).await {
+            heard.push(job.key.seq);
+        }
+    }
+    assert!(heard.len() <= 3, "{heard:?}");
+    server.stop().await;
 }
 
 /// A session that nobody uses goes out of memory with its job, and a worker that comes later gets it.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use mainstay_client::{
-    Client, Config, Job, JobEvent, JobKey, JobOutcome, Jobs, Label, NotifyRule, Subject, Triggers, View,
+    Client, Config, Job, JobEvent, JobKey, JobOutcome, Jobs, Label, NotifyRule, Subject, Triggers, Update, View,
 };
 use mainstay_protocol::session::Backoff;
 use serde_json::{Value, json};
@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::serve::signalled;
 use crate::args::{self, NotifyAction};
-use crate::data::with_client;
+use crate::data::{patiently, with_client};
 use crate::failure::Failure;
 use crate::output::{Output, time};
 
@@ -38,20 +38,41 @@ async fn act(client: &Client, action: NotifyAction, output: Output) -> Result<()
             // Of nothing, and so to nobody: the subject says nothing.
             let principal = Subject::new("-").map_err(mainstay_client::ClientError::from)?;
             let rule = NotifyRule { name, principal, triggers: Triggers::default(), delay: 0, collapse: None };
+            let view = view(client, &session).await?;
+            if !view.notes().rules().iter().any(|known| known.name == rule.name) {
+                let message = format!("session {session} has no rule {}; `notify show` lists those it has", rule.name);
+                return Err(Failure::failed("NOT_FOUND", message));
+            }
             set(client, &session, rule, output).await
         }
-        NotifyAction::Show { session } => {
-            let live = client.session(&session)?.attach().await?.live().await?;
-            show(live.view(), output)
-        }
+        NotifyAction::Show { session } => show(&view(client, &session).await?, output),
         NotifyAction::Work { prefix, webhook, authorization, give_up, limit } => {
             let jobs = client.jobs(&prefix, limit.into());
             let webhook = webhook.map(|url| Webhook::new(url, authorization)).transpose()?.map(Arc::new);
             let worker = Worker { jobs, webhook, give_up: Duration::from_secs_f64(give_up), output };
+            let begun = async {
+                patiently(client, "", output, client.connected()).await?;
+                let event = json!({"event": "working", "prefix": prefix, "limit": limit});
+                output.event(&event, || format!("waiting for jobs of sessions {prefix}*; Ctrl-C ends"))?;
+                core::future::pending().await
+            };
             tokio::select! {
                 result = worker.run() => result,
+                result = begun => result,
                 () = signalled() => Ok(()),
             }
+        }
+    }
+}
+
+/// The view of a session as it is now.
+async fn view(client: &Client, session: &str) -> Result<View, Failure> {
+    let mut live = client.session(session)?.attach().await?.live().await?;
+    loop {
+        match live.next().await {
+            Some(Ok(Update::Started)) => return Ok(live.view().clone()),
+            Some(update) => drop(update?),
+            None => return Err(Failure::failed("GONE", "the session ended before its view came")),
         }
     }
 }
@@ -166,8 +187,11 @@ impl Webhook {
         match request.send(body) {
             Ok(response) => match response.status().as_u16() {
                 200..=299 => Attempt::Delivered,
-                status @ (408 | 429 | 500..=599) => Attempt::Again(format!("the webhook answered {status}")),
-                status => Attempt::Failed(format!("the webhook answered {status}")),
+                // What is wrong with the job will be so again; what is wrong with the webhook may be mended.
+                status @ (300..=399 | 400 | 410 | 413 | 422) => {
+                    Attempt::Failed(format!("the webhook answered {status}"))
+                }
+                status => Attempt::Again(format!("the webhook answered {status}")),
             },
             Err(error) => Attempt::Again(format!("the webhook cannot be reached: {error}")),
         }
@@ -231,7 +255,7 @@ impl Worker {
                             delivery.abort();
                         }
                         let event = json!({"event": "withdrawn", "key": key.to_string()});
-                        self.output.event(&event, || format!("job {key}: nobody needs to be told any more"))?;
+                        self.output.event(&event, || format!("job {key}: withdrawn"))?;
                     }
                     Some(Err(error)) => return Err(error.into()),
                     None => return Ok(()),

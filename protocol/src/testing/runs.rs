@@ -111,6 +111,10 @@ pub enum Op {
     Leave {
         who: u8,
     },
+    /// A member was not heard of for its grace.
+    LoseMember {
+        who: u8,
+    },
     /// A worker has done a job, or the one with that number of those that there are.
     FinishJob {
         job: u8,
@@ -160,9 +164,17 @@ impl Op {
                 }
                 56 => {
                     let a = next();
-                    if a < 128 { Self::Join { who: a % 3 } } else { Self::Leave { who: a % 3 } }
+                    match a / 64 {
+                        0 | 1 => Self::Join { who: a % 3 },
+                        2 => Self::Leave { who: a % 3 },
+                        _ => Self::LoseMember { who: a % 3 },
+                    }
                 }
-                57 | 58 => Self::FinishJob { job: next() },
+                57 => Self::FinishJob { job: next() },
+                58 => {
+                    let a = next();
+                    if a % 2 > 0 { Self::Join { who: a % 3 } } else { Self::LoseMember { who: a % 3 } }
+                }
                 59 => Self::NotCommitted,
                 60 => Self::Restart,
                 // Rare, or nothing would come after it.
@@ -226,6 +238,8 @@ pub struct Counts {
     pub emitted: u64,
     /// Of those that were caused, the ones that nobody needed to be told of after all.
     pub withdrawn: u64,
+    /// Of those that were caused, the ones for somebody who was lost.
+    pub missed: u64,
     /// Restarts.
     pub restarts: u64,
 }
@@ -245,6 +259,7 @@ impl core::ops::Add for Counts {
             interrupted: self.interrupted + other.interrupted,
             emitted: self.emitted + other.emitted,
             withdrawn: self.withdrawn + other.withdrawn,
+            missed: self.missed + other.missed,
             restarts: self.restarts + other.restarts,
         }
     }
@@ -334,6 +349,8 @@ struct World {
     members: BTreeSet<u8>,
     rules: BTreeMap<u8, Rule>,
     jobs: Vec<Job>,
+    /// Jobs for those who may have missed what is asked.
+    missed: u64,
     withdrawn: u64,
 }
 
@@ -352,6 +369,7 @@ impl Default for World {
             members: BTreeSet::new(),
             rules: BTreeMap::new(),
             jobs: Vec::new(),
+            missed: 0,
             withdrawn: 0,
         }
     }
@@ -374,6 +392,7 @@ enum Accepted {
         input: Option<u8>,
     },
     Lose(u8, u64),
+    LoseMember(u8, u64),
     SetRule(u8, Rule),
     Join(u8),
     Leave(u8),
@@ -447,14 +466,36 @@ impl World {
             if here || !rule.kinds.contains(&cause) {
                 continue;
             }
-            if rule.collapse {
-                self.withdraw(|job| job.collapse && job.principal == rule.principal);
+            self.cause((name, &rule), seq, time, (cause, request));
+        }
+    }
+
+    fn cause(&mut self, (name, rule): (u8, &Rule), id: u64, time: u64, (cause, request): (Kind, Option<u8>)) {
+        if rule.collapse {
+            self.withdraw(|job| job.collapse && job.principal == rule.principal);
+        }
+        if self.jobs.len() == MAX_JOBS {
+            let first = self.jobs.iter().position(|job| job.request.is_none());
+            self.jobs.remove(first.unwrap_or(0));
+        }
+        let (principal, collapse, due) = (rule.principal, rule.collapse, time + rule.delay);
+        self.jobs.push(Job { id, rule: name, principal, cause, request, due, collapse, emitted: false });
+        self.jobs.sort_by_key(|job| (job.id, job.rule));
+    }
+
+    /// The last of a principal was lost: they may not have seen what is asked.
+    fn missed(&mut self, who: u8, time: u64) {
+        let mut open: Vec<(u64, u8)> =
+            self.requests.iter().filter(|(_, of)| of.outcome.is_none()).map(|(id, of)| (of.seq, *id)).collect();
+        open.sort_unstable();
+        for (name, rule) in self.rules.clone() {
+            for (seq, request) in &open {
+                let tells = rule.principal == who && rule.kinds.contains(&Kind::REQUEST_OPENED);
+                if tells && !self.jobs.iter().any(|job| (job.id, job.rule) == (*seq, name)) {
+                    self.missed += 1;
+                    self.cause((name, &rule), *seq, time, (Kind::REQUEST_OPENED, Some(*request)));
+                }
             }
-            if self.jobs.len() == MAX_JOBS {
-                self.jobs.remove(0);
-            }
-            let (principal, collapse, due) = (rule.principal, rule.collapse, time + rule.delay);
-            self.jobs.push(Job { id: seq, rule: name, principal, cause, request, due, collapse, emitted: false });
         }
     }
 
@@ -578,6 +619,10 @@ impl World {
                 self.withdraw(|job| job.principal == who);
             }
             Accepted::Leave(who) => drop(self.members.remove(&who)),
+            Accepted::LoseMember(who, time) => {
+                self.members.remove(&who);
+                self.missed(who, time);
+            }
             Accepted::Emit(id, rule) => {
                 for job in self.jobs.iter_mut().filter(|job| (job.id, job.rule) == (id, rule)) {
                     job.emitted = true;
@@ -812,6 +857,7 @@ pub fn run(ops: &[Op]) -> Counts {
         + history.durable.requests.values().filter(|request| request.outcome.is_some()).count();
     history.counts.resolved = resolved as u64;
     history.counts.withdrawn = history.durable.withdrawn;
+    history.counts.missed = history.durable.missed;
     history.counts.ended = history.durable.runs.values().filter(|run| run.over.is_some()).count() as u64;
     history.counts
 }
@@ -848,6 +894,7 @@ impl History {
             Op::SetRule { name, principal, kinds, delay } => self.set_rule(*name, *principal, *kinds, *delay),
             Op::Join { who } => self.join(*who),
             Op::Leave { who } => self.leave(*who),
+            Op::LoseMember { who } => self.lose_member(*who),
             Op::FinishJob { job } => self.finish_job(*job),
             Op::Close => {
                 let before = self.staged().closed;
@@ -1027,6 +1074,22 @@ impl History {
         let (outcome, _) = self.authority.leave(self.now, &author, ticket);
         let expected = self.shut().map_or(Ok(Accepted::Leave(who)), Err);
         self.held_to(&outcome, expected, ticket);
+    }
+
+    fn lose_member(&mut self, who: u8) {
+        let author = self.authors[who as usize].clone();
+        let Some(generation) = self.authority.state().view().members().get(&author).map(|of| of.generation) else {
+            return;
+        };
+        let changes = |(accepted, _): &(Accepted, Option<usize>)| match accepted {
+            Accepted::Join(of) | Accepted::Leave(of) | Accepted::LoseMember(of, _) => *of == who,
+            _ => false,
+        };
+        let changed = self.accepted.iter().any(changes);
+        self.authority.lose_member(self.now, &author, generation);
+        if !changed && self.shut().is_none() {
+            self.accepted.push((Accepted::LoseMember(who, self.now), None));
+        }
     }
 
     /// True if something was accepted about a job.
@@ -1217,7 +1280,7 @@ impl History {
                     self.counts.emitted += 1;
                     None
                 }
-                Accepted::Done(..) => None,
+                Accepted::Done(..) | Accepted::LoseMember(..) => None,
                 Accepted::Lose(..) | Accepted::ExpireSignal(_) | Accepted::ExpireRequest(_) => {
                     told += 1;
                     None

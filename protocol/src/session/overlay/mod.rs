@@ -18,8 +18,8 @@ use runs::{PendingStanding, RequestStanding};
 
 use super::authority::Refusal;
 use super::kinds::{
-    Activity, Change, Deed, Expected, NotifyRule, Payload, SessionConfigured, StateChange, StateDeleted, StatePut,
-    Triggers,
+    Activity, Change, Deed, Expected, Kind, NotifyRule, Payload, SessionConfigured, StateChange, StateDeleted,
+    StatePut, Triggers,
 };
 use super::record::{CheckedBatch, Record, Records};
 use super::view::{AT_ONCE, View};
@@ -318,7 +318,9 @@ impl Draft<'_> {
     /// Holds one record to the rules, over those before it. Returns what is stored in its place, if not itself.
     fn hold(&mut self, seq: u64, time: u64, record: &Record) -> Result<Option<Record>, Refusal> {
         let deed = Deed::of(record).map_err(|error| Refusal::new(error.code, error.detail))?;
-        if Triggers::ALL.contains(&record.kind) && !self.view.notes().rules().is_empty() {
+        let rules = [&self.accepted.changes.rules, &self.changes.rules];
+        let ruled = !self.view.notes().rules().is_empty() || rules.iter().any(|rules| !rules.is_empty());
+        if (Triggers::ALL.contains(&record.kind) || record.kind == Kind::PRESENCE_LEFT) && ruled {
             // It may cause a job.
             self.wakes(time);
         }

@@ -90,11 +90,14 @@ impl Members {
         }
     }
 
-    pub(super) fn leave(&mut self, author: &Author, generation: u64) {
-        if self.here.get(author).is_some_and(|member| member.generation == generation) {
+    /// False if it was not here.
+    pub(super) fn leave(&mut self, author: &Author, generation: u64) -> bool {
+        let here = self.here.get(author).is_some_and(|member| member.generation == generation);
+        if here {
             self.here.remove(author);
             self.changes += 1;
         }
+        here
     }
 
     /// Nothing is said of them any more.

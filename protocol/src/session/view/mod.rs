@@ -20,7 +20,7 @@ pub use signals::{
     OpenRequest, PendingSignal, RequestOutcome, ResolvedRequest, ResolvedSignal, SignalOutcome, Signals,
 };
 
-use super::kinds::{Deed, Intent, Kind, PresenceJoined, Status};
+use super::kinds::{Deed, Departure, Intent, Kind, PresenceJoined, Status};
 use super::record::{Head, Record};
 use super::words::{Author, RequestId, RunId, ViewHash};
 use crate::error::ProtocolError;
@@ -244,7 +244,11 @@ impl View {
                 self.seen(&author.subject);
             }
             Deed::PresenceUpdated(of) => self.members.update(seq, author, of.activity.owned()),
-            Deed::PresenceLeft(of) => self.members.leave(&of.member, of.generation),
+            Deed::PresenceLeft(of) => {
+                if self.members.leave(&of.member, of.generation) && of.reason == Departure::Lost {
+                    self.missed(time, &of.member.subject);
+                }
+            }
             Deed::SessionConfigured(of) => self.runs.configure(&of),
             Deed::RunStart(id, of) => {
                 for lost in self.runs.start((seq, time), id, author, &of) {
@@ -316,6 +320,15 @@ impl View {
         let works = |author: &Author| runs.active().any(|run| *run.holder == *author);
         let here = |of: &Subject| members.of(of).any(|author| !works(author));
         self.notes.happened(at, cause, request, here);
+    }
+
+    /// Somebody was lost, and may have been for all of the grace: if nobody of the same subject is here, what is asked is told.
+    fn missed(&mut self, time: u64, subject: &Subject) {
+        let (members, runs) = (&self.members, &self.runs);
+        if !members.of(subject).any(|author| !runs.active().any(|run| *run.holder == **author)) {
+            let open: Vec<_> = self.signals.requests().iter().map(|request| (request.seq, request.id)).collect();
+            self.notes.missed(time, subject, &open);
+        }
     }
 
     /// Somebody came: those of the same subject need not be told of what was before.

@@ -101,29 +101,53 @@ impl Notes {
         request: Option<RequestId>,
         here: impl Fn(&Subject) -> bool,
     ) {
-        for rule in &self.rules {
-            if !rule.triggers.kinds().contains(&cause) || here(&rule.principal) {
-                continue;
+        for at in 0..self.rules.len() {
+            let rule = &self.rules[at];
+            if rule.triggers.kinds().contains(&cause) && !here(&rule.principal) {
+                self.cause(at, (seq, time), cause, request);
             }
-            if rule.collapse.is_some() {
-                self.jobs.retain(|job| job.collapse != rule.collapse || job.principal != rule.principal);
-            }
-            if self.jobs.len() == MAX_JOBS {
-                self.jobs.remove(0);
-            }
-            self.jobs.push(Job {
-                id: seq,
-                time,
-                rule: rule.name.clone(),
-                principal: rule.principal.clone(),
-                cause,
-                request,
-                due: time.saturating_add(rule.delay).min(MAX_VARINT),
-                collapse: rule.collapse.clone(),
-                emitted: false,
-            });
-            self.changes.0 += 1;
         }
+    }
+
+    /// The last of a principal was lost: which of them saw what is asked is not known. `open` are the open requests, by seq.
+    pub(super) fn missed(&mut self, time: u64, principal: &Subject, open: &[(u64, RequestId)]) {
+        let cause = Kind::REQUEST_OPENED;
+        for at in 0..self.rules.len() {
+            for (seq, request) in open {
+                let rule = &self.rules[at];
+                let tells = rule.principal == *principal && rule.triggers.kinds().contains(&cause);
+                if tells && self.job(*seq, &rule.name).is_none() {
+                    self.cause(at, (*seq, time), cause, Some(*request));
+                }
+            }
+        }
+    }
+
+    /// A job by the rule at `at`.
+    fn cause(&mut self, at: usize, (id, time): (u64, u64), cause: Kind, request: Option<RequestId>) {
+        let rule = &self.rules[at];
+        if rule.collapse.is_some() {
+            self.jobs.retain(|job| job.collapse != rule.collapse || job.principal != rule.principal);
+        }
+        if self.jobs.len() == MAX_JOBS {
+            // What somebody waits for an answer to stays longest.
+            let first = self.jobs.iter().position(|job| job.request.is_none());
+            self.jobs.remove(first.unwrap_or(0));
+        }
+        let place = self.jobs.partition_point(|job| (job.id, &job.rule) < (id, &rule.name));
+        let job = Job {
+            id,
+            time,
+            rule: rule.name.clone(),
+            principal: rule.principal.clone(),
+            cause,
+            request,
+            due: time.saturating_add(rule.delay).min(MAX_VARINT),
+            collapse: rule.collapse.clone(),
+            emitted: false,
+        };
+        self.jobs.insert(place, job);
+        self.changes.0 += 1;
     }
 
     /// Nobody needs to be told any more of what `over` says.
