@@ -1274,7 +1274,13 @@ impl History {
                     None
                 }
                 Accepted::SetRule(..) => Some(Reply::Configured { seq: first }),
-                Accepted::Join(_) => Some(Reply::Joined { generation: first }),
+                Accepted::Join(who) => {
+                    // Told once the chunk is durable, behind which it may have left and joined again.
+                    let member = self.authority.state().view().members().get(&self.authors[*who as usize]);
+                    let generation = member.map_or(first, |of| of.generation);
+                    assert!(generation >= first);
+                    Some(Reply::Joined { generation })
+                }
                 Accepted::Leave(_) => Some(Reply::Left),
                 Accepted::Emit(..) => {
                     self.counts.emitted += 1;
