@@ -1334,7 +1334,10 @@ impl History {
                 assert_eq!(told.next(), Some((ticket, Code::RUN_OVER)));
             } else {
                 let single = staged.mode == RunMode::Single && staged.runs.values().any(Run::active);
-                let lost = self.durable.lost(run).filter(|lost| staged.runs.get(lost) == self.durable.runs.get(lost));
+                // Whatever else was accepted about it, an interrupt say: it is lost as it was.
+                let standing = |runs: &BTreeMap<u8, Run>, id: &u8| runs.get(id).map(|of| (of.epoch, of.lost, of.over));
+                let same = |id: &u8| standing(&staged.runs, id) == standing(&self.durable.runs, id);
+                let lost = self.durable.lost(run).filter(same);
                 match lost.filter(|_| !single && self.shut().is_none()) {
                     Some(run) => {
                         let (leased, input) = (staged.mode != RunMode::Open, staged.runs[&run].input);
