@@ -33,6 +33,7 @@ use crate::subscription::{Event, Subscribing, Subscription};
 pub struct LiveView {
     subscription: Subscription,
     view: View,
+    started: bool,
     /// Came with the last delivery and is not folded yet.
     waiting: VecDeque<Folded>,
     /// Where the last delivery ended.
@@ -97,6 +98,7 @@ impl LiveView {
         Ok(Self {
             subscription,
             view: View::default(),
+            started: false,
             waiting: VecDeque::new(),
             covered: 0,
             restarting: false,
@@ -104,9 +106,19 @@ impl LiveView {
         })
     }
 
-    /// The view, with everything folded that [`LiveView::next`] told of. Empty before `Started`.
+    /// The view, with everything folded that [`LiveView::next`] told of. Empty before `Started`: see [`LiveView::current`].
     pub fn view(&self) -> &View {
         &self.view
+    }
+
+    /// The same, once it is there: waits for the first `Started`, which then does not come. Cancellation-safe.
+    ///
+    /// Errors: those of [`LiveView::next`], `Closed` if the session ended first.
+    pub async fn current(&mut self) -> Result<&View, ClientError> {
+        while !self.started {
+            self.next().await.ok_or(ClientError::Closed)??;
+        }
+        Ok(&self.view)
     }
 
     /// The session.
@@ -141,6 +153,7 @@ impl LiveView {
                 Event::Started { .. } => continue,
                 Event::Snapshot(view) => {
                     self.view = *view;
+                    self.started = true;
                     self.covered = self.view.next();
                     Update::Started
                 }

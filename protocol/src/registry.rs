@@ -99,6 +99,8 @@ pub const MAX_STANDBYS: usize = 64;
 pub const MIN_LEASE: u64 = 1000;
 /// Longest lease of a run in milliseconds (spec RUN-4).
 pub const MAX_LEASE: u64 = 600_000;
+/// Milliseconds for which a run is held on whose holder closed its connection: it may be on its way back (spec RUN-4).
+pub const DEPARTED_LEASE: u64 = 500;
 /// Signals of one session that nobody took yet (spec SIG-3).
 pub const MAX_SIGNALS: usize = 64;
 /// Of those, for cancels and interrupts alone (spec SIG-3).

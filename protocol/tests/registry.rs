@@ -130,7 +130,7 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
 #[test]
 fn limits_and_versions_are_those_of_the_registry() {
     let registry = registry();
-    let limits: [(&str, usize); 56] = [
+    let limits: [(&str, usize); 57] = [
         ("max_name", numbers::MAX_NAME),
         ("max_label", numbers::MAX_LABEL),
         ("max_subject", numbers::MAX_SUBJECT),
@@ -183,6 +183,7 @@ fn limits_and_versions_are_those_of_the_registry() {
         ("max_triggers", numbers::MAX_TRIGGERS),
         ("max_jobs", numbers::MAX_JOBS),
         ("max_pulled", numbers::MAX_PULLED),
+        ("departed_lease", numbers::DEPARTED_LEASE as usize),
         ("worker_silence", numbers::WORKER_SILENCE as usize),
         ("max_lasts", numbers::MAX_LASTS as usize),
         ("control_reserve", numbers::CONTROL_RESERVE),

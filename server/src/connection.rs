@@ -10,7 +10,7 @@ use mainstay_protocol::registry::{
     DEFAULT_BULK_STREAMS, DEFAULT_BULK_WINDOW, MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_FRAME,
     MAX_FRAME_UNAUTHENTICATED, MAX_RECORD, MIN_BULK_WINDOW, PRODUCER_WINDOW,
 };
-use mainstay_protocol::session::{Author, CreditSent, Grants, Instance, Operation, Refusal, SessionName};
+use mainstay_protocol::session::{Author, CreditSent, Grants, Incarnation, Instance, Operation, Refusal, SessionName};
 use mainstay_protocol::wire::{Authenticated, Body, Detail, Error, Frame, Hello, Pong, Produce, Token, put_grease};
 use mainstay_transport::{
     Connection, ConnectionError, FrameError, FrameReader, Outbox, RecvStream, SendStream, StreamError, priority,
@@ -52,7 +52,7 @@ struct Opened {
     reserved: HashMap<u64, Arc<Attachment>>,
     subscriptions: HashMap<u64, Arc<SubscriptionCredit>>,
     /// Sessions with runs that are held over this connection.
-    runs: Vec<Weak<Session>>,
+    runs: HashMap<Incarnation, Weak<Session>>,
 }
 
 type Task = core::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -260,16 +260,17 @@ impl Conn {
     /// A run of `session` is held over this connection.
     pub(crate) fn hold_run(&self, session: &Arc<Session>) {
         let mut opened = self.opened();
-        if !opened.runs.iter().any(|held| held.as_ptr() == Arc::as_ptr(session)) {
-            opened.runs.retain(|held| held.strong_count() > 0);
-            opened.runs.push(Arc::downgrade(session));
+        // With each batch of a run: nothing but a look, once it is known.
+        if !opened.runs.contains_key(&session.id.incarnation) {
+            opened.runs.retain(|_, held| held.strong_count() > 0);
+            opened.runs.insert(session.id.incarnation, Arc::downgrade(session));
         }
     }
 
     /// The client closed the connection: what it held over it is in question.
     async fn departed(&self) {
         let held = core::mem::take(&mut self.opened().runs);
-        for session in held.iter().filter_map(Weak::upgrade) {
+        for session in held.values().filter_map(Weak::upgrade) {
             // An owner that has ended has told everybody.
             let _ = session.commands.send(Command::Departed { conn: self.id }).await;
         }

@@ -9,12 +9,11 @@ use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use mainstay_protocol::error::Code;
-use mainstay_protocol::registry::{MAX_POSITIONS, STREAM_MAIN};
+use mainstay_protocol::registry::{DEPARTED_LEASE, MAX_POSITIONS};
 use mainstay_protocol::session::Committed as Durable;
 use mainstay_protocol::session::{
-    AT_ONCE, Activity, Author, Authority, CheckedBatch, Chunk, EarlyRecord, InputPolicy, Job, JobOutcome, Leases,
-    NotifyRule, Outcome, PresenceJoined, PresenceUpdated, ProducerKey, Refusal, Reply, RunId, SessionConfigured, State,
-    Step, View, ViewHash,
+    AT_ONCE, Activity, Author, Authority, CheckedBatch, Chunk, Job, JobOutcome, Leases, NotifyRule, Outcome,
+    PresenceJoined, PresenceUpdated, ProducerKey, Refusal, Reply, RunId, SessionConfigured, State, Step, ViewHash,
 };
 use mainstay_protocol::wire::{
     Ack, Acked, Body, CloseSession, Closed, Configure, Configured, DefineStream, DeleteSession, Deleted, Detail, Early,
@@ -200,8 +199,9 @@ pub(crate) struct Owner {
     present: HashMap<Arc<Author>, Arc<Attachment>>,
     /// What of the members the leases know.
     seen_members: Option<u64>,
-    /// How long runs count as held, and by epoch who does.
+    /// How long runs count as held, what of them the leases know, and by epoch who holds them.
     runs: Leases<RunId>,
+    seen_runs: Option<u64>,
     run_holders: HashMap<u64, Holder>,
     /// What follows from the durable view was not stored, and is tried again.
     owes: bool,
@@ -237,9 +237,6 @@ const RECHECK: Duration = Duration::from_secs(60);
 /// How long a store that cannot tell an outcome yet is left alone.
 const RESOLVE_PAUSE: Duration = Duration::from_millis(100);
 
-/// How long a run whose holder closed its connection is held on, in milliseconds: it may be on its way back.
-const DEPARTED: u64 = 500;
-
 const FENCED: &str = "a newer epoch of this producer was granted";
 const DISPLACED: &str = "the producer was opened again under its epoch";
 
@@ -271,6 +268,7 @@ impl Owner {
             present: HashMap::new(),
             seen_members: None,
             runs: Leases::default(),
+            seen_runs: None,
             run_holders: HashMap::new(),
             owes: false,
             in_hand: HashMap::new(),
@@ -307,7 +305,7 @@ impl Owner {
         // Whoever was here before this server has its grace to come back.
         self.hold_leases();
         self.offer_jobs();
-        self.interrupt_for_inputs().await;
+        self.owe().await;
         let mut commands = Vec::new();
         let mut last_use = Instant::now();
         loop {
@@ -351,14 +349,12 @@ impl Owner {
                 () = tokio::time::sleep_until(last_use + idle), if idle_store => {
                     last_use = Instant::now();
                     self.view = None;
-                    // Members are here or lost, and somebody has to say which. Before it leaves: from then on it may expire.
-                    if !self.is_needed()
-                        && self.sessions.is_unused(&self.session)
-                        && self.postpone_expiry().await
-                        && self.tell_wake().await
-                        && self.sessions.leave_if_unused(&self.session)
-                    {
-                        break;
+                    // It may expire from when that is told on, and so it is told before it leaves.
+                    if !self.is_needed() && self.sessions.is_unused(&self.session) && self.postpone_expiry().await {
+                        self.tell_wake().await;
+                        if self.sessions.leave_if_unused(&self.session) {
+                            break;
+                        }
                     }
                 }
             }
@@ -403,8 +399,7 @@ impl Owner {
 
     /// True if the session must be in memory whoever uses it.
     fn is_needed(&self) -> bool {
-        let always = self.state().and_then(State::wake) == Some(AT_ONCE);
-        always || !self.leases.is_empty() || !self.runs.is_empty()
+        self.state().and_then(State::wake) == Some(AT_ONCE)
     }
 
     /// Lets the time until the session expires begin now. False if that is not stored.
@@ -422,22 +417,16 @@ impl Owner {
         }
     }
 
-    /// Lets the store know exactly when the session must be served again. False if that is not stored.
-    async fn tell_wake(&mut self) -> bool {
+    /// Lets the store know exactly when the session must be served again. It is loaded too early at worst where that is not stored: what
+    /// was told before was no later.
+    async fn tell_wake(&mut self) {
         let wake = self.state().and_then(State::wake);
         if wake == self.wake {
-            return true;
+            return;
         }
         match self.sessions.store.set_wake(self.session.id.clone(), wake).await {
-            Ok(()) | Err(StoreError::NotFound) => {
-                self.wake = wake;
-                true
-            }
-            Err(error) => {
-                // It is loaded too early at worst: what was told before was no later.
-                tracing::debug!(session = %self.session.id, %error, "cannot say when it is due");
-                true
-            }
+            Ok(()) | Err(StoreError::NotFound) => self.wake = wake,
+            Err(error) => tracing::debug!(session = %self.session.id, %error, "cannot say when it is due"),
         }
     }
 
@@ -654,11 +643,10 @@ impl Owner {
                 here
             });
         }
-        if !self.runs.is_empty() || !view.runs().current().is_empty() {
+        if self.seen_runs != Some(view.runs().changes()) {
+            self.seen_runs = Some(view.runs().changes());
             let leased = view.runs().active().filter(|run| run.lease > 0);
             self.runs.follow(now, leased.map(|run| (run.id, run.epoch, run.lease)));
-        }
-        if !self.run_holders.is_empty() {
             let active = |epoch: &u64| view.runs().active().any(|run| run.epoch == *epoch);
             self.run_holders.retain(|epoch, _| *epoch >= view.next() || active(epoch));
         }
@@ -671,24 +659,27 @@ impl Owner {
             Some(Role::Writer { authority, .. }) => authority.state().view(),
             None => return,
         };
-        let notes = view.notes();
-        if self.seen_jobs == Some(notes.changes()) {
+        let notifications = view.notifications();
+        if self.seen_jobs == Some(notifications.changes()) {
             return;
         }
-        self.seen_jobs = Some(notes.changes());
+        self.seen_jobs = Some(notifications.changes());
         let incarnation = self.session.id.incarnation;
         self.in_hand.retain(|(job, rule), worker| {
-            let wanted = notes.job(*job, rule).is_some();
+            let wanted = notifications.job(*job, rule).is_some();
             if let Some(worker) = worker.upgrade().filter(|_| !wanted) {
                 // A worker that is about to end does not hear it.
                 let _ = worker.withdrawn.send((incarnation, *job, rule.clone()));
             }
             wanted
         });
-        let free = |job: &Job| job.emitted && !self.in_hand.contains_key(&(job.id, job.rule.clone()));
-        match notes.has_emitted() {
-            true => self.sessions.offers.set(&self.session.id.name, notes.jobs().iter().any(free)),
-            false => self.sessions.offers.remove(&self.session.id.name),
+        let in_hand = &self.in_hand;
+        match notifications.emitted().next() {
+            Some(_) => {
+                let free = notifications.emitted().any(|job| !in_hand.contains_key(&(job.id, job.rule.clone())));
+                self.sessions.offers.set(&self.session.id.name, free);
+            }
+            None => self.sessions.offers.remove(&self.session.id.name),
         }
     }
 
@@ -699,26 +690,23 @@ impl Owner {
         let free = |job: &&Job| !in_hand.contains_key(&(job.id, job.rule.clone()));
         let jobs: Vec<Job> = match &self.role {
             Some(Role::Reader(state)) => {
-                let jobs = state.view().notes().jobs().iter().filter(|job| job.emitted);
-                jobs.filter(free).take(most).cloned().collect()
+                state.view().notifications().emitted().filter(free).take(most).cloned().collect()
             }
             Some(Role::Writer { authority, .. }) => authority.offered_jobs().filter(free).take(most).cloned().collect(),
             None => Vec::new(),
         };
         self.in_hand.extend(jobs.iter().map(|job| ((job.id, job.rule.clone()), Arc::downgrade(worker))));
-        if jobs.len() < most && self.state().is_some_and(|state| state.view().notes().has_emitted()) {
+        if jobs.len() < most
+            && self.state().is_some_and(|state| state.view().notifications().emitted().next().is_some())
+        {
             self.sessions.offers.set(&self.session.id.name, false);
         }
         jobs
     }
 
-    /// What a server that died between an input and its interrupt did not say.
-    async fn interrupt_for_inputs(&mut self) {
-        let owes = |view: &View| {
-            let runs = view.runs();
-            runs.policy() == InputPolicy::Interrupt && runs.active().any(|run| runs.waiting_for(run).next().is_some())
-        };
-        if self.state().is_some_and(|state| owes(state.view())) {
+    /// Writes what a server that died between a cause and its effect did not.
+    async fn owe(&mut self) {
+        if self.state().is_some_and(State::owes_follow_up) {
             match self.authority().await {
                 Ok(_) => self.follow_up(),
                 // The next commit follows up, too.
@@ -739,7 +727,7 @@ impl Owner {
     /// A client closed its connection: it holds its runs for a moment only, unless it comes back.
     fn departed(&mut self, conn: u64) {
         let now = since(self.begun, Instant::now());
-        let until = now.saturating_add(DEPARTED);
+        let until = now.saturating_add(DEPARTED_LEASE);
         let Some(Role::Writer { authority, .. }) = &self.role else { return };
         for run in authority.state().view().runs().active() {
             if self.run_holders.get(&run.epoch).is_some_and(|holder| holder.conn == conn) {
@@ -749,14 +737,13 @@ impl Owner {
     }
 
     /// Tells records early to who listens.
-    fn tell(&mut self, early: &[EarlyRecord]) {
+    fn tell(&mut self, early: &[Early]) {
         if early.is_empty() {
             return;
         }
         self.listeners.retain(|attachment| attachment.is_alive());
-        for EarlyRecord { seq, time, author, record } in early {
-            let frame = Early { seq: *seq, time: *time, author: (**author).clone(), record: record.encode() };
-            self.listeners.iter().for_each(|attachment| attachment.outbox.add(|w| put_frame(&frame, w)));
+        for frame in early {
+            self.listeners.iter().for_each(|attachment| attachment.outbox.add(|w| put_frame(frame, w)));
         }
     }
 
@@ -774,18 +761,9 @@ impl Owner {
 
     /// Answers LISTEN: every signal that nobody took, from `from` on, and from now on every one that comes.
     fn listen(&mut self, attachment: Arc<Attachment>, from: u64) {
-        let pending = |view: &View| {
-            let pending = view.signals().pending().iter().filter(|pending| pending.seq >= from);
-            let early = pending.map(|pending| Early {
-                seq: pending.seq,
-                time: pending.time,
-                author: (*pending.author).clone(),
-                record: pending.signal.record(STREAM_MAIN, pending.run).encode(),
-            });
-            early.collect::<Vec<_>>()
-        };
-        let known = self.state().map(|state| pending(state.view())).unwrap_or_default();
-        known.into_iter().for_each(|frame| attachment.outbox.push(frame));
+        if let Some(state) = self.state() {
+            state.view().signals().early_from(from).for_each(|frame| attachment.outbox.push(frame));
+        }
         self.listeners.retain(|listener| listener.is_alive() && !Arc::ptr_eq(listener, &attachment));
         self.listeners.push(attachment);
     }
@@ -891,7 +869,7 @@ impl Owner {
                 if !attachment.is_alive() {
                     // Nobody works on it.
                     let now = since(self.begun, Instant::now());
-                    self.runs.hasten(&run, epoch, (now, now.saturating_add(DEPARTED)));
+                    self.runs.hasten(&run, epoch, (now, now.saturating_add(DEPARTED_LEASE)));
                 }
             }
             Reply::Signalled { signal, seq } => outbox.push(Signalled { id: signal, seq }),

@@ -2,6 +2,7 @@
 
 pub mod appending;
 pub mod harness;
+pub mod live;
 pub mod process;
 pub mod proxy;
 pub mod random;

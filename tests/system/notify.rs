@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mainstay_client::{
-    Client, ClientError, Code, Config as ClientConfig, Doing, Intent, JobEvent, JobKey, JobOutcome, Jobs, Kind,
-    LiveView, MessageWriter, NotifyRule, RequestId, Session, Status, Triggers,
+    ClientError, Code, Config as ClientConfig, Doing, Intent, JobEvent, JobKey, JobOutcome, Jobs, Kind, LiveView,
+    MessageWriter, NotifyRule, RequestId, Session, Status, Triggers,
 };
 use mainstay_protocol::session::{FOR_WORKERS, Incarnation, Operation};
 use mainstay_server::Config;
 use mainstay_store::{MemoryStore, Store};
 use mainstay_tests::harness::{MemoryServer, claims};
+use mainstay_tests::live::{attach, current, follow};
 use mainstay_tests::process::{PATIENCE, Rows, Server, run};
 use mainstay_tests::until;
 use serde_json::Value;
@@ -22,25 +23,6 @@ use tokio::net::TcpListener;
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
-
-async fn attach(client: &Client, name: &str) -> Session {
-    client.session(name).expect("a name").create().attach().await.expect("attach")
-}
-
-/// The view as it is now.
-async fn current(session: &Session) -> LiveView {
-    let mut live = session.live().await.expect("live");
-    follow(&mut live, "the view", |live| live.view().next() > 0).await;
-    live
-}
-
-/// Folds until `enough`.
-async fn follow(live: &mut LiveView, what: &str, mut enough: impl FnMut(&LiveView) -> bool) {
-    while !enough(live) {
-        let update = timeout(PATIENCE, live.next()).await.unwrap_or_else(|_| panic!("{what} does not come"));
-        update.expect("an update").expect("no error");
-    }
-}
 
 /// A rule that tells `principal` of requests at once.
 fn rule(name: &str, principal: &str) -> NotifyRule {
@@ -179,8 +161,8 @@ async fn who_is_away_is_told_once_however_often_the_webhook_fails() {
     let producer = producer.of_run(&run);
     let writer = MessageWriter::begin(&producer, session.main(), "assistant", "text/plain").await.expect("begin");
     writer.end(Status::Complete, "").await.expect("end").await.expect("stored");
-    let live = current(&session).await;
-    assert!(live.view().notes().jobs().is_empty() && !live.view().notes().rules().is_empty());
+    let live = current(session.live().await).await;
+    assert!(live.view().notifications().jobs().is_empty() && !live.view().notifications().rules().is_empty());
     assert!(posts.try_recv().is_err());
     let first = first.expect("a post") - asked;
     println!("first attempt after {first:?}, delivered after {delivered:?}, expired after {waited:?}");
@@ -195,10 +177,10 @@ async fn who_comes_in_time_is_not_told() {
     let (_worker, mut rows) = work(&server, hook);
     let agent = server.client(ClientConfig::default());
     let session = attach(&agent, "s1").await;
-    let mut live = current(&session).await;
+    let mut live = current(session.live().await).await;
     let waiting = ask(&session, Duration::from_secs(3600)).await;
     let has = async |live: &mut LiveView, jobs: usize| {
-        follow(live, "the jobs", |live| live.view().notes().jobs().len() == jobs).await;
+        follow(live, "the jobs", |live| live.view().notifications().jobs().len() == jobs).await;
     };
     has(&mut live, 1).await;
     let phone = server.client(ClientConfig::default());
@@ -212,8 +194,8 @@ async fn who_comes_in_time_is_not_told() {
     let doing = Doing::new("idle").expect("a word");
     let here = in_second.join("phone", Duration::from_secs(10), doing.clone()).await.expect("join");
     ask(&second, Duration::from_secs(3600)).await;
-    let view = current(&second).await;
-    assert!(view.view().notes().jobs().is_empty() && view.view().signals().requests().len() == 1);
+    let view = current(second.live().await).await;
+    assert!(view.view().notifications().jobs().is_empty() && view.view().signals().requests().len() == 1);
     here.leave().await.expect("leave");
     // In a worker's hand, and failing.
     let third = attach(&agent, "s3").await;
@@ -266,8 +248,8 @@ async fn a_job_outlives_its_worker_and_its_server() {
     server.kill().await;
     server.restart().await;
     jobs.done(key.clone(), JobOutcome::Delivered, "").await;
-    let mut live = current(&session).await;
-    follow(&mut live, "that it is done", |live| live.view().notes().jobs().is_empty()).await;
+    let mut live = current(session.live().await).await;
+    follow(&mut live, "that it is done", |live| live.view().notifications().jobs().is_empty()).await;
     // The next thing that anybody hears of is another job.
     let (_, again) = run.request(&producer, "approval", lasts, "and this").await.expect("append");
     let next = again.await.expect("stored");
@@ -281,7 +263,7 @@ async fn what_was_asked_in_the_grace_of_who_is_lost_is_told_then() {
     let agent = server.client(ClientConfig::default());
     let session = attach(&agent, "s1").await;
     session.set_rule(rule("phone", "dev")).await.expect("a rule");
-    let mut live = current(&session).await;
+    let mut live = current(session.live().await).await;
     let phone = |name: &str| {
         let mut command = server.command(&["join", "s1", "--as", name, "--grace", "2"]);
         command.stdout(Stdio::null()).kill_on_drop(true).spawn().expect("join")
@@ -294,14 +276,14 @@ async fn what_was_asked_in_the_grace_of_who_is_lost_is_told_then() {
     lost.kill().await.expect("kill");
     let (_, seq) = ask(&session, Duration::from_secs(3600)).await;
     follow(&mut live, "the request", |live| live.view().next() > seq).await;
-    assert!(live.view().notes().jobs().is_empty(), "it is in its grace");
+    assert!(live.view().notifications().jobs().is_empty(), "it is in its grace");
     members(&mut live, 0).await;
-    assert_eq!(live.view().notes().jobs().iter().map(|job| job.id).collect::<Vec<_>>(), [seq]);
+    assert_eq!(live.view().notifications().jobs().iter().map(|job| job.id).collect::<Vec<_>>(), [seq]);
     let mut jobs = agent.jobs("", 1);
     let key = job(&mut jobs).await;
     assert_eq!(key.seq, seq);
     jobs.done(key, JobOutcome::Delivered, "").await;
-    follow(&mut live, "that it is done", |live| live.view().notes().jobs().is_empty()).await;
+    follow(&mut live, "that it is done", |live| live.view().notifications().jobs().is_empty()).await;
     // Another one comes, and goes by itself.
     let mut left = phone("phone");
     members(&mut live, 1).await;
@@ -309,7 +291,7 @@ async fn what_was_asked_in_the_grace_of_who_is_lost_is_told_then() {
     assert!(Command::new("kill").args(["-TERM", &pid]).status().await.expect("kill").success());
     timeout(PATIENCE, left.wait()).await.expect("in time").expect("a status");
     members(&mut live, 0).await;
-    assert!(live.view().notes().jobs().is_empty(), "it was told");
+    assert!(live.view().notifications().jobs().is_empty(), "it was told");
 }
 
 /// Spec NOTE-5: what a worker has in hand that was killed is given to another one long before its connection is known to be lost; and a
@@ -349,13 +331,15 @@ async fn a_worker_that_falls_behind_hears_of_what_is_left() {
     let worker = server.client();
     let mut jobs = worker.jobs("", 1);
     let mut last = 0;
-    let mut live = current(&session).await;
+    let mut live = current(session.live().await).await;
     for _ in 0..60 {
         let lasts = Duration::from_secs(60);
         let (_, asked) = run.request(&producer, "approval", lasts, "may I").await.expect("append");
         last = asked.await.expect("stored");
-        follow(&mut live, "the job", |live| live.view().notes().jobs().iter().any(|job| job.id == last && job.emitted))
-            .await;
+        follow(&mut live, "the job", |live| {
+            live.view().notifications().jobs().iter().any(|job| job.id == last && job.emitted)
+        })
+        .await;
     }
     // The first may have been on its way to the application before it was withdrawn.
     let mut heard = Vec::new();

@@ -16,6 +16,7 @@ use mainstay_protocol::wire::{self, Attach, AttachMode, Frame, Hello, Join, Leav
 use mainstay_server::Config;
 use mainstay_store::MemoryStore;
 use mainstay_tests::harness::{MemoryServer, claims};
+use mainstay_tests::live::follow;
 use mainstay_tests::process::{self, Server};
 use mainstay_tests::proxy::{Faults, Proxy};
 use mainstay_transport::{Connection, Connector, FrameReader, SendStream};
@@ -30,14 +31,6 @@ fn activity(status: &str) -> Activity {
 
 fn doing(status: &str) -> Doing {
     Doing::new(status).expect("a status")
-}
-
-/// Folds until `enough`.
-async fn follow(live: &mut LiveView, what: &str, mut enough: impl FnMut(&LiveView) -> bool) {
-    while !enough(live) {
-        let update = timeout(PATIENCE, live.next()).await.unwrap_or_else(|_| panic!("{what} does not come"));
-        update.expect("an update").expect("no error");
-    }
 }
 
 /// Spec PRES-1 to PRES-3: in one order with everything else, and by whom the token says.
@@ -91,7 +84,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// Notes what comes until `enough` holds.
+    /// Notifications what comes until `enough` holds.
     async fn watch(&mut self, live: &mut LiveView, what: &str, mut enough: impl FnMut(&Self, &LiveView) -> bool) {
         while !enough(self, live) {
             let update = timeout(PATIENCE, live.next()).await.unwrap_or_else(|_| panic!("{what} does not come"));

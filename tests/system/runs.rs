@@ -14,6 +14,7 @@ use mainstay_client::{
 use mainstay_server::Config;
 use mainstay_store::MemoryStore;
 use mainstay_tests::harness::{MemoryServer, QuicServer};
+use mainstay_tests::live::{self, follow};
 use mainstay_tests::process::{PATIENCE, Rows, Server, command, events, named, run};
 use mainstay_tests::proxy::{Faults, Proxy};
 use serde_json::Value;
@@ -33,15 +34,7 @@ fn counted(count: u32) -> String {
 }
 
 async fn attach(client: &Client) -> Session {
-    client.session("s1").expect("a name").create().attach().await.expect("attach")
-}
-
-/// Folds until `enough`.
-async fn follow(live: &mut LiveView, what: &str, mut enough: impl FnMut(&LiveView) -> bool) {
-    while !enough(live) {
-        let update = timeout(PATIENCE, live.next()).await.unwrap_or_else(|_| panic!("{what} does not come"));
-        update.expect("an update").expect("no error");
-    }
+    live::attach(client, "s1").await
 }
 
 /// Folds until a record of this kind came; returns its seq and when it came.

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mainstay_client::{
-    AppendError, Change, Client, ClientError, Code, Config as ClientConfig, Doing, Expected, InputPolicy, Intent, Key,
-    Kind, LiveView, MessageAppend, MessageEnd, MessageId, MessageStart, MessageWriter, NotifyRule, Producer, Record,
-    Run, RunMode, Session, StateChange, StateDeleted, StatePut, Status, Stored, Triggers, Update, View,
+    AppendError, Change, ClientError, Code, Config as ClientConfig, Doing, Expected, InputPolicy, Intent, Key, Kind,
+    LiveView, MessageAppend, MessageEnd, MessageId, MessageStart, MessageWriter, NotifyRule, Producer, Record, Run,
+    RunMode, Session, StateChange, StateDeleted, StatePut, Status, Stored, Triggers, Update, View,
 };
 use mainstay_protocol::registry::{ALPN, FOLD_VERSION, MAX_FRAME, MAX_MESSAGE, MAX_RECORD};
 use mainstay_protocol::session::{Instance, Operation};
@@ -19,6 +19,7 @@ use mainstay_store::MemoryStore;
 use mainstay_store_fjall::FjallStore;
 use mainstay_store_fjall::verify::{Found, verify};
 use mainstay_tests::harness::{MemoryServer, QuicServer, claims};
+use mainstay_tests::live::attach;
 use mainstay_tests::process::{self, Server, run};
 use mainstay_tests::proxy::{Faults, Proxy};
 use mainstay_tests::random;
@@ -29,14 +30,10 @@ use tokio::time::{Instant, timeout};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-async fn attach(client: &Client, name: &str) -> Session {
-    client.session(name).expect("a name").create().attach().await.expect("attach")
-}
-
 /// The view as it is when it is asked for.
 async fn current(live: Result<LiveView, ClientError>) -> LiveView {
     let mut live = live.expect("live");
-    while !matches!(timeout(PATIENCE, live.next()).await.expect("in time").expect("an update"), Ok(Update::Started)) {}
+    timeout(PATIENCE, live.current()).await.expect("in time").expect("the view");
     live
 }
 
@@ -611,10 +608,10 @@ async fn view_hashes_agree_all_along_a_random_history_with_restarts() {
         open.len(),
         view.state().len(),
         view.runs().current().len(),
-        view.notes().rules().len(),
-        view.notes().jobs().len(),
+        view.notifications().rules().len(),
+        view.notifications().jobs().len(),
     );
-    assert!(!view.notes().jobs().is_empty() && !view.runs().current().is_empty(), "it was stirred");
+    assert!(!view.notifications().jobs().is_empty() && !view.runs().current().is_empty(), "it was stirred");
     assert!(compared >= 95, "only {compared} of 100 thousandths were compared");
 }
 

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use mainstay_client::{
-    Client, Config, Job, JobEvent, JobKey, JobOutcome, Jobs, Label, NotifyRule, Subject, Triggers, Update, View,
+    Client, Config, Job, JobEvent, JobKey, JobOutcome, Jobs, Label, NotifyRule, Subject, Triggers, View,
 };
 use mainstay_protocol::session::Backoff;
 use serde_json::{Value, json};
@@ -39,7 +39,7 @@ async fn act(client: &Client, action: NotifyAction, output: Output) -> Result<()
             let principal = Subject::new("-").map_err(mainstay_client::ClientError::from)?;
             let rule = NotifyRule { name, principal, triggers: Triggers::default(), delay: 0, collapse: None };
             let view = view(client, &session).await?;
-            if !view.notes().rules().iter().any(|known| known.name == rule.name) {
+            if !view.notifications().rules().iter().any(|known| known.name == rule.name) {
                 let message = format!("session {session} has no rule {}; `notify show` lists those it has", rule.name);
                 return Err(Failure::failed("NOT_FOUND", message));
             }
@@ -67,14 +67,8 @@ async fn act(client: &Client, action: NotifyAction, output: Output) -> Result<()
 
 /// The view of a session as it is now.
 async fn view(client: &Client, session: &str) -> Result<View, Failure> {
-    let mut live = client.session(session)?.attach().await?.live().await?;
-    loop {
-        match live.next().await {
-            Some(Ok(Update::Started)) => return Ok(live.view().clone()),
-            Some(update) => drop(update?),
-            None => return Err(Failure::failed("GONE", "the session ended before its view came")),
-        }
-    }
+    let mut live = client.session(session)?.live().await?;
+    Ok(live.current().await?.clone())
 }
 
 async fn set(client: &Client, session: &str, rule: NotifyRule, output: Output) -> Result<(), Failure> {
@@ -103,7 +97,7 @@ fn rule_row(event: &str, rule: &NotifyRule) -> Value {
 }
 
 fn show(view: &View, output: Output) -> Result<(), Failure> {
-    let notes = view.notes();
+    let notes = view.notifications();
     if notes.rules().is_empty() && notes.jobs().is_empty() {
         output.text("no rules, no jobs\n")?;
     }

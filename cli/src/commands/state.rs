@@ -110,12 +110,8 @@ fn given(value: Option<String>) -> Result<Bytes, Failure> {
 /// The view of a session that must exist.
 async fn read(client: &Client, session: &str) -> Result<LiveView, Failure> {
     let mut view = client.session(session)?.live().await?;
-    while let Some(update) = view.next().await {
-        if let Update::Started = update? {
-            return Ok(view);
-        }
-    }
-    Err(ClientError::Closed.into())
+    view.current().await?;
+    Ok(view)
 }
 
 /// Appends one record and tells the revision that it made.

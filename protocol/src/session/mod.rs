@@ -21,7 +21,7 @@ mod state;
 mod view;
 mod words;
 
-pub use authority::{Authority, Committed, EarlyRecord, Outcome, Refusal, Reply, Step};
+pub use authority::{Authority, Committed, Outcome, Refusal, Reply, Step};
 pub use backoff::Backoff;
 pub use chain::Chain;
 pub use chunk::{Chunk, ChunkBatch, ChunkBuilder, ChunkHeader, ChunkProducer, Control};
@@ -42,8 +42,8 @@ pub use record::{CheckedBatch, Record, Records};
 pub use state::{Damage, State, Streams};
 pub use view::{
     AT_ONCE, Entries, Entry, FOR_WORKERS, FinishedRun, IndexedMessage, Input, Job, Member, Members, Message, Messages,
-    Notes, OpenRequest, PendingSignal, RequestOutcome, ResolvedRequest, ResolvedSignal, Run, Runs, SignalOutcome,
-    Signals, StreamView, View,
+    Notifications, OpenRequest, PendingSignal, RequestOutcome, ResolvedRequest, ResolvedSignal, Run, Runs,
+    SignalOutcome, Signals, StreamView, View,
 };
 pub use words::{
     Author, Cursor, Incarnation, Instance, Key, MessageId, RequestId, RunId, SessionName, SignalId, Verdict, ViewHash,

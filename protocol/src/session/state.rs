@@ -5,6 +5,7 @@
 
 use bytes::Bytes;
 
+use super::authority::runs::owes_interrupt;
 use super::chain::Chain;
 use super::chunk::{Chunk, Control};
 use super::producer::{ProducerKey, Producers};
@@ -194,6 +195,12 @@ impl State {
     /// [`FOR_WORKERS`](super::FOR_WORKERS) for one with nothing to do but to give jobs to workers.
     pub fn wake(&self) -> Option<u64> {
         self.view.wake()
+    }
+
+    /// True if something follows from the durable view that nobody has written: its writer has to
+    /// [follow up](super::Authority::follow_up).
+    pub fn owes_follow_up(&self) -> bool {
+        owes_interrupt(&self.view)
     }
 
     /// The session's streams.

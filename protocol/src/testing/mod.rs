@@ -3,6 +3,7 @@
 //! Property tests and fuzzing run the same operations through both: [`log`] is about batches, producers and commits, [`view`]
 //! about what records mean, [`runs`] about who may do what in a run, and signals.
 
+mod counts;
 pub mod log;
 pub mod runs;
 pub mod view;

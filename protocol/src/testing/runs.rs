@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::counts::counts;
 use crate::error::Code;
 use crate::registry::{KEPT_LOST_RUNS, MAX_JOBS, MAX_LASTS, MAX_SIGNALS, RESERVED_SIGNALS, STREAM_MAIN};
 use crate::session::{
@@ -215,53 +216,33 @@ impl Deed {
     }
 }
 
-/// What happened in a run of the model, to see that it was not empty.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
-    /// Batches stored.
-    pub stored: u64,
-    /// Requests and batches refused by a rule.
-    pub refused: u64,
-    /// Batches of somebody who does not hold the run any more.
-    pub fenced: u64,
-    /// Runs that were lost.
-    pub lost: u64,
-    /// Runs that were taken over.
-    pub taken: u64,
-    /// Runs that ended.
-    pub ended: u64,
-    /// Signals and requests that something became of.
-    pub resolved: u64,
-    /// Times that the server told a run to stop for an input.
-    pub interrupted: u64,
-    /// Jobs that became due, and that a worker did.
-    pub emitted: u64,
-    /// Of those that were caused, the ones that nobody needed to be told of after all.
-    pub withdrawn: u64,
-    /// Of those that were caused, the ones for somebody who was lost.
-    pub missed: u64,
-    /// Restarts.
-    pub restarts: u64,
-}
-
-impl core::ops::Add for Counts {
-    type Output = Self;
-
-    fn add(self, other: Self) -> Self {
-        Self {
-            stored: self.stored + other.stored,
-            refused: self.refused + other.refused,
-            fenced: self.fenced + other.fenced,
-            lost: self.lost + other.lost,
-            taken: self.taken + other.taken,
-            ended: self.ended + other.ended,
-            resolved: self.resolved + other.resolved,
-            interrupted: self.interrupted + other.interrupted,
-            emitted: self.emitted + other.emitted,
-            withdrawn: self.withdrawn + other.withdrawn,
-            missed: self.missed + other.missed,
-            restarts: self.restarts + other.restarts,
-        }
+counts! {
+    /// What happened in a run of the model, to see that it was not empty.
+    Counts {
+        /// Batches stored.
+        stored,
+        /// Requests and batches refused by a rule.
+        refused,
+        /// Batches of somebody who does not hold the run any more.
+        fenced,
+        /// Runs that were lost.
+        lost,
+        /// Runs that were taken over.
+        taken,
+        /// Runs that ended.
+        ended,
+        /// Signals and requests that something became of.
+        resolved,
+        /// Times that the server told a run to stop for an input.
+        interrupted,
+        /// Jobs that became due, and that a worker did.
+        emitted,
+        /// Of those that were caused, the ones that nobody needed to be told of after all.
+        withdrawn,
+        /// Of those that were caused, the ones for somebody who was lost.
+        missed,
+        /// Restarts.
+        restarts,
     }
 }
 
@@ -1442,7 +1423,7 @@ impl History {
             let expected = world.requests.get(&resolved.id.0[0]).and_then(|request| request.outcome);
             assert_eq!(expected, Some((resolved.outcome, resolved.by)));
         }
-        let seen = view.notes().jobs().iter();
+        let seen = view.notifications().jobs().iter();
         let seen = seen
             .map(|job| (job.id, job.rule.clone(), job.principal.clone(), job.cause, job.request, job.due, job.emitted));
         let expected = world.jobs.iter().map(|job| {
@@ -1450,7 +1431,7 @@ impl History {
             (job.id, rule_name(job.rule), subject_of(job.principal), job.cause, request, job.due, job.emitted)
         });
         assert_eq!(seen.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
-        assert_eq!(view.notes().rules().len(), world.rules.len());
+        assert_eq!(view.notifications().rules().len(), world.rules.len());
         let wake = (!world.closed).then(|| self.authority.state().wake()).flatten();
         assert!(wake.is_none_or(|at| self.authority.wake().is_some_and(|told| told <= at)));
     }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde_json::Value;
 
+use super::counts::counts;
 use crate::error::Code;
 use crate::registry::{KEPT_MESSAGE_BYTES, KEPT_MESSAGES, MAX_FRAME, STREAM_MAIN};
 use crate::session::{
@@ -136,38 +137,23 @@ impl Deed {
     }
 }
 
-/// What happened in a run, to see that it was not empty.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counts {
-    /// Batches stored.
-    pub stored: u64,
-    /// Batches refused by a rule.
-    pub refused: u64,
-    /// Messages finished.
-    pub finished: u64,
-    /// Values that expired.
-    pub expired: u64,
-    /// Members that left or were lost.
-    pub departed: u64,
-    /// Chunks that were not committed.
-    pub rolled_back: u64,
-    /// Restarts.
-    pub restarts: u64,
-}
-
-impl core::ops::Add for Counts {
-    type Output = Self;
-
-    fn add(self, other: Self) -> Self {
-        Self {
-            stored: self.stored + other.stored,
-            refused: self.refused + other.refused,
-            finished: self.finished + other.finished,
-            expired: self.expired + other.expired,
-            departed: self.departed + other.departed,
-            rolled_back: self.rolled_back + other.rolled_back,
-            restarts: self.restarts + other.restarts,
-        }
+counts! {
+    /// What happened in a run, to see that it was not empty.
+    Counts {
+        /// Batches stored.
+        stored,
+        /// Batches refused by a rule.
+        refused,
+        /// Messages finished.
+        finished,
+        /// Values that expired.
+        expired,
+        /// Members that left or were lost.
+        departed,
+        /// Chunks that were not committed.
+        rolled_back,
+        /// Restarts.
+        restarts,
     }
 }
 

@@ -13,8 +13,8 @@
 //! At most one chunk is in flight. While it is, and a whole turn waits behind it, the next one is made ahead of time, so that
 //! hashing and syncing of a busy session overlap. `T` is the driver's ticket: it comes back with the answer.
 
-mod notes;
-mod runs;
+mod notifications;
+pub(in crate::session) mod runs;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -33,6 +33,7 @@ use super::state::{Damage, State};
 use super::words::{Author, RunId, SessionName, SignalId};
 use crate::error::Code;
 use crate::registry::{MAX_GRACE, MAX_STREAMS, MIN_GRACE, STREAM_MAIN, TURN_BYTES};
+use crate::wire::Early;
 use crate::wire::{Acked, Label};
 use bytes::Bytes;
 
@@ -189,19 +190,19 @@ impl Work {
     }
 
     /// Adds its records that are told early; the first one has the seq `first`.
-    fn put_early(&self, first: u64, early: &mut Vec<EarlyRecord>) {
+    fn put_early(&self, first: u64, early: &mut Vec<Early>) {
         match self {
             Self::Batch { author, time, batch, .. } if batch.early => {
                 // Checked when the batch came.
                 for (seq, record) in (first..).zip(Records::new(&batch.records).flatten()) {
                     if record.kind.is_early() {
-                        early.push(EarlyRecord { seq, time: *time, author: author.clone(), record });
+                        early.push(Early { seq, time: *time, author: (**author).clone(), record: record.encode() });
                     }
                 }
             }
             Self::Record { author, time, record } if record.kind.is_early() => {
-                let record = record.clone();
-                early.push(EarlyRecord { seq: first, time: *time, author: author.clone(), record });
+                let (author, record) = ((**author).clone(), record.encode());
+                early.push(Early { seq: first, time: *time, author, record });
             }
             _ => {}
         }
@@ -234,20 +235,7 @@ pub struct Committed<T> {
     /// The answers that it gives, in the order of the requests.
     pub replies: Vec<(T, Reply)>,
     /// Its records that are told early (spec SIG-6).
-    pub early: Vec<EarlyRecord>,
-}
-
-/// A record that is told ahead of the data that it is behind (spec SIG-6).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EarlyRecord {
-    /// Its seq.
-    pub seq: u64,
-    /// When it was accepted, in milliseconds since the Unix epoch.
-    pub time: u64,
-    /// Who wrote it.
-    pub author: Arc<Author>,
-    /// The record.
-    pub record: Record,
+    pub early: Vec<Early>,
 }
 
 /// Decides what happens to one session: accepts or refuses requests, assigns seqs, makes chunks, answers once they are durable.

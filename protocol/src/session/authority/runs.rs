@@ -48,6 +48,11 @@ fn leased(lease: u64) -> Result<(), Refusal> {
     within.then_some(()).ok_or(Refusal::new(Code::LIMIT_EXCEEDED, detail))
 }
 
+/// True if an active run is to stop for an input, and was not told (spec RUN-9): what a server that died between the two left undone.
+pub(in crate::session) fn owes_interrupt(view: &View) -> bool {
+    view.runs().policy() == InputPolicy::Interrupt && view.runs().active().any(|run| interrupting(view, run).is_some())
+}
+
 /// The newest input that came since a run began, waits for it, and for which it was not told to stop.
 fn interrupting(view: &View, run: &Run) -> Option<Input> {
     let waiting = view.runs().waiting_for(run);

@@ -262,7 +262,7 @@ impl Overlay {
 
     /// A job that waits and is due at `now`.
     pub(super) fn due_job(&self, view: &View, now: u64) -> Option<(u64, Label)> {
-        let due = view.notes().jobs().iter().filter(|job| !job.emitted && job.due <= now);
+        let due = view.notifications().jobs().iter().filter(|job| !job.emitted && job.due <= now);
         due.map(|job| (job.id, job.rule.clone())).find(|job| !self.changes.jobs.contains_key(job))
     }
 
@@ -319,7 +319,7 @@ impl Draft<'_> {
     fn hold(&mut self, seq: u64, time: u64, record: &Record) -> Result<Option<Record>, Refusal> {
         let deed = Deed::of(record).map_err(|error| Refusal::new(error.code, error.detail))?;
         let rules = [&self.accepted.changes.rules, &self.changes.rules];
-        let ruled = !self.view.notes().rules().is_empty() || rules.iter().any(|rules| !rules.is_empty());
+        let ruled = !self.view.notifications().rules().is_empty() || rules.iter().any(|rules| !rules.is_empty());
         if (Triggers::ALL.contains(&record.kind) || record.kind == Kind::PRESENCE_LEFT) && ruled {
             // It may cause a job.
             self.wakes(time);
@@ -422,7 +422,7 @@ impl Draft<'_> {
         if of.delay > MAX_LASTS {
             return Err(Refusal::new(Code::LIMIT_EXCEEDED, "a notification waits for a day at most"));
         }
-        let durable = self.view.notes().rules().iter().map(|rule| (&rule.name, true));
+        let durable = self.view.notifications().rules().iter().map(|rule| (&rule.name, true));
         let accepted = self.accepted.changes.rules.iter().chain(&self.changes.rules);
         let mut names: HashMap<&Label, bool> =
             durable.chain(accepted.map(|(name, (_, in_force))| (name, *in_force))).collect();

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::changes::Changes;
 use crate::error::ProtocolError;
 use crate::registry::MAX_MEMBERS;
 use crate::session::kinds::{Activity, PresenceJoined};
@@ -27,20 +28,12 @@ pub struct Member {
 }
 
 /// The members of a session.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Members {
     here: BTreeMap<Arc<Author>, Member>,
     /// How often somebody came or went since the view is in memory.
-    changes: u64,
+    changes: Changes,
 }
-
-impl PartialEq for Members {
-    fn eq(&self, other: &Self) -> bool {
-        self.here == other.here
-    }
-}
-
-impl Eq for Members {}
 
 impl Members {
     /// The member with this subject and instance.
@@ -75,13 +68,13 @@ impl Members {
             return;
         }
         let PresenceJoined { name, grace, activity } = of;
-        self.changes += 1;
+        self.changes.add();
         self.here.insert(author.clone(), Member { generation: seq, time, name, grace, activity, updated: seq });
     }
 
     /// Differs from before if somebody came or went since.
     pub fn changes(&self) -> u64 {
-        self.changes
+        self.changes.count()
     }
 
     pub(super) fn update(&mut self, seq: u64, author: &Author, activity: Activity) {
@@ -95,7 +88,7 @@ impl Members {
         let here = self.here.get(author).is_some_and(|member| member.generation == generation);
         if here {
             self.here.remove(author);
-            self.changes += 1;
+            self.changes.add();
         }
         here
     }
@@ -103,7 +96,7 @@ impl Members {
     /// Nothing is said of them any more.
     pub(super) fn clear(&mut self) {
         self.here.clear();
-        self.changes += 1;
+        self.changes.add();
     }
 
     pub(super) fn put(&self, w: &mut Writer) {

@@ -1,9 +1,10 @@
 //! The fold: the view of a session as a pure function of its records (spec FOLD).
 
+mod changes;
 mod entries;
 mod members;
 mod messages;
-mod notes;
+mod notifications;
 mod runs;
 mod signals;
 
@@ -14,7 +15,7 @@ use bytes::Bytes;
 pub use entries::{Entries, Entry};
 pub use members::{Member, Members};
 pub use messages::{IndexedMessage, Message, Messages};
-pub use notes::{Job, Notes};
+pub use notifications::{Job, Notifications};
 pub use runs::{FinishedRun, Input, Run, Runs};
 pub use signals::{
     OpenRequest, PendingSignal, RequestOutcome, ResolvedRequest, ResolvedSignal, SignalOutcome, Signals,
@@ -76,7 +77,7 @@ pub struct View {
     members: Members,
     runs: Runs,
     signals: Signals,
-    notes: Notes,
+    notifications: Notifications,
 }
 
 impl View {
@@ -126,15 +127,15 @@ impl View {
     }
 
     /// The rules of notification, and their jobs.
-    pub fn notes(&self) -> &Notes {
-        &self.notes
+    pub fn notifications(&self) -> &Notifications {
+        &self.notifications
     }
 
     /// When the server has something to write, in milliseconds since the Unix epoch: a value, a signal or a request expires, or a job
     /// is due.
     pub(super) fn deadline(&self) -> Option<u64> {
         let value = self.entries.deadlines().next().map(|(at, _)| *at);
-        let deadlines = value.into_iter().chain(self.signals.deadline()).chain(self.notes.deadline());
+        let deadlines = value.into_iter().chain(self.signals.deadline()).chain(self.notifications.deadline());
         deadlines.min().filter(|_| self.closed.is_none())
     }
 
@@ -143,7 +144,7 @@ impl View {
     /// jobs and something that expires has no one moment for both, and stays.
     pub(super) fn wake(&self) -> Option<u64> {
         let leased = !self.members.is_empty() || self.runs.active().any(|run| run.lease > 0);
-        match (leased, self.notes.has_emitted(), self.deadline()) {
+        match (leased, self.notifications.emitted().next().is_some(), self.deadline()) {
             (true, _, _) | (false, true, Some(_)) => Some(AT_ONCE),
             (false, true, None) => Some(FOR_WORKERS),
             (false, false, deadline) => deadline,
@@ -215,7 +216,7 @@ impl View {
                     self.finish_run(seq, run, Status::Interrupted);
                 }
                 self.signals.finish_run(seq, |_| true);
-                self.notes.withdraw(|_| true);
+                self.notifications.withdraw(|_| true);
             }
             Deed::MessageStart(id, run, of) => self.messages.start((seq, time, stream), author, (id, run), of),
             Deed::MessageAppend(id, bytes) => self.messages.append(seq, id, &bytes),
@@ -294,14 +295,14 @@ impl View {
             }
             Deed::RequestWithdrawn(of) => self.signals.resolve_request(seq, of.request, RequestOutcome::Withdrawn),
             Deed::RequestExpired(of) => self.signals.resolve_request(seq, of.request, RequestOutcome::Expired),
-            Deed::NotifyRule(of) => self.notes.rule(of),
-            Deed::NotifyEmitted(of) => self.notes.emit(of.job, &of.rule),
-            Deed::NotifyDone(of) => self.notes.withdraw(|job| job.id == of.job && job.rule == of.rule),
+            Deed::NotifyRule(of) => self.notifications.rule(of),
+            Deed::NotifyEmitted(of) => self.notifications.emit(of.job, &of.rule),
+            Deed::NotifyDone(of) => self.notifications.withdraw(|job| job.id == of.job && job.rule == of.rule),
         }
         // Of a request that somebody answered nobody needs to be told.
         let signals = &self.signals;
-        if self.notes.jobs().iter().any(|job| job.request.is_some_and(|id| signals.request(id).is_none())) {
-            self.notes.withdraw(|job| job.request.is_some_and(|id| signals.request(id).is_none()));
+        if self.notifications.jobs().iter().any(|job| job.request.is_some_and(|id| signals.request(id).is_none())) {
+            self.notifications.withdraw(|job| job.request.is_some_and(|id| signals.request(id).is_none()));
         }
     }
 
@@ -319,7 +320,7 @@ impl View {
         let (members, runs) = (&self.members, &self.runs);
         let works = |author: &Author| runs.active().any(|run| *run.holder == *author);
         let here = |of: &Subject| members.of(of).any(|author| !works(author));
-        self.notes.happened(at, cause, request, here);
+        self.notifications.happened(at, cause, request, here);
     }
 
     /// Somebody was lost, and may have been for all of the grace: if nobody of the same subject is here, what is asked is told.
@@ -327,14 +328,14 @@ impl View {
         let (members, runs) = (&self.members, &self.runs);
         if !members.of(subject).any(|author| !runs.active().any(|run| *run.holder == **author)) {
             let open: Vec<_> = self.signals.requests().iter().map(|request| (request.seq, request.id)).collect();
-            self.notes.missed(time, subject, &open);
+            self.notifications.missed(time, subject, &open);
         }
     }
 
     /// Somebody came: those of the same subject need not be told of what was before.
     fn seen(&mut self, subject: &Subject) {
-        if self.notes.jobs().iter().any(|job| job.principal == *subject) {
-            self.notes.withdraw(|job| job.principal == *subject);
+        if self.notifications.jobs().iter().any(|job| job.principal == *subject) {
+            self.notifications.withdraw(|job| job.principal == *subject);
         }
     }
 
@@ -372,7 +373,7 @@ impl View {
         self.members.put(&mut w);
         self.runs.put(&mut w);
         self.signals.put(form, &mut w);
-        self.notes.put(&mut w);
+        self.notifications.put(&mut w);
         w.freeze()
     }
 
@@ -401,12 +402,12 @@ impl View {
         let members = Members::get_from(&mut r, next)?;
         let runs = Runs::get_from(&mut r, next)?;
         let signals = Signals::get_from(&mut r, next)?;
-        let notes = Notes::get_from(&mut r, next)?;
+        let notifications = Notifications::get_from(&mut r, next)?;
         r.finish()?;
         if closed.is_some_and(|seq| seq >= next) {
             return Err(ProtocolError::malformed("view is closed beyond its end"));
         }
-        Ok(Self { next, time, closed, streams, messages, entries, members, runs, signals, notes })
+        Ok(Self { next, time, closed, streams, messages, entries, members, runs, signals, notifications })
     }
 
     /// BLAKE3 of the canonical encoding in which the hash of each text and value stands for it (spec FOLD-4).

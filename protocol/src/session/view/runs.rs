@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use super::changes::Changes;
 use crate::error::ProtocolError;
 use crate::registry::{KEPT_LOST_RUNS, KEPT_RUNS, MAX_INPUTS, MAX_RUNS};
 use crate::session::kinds::{InputPolicy, RunMode, RunStart, SessionConfigured, Status};
@@ -73,6 +74,8 @@ pub struct Runs {
     finished: VecDeque<FinishedRun>,
     /// By seq.
     inputs: VecDeque<Input>,
+    /// How often a run came, went, was lost or taken over since the view is in memory.
+    changes: Changes,
 }
 
 impl Default for Runs {
@@ -83,6 +86,7 @@ impl Default for Runs {
             current: Vec::new(),
             finished: VecDeque::new(),
             inputs: VecDeque::new(),
+            changes: Changes::default(),
         }
     }
 }
@@ -101,6 +105,11 @@ impl Runs {
     /// The runs that are not over, active or lost, in the order in which they began.
     pub fn current(&self) -> &[Run] {
         &self.current
+    }
+
+    /// Differs from before if a run began, was lost, was taken over or is over since.
+    pub fn changes(&self) -> u64 {
+        self.changes.count()
     }
 
     /// The runs that are active.
@@ -157,6 +166,7 @@ impl Runs {
         if let Some(run) = taken {
             if run.lost.take().is_some() {
                 (run.epoch, run.holder, run.lease) = (seq, author.clone(), of.lease);
+                self.changes.add();
             }
             return Vec::new();
         }
@@ -168,6 +178,7 @@ impl Runs {
             RunMode::Single => self.current.iter().filter(|run| run.lost.is_some()).map(|run| run.id).collect(),
             _ => Vec::new(),
         };
+        self.changes.add();
         self.current.push(Run {
             id,
             start: seq,
@@ -190,6 +201,7 @@ impl Runs {
             return (false, None);
         };
         run.lost = Some(seq);
+        self.changes.add();
         let lost = self.current.iter().filter(|run| run.lost.is_some());
         let oldest = match lost.clone().count() > KEPT_LOST_RUNS {
             true => lost.min_by_key(|run| run.lost).map(|run| run.id),
@@ -202,6 +214,7 @@ impl Runs {
     pub(super) fn finish(&mut self, seq: u64, id: RunId, status: Status) -> bool {
         let Some(at) = self.current.iter().position(|run| run.id == id) else { return false };
         let run = self.current.remove(at);
+        self.changes.add();
         if self.finished.len() == KEPT_RUNS {
             self.finished.pop_front();
         }

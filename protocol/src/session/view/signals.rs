@@ -7,9 +7,11 @@ use bytes::Bytes;
 
 use super::Form;
 use crate::error::ProtocolError;
+use crate::registry::STREAM_MAIN;
 use crate::registry::{KEPT_REQUESTS, KEPT_SIGNALS, MAX_REQUEST_BODY, MAX_REQUESTS, MAX_SIGNAL_TEXT, MAX_SIGNALS};
 use crate::session::kinds::{Intent, RequestOpened, Resolution, Signal, Target, words};
 use crate::session::words::{Author, MessageId, RequestId, RunId, SignalId};
+use crate::wire::Early;
 use crate::wire::{Field, Label, MAX_VARINT, Reader, Writer};
 
 /// A signal that nobody took yet.
@@ -28,6 +30,12 @@ pub struct PendingSignal {
 }
 
 impl PendingSignal {
+    /// Its record, for who listens (spec SIG-6).
+    fn early(&self) -> Early {
+        let record = self.signal.record(STREAM_MAIN, self.run).encode();
+        Early { seq: self.seq, time: self.time, author: (*self.author).clone(), record }
+    }
+
     /// When it expires, in milliseconds since the Unix epoch.
     pub fn expires(&self) -> u64 {
         self.time.saturating_add(self.signal.lasts).min(MAX_VARINT)
@@ -145,6 +153,11 @@ impl Signals {
     /// Requests that nobody answered yet, in the order in which they came.
     pub fn requests(&self) -> &[OpenRequest] {
         &self.requests
+    }
+
+    /// What LISTEN from this seq on is answered with: each signal that nobody took (spec SIG-6).
+    pub fn early_from(&self, from: u64) -> impl Iterator<Item = Early> {
+        self.pending().iter().filter(move |pending| pending.seq >= from).map(PendingSignal::early)
     }
 
     /// The last requests that something became of, the newest one last: at most `kept_requests`.

@@ -1,5 +1,6 @@
 //! The rules of notification of a view, and the jobs that they caused (spec NOTE, FOLD-10).
 
+use super::changes::Changes;
 use crate::error::ProtocolError;
 use crate::registry::{MAX_JOBS, MAX_RULES};
 use crate::session::kinds::{Kind, NotifyRule};
@@ -31,7 +32,7 @@ pub struct Job {
 
 /// The rules and jobs of a session.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Notes {
+pub struct Notifications {
     /// By name.
     rules: Vec<NotifyRule>,
     /// By id, then by rule.
@@ -40,19 +41,7 @@ pub struct Notes {
     changes: Changes,
 }
 
-/// Counts; equal to every other count.
-#[derive(Debug, Clone, Copy, Default)]
-struct Changes(u64);
-
-impl PartialEq for Changes {
-    fn eq(&self, _: &Self) -> bool {
-        true
-    }
-}
-
-impl Eq for Changes {}
-
-impl Notes {
+impl Notifications {
     /// The rules in force, by name.
     pub fn rules(&self) -> &[NotifyRule] {
         &self.rules
@@ -65,7 +54,7 @@ impl Notes {
 
     /// Differs from before if a job came, went or was emitted since.
     pub fn changes(&self) -> u64 {
-        self.changes.0
+        self.changes.count()
     }
 
     /// The job with this id, by this rule.
@@ -78,9 +67,9 @@ impl Notes {
         self.jobs.iter().filter(|job| !job.emitted).map(|job| job.due).min()
     }
 
-    /// True if a job is for workers to take.
-    pub fn has_emitted(&self) -> bool {
-        self.jobs.iter().any(|job| job.emitted)
+    /// The jobs that are for workers to take.
+    pub fn emitted(&self) -> impl Iterator<Item = &Job> {
+        self.jobs.iter().filter(|job| job.emitted)
     }
 
     pub(super) fn rule(&mut self, of: NotifyRule) {
@@ -147,20 +136,22 @@ impl Notes {
             emitted: false,
         };
         self.jobs.insert(place, job);
-        self.changes.0 += 1;
+        self.changes.add();
     }
 
     /// Nobody needs to be told any more of what `over` says.
     pub(super) fn withdraw(&mut self, over: impl Fn(&Job) -> bool) {
         let before = self.jobs.len();
         self.jobs.retain(|job| !over(job));
-        self.changes.0 += u64::from(before > self.jobs.len());
+        if self.jobs.len() < before {
+            self.changes.add();
+        }
     }
 
     pub(super) fn emit(&mut self, id: u64, rule: &Label) {
         if let Some(job) = self.jobs.iter_mut().find(|job| job.id == id && job.rule == *rule) {
             job.emitted = true;
-            self.changes.0 += 1;
+            self.changes.add();
         }
     }
 
@@ -187,7 +178,7 @@ impl Notes {
         }
     }
 
-    /// Reads what [`Notes::put`] wrote, of a view that ends at `next`.
+    /// Reads what [`Notifications::put`] wrote, of a view that ends at `next`.
     pub(super) fn get_from(r: &mut Reader<'_>, next: u64) -> Result<Self, ProtocolError> {
         let inconsistent = || ProtocolError::malformed("notifications of a view are not consistent");
         let mut this = Self::default();

@@ -17,8 +17,7 @@ impl<T> Authority<T> {
 
     /// The jobs that are for workers to take, and about which nothing was said (spec NOTE-5).
     pub fn offered_jobs(&self) -> impl Iterator<Item = &Job> {
-        let emitted = self.state.view().notes().jobs().iter().filter(|job| job.emitted);
-        emitted.filter(|job| !self.overlay.changes_job(&(job.id, job.rule.clone())))
+        self.state.view().notifications().emitted().filter(|job| !self.overlay.changes_job(&(job.id, job.rule.clone())))
     }
 
     /// A worker did what it could about a job (spec NOTE-5). Does nothing about one that is not there any more, or if it cannot be
@@ -30,7 +29,7 @@ impl<T> Authority<T> {
         (job, rule): (u64, Label),
         (outcome, detail): (JobOutcome, Detail),
     ) {
-        let emitted = self.state.view().notes().job(job, &rule).is_some_and(|job| job.emitted);
+        let emitted = self.state.view().notifications().job(job, &rule).is_some_and(|job| job.emitted);
         let key = (job, rule);
         if emitted && !self.overlay.changes_job(&key) {
             let (job, rule) = key;
