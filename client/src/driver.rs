@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::{MAX_FRAME, MAX_RUNS};
 use mainstay_protocol::session::{
-    Activity, Backoff, Cursor, Incarnation, InputPolicy, MessageId, Record, RunId, RunMode, Verdict,
+    Activity, Backoff, Cursor, Incarnation, InputPolicy, MessageId, Progress, Record, RunId, RunMode, Verdict,
 };
 use mainstay_protocol::wire::{
     Attach, AttachMode, Attached, Body, CloseSession, Configure, DefineStream, DeleteSession, Early, Frame, Granted,
@@ -785,7 +785,8 @@ impl<C: Connection> Driver<C> {
                 self.next_subscription += 1;
                 let (opened, receiver) = mpsc::channel(1);
                 let resubscriber = Resubscriber { subscription, commands: self.again.clone() };
-                let reader = Reader::<C> { opened: receiver, events, resubscriber, folded: wanted.folded };
+                let progress = Progress::new(start == Start::Snapshot, wanted.folded);
+                let reader = Reader::<C> { opened: receiver, events, resubscriber, progress };
                 tokio::spawn(reader.run());
                 let entry = SubscriptionEntry { start, wants: wanted, opened, id: None, wanted: true };
                 self.subscriptions.insert(subscription, entry);

@@ -264,8 +264,7 @@ pub(crate) struct Reader<C: Connection> {
     pub(crate) opened: mpsc::Receiver<Opened<C>>,
     pub(crate) events: mpsc::Sender<Result<Event, ClientError>>,
     pub(crate) resubscriber: Resubscriber,
-    /// A view may come at any time.
-    pub(crate) folded: bool,
+    pub(crate) progress: Progress,
 }
 
 /// How often a new subscription is refused for the limit before that is believed: about two seconds.
@@ -286,7 +285,7 @@ enum Over {
 impl<C: Connection> Reader<C> {
     /// Runs until the subscription ends.
     pub(crate) async fn run(mut self) {
-        let mut progress = Progress::new(self.folded);
+        let mut progress = core::mem::take(&mut self.progress);
         let mut backoff = Backoff::new(ATTACH_PAUSE.0, ATTACH_PAUSE.1);
         loop {
             let opened = tokio::select! {

@@ -7,6 +7,9 @@ pub const ALPN: &[u8] = b"mainstay/1";
 /// Version byte of the chunk envelope (spec CHUNK-1).
 pub const CHUNK_VERSION: u8 = 1;
 
+/// Version byte of the envelope of chunks that compaction put together (spec CHUNK-8).
+pub const COMPACTED_VERSION: u8 = 2;
+
 /// Version byte of a state snapshot (spec DUR-9).
 pub const SNAPSHOT_VERSION: u8 = 1;
 

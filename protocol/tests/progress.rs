@@ -62,6 +62,11 @@ fn a_new_stream_goes_on_at_the_position() {
         assert!(progress.clone().subscribed(Verdict::Exact, next, 9).is_err(), "exact at {next}");
     }
     assert!(progress.clone().subscribed(Verdict::Exact, 4, 9).is_ok());
+    // What was put together meanwhile comes from there on, and no view.
+    assert!(progress.clone().subscribed(Verdict::Snapshot, 3, 9).is_err(), "back");
+    let mut compacted = progress.clone();
+    compacted.subscribed(Verdict::Snapshot, 4, 9).expect("it goes on at its position");
+    compacted.covered(4, 7).expect("with whole messages");
     // What was trimmed meanwhile comes as a gap from there on.
     progress.subscribed(Verdict::Gap, 4, 9).expect("a gap");
     progress.covered(4, 7).expect("the gap");
@@ -71,7 +76,7 @@ fn a_new_stream_goes_on_at_the_position() {
 /// Spec SUB-6.
 #[test]
 fn a_snapshot_is_that_of_the_position() {
-    let mut progress = Progress::default();
+    let mut progress = Progress::new(true, false);
     progress.subscribed(Verdict::Snapshot, 8, 8).expect("a start");
     let part = |at: usize| parts(8, 3).remove(at);
     let view = view(8);
@@ -80,7 +85,7 @@ fn a_snapshot_is_that_of_the_position() {
     assert!(progress.clone().snapshot(&Snapshot { length: 1, ..part(0) }).is_err(), "more than its length");
     let huge = Snapshot { length: MAX_VIEW as u64 + 1, ..part(0) };
     assert!(progress.clone().snapshot(&huge).is_err(), "longer than any view");
-    let mut other = Progress::default();
+    let mut other = Progress::new(true, false);
     other.subscribed(Verdict::Snapshot, 7, 8).expect("a start");
     let lying = Snapshot { next: 7, ..parts(8, 1).remove(0) };
     assert!(other.snapshot(&lying).is_err(), "a view of another seq than its frame says");
@@ -95,7 +100,7 @@ fn a_snapshot_is_that_of_the_position() {
 /// Spec SUB-6: the view is what everything behind it stands on.
 #[test]
 fn nothing_comes_before_a_view_that_is_owed() {
-    let mut progress = Progress::default();
+    let mut progress = Progress::new(true, false);
     progress.subscribed(Verdict::Snapshot, 8, 8).expect("a start");
     assert_eq!(progress.caught_up(), None);
     assert!(progress.clone().covered(8, 9).is_err());
@@ -128,10 +133,12 @@ fn it_has_caught_up_once_for_each_time_that_it_was_behind() {
 #[test]
 fn an_attach_says_what_became_of_the_cursor() {
     let (this, other) = (Incarnation([1; 16]), Incarnation([2; 16]));
-    let verdict = |held, next| Verdict::of_attach((held, next), this, (10, 20)).map_err(|refusal| refusal.code);
+    let verdict = |held, next| Verdict::of_attach((held, next), this, (10, 13, 20)).map_err(|refusal| refusal.code);
     assert_eq!(verdict(None, None), Ok(Verdict::Exact));
     assert_eq!(verdict(Some(this), None), Ok(Verdict::Exact));
-    assert_eq!(verdict(Some(this), Some(10)), Ok(Verdict::Exact));
+    assert_eq!(verdict(Some(this), Some(10)), Ok(Verdict::Snapshot));
+    assert_eq!(verdict(Some(this), Some(12)), Ok(Verdict::Snapshot));
+    assert_eq!(verdict(Some(this), Some(13)), Ok(Verdict::Exact));
     assert_eq!(verdict(Some(this), Some(20)), Ok(Verdict::Exact));
     assert_eq!(verdict(Some(this), Some(9)), Ok(Verdict::Gap));
     assert_eq!(verdict(Some(this), Some(21)), Err(Code::SESSION_DAMAGED));
@@ -144,7 +151,7 @@ fn an_attach_says_what_became_of_the_cursor() {
 fn a_folded_reader_takes_a_view_in_the_place_of_what_it_lacks() {
     let mut exact = started(0, 4);
     assert!(exact.snapshot(&parts(6, 1)[0]).is_err(), "nobody asked for one");
-    let mut progress = Progress::new(true);
+    let mut progress = Progress::new(false, true);
     progress.subscribed(Verdict::Exact, 2, 9).expect("a start");
     assert!(progress.clone().snapshot(&parts(1, 1)[0]).is_err(), "it would go back");
     let views = parts(6, 2);

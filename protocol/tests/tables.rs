@@ -232,7 +232,7 @@ fn where_a_subscription_starts_and_with_which_verdict() {
     let mut table = String::from("readable are 10..20; in memory 15..20\n");
     for start in starts {
         let request = Subscribe { id: 1, start, streams: vec![], kinds: vec![], window: None, folded: false };
-        let (feed, verdict) = Feed::new(request, 10, 20);
+        let (feed, verdict) = Feed::new(request, (10, 0), 20);
         let _ = writeln!(
             table,
             "  {:<12} {verdict:<9} next {:<3} {:?}",

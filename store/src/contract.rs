@@ -7,7 +7,7 @@ use core::task::{Context, Poll};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use mainstay_protocol::session::{Chunk, Incarnation, SessionName};
+use mainstay_protocol::session::{Chunk, ChunkStart, Incarnation, SessionName};
 use tokio::sync::oneshot;
 
 /// A running request. Dropping it does not undo the request.
@@ -148,6 +148,15 @@ pub enum Created {
     Existing(SessionStat),
 }
 
+/// How far the compaction of a session has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Compaction {
+    /// Records below this seq may have been put together.
+    pub before: u64,
+    /// Where the next pass begins.
+    pub next: ChunkStart,
+}
+
 /// What a store knows of a session without reading its records.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SessionStat {
@@ -167,6 +176,8 @@ pub struct SessionStat {
     pub chunks: u64,
     /// When it has something to write by itself, in milliseconds since the Unix epoch.
     pub wake: Option<u64>,
+    /// How far it is compacted.
+    pub compaction: Compaction,
 }
 
 /// Where a read starts.
@@ -250,7 +261,8 @@ pub trait Store: Send + Sync + 'static {
     /// still not known.
     fn resolve(&self, writer: &Writer, chunk: Arc<Chunk>) -> Pending<bool>;
 
-    /// Reads consecutive chunks, at most about `budget` bytes of them, at least one if there is one.
+    /// Reads consecutive chunks, at most about `budget` bytes of them, at least one if there is one. Those of one page may be put
+    /// together ([`Store::compact`]).
     ///
     /// A start below the first kept chunk starts there. Errors: `NotFound`, `Damaged`, `Failed`.
     fn read(&self, session: SessionId, from: ReadFrom, budget: usize) -> Pending<Page>;
@@ -264,6 +276,16 @@ pub trait Store: Send + Sync + 'static {
     /// Removes whole chunks whose records are all below `before`. Needs a snapshot that covers them; the space comes back
     /// in the background. Errors: `Fenced`, `NotFound`, `Invalid` without such a snapshot, `NoSpace`, `Failed`.
     fn trim(&self, writer: &Writer, before: u64) -> Pending<()>;
+
+    /// Puts `chunk` in the place of the stored chunks that it covers, which one read returned together, and which are below the newest
+    /// snapshot. The space comes back in the background.
+    ///
+    /// Errors: `Fenced`, `NotFound`, `Invalid` if the chunks there do not begin and end as it does, `Damaged`, `NoSpace`, `Overloaded`,
+    /// `Failed`.
+    fn compact(&self, writer: &Writer, chunk: Arc<Chunk>) -> Pending<()>;
+
+    /// Remembers how far the session is compacted. Errors: `Fenced`, `NotFound`, `NoSpace`, `Failed`.
+    fn set_compaction(&self, writer: &Writer, compaction: Compaction) -> Pending<()>;
 
     /// Deletes the session: the name is free at once, the space comes back in the background. Errors: `NotFound`, `NoSpace`,
     /// `Failed`.

@@ -12,7 +12,8 @@
 //!    per session is in flight.
 //! 3. **Durability.** [`Outcome::Committed`] is said only after the chunk survives a crash of the process, of the machine
 //!    and a loss of power.
-//! 4. **Visibility.** A read never returns a chunk that is not durable. What was read once is never read differently.
+//! 4. **Visibility.** A read never returns a chunk that is not durable. What was read once is never read differently, but for
+//!    compaction.
 //! 5. **Fencing.** A writer is exclusive. [`Store::open_writer`] grants the next writer epoch durably, and from its return on
 //!    no append of an older writer takes effect.
 //! 6. **Honest outcomes.** An append ends as `Committed`, `NotCommitted` or `Unknown`. `Unknown` is resolved by
@@ -24,6 +25,9 @@
 //! 9. **Trim.** Whole chunks below a position may be removed. Until then they may still be read.
 //! 10. **Wake.** With each chunk the writer says when the session has something to write by itself. The store remembers the last that
 //!     it was told, with the chunk or by [`Store::set_wake`], and finds those that are due; it does nothing about them.
+//!
+//! 11. **Compaction.** One chunk may take the place of several that a single read returned, if it begins and ends where they do (spec
+//!     COMPACT). It is stored whole, and they are gone, or neither. How far that has come is remembered, too.
 //!
 //! Snapshots are a help, not a truth: losing one costs time, unless the chunks before it were trimmed, which is why a
 //! trim needs one.
@@ -37,7 +41,7 @@ mod memory;
 pub mod testing;
 
 pub use contract::{
-    Committing, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store, StoreError,
-    Writer,
+    Committing, Compaction, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store,
+    StoreError, Writer,
 };
 pub use memory::MemoryStore;

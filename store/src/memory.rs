@@ -8,8 +8,8 @@ use bytes::Bytes;
 use mainstay_protocol::session::{Chunk, Incarnation, SessionName, State};
 
 use crate::contract::{
-    Committing, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store, StoreError,
-    Writer,
+    Committing, Compaction, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store,
+    StoreError, Writer,
 };
 
 /// Keeps everything in memory. Clones share the same sessions, so that a server can be restarted over them.
@@ -26,17 +26,23 @@ struct Session {
     /// When its expiry is due.
     due: u64,
     epoch: u64,
-    /// Chunks removed by trims.
-    trimmed: u64,
+    /// Number of the next chunk.
+    next_number: u64,
     /// What the last trim asked for.
     first: u64,
     chunks: Vec<Arc<Chunk>>,
     tail: u64,
     snapshot: Option<Bytes>,
     wake: Option<u64>,
+    compaction: Compaction,
 }
 
 impl Session {
+    /// Index of the first kept chunk with this number or a higher one.
+    fn at(&self, number: u64) -> usize {
+        self.chunks.partition_point(|chunk| chunk.header().number < number)
+    }
+
     fn stat(&self) -> SessionStat {
         SessionStat {
             session: self.id.clone(),
@@ -45,8 +51,9 @@ impl Session {
             written: self.chunks.last().map_or(self.created, |chunk| chunk.time()),
             first: self.first,
             tail: self.tail,
-            chunks: self.trimmed + self.chunks.len() as u64,
+            chunks: self.next_number,
             wake: self.wake,
+            compaction: self.compaction,
         }
     }
 }
@@ -95,12 +102,13 @@ impl Store for MemoryStore {
             expire_after,
             due: created.saturating_add(expire_after),
             epoch: 0,
-            trimmed: 0,
+            next_number: 0,
             first: 0,
             chunks: Vec::new(),
             tail: 0,
             snapshot: None,
             wake: None,
+            compaction: Compaction::default(),
         };
         sessions.insert(name, session);
         ready(Ok(Created::New))
@@ -122,14 +130,16 @@ impl Store for MemoryStore {
     fn append(&self, writer: &Writer, chunk: Arc<Chunk>, wake: Option<u64>) -> Committing {
         let result = self.written(writer, |session| {
             let header = chunk.header();
-            let next = session.trimmed + session.chunks.len() as u64;
-            if header.number != next || header.first != session.tail || header.incarnation != session.id.incarnation {
+            if header.number != session.next_number
+                || header.first != session.tail
+                || header.incarnation != session.id.incarnation
+            {
                 return Err(StoreError::Invalid { what: "the chunk does not follow the last one" });
             }
             // What is kept is what a disk would give back.
             let stored = Chunk::decode(chunk.bytes().clone())
                 .map_err(|_| StoreError::Invalid { what: "the chunk does not decode" })?;
-            session.tail = stored.end();
+            (session.tail, session.next_number) = (stored.end(), header.number + 1);
             session.chunks.push(Arc::new(stored));
             session.wake = wake;
             Ok(())
@@ -142,8 +152,7 @@ impl Store for MemoryStore {
 
     fn resolve(&self, writer: &Writer, chunk: Arc<Chunk>) -> Pending<bool> {
         ready(self.written(writer, |session| {
-            let at = chunk.header().number.checked_sub(session.trimmed);
-            let stored = at.and_then(|at| session.chunks.get(at as usize));
+            let stored = session.chunks.get(session.at(chunk.header().number));
             Ok(stored.is_some_and(|stored| stored.bytes() == chunk.bytes()))
         }))
     }
@@ -152,7 +161,7 @@ impl Store for MemoryStore {
         ready(self.with(&id, |session| {
             let start = match from {
                 ReadFrom::Seq(seq) => session.chunks.partition_point(|chunk| chunk.end() <= seq),
-                ReadFrom::Chunk { number, .. } => number.saturating_sub(session.trimmed) as usize,
+                ReadFrom::Chunk { number, .. } => session.at(number),
             };
             let mut left = budget;
             let mut chunks = Vec::new();
@@ -184,12 +193,32 @@ impl Store for MemoryStore {
         ready(self.written(writer, |session| {
             let count = session.chunks.partition_point(|chunk| chunk.end() <= before);
             let covered = session.snapshot.as_ref().and_then(|bytes| State::restore(bytes).ok());
-            if count > 0 && covered.is_none_or(|state| state.number() < session.trimmed + count as u64) {
+            let kept = session.chunks[..count].last().map(|last| last.header().next_number());
+            if kept.is_some_and(|kept| covered.is_none_or(|state| state.number() < kept)) {
                 return Err(StoreError::Invalid { what: "a trim needs a snapshot that covers it" });
             }
             session.chunks.drain(..count);
-            session.trimmed += count as u64;
             session.first = session.first.max(before.min(session.tail));
+            Ok(())
+        }))
+    }
+
+    fn compact(&self, writer: &Writer, chunk: Arc<Chunk>) -> Pending<()> {
+        ready(self.written(writer, |session| {
+            let (from, to) = (session.at(chunk.header().number), session.at(chunk.header().next_number()));
+            if !chunk.covers(session.chunks.get(from..to).unwrap_or_default()) {
+                return Err(StoreError::Invalid { what: "the chunk does not cover what is stored" });
+            }
+            let stored = Chunk::decode(chunk.bytes().clone())
+                .map_err(|_| StoreError::Invalid { what: "the chunk does not decode" })?;
+            session.chunks.splice(from..to, [Arc::new(stored)]);
+            Ok(())
+        }))
+    }
+
+    fn set_compaction(&self, writer: &Writer, compaction: Compaction) -> Pending<()> {
+        ready(self.written(writer, |session| {
+            session.compaction = compaction;
             Ok(())
         }))
     }

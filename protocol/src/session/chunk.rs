@@ -11,6 +11,15 @@
 //! records  = length | region
 //! ```
 //!
+//! Chunks that compaction put together (spec CHUNK-8) have another version, and in the place of `batches`:
+//!
+//! ```text
+//! chunks | time delta | positions | counts | spans
+//! positions= n | (producer index | sequence | first seq - first | count)*
+//! counts   = n | (stream | records | bytes)*
+//! spans    = n | (skip | count | author index | time delta)*
+//! ```
+//!
 //! Integers are varints where no width is given. The checksum is XXH3-64 of everything behind it, big-endian.
 
 use std::sync::{Arc, OnceLock};
@@ -23,8 +32,8 @@ use super::record::{CheckedBatch, Head, Record, Records};
 use super::state::{Damage, StreamSet};
 use super::words::{Author, Incarnation, SessionName};
 use crate::error::{Code, ProtocolError};
-use crate::registry::{CHUNK_VERSION, control, is_ignorable};
-use crate::wire::{Body, Delivery, Label, Reader, Span, Subject, Writer};
+use crate::registry::{CHUNK_VERSION, COMPACTED_VERSION, MAX_STREAMS, control, is_ignorable};
+use crate::wire::{Acked, Body, Delivery, Label, Reader, Span, Subject, Writer};
 
 /// A durable fact about a session that is not a record: it has no seq and is neither delivered nor folded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -150,6 +159,45 @@ pub struct ChunkBatch {
     pub time: u64,
 }
 
+/// The seqs of one batch of a producer, in a chunk that was put together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChunkPosition {
+    /// Index into the chunk's producers.
+    pub producer: u64,
+    /// The batch's sequence.
+    pub sequence: u64,
+    /// Seq of the batch's first record.
+    pub first: u64,
+    /// Records that it had.
+    pub count: u64,
+}
+
+/// What was written to one stream, in a chunk that was put together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChunkCount {
+    /// The stream id.
+    pub stream: u64,
+    /// Records that there were.
+    pub records: u64,
+    /// Bytes of their payloads.
+    pub bytes: u64,
+}
+
+/// What a chunk holds in the place of batches that was put together by compaction (spec CHUNK-8).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Compacted {
+    /// Chunks that were put together: the chunk has as many numbers.
+    pub chunks: u64,
+    /// Milliseconds after the base time of what they held last.
+    pub time: u64,
+    /// The batches of producers that may still be asked for, in order.
+    pub positions: Vec<ChunkPosition>,
+    /// What was written, ascending by stream.
+    pub counts: Vec<ChunkCount>,
+    /// The records that are left, in order.
+    pub spans: Vec<Span>,
+}
+
 /// Everything of a chunk but its records.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChunkHeader {
@@ -157,9 +205,9 @@ pub struct ChunkHeader {
     pub incarnation: Incarnation,
     /// Seq of the first record.
     pub first: u64,
-    /// Records; 0 if the chunk holds control entries alone.
+    /// Seqs that it covers; 0 if the chunk holds control entries alone.
     pub count: u64,
-    /// Position in the session's chunks, dense from 0.
+    /// Position in the session's chunks, dense from 0. One that was put together takes several.
     pub number: u64,
     /// Epoch of the writer that made it.
     pub writer_epoch: u64,
@@ -175,8 +223,10 @@ pub struct ChunkHeader {
     pub authors: Vec<Arc<Author>>,
     /// Producers that batches name.
     pub producers: Vec<ChunkProducer>,
-    /// The batches, in order.
+    /// The batches, in order. None in a chunk that was put together.
     pub batches: Vec<ChunkBatch>,
+    /// What a chunk that was put together has instead.
+    pub compacted: Option<Box<Compacted>>,
 }
 
 /// A chunk, decoded and still in its encoding.
@@ -193,12 +243,197 @@ pub struct Chunk {
 const MIN_AUTHOR: usize = 18;
 const MIN_PRODUCER: usize = 4;
 const MIN_BATCH: usize = 3;
+/// The same of what a chunk that was put together has.
+const MIN_POSITION: usize = 4;
+const MIN_COUNT: usize = 3;
+const MIN_SPAN: usize = 4;
 
 /// Records up to this many bytes are copied into the delivery frame, so that it is one piece; larger regions are
 /// shared with the chunk. A piece costs quinn about as much as copying this much.
 const COPY_BELOW: usize = 16 * 1024;
 
+impl ChunkHeader {
+    /// Number of the next chunk.
+    pub fn next_number(&self) -> u64 {
+        self.number + self.compacted.as_ref().map_or(1, |compacted| compacted.chunks)
+    }
+
+    /// Records that the chunk has: as many as seqs, unless it was put together.
+    pub fn kept(&self) -> u64 {
+        self.compacted.as_ref().map_or(self.count, |compacted| compacted.spans.iter().map(|span| span.count).sum())
+    }
+
+    /// Who wrote the records, and which seqs have none, in order.
+    pub fn spans(&self) -> impl Iterator<Item = Span> {
+        let of = |batch: &ChunkBatch| Span { skip: 0, count: batch.count, author: batch.author, time: batch.time };
+        let left = self.compacted.iter().flat_map(|compacted| compacted.spans.iter().copied());
+        self.batches.iter().map(of).chain(left)
+    }
+
+    /// Producer index, sequence and seqs of the batches that are known, in order.
+    pub(super) fn positions(&self) -> impl Iterator<Item = (u64, u64, Acked)> {
+        let mut next = self.first;
+        let written = self.batches.iter().filter_map(move |batch| {
+            let first = next;
+            next += batch.count;
+            batch.producer.map(|(producer, sequence)| (producer, sequence, Acked { first, count: batch.count }))
+        });
+        let left = self.compacted.iter().flat_map(|compacted| &compacted.positions);
+        written.chain(left.map(|of| (of.producer, of.sequence, Acked { first: of.first, count: of.count })))
+    }
+
+    fn get_batches(&self, r: &mut Reader<'_>) -> Result<Vec<ChunkBatch>, ProtocolError> {
+        let n = r.count(r.remaining() / MIN_BATCH)?;
+        let mut batches = Vec::with_capacity(n);
+        let mut sum = 0u64;
+        for _ in 0..n {
+            let source = r.varint()?;
+            let batch = if source & 1 == 1 {
+                ChunkBatch { author: source >> 1, producer: None, count: r.varint()?, time: r.varint()? }
+            } else {
+                let index = source >> 1;
+                let author = self.producer(index)?.author;
+                let sequence = r.varint()?;
+                ChunkBatch { author, producer: Some((index, sequence)), count: r.varint()?, time: r.varint()? }
+            };
+            if batch.author >= self.authors.len() as u64 || batch.count == 0 {
+                return Err(ProtocolError::malformed("batch names an author that is not listed, or is empty"));
+            }
+            sum = sum.saturating_add(batch.count);
+            batches.push(batch);
+        }
+        if sum != self.count {
+            return Err(ProtocolError::malformed("batches do not add up to the chunk"));
+        }
+        Ok(batches)
+    }
+
+    fn producer(&self, index: u64) -> Result<&ChunkProducer, ProtocolError> {
+        let producer = usize::try_from(index).ok().and_then(|at| self.producers.get(at));
+        producer.ok_or(ProtocolError::malformed("batch names a producer that is not listed"))
+    }
+
+    fn get_compacted(&self, r: &mut Reader<'_>) -> Result<Compacted, ProtocolError> {
+        let not_whole = || ProtocolError::malformed("what was put together does not add up to the chunk");
+        let (chunks, time) = (r.varint()?, r.varint()?);
+        if chunks == 0 || self.number.checked_add(chunks).is_none_or(|next| next > crate::wire::MAX_VARINT) {
+            return Err(not_whole());
+        }
+        let n = r.count(r.remaining() / MIN_POSITION)?;
+        let mut positions = Vec::with_capacity(n);
+        let mut next = self.first;
+        for _ in 0..n {
+            let (producer, sequence) = (r.varint()?, r.varint()?);
+            let (first, count) = (self.first.saturating_add(r.varint()?), r.varint()?);
+            self.producer(producer)?;
+            if first < next || count == 0 || first.saturating_add(count) > self.first + self.count {
+                return Err(not_whole());
+            }
+            next = first + count;
+            positions.push(ChunkPosition { producer, sequence, first, count });
+        }
+        let n = r.count(MAX_STREAMS.min(r.remaining() / MIN_COUNT))?;
+        let mut counts: Vec<ChunkCount> = Vec::with_capacity(n);
+        for _ in 0..n {
+            let count = ChunkCount { stream: r.varint()?, records: r.varint()?, bytes: r.varint()? };
+            if count.records == 0 || counts.last().is_some_and(|last| last.stream >= count.stream) {
+                return Err(not_whole());
+            }
+            counts.push(count);
+        }
+        let n = r.count(r.remaining() / MIN_SPAN)?;
+        let mut spans = Vec::with_capacity(n);
+        let mut covered = 0u64;
+        for _ in 0..n {
+            let span = Span { skip: r.varint()?, count: r.varint()?, author: r.varint()?, time: r.varint()? };
+            if span.author >= self.authors.len() as u64 || span.count == 0 {
+                return Err(ProtocolError::malformed("span names an author that is not listed, or is empty"));
+            }
+            covered = covered.saturating_add(span.skip).saturating_add(span.count);
+            spans.push(span);
+        }
+        let written = counts.iter().fold(0u64, |sum, count| sum.saturating_add(count.records));
+        if covered > self.count || written != self.count {
+            return Err(not_whole());
+        }
+        Ok(Compacted { chunks, time, positions, counts, spans })
+    }
+
+    /// The encoding of the chunk with these records, and where in it they begin.
+    fn encode(&self, records: &[u8]) -> (Bytes, usize) {
+        let mut w = Writer::with_capacity(256 + 8 * self.batches.len() + records.len());
+        w.raw(&[0; 8]);
+        w.u8(if self.compacted.is_some() { COMPACTED_VERSION } else { CHUNK_VERSION });
+        self.incarnation.put(&mut w);
+        for field in [self.first, self.count, self.number, self.writer_epoch, self.base_time] {
+            w.varint(field);
+        }
+        w.raw(&self.link);
+        w.raw(&self.chain.0);
+        w.varint(self.controls.len() as u64);
+        self.controls.iter().for_each(|entry| w.bytes(&entry.encode()));
+        w.varint(self.authors.len() as u64);
+        self.authors.iter().for_each(|author| author.put(&mut w));
+        w.varint(self.producers.len() as u64);
+        for producer in &self.producers {
+            w.varint(producer.author);
+            producer.name.put(&mut w);
+            w.varint(producer.epoch);
+        }
+        match &self.compacted {
+            None => {
+                w.varint(self.batches.len() as u64);
+                for batch in &self.batches {
+                    match batch.producer {
+                        Some((index, sequence)) => {
+                            w.varint(index << 1);
+                            w.varint(sequence);
+                        }
+                        None => w.varint(batch.author << 1 | 1),
+                    }
+                    w.varint(batch.count);
+                    w.varint(batch.time);
+                }
+            }
+            Some(compacted) => compacted.put(self.first, &mut w),
+        }
+        w.varint(records.len() as u64);
+        let region = w.len();
+        w.raw(records);
+        let checksum = Chunk::checksum(&w.as_slice()[8..]);
+        w.patch(0, &checksum.to_be_bytes());
+        (w.freeze(), region)
+    }
+}
+
+impl Compacted {
+    fn put(&self, chunk: u64, w: &mut Writer) {
+        w.varint(self.chunks);
+        w.varint(self.time);
+        w.varint(self.positions.len() as u64);
+        for ChunkPosition { producer, sequence, first, count } in &self.positions {
+            [*producer, *sequence, first - chunk, *count].into_iter().for_each(|field| w.varint(field));
+        }
+        w.varint(self.counts.len() as u64);
+        for ChunkCount { stream, records, bytes } in &self.counts {
+            [*stream, *records, *bytes].into_iter().for_each(|field| w.varint(field));
+        }
+        w.varint(self.spans.len() as u64);
+        for Span { skip, count, author, time } in &self.spans {
+            [*skip, *count, *author, *time].into_iter().for_each(|field| w.varint(field));
+        }
+    }
+}
+
 impl Chunk {
+    /// The chunk with this header and the records that it says. Errors: the records are others.
+    pub(super) fn new(header: ChunkHeader, records: &[u8]) -> Result<Self, ProtocolError> {
+        let (bytes, region) = header.encode(records);
+        let records = bytes.slice(region..);
+        let streams = streams_of(&records, header.kept())?;
+        Ok(Self { header, bytes, records, streams, frame: OnceLock::new() })
+    }
+
     /// Reads a chunk and checks its checksum and that its parts agree.
     ///
     /// Errors: `FRAME_MALFORMED`, `FRAME_UNKNOWN` for another version or an unknown critical control entry. For a
@@ -209,9 +444,11 @@ impl Chunk {
         if checksum != Self::checksum(&bytes[r.position()..]) {
             return Err(ProtocolError::malformed("chunk checksum does not match"));
         }
-        if r.u8()? != CHUNK_VERSION {
-            return Err(ProtocolError::new(Code::FRAME_UNKNOWN, "chunk version is not known"));
-        }
+        let compacted = match r.u8()? {
+            CHUNK_VERSION => false,
+            COMPACTED_VERSION => true,
+            _ => return Err(ProtocolError::new(Code::FRAME_UNKNOWN, "chunk version is not known")),
+        };
         let incarnation = Incarnation::get(&mut r)?;
         let (first, count, number) = (r.varint()?, r.varint()?, r.varint()?);
         let (writer_epoch, base_time) = (r.varint()?, r.varint()?);
@@ -230,34 +467,10 @@ impl Chunk {
             }
             producers.push(producer);
         }
-        let n = r.count(r.remaining() / MIN_BATCH)?;
-        let mut batches = Vec::with_capacity(n);
-        let mut sum = 0u64;
-        for _ in 0..n {
-            let source = r.varint()?;
-            let batch = if source & 1 == 1 {
-                ChunkBatch { author: source >> 1, producer: None, count: r.varint()?, time: r.varint()? }
-            } else {
-                let index = source >> 1;
-                let producer = usize::try_from(index).ok().and_then(|at| producers.get(at));
-                let author =
-                    producer.ok_or(ProtocolError::malformed("batch names a producer that is not listed"))?.author;
-                let sequence = r.varint()?;
-                ChunkBatch { author, producer: Some((index, sequence)), count: r.varint()?, time: r.varint()? }
-            };
-            if batch.author >= authors.len() as u64 || batch.count == 0 {
-                return Err(ProtocolError::malformed("batch names an author that is not listed, or is empty"));
-            }
-            sum = sum.saturating_add(batch.count);
-            batches.push(batch);
+        if first.checked_add(count).is_none_or(|end| end > crate::wire::MAX_VARINT) {
+            return Err(ProtocolError::malformed("seqs of the chunk exceed the largest"));
         }
-        if sum != count || first.checked_add(count).is_none_or(|end| end > crate::wire::MAX_VARINT) {
-            return Err(ProtocolError::malformed("batches do not add up to the chunk"));
-        }
-        let records = r.bytes(usize::MAX)?;
-        r.finish()?;
-        let streams = streams_of(&records, count)?;
-        let header = ChunkHeader {
+        let mut header = ChunkHeader {
             incarnation,
             first,
             count,
@@ -269,8 +482,17 @@ impl Chunk {
             controls,
             authors,
             producers,
-            batches,
+            batches: Vec::new(),
+            compacted: None,
         };
+        if compacted {
+            header.compacted = Some(Box::new(header.get_compacted(&mut r)?));
+        } else {
+            header.batches = header.get_batches(&mut r)?;
+        }
+        let records = r.bytes(usize::MAX)?;
+        r.finish()?;
+        let streams = streams_of(&records, header.kept())?;
         Ok(Self { header, bytes, records, streams, frame: OnceLock::new() })
     }
 
@@ -294,6 +516,16 @@ impl Chunk {
         &self.records
     }
 
+    /// True if it was put together and begins and ends where these do, which follow each other.
+    pub fn covers(&self, chunks: &[Arc<Self>]) -> bool {
+        let (Some(first), Some(last)) = (chunks.first(), chunks.last()) else { return false };
+        let (this, first, last) = (&self.header, &first.header, &last.header);
+        this.compacted.is_some()
+            && (this.incarnation, this.first, this.number, this.link)
+                == (first.incarnation, first.first, first.number, first.link)
+            && (self.end(), this.next_number(), this.chain) == (last.first + last.count, last.next_number(), last.chain)
+    }
+
     /// Seq of the first record.
     pub fn first(&self) -> u64 {
         self.header.first
@@ -307,7 +539,8 @@ impl Chunk {
     /// The time of what it holds last, in milliseconds since the Unix epoch.
     pub fn time(&self) -> u64 {
         let batches = self.header.batches.iter().map(|batch| batch.time);
-        self.header.base_time.saturating_add(batches.max().unwrap_or(0))
+        let compacted = self.header.compacted.iter().map(|compacted| compacted.time);
+        self.header.base_time.saturating_add(batches.chain(compacted).max().unwrap_or(0))
     }
 
     /// The streams that its records are in.
@@ -320,13 +553,17 @@ impl Chunk {
         &self.header.authors[index as usize]
     }
 
-    /// Computes the chain over every entry, from the chain before the chunk, and compares (spec CHAIN).
+    /// Computes the chain over every entry, from the chain before the chunk, and compares (spec CHAIN). Of one that was put together
+    /// the entries are not there any more, and only that it links is compared.
     ///
     /// Errors: damage at the chunk's first seq if the chunk does not link to `chain`, or its own value is not the computed one.
     pub fn verify_chain(&self, chain: Chain) -> Result<Chain, Damage> {
         let damage = |what| Damage { seq: self.first(), what };
         if self.header.link != chain.link() {
             return Err(damage("chunk does not link to the one before"));
+        }
+        if self.header.compacted.is_some() {
+            return Ok(self.header.chain);
         }
         let after = self.chain_after(chain).map_err(|error| damage(error.detail))?;
         if after != self.header.chain {
@@ -364,10 +601,12 @@ impl Chunk {
     /// The delivery that covers exactly this chunk without a filter.
     pub fn delivery(&self) -> Delivery {
         let mut spans: Vec<Span> = Vec::new();
-        for batch in &self.header.batches {
+        for span in self.header.spans() {
             match spans.last_mut() {
-                Some(span) if span.author == batch.author && span.time == batch.time => span.count += batch.count,
-                _ => spans.push(Span { skip: 0, count: batch.count, author: batch.author, time: batch.time }),
+                Some(last) if span.skip == 0 && (last.author, last.time) == (span.author, span.time) => {
+                    last.count += span.count;
+                }
+                _ => spans.push(span),
             }
         }
         Delivery {
@@ -383,15 +622,16 @@ impl Chunk {
     /// Every record with its seq, time and author. Errors: those of [`Record::get`], for a chunk whose records no
     /// version would have accepted.
     pub fn records(&self) -> impl Iterator<Item = Result<(u64, u64, &Arc<Author>, Record), ProtocolError>> {
-        let batches = self.header.batches.iter().flat_map(move |batch| {
-            let time = self.header.base_time + batch.time;
-            let author = self.author(batch.author);
-            (0..batch.count).map(move |_| (time, author))
+        let mut next = self.first();
+        let heads = self.header.spans().flat_map(move |span| {
+            let (time, author) = (self.header.base_time + span.time, self.author(span.author));
+            let first = next + span.skip;
+            next = first + span.count;
+            (first..next).map(move |seq| (seq, time, author))
         });
-        (self.first()..)
-            .zip(batches)
+        heads
             .zip(Records::new(&self.records))
-            .map(|((seq, (time, author)), record)| record.map(|record| (seq, time, author, record)))
+            .map(|((seq, time, author), record)| record.map(|record| (seq, time, author, record)))
     }
 }
 
@@ -463,6 +703,7 @@ impl ChunkBuilder {
             authors: Vec::new(),
             producers: Vec::new(),
             batches: Vec::new(),
+            compacted: None,
         };
         Self { header, records: Writer::new() }
     }
@@ -542,46 +783,9 @@ impl ChunkBuilder {
         chunk.streams = streams_of(&chunk.records, chunk.header.count)?;
         // The builder kept the chain before the chunk.
         chunk.header.chain = chunk.chain_after(chunk.header.chain)?;
-        let header = &chunk.header;
-        let mut w = Writer::with_capacity(256 + 8 * header.batches.len() + chunk.records.len());
-        w.raw(&[0; 8]);
-        w.u8(CHUNK_VERSION);
-        header.incarnation.put(&mut w);
-        for field in [header.first, header.count, header.number, header.writer_epoch, header.base_time] {
-            w.varint(field);
-        }
-        w.raw(&header.link);
-        w.raw(&header.chain.0);
-        w.varint(header.controls.len() as u64);
-        header.controls.iter().for_each(|entry| w.bytes(&entry.encode()));
-        w.varint(header.authors.len() as u64);
-        header.authors.iter().for_each(|author| author.put(&mut w));
-        w.varint(header.producers.len() as u64);
-        for producer in &header.producers {
-            w.varint(producer.author);
-            producer.name.put(&mut w);
-            w.varint(producer.epoch);
-        }
-        w.varint(header.batches.len() as u64);
-        for batch in &header.batches {
-            match batch.producer {
-                Some((index, sequence)) => {
-                    w.varint(index << 1);
-                    w.varint(sequence);
-                }
-                None => w.varint(batch.author << 1 | 1),
-            }
-            w.varint(batch.count);
-            w.varint(batch.time);
-        }
-        w.varint(chunk.records.len() as u64);
-        let region = w.len();
-        w.raw(&chunk.records);
-        let checksum = Chunk::checksum(&w.as_slice()[8..]);
-        w.patch(0, &checksum.to_be_bytes());
-        chunk.bytes = w.freeze();
+        let (bytes, region) = chunk.header.encode(&chunk.records);
         // The records live on in the encoding; the copy they came in is let go.
-        chunk.records = chunk.bytes.slice(region..);
+        (chunk.records, chunk.bytes) = (bytes.slice(region..), bytes);
         Ok(chunk)
     }
 }

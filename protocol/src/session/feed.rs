@@ -87,11 +87,11 @@ impl Feed {
         (self.next, self.announced, self.known_tail) = (mark.next, mark.announced, mark.known_tail);
     }
 
-    /// Starts a subscription on a session whose readable records are `first..tail`. Returns the feed and its verdict:
-    /// `gap` if records from the wanted position on were trimmed, `snapshot` if it starts with the view, else `exact`.
+    /// Starts a subscription on a session whose readable records are `first..tail`, of which those below `compacted` may have been put
+    /// together. Returns the feed and its verdict: `snapshot` if it starts with the view, else what became of the position.
     ///
     /// A position beyond the tail is `exact`: it waits for its seq (spec SUB-2).
-    pub fn new(request: Subscribe, first: u64, tail: u64) -> (Self, Verdict) {
+    pub fn new(request: Subscribe, (first, compacted): (u64, u64), tail: u64) -> (Self, Verdict) {
         let next = match request.start {
             Start::Earliest => first,
             Start::Latest | Start::Snapshot => tail,
@@ -100,7 +100,7 @@ impl Feed {
         };
         let verdict = match request.start {
             Start::Snapshot => Verdict::Snapshot,
-            Start::Seq(seq) if seq < first => Verdict::Gap,
+            Start::Seq(seq) => Verdict::of(seq, first, compacted),
             _ => Verdict::Exact,
         };
         let filter = Filter { streams: request.streams, kinds: request.kinds };
@@ -218,6 +218,9 @@ impl Feed {
         let (mut seq, mut skip) = (chunk.first(), 0);
         for span in &whole.spans {
             let mut joins = false;
+            // What was put together, as far as it is ahead.
+            skip += (seq + span.skip).saturating_sub(seq.max(self.next));
+            seq += span.skip;
             for _ in 0..span.count {
                 let record = walk.next_bytes().ok_or(ProtocolError::malformed("records do not add up"))??;
                 let wanted = seq >= self.next && {

@@ -7,6 +7,7 @@ mod authority;
 mod backoff;
 mod chain;
 mod chunk;
+mod compaction;
 mod credit;
 mod feed;
 mod grants;
@@ -24,7 +25,10 @@ mod words;
 pub use authority::{Authority, Committed, Outcome, Refusal, Reply, Step};
 pub use backoff::Backoff;
 pub use chain::Chain;
-pub use chunk::{Chunk, ChunkBatch, ChunkBuilder, ChunkHeader, ChunkProducer, Control};
+pub use chunk::{
+    Chunk, ChunkBatch, ChunkBuilder, ChunkCount, ChunkHeader, ChunkPosition, ChunkProducer, Compacted, Control,
+};
+pub use compaction::{ChunkStart, Plan, PlanStep, Survey};
 pub use credit::{CreditReceived, CreditSent};
 pub use feed::{Feed, Filter, Place};
 pub use grants::{Grant, Grants, Operation, Operations};

@@ -101,6 +101,11 @@ impl Producers {
         Some(ProducerHandle { key: key.clone(), slot, opening: *opening })
     }
 
+    /// True if there were ever more producers than are kept.
+    pub(super) fn have_evicted(&self) -> bool {
+        self.floor > 0
+    }
+
     /// Producers known.
     pub fn len(&self) -> usize {
         self.slots.len()

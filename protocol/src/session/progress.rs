@@ -14,6 +14,8 @@ pub struct Progress {
     tail: u64,
     /// The view is to come before anything else.
     owed: Option<Owed>,
+    /// It was asked for with the view.
+    with_view: bool,
     /// A view may come at any time (spec SUB-14).
     folded: bool,
     /// It was told of records that it has not covered, or has not said since that there are none.
@@ -34,9 +36,9 @@ struct Owed {
 }
 
 impl Progress {
-    /// Of a subscription that is folded, or not.
-    pub fn new(folded: bool) -> Self {
-        Self { folded, ..Self::default() }
+    /// Of a subscription that starts with the view, or not, and is folded, or not.
+    pub fn new(with_view: bool, folded: bool) -> Self {
+        Self { with_view, folded, ..Self::default() }
     }
 
     /// True once there is a position to go on from: SUBSCRIBED came, and the view where the subscription starts with it. Before
@@ -53,9 +55,11 @@ impl Progress {
     /// SUBSCRIBED came, for the first time or again. Errors: it goes on behind the position and does not say why.
     pub fn subscribed(&mut self, verdict: Verdict, next: u64, tail: u64) -> Result<(), ProtocolError> {
         if !self.has_started() {
-            let owed = (verdict == Verdict::Snapshot).then(|| Owed { next, first: true, ..Owed::default() });
-            *self = Self { started: true, next, owed, folded: self.folded, ..Self::default() };
-        } else if verdict == Verdict::Exact && next != self.next {
+            // Of a position the verdict says only that records behind it were put together.
+            let comes = verdict == Verdict::Snapshot && self.with_view;
+            let owed = comes.then(|| Owed { next, first: true, ..Owed::default() });
+            *self = Self { started: true, next, owed, ..Self::new(self.with_view, self.folded) };
+        } else if verdict != Verdict::Gap && next != self.next {
             return Err(ProtocolError::malformed("subscription does not go on at its position"));
         }
         // One that came in part comes anew, or is not needed any more.

@@ -52,20 +52,25 @@ pub(super) fn roll_up(
     for chunk in chunks {
         let header = chunk.header();
         base_time = base_time.min(header.base_time);
-        let batches = header.batches.iter().flat_map(|batch| (0..batch.count).map(move |_| batch));
+        let mut next = chunk.first();
+        let heads = header.spans().flat_map(|span| {
+            let first = next + span.skip;
+            next = first + span.count;
+            (first..next).map(move |seq| (seq, span))
+        });
         let mut walk = Records::new(chunk.region());
-        for (seq, batch) in (chunk.first()..).zip(batches) {
+        for (seq, span) in heads {
             let bytes = walk.next_bytes().ok_or(ProtocolError::malformed("records do not add up"))??;
             if seq < from || !filter.passes(&Head::get(&mut Reader::new(&bytes))?, streams) {
                 continue;
             }
-            let author = chunk.author(batch.author);
+            let author = chunk.author(span.author);
             let known = authors.iter().rposition(|known| Arc::ptr_eq(known, author) || known == author);
             let author = known.unwrap_or_else(|| {
                 authors.push(author.clone());
                 authors.len() - 1
             });
-            let mut item = Item { seq, time: header.base_time + batch.time, author, what: What::Gone };
+            let mut item = Item { seq, time: header.base_time + span.time, author, what: What::Gone };
             let kind = Head::get(&mut Reader::new(&bytes))?.kind;
             if kind == Kind::PRESENCE_UPDATED {
                 if Record::parse(&bytes)?.headers.is_empty()

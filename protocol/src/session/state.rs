@@ -13,7 +13,7 @@ use super::view::View;
 use super::words::Incarnation;
 use crate::error::ProtocolError;
 use crate::registry::{MAX_STREAMS, SNAPSHOT_VERSION, STREAM_MAIN_NAME};
-use crate::wire::{Acked, Label, Reader, Writer};
+use crate::wire::{Label, Reader, Writer};
 
 /// Names of a session's streams; the stream id is the position.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -253,36 +253,42 @@ impl State {
         for entry in &header.controls {
             self.control(entry);
         }
-        let mut first = header.first;
         let mut key: Option<(u64, ProducerKey)> = None;
+        for (index, sequence, acked) in header.positions() {
+            let producer = &header.producers[index as usize];
+            let key = match &mut key {
+                Some((known, key)) if *known == index => key,
+                slot => {
+                    let subject = chunk.author(producer.author).subject.clone();
+                    &mut slot.insert((index, ProducerKey { subject, name: producer.name.clone() })).1
+                }
+            };
+            self.producers.stored(key, producer.epoch, sequence, acked);
+        }
         let mut r = Reader::new(chunk.region());
         let damage = |seq, error: ProtocolError| Damage { seq, what: error.detail };
-        for batch in &header.batches {
-            if let Some((index, sequence)) = batch.producer {
-                let producer = &header.producers[index as usize];
-                let key = match &mut key {
-                    Some((known, key)) if *known == index => key,
-                    slot => {
-                        let subject = chunk.author(producer.author).subject.clone();
-                        &mut slot.insert((index, ProducerKey { subject, name: producer.name.clone() })).1
-                    }
-                };
-                self.producers.stored(key, producer.epoch, sequence, Acked { first, count: batch.count });
-            }
-            let time = header.base_time + batch.time;
-            let author = chunk.author(batch.author);
-            for seq in first..first + batch.count {
+        let mut seq = header.first;
+        for span in header.spans() {
+            let time = header.base_time + span.time;
+            let author = chunk.author(span.author);
+            seq += span.skip;
+            self.view.pass_over(seq);
+            for _ in 0..span.count {
                 let len = r.varint().map_err(|error| damage(seq, error))?;
                 let end = r.position() + len as usize;
                 let mut record = r.clone();
                 r.skip(len as usize).map_err(|error| damage(seq, error))?;
-                self.view.fold(author, time, &mut record, end).map_err(|error| damage(seq, error))?;
+                let counted = header.compacted.is_none();
+                self.view.fold(author, time, &mut record, end, counted).map_err(|error| damage(seq, error))?;
+                seq += 1;
             }
-            first += batch.count;
-            self.time = self.time.max(time);
         }
-        self.time = self.time.max(header.base_time);
-        self.number += 1;
+        if let Some(compacted) = &header.compacted {
+            compacted.counts.iter().for_each(|of| self.view.count(of.stream, of.records, of.bytes));
+            self.view.pass_over(chunk.end());
+        }
+        self.time = self.time.max(chunk.time());
+        self.number = header.next_number();
         self.chain = header.chain;
         self.writer_epoch = header.writer_epoch;
         Ok(())

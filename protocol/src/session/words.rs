@@ -165,12 +165,24 @@ pub enum Verdict {
 }
 
 impl Verdict {
+    /// What became of a position `next` where records below `first` were trimmed, and some below `compacted` put together.
+    pub(super) fn of(next: u64, first: u64, compacted: u64) -> Self {
+        if next < first {
+            Self::Gap
+        } else if next < compacted {
+            Self::Snapshot
+        } else {
+            Self::Exact
+        }
+    }
+
     /// What an attach answers about the cursor that it was given, of a session with this incarnation whose readable seqs are
-    /// `first..tail` (spec SESS-10). Refusals: `SESSION_DAMAGED` for a cursor beyond the tail.
+    /// `first..tail`, and of which records below `compacted` may have been put together (spec SESS-10). Refusals: `SESSION_DAMAGED` for a
+    /// cursor beyond the tail.
     pub fn of_attach(
         (held, next): (Option<Incarnation>, Option<u64>),
         incarnation: Incarnation,
-        (first, tail): (u64, u64),
+        (first, compacted, tail): (u64, u64, u64),
     ) -> Result<Self, Refusal> {
         match (held, next) {
             (Some(held), _) if held != incarnation => Ok(Self::Gone),
@@ -178,8 +190,7 @@ impl Verdict {
                 let detail = "the cursor is beyond the tail: records that were shown are missing";
                 Err(Refusal::new(Code::SESSION_DAMAGED, detail))
             }
-            (_, Some(next)) if next < first => Ok(Self::Gap),
-            _ => Ok(Self::Exact),
+            (_, next) => Ok(next.map_or(Self::Exact, |next| Self::of(next, first, compacted))),
         }
     }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::compaction;
 use crate::error::Code;
 use crate::registry::{MAX_STREAMS, PRODUCER_WINDOW};
 use crate::session::{
@@ -244,6 +245,7 @@ pub fn run(ops: &[Op]) -> Counts {
         run.step(Op::Commit);
     }
     run.compare_readers();
+    compaction::check(&run.chunks, run.now);
     run.counts
 }
 
@@ -562,7 +564,7 @@ impl Run {
                 window: None,
                 folded: false,
             };
-            let (mut feed, _) = Feed::new(request, first, tail);
+            let (mut feed, _) = Feed::new(request, (first, 0), tail);
             let mut out = Vec::new();
             while feed.place(first, tail, tail) != Place::AtTail {
                 if let Place::Trimmed(first) = feed.place(first, tail, tail) {

@@ -1,8 +1,9 @@
 //! Reference models of a session, and runners that hold the [`Authority`](crate::session::Authority) to them.
 //!
 //! Property tests and fuzzing run the same operations through both: [`log`] is about batches, producers and commits, [`view`]
-//! about what records mean, [`runs`] about who may do what in a run, and signals.
+//! about what records mean, [`runs`] about who may do what in a run, and signals. [`compaction`] puts together what came of them.
 
+pub mod compaction;
 mod counts;
 pub mod log;
 pub mod runs;

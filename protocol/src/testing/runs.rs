@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::compaction;
 use super::counts::counts;
 use crate::error::Code;
 use crate::registry::{KEPT_LOST_RUNS, MAX_JOBS, MAX_LASTS, MAX_SIGNALS, RESERVED_SIGNALS, STREAM_MAIN};
@@ -243,6 +244,8 @@ counts! {
         missed,
         /// Restarts.
         restarts,
+        /// Parts of messages that compaction put together with others.
+        compacted,
     }
 }
 
@@ -837,6 +840,7 @@ pub fn run(ops: &[Op]) -> Counts {
     let resolved = history.durable.signals.values().filter(|signal| signal.outcome.is_some()).count()
         + history.durable.requests.values().filter(|request| request.outcome.is_some()).count();
     history.counts.resolved = resolved as u64;
+    history.counts.compacted = compaction::check(&history.chunks, history.now).gone;
     history.counts.withdrawn = history.durable.withdrawn;
     history.counts.missed = history.durable.missed;
     history.counts.ended = history.durable.runs.values().filter(|run| run.over.is_some()).count() as u64;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde_json::Value;
 
+use super::compaction;
 use super::counts::counts;
 use crate::error::Code;
 use crate::registry::{KEPT_MESSAGE_BYTES, KEPT_MESSAGES, MAX_FRAME, STREAM_MAIN};
@@ -154,6 +155,8 @@ counts! {
         rolled_back,
         /// Restarts.
         restarts,
+        /// Parts of messages that compaction put together with others.
+        compacted,
     }
 }
 
@@ -456,6 +459,8 @@ pub fn run(ops: &[Op]) -> Counts {
         run.step(&Op::Commit);
     }
     run.refold();
+    let compacted = compaction::check(&run.chunks, run.now);
+    run.counts.compacted = compacted.gone;
     run.counts.finished = run.durable.finished;
     run.counts.expired = run.durable.expired;
     run.counts.departed = run.durable.departed;
@@ -855,7 +860,7 @@ impl Run {
         let state = self.authority.state();
         let request =
             Subscribe { id: 1, start: Start::Seq(0), streams: vec![], kinds: vec![], window: Some(0), folded: false };
-        let (mut feed, _) = Feed::new(request, 0, state.tail());
+        let (mut feed, _) = Feed::new(request, (0, 0), state.tail());
         let (mut view, mut exact) = (View::default(), View::default());
         let mut all = self.chunks.iter().flat_map(|chunk| chunk.records());
         for chunks in self.chunks.chunks(together) {

@@ -63,7 +63,12 @@ pub(crate) fn lost(
     }
     let mut lost = BTreeMap::new();
     for Found { segment, first, chunk } in found {
-        let name = by_segment.get(&segment).cloned().or_else(|| name_of(&chunk?, &by_incarnation));
+        // What was put together is there before, or found itself, as it was written.
+        if chunk.as_ref().is_some_and(|chunk| chunk.header().compacted.is_some()) {
+            continue;
+        }
+        let name = chunk.and_then(|chunk| name_of(&chunk, &by_incarnation));
+        let name = name.or_else(|| by_segment.get(&segment).cloned());
         if let Some(name) = name {
             // What was damaged beyond recognition lies between what is there before and what is found behind.
             let from = ends.get(&name).copied().unwrap_or(first).min(first);
@@ -101,6 +106,8 @@ pub(crate) fn scan(bytes: &Bytes, log: u64, found: &mut Vec<Found>) {
         let chunk = Chunk::decode(bytes.slice_ref(item.value)).ok();
         // A damaged one may have a damaged length: what is inside it is looked at too.
         at += if chunk.is_some() { item.len } else { 1 };
+        // Its key may be what is damaged.
+        let first = chunk.as_ref().map_or(first, Chunk::first);
         found.push(Found { segment, first, chunk });
     }
 }

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use fjall::PersistMode;
 use mainstay_protocol::session::{Chunk, Incarnation, SessionName, State};
 use mainstay_protocol::wire::MAX_VARINT;
-use mainstay_store::{Created, Outcome, SessionId, StoreError, Writer};
+use mainstay_store::{Compaction, Created, Outcome, SessionId, StoreError, Writer};
 use tokio::sync::oneshot;
 
 use crate::keys::{self, Base, Segment, SessionRow};
@@ -37,6 +37,8 @@ pub(crate) enum Request {
     CloseWriter { session: SessionId, epoch: u64 },
     PutSnapshot { session: SessionId, epoch: u64, state: Bytes, answer: Answer<()> },
     Trim { session: SessionId, epoch: u64, before: u64, answer: Answer<()> },
+    Compact { session: SessionId, epoch: u64, chunk: Arc<Chunk>, answer: Answer<()> },
+    SetCompaction { session: SessionId, epoch: u64, compaction: Compaction, answer: Answer<()> },
     Delete { session: SessionId, answer: Answer<()> },
     Quarantine { incarnation: Incarnation },
     Stop,
@@ -82,6 +84,8 @@ struct Edit {
     keyspace: usize,
     key: Bytes,
     value: Option<Bytes>,
+    /// There is no such row yet.
+    is_new: bool,
 }
 
 /// What is told when the turn is durable, or is not.
@@ -270,6 +274,14 @@ impl Committer {
                 let result = self.trim(&session, epoch, before, turn);
                 turn.answer(result, answer);
             }
+            Request::Compact { session, epoch, chunk, answer } => {
+                let result = self.compact(&session, epoch, &chunk, turn);
+                turn.answer(result, answer);
+            }
+            Request::SetCompaction { session, epoch, compaction, answer } => {
+                let result = self.set_compaction(&session, epoch, compaction, turn);
+                turn.answer(result, answer);
+            }
             Request::Delete { session, answer } => {
                 let result = self.delete(&session, turn);
                 turn.answer(result, answer);
@@ -374,7 +386,7 @@ impl Committer {
         open.next = (chunk.end(), header.number + 1);
         open.link = header.chain.link();
         turn.bytes += chunk.bytes().len();
-        turn.put(0, keys::chunk(segment, header.first, header.number).to_vec(), chunk.bytes().clone());
+        turn.put_new(keys::chunk(segment, header.first, header.number).to_vec(), chunk.bytes().clone());
         if let Some((name, row)) = row {
             turn.put_wake(&name, woke, &row);
             turn.put_row(name, row);
@@ -578,13 +590,50 @@ impl Committer {
                 if chunk.end() <= before {
                     let header = chunk.header();
                     if header.number >= base.number {
-                        base = Base { first: chunk.end(), number: header.number + 1, chain: header.chain };
+                        base = Base { first: chunk.end(), number: header.next_number(), chain: header.chain };
                     }
                     break;
                 }
             }
         }
         Ok(base)
+    }
+
+    fn compact(&mut self, id: &SessionId, epoch: u64, chunk: &Chunk, turn: &mut Turn) -> Result<(), StoreError> {
+        self.need_space()?;
+        if turn.deleted.contains(&id.incarnation) {
+            return Err(StoreError::NotFound);
+        }
+        self.refresh(id, epoch, turn)?;
+        let engine = self.engine()?;
+        let row = &self.writer(id, epoch)?.row;
+        let covered = Reader::new(&engine).covered(row, chunk)?;
+        turn.bytes += chunk.bytes().len();
+        for (at, key) in covered.into_iter().enumerate() {
+            // The first one's key is the chunk's.
+            let value = (at == 0).then(|| chunk.bytes().clone());
+            turn.edits.push(Edit { keyspace: 0, key, value, is_new: false });
+        }
+        Ok(())
+    }
+
+    fn set_compaction(
+        &mut self,
+        id: &SessionId,
+        epoch: u64,
+        compaction: Compaction,
+        turn: &mut Turn,
+    ) -> Result<(), StoreError> {
+        self.need_space()?;
+        if turn.deleted.contains(&id.incarnation) {
+            return Err(StoreError::NotFound);
+        }
+        self.refresh(id, epoch, turn)?;
+        let open = self.writer(id, epoch)?;
+        open.row.compaction = compaction;
+        let (name, row) = (open.name.clone(), open.row.clone());
+        turn.put_row(name, row);
+        Ok(())
     }
 
     fn delete(&mut self, id: &SessionId, turn: &mut Turn) -> Result<(), StoreError> {
@@ -692,12 +741,10 @@ impl Committer {
         let mut batch = engine.db.batch().durability(Some(PersistMode::SyncData));
         // Several edits of one row in a turn count against what the one before left.
         let mut pending: HashMap<(usize, Bytes), Option<Bytes>> = HashMap::new();
-        for Edit { keyspace, key, value } in edits {
+        for Edit { keyspace, key, value, is_new } in edits {
             let ks = &engine.keyspaces[*keyspace];
-            // A chunk that is put is always new.
-            let fresh = *keyspace == 0 && value.is_some();
             let slot = (*keyspace, key.clone());
-            let old = if fresh {
+            let old = if *is_new {
                 None
             } else if let Some(old) = pending.get(&slot) {
                 old.clone()
@@ -725,7 +772,7 @@ impl Committer {
                 None if old.is_some() => batch.remove(ks, key.clone()),
                 None => {}
             }
-            if !fresh {
+            if !is_new {
                 pending.insert(slot, value.clone());
             }
         }
@@ -866,7 +913,7 @@ static WITNESS_KEY: Bytes = Bytes::from_static(keys::WITNESS);
 fn position(reader: &Reader<'_>, row: &SessionRow) -> Result<((u64, u64), [u8; 8]), StoreError> {
     Ok(match reader.last(row)? {
         Some(chunk) if chunk.header().number >= row.base.number => {
-            ((chunk.end(), chunk.header().number + 1), chunk.header().chain.link())
+            ((chunk.end(), chunk.header().next_number()), chunk.header().chain.link())
         }
         _ => ((row.base.first, row.base.number), row.base.chain.link()),
     })
@@ -874,11 +921,16 @@ fn position(reader: &Reader<'_>, row: &SessionRow) -> Result<((u64, u64), [u8; 8
 
 impl Turn {
     fn put(&mut self, keyspace: usize, key: Vec<u8>, value: Bytes) {
-        self.edits.push(Edit { keyspace, key: key.into(), value: Some(value) });
+        self.edits.push(Edit { keyspace, key: key.into(), value: Some(value), is_new: false });
+    }
+
+    /// Puts a chunk behind the last one.
+    fn put_new(&mut self, key: Vec<u8>, value: Bytes) {
+        self.edits.push(Edit { keyspace: 0, key: key.into(), value: Some(value), is_new: true });
     }
 
     fn remove(&mut self, keyspace: usize, key: Vec<u8>) {
-        self.edits.push(Edit { keyspace, key: key.into(), value: None });
+        self.edits.push(Edit { keyspace, key: key.into(), value: None, is_new: false });
     }
 
     fn put_row(&mut self, name: SessionName, row: SessionRow) {

@@ -2,8 +2,9 @@
 
 use bytes::Bytes;
 use mainstay_protocol::ProtocolError;
-use mainstay_protocol::session::{Chain, Incarnation};
+use mainstay_protocol::session::{Chain, ChunkStart, Incarnation};
 use mainstay_protocol::wire::{MAX_VARINT, Reader, Writer};
+use mainstay_store::Compaction;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 /// Names of the keyspaces, in the order of their creation.
@@ -147,6 +148,7 @@ pub(crate) struct SessionRow {
     pub(crate) writer_epoch: u64,
     /// Records below were released; those in a chunk that is kept are still there.
     pub(crate) released: u64,
+    pub(crate) compaction: Compaction,
     pub(crate) base: Base,
     /// Ascending; empty until the first chunk.
     pub(crate) segments: Vec<Segment>,
@@ -160,7 +162,8 @@ impl SessionRow {
         let due = if expire_after == 0 { 0 } else { created.saturating_add(expire_after).min(MAX_VARINT) };
         let base = Base { first: 0, number: 0, chain: Chain::start(incarnation) };
         let (writer_epoch, released, wake, segments) = (0, 0, None, Vec::new());
-        Self { incarnation, created, expire_after, due, wake, writer_epoch, released, base, segments }
+        let compaction = Compaction::default();
+        Self { incarnation, created, expire_after, due, wake, writer_epoch, released, compaction, base, segments }
     }
 
     pub(crate) fn encode(&self) -> Bytes {
@@ -170,6 +173,8 @@ impl SessionRow {
         for field in [self.created, self.expire_after, self.due, wake, self.writer_epoch, self.released] {
             w.varint(field);
         }
+        let Compaction { before, next } = self.compaction;
+        [before, next.first, next.number].into_iter().for_each(|field| w.varint(field));
         w.varint(self.base.first);
         w.varint(self.base.number);
         w.raw(&self.base.chain.0);
@@ -189,12 +194,14 @@ impl SessionRow {
         let (created, expire_after, due) = (r.varint()?, r.varint()?, r.varint()?);
         let wake = r.varint()?.checked_sub(1);
         let (writer_epoch, released) = (r.varint()?, r.varint()?);
+        let before = r.varint()?;
+        let compaction = Compaction { before, next: ChunkStart { first: r.varint()?, number: r.varint()? } };
         let base = Base { first: r.varint()?, number: r.varint()?, chain: Chain(r.array()?) };
         let segments = (0..r.count(MAX_SEGMENTS)?)
             .map(|_| Ok(Segment { id: r.varint()?, first: r.varint()?, number: r.varint()? }))
             .collect::<Result<_, ProtocolError>>()?;
         r.finish()?;
-        Ok(Self { incarnation, created, expire_after, due, wake, writer_epoch, released, base, segments })
+        Ok(Self { incarnation, created, expire_after, due, wake, writer_epoch, released, compaction, base, segments })
     }
 }
 

@@ -156,7 +156,7 @@ pub(crate) struct Format {
     pub(crate) keyspaces: [u64; KEYSPACES.len()],
 }
 
-const FORMAT: &str = "mainstay store 2";
+const FORMAT: &str = "mainstay store 3";
 
 impl Format {
     fn encode(&self) -> String {

@@ -145,6 +145,7 @@ impl<'a> Reader<'a> {
             written,
             chunks,
             wake: row.wake,
+            compaction: row.compaction,
         })
     }
 
@@ -184,11 +185,15 @@ impl<'a> Reader<'a> {
                 if !follows {
                     return Err(damaged(seq, "a chunk is missing or does not follow the one before"));
                 }
-                expected = Some((chunk.end(), header.number + 1, header.chain.link()));
+                expected = Some((chunk.end(), header.next_number(), header.chain.link()));
                 page.chunks.push(Arc::new(chunk));
                 if left == 0 {
                     return Ok(page);
                 }
+            }
+            // What is put together stays in one segment.
+            if expected.is_some_and(|(_, number, _)| number < end) {
+                return Ok(page);
             }
         }
         let (seq, number) = expected.map_or(start, |(seq, number, _)| (seq, number));
@@ -196,6 +201,30 @@ impl<'a> Reader<'a> {
             return Err(damaged(seq, "chunks are missing at the end"));
         }
         Ok(page)
+    }
+
+    /// Keys of the stored chunks that `chunk` covers, all of one segment. Errors: `Invalid` if they do not begin and end as it does.
+    pub(crate) fn covered(&self, row: &SessionRow, chunk: &Chunk) -> Result<Vec<Bytes>, StoreError> {
+        let header = chunk.header();
+        let at = row.segments.partition_point(|segment| segment.number <= header.number);
+        let segment = at.checked_sub(1).and_then(|at| row.segments.get(at));
+        let (mut keys, mut chunks) = (Vec::new(), Vec::new());
+        if let Some(segment) = segment.filter(|_| header.number >= row.base.number) {
+            let range =
+                keys::chunk(segment.id, header.first, header.number)..keys::chunk(segment.id, chunk.end(), u64::MAX);
+            for guard in self.snapshot.range(self.engine.log(), range) {
+                let (key, value) = guard.into_inner().map_err(|error| read_error(header.first, &error))?;
+                if keys::chunk_parts(&key).is_none_or(|(_, _, number)| number >= header.next_number()) {
+                    break;
+                }
+                chunks.push(Arc::new(decode(row, &key, value.into())?));
+                keys.push(Bytes::copy_from_slice(&key));
+            }
+        }
+        match chunk.covers(&chunks) {
+            true => Ok(keys),
+            false => Err(StoreError::Invalid { what: "the chunk does not cover what is stored" }),
+        }
     }
 
     /// First seq and number of the chunk that holds `seq`.
@@ -256,7 +285,7 @@ impl<'a> Reader<'a> {
 /// The next seq and the next number behind the last chunk that is stored.
 fn end(row: &SessionRow, last: Option<&Chunk>) -> (u64, u64) {
     match last {
-        Some(chunk) if chunk.header().number >= row.base.number => (chunk.end(), chunk.header().number + 1),
+        Some(chunk) if chunk.header().number >= row.base.number => (chunk.end(), chunk.header().next_number()),
         _ => (row.base.first, row.base.number),
     }
 }

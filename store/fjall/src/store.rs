@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use mainstay_protocol::session::{Chunk, Incarnation, SessionName};
 use mainstay_store::{
-    Committing, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store, StoreError,
-    Writer,
+    Committing, Compaction, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store,
+    StoreError, Writer,
 };
 use tokio::sync::{Semaphore, oneshot};
 
@@ -256,6 +256,16 @@ impl Store for FjallStore {
     fn trim(&self, writer: &Writer, before: u64) -> Pending<()> {
         let (session, epoch) = (writer.session.clone(), writer.epoch);
         self.ask(|answer| Request::Trim { session, epoch, before, answer })
+    }
+
+    fn compact(&self, writer: &Writer, chunk: Arc<Chunk>) -> Pending<()> {
+        let (session, epoch) = (writer.session.clone(), writer.epoch);
+        self.ask(|answer| Request::Compact { session, epoch, chunk, answer })
+    }
+
+    fn set_compaction(&self, writer: &Writer, compaction: Compaction) -> Pending<()> {
+        let (session, epoch) = (writer.session.clone(), writer.epoch);
+        self.ask(|answer| Request::SetCompaction { session, epoch, compaction, answer })
     }
 
     fn delete(&self, session: SessionId) -> Pending<()> {

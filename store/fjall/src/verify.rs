@@ -41,6 +41,8 @@ pub struct Report {
     pub chunks: u64,
     /// Records in them.
     pub records: u64,
+    /// Bytes of those chunks.
+    pub bytes: u64,
     /// Chunks of trimmed and deleted sessions whose space has not come back yet.
     pub leftovers: u64,
     /// The last commit.
@@ -384,9 +386,10 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
             {
                 return report.problem(Some(name), Some(0), format!("its first chunk is of session {created}"));
             }
-            next = (chunk.end(), header.number + 1);
+            next = (chunk.end(), header.next_number());
             report.chunks += 1;
-            report.records += header.count;
+            report.records += header.kept();
+            report.bytes += chunk.bytes().len() as u64;
             // Where the state is not known yet, the snapshot knows at least as many streams.
             let streams = match &snapshot {
                 Some((_, saved)) if header.number < fold_from => saved.streams(),

@@ -166,8 +166,7 @@ async fn every_flipped_bit_of_a_batch_in_the_middle_is_reported_or_harmless() {
     // Every field of the batch: markers, count, sequence number, types, lengths, keys, values, checksum, trailer.
     let batch = image.ends[9]..image.ends[10];
     let mut harmless = 0;
-    for at in batch.clone() {
-        let bit = at % 8;
+    for (at, bit) in batch.clone().flat_map(|at| [(at, at % 8), (at, (at + 3) % 8)]) {
         match image.with(true, |bytes| bytes[at] ^= 1 << bit).await {
             // A sequence number that is too high shows at the next batch.
             Err(Some(11)) if (batch.start + 5..batch.start + 13).contains(&at) => {}
@@ -179,7 +178,7 @@ async fn every_flipped_bit_of_a_batch_in_the_middle_is_reported_or_harmless() {
         }
     }
     // Part of a sequence number is all that may change without harm.
-    assert!(harmless <= 8, "{harmless} of {} flips went unnoticed", batch.len());
+    assert!(harmless <= 16, "{harmless} of {} flips went unnoticed", batch.len());
 }
 
 #[tokio::test]

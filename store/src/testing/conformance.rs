@@ -5,11 +5,12 @@ use core::pin::Pin;
 use std::sync::Arc;
 
 use mainstay_protocol::session::{
-    Author, CheckedBatch, Chunk, ChunkBuilder, Incarnation, Instance, Record, SessionName, State,
+    Author, CheckedBatch, Chunk, ChunkBuilder, ChunkStart, Incarnation, Instance, Kind, MessageEnd, MessageId,
+    MessageStart, Payload, PlanStep, Record, SessionName, State, Status, Survey,
 };
-use mainstay_protocol::wire::{Label, Subject, Writer as Bytewriter};
+use mainstay_protocol::wire::{Detail, Label, Subject, Writer as Bytewriter};
 
-use crate::contract::{Created, Outcome, ReadFrom, SessionId, SessionStat, Store, StoreError, Writer};
+use crate::contract::{Compaction, Created, Outcome, ReadFrom, SessionId, SessionStat, Store, StoreError, Writer};
 
 /// A promise and the test of it. The store is fresh, or at least holds none of the sessions that the case makes.
 pub type Case = (&'static str, fn(Arc<dyn Store>) -> Pin<Box<dyn Future<Output = ()> + Send>>);
@@ -33,6 +34,7 @@ cases! {
     control_chunks_have_a_place_but_no_seq,
     a_snapshot_is_kept_and_replaced,
     a_trim_needs_a_snapshot_and_keeps_the_rest_readable,
+    one_chunk_takes_the_place_of_several,
     sessions_do_not_touch_each_other,
     a_list_is_ordered_filtered_and_paged,
     a_session_that_expires_is_due_until_it_is_postponed_or_deleted,
@@ -85,7 +87,14 @@ impl Log {
             }
         }
         let author = Author { subject: Subject::new("tester").expect("a valid subject"), instance: Instance([9; 16]) };
-        Self { store: store.clone(), writer, state, wake: None, author: Arc::new(author), sequence: 0 }
+        Self {
+            store: store.clone(),
+            writer,
+            sequence: state.producers().positions().first().map_or(0, |of| of.2),
+            state,
+            wake: None,
+            author: Arc::new(author),
+        }
     }
 
     fn id(&self) -> SessionId {
@@ -100,14 +109,64 @@ impl Log {
 
     /// The next chunk with these payloads, not committed.
     pub fn chunk(&mut self, payloads: &[&str]) -> Arc<Chunk> {
+        let records: Vec<Record> =
+            payloads.iter().map(|payload| Record::data(0, payload.as_bytes().to_vec())).collect();
+        self.batch(&records)
+    }
+
+    fn batch(&mut self, records: &[Record]) -> Arc<Chunk> {
         let mut region = Bytewriter::new();
-        payloads.iter().for_each(|payload| Record::data(0, payload.as_bytes().to_vec()).put(&mut region));
-        let batch = CheckedBatch::new(payloads.len() as u64, region.freeze()).expect("a valid batch");
+        records.iter().for_each(|record| record.put(&mut region));
+        let batch = CheckedBatch::new(records.len() as u64, region.freeze()).expect("a valid batch");
         let mut builder = self.builder();
         let name = Label::new("p").expect("a valid name");
         builder.batch(&self.author, &name, 1, self.sequence, 1000, &batch);
         self.sequence += 1;
         Arc::new(builder.finish().expect("a valid chunk"))
+    }
+
+    /// Makes and commits a chunk with one part of a message.
+    pub async fn say(&mut self, kind: Kind, text: &str) {
+        let payload = text.as_bytes().to_vec();
+        let message = Some(MessageId([5; 16]));
+        self.write(&[Record { kind, message, ..Record::data(0, payload) }]).await;
+    }
+
+    /// Makes and commits a chunk with these records.
+    async fn write(&mut self, records: &[Record]) {
+        let chunk = self.batch(records);
+        self.commit(&chunk).await.expect("append");
+    }
+
+    /// Puts together all that can be of what is stored below the snapshot, in at most so many steps. Returns the seq below which a reader
+    /// is told so.
+    pub async fn compact(&self, steps: usize) -> u64 {
+        let snapshot = self.store.snapshot(self.id()).await.expect("snapshot").expect("there is one");
+        let state = State::restore(&snapshot).expect("a snapshot restores");
+        let mut survey = Survey::new(&state);
+        let from = |number, first| ReadFrom::Chunk { first, number };
+        let mut next = (0, 0);
+        while next.0 < state.number() {
+            let page = self.store.read(self.id(), from(next.0, next.1), 4000).await.expect("read");
+            let below = page.chunks.iter().filter(|chunk| chunk.header().number < state.number());
+            for (at, chunk) in below.enumerate() {
+                survey.read(chunk, at > 0).expect("a chunk decodes");
+                next = (chunk.header().next_number(), chunk.end());
+            }
+        }
+        let plan = survey.plan(ChunkStart { first: next.1, number: next.0 });
+        for step in plan.steps().take(steps) {
+            let PlanStep { start, next_number } = step;
+            let (mut chunks, mut next): (Vec<Arc<Chunk>>, _) = (Vec::new(), (start.number, start.first));
+            while next.0 < next_number {
+                let page = self.store.read(self.id(), from(next.0, next.1), 64 << 10).await.expect("read");
+                chunks.extend(page.chunks.into_iter().filter(|chunk| chunk.header().number < next_number));
+                next = chunks.last().map_or(next, |last| (last.header().next_number(), last.end()));
+            }
+            let chunk = Arc::new(plan.put_together(step, &chunks).expect("a chunk"));
+            retry(|| self.store.compact(&self.writer, chunk.clone())).await.expect("compact");
+        }
+        plan.before()
     }
 
     /// Commits `chunk`, repeating and resolving as the contract asks.
@@ -350,6 +409,74 @@ async fn a_trim_needs_a_snapshot_and_keeps_the_rest_readable(store: Arc<dyn Stor
     retry(|| store.trim(&reopened.writer, 21)).await.expect("trim");
     let page = store.read(reopened.id(), ReadFrom::Seq(0), 1000).await.expect("read");
     assert_eq!((page.chunks.len(), page.first, page.tail), (0, 21, 21));
+}
+
+/// Spec COMPACT-3, COMPACT-5.
+async fn one_chunk_takes_the_place_of_several(store: Arc<dyn Store>) {
+    let id = session_id("compact", 1);
+    let mut log = Log::create(&store, id.clone()).await;
+    let start = MessageStart { role: Label::new("a").expect("a role"), content_type: Label::new("b").expect("a type") };
+    log.append(&["before"]).await;
+    log.write(&[Record { message: Some(MessageId([5; 16])), ..start.record(0) }]).await;
+    let text: String = (0..30).map(|n| format!("{n:03}")).collect();
+    for n in 0..30 {
+        log.say(Kind::MESSAGE_APPEND, &format!("{n:03}")).await;
+    }
+    let end = MessageEnd { status: Status::Complete, detail: Detail::default() };
+    log.write(&[Record { message: Some(MessageId([5; 16])), ..end.record(0) }]).await;
+    retry(|| store.put_snapshot(&log.writer, log.state.snapshot())).await.expect("put snapshot");
+    log.append(&["behind"]).await;
+    let stat = store.stat(id.name.clone()).await.expect("stat").expect("exists");
+    assert_eq!(stat.compaction, Compaction::default());
+    // What is not what is stored there takes no place.
+    let read = store.read(log.id(), ReadFrom::Seq(2), 1000).await.expect("read");
+    let mut survey = Survey::new(&log.state);
+    read.chunks.iter().for_each(|chunk| survey.read(chunk, true).expect("a chunk decodes"));
+    let plan = survey.plan(ChunkStart { first: 4, number: 4 });
+    let foreign = Log::create(&store, session_id("compact-other", 2)).await;
+    let covered = &read.chunks[..read.chunks.len().min(2)];
+    let step = PlanStep { start: ChunkStart { first: 2, number: 2 }, next_number: 2 + covered.len() as u64 };
+    let chunk = Arc::new(plan.put_together(step, covered).expect("a chunk"));
+    let refused = retry(|| store.compact(&foreign.writer, chunk.clone())).await;
+    assert!(matches!(refused, Err(StoreError::Invalid { .. })), "{refused:?}");
+    let refused = retry(|| store.compact(&log.writer, read.chunks[0].clone())).await;
+    assert!(matches!(refused, Err(StoreError::Invalid { .. })), "one that was not put together: {refused:?}");
+    // Whatever has been done of it, all of the text is there, and the log folds to the same.
+    let before = log.compact(1).await;
+    assert_eq!(before, 32);
+    let compaction = Compaction { before, next: ChunkStart { first: 33, number: 33 } };
+    retry(|| store.set_compaction(&log.writer, compaction)).await.expect("set");
+    for steps in 1..10 {
+        log.compact(steps).await;
+        log = Log::open(&store, id.clone()).await;
+        assert_eq!(log.state.tail(), 34);
+    }
+    log.compact(usize::MAX).await;
+    assert_eq!(log.payloads(0).await[2..], [text, "\u{1}\0".into(), "behind".into()]);
+    let stat = store.stat(id.name.clone()).await.expect("stat").expect("exists");
+    assert_eq!((stat.tail, stat.chunks, stat.compaction), (34, 34, compaction));
+    let page = store.read(log.id(), ReadFrom::Seq(15), usize::MAX).await.expect("read");
+    assert!(page.chunks[0].first() <= 15 && page.chunks[0].end() > 15);
+    let mut folded = State::new(id.incarnation);
+    while folded.tail() < 34 {
+        let from = ReadFrom::Chunk { first: folded.tail(), number: folded.number() };
+        let page = store.read(log.id(), from, usize::MAX).await.expect("read");
+        page.chunks.iter().for_each(|chunk| folded.verify(chunk).expect("chunks follow each other"));
+    }
+    assert_eq!(folded.snapshot(), log.state.snapshot());
+    // It goes on: appends, trims into what was put together, and all of it.
+    log.append(&["more"]).await;
+    retry(|| store.put_snapshot(&log.writer, log.state.snapshot())).await.expect("put snapshot");
+    for before in [20, 32, 35] {
+        retry(|| store.trim(&log.writer, before)).await.expect("trim");
+        let reopened = Log::open(&store, id.clone()).await;
+        assert_eq!(reopened.state.snapshot(), log.state.snapshot());
+        log = reopened;
+    }
+    log.append(&["last"]).await;
+    assert_eq!(log.payloads(0).await, ["last"]);
+    let refused = store.compact(&foreign.writer, chunk).await;
+    assert!(refused.is_err());
 }
 
 async fn sessions_do_not_touch_each_other(store: Arc<dyn Store>) {

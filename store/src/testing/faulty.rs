@@ -6,8 +6,8 @@ use bytes::Bytes;
 use mainstay_protocol::session::{Chunk, Incarnation, SessionName};
 
 use crate::contract::{
-    Committing, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store, StoreError,
-    Writer,
+    Committing, Compaction, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store,
+    StoreError, Writer,
 };
 
 /// How often what goes wrong, in thousandths.
@@ -122,6 +122,14 @@ impl<S: Store> Store for FaultyStore<S> {
             return Box::pin(core::future::ready(Err(StoreError::Overloaded)));
         }
         self.refuse().unwrap_or_else(|| self.inner.trim(writer, before))
+    }
+
+    fn compact(&self, writer: &Writer, chunk: Arc<Chunk>) -> Pending<()> {
+        self.refuse().unwrap_or_else(|| self.inner.compact(writer, chunk))
+    }
+
+    fn set_compaction(&self, writer: &Writer, compaction: Compaction) -> Pending<()> {
+        self.refuse().unwrap_or_else(|| self.inner.set_compaction(writer, compaction))
     }
 
     fn delete(&self, session: SessionId) -> Pending<()> {

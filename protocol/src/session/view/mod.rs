@@ -155,7 +155,7 @@ impl View {
     /// means that the bytes are not a record.
     pub fn apply(&mut self, author: &Arc<Author>, time: u64, record: &Bytes) -> Result<(), ProtocolError> {
         let mut r = Reader::new(record);
-        self.fold(author, time, &mut r, record.len())
+        self.fold(author, time, &mut r, record.len(), true)
     }
 
     /// Goes on at `next`: the records before it were left out by a filter or a roll-up. The counts of streams do not know them.
@@ -163,22 +163,32 @@ impl View {
         self.next = self.next.max(next);
     }
 
+    /// So many records with payloads of so many bytes were written to a stream: what a chunk that was put together says, in the place
+    /// of the counting of its records.
+    pub(super) fn count(&mut self, stream: u64, records: u64, bytes: u64) {
+        let counts = self.stream_mut(stream);
+        counts.records = counts.records.saturating_add(records);
+        counts.bytes = counts.bytes.saturating_add(bytes);
+    }
+
     /// Folds a decoded record; as [`View::apply`].
     ///
     /// Errors: `RECORD_MALFORMED` if its payload or ids are not those of its kind.
     pub fn fold_record(&mut self, author: &Arc<Author>, time: u64, record: &Record) -> Result<(), ProtocolError> {
         let deed = Deed::of(record)?;
-        self.step(author, time, (record.stream, record.payload.len()), deed);
+        self.step(author, time, (record.stream, Some(record.payload.len())), deed);
         Ok(())
     }
 
-    /// Folds the record that `r` stands at; its bytes end at position `end` of the reader's input.
+    /// Folds the record that `r` stands at; its bytes end at position `end` of the reader's input. Where it is not `counted`, its chunk
+    /// says what was written.
     pub(super) fn fold(
         &mut self,
         author: &Arc<Author>,
         time: u64,
         r: &mut Reader<'_>,
         end: usize,
+        counted: bool,
     ) -> Result<(), ProtocolError> {
         let start = r.clone();
         let head = Head::get(r)?;
@@ -192,18 +202,18 @@ impl View {
             let len = end - whole.position();
             Deed::of(&Record::parse(&whole.take(len)?)?)?
         };
-        self.step(author, time, (head.stream, payload), deed);
+        self.step(author, time, (head.stream, counted.then_some(payload)), deed);
         Ok(())
     }
 
-    /// Folds one record of so many payload bytes in a stream.
-    fn step(&mut self, author: &Arc<Author>, time: u64, (stream, payload): (u64, usize), deed: Deed) {
+    /// Folds one record in a stream, of so many payload bytes if it is counted.
+    fn step(&mut self, author: &Arc<Author>, time: u64, (stream, payload): (u64, Option<usize>), deed: Deed) {
         let seq = self.next;
         self.next += 1;
         self.time = self.time.max(time);
         let counts = self.stream_mut(stream);
-        counts.records += 1;
-        counts.bytes += payload as u64;
+        counts.records += u64::from(payload.is_some());
+        counts.bytes += payload.unwrap_or(0) as u64;
         counts.last = seq;
         match deed {
             // A request is never stored; where it is, it means nothing.

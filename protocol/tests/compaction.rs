@@ -1,0 +1,229 @@
+//! What compaction puts together, what it leaves, and how long that is. Random histories are put together in `view`, `runs` and
+//! `random`.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use mainstay_protocol::registry::{MAX_CHUNK, MAX_PRODUCERS, MAX_RECORD, PRODUCER_WINDOW};
+use mainstay_protocol::session::{
+    Author, Authority, CheckedBatch, Chunk, ChunkStart, Incarnation, Instance, Kind, MessageAppend, MessageEnd,
+    MessageId, MessageStart, Outcome, Payload, ProducerHandle, ProducerKey, Record, State, Status, Step, Survey,
+};
+use mainstay_protocol::testing::compaction;
+use mainstay_protocol::wire::{Detail, Label, Subject, Writer};
+
+/// A session whose batches are each a chunk.
+struct Session {
+    authority: Authority<()>,
+    chunks: Vec<Arc<Chunk>>,
+}
+
+struct Producer {
+    handle: ProducerHandle,
+    author: Arc<Author>,
+    sequence: u64,
+}
+
+fn label(text: &str) -> Label {
+    Label::new(text).expect("a label")
+}
+
+const INCARNATION: Incarnation = Incarnation([1; 16]);
+
+impl Session {
+    fn new() -> Self {
+        Self { authority: Authority::new(State::new(INCARNATION), 1, None), chunks: Vec::new() }
+    }
+
+    fn commit(&mut self) {
+        while let Step::Commit(chunk) = self.authority.next_chunk() {
+            self.authority.committed().expect("it follows");
+            self.chunks.push(chunk);
+        }
+    }
+
+    fn producer(&mut self, name: &str, instance: u8) -> Producer {
+        let subject = Subject::new("alice").expect("a subject");
+        let key = ProducerKey { subject: subject.clone(), name: label(name) };
+        self.authority.open_producer(1, key.clone(), None, ());
+        self.commit();
+        let handle = self.authority.state().producers().find(&key).expect("granted");
+        Producer { handle, author: Arc::new(Author { subject, instance: Instance([instance; 16]) }), sequence: 0 }
+    }
+
+    fn append(&mut self, by: &mut Producer, records: &[Record]) {
+        self.accept(by, records);
+        self.commit();
+    }
+
+    fn accept(&mut self, by: &mut Producer, records: &[Record]) {
+        let mut w = Writer::new();
+        records.iter().for_each(|record| record.put(&mut w));
+        let batch = CheckedBatch::new(records.len() as u64, w.freeze()).expect("a valid batch");
+        let now = 1000 + self.authority.state().tail();
+        let outcome = self.authority.append(now, &by.author, (&by.handle, 1, by.sequence), None, batch, ()).0;
+        assert!(matches!(outcome, Outcome::Pending), "{outcome:?}");
+        by.sequence += 1;
+    }
+
+    /// Puts all together that can be, in as many rounds as it takes.
+    fn compact(&self) -> Vec<Arc<Chunk>> {
+        let state = self.authority.state();
+        let mut stored = self.chunks.clone();
+        for round in 0.. {
+            assert!(round < 5, "it comes to an end");
+            let mut survey = Survey::new(state);
+            stored.iter().enumerate().for_each(|(at, chunk)| survey.read(chunk, at > 0).expect("it decodes"));
+            let plan = survey.plan(ChunkStart { first: state.tail(), number: state.number() });
+            if plan.is_empty() {
+                break;
+            }
+            for step in plan.steps() {
+                let of = |number: u64| stored.partition_point(|chunk| chunk.header().number < number);
+                let (from, to) = (of(step.start.number), of(step.next_number));
+                let chunk = plan.put_together(step, &stored[from..to]).expect("a chunk");
+                assert!(chunk.bytes().len() <= MAX_CHUNK);
+                stored.splice(from..to, [Arc::new(chunk)]);
+            }
+        }
+        let mut folded = State::new(INCARNATION);
+        stored.iter().for_each(|chunk| folded.verify(chunk).expect("it follows"));
+        assert_eq!(folded.snapshot(), state.snapshot());
+        stored
+    }
+}
+
+fn id(n: u8) -> MessageId {
+    MessageId([n; 16])
+}
+
+fn message<P: Payload>(n: u8, payload: P) -> Record {
+    Record { message: Some(id(n)), ..payload.record(0) }
+}
+
+fn start(n: u8) -> Record {
+    message(n, MessageStart { role: label("assistant"), content_type: label("text/plain") })
+}
+
+fn part(n: u8, text: &[u8]) -> Record {
+    message(n, MessageAppend(Bytes::copy_from_slice(text)))
+}
+
+fn end(n: u8) -> Record {
+    message(n, MessageEnd { status: Status::Complete, detail: Detail::default() })
+}
+
+fn bytes(chunks: &[Arc<Chunk>]) -> usize {
+    chunks.iter().map(|chunk| chunk.bytes().len()).sum()
+}
+
+/// Kinds and payloads of the records that are left of a message.
+fn left(chunks: &[Arc<Chunk>], n: u8) -> Vec<(Kind, Bytes)> {
+    let records = chunks.iter().flat_map(|chunk| chunk.records()).map(|record| record.expect("it decodes").3);
+    records.filter(|record| record.message == Some(id(n))).map(|record| (record.kind, record.payload)).collect()
+}
+
+/// Spec COMPACT-1, COMPACT-4: ten thousand tokens, each committed alone, take little more than their text, and the last
+/// `producer_window` batches may still be asked for.
+#[test]
+fn ten_thousand_tokens_take_little_more_than_their_text() {
+    let mut session = Session::new();
+    let mut by = session.producer("agent", 1);
+    session.append(&mut by, &[start(1)]);
+    (0..10_000u32).for_each(|n| session.append(&mut by, &[part(1, &format!("{n:05}").into_bytes())]));
+    session.append(&mut by, &[end(1)]);
+    let stored = session.compact();
+    let text: String = (0..10_000).map(|n| format!("{n:05}")).collect();
+    println!(
+        "{} bytes in {} chunks, of {} in {}",
+        bytes(&stored),
+        stored.len(),
+        bytes(&session.chunks),
+        session.chunks.len()
+    );
+    assert_eq!(left(&stored, 1)[1], (Kind::MESSAGE_REPLACE, text.clone().into()));
+    assert!(bytes(&stored) * 10 <= text.len() * 12, "{} bytes for {}", bytes(&stored), text.len());
+    let positions: usize =
+        stored.iter().filter_map(|chunk| chunk.header().compacted.as_ref()).map(|of| of.positions.len()).sum();
+    assert!((PRODUCER_WINDOW..2 * PRODUCER_WINDOW).contains(&positions), "{positions}");
+}
+
+/// Spec COMPACT-2: what has headers, another author, or would exceed a record is as it was written.
+#[test]
+fn what_cannot_be_put_together_stays() {
+    let mut session = Session::new();
+    let (mut one, mut two) = (session.producer("one", 1), session.producer("two", 2));
+    session.append(&mut one, &[start(1), start(2), start(3), start(4)]);
+    // Two authors: each part of the text is whole in itself.
+    for text in [b"ab", b"cd", b"ef"] {
+        session.append(&mut one, &[part(1, text)]);
+    }
+    for text in [b"gh", b"ij"] {
+        session.append(&mut two, &[part(1, text)]);
+    }
+    // A part with headers, and one behind it.
+    let marked = Record { headers: vec![("a".into(), "b".into())], ..part(2, b"2") };
+    session.append(&mut one, &[part(2, b"0"), part(2, b"1"), marked, part(2, b"3")]);
+    // Longer than a record: as far as it fits.
+    let long = vec![b'x'; MAX_RECORD / 4];
+    (0..6).for_each(|_| session.append(&mut one, &[part(3, &long)]));
+    // Not finished.
+    (0..3).for_each(|_| session.append(&mut one, &[part(4, b"on")]));
+    session.append(&mut one, &[end(1), end(2), end(3)]);
+    let stored = session.compact();
+    let (append, replace) = (Kind::MESSAGE_APPEND, Kind::MESSAGE_REPLACE);
+    let middle = |n| left(&stored, n)[1..].iter().filter(|of| of.0 != Kind::MESSAGE_END).cloned().collect::<Vec<_>>();
+    assert_eq!(middle(1), [(replace, "abcdef".into()), (replace, "abcdefghij".into())]);
+    assert_eq!(middle(2), [(replace, "01".into()), (append, "2".into()), (append, "3".into())]);
+    let lengths: Vec<_> = middle(3).iter().map(|(kind, text)| (*kind, text.len() / long.len())).collect();
+    assert_eq!(lengths, [(replace, 3), (append, 1), (append, 1), (append, 1)]);
+    assert_eq!(middle(4), [(append, "on".into()), (append, "on".into()), (append, "on".into())]);
+    // The next pass begins with the message that is not finished.
+    let mut survey = Survey::new(session.authority.state());
+    stored.iter().for_each(|chunk| survey.read(chunk, true).expect("it decodes"));
+    let state = session.authority.state();
+    let plan = survey.plan(ChunkStart { first: state.tail(), number: state.number() });
+    assert!(plan.is_empty() && plan.next().number == 2, "{:?}", plan.next());
+    compaction::check(&session.chunks, 1);
+}
+
+/// Spec COMPACT-4: a chunk with the ends of many texts does not become longer than a frame.
+#[test]
+fn many_texts_that_end_in_one_chunk_stay_within_a_frame() {
+    let mut session = Session::new();
+    let mut by = session.producer("agent", 1);
+    session.append(&mut by, &(1..=10).map(start).collect::<Vec<_>>());
+    let text = vec![b'x'; 20 * 1024];
+    for _ in 0..5 {
+        (1..=10).for_each(|n| session.append(&mut by, &[part(n, &text)]));
+    }
+    session.append(&mut by, &(1..=10).map(|n| part(n, b".")).collect::<Vec<_>>());
+    session.append(&mut by, &(1..=10).map(end).collect::<Vec<_>>());
+    let stored = session.compact();
+    let whole = (1..=10).filter(|n| left(&stored, *n).len() == 3).count();
+    assert!((2..10).contains(&whole), "{whole} texts are put together");
+    assert!(compaction::check(&session.chunks, 2).gone > 0);
+}
+
+/// Spec COMPACT-4, PROD-9: which producer was evicted is the same whatever batches are left out.
+#[test]
+fn producers_that_take_turns_are_the_same_afterwards() {
+    for evict in [false, true] {
+        let mut session = Session::new();
+        let (mut one, mut two) = (session.producer("one", 1), session.producer("two", 1));
+        session.append(&mut one, &[start(1)]);
+        for n in 0..3 * PRODUCER_WINDOW {
+            session.append(if n % 3 == 0 { &mut two } else { &mut one }, &[part(1, b"token")]);
+        }
+        session.append(&mut one, &[end(1)]);
+        if evict {
+            (0..MAX_PRODUCERS).for_each(|n| drop(session.producer(&format!("p{n}"), 1)));
+        }
+        let stored = session.compact();
+        let positions: usize =
+            stored.iter().filter_map(|chunk| chunk.header().compacted.as_ref()).map(|of| of.positions.len()).sum();
+        assert_eq!(left(&stored, 1).len(), 3);
+        // Turns are left out where no producer was ever evicted.
+        assert_eq!(positions > 3 * PRODUCER_WINDOW, evict, "{positions}");
+    }
+}
