@@ -110,6 +110,10 @@ pub(crate) struct Serve {
     /// UDP address to listen on; port 0 picks a free one. [default: 127.0.0.1:4433]
     #[arg(long, value_name = "ADDR:PORT")]
     pub(crate) listen: Option<SocketAddr>,
+    /// How long after the end of a message its parts are put together in storage, or `never`. Readers that lag so long behind get the
+    /// whole text in their place. [default: 60]
+    #[arg(long, value_name = "SECS", value_parser = compact_after)]
+    pub(crate) compact_after: Option<CompactAfter>,
     /// Configuration file (TOML); flags go before it.
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
@@ -428,6 +432,22 @@ impl core::convert::From<Trigger> for mainstay_client::Kind {
 fn delay(text: &str) -> Result<f64, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
     if (0.0..=86_400.0).contains(&seconds) { Ok(seconds) } else { Err("not between 0 seconds and a day".into()) }
+}
+
+/// When finished messages are compacted; `None` for never.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct CompactAfter(pub(crate) Option<std::time::Duration>);
+
+/// A number of seconds up to a year, or never.
+pub(crate) fn compact_after(text: &str) -> Result<CompactAfter, String> {
+    if text == "never" {
+        return Ok(CompactAfter(None));
+    }
+    let seconds: f64 = text.parse().map_err(|_| "neither a number of seconds nor `never`".to_owned())?;
+    match (0.0..=31_536_000.0).contains(&seconds) {
+        true => Ok(CompactAfter(Some(std::time::Duration::from_secs_f64(seconds)))),
+        false => Err("not between 0 seconds and a year".into()),
+    }
 }
 
 /// A number of seconds up to a day.

@@ -4,7 +4,7 @@ use core::time::Duration;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use mainstay_protocol::session::{Author, Record, View};
+use mainstay_protocol::session::{Author, Record, Verdict, View};
 use mainstay_protocol::wire::Start;
 
 use crate::error::ClientError;
@@ -38,7 +38,7 @@ pub struct LiveView {
     waiting: VecDeque<Folded>,
     /// Where the last delivery ended.
     covered: u64,
-    /// A new view is asked for: what was left out is gone.
+    /// A new view is asked for: what was left out is gone, or comes in another form.
     restarting: bool,
     manner: Manner,
 }
@@ -157,6 +157,10 @@ impl LiveView {
                     self.covered = self.view.next();
                     Update::Started
                 }
+                Event::Records(batch) if self.lacks(&batch) => {
+                    self.restarting = true;
+                    continue;
+                }
                 Event::Records(batch) => {
                     if let Err(error) = self.take(&batch) {
                         return Some(Err(error));
@@ -168,10 +172,18 @@ impl LiveView {
                     continue;
                 }
                 Event::CaughtUp { tail } => Update::CaughtUp { tail },
-                Event::Resumed { .. } => Update::Resumed,
+                Event::Resumed { verdict, .. } => {
+                    self.restarting |= verdict == Verdict::Snapshot;
+                    Update::Resumed
+                }
                 Event::Ended => Update::Ended,
             }));
         }
+    }
+
+    /// True if records were put together that this view would fold one by one: its counts would not be those of others.
+    fn lacks(&self, batch: &crate::RecordBatch) -> bool {
+        self.manner.window.is_none() && batch.len() != batch.next() - batch.from()
     }
 
     fn take(&mut self, batch: &crate::RecordBatch) -> Result<(), ClientError> {

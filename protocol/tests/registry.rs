@@ -194,6 +194,7 @@ fn limits_and_versions_are_those_of_the_registry() {
     let integer = |key: &str| registry[key].as_integer();
     assert_eq!(registry["alpn"].as_str().map(str::as_bytes), Some(numbers::ALPN));
     assert_eq!(integer("chunk_version"), Some(i64::from(numbers::CHUNK_VERSION)));
+    assert_eq!(integer("compacted_version"), Some(i64::from(numbers::COMPACTED_VERSION)));
     assert_eq!(integer("fold_version"), Some(numbers::FOLD_VERSION as i64));
     assert_eq!(integer("snapshot_version"), Some(i64::from(numbers::SNAPSHOT_VERSION)));
     let grease = table(&registry, "grease");

@@ -196,10 +196,10 @@ async fn attach(conn: &Conn, attachment: &Attachment, request: &Attach) -> Resul
     if request.mode == AttachMode::CreateNew && !new {
         return Err(Refusal::new(Code::SESSION_EXISTS, "a session of this name exists already"));
     }
-    let Standing { tail, first, created, closed, view_hash, streams, positions } =
+    let Standing { tail, first, compacted, created, closed, view_hash, streams, positions } =
         ask(&session, |answer| Command::Stand { subject: attachment.author.subject.clone(), answer }).await?;
     let incarnation = session.id.incarnation;
-    let verdict = Verdict::of_attach((request.incarnation, request.next), incarnation, (first, tail))?;
+    let verdict = Verdict::of_attach((request.incarnation, request.next), incarnation, (first, compacted, tail))?;
     attachment.outbox.push(Attached {
         verdict,
         incarnation,

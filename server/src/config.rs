@@ -32,6 +32,9 @@ pub struct Config {
     pub idle: Duration,
     /// How long a connection may take to say HELLO.
     pub hello_timeout: Duration,
+    /// How long after its end the parts of a message are put together in storage; `None` for never. Readers that lag so long behind
+    /// get the whole text in their place.
+    pub compact_after: Option<Duration>,
     /// Chunk bytes after which a snapshot of a session is kept, so that loading it reads at most about this much.
     pub snapshot_bytes: usize,
 }
@@ -50,6 +53,7 @@ impl Default for Config {
             due_pause: Duration::from_secs(1),
             idle: Duration::from_secs(10),
             hello_timeout: Duration::from_secs(5),
+            compact_after: Some(Duration::from_secs(60)),
             snapshot_bytes: 8 << 20,
         }
     }

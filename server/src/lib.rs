@@ -24,6 +24,7 @@ mod ring;
 mod server;
 mod sessions;
 mod subscription;
+mod upkeep;
 
 pub use config::Config;
 pub use server::Server;

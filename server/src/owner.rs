@@ -12,8 +12,9 @@ use mainstay_protocol::error::Code;
 use mainstay_protocol::registry::{DEPARTED_LEASE, MAX_POSITIONS};
 use mainstay_protocol::session::Committed as Durable;
 use mainstay_protocol::session::{
-    AT_ONCE, Activity, Author, Authority, CheckedBatch, Chunk, Job, JobOutcome, Leases, NotifyRule, Outcome,
-    PresenceJoined, PresenceUpdated, ProducerKey, Refusal, Reply, RunId, SessionConfigured, State, Step, ViewHash,
+    AT_ONCE, Activity, Author, Authority, CheckedBatch, Chunk, FOR_WORKERS, Job, JobOutcome, Leases, NotifyRule,
+    Outcome, PresenceJoined, PresenceUpdated, ProducerKey, Refusal, Reply, RunId, SessionConfigured, State, Step,
+    ViewHash,
 };
 use mainstay_protocol::wire::{
     Ack, Acked, Body, CloseSession, Closed, Configure, Configured, DefineStream, DeleteSession, Deleted, Detail, Early,
@@ -28,12 +29,14 @@ use crate::attachment::Attachment;
 use crate::jobs::Worker;
 use crate::producer::ProducerLink;
 use crate::sessions::{Session, Sessions, refusal};
+use crate::upkeep::{Done, Upkeep};
 
 /// What an attach needs to know.
 #[derive(Debug)]
 pub(crate) struct Standing {
     pub(crate) tail: u64,
     pub(crate) first: u64,
+    pub(crate) compacted: u64,
     pub(crate) created: u64,
     pub(crate) closed: bool,
     pub(crate) view_hash: ViewHash,
@@ -135,7 +138,7 @@ impl Ticket {
 #[derive(Debug)]
 enum Role {
     Reader(Box<State>),
-    Writer { authority: Box<Authority<Ticket>>, writer: Writer },
+    Writer { authority: Box<Authority<Ticket>>, writer: Arc<Writer> },
 }
 
 /// The chunk on its way into the store.
@@ -162,20 +165,6 @@ enum Fate {
     Lost(StoreError),
 }
 
-/// Work on the store beside commits.
-enum Upkeep {
-    None,
-    /// `first` is the state's in the snapshot.
-    Snapshot {
-        running: Pending<()>,
-        first: u64,
-    },
-    Trim {
-        running: Pending<()>,
-        first: u64,
-    },
-}
-
 /// See the [module](self).
 pub(crate) struct Owner {
     sessions: Arc<Sessions>,
@@ -188,10 +177,6 @@ pub(crate) struct Owner {
     wake: Option<u64>,
     commit: Commit,
     upkeep: Upkeep,
-    /// Chunk bytes since the last snapshot.
-    unsnapshotted: usize,
-    /// Records below it were released by the store, as far as is known.
-    released: u64,
     /// Who appends as which producer, to tell them when they are fenced.
     holders: HashMap<ProducerKey, Weak<ProducerLink>>,
     /// How long members count as here, and through which attachment they say so.
@@ -223,8 +208,6 @@ pub(crate) struct Owner {
     view_hash: Option<(u64, ViewHash)>,
     /// Its encoding at a tail, while others may ask for the same.
     view: Option<(u64, Bytes)>,
-    /// Bytes of the last snapshot.
-    snapshot_len: usize,
 }
 
 /// The shortest time between two looks for what is due: what was found waits for its commit meanwhile.
@@ -249,8 +232,10 @@ impl Owner {
         session: Arc<Session>,
         mailbox: mpsc::Receiver<Command>,
         state: State,
-        SessionStat { created, first: released, expire_after, wake, .. }: SessionStat,
+        stat: SessionStat,
     ) -> Self {
+        let upkeep = Upkeep::new(&sessions, &session, &state, &stat);
+        let SessionStat { created, expire_after, wake, .. } = stat;
         Self {
             sessions,
             session,
@@ -260,9 +245,7 @@ impl Owner {
             expire_after,
             wake,
             commit: Commit::None,
-            upkeep: Upkeep::None,
-            unsnapshotted: 0,
-            released,
+            upkeep,
             holders: HashMap::new(),
             leases: Leases::default(),
             present: HashMap::new(),
@@ -281,7 +264,6 @@ impl Owner {
             next_try: Instant::now(),
             view_hash: None,
             view: None,
-            snapshot_len: 0,
         }
     }
 
@@ -332,7 +314,7 @@ impl Owner {
                         break;
                     }
                 }
-                result = upkeep(&mut self.upkeep) => self.continue_upkeep(result),
+                result = self.upkeep.done() => self.continue_upkeep(result),
                 count = self.mailbox.recv_many(&mut commands, TURN), if open => {
                     last_use = Instant::now();
                     if count == 0 {
@@ -380,26 +362,29 @@ impl Owner {
         if self.is_needed() {
             self.sessions.forsaken.store(true, std::sync::atomic::Ordering::Relaxed);
         }
-        match core::mem::replace(&mut self.upkeep, Upkeep::None) {
-            Upkeep::Snapshot { running, .. } | Upkeep::Trim { running, .. } => drop(running.await),
-            Upkeep::None => {}
-        }
+        let unsnapshotted = self.upkeep.unsnapshotted();
+        self.upkeep.end().await;
         let deleted = self.session.extent.borrow().gone == Some(Code::SESSION_GONE);
         if let Some(Role::Writer { authority, writer }) = self.role.take() {
             // Loading again should not repeat more than a page of work.
-            if self.unsnapshotted > self.sessions.config.snapshot_bytes / 64 && !deleted && !authority.is_uncertain() {
+            if unsnapshotted > self.sessions.config.snapshot_bytes / 64 && !deleted && !authority.is_uncertain() {
                 let saved = self.sessions.store.put_snapshot(&writer, authority.state().snapshot()).await;
                 if let Err(error) = saved {
                     tracing::warn!(session = %self.session.id, %error, "snapshot not kept; loading will read more");
                 }
             }
-            self.sessions.store.close_writer(writer);
+            if let Some(writer) = Arc::into_inner(writer) {
+                self.sessions.store.close_writer(writer);
+            }
         }
     }
 
     /// True if the session must be in memory whoever uses it.
     fn is_needed(&self) -> bool {
-        self.state().and_then(State::wake) == Some(AT_ONCE)
+        let wake = self.state().and_then(State::wake);
+        // What waits for workers is not told apart from what is due some time.
+        let two = wake == Some(FOR_WORKERS) && self.upkeep.compact_at().is_some();
+        wake == Some(AT_ONCE) || two || self.upkeep.is_compacting()
     }
 
     /// Lets the time until the session expires begin now. False if that is not stored.
@@ -420,7 +405,7 @@ impl Owner {
     /// Lets the store know exactly when the session must be served again. It is loaded too early at worst where that is not stored: what
     /// was told before was no later.
     async fn tell_wake(&mut self) {
-        let wake = self.state().and_then(State::wake);
+        let wake = self.upkeep.wake(self.state().and_then(State::wake));
         if wake == self.wake {
             return;
         }
@@ -435,6 +420,7 @@ impl Owner {
         let held_back = matches!(&self.role, Some(Role::Writer { authority, .. }) if authority.is_held_back());
         held_back
             || self.owes
+            || self.upkeep.compact_at().is_some()
             || !self.leases.is_empty()
             || !self.runs.is_empty()
             || self.state().is_some_and(|state| state.deadline().is_some())
@@ -448,7 +434,25 @@ impl Owner {
         let leases = self.lapse().await;
         let runs = self.lapse_runs().await;
         let values = self.expire().await;
-        leases.into_iter().chain(runs).chain(values).chain(self.try_again()).min()
+        let compaction = self.compact().await;
+        leases.into_iter().chain(runs).chain(values).chain(compaction).chain(self.try_again()).min()
+    }
+
+    /// Begins to put finished messages together once they are finished for long enough. Returns when to look again.
+    async fn compact(&mut self) -> Option<Instant> {
+        let at = self.upkeep.compact_at()?;
+        let now = (self.sessions.clock)();
+        if at > now {
+            return Some(Instant::now() + Duration::from_millis(at - now).min(RECHECK));
+        }
+        match self.authority().await {
+            Ok(_) => self.keep_up(),
+            Err(refusal) => {
+                tracing::debug!(session = %self.session.id, code = %refusal.code, "cannot be compacted now")
+            }
+        }
+        // Other upkeep may be on its way, or the store not ready.
+        self.upkeep.compact_at().map(|_| Instant::now() + AGAIN)
     }
 
     /// Lets be tried again what a store refused that nobody else asks for. Returns when to look again.
@@ -536,7 +540,7 @@ impl Owner {
         if let Some(Role::Writer { authority, writer }) = &mut self.role
             && let Step::Commit(chunk) = authority.next_chunk()
         {
-            let wake = authority.wake();
+            let wake = self.upkeep.wake(authority.wake());
             self.wake = wake;
             self.commit = Commit::Running(self.sessions.store.append(writer, chunk.clone(), wake), chunk);
         }
@@ -617,7 +621,14 @@ impl Owner {
         self.tell(&early);
         self.answer(replies);
         self.follow_up();
-        self.unsnapshotted += chunk.bytes().len();
+        let now = (self.sessions.clock)();
+        if let Some(Role::Writer { authority, .. }) = &self.role
+            && self.upkeep.committed(&chunk, authority.state(), now)
+        {
+            // The next chunk says so too. A request that nobody waits for is done all the same.
+            self.wake = self.upkeep.wake(self.wake);
+            drop(self.sessions.store.set_wake(self.session.id.clone(), self.wake));
+        }
         self.keep_up();
     }
 
@@ -768,44 +779,18 @@ impl Owner {
         self.listeners.push(attachment);
     }
 
-    /// Starts what is due and not running: a snapshot after many bytes and before a trim.
+    /// Starts what is due on the store and not running.
     fn keep_up(&mut self) {
-        let Some(Role::Writer { authority, writer }) = &self.role else {
-            return;
-        };
-        let state = authority.state();
-        // A large view is not written for less than a multiple of what it is itself.
-        let enough = self.sessions.config.snapshot_bytes.max(4 * self.snapshot_len);
-        let due = self.unsnapshotted >= enough || state.first() > self.released;
-        if due && matches!(self.upkeep, Upkeep::None) {
-            let snapshot = state.snapshot();
-            let (len, first) = (snapshot.len(), state.first());
-            let running = self.sessions.store.put_snapshot(writer, snapshot);
-            self.upkeep = Upkeep::Snapshot { running, first };
-            (self.unsnapshotted, self.snapshot_len) = (0, len);
+        let now = (self.sessions.clock)();
+        if let Some(Role::Writer { authority, writer }) = &self.role {
+            self.upkeep.keep_up(authority.state(), writer, now);
         }
     }
 
-    fn continue_upkeep(&mut self, result: Result<(), StoreError>) {
-        let done = core::mem::replace(&mut self.upkeep, Upkeep::None);
-        let Some(Role::Writer { writer, .. }) = &self.role else {
-            return;
-        };
-        if let Err(error) = result {
-            // Tried again after the next commit, not at once: the store has too much to do or no space.
-            tracing::warn!(session = %self.session.id, %error, "snapshot or trim not done; it will be repeated");
-            return;
-        }
-        match done {
-            Upkeep::Snapshot { first, .. } if first > self.released => {
-                let running = self.sessions.store.trim(writer, first);
-                self.upkeep = Upkeep::Trim { running, first };
-            }
-            Upkeep::Trim { first, .. } => {
-                self.released = first;
-                self.keep_up();
-            }
-            _ => self.keep_up(),
+    fn continue_upkeep(&mut self, result: Result<Done, StoreError>) {
+        let now = (self.sessions.clock)();
+        if let Some(Role::Writer { authority, writer }) = &self.role {
+            self.upkeep.go_on(result, authority.state(), writer, now);
         }
     }
 
@@ -1051,6 +1036,7 @@ impl Owner {
         let standing = Standing {
             tail: state.tail(),
             first: state.first(),
+            compacted: self.session.extent.borrow().compacted,
             created: self.created,
             closed: state.view().closed().is_some(),
             view_hash,
@@ -1069,7 +1055,7 @@ impl Owner {
             if let Some(Role::Reader(state)) = self.role.take() {
                 let created = (state.number() == 0).then(|| (self.session.id.name.clone(), self.created));
                 let authority = Box::new(Authority::new(*state, writer.epoch, created));
-                self.role = Some(Role::Writer { authority, writer });
+                self.role = Some(Role::Writer { authority, writer: Arc::new(writer) });
             }
         }
         match &mut self.role {
@@ -1237,13 +1223,5 @@ async fn commit(commit: &mut Commit) -> Fate {
             pause.await;
             Fate::Unknown
         }
-    }
-}
-
-/// Waits for the upkeep that runs, for ever if there is none.
-async fn upkeep(upkeep: &mut Upkeep) -> Result<(), StoreError> {
-    match upkeep {
-        Upkeep::Snapshot { running, .. } | Upkeep::Trim { running, .. } => running.await,
-        Upkeep::None => core::future::pending().await,
     }
 }

@@ -56,6 +56,13 @@ impl Ring {
         }
     }
 
+    /// Leaves out what is below `seq`: the store has it in fewer bytes.
+    pub(crate) fn forget(&mut self, seq: u64) {
+        while self.chunks.front().is_some_and(|chunk| chunk.end() <= seq) {
+            self.pop();
+        }
+    }
+
     fn pop(&mut self) {
         if let Some(chunk) = self.chunks.pop_front() {
             self.bytes -= chunk.bytes().len();

@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use mainstay_protocol::error::Code;
 use mainstay_protocol::session::{FOR_WORKERS, Incarnation, Refusal, SessionName, State, Streams};
-use mainstay_store::{Created, ReadFrom, SessionId, SessionStat, Store, StoreError};
+use mainstay_store::{Compaction, Created, ReadFrom, SessionId, SessionStat, Store, StoreError};
 use rand::RngCore;
-use tokio::sync::{OnceCell, mpsc, watch};
+use tokio::sync::{OnceCell, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::config::Config;
@@ -22,6 +22,8 @@ use crate::ring::Ring;
 pub(crate) struct Extent {
     /// The first seq that may be read.
     pub(crate) first: u64,
+    /// Records below it may have been put together.
+    pub(crate) compacted: u64,
     /// The durable tail.
     pub(crate) tail: u64,
     /// True once `session.closed` is durable.
@@ -115,6 +117,8 @@ pub(crate) struct Sessions {
     pub(crate) forsaken: AtomicBool,
     /// Which of them have jobs for workers.
     pub(crate) offers: Offers,
+    /// Passes of compaction that may run at once: it is nobody's hurry.
+    pub(crate) compactions: Semaphore,
     /// Woken when a session left memory.
     pub(crate) left: tokio::sync::Notify,
 }
@@ -133,6 +137,7 @@ impl Sessions {
             stopping,
             forsaken,
             offers: Offers::default(),
+            compactions: Semaphore::new(1),
             left,
         }
     }
@@ -210,6 +215,7 @@ impl Sessions {
                             written: created,
                             chunks: 0,
                             wake: None,
+                            compaction: Compaction::default(),
                         }
                     }
                     Created::Existing(stat) => stat,
@@ -223,7 +229,8 @@ impl Sessions {
         let limit = self.config.ring_bytes;
         let ring = Ring::new(state.tail(), limit, self.ring_total.clone(), self.config.ring_budget);
         let closed = state.view().closed().is_some();
-        let (extent, _) = watch::channel(Extent { first: state.first(), tail: state.tail(), closed, gone: None });
+        let (first, compacted, tail) = (state.first(), stat.compaction.before, state.tail());
+        let (extent, _) = watch::channel(Extent { first, compacted, tail, closed, gone: None });
         let (commands, mailbox) = mpsc::channel(32);
         let session = Arc::new(Session {
             id: stat.session.clone(),

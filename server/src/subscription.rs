@@ -163,7 +163,7 @@ async fn deliver<S: SendStream>(
         let (next, view);
         (next, view, held) = snapshot(conn, session).await.map_err(End::Refused)?;
         view_len = view.len() as u64;
-        let (feed, verdict) = Feed::new(request, extent.first, next);
+        let (feed, verdict) = Feed::new(request, (extent.first, extent.compacted), next);
         pieces.push(feed.subscribed(verdict, next).to_bytes());
         for frame in Snapshot::frames(next, FOLD_VERSION, &view) {
             pieces.push(frame.to_bytes());
@@ -171,7 +171,7 @@ async fn deliver<S: SendStream>(
         }
         feed
     } else {
-        let (feed, verdict) = Feed::new(request, extent.first, extent.tail);
+        let (feed, verdict) = Feed::new(request, (extent.first, extent.compacted), extent.tail);
         pieces.push(feed.subscribed(verdict, extent.tail).to_bytes());
         feed
     };

@@ -7,7 +7,7 @@ use core::task::{Context, Poll};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use mainstay_protocol::session::{Chunk, ChunkStart, Incarnation, SessionName};
+use mainstay_protocol::session::{Chunk, Incarnation, SessionName};
 use tokio::sync::oneshot;
 
 /// A running request. Dropping it does not undo the request.
@@ -153,8 +153,8 @@ pub enum Created {
 pub struct Compaction {
     /// Records below this seq may have been put together.
     pub before: u64,
-    /// Where the next pass begins.
-    pub next: ChunkStart,
+    /// The seq where the next pass begins.
+    pub next: u64,
 }
 
 /// What a store knows of a session without reading its records.

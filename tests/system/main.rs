@@ -4,6 +4,7 @@ mod auth;
 mod basics;
 mod broken;
 mod cli;
+mod compaction;
 mod crash;
 mod damage;
 mod disk;

@@ -58,6 +58,8 @@ struct Auth {
 struct StoreFile {
     /// Free bytes on the file system below which appends are refused.
     reserve_bytes: Option<u64>,
+    /// As --compact-after.
+    compact_after: Option<String>,
 }
 
 const DEFAULT_LISTEN: ([u8; 4], u16) = ([127, 0, 0, 1], 4433);
@@ -101,7 +103,12 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
 
     let listen = args.listen.or(file.listen).unwrap_or_else(|| DEFAULT_LISTEN.into());
     let socket = bind(listen).map_err(|error| Failure::io(format!("cannot listen on {listen}"), &error))?;
-    let config = ServerConfig::default();
+    let mut config = ServerConfig::default();
+    let set = file.store.compact_after.as_deref().map(args::compact_after).transpose();
+    let set = set.map_err(|error| Failure::usage(format!("[store] compact_after: {error}")))?;
+    if let Some(args::CompactAfter(after)) = args.compact_after.or(set) {
+        config.compact_after = after;
+    }
     let listener = QuicListener::new(socket, identity, &data.server_keys()?, &config.transport_limits(), ALPN)
         .map_err(|error| Failure::failed("INTERNAL", error))?;
     let addr = listener.local_addr().ok_or_else(|| Failure::failed("INTERNAL", "the socket has no address"))?;

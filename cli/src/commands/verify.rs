@@ -41,9 +41,10 @@ pub(crate) fn run(args: &args::Verify, output: Output) -> Result<(), Failure> {
             Found::Chunk { first, streams, chunk } if args.dump && written.is_ok() => {
                 written = dump(&mut out, session, first, streams, chunk);
             }
-            Found::Session(state) if output.is_json() && !args.dump && written.is_ok() => {
+            Found::Session { state, bytes } if output.is_json() && !args.dump && written.is_ok() => {
                 let event = json!({
                     "event": "session", "name": session.as_str(), "first": state.first(), "tail": state.tail(),
+                    "bytes": bytes,
                     "fold_version": FOLD_VERSION, "view_hash": state.view().hash().to_string(),
                 });
                 written = writeln!(out, "{event}");
@@ -90,7 +91,7 @@ pub(crate) fn run(args: &args::Verify, output: Output) -> Result<(), Failure> {
     }
     let event = json!({
         "event": "verified", "sessions": report.sessions, "chunks": report.chunks, "records": report.records,
-        "commits": report.commits, "leftover_chunks": report.leftovers, "torn_bytes": report.torn,
+        "bytes": report.bytes, "commits": report.commits, "leftover_chunks": report.leftovers, "torn_bytes": report.torn,
     });
     output.event(&event, || {
         let torn = match report.torn {

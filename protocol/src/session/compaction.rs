@@ -28,17 +28,17 @@ const SMALL: usize = 1024;
 /// What a part costs beside its payload, at least: its head, its length and its batch.
 const PART_OVERHEAD: usize = 16;
 
-/// Where a range of chunks begins.
+/// Where a chunk is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ChunkStart {
-    /// Seq of the first record of the chunk there.
+    /// Seq of its first record.
     pub first: u64,
     /// Its number.
     pub number: u64,
 }
 
 /// What is known of the chunks of a range, read in order. Holds the texts of the messages in it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Survey {
     /// Messages that are not finished behind the range.
     open: HashSet<MessageId>,
@@ -50,7 +50,7 @@ pub struct Survey {
 }
 
 /// A chunk of the range.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Source {
     start: ChunkStart,
     next_number: u64,
@@ -64,7 +64,7 @@ struct Source {
 }
 
 /// A message that began in the range.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Growing {
     /// Index of the chunk with its start.
     source: usize,
@@ -75,7 +75,7 @@ struct Growing {
 }
 
 /// Parts that one author wrote one after the other.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Group {
     by: Writing,
     first: u64,
@@ -88,7 +88,7 @@ struct Group {
 }
 
 /// What parts must agree in to be put together.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Writing {
     author: Arc<Author>,
     stream: u64,
@@ -96,7 +96,7 @@ struct Writing {
 }
 
 /// Parts with seqs `first..last`, which go, and the one at `last`, which holds the text.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Planned {
     first: u64,
     last: u64,
@@ -111,7 +111,7 @@ pub struct Plan {
     evicted: bool,
     steps: Vec<PlanStep>,
     before: u64,
-    next: ChunkStart,
+    next: u64,
 }
 
 /// Chunks that become one.
@@ -200,15 +200,12 @@ impl Survey {
         Ok(())
     }
 
-    /// What to do. `end` is where the range ends.
-    pub fn plan(mut self, end: ChunkStart) -> Plan {
+    /// What to do. `end` is the seq where the range ends.
+    pub fn plan(mut self, end: u64) -> Plan {
         let mut next = end;
         for (id, message) in self.growing {
             if self.open.contains(&id) {
-                let start = self.sources[message.source].start;
-                if start.number < next.number {
-                    next = start;
-                }
+                next = next.min(self.sources[message.source].start.first);
             } else if let Some(planned) = message.finish() {
                 self.planned.push((id, planned));
             }
@@ -294,8 +291,8 @@ impl Plan {
         self.before
     }
 
-    /// Where the next range begins: with the oldest message that is not finished, or behind this one.
-    pub fn next(&self) -> ChunkStart {
+    /// The seq where the next range begins: with the oldest message that is not finished, or behind this one.
+    pub fn next(&self) -> u64 {
         self.next
     }
 
@@ -357,7 +354,7 @@ impl Plan {
     }
 
     /// The text that stands at `seq` in the place of parts of message `id`, `Some(None)` if a part at `seq` goes.
-    fn of<'a>(groups: &'a HashMap<MessageId, Vec<Planned>>, id: MessageId, seq: u64) -> Option<Option<&'a Bytes>> {
+    fn of(groups: &HashMap<MessageId, Vec<Planned>>, id: MessageId, seq: u64) -> Option<Option<&Bytes>> {
         let group = groups.get(&id)?.iter().find(|group| (group.first..=group.last).contains(&seq))?;
         Some((seq == group.last).then_some(&group.text))
     }

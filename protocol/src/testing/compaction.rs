@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::counts::counts;
 use crate::registry::MAX_FRAME;
-use crate::session::{Chunk, ChunkStart, Feed, Kind, Record, Records, State, Survey, View};
+use crate::session::{Chunk, Feed, Kind, Record, Records, State, Survey, View};
 use crate::wire::{Deframer, Delivery, Frame, Start, Subscribe};
 
 counts! {
@@ -49,20 +49,20 @@ pub fn check(chunks: &[Arc<Chunk>], seed: u64) -> Counts {
     let mut counts = Counts::default();
     let mut stored = chunks.to_vec();
     let empty = State::new(first.header().incarnation);
-    let mut begin = ChunkStart::default();
+    let mut begin = 0;
     let mut end = 0;
     while end < chunks.len() && counts.chunks < 1000 {
         end += 1 + draw.below((chunks.len() - end) as u64) as usize;
         let at = fold(&empty, &chunks[..end]);
         for _ in 0..3 {
             let mut survey = Survey::new(&at);
-            let range = |chunk: &&Arc<Chunk>| (begin.number..at.number()).contains(&chunk.header().number);
+            let range = |chunk: &&Arc<Chunk>| chunk.end() > begin && chunk.header().number < at.number();
             let mut joins = false;
             for chunk in stored.iter().filter(range) {
                 assert_eq!(survey.read(chunk, joins), Ok(()));
                 joins = draw.below(8) > 0;
             }
-            let plan = survey.plan(ChunkStart { first: at.tail(), number: at.number() });
+            let plan = survey.plan(at.tail());
             for step in plan.steps() {
                 let covered =
                     |chunk: &Arc<Chunk>| (step.start.number..step.next_number).contains(&chunk.header().number);

@@ -12,10 +12,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use mainstay_protocol::session::{
-    Author, Chain, CheckedBatch, Chunk, ChunkBuilder, Control, Incarnation, Instance, Record, SessionName, State,
-    Verdict, View, ViewHash,
+    Author, Chain, CheckedBatch, Chunk, ChunkBuilder, Control, Incarnation, Instance, MessageAppend, MessageEnd,
+    MessageId, MessageStart, Payload, Record, SessionName, State, Status, Survey, Verdict, View, ViewHash,
 };
-use mainstay_protocol::session::{InputPolicy, Intent, JobOutcome, Kind, Payload, PresenceJoined, RunMode, Target};
+use mainstay_protocol::session::{InputPolicy, Intent, JobOutcome, Kind, PresenceJoined, RunMode, Target};
 use mainstay_protocol::wire::*;
 use mainstay_protocol::{Code, ProtocolError};
 use toml::Table;
@@ -430,17 +430,52 @@ fn chunks() -> Vec<(&'static str, Chunk)> {
     first.control(Control::Stream { id: 1, name: label("tools") });
     first.batch(&alice, &label("agent"), 1, 0, 1_800_000_000_005, &batch);
     let first = first.finish().expect("a chunk");
-    let mut second = ChunkBuilder::new(incarnation, 2, 1, 1, 1_800_000_000_010, first.header().chain);
+    let together = put_together(&first);
+    let mut second = ChunkBuilder::new(incarnation, 7, 4, 1, 1_800_000_000_010, together.header().chain);
     second.record(&alice, 1_800_000_000_011, &Record { kind: Kind::SESSION_CLOSED, ..Record::data(0, &b""[..]) });
     let second = second.finish().expect("a chunk");
-    let mut third = ChunkBuilder::new(incarnation, 3, 2, 2, 1_800_000_000_020, second.header().chain);
+    let mut third = ChunkBuilder::new(incarnation, 8, 5, 2, 1_800_000_000_020, second.header().chain);
     third.control(Control::Trim { first: 2 });
     let third = third.finish().expect("a chunk");
     vec![
         ("creation, grant, stream and one batch", first),
+        ("three chunks with a message, put together", together),
         ("a record that the server wrote", second),
         ("control entries alone", third),
     ]
+}
+
+/// What compaction makes of three chunks behind `first`: a message of three parts, and a record among them.
+fn put_together(first: &Chunk) -> Chunk {
+    let alice = Arc::new(author("alice", 1));
+    let id = Some(MessageId([0x33; 16]));
+    let start = MessageStart { role: label("assistant"), content_type: label("text/plain") };
+    let part = |text: &'static str| Record { message: id, ..MessageAppend(text.into()).record(0) };
+    let end = MessageEnd { status: Status::Complete, detail: Detail::default() };
+    let written = [
+        vec![Record { message: id, ..start.record(0) }, part("one ")],
+        vec![part("two "), Record::data(0, &b"among them"[..])],
+        vec![Record { message: id, ..end.record(0) }],
+    ];
+    let mut state = State::new(first.header().incarnation);
+    state.apply(first).expect("the first chunk");
+    let mut chunks = Vec::new();
+    for (sequence, records) in (1..).zip(written) {
+        let time = 1_800_000_000_005 + sequence;
+        let batch = CheckedBatch::new(records.len() as u64, region(&records)).expect("a valid batch");
+        let (tail, number) = (state.tail(), state.number());
+        let mut chunk = ChunkBuilder::new(state.incarnation(), tail, number, 1, time, state.chain());
+        chunk.batch(&alice, &label("agent"), 1, sequence, time, &batch);
+        let chunk = Arc::new(chunk.finish().expect("a chunk"));
+        state.apply(&chunk).expect("it follows");
+        chunks.push(chunk);
+    }
+    let mut survey = Survey::new(&state);
+    chunks.iter().for_each(|chunk| survey.read(chunk, true).expect("it decodes"));
+    let plan = survey.plan(state.tail());
+    let step = plan.steps().next().expect("a step");
+    assert_eq!((step.start.number, step.next_number), (1, 4));
+    plan.put_together(step, &chunks).expect("a chunk")
 }
 
 fn golden_frames() -> Vec<Golden> {
@@ -711,7 +746,31 @@ fn malformed_chunks() -> Vec<Malformed> {
     };
     let len = chunk.bytes().len();
     let m = |note, bytes| Malformed { name: "chunk", note, bytes, error: Code::FRAME_MALFORMED };
+    // What a chunk that was put together has in the place of batches: three chunks, 2 ms; batches 1 to 3; five records in main;
+    // which of them are left. Each with one byte changed, and the checksum made right.
+    let whole = put_together(&chunk).bytes().to_vec();
+    let fields = [
+        vec![3, 2],
+        vec![3, 0, 1, 0, 2, 0, 2, 2, 2, 0, 3, 4, 1],
+        vec![1, 0, 5, 41],
+        vec![3, 0, 1, 0, 0, 1, 2, 0, 1, 0, 1, 0, 2],
+    ];
+    let at = whole.windows(fields.concat().len()).position(|bytes| *bytes == *fields.concat());
+    let at = at.expect("the fields as the specification has them");
+    let changed = |field: usize, offset: usize, value: u8| {
+        let mut bytes = whole.clone();
+        bytes[at + fields[..field].concat().len() + offset] = value;
+        let checksum = Chunk::checksum(&bytes[8..]).to_be_bytes();
+        bytes[..8].copy_from_slice(&checksum);
+        bytes
+    };
     vec![
+        m("put together from no chunk", changed(0, 0, 0)),
+        m("batches that overlap", changed(1, 7, 1)),
+        m("a batch of a producer that is not listed", changed(1, 1, 1)),
+        m("counts that are not all seqs", changed(2, 2, 4)),
+        m("spans that are more than the seqs", changed(3, 5, 3)),
+        m("a span of an author that is not listed", changed(3, 3, 1)),
         m("a bit of the checksum is flipped", flip(0)),
         m("a bit of the first seq is flipped", flip(25)),
         m("a bit of the last record is flipped", flip(len - 1)),

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use mainstay_protocol::ProtocolError;
-use mainstay_protocol::session::{Chain, ChunkStart, Incarnation};
+use mainstay_protocol::session::{Chain, Incarnation};
 use mainstay_protocol::wire::{MAX_VARINT, Reader, Writer};
 use mainstay_store::Compaction;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
@@ -174,7 +174,7 @@ impl SessionRow {
             w.varint(field);
         }
         let Compaction { before, next } = self.compaction;
-        [before, next.first, next.number].into_iter().for_each(|field| w.varint(field));
+        [before, next].into_iter().for_each(|field| w.varint(field));
         w.varint(self.base.first);
         w.varint(self.base.number);
         w.raw(&self.base.chain.0);
@@ -194,8 +194,7 @@ impl SessionRow {
         let (created, expire_after, due) = (r.varint()?, r.varint()?, r.varint()?);
         let wake = r.varint()?.checked_sub(1);
         let (writer_epoch, released) = (r.varint()?, r.varint()?);
-        let before = r.varint()?;
-        let compaction = Compaction { before, next: ChunkStart { first: r.varint()?, number: r.varint()? } };
+        let compaction = Compaction { before: r.varint()?, next: r.varint()? };
         let base = Base { first: r.varint()?, number: r.varint()?, chain: Chain(r.array()?) };
         let segments = (0..r.count(MAX_SEGMENTS)?)
             .map(|_| Ok(Segment { id: r.varint()?, first: r.varint()?, number: r.varint()? }))

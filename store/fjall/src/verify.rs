@@ -80,7 +80,12 @@ pub enum Found<'a> {
         chunk: &'a Chunk,
     },
     /// All of it, behind its last chunk.
-    Session(&'a State),
+    Session {
+        /// What its records fold to.
+        state: &'a State,
+        /// Bytes of its chunks.
+        bytes: u64,
+    },
 }
 
 /// Called with the session's name for each chunk, and at the end of each session that is whole. `Break` ends the verification
@@ -342,6 +347,7 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
         },
         Err(error) => return report.problem(Some(name), Some(row.base.first), format!("snapshot: {error}")),
     };
+    let before = report.bytes;
     let mut state = State::new(row.incarnation);
     if row.base.number > 0 {
         match &snapshot {
@@ -414,7 +420,7 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
         Some((_, saved)) if state.number() < saved.number() => saved,
         _ => &state,
     };
-    report.interrupted |= each(name, Found::Session(whole)).is_break();
+    report.interrupted |= each(name, Found::Session { state: whole, bytes: report.bytes - before }).is_break();
 }
 
 /// The first seq that may be read. A TRIM is durable before the row says so: entries behind the snapshot count too.

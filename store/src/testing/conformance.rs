@@ -154,7 +154,7 @@ impl Log {
                 next = (chunk.header().next_number(), chunk.end());
             }
         }
-        let plan = survey.plan(ChunkStart { first: next.1, number: next.0 });
+        let plan = survey.plan(next.1);
         for step in plan.steps().take(steps) {
             let PlanStep { start, next_number } = step;
             let (mut chunks, mut next): (Vec<Arc<Chunk>>, _) = (Vec::new(), (start.number, start.first));
@@ -432,7 +432,7 @@ async fn one_chunk_takes_the_place_of_several(store: Arc<dyn Store>) {
     let read = store.read(log.id(), ReadFrom::Seq(2), 1000).await.expect("read");
     let mut survey = Survey::new(&log.state);
     read.chunks.iter().for_each(|chunk| survey.read(chunk, true).expect("a chunk decodes"));
-    let plan = survey.plan(ChunkStart { first: 4, number: 4 });
+    let plan = survey.plan(4);
     let foreign = Log::create(&store, session_id("compact-other", 2)).await;
     let covered = &read.chunks[..read.chunks.len().min(2)];
     let step = PlanStep { start: ChunkStart { first: 2, number: 2 }, next_number: 2 + covered.len() as u64 };
@@ -444,7 +444,7 @@ async fn one_chunk_takes_the_place_of_several(store: Arc<dyn Store>) {
     // Whatever has been done of it, all of the text is there, and the log folds to the same.
     let before = log.compact(1).await;
     assert_eq!(before, 32);
-    let compaction = Compaction { before, next: ChunkStart { first: 33, number: 33 } };
+    let compaction = Compaction { before, next: 33 };
     retry(|| store.set_compaction(&log.writer, compaction)).await.expect("set");
     for steps in 1..10 {
         log.compact(steps).await;
