@@ -1,6 +1,8 @@
 //! Sessions that expire, and what ends with a token.
 
 use std::ops::ControlFlow;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,7 +14,7 @@ use mainstay_store::{MemoryStore, Store};
 use mainstay_store_fjall::FjallStore;
 use mainstay_tests::harness::{MemoryServer, claims, now};
 use mainstay_tests::process::{PATIENCE, Server};
-use mainstay_tests::until;
+use mainstay_tests::{random, until};
 use tokio::time::timeout;
 
 async fn unused_sessions_expire(store: Arc<dyn Store>) {
@@ -71,29 +73,52 @@ async fn a_session_expires_once_nobody_uses_it_on_disk() {
     assert_eq!(report.sessions, 1);
 }
 
-/// Scenario A20, without the size on disk: of 50,000 records the last 1,000 are kept; who comes back with a cursor of old is told what is
-/// missing, before anything else; and what nobody uses is gone, and says so.
+/// Bytes that a directory takes on the disk.
+fn disk_usage(dir: &Path) -> u64 {
+    // What goes meanwhile takes nothing.
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let of = |entry: std::fs::DirEntry| match entry.metadata() {
+        Ok(meta) if meta.is_dir() => disk_usage(&entry.path()),
+        Ok(meta) => meta.blocks() * 512,
+        Err(_) => 0,
+    };
+    entries.map(of).sum()
+}
+
+/// Scenario A20: of 50,000 records the last 1,000 are kept, and the disk shrinks, whenever the server is killed meanwhile; who comes back with
+/// a cursor of old is told what is missing, before anything else; and what nobody uses is gone, and says so.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_retention_released_is_told_as_a_gap() {
     const RECORDS: u64 = 50_000;
     const KEPT: u64 = 1_000;
-    let server = Server::start().await;
+    let mut server = Server::start().await;
     let client = server.client(ClientConfig::default());
-    let attaching = client.session("s1").expect("a name").create().expire_after(Duration::from_secs(2));
-    let session = attaching.attach().await.expect("attach");
+    let session = client.session("s1").expect("a name").create().attach().await.expect("attach");
     let producer = session.producer("p").await.expect("a producer");
     let writer = MessageWriter::begin(&producer, session.main(), "assistant", "text/plain").await.expect("begin");
     let kept = writer.id();
     writer.append("kept by the view").await.expect("append");
     writer.end(Status::Complete, "").await.expect("end");
     let mut last = None;
+    let payload = [b'r'; 4096];
     for _ in 3..RECORDS {
-        last = Some(producer.append(session.main(), "a record").await.expect("append"));
+        last = Some(producer.append(session.main(), payload.to_vec()).await.expect("append"));
     }
     let tail = last.expect("a ticket").await.expect("stored") + 1;
     let incarnation = session.info().incarnation;
     let first = session.trim(tail - KEPT).await.expect("trim");
     assert_eq!(first, tail - KEPT);
+    let before = disk_usage(server.dir());
+    let mut random = random::for_test("what_retention_released");
+    for _ in 0..3 {
+        tokio::time::sleep(Duration::from_millis(random.below(2000))).await;
+        server.kill().await;
+        server.restart().await;
+    }
+    // Journals stay, of up to 64 MiB.
+    until("the disk shrinks", async || disk_usage(server.dir()) < 100 << 20).await;
+    let after = disk_usage(server.dir());
+    assert!(before > 200 << 20, "{before} bytes before");
 
     // With a cursor of old: a gap, in the verdict and in its place.
     let returning = server.client(ClientConfig::default());
@@ -125,17 +150,20 @@ async fn what_retention_released_is_told_as_a_gap() {
     assert_eq!(live.view().messages().get(kept).expect("the message").text, b"kept by the view");
     drop((live, from_ten, earliest, back, session, producer));
     returning.finish().await;
+    let attaching = client.session("s2").expect("a name").create().expire_after(Duration::from_secs(2));
+    let cursor = Cursor { incarnation: attaching.attach().await.expect("attach").info().incarnation, next: 0 };
     client.finish().await;
 
     // Nobody uses it: it is gone, and another one of the name is another one.
     let late = server.client(ClientConfig::default());
     // A list is no use.
-    until("it expires", async || late.list("s1").await.expect("a list").is_empty()).await;
-    let gone = late.session("s1").expect("a name").at(cursor).attach().await;
+    until("it expires", async || late.list("s2").await.expect("a list").is_empty()).await;
+    let gone = late.session("s2").expect("a name").at(cursor).attach().await;
     assert!(matches!(gone, Err(ClientError::Refused { code: Code::SESSION_NOT_FOUND, .. })), "{gone:?}");
-    let other = late.session("s1").expect("a name").create().at(cursor).attach().await;
+    let other = late.session("s2").expect("a name").create().at(cursor).attach().await;
     assert!(matches!(other, Err(ClientError::Gone)), "{other:?}");
     println!("{RECORDS} records, {KEPT} kept: earliest is {first}, a cursor at 10 gets a gap up to it");
+    println!("{before} bytes on disk before, {after} after");
 }
 
 #[tokio::test]

@@ -19,6 +19,7 @@ use tokio::sync::oneshot;
 use crate::keys::{self, Base, Segment, SessionRow};
 use crate::open::{self, Engine, Format};
 use crate::reader::{self, Reader};
+use crate::reclaim::{self, Reclaim};
 use crate::store::{Condition, Shared};
 use crate::witness::{Witness, WitnessFile};
 
@@ -60,6 +61,8 @@ const SWEEP_PAUSE: Duration = Duration::from_millis(50);
 const MAX_WAIT: Duration = Duration::from_secs(10);
 /// How often a full disk is looked at again.
 const SPACE_PAUSE: Duration = Duration::from_millis(200);
+/// A store that nobody asked for anything for so long is quiet.
+const QUIET: Duration = Duration::from_secs(1);
 /// Free bytes below which a write, a flush or a compaction may have failed for lack of space, whatever the reserve is.
 const ROOM: u64 = 48 << 20;
 /// How often the engine is opened anew because its background work failed on a disk that has room, before that counts as broken;
@@ -114,6 +117,7 @@ pub(crate) struct Committer {
     dead: Vec<u64>,
     last_sync: Instant,
     last_sweep: Instant,
+    reclaim: Reclaim,
     unsynced: bool,
     /// The engine's background work failed, and not for lack of space.
     broken: bool,
@@ -147,6 +151,9 @@ impl Committer {
                 quarantined.insert(Incarnation(id));
             }
         }
+        // One that is damaged is reported by `verify`; what is counted wrong costs time or space, nothing else.
+        let removed = engine.meta().get(keys::REMOVED).map_err(damaged)?;
+        let removed = removed.and_then(|row| keys::decode_removed(&row.into()).ok()).unwrap_or(0);
         *shared.quarantined.write().unwrap_or_else(PoisonError::into_inner) = quarantined;
         Ok(Self {
             witness: engine.witness,
@@ -159,6 +166,7 @@ impl Committer {
             dead,
             last_sync: Instant::now(),
             last_sweep: Instant::now(),
+            reclaim: Reclaim::new(removed),
             unsynced: true,
             broken: false,
             tight: None,
@@ -180,6 +188,7 @@ impl Committer {
                     SPACE_PAUSE
                 }
                 _ if self.unsynced || !self.dead.is_empty() => WITNESS_SYNC / 4,
+                _ if self.reclaim.is_due() => QUIET,
                 _ => Duration::from_secs(3600),
             };
             let first = match self.requests.recv_timeout(wait) {
@@ -207,7 +216,11 @@ impl Committer {
                 }
                 next = self.requests.try_recv().ok();
             }
+            let reclaimed = self.reclaim(&mut turn, idle && wait == QUIET);
             self.commit(turn);
+            if reclaimed && let Ok(engine) = self.engine() {
+                reclaim::forget(&engine);
+            }
             if self.unsynced && (idle || self.last_sync.elapsed() >= WITNESS_SYNC) {
                 self.sync_witness();
             }
@@ -215,7 +228,30 @@ impl Committer {
                 break;
             }
         }
+        self.reclaim.stop();
         self.sync_witness();
+    }
+
+    /// Lets space be given back while the store is quiet, and notes that it was. True if so.
+    fn reclaim(&mut self, turn: &mut Turn, quiet: bool) -> bool {
+        let left = self.reclaim.finish().filter(|_| self.need_engine().is_ok());
+        if let Some(left) = left {
+            turn.put(3, keys::REMOVED.to_vec(), keys::encode_removed(left));
+        }
+        if quiet
+            && self.shared.condition() == Condition::Serving
+            && let Ok(engine) = self.engine()
+        {
+            let free = self.shared.free().saturating_sub(self.shared.config.reserve);
+            self.reclaim.start(&engine, free);
+        }
+        left.is_some()
+    }
+
+    /// Counts what a turn removes from the log.
+    fn removed(&mut self, turn: &mut Turn, bytes: u64) {
+        let removed = self.reclaim.add(bytes);
+        turn.put(3, keys::REMOVED.to_vec(), keys::encode_removed(removed));
     }
 
     fn engine(&self) -> Result<Arc<Engine>, StoreError> {
@@ -607,8 +643,9 @@ impl Committer {
         self.refresh(id, epoch, turn)?;
         let engine = self.engine()?;
         let row = &self.writer(id, epoch)?.row;
-        let covered = Reader::new(&engine).covered(row, chunk)?;
+        let (covered, bytes) = Reader::new(&engine).covered(row, chunk)?;
         turn.bytes += chunk.bytes().len();
+        self.removed(turn, bytes);
         for (at, key) in covered.into_iter().enumerate() {
             // The first one's key is the chunk's.
             let value = (at == 0).then(|| chunk.bytes().clone());
@@ -711,6 +748,7 @@ impl Committer {
             turn.remove(3, keys::dead(segment).to_vec());
             self.dead.pop();
         }
+        self.removed(turn, bytes as u64);
     }
 
     /// Commits a turn and answers. Nobody is answered before the batch is synced and noted.

@@ -35,6 +35,7 @@ pub mod fuzzing;
 mod keys;
 mod open;
 mod reader;
+mod reclaim;
 mod store;
 pub mod verify;
 mod witness;
