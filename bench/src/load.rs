@@ -426,6 +426,85 @@ async fn late_joiner(target: &Target, writer: &Client, name: &str, report: &mut 
     Ok(())
 }
 
+/// What the store takes once that has not changed for ten seconds, or after two minutes.
+async fn settled(target: &Target) -> Option<Disk> {
+    let (begun, mut since, mut last) = (Instant::now(), Instant::now(), target.disk()?);
+    while since.elapsed() < Duration::from_secs(10) && begun.elapsed() < Duration::from_secs(120) {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let now = target.disk()?;
+        if now.all != last.all {
+            (since, last) = (Instant::now(), now);
+        }
+    }
+    Some(last)
+}
+
+/// Parts of each message that is compacted.
+const MESSAGE_PARTS: usize = 200;
+
+/// What a session at a modest rate feels while others finish message after message, on a server that never compacts and on one that
+/// does so at once.
+pub async fn compact(options: &Options) -> Outcome {
+    let Options { sessions, rate, time, bytes, .. } = *options;
+    let mut report = Report::new(format!("compact {sessions} sessions beside one x {rate}/s"));
+    for (after, names) in [
+        (
+            "never",
+            ["append to ack p50, never compacted", "the same p99", "parts beside it", "bytes on disk for each part"],
+        ),
+        (
+            "0",
+            [
+                "append to ack p50, while compacted",
+                "the same p99, while compacted",
+                "parts beside it, while compacted",
+                "bytes on disk for each part, compacted",
+            ],
+        ),
+    ] {
+        let target = Target::start_with(&["--compact-after", after]).await;
+        let disk = target.disk();
+        let client = clients(&target, 1).await?.remove(0);
+        let (session, own) = producer(&client, &fresh("paced")).await?;
+        let epoch = Instant::now() + LEAD;
+        let end = epoch + time;
+        let mut writing = JoinSet::new();
+        for client in clients(&target, sessions).await? {
+            writing.spawn(async move {
+                let (session, producer) = producer(&client, &fresh("messages")).await?;
+                let (part, mut parts) = (vec![b'x'; bytes], 0u64);
+                while Instant::now() < end {
+                    let message = MessageWriter::begin(&producer, session.main(), "assistant", "text/plain").await;
+                    let message = message.map_err(text)?;
+                    for _ in 0..MESSAGE_PARTS {
+                        message.append(part.clone()).await.map_err(text)?;
+                    }
+                    message
+                        .end(mainstay_client::Status::Complete, "")
+                        .await
+                        .map_err(text)?
+                        .wait()
+                        .await
+                        .map_err(text)?;
+                    parts += MESSAGE_PARTS as u64;
+                }
+                Ok(parts)
+            });
+        }
+        let due = pace(1, rate, epoch, end).remove(0);
+        let acks = paced(session, own, 100, epoch, due).await?;
+        let parts: u64 = join(writing).await?.into_iter().sum();
+        report.add(names[0], "ms", acks.at(0.5));
+        report.add(names[1], "ms", acks.at(0.99));
+        report.add(names[2], "records/s", parts as f64 / time.as_secs_f64());
+        if let (Some(before), Some(after)) = (disk, settled(&target).await) {
+            let stored = (after.all - after.journals) - (before.all - before.journals);
+            report.add(names[3], "B", stored / parts as f64);
+        }
+    }
+    Ok(report)
+}
+
 /// Idle attached connections, and cold sessions.
 pub async fn idle(target: &mut Target, options: &Options) -> Outcome {
     let Options { connections, sessions, bytes, .. } = *options;

@@ -29,7 +29,12 @@ const TICKS: f64 = 100.0;
 impl Target {
     /// Starts a server on a new data directory.
     pub async fn start() -> Self {
-        Self::Own(Box::new(Server::start().await))
+        Self::start_with(&[]).await
+    }
+
+    /// The same with more arguments of `serve`.
+    pub async fn start_with(extra: &[&str]) -> Self {
+        Self::Own(Box::new(Server::start_with(extra).await))
     }
 
     /// A client of it.

@@ -888,7 +888,7 @@ pub(crate) struct Bench {
     /// How often everything is repeated.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) runs: u32,
-    /// Measure the server of this connection file instead of one that is started. `idle` and `reconnect` need one of their own.
+    /// Measure the server of this connection file instead of one that is started. `idle`, `reconnect` and `compact` need their own.
     #[arg(long, value_name = "FILE")]
     pub(crate) connect: Option<PathBuf>,
     /// Print JSON lines.
@@ -911,6 +911,8 @@ pub(crate) enum Scenario {
     Idle,
     /// Connect, attach, first record over a long path.
     Reconnect,
+    /// What compaction costs others.
+    Compact,
     /// The whole table.
     All,
 }

@@ -157,10 +157,6 @@ impl LiveView {
                     self.covered = self.view.next();
                     Update::Started
                 }
-                Event::Records(batch) if self.lacks(&batch) => {
-                    self.restarting = true;
-                    continue;
-                }
                 Event::Records(batch) => {
                     if let Err(error) = self.take(&batch) {
                         return Some(Err(error));
@@ -171,19 +167,19 @@ impl LiveView {
                     self.restarting = true;
                     continue;
                 }
+                // Its texts would be right, its counts not those of others. Of one that is rolled up they are not anyway.
+                Event::Compacted => {
+                    self.restarting |= self.manner.window.is_none();
+                    continue;
+                }
                 Event::CaughtUp { tail } => Update::CaughtUp { tail },
                 Event::Resumed { verdict, .. } => {
-                    self.restarting |= verdict == Verdict::Snapshot;
+                    self.restarting |= verdict == Verdict::Snapshot && self.manner.window.is_none();
                     Update::Resumed
                 }
                 Event::Ended => Update::Ended,
             }));
         }
-    }
-
-    /// True if records were put together that this view would fold one by one: its counts would not be those of others.
-    fn lacks(&self, batch: &crate::RecordBatch) -> bool {
-        self.manner.window.is_none() && batch.len() != batch.next() - batch.from()
     }
 
     fn take(&mut self, batch: &crate::RecordBatch) -> Result<(), ClientError> {

@@ -146,6 +146,8 @@ pub enum Event {
         /// Why: `trimmed`.
         reason: &'static str,
     },
+    /// From now on whole messages may come in the place of their parts: the server has put them together.
+    Compacted,
     /// The connection was lost and the subscription goes on.
     Resumed {
         /// What became of the position.
@@ -389,6 +391,7 @@ impl<C: Connection> Reader<C> {
                         table[id] = Some(stream.name);
                     }
                     Frame::Tail(tail) => progress.tail(tail.tail),
+                    Frame::Compacted(_) => self.send(Event::Compacted).await?,
                     Frame::Gap(gap) => {
                         if let Err(error) = progress.covered(gap.from, gap.to) {
                             return Ok(broken(&mut frames, error));

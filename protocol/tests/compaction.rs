@@ -6,8 +6,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use mainstay_protocol::registry::{MAX_CHUNK, MAX_PRODUCERS, MAX_RECORD, PRODUCER_WINDOW};
 use mainstay_protocol::session::{
-    Author, Authority, CheckedBatch, Chunk, Incarnation, Instance, Kind, MessageAppend, MessageEnd, MessageId,
-    MessageStart, Outcome, Payload, ProducerHandle, ProducerKey, Record, State, Status, Step, Survey,
+    Author, Authority, CheckedBatch, Chunk, ChunkBuilder, Incarnation, Instance, Kind, MessageAppend, MessageEnd,
+    MessageId, MessageStart, Outcome, Payload, ProducerHandle, ProducerKey, Record, State, Status, Step, Survey,
 };
 use mainstay_protocol::testing::compaction;
 use mainstay_protocol::wire::{Detail, Label, Subject, Writer};
@@ -185,6 +185,28 @@ fn what_cannot_be_put_together_stays() {
     let plan = survey.plan(state.tail());
     assert!(plan.is_empty() && plan.next() == 0, "{:?}", plan.next());
     compaction::check(&session.chunks, 1);
+}
+
+/// Whatever no server accepts: what stands behind the end of a message does not become part of it.
+#[test]
+fn what_is_behind_the_end_of_a_message_does_not_become_part_of_it() {
+    let mut session = Session::new();
+    let mut by = session.producer("agent", 1);
+    session.append(&mut by, &[start(1), part(1, b"a"), part(1, b"b"), end(1)]);
+    let mut builder = {
+        let state = session.authority.state();
+        ChunkBuilder::new(INCARNATION, state.tail(), state.number(), 1, 2000, state.chain())
+    };
+    builder.record(&by.author, 2000, &part(1, b"c"));
+    let mut state = State::restore(&session.authority.state().snapshot()).expect("a state");
+    let late = Arc::new(builder.finish().expect("a chunk"));
+    state.verify(&late).expect("it follows");
+    session.chunks.push(late);
+    let mut survey = Survey::new(&state);
+    session.chunks.iter().for_each(|chunk| survey.read(chunk, true).expect("it decodes"));
+    let plan = survey.plan(state.tail());
+    assert_eq!(plan.before(), 3, "up to its end");
+    compaction::check(&session.chunks, 3);
 }
 
 /// Spec COMPACT-4: a chunk with the ends of many texts does not become longer than a frame.

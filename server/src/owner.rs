@@ -384,7 +384,7 @@ impl Owner {
         let wake = self.state().and_then(State::wake);
         // What waits for workers is not told apart from what is due some time.
         let two = wake == Some(FOR_WORKERS) && self.upkeep.compact_at().is_some();
-        wake == Some(AT_ONCE) || two || self.upkeep.is_compacting()
+        wake == Some(AT_ONCE) || two || self.upkeep.needs_session((self.sessions.clock)())
     }
 
     /// Lets the time until the session expires begin now. False if that is not stored.

@@ -56,9 +56,9 @@ impl Ring {
         }
     }
 
-    /// Leaves out what is below `seq`: the store has it in fewer bytes.
+    /// Leaves out every chunk with records below `seq`: the store has them in another form.
     pub(crate) fn forget(&mut self, seq: u64) {
-        while self.chunks.front().is_some_and(|chunk| chunk.end() <= seq) {
+        while self.chunks.front().is_some_and(|chunk| chunk.first() < seq) {
             self.pop();
         }
     }

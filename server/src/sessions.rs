@@ -100,6 +100,9 @@ const EXPIRY_STEP: usize = 64;
 /// How soon sessions that could not be woken are tried again.
 const WAKE_AGAIN: tokio::time::Duration = tokio::time::Duration::from_secs(1);
 
+/// Passes of compaction at once: each may hold the texts of its range.
+const PASSES: usize = 4;
+
 type Cell = Arc<OnceCell<Arc<Session>>>;
 
 /// See the [module](self).
@@ -118,7 +121,7 @@ pub(crate) struct Sessions {
     /// Which of them have jobs for workers.
     pub(crate) offers: Offers,
     /// Passes of compaction that may run at once: it is nobody's hurry.
-    pub(crate) compactions: Semaphore,
+    pub(crate) compactions: Arc<Semaphore>,
     /// Woken when a session left memory.
     pub(crate) left: tokio::sync::Notify,
 }
@@ -137,7 +140,7 @@ impl Sessions {
             stopping,
             forsaken,
             offers: Offers::default(),
-            compactions: Semaphore::new(1),
+            compactions: Arc::new(Semaphore::new(PASSES)),
             left,
         }
     }

@@ -1,9 +1,12 @@
 //! Work on the store beside commits, one thing at a time: snapshots, trims, compaction.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use mainstay_protocol::registry::INDEXED_MESSAGES;
 use mainstay_protocol::session::{Chunk, State, Survey};
 use mainstay_store::{Compaction, Pending, ReadFrom, SessionStat, Store, StoreError, Writer};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinHandle;
 use tokio::time::Duration;
 
@@ -16,7 +19,9 @@ const PAGE_BYTES: usize = 1 << 20;
 /// How often a pass looks at its range: what came of a few hundred chunks is put together once more.
 const ROUNDS: usize = 4;
 /// Between two steps of a pass: appends never wait for more than one (spec SESS-19).
-const STEP_PAUSE: Duration = Duration::from_millis(20);
+const STEP_PAUSE: Duration = Duration::from_millis(5);
+/// A view with more bytes is not written for the sake of compaction before a quarter as much was appended.
+const LARGE_VIEW: usize = 256 << 10;
 /// A message that is finished so many records behind its start or sooner has one part: there is nothing to be put together.
 const ONE_PART: u64 = 2;
 
@@ -27,8 +32,9 @@ pub(crate) struct Upkeep {
     work: Work,
     /// Chunk bytes since the last snapshot.
     unsnapshotted: usize,
-    /// Bytes of the last snapshot.
+    /// Bytes of the last snapshot, and where it ends.
     snapshot_len: usize,
+    snapshot: Option<End>,
     /// Records below it were released by the store, as far as is known.
     released: u64,
     compaction: Compaction,
@@ -36,13 +42,21 @@ pub(crate) struct Upkeep {
     compact_at: Option<u64>,
 }
 
+/// The end of a range: the seq, and the number of the next chunk.
+#[derive(Debug, Clone, Copy)]
+struct End {
+    seq: u64,
+    number: u64,
+}
+
 enum Work {
     None,
-    /// `first` is the state's in the snapshot. Behind it what is below is put together, if that is due.
+    /// `first` is the state's in the snapshot. Behind it, with the permit, what is below is put together.
     Snapshot {
         running: Pending<()>,
         first: u64,
-        pass: Option<Box<Pass>>,
+        end: End,
+        permit: Option<OwnedSemaphorePermit>,
     },
     Trim {
         running: Pending<()>,
@@ -50,7 +64,8 @@ enum Work {
     },
     Compaction {
         running: JoinHandle<Result<Passed, StoreError>>,
-        end: u64,
+        /// Tells it to leave the rest for later.
+        yields: Arc<AtomicBool>,
     },
 }
 
@@ -64,7 +79,7 @@ pub(crate) enum Done {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Passed {
     compaction: Compaction,
-    /// The range was longer than a pass.
+    /// There is more to do.
     more: bool,
 }
 
@@ -77,11 +92,12 @@ impl Upkeep {
             work: Work::None,
             unsnapshotted: 0,
             snapshot_len: 0,
+            snapshot: None,
             released: stat.first,
             compaction: stat.compaction,
             compact_at: None,
         };
-        this.expect_compaction(state, stat.compaction.next, stat.written);
+        this.expect_compaction(state, 0, stat.written);
         this
     }
 
@@ -95,9 +111,10 @@ impl Upkeep {
         wake.into_iter().chain(self.compact_at).min()
     }
 
-    /// True if it must be let go on.
-    pub(crate) fn is_compacting(&self) -> bool {
-        matches!(self.work, Work::Compaction { .. })
+    /// True if the session must stay in memory: it is compacted, or is to be at once.
+    pub(crate) fn needs_session(&self, now: u64) -> bool {
+        matches!(self.work, Work::Compaction { .. } | Work::Snapshot { permit: Some(_), .. })
+            || self.compact_at.is_some_and(|at| at <= now)
     }
 
     /// Bytes of chunks behind the last snapshot.
@@ -113,30 +130,93 @@ impl Upkeep {
         self.compact_at != before
     }
 
-    /// Compacts some time after `at`, if messages of several parts were finished at `seq` or later.
+    /// Compacts some time after `at`, if messages of several parts were finished at `seq` or later that nobody looked at.
     fn expect_compaction(&mut self, state: &State, seq: u64, at: u64) {
         let Some(delay) = self.sessions.config.compact_after else { return };
-        if self.compact_at.is_none() && finished_from(state, seq).next().is_some() {
+        if self.compact_at.is_none() && self.finished(state, seq).next().is_some() {
             self.compact_at = Some(at.saturating_add(u64::try_from(delay.as_millis()).unwrap_or(u64::MAX)));
         }
     }
 
+    /// Where messages of several parts begin and end that were finished at `seq` or later and that no pass looked at, as far as the
+    /// view knows them, the newest first. One that began before what passes begin with stays as it is.
+    fn finished(&self, state: &State, seq: u64) -> impl Iterator<Item = (u64, u64)> {
+        let Compaction { next, looked, .. } = self.compaction;
+        let messages = state.view().messages();
+        let kept = messages.finished().rev().map(|message| (message.start, message.through));
+        let known = kept.chain(messages.index().rev().map(|message| (message.start, message.through)));
+        let late = known.take_while(move |(_, through)| *through >= looked.max(seq));
+        late.filter(move |(start, through)| *start >= next && through - start > ONE_PART)
+    }
+
     /// Starts what is due and not running.
     pub(crate) fn keep_up(&mut self, state: &State, writer: &Arc<Writer>, now: u64) {
+        match &self.work {
+            Work::None => {}
+            // Nobody waits for compaction.
+            Work::Compaction { yields, .. } if state.first() > self.released => {
+                return yields.store(true, Ordering::Relaxed);
+            }
+            _ => return,
+        }
         // A large view is not written for less than a multiple of what it is itself.
         let enough = self.sessions.config.snapshot_bytes.max(4 * self.snapshot_len);
-        let compacts = self.compact_at.is_some_and(|at| at <= now);
-        let due = self.unsnapshotted >= enough || state.first() > self.released || compacts;
-        if due && matches!(self.work, Work::None) {
-            let snapshot = state.snapshot();
-            (self.unsnapshotted, self.snapshot_len) = (0, snapshot.len());
-            let pass = compacts.then(|| {
-                self.compact_at = None;
-                Box::new(Pass::new(self, state))
-            });
-            let running = self.sessions.store.put_snapshot(writer, snapshot);
-            self.work = Work::Snapshot { running, first: state.first(), pass };
+        if self.unsnapshotted >= enough || state.first() > self.released {
+            self.put_snapshot(state, writer, None);
+        } else if self.compact_at.is_some_and(|at| at <= now) {
+            self.compact(state, writer);
         }
+    }
+
+    fn put_snapshot(&mut self, state: &State, writer: &Arc<Writer>, permit: Option<OwnedSemaphorePermit>) {
+        let snapshot = state.snapshot();
+        (self.unsnapshotted, self.snapshot_len) = (0, snapshot.len());
+        let end = End { seq: state.tail(), number: state.number() };
+        let running = self.sessions.store.put_snapshot(writer, snapshot);
+        self.work = Work::Snapshot { running, first: state.first(), end, permit };
+    }
+
+    /// Begins a pass, or with what must come before it.
+    fn compact(&mut self, state: &State, writer: &Arc<Writer>) {
+        let Some((_, last)) = self.finished(state, 0).next() else {
+            self.compact_at = None;
+            return;
+        };
+        let covered = self.snapshot.filter(|end| last < end.seq);
+        if covered.is_none() && self.snapshot_len > LARGE_VIEW && self.unsnapshotted < self.snapshot_len / 4 {
+            // The next message that is finished asks for it again.
+            self.compact_at = None;
+            return;
+        }
+        // While others are compacted it stays due.
+        let Ok(permit) = self.sessions.compactions.clone().try_acquire_owned() else { return };
+        self.compact_at = None;
+        match covered {
+            Some(end) => self.begin_pass(state, writer, end, permit),
+            None => self.put_snapshot(state, writer, Some(permit)),
+        }
+    }
+
+    fn begin_pass(&mut self, state: &State, writer: &Arc<Writer>, end: End, permit: OwnedSemaphorePermit) {
+        let Compaction { next, looked, .. } = self.compaction;
+        let messages = state.view().messages();
+        // Where the view knows all that was finished since the last pass, what was written before is not read in vain.
+        let oldest = messages.index().next_back().filter(|_| messages.index().count() == INDEXED_MESSAGES);
+        let knows_all = oldest.is_none_or(|message| message.through < looked);
+        let open = messages.open().iter().map(|message| message.start).filter(|start| *start >= next);
+        let first = self.finished(state, 0).map(|(start, _)| start).chain(open).min();
+        let yields = Arc::new(AtomicBool::new(false));
+        let pass = Pass {
+            sessions: self.sessions.clone(),
+            session: self.session.clone(),
+            survey: Survey::new(state),
+            compaction: self.compaction,
+            begin: first.filter(|_| knows_all).unwrap_or(next),
+            end,
+            yields: yields.clone(),
+            _permit: permit,
+        };
+        self.work = Work::Compaction { running: tokio::spawn(pass.run(writer.clone())), yields };
     }
 
     /// Waits for the work that runs, for ever if there is none. Cancellation-safe.
@@ -159,36 +239,33 @@ impl Upkeep {
             Err(error) => {
                 // Tried again after the next commit, or later, not at once: the store has too much to do or no space.
                 tracing::warn!(session = %self.session.id, %error, "snapshot, trim or compaction not done; it will be repeated");
-                if matches!(work, Work::Compaction { .. } | Work::Snapshot { pass: Some(_), .. }) {
-                    self.expect_compaction(state, self.compaction.next, now);
-                }
+                self.expect_compaction(state, 0, now);
                 return;
             }
         };
+        if let Work::Snapshot { end, .. } = &work {
+            self.snapshot = Some(*end);
+        }
         match (work, done) {
-            (Work::Snapshot { pass: Some(pass), .. }, _) => {
-                let end = pass.end;
-                let running = tokio::spawn(pass.run(writer.clone()));
-                self.work = Work::Compaction { running, end };
+            (Work::Snapshot { end, permit: Some(permit), .. }, _) => {
+                return self.begin_pass(state, writer, end, permit);
             }
             (Work::Snapshot { first, .. }, _) if first > self.released => {
                 let running = self.sessions.store.trim(writer, first);
                 self.work = Work::Trim { running, first };
+                return;
             }
-            (Work::Trim { first, .. }, _) => {
-                self.released = first;
-                self.keep_up(state, writer, now);
-            }
-            (Work::Compaction { end, .. }, Done::Compacted(Passed { compaction, more })) => {
+            (Work::Trim { first, .. }, _) => self.released = first,
+            (Work::Compaction { .. }, Done::Compacted(Passed { compaction, more })) => {
                 self.compaction = compaction;
                 match more {
                     true => self.compact_at = Some(now),
-                    false => self.expect_compaction(state, end, now),
+                    false => self.expect_compaction(state, 0, now),
                 }
-                self.keep_up(state, writer, now);
             }
-            _ => self.keep_up(state, writer, now),
+            _ => {}
         }
+        self.keep_up(state, writer, now);
     }
 
     /// Waits for what cannot be ended, and ends the rest.
@@ -205,15 +282,6 @@ impl Upkeep {
     }
 }
 
-/// The starts of messages with several parts that were finished at `seq` or later, as far as the view knows them.
-fn finished_from(state: &State, seq: u64) -> impl Iterator<Item = u64> {
-    let messages = state.view().messages();
-    let kept = messages.finished().rev().map(|message| (message.start, message.through));
-    let known = kept.chain(messages.index().rev().map(|message| (message.start, message.through)));
-    let late = known.take_while(move |(_, through)| *through >= seq);
-    late.filter(|(start, through)| through - start > ONE_PART).map(|(start, _)| start)
-}
-
 /// One pass of compaction over the chunks below a snapshot (spec COMPACT).
 struct Pass {
     sessions: Arc<Sessions>,
@@ -222,53 +290,35 @@ struct Pass {
     compaction: Compaction,
     /// The seq where it begins.
     begin: u64,
-    /// The seq and the number where it ends.
-    end: u64,
-    number: u64,
+    end: End,
+    yields: Arc<AtomicBool>,
+    /// A few at a time in the whole server.
+    _permit: OwnedSemaphorePermit,
 }
 
 impl Pass {
-    /// Of a session at the state of which a snapshot is kept.
-    fn new(upkeep: &Upkeep, state: &State) -> Self {
-        let next = upkeep.compaction.next;
-        // Where the view knows all messages that were finished since the last pass, it begins with the first one: what was written
-        // before is not read in vain.
-        let messages = state.view().messages();
-        let knows_all = messages.index().count() < mainstay_protocol::registry::INDEXED_MESSAGES;
-        let first = finished_from(state, next).min().filter(|_| knows_all);
-        Self {
-            sessions: upkeep.sessions.clone(),
-            session: upkeep.session.clone(),
-            survey: Survey::new(state),
-            compaction: upkeep.compaction,
-            begin: first.map_or(next, |first| first.max(next)),
-            end: state.tail(),
-            number: state.number(),
-        }
-    }
-
-    async fn run(mut self: Box<Self>, writer: Arc<Writer>) -> Result<Passed, StoreError> {
+    async fn run(mut self, writer: Arc<Writer>) -> Result<Passed, StoreError> {
         let sessions = self.sessions.clone();
-        // One at a time in the whole server. It is never closed.
-        let _turn = sessions.compactions.acquire().await;
         let store = &*sessions.store;
         let mut more = false;
         for round in 1.. {
             let (survey, cut) = self.survey(store).await?;
             more |= cut;
-            let plan = survey.plan(self.end);
+            let plan = survey.plan(self.end.seq);
+            // What was told is never taken back, also if an earlier pass was not finished.
+            let before = plan.before().max(self.session.extent.borrow().compacted);
             if plan.is_empty() || round == ROUNDS {
-                self.session.ring().forget(self.compaction.before);
-                self.compaction.next = if more { self.end } else { plan.next() };
+                // A message that is open over more than a pass is left as it is.
+                let next = if more && plan.next() <= self.begin { self.end.seq } else { plan.next() };
+                self.compaction = Compaction { before, next, looked: self.end.seq };
                 store.set_compaction(&writer, self.compaction).await?;
                 break;
             }
-            if plan.before() > self.compaction.before {
-                // Readers are told before they can notice.
-                self.compaction.before = plan.before();
-                self.session.extent.send_modify(|extent| extent.compacted = plan.before());
-                store.set_compaction(&writer, self.compaction).await?;
-            }
+            // Readers are told before they can notice. Nobody gets some parts from the store, where they are put together, and the others
+            // from memory, where they are not.
+            self.session.extent.send_if_modified(|extent| core::mem::replace(&mut extent.compacted, before) != before);
+            self.session.ring().forget(before);
+            store.set_compaction(&writer, Compaction { before, ..self.compaction }).await?;
             for step in plan.steps() {
                 let mut chunks: Vec<Arc<Chunk>> = Vec::new();
                 let mut next = (step.start.first, step.start.number);
@@ -282,6 +332,9 @@ impl Pass {
                     .put_together(step, &chunks)
                     .map_err(|error| StoreError::Damaged { seq: step.start.first, what: error.detail.into() })?;
                 store.compact(&writer, Arc::new(chunk)).await?;
+                if self.yields.load(Ordering::Relaxed) {
+                    return Ok(Passed { compaction: Compaction { before, ..self.compaction }, more: true });
+                }
                 tokio::time::sleep(STEP_PAUSE).await;
             }
         }
@@ -295,7 +348,7 @@ impl Pass {
         let mut bytes = 0;
         loop {
             let page = self.page(store, from).await?;
-            let within = page.iter().filter(|chunk| chunk.header().number < self.number);
+            let within = page.iter().filter(|chunk| chunk.header().number < self.end.number);
             for (at, chunk) in within.enumerate() {
                 survey
                     .read(chunk, at > 0)
@@ -304,11 +357,11 @@ impl Pass {
             }
             let Some(last) = page.last() else { return Ok((survey, false)) };
             let next = (last.end(), last.header().next_number());
-            if next.1 >= self.number {
+            if next.1 >= self.end.number {
                 return Ok((survey, false));
             }
             if bytes >= PASS_BYTES {
-                (self.end, self.number) = next;
+                self.end = End { seq: next.0, number: next.1 };
                 return Ok((survey, true));
             }
             from = ReadFrom::Chunk { first: next.0, number: next.1 };

@@ -153,8 +153,10 @@ pub enum Created {
 pub struct Compaction {
     /// Records below this seq may have been put together.
     pub before: u64,
-    /// The seq where the next pass begins.
+    /// The seq where the next pass begins, unless it knows better.
     pub next: u64,
+    /// Messages that were finished below this seq were looked at.
+    pub looked: u64,
 }
 
 /// What a store knows of a session without reading its records.
@@ -277,14 +279,14 @@ pub trait Store: Send + Sync + 'static {
     /// in the background. Errors: `Fenced`, `NotFound`, `Invalid` without such a snapshot, `NoSpace`, `Failed`.
     fn trim(&self, writer: &Writer, before: u64) -> Pending<()>;
 
-    /// Puts `chunk` in the place of the stored chunks that it covers, which one read returned together, and which are below the newest
-    /// snapshot. The space comes back in the background.
+    /// Puts `chunk` in the place of the stored chunks that it covers, which one read returned together, and which are below a snapshot
+    /// that this writer has put. The space comes back in the background.
     ///
-    /// Errors: `Fenced`, `NotFound`, `Invalid` if the chunks there do not begin and end as it does, `Damaged`, `NoSpace`, `Overloaded`,
-    /// `Failed`.
+    /// Errors: `Fenced`, `NotFound`, `Invalid` if the chunks there do not begin and end as it does or are not below such a snapshot,
+    /// `Damaged`, `NoSpace`, `Overloaded`, `Failed`.
     fn compact(&self, writer: &Writer, chunk: Arc<Chunk>) -> Pending<()>;
 
-    /// Remembers how far the session is compacted. Errors: `Fenced`, `NotFound`, `NoSpace`, `Failed`.
+    /// Remembers how far the session is compacted; `before` never goes back. Errors: `Fenced`, `NotFound`, `NoSpace`, `Failed`.
     fn set_compaction(&self, writer: &Writer, compaction: Compaction) -> Pending<()>;
 
     /// Deletes the session: the name is free at once, the space comes back in the background. Errors: `NotFound`, `NoSpace`,

@@ -205,6 +205,10 @@ impl Store for MemoryStore {
 
     fn compact(&self, writer: &Writer, chunk: Arc<Chunk>) -> Pending<()> {
         ready(self.written(writer, |session| {
+            let snapshot = session.snapshot.as_ref().and_then(|bytes| State::number_of(bytes).ok());
+            if snapshot.is_none_or(|number| number < chunk.header().next_number()) {
+                return Err(StoreError::Invalid { what: "compaction needs a snapshot that covers it" });
+            }
             let (from, to) = (session.at(chunk.header().number), session.at(chunk.header().next_number()));
             if !chunk.covers(session.chunks.get(from..to).unwrap_or_default()) {
                 return Err(StoreError::Invalid { what: "the chunk does not cover what is stored" });
@@ -218,7 +222,8 @@ impl Store for MemoryStore {
 
     fn set_compaction(&self, writer: &Writer, compaction: Compaction) -> Pending<()> {
         ready(self.written(writer, |session| {
-            session.compaction = compaction;
+            let before = compaction.before.max(session.compaction.before);
+            session.compaction = Compaction { before, ..compaction };
             Ok(())
         }))
     }

@@ -6,6 +6,7 @@ pub mod live;
 pub mod process;
 pub mod proxy;
 pub mod random;
+pub mod watched;
 
 /// Waits until something holds that nobody announces, and looks every few milliseconds.
 ///

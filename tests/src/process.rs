@@ -50,7 +50,6 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Server {
     dir: PathBuf,
-    _temp: Option<TempDir>,
     addr: SocketAddr,
     child: Option<Child>,
     /// What clients reach it through, if not directly.
@@ -58,14 +57,21 @@ pub struct Server {
     /// What it says after it listens.
     said: Option<mpsc::Receiver<Value>>,
     extra: Vec<String>,
+    /// Goes after the process.
+    _temp: Option<TempDir>,
 }
 
 impl Server {
     /// Starts a server on a new data directory and a free port.
     pub async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// The same with more arguments.
+    pub async fn start_with(extra: &[&str]) -> Self {
         let temp = tempfile::tempdir().expect("a temporary directory");
         let dir = temp.path().to_owned();
-        Self { _temp: Some(temp), ..Self::start_in(&dir, &[]).await }
+        Self { _temp: Some(temp), ..Self::start_in(&dir, extra).await }
     }
 
     /// Starts a server on `dir` with more arguments.

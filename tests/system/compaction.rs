@@ -3,22 +3,25 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use mainstay_client::{
-    Config as ClientConfig, Cursor, Event, Kind, MessageId, MessageWriter, Record, Session, Status, Verdict, View,
+    Config as ClientConfig, Cursor, Event, Kind, MessageId, MessageWriter, Producer, Record, Session, Status, Verdict,
+    View,
 };
 use mainstay_protocol::registry::{ALPN, MAX_FRAME};
 use mainstay_protocol::session::{Author, Instance, Operation, SessionName};
 use mainstay_protocol::wire::{Attach, AttachMode, Deframer, Frame, Hello, Start, Subject, Subscribe};
 use mainstay_server::Config;
-use mainstay_store::{Compaction, Store};
+use mainstay_store::{Compaction, ReadFrom, SessionStat, Store};
 use mainstay_store_fjall::FjallStore;
 use mainstay_store_fjall::verify::{Found, verify};
-use mainstay_tests::harness::{QuicServer, claims};
+use mainstay_tests::harness::{MemoryServer, QuicServer, claims};
 use mainstay_tests::live::{attach, current, follow};
 use mainstay_tests::process::{PATIENCE, Server};
-use mainstay_tests::random;
+use mainstay_tests::watched::Watched;
+use mainstay_tests::{random, until};
 use mainstay_transport::quic::QuicConnector;
 use mainstay_transport::{Connection, Connector, RecvStream, SendStream};
 use tokio::time::timeout;
@@ -36,7 +39,7 @@ fn open(dir: &Path) -> Arc<FjallStore> {
 }
 
 /// Waits until everything below `tail` that can be put together is.
-async fn compacted(store: &FjallStore, name: &str, tail: u64) -> Compaction {
+async fn compacted(store: &dyn Store, name: &str, tail: u64) -> Compaction {
     let name: SessionName = name.parse().expect("a name");
     let wait = async {
         loop {
@@ -147,7 +150,7 @@ async fn ten_thousand_tokens_become_one_text_and_old_cursors_stay_valid() {
     let end = writer.end(Status::Complete, "").await.expect("end").await.expect("stored");
     let tail = producer.append(session.main(), "behind").await.expect("append").await.expect("stored") + 1;
     assert_eq!(tail, end + 2);
-    let Compaction { before: seen, .. } = compacted(&store, "s", tail - 1).await;
+    let Compaction { before: seen, .. } = compacted(&*store, "s", tail - 1).await;
     assert_eq!(seen, end, "who was behind the last token misses nothing");
     told.push((50_000, bytes_of_view(&server, "s").await));
     assert!(told.iter().all(|(text, wire)| wire - text <= 1024), "{told:?}");
@@ -177,7 +180,7 @@ async fn ten_thousand_tokens_become_one_text_and_old_cursors_stay_valid() {
     drop((live, late, session, producer));
     client.finish().await;
     server.stop().await;
-    let hash = store.snapshot(stat_of(&store, "s").await).await.expect("snapshot").is_some();
+    let hash = store.snapshot(stat_of(&*store, "s").await.session).await.expect("snapshot").is_some();
     assert!(hash, "what is put together is below a snapshot");
     drop(Arc::into_inner(store));
 
@@ -197,8 +200,8 @@ async fn ten_thousand_tokens_become_one_text_and_old_cursors_stay_valid() {
     assert!(bytes * 10 <= 50_000 * 12, "{bytes} bytes for a text of 50,000");
 }
 
-async fn stat_of(store: &FjallStore, name: &str) -> mainstay_store::SessionId {
-    store.stat(name.parse().expect("a name")).await.expect("stat").expect("exists").session
+async fn stat_of(store: &dyn Store, name: &str) -> SessionStat {
+    store.stat(name.parse().expect("a name")).await.expect("stat").expect("exists")
 }
 
 /// A session that nobody uses is compacted too, also if the server was away when that was due.
@@ -206,9 +209,9 @@ async fn stat_of(store: &FjallStore, name: &str) -> mainstay_store::SessionId {
 async fn what_was_due_while_the_server_was_away_is_put_together_without_being_asked_for() {
     let dir = tempfile::tempdir().expect("a directory");
     let store = open(dir.path());
-    let mut never = config();
-    never.compact_after = Some(Duration::from_secs(1));
-    let server = QuicServer::start(store.clone(), never);
+    let mut later = config();
+    later.compact_after = Some(Duration::from_secs(5));
+    let server = QuicServer::start(store.clone(), later);
     let client = server.client();
     let session = attach(&client, "s").await;
     let producer = session.producer("agent").await.expect("a producer");
@@ -219,10 +222,175 @@ async fn what_was_due_while_the_server_was_away_is_put_together_without_being_as
     let end = writer.end(Status::Complete, "").await.expect("end").await.expect("stored");
     client.finish().await;
     server.stop().await;
-    let stat = store.stat("s".parse().expect("a name")).await.expect("stat").expect("exists");
+    let stat = stat_of(&*store, "s").await;
     assert_eq!(stat.compaction, Compaction::default(), "the server went before it was due");
     let server = QuicServer::start(store.clone(), config());
-    assert_eq!(compacted(&store, "s", end + 1).await.before, end);
+    assert_eq!(compacted(&*store, "s", end + 1).await.before, end);
+    server.stop().await;
+}
+
+/// Appends a message of so many parts, each in a chunk of its own. Returns its id and the seq of its end.
+async fn say(session: &Session, producer: &Producer, parts: usize) -> (MessageId, u64) {
+    let writer = MessageWriter::begin(producer, session.main(), "assistant", "text/plain").await.expect("begin");
+    let id = writer.id();
+    for _ in 0..parts {
+        writer.append("token ").await.expect("append").await.expect("stored");
+    }
+    (id, writer.end(Status::Complete, "").await.expect("end").await.expect("stored"))
+}
+
+/// A reader that comes from what is stored into what is in memory has whole texts, during a pass and after it: the last parts may
+/// be in one chunk with what is behind them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_comes_from_the_store_into_memory_has_whole_texts() {
+    for slow in [None, Some(("s", Duration::from_secs(1)))] {
+        let store = Arc::new(Watched::slow(slow));
+        let server = MemoryServer::start(store.clone(), config());
+        let client = server.client();
+        let session = attach(&client, "s").await;
+        let producer = session.producer("agent").await.expect("a producer");
+        // So that a page ends where memory begins.
+        for _ in 0..20 {
+            producer.append(session.main(), vec![b'd'; 5000]).await.expect("append").await.expect("stored");
+        }
+        let writer = MessageWriter::begin(&producer, session.main(), "assistant", "text/plain").await.expect("begin");
+        let (id, mut expected) = (writer.id(), Vec::new());
+        for n in 0..60u8 {
+            expected.extend([n; 3000]);
+            writer.append(vec![n; 3000]).await.expect("append").await.expect("stored");
+        }
+        // Not waited for, so that they share a chunk with the end.
+        for n in 60..62u8 {
+            expected.extend([n; 3000]);
+            writer.append(vec![n; 3000]).await.expect("append");
+        }
+        let tail = writer.end(Status::Complete, "").await.expect("end").await.expect("stored") + 1;
+        let looked = async || match slow {
+            Some(_) => store.steps.load(Ordering::Relaxed) > 1,
+            None => stat_of(&*store, "s").await.compaction.looked >= tail,
+        };
+        until("something is put together", looked).await;
+        let (_, records) = read(&attach(&server.client(), "s").await, Start::Earliest, tail).await;
+        assert!(text(&records, id) == expected, "{} records, slow: {slow:?}", records.len());
+        server.stop().await;
+    }
+}
+
+/// Spec COMPACT-5: a pass that is refused in the middle and begins anew takes nothing back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_told_is_not_taken_back_by_a_pass_that_begins_anew() {
+    let store = Arc::new(Watched::refusing(3));
+    let mut config = config();
+    (config.compact_after, config.ring_bytes) = (Some(Duration::from_secs(1)), 0);
+    let server = MemoryServer::start(store.clone(), config);
+    let session = attach(&server.client(), "s").await;
+    let producer = session.producer("agent").await.expect("a producer");
+    let mut end = 0;
+    for _ in 0..4 {
+        end = say(&session, &producer, 290).await.1;
+    }
+    compacted(&*store, "s", end + 1).await;
+    let told = store.told();
+    assert!(told.is_sorted_by_key(|told| told.before) && store.steps.load(Ordering::Relaxed) > 3, "{told:?}");
+    let cursor = end - 100;
+    let (verdict, records) = read(&session, Start::Seq(cursor), end + 1).await;
+    assert_eq!((verdict, records.len()), (Verdict::Snapshot, 2));
+    server.stop().await;
+}
+
+/// A message that is written over a long time is put together in the end, whatever was finished and put together meanwhile; and what
+/// was looked at is not looked at again whenever the session is loaded.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_message_is_put_together_in_the_end_and_a_quick_one_once() {
+    let store = Arc::new(Watched::default());
+    let mut config = config();
+    config.idle = Duration::from_millis(300);
+    let server = MemoryServer::start(store.clone(), config);
+    let client = server.client();
+    let session = attach(&client, "s").await;
+    let producer = session.producer("agent").await.expect("a producer");
+    let slow = MessageWriter::begin(&producer, session.main(), "assistant", "text/plain").await.expect("begin");
+    let id = slow.id();
+    for _ in 0..50 {
+        slow.append("slow ").await.expect("append").await.expect("stored");
+    }
+    let (_, end) = say(&session, &producer, 20).await;
+    until("the quick one is looked at", async || stat_of(&*store, "s").await.compaction.looked > end).await;
+    assert_eq!(stat_of(&*store, "s").await.compaction.next, 0, "the slow one is to be looked at");
+    drop((session, producer));
+    client.finish().await;
+    let (steps, writers) = (store.steps.load(Ordering::Relaxed), store.writers.load(Ordering::Relaxed));
+    for _ in 0..3 {
+        // Longer than it stays in memory, and longer than a pass would take.
+        tokio::time::sleep(Duration::from_millis(800)).await;
+        let client = server.client();
+        client.session("s").expect("a name").attach().await.expect("attach");
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        client.finish().await;
+    }
+    assert_eq!((store.steps.load(Ordering::Relaxed), store.writers.load(Ordering::Relaxed)), (steps, writers));
+    let client = server.client();
+    let session = attach(&client, "s").await;
+    let producer = session.producer("agent").await.expect("a producer");
+    let slow = MessageWriter::resume(&producer, session.main(), id);
+    for _ in 0..50 {
+        slow.append("slow ").await.expect("append").await.expect("stored");
+    }
+    let tail = slow.end(Status::Complete, "").await.expect("end").await.expect("stored") + 1;
+    compacted(&*store, "s", tail).await;
+    let page = store.read(stat_of(&*store, "s").await.session, ReadFrom::Seq(0), usize::MAX).await.expect("read");
+    let records = page.chunks.iter().flat_map(|chunk| chunk.records()).map(|record| record.expect("a record").3);
+    // Its start, what each of two instances wrote, and its end.
+    assert_eq!(records.filter(|record| record.message == Some(id)).count(), 4);
+    server.stop().await;
+}
+
+/// Spec SESS-19: nobody waits for the compaction of another session, nor for what is left of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_trim_does_not_wait_for_compaction() {
+    let store = Arc::new(Watched::slow(Some(("slow", Duration::from_secs(20)))));
+    let server = MemoryServer::start(store.clone(), config());
+    let client = server.client();
+    let begun = Instant::now();
+    for name in ["slow", "other"] {
+        let session = attach(&client, name).await;
+        let producer = session.producer("agent").await.expect("a producer");
+        let (_, end) = say(&session, &producer, 20).await;
+        until("a step", async || store.steps.load(Ordering::Relaxed) > 0).await;
+        if name == "other" {
+            session.trim(end).await.expect("trim");
+            until("it is released", async || stat_of(&*store, name).await.first == end).await;
+        }
+    }
+    assert!(begun.elapsed() < Duration::from_secs(15), "the step of the slow one is still on its way");
+}
+
+/// Spec SUB-15: who reads what was put together is told so, once, before it comes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn readers_of_what_was_put_together_are_told_before_it_comes() {
+    let store = Arc::new(Watched::default());
+    let server = MemoryServer::start(store.clone(), config());
+    let session = attach(&server.client(), "s").await;
+    let producer = session.producer("agent").await.expect("a producer");
+    let mut end = 0;
+    for _ in 0..3 {
+        end = say(&session, &producer, 300).await.1;
+        compacted(&*store, "s", end + 1).await;
+    }
+    let mut subscription = session.subscribe(Start::Earliest).open().await.expect("a subscription");
+    let (mut told, mut next) = (0, 0);
+    while next <= end {
+        let event = timeout(PATIENCE, subscription.next()).await.expect("in time").expect("an event");
+        match event.expect("no error") {
+            Event::Compacted => told += 1,
+            Event::Records(batch) => {
+                assert!(told == 1 || batch.len() == batch.next() - batch.from());
+                next = batch.next();
+            }
+            _ => {}
+        }
+    }
+    assert_eq!(told, 1);
     server.stop().await;
 }
 

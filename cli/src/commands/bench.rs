@@ -16,9 +16,10 @@ fn failed(what: String) -> Failure {
 fn check(args: &args::Bench) -> Result<(), Failure> {
     let scenario = args.scenario;
     let open_loop = matches!(scenario, Scenario::Live | Scenario::Fanout) || args.rate.is_some();
-    if args.connect.is_some() && matches!(scenario, Scenario::Idle | Scenario::Reconnect | Scenario::All) {
+    let needs_own = matches!(scenario, Scenario::Idle | Scenario::Reconnect | Scenario::Compact | Scenario::All);
+    if args.connect.is_some() && needs_own {
         return Err(Failure::usage(
-            "idle and reconnect look into the server's process: they need one of their own, without --connect",
+            "idle, reconnect and compact look into the server's process: they need one of their own, without --connect",
         ));
     }
     if args.connections.is_some() && (open_loop || !matches!(scenario, Scenario::Append | Scenario::Idle)) {
@@ -29,8 +30,10 @@ fn check(args: &args::Bench) -> Result<(), Failure> {
     if args.window.is_some() && scenario != Scenario::Append {
         return Err(Failure::usage("--window counts for append alone"));
     }
-    if args.rate.is_some() && !matches!(scenario, Scenario::Append | Scenario::Live | Scenario::Fanout) {
-        return Err(Failure::usage("--rate counts for append, live and fanout"));
+    if args.rate.is_some()
+        && !matches!(scenario, Scenario::Append | Scenario::Live | Scenario::Fanout | Scenario::Compact)
+    {
+        return Err(Failure::usage("--rate counts for append, live, fanout and compact"));
     }
     Ok(())
 }
@@ -70,6 +73,9 @@ fn line(report: &Report) -> String {
 
 /// Every scenario gets a server of its own, so that none inherits another's memory or files.
 async fn measure(scenario: Scenario, options: &Options, args: &args::Bench) -> Result<Report, Failure> {
+    if scenario == Scenario::Compact {
+        return mainstay_bench::compact(options).await.map_err(failed);
+    }
     let mut target = match &args.connect {
         Some(path) => Target::Given(path.clone()),
         None => Target::start().await,
@@ -80,7 +86,9 @@ async fn measure(scenario: Scenario, options: &Options, args: &args::Bench) -> R
         Scenario::Fanout => mainstay_bench::fanout(&target, options).await,
         Scenario::Replay => mainstay_bench::replay(&target, options).await,
         Scenario::Idle => mainstay_bench::idle(&mut target, options).await,
-        Scenario::Reconnect | Scenario::All => mainstay_bench::reconnect(&mut target, options).await,
+        Scenario::Reconnect | Scenario::Compact | Scenario::All => {
+            mainstay_bench::reconnect(&mut target, options).await
+        }
     };
     report.map_err(failed)
 }
@@ -107,6 +115,7 @@ fn plan(args: &args::Bench) -> Vec<(Scenario, Options)> {
         Scenario::Replay => vec![(Scenario::Replay, base(1, 1, 0, 0))],
         Scenario::Idle => vec![(Scenario::Idle, base(1000, 0, 0, 0))],
         Scenario::Reconnect => vec![(Scenario::Reconnect, base(1, 1, 0, 0))],
+        Scenario::Compact => vec![(Scenario::Compact, base(20, 20, 0, 50))],
         Scenario::All => vec![
             (Scenario::Append, base(1, 1, 512, 0)),
             (Scenario::Append, base(1, 1, 8192, 0)),
@@ -118,6 +127,7 @@ fn plan(args: &args::Bench) -> Vec<(Scenario, Options)> {
             (Scenario::Replay, base(1, 1, 0, 0)),
             (Scenario::Idle, base(1000, 10_000, 0, 0)),
             (Scenario::Reconnect, base(1, 1, 0, 0)),
+            (Scenario::Compact, base(20, 20, 0, 50)),
         ],
     }
 }

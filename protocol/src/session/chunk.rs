@@ -258,6 +258,19 @@ impl ChunkHeader {
         self.number + self.compacted.as_ref().map_or(1, |compacted| compacted.chunks)
     }
 
+    /// The first seq from which on every seq has a record, if the chunk was put together.
+    pub fn whole_from(&self) -> Option<u64> {
+        let compacted = self.compacted.as_ref()?;
+        let (mut next, mut whole) = (self.first, self.first);
+        for span in &compacted.spans {
+            next += span.skip;
+            whole = if span.skip > 0 { next } else { whole };
+            next += span.count;
+        }
+        let end = self.first + self.count;
+        Some(if next < end { end } else { whole })
+    }
+
     /// Records that the chunk has: as many as seqs, unless it was put together.
     pub fn kept(&self) -> u64 {
         self.compacted.as_ref().map_or(self.count, |compacted| compacted.spans.iter().map(|span| span.count).sum())
@@ -336,7 +349,8 @@ impl ChunkHeader {
         let mut counts: Vec<ChunkCount> = Vec::with_capacity(n);
         for _ in 0..n {
             let count = ChunkCount { stream: r.varint()?, records: r.varint()?, bytes: r.varint()? };
-            if count.records == 0 || counts.last().is_some_and(|last| last.stream >= count.stream) {
+            let follows = counts.last().is_none_or(|last| last.stream < count.stream);
+            if count.records == 0 || !follows || count.stream >= MAX_STREAMS as u64 {
                 return Err(not_whole());
             }
             counts.push(count);
@@ -348,6 +362,9 @@ impl ChunkHeader {
             let span = Span { skip: r.varint()?, count: r.varint()?, author: r.varint()?, time: r.varint()? };
             if span.author >= self.authors.len() as u64 || span.count == 0 {
                 return Err(ProtocolError::malformed("span names an author that is not listed, or is empty"));
+            }
+            if span.time > time {
+                return Err(not_whole());
             }
             covered = covered.saturating_add(span.skip).saturating_add(span.count);
             spans.push(span);
@@ -493,6 +510,13 @@ impl Chunk {
         let records = r.bytes(usize::MAX)?;
         r.finish()?;
         let streams = streams_of(&records, header.kept())?;
+        if let Some(compacted) = &header.compacted {
+            let mut written = StreamSet::default();
+            compacted.counts.iter().for_each(|count| written.insert(count.stream));
+            if !written.covers(&streams) {
+                return Err(ProtocolError::malformed("records of a stream are not counted"));
+            }
+        }
         Ok(Self { header, bytes, records, streams, frame: OnceLock::new() })
     }
 
@@ -520,10 +544,11 @@ impl Chunk {
     pub fn covers(&self, chunks: &[Arc<Self>]) -> bool {
         let (Some(first), Some(last)) = (chunks.first(), chunks.last()) else { return false };
         let (this, first, last) = (&self.header, &first.header, &last.header);
-        this.compacted.is_some()
-            && (this.incarnation, this.first, this.number, this.link)
-                == (first.incarnation, first.first, first.number, first.link)
-            && (self.end(), this.next_number(), this.chain) == (last.first + last.count, last.next_number(), last.chain)
+        let begins = (this.incarnation, this.first, this.number, this.link, this.writer_epoch)
+            == (first.incarnation, first.first, first.number, first.link, first.writer_epoch);
+        let ends = (this.incarnation, self.end(), this.next_number(), this.chain, this.writer_epoch)
+            == (last.incarnation, last.first + last.count, last.next_number(), last.chain, last.writer_epoch);
+        this.compacted.is_some() && begins && ends
     }
 
     /// Seq of the first record.

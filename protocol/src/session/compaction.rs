@@ -42,6 +42,8 @@ pub struct ChunkStart {
 pub struct Survey {
     /// Messages that are not finished behind the range.
     open: HashSet<MessageId>,
+    /// Where the finished ones that are known ended: no part of them is behind that.
+    ended: HashMap<MessageId, u64>,
     /// Producers were evicted at some time: which one is depends on every use.
     evicted: bool,
     sources: Vec<Source>,
@@ -126,8 +128,11 @@ pub struct PlanStep {
 impl Survey {
     /// Of a range that ends where `state` is, or before.
     pub fn new(state: &State) -> Self {
+        let messages = state.view().messages();
+        let indexed = messages.index().map(|of| (of.id, of.through));
         Self {
-            open: state.view().messages().open().iter().map(|message| message.id).collect(),
+            open: messages.open().iter().map(|message| message.id).collect(),
+            ended: messages.finished().map(|of| (of.id, of.through)).chain(indexed).collect(),
             evicted: state.producers.have_evicted(),
             sources: Vec::new(),
             growing: HashMap::new(),
@@ -154,8 +159,11 @@ impl Survey {
         for (seq, span) in seqs(header) {
             let bytes = walk.next_bytes().ok_or(NOT_WHOLE)??;
             let kind = Head::get(&mut Reader::new(&bytes))?.kind;
-            if matches!(kind, Kind::MESSAGE_START | Kind::MESSAGE_APPEND | Kind::MESSAGE_REPLACE) {
-                self.message(seq, chunk.author(span.author), &bytes)?;
+            match kind {
+                Kind::MESSAGE_START | Kind::MESSAGE_APPEND | Kind::MESSAGE_REPLACE | Kind::MESSAGE_END => {
+                    self.message(seq, chunk.author(span.author), &bytes)?;
+                }
+                _ => {}
             }
         }
         Ok(())
@@ -165,11 +173,13 @@ impl Survey {
         let record = Record::parse(bytes)?;
         let Some(id) = record.message else { return Ok(()) };
         let source = self.sources.len() - 1;
-        if record.kind == Kind::MESSAGE_START {
-            let text = Vec::new();
-            let before = self.growing.insert(id, Growing { source, text, group: None, is_full: false });
+        if matches!(record.kind, Kind::MESSAGE_START | Kind::MESSAGE_END) {
             // An id may be used again once nobody knows it any more.
-            self.planned.extend(before.and_then(Growing::finish).map(|planned| (id, planned)));
+            let before = self.growing.remove(&id).and_then(Growing::finish);
+            self.planned.extend(before.map(|planned| (id, planned)));
+            if record.kind == Kind::MESSAGE_START {
+                self.growing.insert(id, Growing { source, text: Vec::new(), group: None, is_full: false });
+            }
             return Ok(());
         }
         let Some(message) = self.growing.get_mut(&id).filter(|message| !message.is_full) else { return Ok(()) };
@@ -204,9 +214,13 @@ impl Survey {
     pub fn plan(mut self, end: u64) -> Plan {
         let mut next = end;
         for (id, message) in self.growing {
-            if self.open.contains(&id) {
-                next = next.min(self.sources[message.source].start.first);
-            } else if let Some(planned) = message.finish() {
+            let start = self.sources[message.source].start.first;
+            if self.open.contains(&id) || self.ended.get(&id).is_some_and(|through| *through >= end) {
+                next = next.min(start);
+            }
+            if !self.open.contains(&id)
+                && let Some(planned) = message.finish()
+            {
                 self.planned.push((id, planned));
             }
         }
@@ -219,7 +233,9 @@ impl Survey {
         for (id, planned) in self.planned {
             let Some((last, _)) = planned.records.last() else { continue };
             // A chunk with many texts must not become longer than a frame.
-            if self.open.contains(&id) || sizes[*last] + planned.text.len() > MAX_BATCH_BYTES {
+            let is_over =
+                self.ended.get(&id).is_some_and(|through| *through < planned.last && planned.first <= *through);
+            if self.open.contains(&id) || is_over || sizes[*last] + planned.text.len() > MAX_BATCH_BYTES {
                 continue;
             }
             for (at, len) in &planned.records {
@@ -432,7 +448,7 @@ impl Together {
 
     fn count(&mut self, stream: u64, records: u64, bytes: u64) {
         let counts = self.counts.entry(stream).or_default();
-        (counts.0, counts.1) = (counts.0 + records, counts.1 + bytes);
+        (counts.0, counts.1) = (counts.0.saturating_add(records), counts.1.saturating_add(bytes));
     }
 
     fn author(&mut self, author: &Arc<Author>) -> u64 {

@@ -14,7 +14,9 @@ use super::state::{StreamSet, Streams};
 use super::words::Verdict;
 use crate::error::ProtocolError;
 use crate::registry::GAP_TRIMMED;
-use crate::wire::{Delivery, Frame, Gap, Label, Reader, Span, Start, Stream, Subscribe, Subscribed, Tail, Writer};
+use crate::wire::{
+    Compacted, Delivery, Frame, Gap, Label, Reader, Span, Start, Stream, Subscribe, Subscribed, Tail, Writer,
+};
 
 /// Which records a subscription wants.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -66,6 +68,8 @@ pub struct Feed {
     announced: StreamSet,
     /// The highest tail that the subscriber was told or can infer.
     known_tail: u64,
+    /// The subscriber knows that records were put together.
+    knows_compacted: bool,
 }
 
 /// Where a feed stood, to go back to.
@@ -74,17 +78,24 @@ pub struct Mark {
     next: u64,
     announced: StreamSet,
     known_tail: u64,
+    knows_compacted: bool,
 }
 
 impl Feed {
     /// Where the feed stands.
     pub fn mark(&self) -> Mark {
-        Mark { next: self.next, announced: self.announced, known_tail: self.known_tail }
+        let Self { next, announced, known_tail, knows_compacted, .. } = *self;
+        Mark { next, announced, known_tail, knows_compacted }
     }
 
     /// Goes back to where it stood: the frames since then were thrown away, and will be made again.
     pub fn rewind(&mut self, mark: Mark) {
-        (self.next, self.announced, self.known_tail) = (mark.next, mark.announced, mark.known_tail);
+        Mark {
+            next: self.next,
+            announced: self.announced,
+            known_tail: self.known_tail,
+            knows_compacted: self.knows_compacted,
+        } = mark;
     }
 
     /// Starts a subscription on a session whose readable records are `first..tail`, of which those below `compacted` may have been put
@@ -105,7 +116,8 @@ impl Feed {
         };
         let filter = Filter { streams: request.streams, kinds: request.kinds };
         let rolled_up = request.window.is_some();
-        let feed = Self { id: request.id, next, filter, rolled_up, announced: StreamSet::default(), known_tail: tail };
+        let (announced, known_tail) = (StreamSet::default(), tail);
+        let feed = Self { id: request.id, next, filter, rolled_up, announced, known_tail, knows_compacted: false };
         (feed, verdict)
     }
 
@@ -167,7 +179,7 @@ impl Feed {
         if self.next < chunk.first() || self.next >= chunk.end() {
             return Ok(());
         }
-        self.announce_streams(chunk, streams, out);
+        self.announce(chunk, streams, out);
         if self.filter.is_open() && self.next == chunk.first() {
             out.extend_from_slice(chunk.frame());
         } else {
@@ -200,7 +212,7 @@ impl Feed {
                 bytes <= ROLLED_UP
             });
             let (together, later) = rest.split_at(1 + more.count());
-            together.iter().for_each(|chunk| self.announce_streams(chunk, streams, out));
+            together.iter().for_each(|chunk| self.announce(chunk, streams, out));
             let delivery = roll_up(self.next, together, &self.filter, streams)?;
             self.next = delivery.to;
             out.extend(frame(&delivery, 0));
@@ -243,8 +255,12 @@ impl Feed {
         Ok(Delivery { from: self.next, spans, records: records.freeze(), ..whole })
     }
 
-    /// Names come before the first record that needs them (spec SUB-11).
-    fn announce_streams(&mut self, chunk: &Chunk, streams: &Streams, out: &mut Vec<Bytes>) {
+    /// Names come before the first record that needs them (spec SUB-11), and that records were put together before the first (spec
+    /// SUB-15).
+    fn announce(&mut self, chunk: &Chunk, streams: &Streams, out: &mut Vec<Bytes>) {
+        if chunk.header().compacted.is_some() && !core::mem::replace(&mut self.knows_compacted, true) {
+            out.push(Frame::from(Compacted {}).to_bytes());
+        }
         if self.announced.covers(chunk.streams()) {
             return;
         }

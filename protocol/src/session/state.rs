@@ -322,6 +322,17 @@ impl State {
         w.freeze()
     }
 
+    /// The number of the next chunk that a snapshot says, without reading more of it. Errors: `FRAME_MALFORMED`.
+    pub fn number_of(snapshot: &Bytes) -> Result<u64, ProtocolError> {
+        let mut r = Reader::new(snapshot);
+        if r.u8()? != SNAPSHOT_VERSION {
+            return Err(ProtocolError::malformed("snapshot is of another version"));
+        }
+        Incarnation::get(&mut r)?;
+        r.skip(32)?;
+        r.varint()
+    }
+
     /// Reads a snapshot. Errors: `FRAME_MALFORMED`; the chunks must then be read from the first one.
     pub fn restore(bytes: &Bytes) -> Result<Self, ProtocolError> {
         let mut r = Reader::new(bytes);

@@ -130,6 +130,7 @@ frames! {
     delivery::Delivery "DELIVERY",
     gap::Gap "GAP",
     tail::Tail "TAIL",
+    compacted::Compacted "COMPACTED",
     produce::Produce "PRODUCE",
     append::Append "APPEND",
     join::Join "JOIN",

@@ -312,6 +312,7 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
         ("UPDATE", "", Update { activity: records::activity() }.into()),
         ("LEAVE", "", Leave {}.into()),
         ("LEFT", "", Left {}.into()),
+        ("COMPACTED", "", Compacted {}.into()),
         ("CONFIGURE", "", Configure { runs: RunMode::Parallel, inputs: InputPolicy::Interrupt }.into()),
         ("CONFIGURED", "", Configured { seq: 3 }.into()),
         (

@@ -78,6 +78,8 @@ struct Open {
     next: (u64, u64),
     link: [u8; 8],
     segment_bytes: u64,
+    /// Number of the next chunk in the snapshot that this writer put last.
+    snapshot: u64,
     /// The position must be read back: a commit failed.
     stale: bool,
 }
@@ -540,7 +542,16 @@ impl Committer {
             _ => position(&Reader::new(&engine), &row)?,
         };
         let name = id.name.clone();
-        let open = Open { epoch, name: name.clone(), row: row.clone(), next, link, segment_bytes: 0, stale: false };
+        let open = Open {
+            epoch,
+            name: name.clone(),
+            row: row.clone(),
+            next,
+            link,
+            segment_bytes: 0,
+            snapshot: 0,
+            stale: false,
+        };
         self.writers.insert(id.incarnation, open);
         turn.put_row(name, row);
         Ok(epoch)
@@ -551,7 +562,9 @@ impl Committer {
         if turn.deleted.contains(&id.incarnation) {
             return Err(StoreError::NotFound);
         }
-        self.writer(id, epoch)?;
+        let number = State::number_of(state).unwrap_or(0);
+        let open = self.writer(id, epoch)?;
+        open.snapshot = open.snapshot.max(number);
         // What is replaced must be readable, for the witness.
         let engine = self.engine()?;
         engine.snapshots().get(id.incarnation.0).map_err(|error| reader::read_error(0, &error))?;
@@ -642,7 +655,10 @@ impl Committer {
         }
         self.refresh(id, epoch, turn)?;
         let engine = self.engine()?;
-        let row = &self.writer(id, epoch)?.row;
+        let Open { row, snapshot, .. } = self.writer(id, epoch)?;
+        if *snapshot < chunk.header().next_number() {
+            return Err(StoreError::Invalid { what: "compaction needs a snapshot that covers it" });
+        }
         let (covered, bytes) = Reader::new(&engine).covered(row, chunk)?;
         turn.bytes += chunk.bytes().len();
         self.removed(turn, bytes);
@@ -667,7 +683,8 @@ impl Committer {
         }
         self.refresh(id, epoch, turn)?;
         let open = self.writer(id, epoch)?;
-        open.row.compaction = compaction;
+        let before = compaction.before.max(open.row.compaction.before);
+        open.row.compaction = Compaction { before, ..compaction };
         let (name, row) = (open.name.clone(), open.row.clone());
         turn.put_row(name, row);
         Ok(())

@@ -175,8 +175,8 @@ impl SessionRow {
         for field in [self.created, self.expire_after, self.due, wake, self.writer_epoch, self.released] {
             w.varint(field);
         }
-        let Compaction { before, next } = self.compaction;
-        [before, next].into_iter().for_each(|field| w.varint(field));
+        let Compaction { before, next, looked } = self.compaction;
+        [before, next, looked].into_iter().for_each(|field| w.varint(field));
         w.varint(self.base.first);
         w.varint(self.base.number);
         w.raw(&self.base.chain.0);
@@ -196,7 +196,7 @@ impl SessionRow {
         let (created, expire_after, due) = (r.varint()?, r.varint()?, r.varint()?);
         let wake = r.varint()?.checked_sub(1);
         let (writer_epoch, released) = (r.varint()?, r.varint()?);
-        let compaction = Compaction { before: r.varint()?, next: r.varint()? };
+        let compaction = Compaction { before: r.varint()?, next: r.varint()?, looked: r.varint()? };
         let base = Base { first: r.varint()?, number: r.varint()?, chain: Chain(r.array()?) };
         let segments = (0..r.count(MAX_SEGMENTS)?)
             .map(|_| Ok(Segment { id: r.varint()?, first: r.varint()?, number: r.varint()? }))

@@ -330,6 +330,12 @@ fn sum_rows(engine: &Engine, report: &mut Report) {
 }
 
 fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut Report, each: &mut Each<'_>) {
+    let due = (row.due > 0).then(|| keys::due(row.due, row.incarnation));
+    for key in due.into_iter().chain(row.wake.map(|at| keys::wake(at, row.incarnation))) {
+        if let Ok(None) = engine.meta().get(key) {
+            report.problem(Some(name), None, "no row says when it is due");
+        }
+    }
     let snapshot = match engine.snapshots().get(row.incarnation.0) {
         Ok(None) => None,
         Ok(Some(value)) => match keys::decode_snapshot(&Bytes::from(value)) {
@@ -391,6 +397,10 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
                 && created != name
             {
                 return report.problem(Some(name), Some(0), format!("its first chunk is of session {created}"));
+            }
+            if header.whole_from().is_some_and(|whole| whole > header.first && whole > row.compaction.before) {
+                let what = "records were put together that nobody was told of";
+                return report.problem(Some(name), Some(header.first), what);
             }
             next = (chunk.end(), header.next_number());
             report.chunks += 1;

@@ -444,12 +444,16 @@ async fn one_chunk_takes_the_place_of_several(store: Arc<dyn Store>) {
     // Whatever has been done of it, all of the text is there, and the log folds to the same.
     let before = log.compact(1).await;
     assert_eq!(before, 32);
-    let compaction = Compaction { before, next: 33 };
+    let compaction = Compaction { before, next: 33, looked: 33 };
     retry(|| store.set_compaction(&log.writer, compaction)).await.expect("set");
+    let refused = Compaction { before: 1, ..compaction };
+    retry(|| store.set_compaction(&log.writer, refused)).await.expect("set");
     for steps in 1..10 {
         log.compact(steps).await;
         log = Log::open(&store, id.clone()).await;
         assert_eq!(log.state.tail(), 34);
+        // A writer that put no snapshot does not know what is below one.
+        retry(|| store.put_snapshot(&log.writer, log.state.snapshot())).await.expect("put snapshot");
     }
     log.compact(usize::MAX).await;
     assert_eq!(log.payloads(0).await[2..], [text, "\u{1}\0".into(), "behind".into()]);
