@@ -426,17 +426,17 @@ async fn late_joiner(target: &Target, writer: &Client, name: &str, report: &mut 
     Ok(())
 }
 
-/// What the store takes once that has not changed for ten seconds, or after two minutes.
-async fn settled(target: &Target) -> Option<Disk> {
-    let (begun, mut since, mut last) = (Instant::now(), Instant::now(), target.disk()?);
+/// Waits until what the store takes has not changed for ten seconds, two minutes at most.
+async fn settled(target: &Target) {
+    let all = || target.disk().map(|disk| disk.all);
+    let (begun, mut since, mut last) = (Instant::now(), Instant::now(), all());
     while since.elapsed() < Duration::from_secs(10) && begun.elapsed() < Duration::from_secs(120) {
         tokio::time::sleep(Duration::from_millis(500)).await;
-        let now = target.disk()?;
-        if now.all != last.all {
+        let now = all();
+        if now != last {
             (since, last) = (Instant::now(), now);
         }
     }
-    Some(last)
 }
 
 /// Parts of each message that is compacted.
@@ -450,7 +450,7 @@ pub async fn compact(options: &Options) -> Outcome {
     for (after, names) in [
         (
             "never",
-            ["append to ack p50, never compacted", "the same p99", "parts beside it", "bytes on disk for each part"],
+            ["append to ack p50, never compacted", "the same p99", "parts beside it", "bytes stored for each part"],
         ),
         (
             "0",
@@ -458,12 +458,11 @@ pub async fn compact(options: &Options) -> Outcome {
                 "append to ack p50, while compacted",
                 "the same p99, while compacted",
                 "parts beside it, while compacted",
-                "bytes on disk for each part, compacted",
+                "bytes stored for each part, compacted",
             ],
         ),
     ] {
-        let target = Target::start_with(&["--compact-after", after]).await;
-        let disk = target.disk();
+        let mut target = Target::start_with(&["--compact-after", after]).await;
         let client = clients(&target, 1).await?.remove(0);
         let (session, own) = producer(&client, &fresh("paced")).await?;
         let epoch = Instant::now() + LEAD;
@@ -497,8 +496,8 @@ pub async fn compact(options: &Options) -> Outcome {
         report.add(names[0], "ms", acks.at(0.5));
         report.add(names[1], "ms", acks.at(0.99));
         report.add(names[2], "records/s", parts as f64 / time.as_secs_f64());
-        if let (Some(before), Some(after)) = (disk, settled(&target).await) {
-            let stored = (after.all - after.journals) - (before.all - before.journals);
+        settled(&target).await;
+        if let Some(stored) = target.stored().await {
             report.add(names[3], "B", stored / parts as f64);
         }
     }

@@ -87,6 +87,16 @@ impl Target {
             Self::Given(_) => None,
         }
     }
+
+    /// Stops its process. Bytes of the chunks that it has stored, by `verify`.
+    pub async fn stored(&mut self) -> Option<f64> {
+        let Self::Own(server) = self else { return None };
+        server.terminate().await;
+        let mut verify = server.command(&["verify", "--json", "--data"]);
+        verify.arg(server.dir());
+        let events = mainstay_tests::process::events(&mainstay_tests::process::run(verify).await.stdout);
+        events.last()?["bytes"].as_f64()
+    }
 }
 
 /// Bytes of allocated blocks of the files below a directory that are `counted`.

@@ -101,7 +101,7 @@ const EXPIRY_STEP: usize = 64;
 const WAKE_AGAIN: tokio::time::Duration = tokio::time::Duration::from_secs(1);
 
 /// Passes of compaction at once: each may hold the texts of its range.
-const PASSES: usize = 4;
+const PASSES: usize = 2;
 
 type Cell = Arc<OnceCell<Arc<Session>>>;
 

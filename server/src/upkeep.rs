@@ -8,7 +8,7 @@ use mainstay_protocol::session::{Chunk, State, Survey};
 use mainstay_store::{Compaction, Pending, ReadFrom, SessionStat, Store, StoreError, Writer};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinHandle;
-use tokio::time::Duration;
+use tokio::time::{Duration, Instant};
 
 use crate::sessions::{Session, Sessions};
 
@@ -18,8 +18,10 @@ const PASS_BYTES: usize = 16 << 20;
 const PAGE_BYTES: usize = 1 << 20;
 /// How often a pass looks at its range: what came of a few hundred chunks is put together once more.
 const ROUNDS: usize = 4;
-/// Between two steps of a pass: appends never wait for more than one (spec SESS-19).
-const STEP_PAUSE: Duration = Duration::from_millis(5);
+/// Between two steps of a pass: appends never wait for more than one (spec SESS-19). A step that took long, because the store or the
+/// processor is busy, is followed by a pause of a multiple of that.
+const STEP_PAUSE: Duration = Duration::from_millis(10);
+const STEP_REST: u32 = 4;
 /// A view with more bytes is not written for the sake of compaction before a quarter as much was appended.
 const LARGE_VIEW: usize = 256 << 10;
 /// A message that is finished so many records behind its start or sooner has one part: there is nothing to be put together.
@@ -320,6 +322,7 @@ impl Pass {
             self.session.ring().forget(before);
             store.set_compaction(&writer, Compaction { before, ..self.compaction }).await?;
             for step in plan.steps() {
+                let begun = Instant::now();
                 let mut chunks: Vec<Arc<Chunk>> = Vec::new();
                 let mut next = (step.start.first, step.start.number);
                 while next.1 < step.next_number {
@@ -335,7 +338,7 @@ impl Pass {
                 if self.yields.load(Ordering::Relaxed) {
                     return Ok(Passed { compaction: Compaction { before, ..self.compaction }, more: true });
                 }
-                tokio::time::sleep(STEP_PAUSE).await;
+                tokio::time::sleep(STEP_PAUSE.max(begun.elapsed() * STEP_REST)).await;
             }
         }
         Ok(Passed { compaction: self.compaction, more })

@@ -81,21 +81,22 @@ impl<'a> Reader<'a> {
     /// Sessions whose expiry is due at `now`, at most `limit`, the longest due first.
     pub(crate) fn due(&self, now: u64, limit: usize) -> Result<Vec<SessionStat>, StoreError> {
         let rows = self.snapshot.prefix(self.engine.meta(), [keys::DUE]);
-        self.timed(rows, now, limit, |row| Some(keys::due(row.due, row.incarnation)))
+        self.timed(rows, now, limit, |row| Some(keys::due(row.due, row.incarnation)), |_| false)
     }
 
-    /// Sessions that have something to write by themselves at `until`, as [`Reader::due`], behind `after`.
+    /// Sessions that have something to write by themselves at `until`, as [`Reader::due`], behind `after`. One that is quarantined cannot.
     pub(crate) fn waking(
         &self,
         until: u64,
         after: Option<(u64, Incarnation)>,
         limit: usize,
+        is_quarantined: impl Fn(Incarnation) -> bool,
     ) -> Result<Vec<SessionStat>, StoreError> {
         let first = after.map_or_else(|| vec![keys::WAKE], |(at, incarnation)| keys::wake(at, incarnation).to_vec());
         let end = vec![keys::WAKE + 1];
         let start = if after.is_some() { Bound::Excluded(first) } else { Bound::Included(first) };
         let rows = self.snapshot.range(self.engine.meta(), (start, Bound::Excluded(end)));
-        self.timed(rows, until, limit, |row| Some(keys::wake(row.wake?, row.incarnation)))
+        self.timed(rows, until, limit, |row| Some(keys::wake(row.wake?, row.incarnation)), is_quarantined)
     }
 
     /// The sessions of these rows up to a moment, each checked against the key that its own row makes.
@@ -105,6 +106,7 @@ impl<'a> Reader<'a> {
         until: u64,
         limit: usize,
         key_of: impl Fn(&SessionRow) -> Option<[u8; 25]>,
+        skips: impl Fn(Incarnation) -> bool,
     ) -> Result<Vec<SessionStat>, StoreError> {
         let mut due = Vec::new();
         for guard in rows {
@@ -116,6 +118,7 @@ impl<'a> Reader<'a> {
             let name = core::str::from_utf8(&name).ok().and_then(|name| SessionName::new(name).ok());
             let Some(name) = name else { continue };
             match self.row(&name) {
+                Ok(Some(row)) if skips(row.incarnation) => {}
                 Ok(Some(row)) if key_of(&row).is_some_and(|own| key.as_ref() == own) => {
                     due.extend(self.stat(name, &row).ok());
                 }

@@ -285,7 +285,8 @@ impl Store for FjallStore {
     }
 
     fn waking(&self, until: u64, after: Option<(u64, Incarnation)>, limit: usize) -> Pending<Vec<SessionStat>> {
-        self.read(None, move |reader| reader.waking(until, after, limit))
+        let shared = self.shared.clone();
+        self.read(None, move |reader| reader.waking(until, after, limit, |id| shared.is_quarantined(id)))
     }
 
     fn expire(&self, session: SessionId, now: u64) -> Pending<bool> {
