@@ -203,7 +203,7 @@ impl Upkeep {
         let Compaction { next, looked, .. } = self.compaction;
         let messages = state.view().messages();
         // Where the view knows all that was finished since the last pass, what was written before is not read in vain.
-        let oldest = messages.index().next_back().filter(|_| messages.index().count() == INDEXED_MESSAGES);
+        let oldest = messages.index().next().filter(|_| messages.index().count() == INDEXED_MESSAGES);
         let knows_all = oldest.is_none_or(|message| message.through < looked);
         let open = messages.open().iter().map(|message| message.start).filter(|start| *start >= next);
         let first = self.finished(state, 0).map(|(start, _)| start).chain(open).min();

@@ -632,3 +632,30 @@ async fn the_command_line_reads_writes_and_watches_state_and_follows_a_conversat
     let ended = process::named(&rows, "record").into_iter().rfind(|row| row["kind"] == "message.end").expect("an end");
     assert_eq!((&ended["status"], &ended["detail"]), (&"interrupted".into(), &"enough".into()));
 }
+
+/// `tail --fold` shows what waits for an answer, and what people say to agents.
+#[tokio::test]
+async fn a_conversation_shows_what_is_asked_and_what_comes_of_it() {
+    let server = Server::start().await;
+    let session = attach(&server.client(ClientConfig::default()), "s1").await;
+    let producer = session.producer("agent").await.expect("a producer");
+    let agent = session.start_run(Duration::from_secs(30), None).await.expect("a run");
+    let (asked, ticket) =
+        agent.request(&producer, "approval", Duration::from_secs(30), "deploy?").await.expect("a request");
+    ticket.await.expect("stored");
+    let mut fold = server.command(&["tail", "s1", "--fold", "--json"]);
+    let mut folding = fold.stdout(Stdio::piped()).spawn().expect("tail");
+    let mut rows = process::Rows::of(folding.stdout.take().expect("output"));
+    let now = rows.until("caught_up").await;
+    let waits = process::named(&now, "request");
+    assert_eq!((waits.len(), &waits[0]["needs"], &waits[0]["body"]), (1, &"approval".into(), &"deploy?".into()));
+    let told = run(server.command(&["tail", "s1", "--fold", "--until-idle", "100"])).await;
+    assert_eq!(told.stdout, format!("[request.opened] request={asked} needs=approval body=deploy?\n").as_bytes());
+    session.signal(Intent::Approve).request(asked).text("go on").send().await.expect("an answer");
+    let live = rows.until("signal").await;
+    let answer = process::named(&live, "signal")[0];
+    assert_eq!((&answer["kind"], &answer["text"]), (&"signal.approve".into(), &"go on".into()));
+    folding.kill().await.expect("kill");
+    let told = run(server.command(&["tail", "s1", "--fold", "--until-idle", "100"])).await;
+    assert_eq!(told.stdout, b"", "nothing waits for anybody");
+}

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use mainstay_client::{
-    Client, ClientError, Folded, Kind, LiveView, Message, MessageAppend, MessageId, Payload, Status, Update,
+    Client, ClientError, Folded, Kind, LiveView, Message, MessageAppend, MessageId, OpenRequest, Payload, Status,
+    Update,
 };
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until};
@@ -20,6 +21,8 @@ struct Conversation {
     screen: Screen,
     /// The message whose text ends the last line, for people.
     line_of: Option<MessageId>,
+    /// Everything below was shown: people do not need it again when the view is read anew.
+    next: u64,
 }
 
 pub(crate) async fn follow(client: &Client, args: &args::Tail, output: Output) -> Result<(), Failure> {
@@ -36,7 +39,7 @@ pub(crate) async fn follow(client: &Client, args: &args::Tail, output: Output) -
         view = patiently(client, &args.session, output, live) => view?,
         () = &mut stop => return Ok(()),
     };
-    let mut shown = Conversation { screen: Screen::new(output), line_of: None };
+    let mut shown = Conversation { screen: Screen::new(output), line_of: None, next: 0 };
     let idle = args.until_idle.map(Duration::from_millis);
     let mut idle_since: Option<Instant> = None;
     let mut connection = client.connection();
@@ -84,6 +87,7 @@ pub(crate) async fn follow(client: &Client, args: &args::Tail, output: Output) -
             Update::Ended => ended = true,
             _ => {}
         }
+        shown.next = view.view().next();
         tokio::select! {
             result = shown.screen.show() => result?,
             () = &mut stop => return Ok(()),
@@ -111,7 +115,23 @@ impl Conversation {
         }
         let mut known: Vec<&Message> = messages.finished().chain(messages.open()).collect();
         known.sort_by_key(|message| message.start);
+        let is_new = |seq: u64| self.screen.is_json() || seq >= self.next;
+        let requests: Vec<&OpenRequest> = view.signals().requests().iter().filter(|of| is_new(of.seq)).collect();
+        known.retain(|message| is_new(message.through));
         known.into_iter().for_each(|message| self.message(message));
+        self.end_line();
+        requests.into_iter().for_each(|request| self.request(request));
+    }
+
+    /// Something that waits for an answer.
+    fn request(&mut self, request: &OpenRequest) {
+        let mut event = json!({
+            "event": "request", "kind": "request.opened", "seq": request.seq, "author": request.author.to_string(),
+            "request": request.id.to_string(), "needs": request.needs.as_str(), "expires": time(request.expires),
+        });
+        rows::bytes(&mut event, "body", &request.body);
+        let (id, needs, body) = (request.id, &request.needs, String::from_utf8_lossy(&request.body));
+        self.screen.event(&event, || format!("[request.opened] request={id} needs={needs} body={body}"));
     }
 
     fn message(&mut self, message: &Message) {
@@ -185,6 +205,15 @@ impl Conversation {
         }
         if matches!(record.kind, Kind::RUN_START | Kind::RUN_LOST | Kind::RUN_END) {
             self.of_runs(view, folded.seq);
+            return Ok(());
+        }
+        let family = record.kind.name().and_then(|name| name.split('.').next());
+        if let Some(family @ ("signal" | "request")) = family {
+            self.end_line();
+            let mut event = rows::row_of(folded.seq, folded.time, &folded.author, "", record);
+            event["event"] = json!(family);
+            event.as_object_mut().and_then(|event| event.remove("stream"));
+            self.screen.event(&event, || String::from_utf8_lossy(&rows::line(record)).into_owned());
             return Ok(());
         }
         let Some(message) = record.message.and_then(|id| view.view().messages().get(id)) else { return Ok(()) };
