@@ -376,7 +376,7 @@ With it each job is sent as a POST with a JSON body, and its key as header Idemp
 
 After a crash a job may be sent once more, with the same key.
 An answer 2xx means delivered; 400, 410, 413, 422 and redirections mean failed.
-Anything else, and no answer within 10 s, is tried again after 1 to 60 s, until --give-up.
+Anything else, and no answer within 10 s, is tried again after 1 to 60 s, or what Retry-After says in seconds, until --give-up.
 A job that is withdrawn is not tried again.
 Jobs in hand when this ends go to other workers.")]
     Work {

@@ -69,6 +69,9 @@ struct Post {
     at: Instant,
 }
 
+/// Seconds for which a webhook that answers 503 wants to be left alone.
+const RETRY_AFTER: u64 = 5;
+
 /// A webhook that answers with these statuses in turn, and then with 204.
 async fn webhook(statuses: &'static [u16]) -> (SocketAddr, mpsc::UnboundedReceiver<Post>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a socket");
@@ -97,7 +100,8 @@ async fn webhook(statuses: &'static [u16]) -> (SocketAddr, mpsc::UnboundedReceiv
             }
             post.body = serde_json::from_slice(&body).expect("JSON");
             let status = statuses.next().unwrap_or(204);
-            let answer = format!("HTTP/1.1 {status} x\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+            let after = if status == 503 { format!("retry-after: {RETRY_AFTER}\r\n") } else { String::new() };
+            let answer = format!("HTTP/1.1 {status} x\r\n{after}content-length: 0\r\nconnection: close\r\n\r\n");
             let _ = stream.write_all(answer.as_bytes()).await;
             let _ = posts.send(post);
         }
@@ -140,7 +144,7 @@ async fn who_is_away_is_told_once_however_often_the_webhook_fails() {
     let told = rows.until("delivered").await;
     let delivered = asked.elapsed();
     let key = format!("{}:{seq}:phone", session.info().incarnation);
-    let mut first = None;
+    let (mut first, mut at) = (None, Vec::new());
     for _ in 0..4 {
         let post = timeout(PATIENCE, posts.recv()).await.expect("in time").expect("a post");
         assert_eq!((post.key.as_str(), post.authorization.as_str()), (key.as_str(), "Bearer x"));
@@ -150,7 +154,9 @@ async fn who_is_away_is_told_once_however_often_the_webhook_fails() {
             (Some("request.opened"), Some("dev"))
         );
         first.get_or_insert(post.at);
+        at.push(post.at);
     }
+    assert!(at[3] - at[2] >= Duration::from_secs(RETRY_AFTER), "it was asked to wait");
     assert_eq!(told.iter().filter(|row| row["event"] == "job").count(), 1);
     assert_eq!(told.iter().filter(|row| row["event"] == "retry").count(), 3);
     let expired = timeout(PATIENCE, signals.next()).await.expect("in time").expect("the expiry");

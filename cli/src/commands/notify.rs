@@ -134,8 +134,8 @@ fn body(job: &Job) -> Value {
 enum Attempt {
     Delivered,
     Failed(String),
-    /// It can be tried again.
-    Again(String),
+    /// It can be tried again, not before so long.
+    Again(String, Duration),
 }
 
 /// Where jobs are sent.
@@ -185,9 +185,15 @@ impl Webhook {
                 status @ (300..=399 | 400 | 410 | 413 | 422) => {
                     Attempt::Failed(format!("the webhook answered {status}"))
                 }
-                status => Attempt::Again(format!("the webhook answered {status}")),
+                status => {
+                    let after = response.headers().get("retry-after").and_then(|after| after.to_str().ok());
+                    let after = after
+                        .and_then(|seconds| seconds.trim().parse().ok())
+                        .map_or(Duration::ZERO, Duration::from_secs);
+                    Attempt::Again(format!("the webhook answered {status}"), after)
+                }
             },
-            Err(error) => Attempt::Again(format!("the webhook cannot be reached: {error}")),
+            Err(error) => Attempt::Again(format!("the webhook cannot be reached: {error}"), Duration::ZERO),
         }
     }
 }
@@ -208,14 +214,14 @@ impl Delivery {
         loop {
             let (webhook, sent, text) = (self.webhook.clone(), key.clone(), text.clone());
             let attempt = tokio::task::spawn_blocking(move || webhook.post(&sent, &text)).await;
-            let why = match attempt {
+            let (why, after) = match attempt {
                 Ok(Attempt::Delivered) => return Ok((JobOutcome::Delivered, String::new())),
                 Ok(Attempt::Failed(why)) => return Ok((JobOutcome::Failed, why)),
-                Ok(Attempt::Again(why)) => why,
-                Err(error) => format!("the attempt failed: {error}"),
+                Ok(Attempt::Again(why, after)) => (why, after),
+                Err(error) => (format!("the attempt failed: {error}"), Duration::ZERO),
             };
-            let pause = backoff.next(rand::random());
-            if Instant::now() + pause >= until {
+            let pause = backoff.next(rand::random()).max(after);
+            if Instant::now().checked_add(pause).is_none_or(|next| next >= until) {
                 return Ok((JobOutcome::Failed, why));
             }
             let wait = pause.as_secs_f64();
