@@ -40,6 +40,8 @@ pub struct LiveView {
     covered: u64,
     /// A new view is asked for: what was left out is gone, or comes in another form.
     restarting: bool,
+    /// It has caught up since it was read last.
+    kept_up: bool,
     manner: Manner,
 }
 
@@ -102,6 +104,7 @@ impl LiveView {
             waiting: VecDeque::new(),
             covered: 0,
             restarting: false,
+            kept_up: true,
             manner,
         })
     }
@@ -167,12 +170,16 @@ impl LiveView {
                     self.restarting = true;
                     continue;
                 }
-                // Its texts would be right, its counts not those of others. Of one that is rolled up they are not anyway.
+                // Its texts would be right, its counts not those of others. Of one that is rolled up they are not anyway, and one that
+                // cannot keep up is not read anew again and again.
                 Event::Compacted => {
-                    self.restarting |= self.manner.window.is_none();
+                    self.restarting |= self.manner.window.is_none() && core::mem::take(&mut self.kept_up);
                     continue;
                 }
-                Event::CaughtUp { tail } => Update::CaughtUp { tail },
+                Event::CaughtUp { tail } => {
+                    self.kept_up = true;
+                    Update::CaughtUp { tail }
+                }
                 Event::Resumed { verdict, .. } => {
                     self.restarting |= verdict == Verdict::Snapshot && self.manner.window.is_none();
                     Update::Resumed

@@ -384,7 +384,7 @@ impl Owner {
         let wake = self.state().and_then(State::wake);
         // What waits for workers is not told apart from what is due some time.
         let two = wake == Some(FOR_WORKERS) && self.upkeep.compact_at().is_some();
-        wake == Some(AT_ONCE) || two || self.upkeep.needs_session((self.sessions.clock)())
+        wake == Some(AT_ONCE) || two || self.upkeep.needs_session()
     }
 
     /// Lets the time until the session expires begin now. False if that is not stored.
@@ -445,10 +445,16 @@ impl Owner {
         if at > now {
             return Some(Instant::now() + Duration::from_millis(at - now).min(RECHECK));
         }
-        match self.authority().await {
-            Ok(_) => self.keep_up(),
-            Err(refusal) => {
-                tracing::debug!(session = %self.session.id, code = %refusal.code, "cannot be compacted now")
+        if self.upkeep.may_compact(now) {
+            match self.authority().await {
+                Ok(_) => self.keep_up(),
+                Err(refusal) => {
+                    tracing::debug!(session = %self.session.id, code = %refusal.code, "cannot be compacted now");
+                    match refusal.code.is_retryable() {
+                        true => self.upkeep.postpone(now),
+                        false => self.upkeep.give_up(),
+                    }
+                }
             }
         }
         // Other upkeep may be on its way, or the store not ready.

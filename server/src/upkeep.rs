@@ -22,6 +22,9 @@ const ROUNDS: usize = 4;
 /// processor is busy, is followed by a pause of a multiple of that.
 const STEP_PAUSE: Duration = Duration::from_millis(10);
 const STEP_REST: u32 = 4;
+const LONGEST_REST: Duration = Duration::from_secs(1);
+/// How long a store that refused is left alone, and a session at least whose turn it is not.
+const AGAIN: u64 = 1000;
 /// A view with more bytes is not written for the sake of compaction before a quarter as much was appended.
 const LARGE_VIEW: usize = 256 << 10;
 /// A message that is finished so many records behind its start or sooner has one part: there is nothing to be put together.
@@ -42,6 +45,10 @@ pub(crate) struct Upkeep {
     compaction: Compaction,
     /// When finished messages are put together, in milliseconds since the Unix epoch.
     compact_at: Option<u64>,
+    /// Nothing is tried before that.
+    not_before: u64,
+    /// What is stored cannot be put together. Whoever loads the session next tries again.
+    gave_up: bool,
 }
 
 /// The end of a range: the seq, and the number of the next chunk.
@@ -98,6 +105,8 @@ impl Upkeep {
             released: stat.first,
             compaction: stat.compaction,
             compact_at: None,
+            not_before: 0,
+            gave_up: false,
         };
         this.expect_compaction(state, 0, stat.written);
         this
@@ -113,10 +122,37 @@ impl Upkeep {
         wake.into_iter().chain(self.compact_at).min()
     }
 
-    /// True if the session must stay in memory: it is compacted, or is to be at once.
-    pub(crate) fn needs_session(&self, now: u64) -> bool {
+    /// True if the session must stay in memory: it is compacted.
+    pub(crate) fn needs_session(&self) -> bool {
         matches!(self.work, Work::Compaction { .. } | Work::Snapshot { permit: Some(_), .. })
-            || self.compact_at.is_some_and(|at| at <= now)
+    }
+
+    /// True if compaction is due and may begin. Where others are compacted it is due later: whoever waits need not be in memory.
+    pub(crate) fn may_compact(&mut self, now: u64) -> bool {
+        let due = self.compact_at.is_some_and(|at| at <= now) && self.not_before <= now;
+        let may = due && matches!(self.work, Work::None);
+        if may && self.sessions.compactions.available_permits() == 0 {
+            self.postpone(now);
+            return false;
+        }
+        may
+    }
+
+    /// Lets compaction be due later.
+    pub(crate) fn postpone(&mut self, now: u64) {
+        let later = now.saturating_add(self.delay().unwrap_or(0).max(AGAIN));
+        self.compact_at = self.compact_at.map(|at| at.max(later));
+    }
+
+    /// Gives compaction up until the session is loaded again.
+    pub(crate) fn give_up(&mut self) {
+        (self.gave_up, self.compact_at) = (true, None);
+    }
+
+    /// How long after its end a message is put together, in milliseconds; `None` for never.
+    fn delay(&self) -> Option<u64> {
+        let after = self.sessions.config.compact_after.filter(|_| !self.gave_up)?;
+        Some(u64::try_from(after.as_millis()).unwrap_or(u64::MAX))
     }
 
     /// Bytes of chunks behind the last snapshot.
@@ -134,9 +170,9 @@ impl Upkeep {
 
     /// Compacts some time after `at`, if messages of several parts were finished at `seq` or later that nobody looked at.
     fn expect_compaction(&mut self, state: &State, seq: u64, at: u64) {
-        let Some(delay) = self.sessions.config.compact_after else { return };
+        let Some(delay) = self.delay() else { return };
         if self.compact_at.is_none() && self.finished(state, seq).next().is_some() {
-            self.compact_at = Some(at.saturating_add(u64::try_from(delay.as_millis()).unwrap_or(u64::MAX)));
+            self.compact_at = Some(at.saturating_add(delay));
         }
     }
 
@@ -161,12 +197,15 @@ impl Upkeep {
             }
             _ => return,
         }
+        if now < self.not_before {
+            return;
+        }
         // A large view is not written for less than a multiple of what it is itself.
         let enough = self.sessions.config.snapshot_bytes.max(4 * self.snapshot_len);
         if self.unsnapshotted >= enough || state.first() > self.released {
             self.put_snapshot(state, writer, None);
-        } else if self.compact_at.is_some_and(|at| at <= now) {
-            self.compact(state, writer);
+        } else if self.may_compact(now) {
+            self.compact(state, writer, now);
         }
     }
 
@@ -179,7 +218,7 @@ impl Upkeep {
     }
 
     /// Begins a pass, or with what must come before it.
-    fn compact(&mut self, state: &State, writer: &Arc<Writer>) {
+    fn compact(&mut self, state: &State, writer: &Arc<Writer>, now: u64) {
         let Some((_, last)) = self.finished(state, 0).next() else {
             self.compact_at = None;
             return;
@@ -190,8 +229,7 @@ impl Upkeep {
             self.compact_at = None;
             return;
         }
-        // While others are compacted it stays due.
-        let Ok(permit) = self.sessions.compactions.clone().try_acquire_owned() else { return };
+        let Ok(permit) = self.sessions.compactions.clone().try_acquire_owned() else { return self.postpone(now) };
         self.compact_at = None;
         match covered {
             Some(end) => self.begin_pass(state, writer, end, permit),
@@ -239,9 +277,16 @@ impl Upkeep {
         let done = match result {
             Ok(done) => done,
             Err(error) => {
-                // Tried again after the next commit, or later, not at once: the store has too much to do or no space.
+                // Tried again later, not at once: the store has too much to do or no space.
                 tracing::warn!(session = %self.session.id, %error, "snapshot, trim or compaction not done; it will be repeated");
-                self.expect_compaction(state, 0, now);
+                self.not_before = now.saturating_add(AGAIN);
+                match error.is_retryable() {
+                    true => {
+                        self.expect_compaction(state, 0, now);
+                        self.postpone(now);
+                    }
+                    false => self.give_up(),
+                }
                 return;
             }
         };
@@ -249,10 +294,15 @@ impl Upkeep {
             self.snapshot = Some(*end);
         }
         match (work, done) {
-            (Work::Snapshot { end, permit: Some(permit), .. }, _) => {
+            (Work::Snapshot { end, permit: Some(permit), .. }, _) if state.first() <= self.released => {
                 return self.begin_pass(state, writer, end, permit);
             }
-            (Work::Snapshot { first, .. }, _) if first > self.released => {
+            (Work::Snapshot { first, permit, .. }, _) if first > self.released || permit.is_some() => {
+                // Who waits for space goes first.
+                self.compact_at = permit.map(|_| now).or(self.compact_at);
+                if first <= self.released {
+                    return self.keep_up(state, writer, now);
+                }
                 let running = self.sessions.store.trim(writer, first);
                 self.work = Work::Trim { running, first };
                 return;
@@ -261,7 +311,8 @@ impl Upkeep {
             (Work::Compaction { .. }, Done::Compacted(Passed { compaction, more })) => {
                 self.compaction = compaction;
                 match more {
-                    true => self.compact_at = Some(now),
+                    // So that others come in between.
+                    true => self.compact_at = Some(now.saturating_add(AGAIN)),
                     false => self.expect_compaction(state, 0, now),
                 }
             }
@@ -304,7 +355,7 @@ impl Pass {
         let store = &*sessions.store;
         let mut more = false;
         for round in 1.. {
-            let (survey, cut) = self.survey(store).await?;
+            let Some((survey, cut)) = self.survey(store).await? else { return Ok(self.yielded()) };
             more |= cut;
             let plan = survey.plan(self.end.seq);
             // What was told is never taken back, also if an earlier pass was not finished.
@@ -322,6 +373,9 @@ impl Pass {
             self.session.ring().forget(before);
             store.set_compaction(&writer, Compaction { before, ..self.compaction }).await?;
             for step in plan.steps() {
+                if self.yields.load(Ordering::Relaxed) {
+                    return Ok(self.yielded());
+                }
                 let begun = Instant::now();
                 let mut chunks: Vec<Arc<Chunk>> = Vec::new();
                 let mut next = (step.start.first, step.start.number);
@@ -335,21 +389,27 @@ impl Pass {
                     .put_together(step, &chunks)
                     .map_err(|error| StoreError::Damaged { seq: step.start.first, what: error.detail.into() })?;
                 store.compact(&writer, Arc::new(chunk)).await?;
-                if self.yields.load(Ordering::Relaxed) {
-                    return Ok(Passed { compaction: Compaction { before, ..self.compaction }, more: true });
-                }
-                tokio::time::sleep(STEP_PAUSE.max(begun.elapsed() * STEP_REST)).await;
+                tokio::time::sleep((begun.elapsed() * STEP_REST).clamp(STEP_PAUSE, LONGEST_REST)).await;
             }
         }
         Ok(Passed { compaction: self.compaction, more })
     }
 
-    /// Reads the range, or as much of it as one pass looks at: then it ends there, and that is said.
-    async fn survey(&mut self, store: &dyn Store) -> Result<(Survey, bool), StoreError> {
+    /// What is left is for later.
+    fn yielded(&self) -> Passed {
+        let before = self.session.extent.borrow().compacted;
+        Passed { compaction: Compaction { before, ..self.compaction }, more: true }
+    }
+
+    /// Reads the range, or as much of it as one pass looks at: then it ends there, and that is said. `None` if it has to yield.
+    async fn survey(&mut self, store: &dyn Store) -> Result<Option<(Survey, bool)>, StoreError> {
         let mut survey = self.survey.clone();
         let mut from = ReadFrom::Seq(self.begin);
         let mut bytes = 0;
         loop {
+            if self.yields.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
             let page = self.page(store, from).await?;
             let within = page.iter().filter(|chunk| chunk.header().number < self.end.number);
             for (at, chunk) in within.enumerate() {
@@ -358,14 +418,14 @@ impl Pass {
                     .map_err(|error| StoreError::Damaged { seq: chunk.first(), what: error.detail.into() })?;
                 bytes += chunk.bytes().len();
             }
-            let Some(last) = page.last() else { return Ok((survey, false)) };
+            let Some(last) = page.last() else { return Ok(Some((survey, false))) };
             let next = (last.end(), last.header().next_number());
             if next.1 >= self.end.number {
-                return Ok((survey, false));
+                return Ok(Some((survey, false)));
             }
             if bytes >= PASS_BYTES {
                 self.end = End { seq: next.0, number: next.1 };
-                return Ok((survey, true));
+                return Ok(Some((survey, true)));
             }
             from = ReadFrom::Chunk { first: next.0, number: next.1 };
         }

@@ -153,9 +153,6 @@ impl Committer {
                 quarantined.insert(Incarnation(id));
             }
         }
-        // One that is damaged is reported by `verify`; what is counted wrong costs time or space, nothing else.
-        let removed = engine.meta().get(keys::REMOVED).map_err(damaged)?;
-        let removed = removed.and_then(|row| keys::decode_removed(&row.into()).ok()).unwrap_or(0);
         *shared.quarantined.write().unwrap_or_else(PoisonError::into_inner) = quarantined;
         Ok(Self {
             witness: engine.witness,
@@ -168,7 +165,7 @@ impl Committer {
             dead,
             last_sync: Instant::now(),
             last_sweep: Instant::now(),
-            reclaim: Reclaim::new(removed),
+            reclaim: Reclaim::default(),
             unsynced: true,
             broken: false,
             tight: None,
@@ -218,11 +215,8 @@ impl Committer {
                 }
                 next = self.requests.try_recv().ok();
             }
-            let reclaimed = self.reclaim(&mut turn, idle && wait == QUIET);
             self.commit(turn);
-            if reclaimed && let Ok(engine) = self.engine() {
-                reclaim::forget(&engine);
-            }
+            self.reclaim(idle && wait == QUIET);
             if self.unsynced && (idle || self.last_sync.elapsed() >= WITNESS_SYNC) {
                 self.sync_witness();
             }
@@ -234,26 +228,17 @@ impl Committer {
         self.sync_witness();
     }
 
-    /// Lets space be given back while the store is quiet, and notes that it was. True if so.
-    fn reclaim(&mut self, turn: &mut Turn, quiet: bool) -> bool {
-        let left = self.reclaim.finish().filter(|_| self.need_engine().is_ok());
-        if let Some(left) = left {
-            turn.put(3, keys::REMOVED.to_vec(), keys::encode_removed(left));
+    /// Lets space be given back while the store is quiet.
+    fn reclaim(&mut self, quiet: bool) {
+        let Ok(engine) = self.engine() else { return };
+        // Behind a commit of its own: what was written anew is the past for fjall only once something follows.
+        if self.reclaim.finish() && self.need_engine().is_ok() && self.write(&[]).is_ok() {
+            reclaim::forget(&engine);
         }
-        if quiet
-            && self.shared.condition() == Condition::Serving
-            && let Ok(engine) = self.engine()
-        {
+        if quiet && self.shared.condition() == Condition::Serving {
             let free = self.shared.free().saturating_sub(self.shared.config.reserve);
-            self.reclaim.start(&engine, free);
+            self.reclaim.start(&engine, self.witness.log, free);
         }
-        left.is_some()
-    }
-
-    /// Counts what a turn removes from the log.
-    fn removed(&mut self, turn: &mut Turn, bytes: u64) {
-        let removed = self.reclaim.add(bytes);
-        turn.put(3, keys::REMOVED.to_vec(), keys::encode_removed(removed));
     }
 
     fn engine(&self) -> Result<Arc<Engine>, StoreError> {
@@ -659,9 +644,8 @@ impl Committer {
         if *snapshot < chunk.header().next_number() {
             return Err(StoreError::Invalid { what: "compaction needs a snapshot that covers it" });
         }
-        let (covered, bytes) = Reader::new(&engine).covered(row, chunk)?;
+        let covered = Reader::new(&engine).covered(row, chunk)?;
         turn.bytes += chunk.bytes().len();
-        self.removed(turn, bytes);
         for (at, key) in covered.into_iter().enumerate() {
             // The first one's key is the chunk's.
             let value = (at == 0).then(|| chunk.bytes().clone());
@@ -765,7 +749,6 @@ impl Committer {
             turn.remove(3, keys::dead(segment).to_vec());
             self.dead.pop();
         }
-        self.removed(turn, bytes as u64);
     }
 
     /// Commits a turn and answers. Nobody is answered before the batch is synced and noted.
@@ -794,6 +777,7 @@ impl Committer {
         let mut witness = self.witness;
         witness.commits += 1;
         let mut batch = engine.db.batch().durability(Some(PersistMode::SyncData));
+        let mut removed = 0;
         // Several edits of one row in a turn count against what the one before left.
         let mut pending: HashMap<(usize, Bytes), Option<Bytes>> = HashMap::new();
         for Edit { keyspace, key, value, is_new } in edits {
@@ -817,11 +801,16 @@ impl Committer {
             if let Some(old) = &old {
                 witness.rows -= 1;
                 witness.sum = witness.sum.wrapping_sub(keys::digest(*keyspace, key, old));
+                if *keyspace == 0 {
+                    witness.log -= old.len() as u64;
+                    removed += old.len() as u64;
+                }
             }
             match value {
                 Some(value) => {
                     witness.rows += 1;
                     witness.sum = witness.sum.wrapping_add(keys::digest(*keyspace, key, value));
+                    witness.log += if *keyspace == 0 { value.len() as u64 } else { 0 };
                     batch.insert(ks, key.clone(), value.clone());
                 }
                 None if old.is_some() => batch.remove(ks, key.clone()),
@@ -834,6 +823,7 @@ impl Committer {
         batch.insert(engine.meta(), WITNESS_KEY.clone(), witness.encode(&engine.id));
         batch.commit().map_err(|error| self.failed(&error))?;
         self.witness = witness;
+        self.reclaim.removed(removed);
         if let Err(error) = self.file.note(witness.commits) {
             // The commit is durable; without the note the store could not prove it.
             return Err(self.fail(format!("the witness file cannot be written: {error}")));
@@ -920,6 +910,10 @@ impl Committer {
                 return drop(self.fail(what.into()));
             }
             self.reopenings += 1;
+        }
+        if self.reclaim.is_running() {
+            // It holds the engine, and soon ends.
+            return self.reclaim.stop();
         }
         self.reopened = Instant::now();
         // Readers hold the old engine for a moment; fjall's lock is free when the last one is done.

@@ -12,8 +12,6 @@ pub(crate) const KEYSPACES: [&str; 4] = ["log", "sessions", "snapshots", "meta"]
 
 /// Key of the witness row in `meta`.
 pub(crate) const WITNESS: &[u8] = b"witness";
-/// Key of the row in `meta` that says how many bytes were removed from the log since its tables were written anew.
-pub(crate) const REMOVED: &[u8] = b"removed";
 /// Prefix of the rows of dead segments in `meta`.
 pub(crate) const DEAD: u8 = b'd';
 /// Prefix of the rows of quarantined sessions in `meta`.
@@ -221,16 +219,6 @@ pub(crate) fn decode_dead(row: &Bytes) -> Result<u64, ProtocolError> {
     let before = r.varint()?;
     r.finish()?;
     Ok(before)
-}
-
-/// The row of what was removed.
-pub(crate) fn encode_removed(bytes: u64) -> Bytes {
-    encode_dead(bytes.min(MAX_VARINT))
-}
-
-/// Reads what [`encode_removed`] wrote.
-pub(crate) fn decode_removed(row: &Bytes) -> Result<u64, ProtocolError> {
-    decode_dead(row)
 }
 
 /// A snapshot with its checksum.

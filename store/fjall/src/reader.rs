@@ -206,9 +206,8 @@ impl<'a> Reader<'a> {
         Ok(page)
     }
 
-    /// Keys of the stored chunks that `chunk` covers, all of one segment, and their bytes. Errors: `Invalid` if they do not begin and end
-    /// as it does.
-    pub(crate) fn covered(&self, row: &SessionRow, chunk: &Chunk) -> Result<(Vec<Bytes>, u64), StoreError> {
+    /// Keys of the stored chunks that `chunk` covers, all of one segment. Errors: `Invalid` if they do not begin and end as it does.
+    pub(crate) fn covered(&self, row: &SessionRow, chunk: &Chunk) -> Result<Vec<Bytes>, StoreError> {
         let header = chunk.header();
         let at = row.segments.partition_point(|segment| segment.number <= header.number);
         let segment = at.checked_sub(1).and_then(|at| row.segments.get(at));
@@ -226,7 +225,7 @@ impl<'a> Reader<'a> {
             }
         }
         match chunk.covers(&chunks) {
-            true => Ok((keys, chunks.iter().map(|chunk| chunk.bytes().len() as u64).sum())),
+            true => Ok(keys),
             false => Err(StoreError::Invalid { what: "the chunk does not cover what is stored" }),
         }
     }

@@ -1,7 +1,7 @@
 //! Space that comes back to the file system: what was removed from the log lies in its tables until they are written anew.
 //!
-//! fjall does that as more is written. A store that is quiet would keep the space for ever, so what was removed is counted, and once
-//! that is as much as what is left, the tables are written anew while nobody asks for anything: it costs as much as it frees.
+//! fjall does that as more is written. A store that is quiet would keep the space for ever. So once half of what the tables hold is not
+//! in the log any more, they are written anew while nobody asks for anything: that costs less than it frees.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,75 +10,75 @@ use std::time::{Duration, Instant};
 
 use crate::open::Engine;
 
-/// Below this nothing is written anew: journals alone take more.
+/// Less than this is not worth it: journals alone take more.
 const LEAST: u64 = 16 << 20;
+/// Larger tables are left to fjall: while they are written anew none is compacted, and a load that returns meanwhile would wait.
+const MOST: u64 = 1 << 30;
+/// What else may be written meanwhile.
+const ROOM: u64 = 128 << 20;
 /// How long fjall may take to flush what is in memory.
 const FLUSH: Duration = Duration::from_secs(60);
 
 /// See the [module](self).
-#[derive(Default)]
 pub(crate) struct Reclaim {
-    /// Bytes removed from the log since its tables were written anew.
+    /// Bytes removed from the log since it was looked whether that is worth while.
     removed: u64,
     running: Option<Running>,
-    /// An attempt failed, or was not worth while, when so much was removed; the next one waits until more is.
-    looked_at: u64,
 }
 
 struct Running {
     thread: JoinHandle<bool>,
-    /// What was removed when it began.
-    removed: u64,
     stop: Arc<AtomicBool>,
 }
 
-impl Reclaim {
-    /// With what the store says was removed.
-    pub(crate) fn new(removed: u64) -> Self {
-        Self { removed, ..Self::default() }
+impl Default for Reclaim {
+    /// It is looked once after a start.
+    fn default() -> Self {
+        Self { removed: LEAST, running: None }
     }
+}
 
-    /// Counts what is removed. Returns the sum.
-    pub(crate) fn add(&mut self, bytes: u64) -> u64 {
+impl Reclaim {
+    /// Counts what is removed.
+    pub(crate) fn removed(&mut self, bytes: u64) {
         self.removed = self.removed.saturating_add(bytes);
-        self.removed
     }
 
     /// True if it is worth while to look again soon.
     pub(crate) fn is_due(&self) -> bool {
-        self.running.is_some() || self.removed >= self.looked_at.saturating_add(LEAST)
+        self.running.is_some() || self.removed >= LEAST
     }
 
-    /// Begins to write the log's tables anew, if that is worth while and there is room for it.
-    pub(crate) fn start(&mut self, engine: &Arc<Engine>, free: u64) {
-        let stored = engine.log().disk_space();
-        let left = stored.saturating_sub(self.removed);
-        if self.running.is_some() || !self.is_due() {
+    /// True while the engine is in use for it.
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| !running.thread.is_finished())
+    }
+
+    /// Begins to write the tables of the log anew, which has chunks of so many bytes, if that is worth while and there is room for it.
+    pub(crate) fn start(&mut self, engine: &Arc<Engine>, log: u64, free: u64) {
+        if self.running.is_some() || self.removed < LEAST {
             return;
         }
-        if self.removed < left || free < left {
-            self.looked_at = self.removed;
+        // Whatever comes of it: it is looked again once as much is removed again.
+        self.removed = 0;
+        let stored = engine.log().disk_space();
+        let dead = stored.saturating_sub(log);
+        if dead < LEAST.max(log) || stored > MOST || free < stored + ROOM {
             return;
         }
         let (engine, stop) = (engine.clone(), Arc::new(AtomicBool::new(false)));
         let told = stop.clone();
         let work = move || rewrite(&engine, &told);
         match std::thread::Builder::new().name("reclaim".into()).spawn(work) {
-            Ok(thread) => self.running = Some(Running { thread, removed: self.removed, stop }),
+            Ok(thread) => self.running = Some(Running { thread, stop }),
             Err(error) => tracing::warn!(%error, "cannot start what gives space back"),
         }
     }
 
-    /// Returns what is left to be counted once a rewrite has ended well.
-    pub(crate) fn finish(&mut self) -> Option<u64> {
-        let running = self.running.take_if(|running| running.thread.is_finished())?;
-        if running.thread.join().unwrap_or(false) {
-            self.removed -= running.removed;
-            self.looked_at = 0;
-            return Some(self.removed);
-        }
-        self.looked_at = self.removed;
-        None
+    /// True once when tables were written anew.
+    pub(crate) fn finish(&mut self) -> bool {
+        let running = self.running.take_if(|running| running.thread.is_finished());
+        running.is_some_and(|running| running.thread.join().unwrap_or(false))
     }
 
     /// Lets it end where it can.
@@ -89,8 +89,7 @@ impl Reclaim {
     }
 }
 
-/// Lets fjall remove the files of tables that were written anew: it does so when it rotates what is in memory, once something was
-/// written since.
+/// Lets fjall remove the files of tables that were written anew: it does so when it rotates what is in memory.
 pub(crate) fn forget(engine: &Engine) {
     if let Err(error) = engine.meta().rotate_memtable() {
         tracing::warn!(%error, "old tables stay until more is written");

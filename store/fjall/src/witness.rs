@@ -27,6 +27,8 @@ pub(crate) struct Witness {
     pub(crate) rows: u64,
     /// Wrapping sum of the rows' digests.
     pub(crate) sum: u128,
+    /// Bytes of all chunks.
+    pub(crate) log: u64,
 }
 
 impl Witness {
@@ -37,6 +39,7 @@ impl Witness {
         w.raw(&self.commits.to_be_bytes());
         w.raw(&self.rows.to_be_bytes());
         w.raw(&self.sum.to_be_bytes());
+        w.raw(&self.log.to_be_bytes());
         let checksum = xxh3_64(w.as_slice());
         w.raw(&checksum.to_be_bytes());
         w.freeze()
@@ -50,8 +53,9 @@ impl Witness {
         let commits = u64::from_be_bytes(r.array().ok()?);
         let rows = u64::from_be_bytes(r.array().ok()?);
         let sum = u128::from_be_bytes(r.array().ok()?);
+        let log = u64::from_be_bytes(r.array().ok()?);
         let checksum = u64::from_be_bytes(r.array().ok()?);
-        (r.is_empty() && store == *id && checksum == xxh3_64(body)).then_some(Self { commits, rows, sum })
+        (r.is_empty() && store == *id && checksum == xxh3_64(body)).then_some(Self { commits, rows, sum, log })
     }
 }
 
