@@ -9,7 +9,7 @@ use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::session::{
     Author, Backoff, CreditReceived, Incarnation, Kind, Progress, Record, Records, Verdict, View,
 };
-use mainstay_protocol::wire::{Delivery, Frame, Label, Start, Subscribe};
+use mainstay_protocol::wire::{Delivery, Frame, Label, Span, Start, Subscribe};
 use mainstay_transport::{Connection, FrameError, FrameReader, RecvStream};
 use tokio::sync::mpsc;
 
@@ -204,16 +204,11 @@ impl RecordBatch {
 
     /// Every record. Errors: `Protocol` if the server delivered something that is not a record.
     pub fn iter(&self) -> impl Iterator<Item = Result<ReadRecord<'_>, ClientError>> {
-        let mut seq = self.delivery.from;
-        let heads = self.delivery.spans.iter().flat_map(move |span| {
-            let first = seq + span.skip;
-            seq = first + span.count;
+        let seqs = Span::seqs(self.delivery.from, self.delivery.spans.iter().copied());
+        seqs.zip(Records::new(&self.delivery.records)).map(|((seq, span), record)| {
+            let record = record?;
             let time = self.delivery.base_time + span.time;
             let author = self.delivery.authors.get(span.author as usize);
-            (first..seq).map(move |seq| (seq, time, author))
-        });
-        heads.zip(Records::new(&self.delivery.records)).map(|((seq, time, author), record)| {
-            let record = record?;
             let stream = usize::try_from(record.stream).ok().and_then(|id| self.streams.get(id)?.as_ref());
             let unknown = ProtocolError::new(Code::FRAME_MALFORMED, "delivery names something that was not told");
             let (Some(author), Some(stream)) = (author, stream) else { return Err(unknown.into()) };

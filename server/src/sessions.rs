@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use mainstay_protocol::error::Code;
-use mainstay_protocol::session::{FOR_WORKERS, Incarnation, Refusal, SessionName, State, Streams};
-use mainstay_store::{Compaction, Created, ReadFrom, SessionId, SessionStat, Store, StoreError};
+use mainstay_protocol::session::{Compaction, FOR_WORKERS, Incarnation, Refusal, SessionName, State, Streams};
+use mainstay_store::{Created, ReadFrom, SessionId, SessionStat, Store, StoreError};
 use rand::RngCore;
 use tokio::sync::{OnceCell, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;

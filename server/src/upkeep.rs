@@ -3,14 +3,13 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use mainstay_protocol::registry::INDEXED_MESSAGES;
-use mainstay_protocol::session::{Chunk, State, Survey};
-use mainstay_store::{Compaction, Pending, ReadFrom, SessionStat, Store, StoreError, Writer};
+use mainstay_protocol::session::{Chunk, Compaction, State, Survey};
+use mainstay_store::{Pending, ReadFrom, SessionStat, Store, StoreError, Writer};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinHandle;
 use tokio::time::{Duration, Instant};
 
-use crate::sessions::{Session, Sessions};
+use crate::sessions::{Extent, Session, Sessions};
 
 /// Bytes of chunks that one pass of compaction looks at, and so of texts that it holds.
 const PASS_BYTES: usize = 16 << 20;
@@ -27,8 +26,6 @@ const LONGEST_REST: Duration = Duration::from_secs(1);
 const AGAIN: u64 = 1000;
 /// A view with more bytes is not written for the sake of compaction before a quarter as much was appended.
 const LARGE_VIEW: usize = 256 << 10;
-/// A message that is finished so many records behind its start or sooner has one part: there is nothing to be put together.
-const ONE_PART: u64 = 2;
 
 /// See the [module](self).
 pub(crate) struct Upkeep {
@@ -171,20 +168,9 @@ impl Upkeep {
     /// Compacts some time after `at`, if messages of several parts were finished at `seq` or later that nobody looked at.
     fn expect_compaction(&mut self, state: &State, seq: u64, at: u64) {
         let Some(delay) = self.delay() else { return };
-        if self.compact_at.is_none() && self.finished(state, seq).next().is_some() {
+        if self.compact_at.is_none() && self.compaction.wanted(state.view(), seq).next().is_some() {
             self.compact_at = Some(at.saturating_add(delay));
         }
-    }
-
-    /// Where messages of several parts begin and end that were finished at `seq` or later and that no pass looked at, as far as the
-    /// view knows them, the newest first. One that began before what passes begin with stays as it is.
-    fn finished(&self, state: &State, seq: u64) -> impl Iterator<Item = (u64, u64)> {
-        let Compaction { next, looked, .. } = self.compaction;
-        let messages = state.view().messages();
-        let kept = messages.finished().rev().map(|message| (message.start, message.through));
-        let known = kept.chain(messages.index().rev().map(|message| (message.start, message.through)));
-        let late = known.take_while(move |(_, through)| *through >= looked.max(seq));
-        late.filter(move |(start, through)| *start >= next && through - start > ONE_PART)
     }
 
     /// Starts what is due and not running.
@@ -219,7 +205,7 @@ impl Upkeep {
 
     /// Begins a pass, or with what must come before it.
     fn compact(&mut self, state: &State, writer: &Arc<Writer>, now: u64) {
-        let Some((_, last)) = self.finished(state, 0).next() else {
+        let Some((_, last)) = self.compaction.wanted(state.view(), 0).next() else {
             self.compact_at = None;
             return;
         };
@@ -238,20 +224,13 @@ impl Upkeep {
     }
 
     fn begin_pass(&mut self, state: &State, writer: &Arc<Writer>, end: End, permit: OwnedSemaphorePermit) {
-        let Compaction { next, looked, .. } = self.compaction;
-        let messages = state.view().messages();
-        // Where the view knows all that was finished since the last pass, what was written before is not read in vain.
-        let oldest = messages.index().next().filter(|_| messages.index().count() == INDEXED_MESSAGES);
-        let knows_all = oldest.is_none_or(|message| message.through < looked);
-        let open = messages.open().iter().map(|message| message.start).filter(|start| *start >= next);
-        let first = self.finished(state, 0).map(|(start, _)| start).chain(open).min();
         let yields = Arc::new(AtomicBool::new(false));
         let pass = Pass {
             sessions: self.sessions.clone(),
             session: self.session.clone(),
             survey: Survey::new(state),
             compaction: self.compaction,
-            begin: first.filter(|_| knows_all).unwrap_or(next),
+            begin: self.compaction.begin(state.view()),
             end,
             yields: yields.clone(),
             _permit: permit,
@@ -359,19 +338,16 @@ impl Pass {
             more |= cut;
             let plan = survey.plan(self.end.seq);
             // What was told is never taken back, also if an earlier pass was not finished.
-            let before = plan.before().max(self.session.extent.borrow().compacted);
-            if plan.is_empty() || round == ROUNDS {
-                // A message that is open over more than a pass is left as it is.
-                let next = if more && plan.next() <= self.begin { self.end.seq } else { plan.next() };
-                self.compaction = Compaction { before, next, looked: self.end.seq };
+            self.compaction.before = plan.before().max(self.session.extent.borrow().compacted);
+            if !plan.is_empty() {
+                // Readers are told before they can notice. Nobody gets some parts from the store, where they are put together, and the
+                // others from memory, where they are not.
+                let before = self.compaction.before;
+                let told = |extent: &mut Extent| core::mem::replace(&mut extent.compacted, before) != before;
+                self.session.extent.send_if_modified(told);
+                self.session.ring().forget(before);
                 store.set_compaction(&writer, self.compaction).await?;
-                break;
             }
-            // Readers are told before they can notice. Nobody gets some parts from the store, where they are put together, and the others
-            // from memory, where they are not.
-            self.session.extent.send_if_modified(|extent| core::mem::replace(&mut extent.compacted, before) != before);
-            self.session.ring().forget(before);
-            store.set_compaction(&writer, Compaction { before, ..self.compaction }).await?;
             for step in plan.steps() {
                 if self.yields.load(Ordering::Relaxed) {
                     return Ok(self.yielded());
@@ -391,14 +367,18 @@ impl Pass {
                 store.compact(&writer, Arc::new(chunk)).await?;
                 tokio::time::sleep((begun.elapsed() * STEP_REST).clamp(STEP_PAUSE, LONGEST_REST)).await;
             }
+            if plan.is_final() || round == ROUNDS {
+                self.compaction.passed((self.begin, self.end.seq), &plan, more);
+                store.set_compaction(&writer, self.compaction).await?;
+                break;
+            }
         }
         Ok(Passed { compaction: self.compaction, more })
     }
 
     /// What is left is for later.
     fn yielded(&self) -> Passed {
-        let before = self.session.extent.borrow().compacted;
-        Passed { compaction: Compaction { before, ..self.compaction }, more: true }
+        Passed { compaction: self.compaction, more: true }
     }
 
     /// Reads the range, or as much of it as one pass looks at: then it ends there, and that is said. `None` if it has to yield.

@@ -7,7 +7,7 @@ use core::task::{Context, Poll};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use mainstay_protocol::session::{Chunk, Incarnation, SessionName};
+use mainstay_protocol::session::{Chunk, Compaction, Incarnation, SessionName};
 use tokio::sync::oneshot;
 
 /// A running request. Dropping it does not undo the request.
@@ -146,17 +146,6 @@ pub enum Created {
     New,
     /// Somebody else's session has the name.
     Existing(SessionStat),
-}
-
-/// How far the compaction of a session has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Compaction {
-    /// Records below this seq may have been put together.
-    pub before: u64,
-    /// The seq where the next pass begins, unless it knows better.
-    pub next: u64,
-    /// Messages that were finished below this seq were looked at.
-    pub looked: u64,
 }
 
 /// What a store knows of a session without reading its records.

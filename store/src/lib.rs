@@ -41,7 +41,7 @@ mod memory;
 pub mod testing;
 
 pub use contract::{
-    Committing, Compaction, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store,
-    StoreError, Writer,
+    Committing, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store, StoreError,
+    Writer,
 };
 pub use memory::MemoryStore;

@@ -5,11 +5,11 @@ use std::ops::Bound;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use mainstay_protocol::session::{Chunk, Incarnation, SessionName, State};
+use mainstay_protocol::session::{Chunk, Compaction, Incarnation, SessionName, State};
 
 use crate::contract::{
-    Committing, Compaction, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store,
-    StoreError, Writer,
+    Committing, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store, StoreError,
+    Writer,
 };
 
 /// Keeps everything in memory. Clones share the same sessions, so that a server can be restarted over them.

@@ -1,24 +1,30 @@
 //! A store in memory that can be watched, slowed down and made to refuse.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use mainstay_protocol::session::{Chunk, Incarnation, SessionName};
+use mainstay_protocol::session::{Chunk, Compaction, Incarnation, SessionName};
 use mainstay_store::{
-    Committing, Compaction, Created, Health, ListPage, MemoryStore, Page, Pending, ReadFrom, SessionId, SessionStat,
-    Store, StoreError, Writer,
+    Committing, Created, Health, ListPage, MemoryStore, Page, Pending, ReadFrom, SessionId, SessionStat, Store,
+    StoreError, Writer,
 };
 
 /// See the [module](self).
 #[derive(Debug, Default)]
 pub struct Watched {
     inner: MemoryStore,
+    /// How often it was asked what a session is: once for each time that one is loaded.
+    pub loads: AtomicUsize,
     /// Writers that were opened.
     pub writers: AtomicUsize,
     /// Steps of compaction that were asked for.
     pub steps: AtomicUsize,
+    /// It has no room for snapshots.
+    pub is_full: AtomicBool,
+    /// Snapshots that were to be kept.
+    pub snapshots: AtomicUsize,
     refused: usize,
     slow: Option<(&'static str, Duration)>,
     told: Mutex<Vec<Compaction>>,
@@ -47,6 +53,7 @@ impl Store for Watched {
     }
 
     fn stat(&self, name: SessionName) -> Pending<Option<SessionStat>> {
+        self.loads.fetch_add(1, Ordering::Relaxed);
         self.inner.stat(name)
     }
 
@@ -72,7 +79,11 @@ impl Store for Watched {
     }
 
     fn put_snapshot(&self, writer: &Writer, state: Bytes) -> Pending<()> {
-        self.inner.put_snapshot(writer, state)
+        self.snapshots.fetch_add(1, Ordering::Relaxed);
+        match self.is_full.load(Ordering::Relaxed) {
+            true => Box::pin(core::future::ready(Err(StoreError::NoSpace))),
+            false => self.inner.put_snapshot(writer, state),
+        }
     }
 
     fn snapshot(&self, session: SessionId) -> Pending<Option<Bytes>> {

@@ -11,12 +11,12 @@ use mainstay_client::{
     View,
 };
 use mainstay_protocol::registry::{ALPN, MAX_FRAME};
-use mainstay_protocol::session::{Author, Instance, Operation, SessionName};
+use mainstay_protocol::session::{Author, Compaction, Instance, Operation};
 use mainstay_protocol::wire::{Attach, AttachMode, Deframer, Frame, Hello, Start, Subject, Subscribe};
 use mainstay_server::Config;
-use mainstay_store::{Compaction, ReadFrom, SessionStat, Store};
+use mainstay_store::{ReadFrom, SessionStat, Store};
 use mainstay_store_fjall::FjallStore;
-use mainstay_store_fjall::verify::{Found, verify};
+use mainstay_store_fjall::verify::{Found, Report, verify};
 use mainstay_tests::harness::{MemoryServer, QuicServer, claims};
 use mainstay_tests::live::{attach, current, follow};
 use mainstay_tests::process::{PATIENCE, Server};
@@ -40,17 +40,22 @@ fn open(dir: &Path) -> Arc<FjallStore> {
 
 /// Waits until everything below `tail` that can be put together is.
 async fn compacted(store: &dyn Store, name: &str, tail: u64) -> Compaction {
-    let name: SessionName = name.parse().expect("a name");
-    let wait = async {
-        loop {
-            let stat = store.stat(name.clone()).await.expect("stat").expect("exists");
-            if stat.compaction.next >= tail {
-                return stat.compaction;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+    until("it is compacted", async || stat_of(store, name).await.compaction.next >= tail).await;
+    stat_of(store, name).await.compaction
+}
+
+/// What is stored in `dir`, which is whole, and how many chunks were put together.
+fn whole(dir: &Path) -> (Report, u64) {
+    let mut compacted = 0;
+    let report = verify(dir, &mut |_, found| {
+        if let Found::Chunk { chunk, .. } = found {
+            compacted += u64::from(chunk.header().compacted.is_some());
         }
-    };
-    timeout(PATIENCE, wait).await.expect("it is compacted in time")
+        ControlFlow::Continue(())
+    });
+    let report = report.expect("verify");
+    assert_eq!(report.problems, []);
+    (report, compacted)
 }
 
 /// What a reader from `start` up to `tail` is told, and the records.
@@ -184,15 +189,8 @@ async fn ten_thousand_tokens_become_one_text_and_old_cursors_stay_valid() {
     assert!(hash, "what is put together is below a snapshot");
     drop(Arc::into_inner(store));
 
-    let mut bytes = 0;
-    let report = verify(dir.path(), &mut |_, found| {
-        if let Found::Session { bytes: of, .. } = found {
-            bytes = of;
-        }
-        ControlFlow::Continue(())
-    });
-    let report = report.expect("verify");
-    assert_eq!(report.problems, []);
+    let (report, _) = whole(dir.path());
+    let bytes = report.bytes;
     println!(
         "text and bytes to a late joiner {told:?}; 10,004 records are {} in {} chunks of {bytes} bytes",
         report.records, report.chunks
@@ -298,13 +296,16 @@ async fn what_was_told_is_not_taken_back_by_a_pass_that_begins_anew() {
     server.stop().await;
 }
 
+/// How long a session that nobody uses stays in memory.
+const IDLE: Duration = Duration::from_millis(100);
+
 /// A message that is written over a long time is put together in the end, whatever was finished and put together meanwhile; and what
 /// was looked at is not looked at again whenever the session is loaded.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_message_is_put_together_in_the_end_and_a_quick_one_once() {
     let store = Arc::new(Watched::default());
     let mut config = config();
-    config.idle = Duration::from_millis(300);
+    config.idle = IDLE;
     let server = MemoryServer::start(store.clone(), config);
     let client = server.client();
     let session = attach(&client, "s").await;
@@ -321,12 +322,17 @@ async fn a_slow_message_is_put_together_in_the_end_and_a_quick_one_once() {
     client.finish().await;
     let (steps, writers) = (store.steps.load(Ordering::Relaxed), store.writers.load(Ordering::Relaxed));
     for _ in 0..3 {
-        // Longer than it stays in memory, and longer than a pass would take.
-        tokio::time::sleep(Duration::from_millis(800)).await;
-        let client = server.client();
-        client.session("s").expect("a name").attach().await.expect("attach");
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        client.finish().await;
+        // What is due when it is loaded is begun before anybody is answered.
+        let loads = store.loads.load(Ordering::Relaxed);
+        let loaded = async || {
+            // It leaves memory once nobody uses it for so long.
+            tokio::time::sleep(2 * IDLE).await;
+            let client = server.client();
+            client.session("s").expect("a name").attach().await.expect("attach");
+            client.finish().await;
+            store.loads.load(Ordering::Relaxed) > loads
+        };
+        until("it has left memory and is loaded again", loaded).await;
     }
     assert_eq!((store.steps.load(Ordering::Relaxed), store.writers.load(Ordering::Relaxed)), (steps, writers));
     let client = server.client();
@@ -363,6 +369,29 @@ async fn a_trim_does_not_wait_for_compaction() {
         }
     }
     assert!(begun.elapsed() < Duration::from_secs(15), "the step of the slow one is still on its way");
+}
+
+/// A store that has no room is asked again now and then, whatever waits for it, and once there is room everything is done.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_without_room_is_not_asked_again_and_again() {
+    let store = Arc::new(Watched::default());
+    store.is_full.store(true, Ordering::Relaxed);
+    let server = MemoryServer::start(store.clone(), config());
+    let session = attach(&server.client(), "s").await;
+    let producer = session.producer("agent").await.expect("a producer");
+    let (_, end) = say(&session, &producer, 20).await;
+    session.trim(5).await.expect("trim");
+    let asked = async |times: usize| {
+        until("it is asked", async || store.snapshots.load(Ordering::Relaxed) >= times).await;
+    };
+    asked(1).await;
+    let begun = Instant::now();
+    asked(4).await;
+    assert!(begun.elapsed() > Duration::from_millis(2500), "three times in {:?}", begun.elapsed());
+    store.is_full.store(false, Ordering::Relaxed);
+    compacted(&*store, "s", end + 1).await;
+    assert_eq!(stat_of(&*store, "s").await.first, 5);
+    server.stop().await;
 }
 
 /// Spec SUB-15: who reads what was put together is told so, once, before it comes.
@@ -452,16 +481,8 @@ async fn texts_stay_whole_while_the_server_is_killed_in_the_middle_of_compaction
     drop((live, every, session, producer));
     client.finish().await;
     server.terminate().await;
-    let (mut bytes, mut chunks) = (0, 0);
-    let report = verify(&dir.path().join("store"), &mut |_, found| {
-        match found {
-            Found::Session { bytes: of, .. } => bytes = of,
-            Found::Chunk { chunk, .. } => chunks += u64::from(chunk.header().compacted.is_some()),
-        }
-        ControlFlow::Continue(())
-    });
-    let report = report.expect("verify");
-    assert_eq!(report.problems, []);
+    let (report, chunks) = whole(&dir.path().join("store"));
+    let bytes = report.bytes;
     println!(
         "{parts} messages, {tail} records, {ROUNDS} kills: {} records in {} chunks left, {chunks} put together, {bytes} bytes",
         report.records, report.chunks

@@ -647,16 +647,9 @@ impl Chunk {
     /// Every record with its seq, time and author. Errors: those of [`Record::get`], for a chunk whose records no
     /// version would have accepted.
     pub fn records(&self) -> impl Iterator<Item = Result<(u64, u64, &Arc<Author>, Record), ProtocolError>> {
-        let mut next = self.first();
-        let heads = self.header.spans().flat_map(move |span| {
-            let (time, author) = (self.header.base_time + span.time, self.author(span.author));
-            let first = next + span.skip;
-            next = first + span.count;
-            (first..next).map(move |seq| (seq, time, author))
-        });
-        heads
-            .zip(Records::new(&self.records))
-            .map(|((seq, time, author), record)| record.map(|record| (seq, time, author, record)))
+        Span::seqs(self.first(), self.header.spans()).zip(Records::new(&self.records)).map(|((seq, span), record)| {
+            record.map(|record| (seq, self.header.base_time + span.time, self.author(span.author), record))
+        })
     }
 }
 

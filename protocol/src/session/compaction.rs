@@ -1,6 +1,6 @@
 //! Compaction: the parts of finished messages put together in storage (spec COMPACT).
 //!
-//! A [`Survey`] reads the chunks of a range, in order, and ends in a [`Plan`]: which parts go, which one holds the whole text in
+//! [`Compaction`] says what a pass is about. A [`Survey`] reads the chunks of a range, in order, and ends in a [`Plan`]: which parts go, which one holds the whole text in
 //! their place, and which chunks become one. Every such part says all that the message is up to there, so that it means the same
 //! to a reader who had some of the parts before. So that nobody ever reads less, the steps of a plan are done from the last to the
 //! first: the whole text is there before a part goes.
@@ -14,9 +14,10 @@ use super::chunk::{Chunk, ChunkCount, ChunkHeader, ChunkPosition, ChunkProducer,
 use super::kinds::Kind;
 use super::record::{Head, Record, Records};
 use super::state::State;
+use super::view::View;
 use super::words::{Author, MessageId, RunId};
 use crate::error::ProtocolError;
-use crate::registry::{MAX_BATCH_BYTES, MAX_MESSAGE, MAX_RECORD, PRODUCER_WINDOW, TURN_BYTES};
+use crate::registry::{INDEXED_MESSAGES, MAX_BATCH_BYTES, MAX_MESSAGE, MAX_RECORD, PRODUCER_WINDOW, TURN_BYTES};
 use crate::wire::{Reader, Span, Subject, Writer};
 
 /// The longest text that takes the place of parts: its record is within `max_record` with ids and length.
@@ -25,8 +26,50 @@ const LONGEST_TEXT: usize = MAX_RECORD - 64;
 const STEP_CHUNKS: usize = 256;
 /// A chunk in which nothing goes is put together with others if it is no longer than that: a header more or less.
 const SMALL: usize = 1024;
+/// A message that is finished so many records behind its start or sooner has one part: there is nothing to be put together.
+const ONE_PART: u64 = 2;
 /// What a part costs beside its payload, at least: its head, its length and its batch.
 const PART_OVERHEAD: usize = 16;
+
+/// How far the compaction of a session has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Compaction {
+    /// Records below this seq may have been put together. Never goes back (spec COMPACT-5).
+    pub before: u64,
+    /// The seq where the next pass begins, unless it knows better.
+    pub next: u64,
+    /// Messages that were finished below this seq were looked at.
+    pub looked: u64,
+}
+
+impl Compaction {
+    /// Where messages of several parts begin and end that were finished at `seq` or later and that no pass looked at, as far as the
+    /// view knows them, the newest first. One that began before what passes begin with stays as it is.
+    pub fn wanted(&self, view: &View, seq: u64) -> impl Iterator<Item = (u64, u64)> {
+        let Self { next, looked, .. } = *self;
+        let kept = view.messages().finished().rev().map(|message| (message.start, message.through));
+        let known = kept.chain(view.messages().index().rev().map(|message| (message.start, message.through)));
+        let late = known.take_while(move |(_, through)| *through >= looked.max(seq));
+        late.filter(move |(start, through)| *start >= next && through - start > ONE_PART)
+    }
+
+    /// The seq where a pass has to begin: with the first message that it may be about, finished or not. What was written before is
+    /// not read in vain, where the view knows all that was finished since the last pass.
+    pub fn begin(&self, view: &View) -> u64 {
+        let messages = view.messages();
+        let oldest = messages.index().next().filter(|_| messages.index().count() == INDEXED_MESSAGES);
+        let open = messages.open().iter().map(|message| message.start).filter(|start| *start >= self.next);
+        let first = self.wanted(view, 0).map(|(start, _)| start).chain(open).min();
+        first.filter(|_| oldest.is_none_or(|message| message.through < self.looked)).unwrap_or(self.next)
+    }
+
+    /// After a pass from `begin` to `end` did all of `plan`, which is of a range that was `cut`, or not. A message that is open over more
+    /// than a pass is left as it is.
+    pub fn passed(&mut self, (begin, end): (u64, u64), plan: &Plan, cut: bool) {
+        self.next = if cut && plan.next <= begin { end } else { plan.next };
+        self.looked = end;
+    }
+}
 
 /// Where a chunk is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -112,6 +155,7 @@ pub struct Plan {
     groups: HashMap<MessageId, Vec<Planned>>,
     evicted: bool,
     steps: Vec<PlanStep>,
+    is_cut: bool,
     before: u64,
     next: u64,
 }
@@ -156,7 +200,7 @@ impl Survey {
             joins,
         });
         let mut walk = Records::new(chunk.region());
-        for (seq, span) in seqs(header) {
+        for (seq, span) in Span::seqs(header.first, header.spans()) {
             let bytes = walk.next_bytes().ok_or(NOT_WHOLE)??;
             let kind = Head::get(&mut Reader::new(&bytes))?.kind;
             match kind {
@@ -189,7 +233,8 @@ impl Survey {
         let fits = keep + record.payload.len() <= LONGEST_TEXT;
         if !joins || !fits {
             let text = &message.text;
-            let done = message.group.take().and_then(|group| group.plan(|| Bytes::copy_from_slice(text)));
+            let done = message.group.take().filter(|group| group.pays(text.len()));
+            let done = done.map(|group| group.plan(Bytes::copy_from_slice(text)));
             self.planned.extend(done.map(|planned| (id, planned)));
         }
         message.is_full = !fits;
@@ -246,14 +291,14 @@ impl Survey {
             before = before.max(planned.last + 1);
             groups.entry(id).or_default().push(planned);
         }
-        let steps = steps(&self.sources, &sizes, &touched);
-        Plan { groups, evicted: self.evicted, steps, before, next }
+        let (steps, is_cut) = steps(&self.sources, &sizes, &touched);
+        Plan { groups, evicted: self.evicted, steps, is_cut, before, next }
     }
 }
 
-/// Which chunks become one, in the order of the log.
-fn steps(sources: &[Source], sizes: &[usize], touched: &[bool]) -> Vec<PlanStep> {
-    let mut steps = Vec::new();
+/// Which chunks become one, in the order of the log, and whether one of the steps had to end because it is long.
+fn steps(sources: &[Source], sizes: &[usize], touched: &[bool]) -> (Vec<PlanStep>, bool) {
+    let (mut steps, mut is_cut) = (Vec::new(), false);
     let mut at = 0;
     while at < sources.len() {
         let first = &sources[at];
@@ -271,28 +316,28 @@ fn steps(sources: &[Source], sizes: &[usize], touched: &[bool]) -> Vec<PlanStep>
         let compacted = sources[at..end].iter().filter(|source| source.is_compacted).count();
         if touched[at..end].contains(&true) || compacted > 1 {
             steps.push(PlanStep { start: first.start, next_number: sources[end - 1].next_number });
+            is_cut |= end - at == STEP_CHUNKS;
         }
         at = end;
     }
-    steps
+    (steps, is_cut)
 }
 
 impl Growing {
     fn finish(self) -> Option<Planned> {
         let text = self.text;
-        self.group.and_then(|group| group.plan(|| text.into()))
+        self.group.filter(|group| group.pays(text.len())).map(|group| group.plan(text.into()))
     }
 }
 
 impl Group {
-    /// What becomes of it, if anything: where it would not be less afterwards, it is left as it is.
-    fn plan(self, text: impl FnOnce() -> Bytes) -> Option<Planned> {
-        if self.parts < 2 {
-            return None;
-        }
-        let text = text();
-        let pays = text.len() <= self.bytes + PART_OVERHEAD * (self.parts - 1);
-        pays.then_some(Planned { first: self.first, last: self.last, text, records: self.records })
+    /// False where a text of so many bytes in its place would not be less: it is left as it is then.
+    fn pays(&self, text: usize) -> bool {
+        self.parts > 1 && text <= self.bytes + PART_OVERHEAD * (self.parts - 1)
+    }
+
+    fn plan(self, text: Bytes) -> Planned {
+        Planned { first: self.first, last: self.last, text, records: self.records }
     }
 }
 
@@ -300,6 +345,11 @@ impl Plan {
     /// True if there is nothing to do.
     pub fn is_empty(&self) -> bool {
         self.steps.is_empty()
+    }
+
+    /// True if nothing more can be put together once this is done: no step was as long as steps may be.
+    pub fn is_final(&self) -> bool {
+        !self.is_cut
     }
 
     /// The first seq from which on every record stays; 0 if all do.
@@ -371,22 +421,14 @@ impl Plan {
 
     /// The text that stands at `seq` in the place of parts of message `id`, `Some(None)` if a part at `seq` goes.
     fn of(groups: &HashMap<MessageId, Vec<Planned>>, id: MessageId, seq: u64) -> Option<Option<&Bytes>> {
-        let group = groups.get(&id)?.iter().find(|group| (group.first..=group.last).contains(&seq))?;
+        // In the order of the log, as they were planned.
+        let of = groups.get(&id)?;
+        let group = of.get(of.partition_point(|group| group.last < seq)).filter(|group| group.first <= seq)?;
         Some((seq == group.last).then_some(&group.text))
     }
 }
 
 const NOT_WHOLE: ProtocolError = ProtocolError::malformed("chunks that are put together are not those of the step");
-
-/// The seqs of a chunk's records, each with its span.
-fn seqs(header: &ChunkHeader) -> impl Iterator<Item = (u64, Span)> {
-    let mut next = header.first;
-    header.spans().flat_map(move |span| {
-        let first = next + span.skip;
-        next = first + span.count;
-        (first..next).map(move |seq| (seq, span))
-    })
-}
 
 /// A chunk in the making.
 #[derive(Debug, Default)]
@@ -422,7 +464,7 @@ impl Together {
             self.count(of.stream, of.records, of.bytes);
         }
         let mut walk = Records::new(chunk.region());
-        for (seq, span) in seqs(header) {
+        for (seq, span) in Span::seqs(header.first, header.spans()) {
             let bytes = walk.next_bytes().ok_or(NOT_WHOLE)??;
             let record = Record::parse(&bytes)?;
             if header.compacted.is_none() {

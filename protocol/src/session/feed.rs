@@ -258,8 +258,9 @@ impl Feed {
     /// Names come before the first record that needs them (spec SUB-11), and that records were put together before the first (spec
     /// SUB-15).
     fn announce(&mut self, chunk: &Chunk, streams: &Streams, out: &mut Vec<Bytes>) {
-        let touched = chunk.header().whole_from().is_some_and(|whole| whole >= self.next.max(chunk.first()));
-        if touched && !core::mem::replace(&mut self.knows_compacted, true) {
+        let touched = || chunk.header().whole_from().is_some_and(|whole| whole >= self.next.max(chunk.first()));
+        if !self.knows_compacted && touched() {
+            self.knows_compacted = true;
             out.push(Frame::from(Compacted {}).to_bytes());
         }
         if self.announced.covers(chunk.streams()) {

@@ -28,7 +28,7 @@ pub use chain::Chain;
 pub use chunk::{
     Chunk, ChunkBatch, ChunkBuilder, ChunkCount, ChunkHeader, ChunkPosition, ChunkProducer, Compacted, Control,
 };
-pub use compaction::{ChunkStart, Plan, PlanStep, Survey};
+pub use compaction::{ChunkStart, Compaction, Plan, PlanStep, Survey};
 pub use credit::{CreditReceived, CreditSent};
 pub use feed::{Feed, Filter, Place};
 pub use grants::{Grant, Grants, Operation, Operations};

@@ -52,14 +52,8 @@ pub(super) fn roll_up(
     for chunk in chunks {
         let header = chunk.header();
         base_time = base_time.min(header.base_time);
-        let mut next = chunk.first();
-        let heads = header.spans().flat_map(|span| {
-            let first = next + span.skip;
-            next = first + span.count;
-            (first..next).map(move |seq| (seq, span))
-        });
         let mut walk = Records::new(chunk.region());
-        for (seq, span) in heads {
+        for (seq, span) in Span::seqs(chunk.first(), header.spans()) {
             let bytes = walk.next_bytes().ok_or(ProtocolError::malformed("records do not add up"))??;
             if seq < from || !filter.passes(&Head::get(&mut Reader::new(&bytes))?, streams) {
                 continue;

@@ -18,7 +18,7 @@ use crate::session::{
     PresenceUpdated, ProducerHandle, ProducerKey, Record, Records, Reply, State, StateChange, StateDeleted, StatePut,
     Status, Step, View,
 };
-use crate::wire::{Deframer, Detail, Frame, Label, Start, Subject, Subscribe, Writer};
+use crate::wire::{Deframer, Detail, Frame, Label, Span, Start, Subject, Subscribe, Writer};
 
 /// One record of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -870,21 +870,17 @@ impl Run {
             frames.push(out.concat().into());
             while let Ok(Some(raw)) = frames.next_frame() {
                 let Ok(Some(Frame::Delivery(delivery))) = Frame::decode(&raw) else { continue };
-                let (mut seq, mut records) = (delivery.from, Records::new(&delivery.records));
+                let mut records = Records::new(&delivery.records);
                 let mut updated = Vec::new();
-                for span in &delivery.spans {
-                    seq += span.skip;
+                for (seq, span) in Span::seqs(delivery.from, delivery.spans.iter().copied()) {
                     let author = Arc::new(delivery.authors[span.author as usize].clone());
-                    for _ in 0..span.count {
-                        let Some(Ok(record)) = records.next() else { panic!("a rolled-up record does not decode") };
-                        if record.kind == crate::session::Kind::PRESENCE_UPDATED && record.headers.is_empty() {
-                            assert!(!updated.contains(&span.author), "an update of a member that is not its last");
-                            updated.push(span.author);
-                        }
-                        view.pass_over(seq);
-                        assert_eq!(view.fold_record(&author, delivery.base_time + span.time, &record), Ok(()));
-                        seq += 1;
+                    let Some(Ok(record)) = records.next() else { panic!("a rolled-up record does not decode") };
+                    if record.kind == crate::session::Kind::PRESENCE_UPDATED && record.headers.is_empty() {
+                        assert!(!updated.contains(&span.author), "an update of a member that is not its last");
+                        updated.push(span.author);
                     }
+                    view.pass_over(seq);
+                    assert_eq!(view.fold_record(&author, delivery.base_time + span.time, &record), Ok(()));
                 }
                 assert!(records.next().is_none());
                 view.pass_over(delivery.to);

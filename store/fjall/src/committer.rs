@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use fjall::PersistMode;
-use mainstay_protocol::session::{Chunk, Incarnation, SessionName, State};
+use mainstay_protocol::session::{Chunk, Compaction, Incarnation, SessionName, State};
 use mainstay_protocol::wire::MAX_VARINT;
-use mainstay_store::{Compaction, Created, Outcome, SessionId, StoreError, Writer};
+use mainstay_store::{Created, Outcome, SessionId, StoreError, Writer};
 use tokio::sync::oneshot;
 
 use crate::keys::{self, Base, Segment, SessionRow};

@@ -2,9 +2,8 @@
 
 use bytes::Bytes;
 use mainstay_protocol::ProtocolError;
-use mainstay_protocol::session::{Chain, Incarnation};
+use mainstay_protocol::session::{Chain, Compaction, Incarnation};
 use mainstay_protocol::wire::{MAX_VARINT, Reader, Writer};
-use mainstay_store::Compaction;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
 /// Names of the keyspaces, in the order of their creation.

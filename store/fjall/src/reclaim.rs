@@ -61,9 +61,7 @@ impl Reclaim {
         }
         // Whatever comes of it: it is looked again once as much is removed again.
         self.removed = 0;
-        let stored = engine.log().disk_space();
-        let dead = stored.saturating_sub(log);
-        if dead < LEAST.max(log) || stored > MOST || free < stored + ROOM {
+        if !pays(engine.log().disk_space(), log, free) {
             return;
         }
         let (engine, stop) = (engine.clone(), Arc::new(AtomicBool::new(false)));
@@ -87,6 +85,13 @@ impl Reclaim {
             running.stop.store(true, Ordering::Relaxed);
         }
     }
+}
+
+/// True if tables of so many bytes, which hold a log of so many, are to be written anew, with so much room beside them.
+fn pays(stored: u64, log: u64, free: u64) -> bool {
+    let dead = stored.saturating_sub(log);
+    // As much as before may be written: what a reader still sees stays.
+    dead >= LEAST.max(log) && stored <= MOST && free >= stored + ROOM
 }
 
 /// Lets fjall remove the files of tables that were written anew: it does so when it rotates what is in memory.
@@ -125,6 +130,33 @@ fn rewrite(engine: &Engine, stop: &AtomicBool) -> bool {
         Err(error) => {
             tracing::warn!(%error, "cannot give space back now");
             false
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{LEAST, MOST, ROOM, pays};
+
+    #[test]
+    fn tables_are_written_anew_where_that_frees_more_than_it_costs_and_there_is_room() {
+        let (small, large) = (20 << 20, 200 << 20);
+        for (stored, log, free, expected) in [
+            (large, small, u64::MAX, true),
+            // Half of it at least, and enough to matter.
+            (large, large / 2, u64::MAX, true),
+            (large, large / 2 + 1, u64::MAX, false),
+            (LEAST, 0, u64::MAX, true),
+            (LEAST - 1, 0, u64::MAX, false),
+            // What is in memory alone is in no table.
+            (small, large, u64::MAX, false),
+            // Nothing is in the way of appends: neither a lock that is held for long, nor a disk that gets full.
+            (MOST, 0, u64::MAX, true),
+            (MOST + 1, 0, u64::MAX, false),
+            (large, small, large + ROOM, true),
+            (large, small, large + ROOM - 1, false),
+        ] {
+            assert_eq!(pays(stored, log, free), expected, "{stored} for {log}, {free} free");
         }
     }
 }

@@ -9,10 +9,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use mainstay_protocol::session::{Chunk, Incarnation, SessionName};
+use mainstay_protocol::session::{Chunk, Compaction, Incarnation, SessionName};
 use mainstay_store::{
-    Committing, Compaction, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store,
-    StoreError, Writer,
+    Committing, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store, StoreError,
+    Writer,
 };
 use tokio::sync::{Semaphore, oneshot};
 

@@ -5,12 +5,12 @@ use core::pin::Pin;
 use std::sync::Arc;
 
 use mainstay_protocol::session::{
-    Author, CheckedBatch, Chunk, ChunkBuilder, ChunkStart, Incarnation, Instance, Kind, MessageEnd, MessageId,
-    MessageStart, Payload, PlanStep, Record, SessionName, State, Status, Survey,
+    Author, CheckedBatch, Chunk, ChunkBuilder, ChunkStart, Compaction, Incarnation, Instance, Kind, MessageEnd,
+    MessageId, MessageStart, Payload, PlanStep, Record, SessionName, State, Status, Survey,
 };
 use mainstay_protocol::wire::{Detail, Label, Subject, Writer as Bytewriter};
 
-use crate::contract::{Compaction, Created, Outcome, ReadFrom, SessionId, SessionStat, Store, StoreError, Writer};
+use crate::contract::{Created, Outcome, ReadFrom, SessionId, SessionStat, Store, StoreError, Writer};
 
 /// A promise and the test of it. The store is fresh, or at least holds none of the sessions that the case makes.
 pub type Case = (&'static str, fn(Arc<dyn Store>) -> Pin<Box<dyn Future<Output = ()> + Send>>);

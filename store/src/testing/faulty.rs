@@ -3,11 +3,11 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use mainstay_protocol::session::{Chunk, Incarnation, SessionName};
+use mainstay_protocol::session::{Chunk, Compaction, Incarnation, SessionName};
 
 use crate::contract::{
-    Committing, Compaction, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store,
-    StoreError, Writer,
+    Committing, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store, StoreError,
+    Writer,
 };
 
 /// How often what goes wrong, in thousandths.

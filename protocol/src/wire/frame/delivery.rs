@@ -19,6 +19,18 @@ pub struct Span {
     pub time: u64,
 }
 
+impl Span {
+    /// The seqs of the records that `spans` list, each with its span; the first span is counted from `from` on.
+    pub fn seqs(from: u64, spans: impl Iterator<Item = Self>) -> impl Iterator<Item = (u64, Self)> {
+        let mut next = from;
+        spans.flat_map(move |span| {
+            let first = next.saturating_add(span.skip);
+            next = first.saturating_add(span.count);
+            (first..next).map(move |seq| (seq, span))
+        })
+    }
+}
+
 /// Every record with `from <= seq < to` that passes the filter. What the interval does not list, the filter left out.
 ///
 /// The bytes are the same for every subscriber of the same interval and filter, so that a server encodes them once.
