@@ -87,6 +87,7 @@ async fn quic(report: &mut Report) -> Outcome<()> {
         bulk_streams: 4,
         send_budget: 4 << 20,
         keep_alive: None,
+        idle: Duration::from_secs(30),
         bidirectional: 8,
         unidirectional: 8,
     };
@@ -94,7 +95,7 @@ async fn quic(report: &mut Report) -> Outcome<()> {
     let identity = Identity::self_signed(&Identity::generate_key()?, now)?;
     let trust = Trust::Pin(identity.pin()?);
     let socket = bind(([127, 0, 0, 1], 0).into()).map_err(text)?;
-    let listener = QuicListener::new(socket, identity, &ServerKeys::generate(), &limits, b"bench")?;
+    let listener = QuicListener::new(socket, identity, &ServerKeys::generate(), None, &limits, b"bench")?;
     let addr = listener.local_addr().ok_or("no address")?;
     let serving = tokio::spawn(async move {
         let connection = listener.accept().await?;
@@ -120,7 +121,7 @@ async fn quic(report: &mut Report) -> Outcome<()> {
         Some(())
     });
     let connector = QuicConnector::new(addr, &trust, &limits, b"bench")?;
-    let connection = connector.connect().await.map_err(text)?;
+    let connection = connector.connect(true).await.map_err(text)?;
     let block = Bytes::from(vec![b'x'; 64 * 1024]);
     let mut bulk = connection.open_uni().await.map_err(text)?;
     let (begun, mut sent) = (Instant::now(), 0u64);

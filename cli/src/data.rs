@@ -38,6 +38,11 @@ impl Data {
         self.dir.join("store")
     }
 
+    /// TLS sessions that clients may resume. Disposable.
+    pub(crate) fn tickets(&self) -> PathBuf {
+        self.dir.join("tickets")
+    }
+
     /// The file that clients on this machine read.
     pub(crate) fn connect_file(&self) -> PathBuf {
         self.dir.join("connect.json")

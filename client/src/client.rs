@@ -2,60 +2,25 @@
 
 use core::future::Future;
 use core::pin::Pin;
-use core::time::Duration;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::{ALPN, MAX_FRAME, MAX_LISTED};
-use mainstay_protocol::session::{Backoff, SessionName};
+use mainstay_protocol::session::SessionName;
 use mainstay_protocol::wire::{Frame, List, ListedSession};
 use mainstay_transport::quic::QuicConnector;
-use mainstay_transport::{Connection, ConnectionError, Connector, FrameReader, SendStream};
+use mainstay_transport::{Connection, Connector, FrameReader, SendStream};
 use tokio::sync::{mpsc, watch};
-use tokio::time::Instant;
 
 use crate::config::{Config, ConnectFile};
 use crate::driver::{Driver, SessionCommand};
 use crate::error::ClientError;
 use crate::jobs::{self, Jobs};
 use crate::link::Link;
+use crate::roam::{Links, Nudge, PathEvent, Paths, Status, Supervised, supervise, up};
 use crate::session::Attaching;
 use crate::tokens::{Judged, Tokens};
-
-/// How the connection is doing.
-pub(crate) enum Status<C: Connection> {
-    /// There is none, and one is being made.
-    Down,
-    /// There is one.
-    Up(Arc<Link<C>>),
-    /// There will be none.
-    Failed(ClientError),
-}
-
-impl<C: Connection> Clone for Status<C> {
-    fn clone(&self) -> Self {
-        match self {
-            Self::Down => Self::Down,
-            Self::Up(link) => Self::Up(link.clone()),
-            Self::Failed(error) => Self::Failed(error.clone()),
-        }
-    }
-}
-
-/// Waits for a connection. Cancellation-safe.
-pub(crate) async fn up<C: Connection>(status: &mut watch::Receiver<Status<C>>) -> Result<Arc<Link<C>>, ClientError> {
-    loop {
-        match status.borrow_and_update().clone() {
-            Status::Up(link) => return Ok(link),
-            Status::Failed(error) => return Err(error),
-            Status::Down => {}
-        }
-        if status.changed().await.is_err() {
-            return Err(ClientError::Closed);
-        }
-    }
-}
 
 pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -80,6 +45,12 @@ pub(crate) trait Core: Send + Sync {
     fn config(&self) -> &Arc<Config>;
     /// True while there is a connection.
     fn connection(&self) -> watch::Receiver<bool>;
+    /// What became of the path, and why there is no connection.
+    fn paths(&self) -> watch::Receiver<Paths>;
+    /// Why there is no connection, once that is known.
+    fn trouble(&self) -> watch::Receiver<Option<ClientError>>;
+    /// The application knows something about its network.
+    fn nudge(&self, nudge: Nudge);
     /// Closes the connection for good.
     fn close(&self);
     /// Waits until it is closed.
@@ -87,13 +58,16 @@ pub(crate) trait Core: Send + Sync {
 }
 
 struct Wired<C: Connection> {
-    status: watch::Receiver<Status<C>>,
+    links: watch::Receiver<Links<C>>,
     config: Arc<Config>,
     connected: watch::Receiver<bool>,
     stop: watch::Sender<bool>,
     /// True once nothing of the connection is left.
     finished: watch::Receiver<bool>,
     tokens: Arc<Tokens>,
+    paths: watch::Receiver<Paths>,
+    trouble: watch::Receiver<Option<ClientError>>,
+    nudges: mpsc::Sender<Nudge>,
 }
 
 impl<C: Connection> Core for Wired<C> {
@@ -103,27 +77,28 @@ impl<C: Connection> Core for Wired<C> {
         commands: mpsc::Receiver<SessionCommand>,
         again: mpsc::WeakSender<SessionCommand>,
     ) {
-        tokio::spawn(Driver::new(self.status.clone(), session, commands, again, self.config.give_up_after).run());
+        tokio::spawn(Driver::new(self.links.clone(), session, commands, again, self.config.give_up_after).run());
     }
 
     fn connected(&self) -> BoxFuture<'_, Result<(), ClientError>> {
-        let mut status = self.status.clone();
+        let mut links = self.links.clone();
         Box::pin(async move {
-            let link = up(&mut status).await?;
+            let link = up(&mut links).await?;
             link.server().await.map(drop).ok_or(ClientError::Closed)
         })
     }
 
     fn list(&self, request: List) -> BoxFuture<'_, Result<(Vec<ListedSession>, Bytes), ClientError>> {
-        let mut status = self.status.clone();
+        let mut links = self.links.clone();
         Box::pin(async move {
             loop {
-                let link = up(&mut status).await?;
+                let link = up(&mut links).await?;
+                let _expecting = link.expect_answer();
                 if let Some(answer) = list(&link, request.clone()).await {
                     return answer;
                 }
                 // The connection was lost before the answer came; asking again changes nothing.
-                if status.changed().await.is_err() {
+                if links.changed().await.is_err() {
                     return Err(ClientError::Closed);
                 }
             }
@@ -131,14 +106,14 @@ impl<C: Connection> Core for Wired<C> {
     }
 
     fn jobs(&self, prefix: &str, limit: usize) -> Jobs {
-        jobs::start(self.status.clone(), prefix, limit)
+        jobs::start(self.links.clone(), prefix, limit)
     }
 
     fn renew(&self, token: String) -> BoxFuture<'_, Result<(), ClientError>> {
         self.tokens.want(token.clone());
-        let mut status = self.status.clone();
+        let mut links = self.links.clone();
         Box::pin(async move {
-            let link = match &*status.borrow() {
+            let link = match &links.borrow().status {
                 Status::Up(link) => link.clone(),
                 Status::Down => return Ok(()),
                 Status::Failed(error) => return Err(error.clone()),
@@ -147,18 +122,14 @@ impl<C: Connection> Core for Wired<C> {
                 return answer;
             }
             // The connection was lost first. The next one presents it before it is used.
-            let same = |status: &Status<C>| matches!(status, Status::Up(now) if Arc::ptr_eq(now, &link));
-            let _ = status.wait_for(|status| !same(status)).await;
+            let _ = links.wait_for(|links| !links.is_up(&link)).await;
             loop {
-                let link = up(&mut status).await?;
+                let link = up(&mut links).await?;
                 match self.tokens.judged(&token) {
                     Judged::Taken => return Ok(()),
                     Judged::Refused(error) => return Err(error),
                     // Lost again before the server could say.
-                    Judged::Open => {
-                        let same = |status: &Status<C>| matches!(status, Status::Up(now) if Arc::ptr_eq(now, &link));
-                        let _ = status.wait_for(|status| !same(status)).await;
-                    }
+                    Judged::Open => drop(links.wait_for(|links| !links.is_up(&link)).await),
                 }
             }
         })
@@ -172,6 +143,19 @@ impl<C: Connection> Core for Wired<C> {
         let mut connected = self.connected.clone();
         connected.mark_unchanged();
         connected
+    }
+
+    fn paths(&self) -> watch::Receiver<Paths> {
+        self.paths.clone()
+    }
+
+    fn trouble(&self) -> watch::Receiver<Option<ClientError>> {
+        self.trouble.clone()
+    }
+
+    fn nudge(&self, nudge: Nudge) {
+        // Where so many wait, this one says nothing new.
+        let _ = self.nudges.try_send(nudge);
     }
 
     fn close(&self) {
@@ -214,26 +198,31 @@ impl core::fmt::Debug for Client {
     }
 }
 
-/// First pause after a lost connection, and the longest.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
-/// How long a client that closes waits for the server to be told.
-const FAREWELL: Duration = Duration::from_millis(200);
-/// How long one attempt to connect may take.
-const ATTEMPT: Duration = Duration::from_secs(5);
-
 impl Client {
     /// A client of the server that `connector` leads to. Returns at once; the connection is made in the background, and
     /// requests wait for it. Must be called inside a tokio runtime.
     pub fn new<T: Connector>(connector: T, config: Config) -> Self {
         let config = Arc::new(config);
-        let (publish, status) = watch::channel(Status::Down);
+        let (publish, links) = watch::channel(Links::none());
         let (stop, stopping) = watch::channel(false);
         let (tell, connected) = watch::channel(false);
         let (finish, finished) = watch::channel(false);
+        let (count, paths) = watch::channel(Paths::default());
+        let (complain, trouble) = watch::channel(None);
+        let (nudges, nudged) = mpsc::channel(4);
         let tokens = Arc::new(Tokens::new(config.token.clone()));
-        let supervised = Supervised { config: config.clone(), tokens: tokens.clone(), publish, tell, finish };
+        let supervised = Supervised {
+            config: config.clone(),
+            tokens: tokens.clone(),
+            links: publish,
+            connected: tell,
+            paths: count,
+            trouble: complain,
+            finish,
+            nudges: nudged,
+        };
         tokio::spawn(supervise(connector, supervised, stopping));
-        Self { core: Arc::new(Wired { status, config, connected, stop, finished, tokens }) }
+        Self { core: Arc::new(Wired { links, config, connected, stop, finished, tokens, paths, trouble, nudges }) }
     }
 
     /// A client over QUIC of the server that a connection file names. Errors: `Invalid`.
@@ -262,6 +251,50 @@ impl Client {
     /// Follows whether there is a connection.
     pub fn connection(&self) -> ConnectionWatch {
         ConnectionWatch(self.core.connection())
+    }
+
+    /// Counts what became of the path.
+    pub fn paths(&self) -> Paths {
+        *self.core.paths().borrow()
+    }
+
+    /// Follows what becomes of the path.
+    pub fn path_changes(&self) -> PathWatch {
+        let paths = self.core.paths();
+        let seen = *paths.borrow();
+        PathWatch { paths, seen }
+    }
+
+    /// Why there is no connection, as far as that could be found out: asked two seconds after the first attempt, told within three. `None`
+    /// while there is one, or it is not known. Cancellation-safe.
+    pub async fn trouble(&self) -> ClientError {
+        let mut trouble = self.core.trouble();
+        loop {
+            if let Some(error) = trouble.borrow_and_update().clone() {
+                return error;
+            }
+            if trouble.changed().await.is_err() {
+                return ClientError::Closed;
+            }
+        }
+    }
+
+    /// Says that the network is another one now, or back: for hosts that are told so by their system and know it better than this library,
+    /// on Android and iOS. The connection moves to the new network at once.
+    pub fn network_changed(&self) {
+        self.core.nudge(Nudge::NetworkChanged);
+    }
+
+    /// Says that somebody looks at the application again: the connection is looked after as [`Config::keep_alive`] says, and if nothing was
+    /// heard for a while it is tried at once, over a new socket: a system that puts applications to sleep may have taken the old one.
+    pub fn on_foreground(&self) {
+        self.core.nudge(Nudge::Foreground);
+    }
+
+    /// Says that nobody looks at the application: the connection is kept alive as [`Config::background_keep_alive`] says, so that a
+    /// radio can sleep.
+    pub fn on_background(&self) {
+        self.core.nudge(Nudge::Background);
     }
 
     /// A session to attach to. Errors: `Protocol` with `NAME_INVALID`.
@@ -317,97 +350,36 @@ impl ConnectionWatch {
     }
 }
 
-/// What the task that keeps the connection shares with the client.
-struct Supervised<C: Connection> {
-    config: Arc<Config>,
-    tokens: Arc<Tokens>,
-    publish: watch::Sender<Status<C>>,
-    tell: watch::Sender<bool>,
-    finish: watch::Sender<bool>,
+/// Tells what becomes of the path.
+#[derive(Debug, Clone)]
+pub struct PathWatch {
+    paths: watch::Receiver<Paths>,
+    seen: Paths,
 }
 
-/// Presents the token that the application wants, if no server has judged it. Nothing is asked before its verdict: what the
-/// token before allows may be less, and a bad one must not refuse what that allows.
-async fn present_wanted<C: Connection>(link: &Link<C>, tokens: &Tokens) {
-    while let Some(token) = tokens.wanted() {
-        match link.present(token).await {
-            Ok(_) => {}
-            // The connection is lost.
-            Err(_) => return,
-        }
-    }
-}
-
-/// Makes the connection, and makes it again when it is lost.
-async fn supervise<T: Connector>(
-    connector: T,
-    supervised: Supervised<T::Connection>,
-    mut stopping: watch::Receiver<bool>,
-) {
-    let Supervised { config, tokens, publish, tell, finish } = supervised;
-    let mut backoff = Backoff::new(PAUSE.0, PAUSE.1);
-    let mut down_since = Instant::now();
-    loop {
-        let attempt = async {
-            let transport = tokio::time::timeout(ATTEMPT, connector.connect());
-            let transport = transport.await.unwrap_or(Err(ConnectionError::TimedOut))?;
-            let link = Link::start(transport, &config, &tokens).await?;
-            let judged = tokio::time::timeout(ATTEMPT, present_wanted(&link, &tokens));
-            judged.await.map_err(|_| ConnectionError::TimedOut)?;
-            Ok(link)
-        };
-        let result = tokio::select! {
-            result = attempt => result,
-            _ = stopping.wait_for(|stop| *stop) => Err(ConnectionError::ClosedHere),
-        };
-        let last = match result {
-            Ok(link) => {
-                publish.send_replace(Status::Up(link.clone()));
-                if let Some(token) = tokens.wanted() {
-                    // Given after the connection had looked and before anybody could see it.
-                    drop(link.present(token));
-                }
-                let answered = tokio::select! {
-                    hello = link.server() => hello.is_some(),
-                    _ = stopping.wait_for(|stop| *stop) => false,
-                };
-                if answered {
-                    backoff.reset();
-                    tell.send_replace(true);
-                }
-                let lost = tokio::select! {
-                    lost = link.transport.closed() => lost,
-                    () = async { drop(stopping.wait_for(|stop| *stop).await) } => {
-                        publish.send_replace(Status::Failed(ClientError::Closed));
-                        let told = connector.farewell(&link.transport, Code::NO_ERROR.0, "the client closed");
-                        let _ = tokio::time::timeout(FAREWELL, told).await;
-                        ConnectionError::ClosedHere
-                    }
-                };
-                if answered {
-                    down_since = Instant::now();
-                }
-                publish.send_replace(Status::Down);
-                tell.send_replace(false);
-                tracing::info!(%lost, "connection lost");
-                lost
-            }
-            Err(error) => error,
-        };
-        // Nobody listens any more, or somebody said stop.
-        if publish.is_closed() || stopping.has_changed().is_err() || *stopping.borrow() {
-            publish.send_replace(Status::Failed(ClientError::Closed));
-            finish.send_replace(true);
-            return;
-        }
-        let late = config.give_up_after.is_some_and(|limit| down_since.elapsed() >= limit);
-        if late || matches!(last, ConnectionError::Untrusted(_)) {
-            publish.send_replace(Status::Failed(ClientError::Unreachable { target: connector.target(), last }));
-            return;
-        }
-        tokio::select! {
-            () = tokio::time::sleep(backoff.next(rand::random())) => {}
-            _ = stopping.wait_for(|stop| *stop) => {}
+impl PathWatch {
+    /// Waits for the next event; `None` once the client is closed. Of several of a kind that came between two calls one is told.
+    /// Cancellation-safe.
+    pub async fn next(&mut self) -> Option<PathEvent> {
+        loop {
+            let now = *self.paths.borrow_and_update();
+            let event = if now.changes != self.seen.changes {
+                self.seen.changes = now.changes;
+                PathEvent::PathChanged
+            } else if now.losses != self.seen.losses {
+                self.seen.losses = now.losses;
+                PathEvent::Lost
+            } else if now.moves != self.seen.moves {
+                (self.seen.moves, self.seen.connections) = (now.moves, now.connections);
+                PathEvent::Moved
+            } else if now.connections != self.seen.connections {
+                self.seen.connections = now.connections;
+                PathEvent::Connected
+            } else {
+                self.paths.changed().await.ok()?;
+                continue;
+            };
+            return Some(event);
         }
     }
 }

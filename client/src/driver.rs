@@ -13,22 +13,23 @@ use mainstay_protocol::session::{
 use mainstay_protocol::wire::{
     Attach, AttachMode, Attached, Body, CloseSession, Configure, DefineStream, DeleteSession, Early, Frame, Granted,
     Join, Label, Leave, Listen, OpenProducer, Release, Renew, SetRule, Signal, Start, StartRun, Subscribe, TakeRun,
-    Trim, Unsubscribe, Update,
+    Trim, Unsubscribe, Update, Writer, put_frame,
 };
-use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, SendStream, priority};
+use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, SendStream, StreamError, priority};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::client::{Status, up};
 use crate::config::Config;
 use crate::error::ClientError;
-use crate::link::Link;
+use crate::link::{Expected, Link};
 use crate::live::Folded;
 use crate::membership::Wanted;
 use crate::producer::{self, Shared};
+use crate::roam::{Links, Status};
 use crate::session::{ATTACH_PAUSE, Attaching, SessionInfo};
 use crate::signal::Heard;
-use crate::subscription::{self, Event, Opened, Reader};
+use crate::subscription::{self, Event, Opened, Position, Reader};
 
 type Answer<T> = oneshot::Sender<Result<T, ClientError>>;
 
@@ -135,8 +136,8 @@ pub(crate) enum SessionCommand {
     Producer { name: Label, config: Arc<Config>, answer: Answer<Arc<Shared>> },
     /// Open a subscription.
     Subscribe { start: Start, wanted: subscription::Wanted, events: mpsc::Sender<Result<Event, ClientError>> },
-    /// A subscription lost its stream and goes on, from `start` if it had begun.
-    Again { subscription: u64, start: Option<Start> },
+    /// A subscription lost its stream of this id and goes on, from `start` if it had begun.
+    Again { subscription: u64, of: u64, start: Option<Start> },
     /// Tell when and why the session ended.
     Ended { answer: oneshot::Sender<ClientError> },
 }
@@ -148,10 +149,10 @@ pub(crate) struct Resubscriber {
 }
 
 impl Resubscriber {
-    /// Asks for a new stream. Errors: the session is gone.
-    pub(crate) async fn again(&self, start: Option<Start>) -> Result<(), ()> {
+    /// Asks for a new stream in the place of the one of id `of`. Errors: the session is gone.
+    pub(crate) async fn again(&self, of: u64, start: Option<Start>) -> Result<(), ()> {
         let commands = self.commands.upgrade().ok_or(())?;
-        let command = SessionCommand::Again { subscription: self.subscription, start };
+        let command = SessionCommand::Again { subscription: self.subscription, of, start };
         commands.send(command).await.map_err(|_| ())
     }
 }
@@ -172,10 +173,33 @@ struct SubscriptionEntry<C: Connection> {
     start: Start,
     wants: subscription::Wanted,
     opened: mpsc::Sender<Opened<C>>,
+    position: Position,
     /// Its id on the current connection.
     id: Option<u64>,
     /// It waits for a stream.
     wanted: bool,
+}
+
+/// An attachment that was asked for on a connection that may become the one: what can be read travels in its first flight (spec EARLY-1).
+struct Prefetched<C: Connection> {
+    link: Arc<Link<C>>,
+    opening: JoinSet<Option<(C::Send, C::Recv)>>,
+    subscriptions: Vec<PrefetchedSubscription<C>>,
+}
+
+/// A subscription of it: which, its id there, the position that was asked for, and where its stream arrives.
+struct PrefetchedSubscription<C: Connection> {
+    subscription: u64,
+    id: u64,
+    asked: Option<u64>,
+    arrives: mpsc::Receiver<Expected<C>>,
+}
+
+impl<C: Connection> Drop for Prefetched<C> {
+    fn drop(&mut self) {
+        // Those that were taken over are not here any more.
+        self.subscriptions.iter().for_each(|prefetched| self.link.unexpect(prefetched.id));
+    }
 }
 
 /// A run that is waited for.
@@ -224,7 +248,8 @@ enum Over {
 
 /// See the [module](self).
 pub(crate) struct Driver<C: Connection> {
-    status: watch::Receiver<Status<C>>,
+    links: watch::Receiver<Links<C>>,
+    prefetched: Option<Prefetched<C>>,
     request: Attaching,
     commands: mpsc::Receiver<SessionCommand>,
     again: mpsc::WeakSender<SessionCommand>,
@@ -259,7 +284,7 @@ pub(crate) struct Driver<C: Connection> {
 
 impl<C: Connection> Driver<C> {
     pub(crate) fn new(
-        status: watch::Receiver<Status<C>>,
+        links: watch::Receiver<Links<C>>,
         request: Attaching,
         commands: mpsc::Receiver<SessionCommand>,
         again: mpsc::WeakSender<SessionCommand>,
@@ -267,7 +292,8 @@ impl<C: Connection> Driver<C> {
     ) -> Self {
         Self {
             give_up_after,
-            status,
+            links,
+            prefetched: None,
             incarnation: watch::channel(request.cursor.map(|cursor| cursor.incarnation)).0,
             request,
             commands,
@@ -295,8 +321,7 @@ impl<C: Connection> Driver<C> {
     pub(crate) async fn run(mut self) {
         let mut backoff = Backoff::new(ATTACH_PAUSE.0, ATTACH_PAUSE.1);
         let error = loop {
-            let mut status = self.status.clone();
-            let link = match self.meanwhile(up(&mut status)).await {
+            let link = match self.next_link().await {
                 Some(Ok(link)) => link,
                 Some(Err(error)) => break error,
                 None => return,
@@ -320,16 +345,110 @@ impl<C: Connection> Driver<C> {
                     backoff.reset();
                     self.refused_since = None;
                     // The supervisor notices the same loss; until then the link is still published.
-                    let same = |status: &Status<C>| matches!(status, Status::Up(now) if Arc::ptr_eq(now, &link));
-                    let mut status = self.status.clone();
-                    let gone = async { status.wait_for(|status| !same(status)).await.map(drop) };
-                    if self.meanwhile(gone).await.is_none() {
+                    if self.gone(&link).await.is_none() {
                         return;
                     }
                 }
             }
         };
         self.fail(&error).await;
+    }
+
+    /// Waits for a connection, and asks for what can be read on one that may become it. `None` once every handle was dropped.
+    async fn next_link(&mut self) -> Option<Result<Arc<Link<C>>, ClientError>> {
+        loop {
+            let status = self.look();
+            match status {
+                Status::Up(link) => return Some(Ok(link)),
+                Status::Failed(error) => return Some(Err(error)),
+                Status::Down => {}
+            }
+            if !self.links_changed().await? {
+                return Some(Err(ClientError::Closed));
+            }
+        }
+    }
+
+    /// Waits until `link` is not the connection any more. `None` once every handle was dropped.
+    async fn gone(&mut self, link: &Arc<Link<C>>) -> Option<()> {
+        while matches!(self.look(), Status::Up(now) if Arc::ptr_eq(&now, link)) {
+            if !self.links_changed().await? {
+                break;
+            }
+        }
+        Some(())
+    }
+
+    /// False if there will be no other. `None` once every handle was dropped.
+    async fn links_changed(&mut self) -> Option<bool> {
+        let mut links = self.links.clone();
+        let changed = self.meanwhile(async { links.changed().await.is_ok() }).await;
+        // What it was is looked at next.
+        self.links = links;
+        changed
+    }
+
+    /// How the connection is doing; sees to it that what can be read is asked for on the one that may take its place.
+    fn look(&mut self) -> Status<C> {
+        let (status, candidate) = {
+            let links = self.links.borrow_and_update();
+            (links.status.clone(), links.candidate.clone())
+        };
+        let same = |a: &Arc<Link<C>>, b: &Arc<Link<C>>| Arc::ptr_eq(a, b);
+        let kept = self.prefetched.as_ref().map(|prefetched| &prefetched.link);
+        let wanted = match (&candidate, &status) {
+            (None, Status::Up(link)) => Some(link),
+            (candidate, _) => candidate.as_ref(),
+        };
+        if !matches!((kept, wanted), (Some(kept), Some(wanted)) if same(kept, wanted)) {
+            self.prefetched = None;
+        }
+        if let (Some(link), None) = (candidate, &self.prefetched) {
+            self.prefetched = Some(self.prefetch(&link));
+        }
+        status
+    }
+
+    /// Asks for what can be read on `link`, in one flight.
+    fn prefetch(&mut self, link: &Arc<Link<C>>) -> Prefetched<C> {
+        let mut flight = Writer::new();
+        put_frame(&self.attach_request(), &mut flight);
+        self.subscriptions.retain(|_, entry| !entry.opened.is_closed());
+        let mut subscriptions = Vec::new();
+        for (subscription, entry) in &self.subscriptions {
+            let (id, (incoming, arrives)) = (link.new_id(), mpsc::channel(1));
+            link.expect(id, incoming);
+            let asked = entry.position.get();
+            put_frame(&entry.wants.frame(id, asked.map_or(entry.start, Start::Seq)), &mut flight);
+            subscriptions.push(PrefetchedSubscription { subscription: *subscription, id, asked, arrives });
+        }
+        let mut opening = JoinSet::new();
+        let transport = link.transport.clone();
+        opening.spawn(async move {
+            let (mut send, recv) = transport.open_bi().await.ok()?;
+            send.set_priority(priority::CONTROL);
+            send.write(&mut [flight.freeze()]).await.ok()?;
+            Some((send, recv))
+        });
+        Prefetched { link: link.clone(), opening, subscriptions }
+    }
+
+    fn attach_request(&self) -> Attach {
+        let cursor = match (self.request.cursor, *self.incarnation.borrow()) {
+            (Some(Cursor { incarnation, next }), Some(known)) if incarnation == known => {
+                (Some(incarnation), Some(next))
+            }
+            (_, known) => (known, None),
+        };
+        // After the first attach the session must be there: creating it again would hide that it was deleted.
+        let mode = if self.info.is_some() { AttachMode::Attach } else { self.request.mode };
+        Attach {
+            mode,
+            session: self.request.name.clone(),
+            incarnation: cursor.0,
+            next: cursor.1,
+            expire_after: self.request.expire_after,
+        }
     }
 
     /// Waits, and takes commands meanwhile: whoever gives one must not have to wait for the network. `None` once every handle was
@@ -400,24 +519,22 @@ impl<C: Connection> Driver<C> {
     }
 
     async fn attachment(&mut self, link: &Arc<Link<C>>) -> Over {
-        let Ok((mut send, recv)) = link.transport.open_bi().await else { return Over::Lost };
-        send.set_priority(priority::CONTROL);
         let outbox = Outbox::default();
-        let cursor = match (self.request.cursor, *self.incarnation.borrow()) {
-            (Some(Cursor { incarnation, next }), Some(known)) if incarnation == known => {
-                (Some(incarnation), Some(next))
+        let streams = match self.prefetched.take() {
+            Some(mut prefetched) if Arc::ptr_eq(&prefetched.link, link) => {
+                for fetched in core::mem::take(&mut prefetched.subscriptions) {
+                    self.adopt(fetched, link, &outbox);
+                }
+                prefetched.opening.join_next().await.and_then(Result::ok).flatten()
             }
-            (_, known) => (known, None),
+            _ => {
+                outbox.push(self.attach_request());
+                link.transport.open_bi().await.ok()
+            }
         };
-        // After the first attach the session must be there: creating it again would hide that it was deleted.
-        let mode = if self.info.is_some() { AttachMode::Attach } else { self.request.mode };
-        outbox.push(Attach {
-            mode,
-            session: self.request.name.clone(),
-            incarnation: cursor.0,
-            next: cursor.1,
-            expire_after: self.request.expire_after,
-        });
+        let Some((mut send, recv)) = streams else { return Over::Lost };
+        send.set_priority(priority::CONTROL);
+        let _using = link.using();
         // In the same flight: where the attach is refused the rest is not read.
         self.open_all(link, &outbox);
         let mut frames = FrameReader::new(recv, MAX_FRAME);
@@ -437,6 +554,23 @@ impl<C: Connection> Driver<C> {
         over
     }
 
+    /// Goes on with a subscription that was asked for before its connection became the one.
+    fn adopt(&mut self, fetched: PrefetchedSubscription<C>, link: &Arc<Link<C>>, outbox: &Outbox) {
+        let PrefetchedSubscription { subscription, id, asked, arrives } = fetched;
+        match self.subscriptions.get_mut(&subscription) {
+            // What the connection before delivered meanwhile would come again.
+            Some(entry) if entry.position.get() == asked && !entry.opened.is_closed() => {
+                (entry.id, entry.wanted) = (Some(id), false);
+                self.pass_on(subscription, id, asked, arrives, link);
+            }
+            // Its reader notices the loss of the one before and asks from where it is.
+            _ => {
+                link.unexpect(id);
+                outbox.push(Unsubscribe { id });
+            }
+        }
+    }
+
     async fn serve(&mut self, link: &Arc<Link<C>>, outbox: &Outbox, frames: &mut FrameReader<C::Recv>) -> Over {
         let mut attached = false;
         let mut expecting = None;
@@ -453,7 +587,15 @@ impl<C: Connection> Driver<C> {
             let join_again = self.joining.as_ref().and_then(|joining| Some(joining.waiting.as_ref()?.1));
             let join_again = join_again.filter(|_| attached);
             let take_again = self.taking.iter().filter_map(|taking| taking.again).min().filter(|_| attached);
+            let mut links = self.links.clone();
             tokio::select! {
+                changed = links.changed() => {
+                    self.links = links;
+                    let up = matches!(self.look(), Status::Up(now) if Arc::ptr_eq(&now, link));
+                    if !up || changed.is_err() {
+                        return Over::Lost;
+                    }
+                }
                 () = tokio::time::sleep_until(beat), if beats => match &self.member {
                     Some(member) if !member.is_dropped() => {
                         beat = Instant::now() + member.beat();
@@ -483,11 +625,14 @@ impl<C: Connection> Driver<C> {
                 frame = frames.next() => {
                     let frame = match frame {
                         Ok(Some(frame)) => frame,
-                        Err(FrameError::Lost(mainstay_transport::StreamError::Connection(_))) => return Over::Lost,
+                        Err(FrameError::Lost(StreamError::Connection(_) | StreamError::EarlyDataRefused)) => {
+                            return Over::Lost;
+                        }
                         // A stream that ended alone: attach again on the same connection.
                         Ok(None) | Err(FrameError::Lost(_)) => return Over::Again,
                         Err(FrameError::Violation(error)) => return Over::Failed(error.into()),
                     };
+                    link.news();
                     let result = match frame {
                         Frame::Attached(answer) if !attached => {
                             attached = true;
@@ -509,16 +654,16 @@ impl<C: Connection> Driver<C> {
 
     /// Asks for every producer and every subscription that waits.
     fn open_all(&mut self, link: &Arc<Link<C>>, outbox: &Outbox) {
-        self.producers.retain(|entry| !entry.shared.is_finished());
-        for at in 0..self.producers.len() {
-            self.open_producer(at, link, outbox);
-        }
         let waiting: Vec<u64> = self.subscriptions.iter().filter(|(_, s)| s.wanted).map(|(id, _)| *id).collect();
         for subscription in waiting {
             self.subscribe(subscription, link, outbox);
         }
         if let Some(listener) = &self.listener {
             outbox.push(Listen { from: listener.next });
+        }
+        self.producers.retain(|entry| !entry.shared.is_finished());
+        for at in 0..self.producers.len() {
+            self.open_producer(at, link, outbox);
         }
         self.taking.retain(|taking| !taking.answer.is_closed());
         for taking in &mut self.taking {
@@ -664,25 +809,38 @@ impl<C: Connection> Driver<C> {
         }
         let id = link.new_id();
         entry.id = Some(id);
-        // The stream is routed by the connection; this passes it on with what the reader needs.
-        let (incoming, mut arrives) = mpsc::channel(1);
+        entry.wanted = false;
+        let asked = entry.position.get();
+        outbox.push(entry.wants.frame(id, entry.start));
+        let (incoming, arrives) = mpsc::channel(1);
         link.expect(id, incoming);
+        self.pass_on(subscription, id, asked, arrives, link);
+    }
+
+    /// Passes the stream on, which the connection routes, with what the reader needs.
+    fn pass_on(
+        &self,
+        subscription: u64,
+        id: u64,
+        asked: Option<u64>,
+        mut arrives: mpsc::Receiver<Expected<C>>,
+        link: &Arc<Link<C>>,
+    ) {
+        let Some(entry) = self.subscriptions.get(&subscription) else { return };
         let (opened, link, mut known) = (entry.opened.clone(), link.clone(), self.incarnation.subscribe());
         tokio::spawn(async move {
             let told = match arrives.recv().await {
                 // The stream may come before the answer to ATTACH.
                 Some(Ok(incoming)) => match known.wait_for(Option::is_some).await.ok().and_then(|known| *known) {
-                    Some(incarnation) => Opened::Stream(incoming, link, incarnation),
-                    None => Opened::Lost,
+                    Some(incarnation) => Opened::Stream { incoming, link, incarnation, asked },
+                    None => Opened::Lost(id),
                 },
-                Some(Err((code, message))) => Opened::Refused(code, message),
-                None => Opened::Lost,
+                Some(Err((code, message))) => Opened::Refused(id, code, message),
+                None => Opened::Lost(id),
             };
             // A subscription that was dropped meanwhile stops the stream by dropping it.
             let _ = opened.send(told).await;
         });
-        entry.wanted = false;
-        outbox.push(entry.wants.frame(id, entry.start));
     }
 
     fn ask_next(&mut self, outbox: &Outbox) {
@@ -786,15 +944,20 @@ impl<C: Connection> Driver<C> {
                 let (opened, receiver) = mpsc::channel(1);
                 let resubscriber = Resubscriber { subscription, commands: self.again.clone() };
                 let progress = Progress::new(start == Start::Snapshot, wanted.folded);
-                let reader = Reader::<C> { opened: receiver, events, resubscriber, progress };
+                let position = Position::default();
+                let reader =
+                    Reader::<C> { opened: receiver, events, resubscriber, progress, position: position.clone() };
                 tokio::spawn(reader.run());
-                let entry = SubscriptionEntry { start, wants: wanted, opened, id: None, wanted: true };
+                let entry = SubscriptionEntry { start, wants: wanted, opened, position, id: None, wanted: true };
                 self.subscriptions.insert(subscription, entry);
                 if let Some((_, link, outbox)) = on {
                     self.subscribe(subscription, link, outbox);
                 }
             }
-            SessionCommand::Again { subscription, start } => {
+            // One of another id was asked for since.
+            SessionCommand::Again { subscription, of, .. }
+                if self.subscriptions.get(&subscription).is_some_and(|entry| entry.id.is_some_and(|id| id != of)) => {}
+            SessionCommand::Again { subscription, start, .. } => {
                 if let Some(entry) = self.subscriptions.get_mut(&subscription) {
                     let id = entry.id.take();
                     entry.start = start.unwrap_or(entry.start);

@@ -11,7 +11,7 @@ use mainstay_protocol::wire::{self, Detail, Done, Frame, Label, Pull, Subject};
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox};
 use tokio::sync::{mpsc, watch};
 
-use crate::client::{Status, up};
+use crate::roam::{Links, up};
 use crate::error::ClientError;
 
 /// A job as it is known over connections and servers; [`core::fmt::Display`] writes the key by which whoever delivers it tells a
@@ -115,7 +115,7 @@ struct Puller {
 }
 
 /// Starts to take jobs.
-pub(crate) fn start<C: Connection>(status: watch::Receiver<Status<C>>, prefix: &str, limit: usize) -> Jobs {
+pub(crate) fn start<C: Connection>(status: watch::Receiver<Links<C>>, prefix: &str, limit: usize) -> Jobs {
     let limit = limit.clamp(1, MAX_PULLED);
     // What is still in the queue can be taken back; what is in the channel is the application's.
     let (events, next) = mpsc::channel(1);
@@ -134,9 +134,9 @@ pub(crate) fn start<C: Connection>(status: watch::Receiver<Status<C>>, prefix: &
 }
 
 impl Puller {
-    async fn run<C: Connection>(mut self, mut status: watch::Receiver<Status<C>>) {
+    async fn run<C: Connection>(mut self, mut links: watch::Receiver<Links<C>>) {
         loop {
-            let link = match up(&mut status).await {
+            let link = match up(&mut links).await {
                 Ok(link) => link,
                 Err(ClientError::Closed) => return,
                 Err(error) => return drop(self.events.send(Err(error)).await),
@@ -168,7 +168,7 @@ impl Puller {
                 }
                 self.forget_numbers();
             }
-            let lost = tokio::time::timeout(AGAIN, status.changed()).await;
+            let lost = tokio::time::timeout(AGAIN, links.changed()).await;
             if matches!(lost, Ok(Err(_))) {
                 return;
             }

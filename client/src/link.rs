@@ -1,23 +1,22 @@
 //! One connection: HELLO, the control stream, and which incoming stream belongs to which subscription.
 
-use core::time::Duration;
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::{DEFAULT_BULK_WINDOW, MAX_FRAME};
-use mainstay_protocol::session::CreditSent;
-use mainstay_protocol::wire::{Body, Credit, Frame, Hello, Ping, Pong, Subscribe, Subscribed, Token, put_grease};
+use mainstay_protocol::session::{CreditSent, PathFacts};
+use mainstay_protocol::wire::{Body, Credit, Frame, GoAway, Hello, Ping, Pong, Subscribe, Subscribed, Token, put_grease};
 use mainstay_transport::{
     Connection, ConnectionError, FrameError, FrameReader, Outbox, SendStream, StreamError, priority,
 };
 use tokio::sync::{Notify, mpsc, oneshot, watch};
-use tokio::time::Instant;
 
 use crate::config::Config;
 use crate::error::ClientError;
+use crate::producer::Shared;
 use crate::tokens::Tokens;
 
 /// A subscription's stream, with its first frame read.
@@ -31,6 +30,7 @@ pub(crate) type Expected<C> = Result<Incoming<C>, (Code, String)>;
 pub(crate) struct ProducerCredit {
     credit: Mutex<CreditSent>,
     changed: Notify,
+    shared: Arc<Shared>,
 }
 
 impl ProducerCredit {
@@ -64,16 +64,23 @@ pub(crate) struct Link<C: Connection> {
     subscriptions: Mutex<Option<HashMap<u64, mpsc::Sender<Expected<C>>>>>,
     producers: Mutex<HashMap<u64, Arc<ProducerCredit>>>,
     window: u64,
-    keep_alive: Duration,
-    /// How many answers are waited for.
-    expecting: watch::Sender<usize>,
-    /// Frames that came on the control stream.
-    heard: AtomicU64,
+    /// How many answers are waited for, and how many use the connection.
+    expecting: AtomicUsize,
+    users: AtomicUsize,
+    /// Frames that came, the answers to questions about the path excepted.
+    news: AtomicU64,
+    /// The nonce that was answered last.
+    answered: AtomicU64,
+    /// Who keeps the connection wants to know when an answer is waited for.
+    armed: AtomicBool,
+    /// Something happened that who keeps the connection should look at.
+    stir: Notify,
     tokens: Arc<Tokens>,
     /// The tokens that were sent and not judged yet, in their order, and who waits for that.
     presented: Mutex<VecDeque<Presented>>,
-    /// The server said that it stops.
+    /// The server said that it stops: what it said, until it was taken.
     going_away: AtomicBool,
+    goaway: Mutex<Option<GoAway>>,
 }
 
 #[derive(Debug)]
@@ -87,18 +94,18 @@ pub(crate) struct Expecting<C: Connection>(Arc<Link<C>>);
 
 impl<C: Connection> Drop for Expecting<C> {
     fn drop(&mut self) {
-        self.0.expecting.send_modify(|count| *count -= 1);
+        self.0.expecting.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// How often a connection is asked while an answer is waited for. A restarted server answers the first with a reset.
-const HEARTBEAT: Duration = Duration::from_millis(500);
-/// How long nothing at all may be heard on an idle connection, at least: a moment without network costs no reconnect.
-const SILENCE: Duration = Duration::from_secs(10);
-/// How often it is looked at most.
-const MIN_KEEP_ALIVE: Duration = Duration::from_millis(100);
-/// Heartbeats without an answer after which the connection is given up.
-const MISSED: u32 = 20;
+/// Somebody uses the connection until this is dropped: something may come over it at any time.
+pub(crate) struct Using<C: Connection>(Arc<Link<C>>);
+
+impl<C: Connection> Drop for Using<C> {
+    fn drop(&mut self) {
+        self.0.users.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 impl<C: Connection> Link<C> {
     /// Says HELLO on a new connection, with the token that was taken before. Nothing is waited for: requests may follow at once.
@@ -115,12 +122,16 @@ impl<C: Connection> Link<C> {
             subscriptions: Mutex::new(Some(HashMap::new())),
             producers: Mutex::default(),
             window: config.subscription_window,
-            keep_alive: config.keep_alive.max(MIN_KEEP_ALIVE),
-            expecting: watch::channel(0).0,
-            heard: AtomicU64::new(0),
+            expecting: AtomicUsize::new(0),
+            users: AtomicUsize::new(0),
+            news: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
+            armed: AtomicBool::new(false),
+            stir: Notify::new(),
             tokens: tokens.clone(),
             presented: Mutex::default(),
             going_away: AtomicBool::new(false),
+            goaway: Mutex::default(),
         });
         let token = tokens.taken();
         if let Some(token) = token.clone() {
@@ -161,40 +172,6 @@ impl<C: Connection> Link<C> {
             tracing::warn!(%error, "the server broke the protocol");
             self.transport.close(error.code.0, error.detail);
         };
-        let listening = async {
-            // The transport keeps the connection alive, and each of its packets is answered.
-            let limit = SILENCE.max(4 * self.keep_alive);
-            let (mut heard, mut since) = (self.transport.heard(), Instant::now());
-            while heard.is_some() {
-                tokio::time::sleep(self.keep_alive).await;
-                let now = self.transport.heard();
-                if now != heard {
-                    (heard, since) = (now, Instant::now());
-                } else if since.elapsed() >= limit {
-                    tracing::info!("nothing was heard of the server; connecting again");
-                    return self.transport.close(Code::GOING_AWAY.0, "nothing was heard");
-                }
-            }
-        };
-        let beating = async {
-            let mut expecting = self.expecting.subscribe();
-            // The sender lives in `self`.
-            while expecting.wait_for(|count| *count > 0).await.is_ok() {
-                let mut missed = 0;
-                let mut heard = self.heard.load(Ordering::Relaxed);
-                while missed < MISSED && *self.expecting.borrow() > 0 {
-                    tokio::time::sleep(HEARTBEAT).await;
-                    self.control.push(Ping { nonce: heard });
-                    let now = self.heard.load(Ordering::Relaxed);
-                    missed = if now == heard { missed + 1 } else { 0 };
-                    heard = now;
-                }
-                if missed == MISSED {
-                    tracing::info!("the server does not answer; connecting again");
-                    return self.transport.close(Code::GOING_AWAY.0, "no answer");
-                }
-            }
-        };
         let accepting = async {
             while let Ok(recv) = self.transport.accept_uni().await {
                 let this = self.clone();
@@ -203,7 +180,7 @@ impl<C: Connection> Link<C> {
         };
         tokio::select! {
             _ = self.transport.closed() => {}
-            _ = async { tokio::join!(writing, reading, accepting, beating, listening) } => {}
+            _ = async { tokio::join!(writing, reading, accepting) } => {}
         }
         // Whoever waits for a stream or an answer must learn that none will come.
         *self.lock_subscriptions() = None;
@@ -213,7 +190,9 @@ impl<C: Connection> Link<C> {
     async fn read_control(&self, control: &mut FrameReader<C::Recv>) -> Result<(), FrameError> {
         let mut greeted = false;
         while let Some(frame) = control.next().await? {
-            self.heard.fetch_add(1, Ordering::Relaxed);
+            if !matches!(frame, Frame::Pong(_)) {
+                self.news();
+            }
             match frame {
                 Frame::Hello(hello) if !greeted => {
                     greeted = true;
@@ -242,12 +221,58 @@ impl<C: Connection> Link<C> {
                 Frame::GoAway(goaway) => {
                     tracing::info!(detail = %goaway.detail, "the server is going away");
                     self.going_away.store(true, Ordering::Relaxed);
+                    *self.goaway.lock().unwrap_or_else(PoisonError::into_inner) = Some(goaway);
+                    self.stir.notify_one();
                 }
-                Frame::Pong(_) => {}
+                // Signs of life of members are not asked for the path.
+                Frame::Pong(Pong { nonce: 0 }) => {}
+                Frame::Pong(pong) => {
+                    self.answered.store(pong.nonce, Ordering::Relaxed);
+                    self.stir.notify_one();
+                }
                 _ => return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of the control stream").into()),
             }
         }
         Ok(())
+    }
+
+    /// Something came that was not asked for to know about the path.
+    pub(crate) fn news(&self) {
+        self.news.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Asks for a sign of life.
+    pub(crate) fn ask(&self, nonce: u64) {
+        self.control.push(Ping { nonce });
+    }
+
+    /// What is known of the path.
+    pub(crate) fn facts(&self) -> PathFacts {
+        let news = self.news.load(Ordering::Relaxed);
+        let answered = self.answered.load(Ordering::Relaxed);
+        let producers = self.producers.lock().unwrap_or_else(PoisonError::into_inner);
+        let uploading = producers.values().any(|producer| producer.shared.is_uploading());
+        let expecting = self.expecting.load(Ordering::Relaxed) > 0;
+        self.armed.store(!expecting, Ordering::Relaxed);
+        PathFacts {
+            heard: self.transport.heard().unwrap_or(news + answered),
+            news,
+            answered,
+            rtt: self.transport.rtt(),
+            expecting,
+            uploading,
+            used: self.users.load(Ordering::Relaxed) > 0,
+        }
+    }
+
+    /// Waits until something happened that matters to who keeps the connection. Cancellation-safe.
+    pub(crate) async fn stirred(&self) {
+        self.stir.notified().await;
+    }
+
+    /// What the server said when it began to stop; once.
+    pub(crate) fn take_goaway(&self) -> Option<GoAway> {
+        self.goaway.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     fn lock_presented(&self) -> MutexGuard<'_, VecDeque<Presented>> {
@@ -305,8 +330,20 @@ impl<C: Connection> Link<C> {
 
     /// An answer is waited for.
     pub(crate) fn expect_answer(self: &Arc<Self>) -> Expecting<C> {
-        self.expecting.send_modify(|count| *count += 1);
+        self.expecting.fetch_add(1, Ordering::Relaxed);
+        // Once for each time that it looked, not for each of many short waits.
+        if self.armed.load(Ordering::Relaxed) && self.armed.swap(false, Ordering::Relaxed) {
+            self.stir.notify_one();
+        }
         Expecting(self.clone())
+    }
+
+    /// Something may come at any time.
+    pub(crate) fn using(self: &Arc<Self>) -> Using<C> {
+        if self.users.fetch_add(1, Ordering::Relaxed) == 0 {
+            self.stir.notify_one();
+        }
+        Using(self.clone())
     }
 
     /// A new id for a producer or subscription, unique in this process: tasks of a lost connection that still end can
@@ -352,10 +389,16 @@ impl<C: Connection> Link<C> {
     }
 
     /// The credit of producer `id`, from now on kept up to date.
-    pub(crate) fn producer_credit(&self, id: u64, server: &Hello, budget: u64) -> Arc<ProducerCredit> {
+    pub(crate) fn producer_credit(
+        &self,
+        id: u64,
+        server: &Hello,
+        budget: u64,
+        shared: Arc<Shared>,
+    ) -> Arc<ProducerCredit> {
         let window = server.bulk_window.unwrap_or(DEFAULT_BULK_WINDOW);
         let credit = Mutex::new(CreditSent::new(window, 1, budget));
-        let credit = Arc::new(ProducerCredit { credit, changed: Notify::new() });
+        let credit = Arc::new(ProducerCredit { credit, changed: Notify::new(), shared });
         self.producers.lock().unwrap_or_else(PoisonError::into_inner).insert(id, credit.clone());
         credit
     }

@@ -184,6 +184,11 @@ impl Shared {
         self.lock().epoch
     }
 
+    /// True while something is sent and not answered.
+    pub(crate) fn is_uploading(&self) -> bool {
+        self.lock().flight.iter().any(|flight| flight.sent)
+    }
+
     /// True if the producer needs no connection any more.
     pub(crate) fn is_finished(&self) -> bool {
         let state = self.lock();
@@ -403,7 +408,7 @@ fn renumber(state: &mut State) {
 /// Writes a producer's batches on one connection until the connection is lost or the producer has ended.
 pub(crate) async fn write<C: Connection>(shared: Arc<Shared>, link: Arc<Link<C>>, id: u64) {
     let Some(server) = link.server().await else { return };
-    let credit = link.producer_credit(id, &server, SEND_BUDGET);
+    let credit = link.producer_credit(id, &server, SEND_BUDGET, shared.clone());
     let Ok(mut send) = link.transport.open_uni().await else { return };
     let stopped = send.stopped();
     let pump = async {

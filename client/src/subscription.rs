@@ -1,6 +1,7 @@
 //! Reading: a stream of events that goes on over reconnects without gap or repetition.
 
 use core::pin::Pin;
+use core::sync::atomic::{AtomicU64, Ordering};
 use core::task::{Context, Poll};
 use core::time::Duration;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use tokio::sync::mpsc;
 
 use crate::driver::{Resubscriber, SessionCommand};
 use crate::error::ClientError;
-use crate::link::Incoming;
+use crate::link::{Incoming, Link};
 use crate::session::{ATTACH_PAUSE, Attaching, Session};
 
 /// A subscription that is about to be opened.
@@ -246,14 +247,42 @@ impl futures_core::Stream for Subscription {
 
 /// What the session's driver hands to a subscription's task.
 pub(crate) enum Opened<C: Connection> {
-    /// Its stream on a new connection, and what is needed to give credit.
-    Stream(Incoming<C>, Arc<crate::link::Link<C>>, Incarnation),
-    /// The connection was lost before its stream came.
-    Lost,
-    /// The server refused.
-    Refused(Code, String),
+    /// Its stream on a new connection, what is needed to give credit, and the position that was asked for.
+    Stream { incoming: Incoming<C>, link: Arc<Link<C>>, incarnation: Incarnation, asked: Option<u64> },
+    /// The connection was lost before the stream of this id came.
+    Lost(u64),
+    /// The server refused the subscription of this id.
+    Refused(u64, Code, String),
     /// The session cannot be used any more.
     Failed(ClientError),
+}
+
+/// How far a subscription has come, for whoever asks for it on another connection.
+#[derive(Debug, Clone)]
+pub(crate) struct Position(Arc<AtomicU64>);
+
+/// No seq: it has not begun.
+const NOT_BEGUN: u64 = u64::MAX;
+
+impl Default for Position {
+    fn default() -> Self {
+        Self(Arc::new(AtomicU64::new(NOT_BEGUN)))
+    }
+}
+
+impl Position {
+    /// The next seq, once the subscription has begun.
+    pub(crate) fn get(&self) -> Option<u64> {
+        Some(self.0.load(Ordering::Acquire)).filter(|next| *next != NOT_BEGUN)
+    }
+
+    fn of(progress: &Progress) -> Option<u64> {
+        progress.has_started().then(|| progress.next())
+    }
+
+    fn set(&self, progress: &Progress) {
+        self.0.store(Self::of(progress).unwrap_or(NOT_BEGUN), Ordering::Release);
+    }
 }
 
 /// Reads one subscription over all its connections.
@@ -262,6 +291,7 @@ pub(crate) struct Reader<C: Connection> {
     pub(crate) events: mpsc::Sender<Result<Event, ClientError>>,
     pub(crate) resubscriber: Resubscriber,
     pub(crate) progress: Progress,
+    pub(crate) position: Position,
 }
 
 /// How often a new subscription is refused for the limit before that is believed: about two seconds.
@@ -289,26 +319,34 @@ impl<C: Connection> Reader<C> {
                 opened = self.opened.recv() => opened,
                 () = self.events.closed() => return,
             };
-            let over = match opened {
-                Some(Opened::Stream(incoming, link, incarnation)) => {
+            let (of, over) = match opened {
+                // Asked for ahead of time, and the connection before delivered more meanwhile.
+                Some(Opened::Stream { incoming: (subscribed, mut frames), asked, .. })
+                    if Position::of(&progress) != asked =>
+                {
+                    frames.stop(Code::NO_ERROR.0);
+                    (subscribed.id, Over::Again { patience: false })
+                }
+                Some(Opened::Stream { incoming, link, incarnation, .. }) => {
+                    let of = incoming.0.id;
                     let read = self.read(incoming, &link, incarnation, &mut progress);
                     match read.await {
-                        Ok(over) => over,
+                        Ok(over) => (of, over),
                         Err(Dropped) => return,
                     }
                 }
                 // Of a subscription that was just dropped the server may not know yet.
-                Some(Opened::Refused(code, message))
+                Some(Opened::Refused(of, code, message))
                     if code.is_retryable()
                         || code == Code::LIMIT_EXCEEDED
                             && (progress.has_started() || backoff.failures() < PATIENCE) =>
                 {
                     tracing::debug!(%code, message, "subscription refused; trying again");
-                    Over::Again { patience: true }
+                    (of, Over::Again { patience: true })
                 }
-                Some(Opened::Refused(code, message)) => Over::Failed(ClientError::refused(code, message)),
-                Some(Opened::Lost) => Over::Again { patience: false },
-                Some(Opened::Failed(error)) => Over::Failed(error),
+                Some(Opened::Refused(of, code, message)) => (of, Over::Failed(ClientError::refused(code, message))),
+                Some(Opened::Lost(of)) => (of, Over::Again { patience: false }),
+                Some(Opened::Failed(error)) => (0, Over::Failed(error)),
                 None => return,
             };
             match over {
@@ -318,8 +356,9 @@ impl<C: Connection> Reader<C> {
                     } else {
                         backoff.reset();
                     }
-                    let start = progress.has_started().then_some(Start::Seq(progress.next()));
-                    if self.resubscriber.again(start).await.is_err() {
+                    self.position.set(&progress);
+                    let start = self.position.get().map(Start::Seq);
+                    if self.resubscriber.again(of, start).await.is_err() {
                         return;
                     }
                 }
@@ -344,7 +383,7 @@ impl<C: Connection> Reader<C> {
     async fn read(
         &self,
         (subscribed, mut frames): Incoming<C>,
-        link: &crate::link::Link<C>,
+        link: &Link<C>,
         incarnation: Incarnation,
         progress: &mut Progress,
     ) -> Result<Over, Dropped> {
@@ -368,6 +407,7 @@ impl<C: Connection> Reader<C> {
                     Ok(None) => break,
                     Err(error) => return Ok(broken(&mut frames, error)),
                 };
+                link.news();
                 match frame {
                     Frame::Delivery(delivery) => {
                         if let Err(error) = progress.covered(delivery.from, delivery.to) {
@@ -432,7 +472,9 @@ impl<C: Connection> Reader<C> {
         }
     }
 
+    /// Something was handed to the application.
     async fn caught_up(&self, progress: &mut Progress) -> Result<(), Dropped> {
+        self.position.set(progress);
         match progress.caught_up() {
             Some(tail) => self.send(Event::CaughtUp { tail }).await,
             None => Ok(()),

@@ -43,7 +43,7 @@ async fn open(connection: &MemoryConnection, first: Bytes) -> Option<<MemoryConn
 }
 
 async fn hostile(network: Arc<MemoryNetwork>, data: Vec<u8>) -> Option<()> {
-    let connection = network.connect().await.ok()?;
+    let connection = network.connect(true).await.ok()?;
     let token = key().1.clone();
     let hello = Hello { instance: Some(Instance([6; 16])), token: Some(token.into()), ..Hello::default() };
     let mut control = open(&connection, Frame::from(hello).to_bytes()).await?;

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::FOLD_VERSION;
-use mainstay_protocol::session::{Author, Operation, Refusal, Verdict};
+use mainstay_protocol::session::{Author, Operation, Refusal, Verdict, may_be_early};
 use mainstay_protocol::wire::{
     Attach, AttachMode, Attached, Body, DefineStream, Detail, Error, Frame, Listen, OpenProducer, Release, Renew,
     Subscribe, Trim, Update,
@@ -13,7 +13,7 @@ use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::Instant;
 
-use crate::connection::Conn;
+use crate::connection::{Conn, handshake};
 use crate::owner::{Command, Standing};
 use crate::server::LAST_WORDS;
 use crate::sessions::{Session, SessionUse};
@@ -239,6 +239,9 @@ async fn read<C: Connection>(
 ) -> Result<(), FrameError> {
     let name = &session.id.name;
     while let Some(frame) = frames.next().await? {
+        if !may_be_early(&frame) {
+            handshake(transport).await?;
+        }
         let allowed = Operation::needed_by(&frame).map_or(Ok(()), |operation| conn.allow(operation, name));
         let request = match frame {
             Frame::OpenProducer(request) => {

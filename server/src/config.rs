@@ -3,6 +3,7 @@
 use core::time::Duration;
 
 use mainstay_transport::Limits;
+use mainstay_transport::quic::IDLE;
 
 /// Limits and delays of a server. `Default` is right for one machine.
 #[derive(Debug, Clone)]
@@ -30,8 +31,10 @@ pub struct Config {
     pub due_pause: Duration,
     /// How long a session without attachments stays in memory.
     pub idle: Duration,
-    /// How long a connection may take to say HELLO.
+    /// How long a connection may take to say HELLO, once its handshake is confirmed.
     pub hello_timeout: Duration,
+    /// After how long without a packet a connection is lost. A phone that was without network for less goes on where it was.
+    pub idle_timeout: Duration,
     /// How long after its end the parts of a message are put together in storage; `None` for never. Readers that lag so long behind
     /// get the whole text in their place.
     pub compact_after: Option<Duration>,
@@ -53,6 +56,7 @@ impl Default for Config {
             due_pause: Duration::from_secs(1),
             idle: Duration::from_secs(10),
             hello_timeout: Duration::from_secs(5),
+            idle_timeout: IDLE,
             compact_after: Some(Duration::from_secs(60)),
             snapshot_bytes: 8 << 20,
         }
@@ -68,6 +72,7 @@ impl Config {
             send_budget: self.delivery_budget,
             // Keep-alive is the clients' business: only they know what it costs them.
             keep_alive: None,
+            idle: self.idle_timeout,
             // Few at first: QUIC implementations set memory aside for each stream that they allow.
             bidirectional: 4,
             unidirectional: 4,

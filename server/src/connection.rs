@@ -10,7 +10,9 @@ use mainstay_protocol::registry::{
     DEFAULT_BULK_STREAMS, DEFAULT_BULK_WINDOW, MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_FRAME,
     MAX_FRAME_UNAUTHENTICATED, MAX_RECORD, MIN_BULK_WINDOW, PRODUCER_WINDOW,
 };
-use mainstay_protocol::session::{Author, CreditSent, Grants, Incarnation, Instance, Operation, Refusal, SessionName};
+use mainstay_protocol::session::{
+    Author, CreditSent, Grants, Incarnation, Instance, Operation, Refusal, SessionName, may_be_early,
+};
 use mainstay_protocol::wire::{Authenticated, Body, Detail, Error, Frame, Hello, Pong, Produce, Token, put_grease};
 use mainstay_transport::{
     Connection, ConnectionError, FrameError, FrameReader, Outbox, RecvStream, SendStream, StreamError, priority,
@@ -353,12 +355,19 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
     });
     tracing::debug!(conn = id, remote = %transport.remote(), "connected");
     let mut running = JoinSet::new();
-    let deadline = Instant::now() + server.config().hello_timeout;
-    let control = match tokio::time::timeout_at(deadline, transport.accept_bi()).await {
-        Ok(Ok(control)) => control,
-        Ok(Err(_)) => return,
-        Err(_) => return transport.close(Code::HELLO_TIMEOUT.0, "no HELLO came in time"),
+    let late = async {
+        // How long the handshake may take is the transport's business.
+        let _ = transport.confirmed().await;
+        tokio::time::sleep(server.config().hello_timeout).await;
     };
+    let control = tokio::select! {
+        control = transport.accept_bi() => match control {
+            Ok(control) => control,
+            Err(_) => return,
+        },
+        () = late => return transport.close(Code::HELLO_TIMEOUT.0, "no HELLO came in time"),
+    };
+    let deadline = Instant::now() + server.config().hello_timeout;
     running.spawn(Box::pin(control_stream(transport.clone(), conn.clone(), control, deadline)) as Task);
     let mut goaway = server.goaway();
     loop {
@@ -458,6 +467,9 @@ async fn read_control<C: Connection>(
         };
         let Some(frame) = next else { return Ok(()) };
         *conn.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        if !may_be_early(&frame) {
+            handshake(transport).await?;
+        }
         match frame {
             Frame::Hello(hello) if !greeted => {
                 greeted = true;
@@ -489,6 +501,19 @@ async fn read_control<C: Connection>(
                 return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of the control stream").into());
             }
         }
+    }
+}
+
+/// Waits until the peer is known not to be a replay (spec EARLY-2).
+pub(crate) async fn handshake<C: Connection>(transport: &C) -> Result<(), FrameError> {
+    if transport.is_confirmed() {
+        return Ok(());
+    }
+    match transport.confirmed().await {
+        Ok(true) => Ok(()),
+        // The handshake failed.
+        Ok(false) => Err(FrameError::Lost(StreamError::Connection(transport.closed().await))),
+        Err(error) => Err(FrameError::Lost(StreamError::Connection(error))),
     }
 }
 
@@ -531,7 +556,11 @@ async fn first_frame<R: RecvStream>(conn: &Conn, frames: &mut FrameReader<R>) ->
 
 async fn bidirectional<C: Connection>(transport: C, conn: Arc<Conn>, mut send: C::Send, recv: C::Recv) {
     let mut frames = FrameReader::new(recv, MAX_FRAME_UNAUTHENTICATED);
-    let error = match first_frame(&conn, &mut frames).await {
+    let first = match first_frame(&conn, &mut frames).await {
+        Ok(Some(frame)) if !may_be_early(&frame) => handshake(&transport).await.map(|()| Some(frame)),
+        first => first,
+    };
+    let error = match first {
         Ok(None) => return send.finish(),
         Ok(Some(Frame::Attach(request))) => match conn.attached() {
             Ok(_attached) => {

@@ -118,8 +118,8 @@ impl Losing {
 impl Connector for Losing {
     type Connection = MemoryConnection;
 
-    async fn connect(&self) -> Result<MemoryConnection, ConnectionError> {
-        let connection = self.network.connect().await?;
+    async fn connect(&self, hopeful: bool) -> Result<MemoryConnection, ConnectionError> {
+        let connection = self.network.connect(hopeful).await?;
         self.last.lock().expect("no panic").replace(connection.clone());
         Ok(connection)
     }

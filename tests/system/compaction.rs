@@ -91,7 +91,7 @@ fn text(records: &[(u64, Record)], id: MessageId) -> Vec<u8> {
 async fn bytes_of_view(server: &QuicServer, name: &str) -> usize {
     let limits = ClientConfig::default().transport_limits();
     let connector = QuicConnector::new(server.addr, server.trust(), &limits, ALPN).expect("a connector");
-    let connection = connector.connect().await.expect("a connection");
+    let connection = connector.connect(true).await.expect("a connection");
     let token = server.key.mint(&claims("late", "", Operation::ALL)).expect("a token");
     let hello = Hello { instance: Some(Instance([3; 16])), token: Some(token.into()), ..Hello::default() };
     let (mut control, _answers) = connection.open_bi().await.expect("control");

@@ -39,7 +39,7 @@ impl Raw {
     async fn connect(server: &QuicServer, first: &[u8]) -> Self {
         let limits = ClientConfig::default().transport_limits();
         let connector = QuicConnector::new(server.addr, server.trust(), &limits, ALPN).expect("a connector");
-        let connection = connector.connect().await.expect("a connection");
+        let connection = connector.connect(true).await.expect("a connection");
         let (mut send, recv) = connection.open_bi().await.expect("a stream");
         send.write(&mut [Bytes::copy_from_slice(first)]).await.expect("write");
         Self { connection, control: (send, FrameReader::new(recv, MAX_FRAME)) }

@@ -257,7 +257,7 @@ async fn members_that_do_not_come_back_after_a_restart_are_lost_after_their_grac
 #[tokio::test]
 async fn presence_frames_are_refused_by_name() {
     let server = MemoryServer::start(Arc::new(MemoryStore::new()), Config::default());
-    let connection = server.network().connect().await.expect("a connection");
+    let connection = server.network().connect(true).await.expect("a connection");
     let token = server.key.mint(&claims("mallory", "", Operation::ALL)).expect("a token");
     let hello = Hello { instance: Some(Instance([3; 16])), token: Some(token.into()), ..Hello::default() };
     let (mut control, _control) = connection.open_bi().await.expect("control");

@@ -13,8 +13,8 @@ use mainstay_store::MemoryStore;
 use mainstay_tests::harness::{claims, now};
 use mainstay_tests::proxy::Faults;
 use mainstay_tests::random::{self, Random};
-use mainstay_transport::quic::{GatheringRuntime, Identity, QuicConnector, QuicListener, ServerKeys, Trust};
-use mainstay_transport::sim::SimNetwork;
+use mainstay_transport::quic::{GatheringRuntime, Identity, MemoryTickets, QuicConnector, QuicListener, ServerKeys, Trust};
+use mainstay_transport::sim::{SimHost, SimNetwork};
 use tokio::task::JoinHandle;
 
 /// One simulated world: a network, a server that can be restarted, and clients.
@@ -24,8 +24,9 @@ struct World {
     key: Arc<SigningKey>,
     tls_key: String,
     keys: ServerKeys,
+    tickets: MemoryTickets,
     server: JoinHandle<()>,
-    clients: u16,
+    clients: u8,
 }
 
 fn server_addr() -> SocketAddr {
@@ -40,6 +41,7 @@ impl World {
             key: Arc::new(SigningKey::generate().expect("a key")),
             tls_key: Identity::generate_key().expect("a key"),
             keys: ServerKeys::generate(),
+            tickets: MemoryTickets::default(),
             server: tokio::spawn(async {}),
             clients: 0,
         };
@@ -55,7 +57,8 @@ impl World {
         let socket = self.network.bind(server_addr());
         let limits = config.transport_limits();
         let runtime = Arc::new(GatheringRuntime);
-        let listener = QuicListener::over(socket, runtime, identity, &self.keys, &limits, ALPN).expect("a listener");
+        let tickets = Arc::new(self.tickets.clone());
+        let listener = QuicListener::over(socket, runtime, identity, &self.keys, Some(tickets), &limits, ALPN).expect("a listener");
         let server = Server::new(Arc::new(self.store.clone()), Keyring::new([self.key.verifying_key()]), config);
         self.server = tokio::spawn(async move { server.serve(listener, std::future::pending()).await });
     }
@@ -67,11 +70,11 @@ impl World {
         let mut config = ClientConfig::default();
         config.token = Some(self.key.mint(&claims("tester", "", Operation::ALL)).expect("a token"));
         config.give_up_after = None;
-        let socket = self.network.bind(([10, 0, 1, 1], self.clients).into());
+        let host = SimHost::new(self.network.clone(), [10, 0, 1, self.clients].into());
         let limits = config.transport_limits();
         let runtime = Arc::new(GatheringRuntime);
         let connector =
-            QuicConnector::over(socket, runtime, server_addr(), &trust, &limits, ALPN).expect("a connector");
+            QuicConnector::over(host, runtime, server_addr(), &trust, &limits, ALPN).expect("a connector");
         Client::new(connector, config)
     }
 }
@@ -106,7 +109,7 @@ async fn history(random: &mut Random) -> (u64, u64) {
                     }
                 }
                 Event::Resumed { .. } => resumed += 1,
-                Event::Gap { .. } | Event::Ended => panic!("the history has a hole"),
+                event @ (Event::Gap { .. } | Event::Ended) => panic!("the history has a hole at {next}: {event:?}"),
                 _ => {}
             }
         }

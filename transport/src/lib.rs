@@ -12,6 +12,7 @@
 mod frames;
 mod gather;
 pub mod memory;
+mod network;
 mod outbox;
 pub mod quic;
 pub mod sim;
@@ -47,6 +48,8 @@ pub enum ConnectionError {
     Reset,
     /// The peer's certificate is not the expected one.
     Untrusted(String),
+    /// Nothing at all came back, not even a refusal: UDP is blocked on the way, or the machine is not there. Says what was tried.
+    Silent(String),
     /// Anything else that the transport reports.
     Failed(String),
 }
@@ -61,6 +64,7 @@ impl fmt::Display for ConnectionError {
             Self::TimedOut => f.write_str("timed out"),
             Self::Reset => f.write_str("reset by the peer, which lost its state"),
             Self::Untrusted(why) => write!(f, "the server's certificate is not trusted: {why}"),
+            Self::Silent(tried) => write!(f, "nothing came back; UDP seems to be blocked on the way: {tried}"),
             Self::Failed(why) => f.write_str(why),
         }
     }
@@ -79,6 +83,8 @@ pub enum StreamError {
     Connection(ConnectionError),
     /// This side ended the stream before.
     Ended,
+    /// The server did not take the early data that it was part of. The connection goes on; what was sent is sent again on new streams.
+    EarlyDataRefused,
 }
 
 impl fmt::Display for StreamError {
@@ -88,6 +94,7 @@ impl fmt::Display for StreamError {
             Self::Stopped(code) => write!(f, "stream stopped with code {code:#x}"),
             Self::Connection(error) => write!(f, "connection lost: {error}"),
             Self::Ended => f.write_str("stream has ended"),
+            Self::EarlyDataRefused => f.write_str("the server did not take early data"),
         }
     }
 }
@@ -120,6 +127,11 @@ pub trait RecvStream: Send + Sync + 'static {
 
     /// Tells the peer that no more is wanted, with a code.
     fn stop(&mut self, code: u64);
+
+    /// True on a server if the stream came with a client's first flight (spec EARLY).
+    fn is_early(&self) -> bool {
+        false
+    }
 }
 
 /// A connection to a peer. Clones are the same connection; it stays open until closed or lost.
@@ -150,6 +162,28 @@ pub trait Connection: Clone + Send + Sync + 'static {
     /// Waits until the connection is gone and says why.
     fn closed(&self) -> impl Future<Output = ConnectionError> + Send;
 
+    /// Waits until the handshake is confirmed: until then a server may have the replay of another connection's first flight before it, and
+    /// nothing that it asks for may have an effect (spec EARLY-2). `false` on a client whose early data was not taken: the streams that it
+    /// has opened are gone, the connection goes on. Cancellation-safe.
+    fn confirmed(&self) -> impl Future<Output = Result<bool, ConnectionError>> + Send {
+        core::future::ready(Ok(true))
+    }
+
+    /// True once [`Connection::confirmed`] would answer `true` at once.
+    fn is_confirmed(&self) -> bool {
+        true
+    }
+
+    /// A secret that only the two ends of this connection can know, the same at both for the same `label` and `context`. Errors: the
+    /// handshake is not confirmed yet.
+    fn export(&self, label: &[u8], context: &[u8]) -> Result<[u8; 32], ConnectionError>;
+
+    /// On a client: goes on over a new socket, on whatever network the system has now, and asks the server to follow. What is on its way is
+    /// sent again. Errors: the system gives no socket, or the transport has no paths to choose from; the connection goes on as it was.
+    fn rebind(&self) -> Result<(), ConnectionError> {
+        Err(ConnectionError::Failed("this transport does not change paths".into()))
+    }
+
     /// Where the peer is now, for logs.
     fn remote(&self) -> String;
 
@@ -167,7 +201,7 @@ pub trait Listener: Send + Sync + 'static {
     /// What it takes.
     type Connection: Connection;
 
-    /// The next connection whose handshake is done, or `None` once closed. Cancellation-safe.
+    /// The next connection, or `None` once closed. Its handshake may not be confirmed yet. Cancellation-safe.
     fn accept(&self) -> impl Future<Output = Option<Self::Connection>> + Send;
 
     /// Where it listens, if that is a socket address.
@@ -185,8 +219,25 @@ pub trait Connector: Send + Sync + 'static {
     /// What it makes.
     type Connection: Connection;
 
-    /// Connects to the server that it was made for.
-    fn connect(&self) -> impl Future<Output = Result<Self::Connection, ConnectionError>> + Send;
+    /// Connects to the server that it was made for. With early data where the transport and an earlier connection allow it: then the connection
+    /// is there at once, and [`Connection::confirmed`] says when the server has answered. An attempt that is `hopeful`, because something
+    /// says that the server can be reached, may use what can be used once. Cancellation-safe.
+    fn connect(&self, hopeful: bool) -> impl Future<Output = Result<Self::Connection, ConnectionError>> + Send;
+
+    /// Tries `addr` first from now on, as long as it answers: the server moves there.
+    fn redirect(&self, addr: SocketAddr) {
+        let _ = addr;
+    }
+
+    /// Waits until the way to the server may have changed: another local address, another route, a network that is back. Cancellation-safe.
+    fn network_changed(&self) -> impl Future<Output = ()> + Send {
+        core::future::pending()
+    }
+
+    /// Finds out why nothing answers, within a second: what was tried, and what came of it.
+    fn diagnose(&self) -> impl Future<Output = ConnectionError> + Send {
+        core::future::ready(ConnectionError::TimedOut)
+    }
 
     /// The server, for messages to people.
     fn target(&self) -> String;
@@ -201,8 +252,20 @@ pub trait Connector: Send + Sync + 'static {
 impl<C: Connector> Connector for Arc<C> {
     type Connection = C::Connection;
 
-    fn connect(&self) -> impl Future<Output = Result<Self::Connection, ConnectionError>> + Send {
-        C::connect(self)
+    fn connect(&self, hopeful: bool) -> impl Future<Output = Result<Self::Connection, ConnectionError>> + Send {
+        C::connect(self, hopeful)
+    }
+
+    fn redirect(&self, addr: SocketAddr) {
+        C::redirect(self, addr);
+    }
+
+    fn network_changed(&self) -> impl Future<Output = ()> + Send {
+        C::network_changed(self)
+    }
+
+    fn diagnose(&self) -> impl Future<Output = ConnectionError> + Send {
+        C::diagnose(self)
     }
 
     fn target(&self) -> String {
@@ -235,6 +298,8 @@ pub struct Limits {
     pub send_budget: u64,
     /// How often an idle connection is kept alive, if at all.
     pub keep_alive: Option<Duration>,
+    /// After how long without a packet a connection is lost.
+    pub idle: Duration,
     /// Bidirectional streams that the peer may open at first.
     pub bidirectional: u32,
     /// Unidirectional streams that the peer may open at first.

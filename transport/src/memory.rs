@@ -31,14 +31,15 @@ impl MemoryNetwork {
 impl Connector for MemoryNetwork {
     type Connection = MemoryConnection;
 
-    async fn connect(&self) -> Result<MemoryConnection, ConnectionError> {
+    async fn connect(&self, _hopeful: bool) -> Result<MemoryConnection, ConnectionError> {
         let (closed, _) = watch::channel(None);
         let closed = Arc::new(closed);
+        let secret = rand::random();
         let inboxes = [Inboxes::new(), Inboxes::new()];
         let [(client_in, client_rx), (server_in, server_rx)] = inboxes;
         // What a side may have unread at the other is the other's window.
-        let client = MemoryConnection::new(server_in, client_rx, &self.server, closed.clone(), 0);
-        let server = MemoryConnection::new(client_in, server_rx, &self.client, closed, 1);
+        let client = MemoryConnection::new(server_in, client_rx, &self.server, closed.clone(), 0, secret);
+        let server = MemoryConnection::new(client_in, server_rx, &self.client, closed, 1, secret);
         self.incoming.send(server).await.map_err(|_| ConnectionError::Failed("nobody listens".into()))?;
         Ok(client)
     }
@@ -111,12 +112,14 @@ pub struct MemoryConnection {
     stream_window: usize,
     closed: Closed,
     side: u8,
+    /// What the two sides share and nobody else knows.
+    secret: [u8; 32],
     /// Unread bytes of this side at the peer, for tests.
     unread: Arc<AtomicU64>,
 }
 
 impl MemoryConnection {
-    fn new(peer: Inboxes, arrivals: Arrivals, peer_limits: &Limits, closed: Closed, side: u8) -> Self {
+    fn new(peer: Inboxes, arrivals: Arrivals, peer_limits: &Limits, closed: Closed, side: u8, secret: [u8; 32]) -> Self {
         Self {
             peer,
             arrivals: Arc::new(arrivals),
@@ -124,6 +127,7 @@ impl MemoryConnection {
             stream_window: peer_limits.stream_window() as usize,
             closed,
             side,
+            secret,
             unread: Arc::default(),
         }
     }
@@ -224,6 +228,12 @@ impl Connection for MemoryConnection {
     async fn closed(&self) -> ConnectionError {
         closing(&self.closed).await;
         self.error()
+    }
+
+    fn export(&self, label: &[u8], context: &[u8]) -> Result<[u8; 32], ConnectionError> {
+        let mut hash = blake3::Hasher::new_keyed(&self.secret);
+        hash.update(&(label.len() as u64).to_be_bytes()).update(label).update(context);
+        Ok(*hash.finalize().as_bytes())
     }
 
     fn remote(&self) -> String {

@@ -12,9 +12,9 @@ use mainstay_protocol::wire::Subject;
 use mainstay_server::auth::{Claims, Keyring, SigningKey, VerifyingKey};
 use mainstay_server::{Config as ServerConfig, Server};
 use mainstay_store::{Health, Store};
-use mainstay_store_fjall::{Config as StoreConfig, FjallStore};
+use mainstay_store_fjall::{Config as StoreConfig, FjallStore, Tickets};
 use mainstay_transport::Listener;
-use mainstay_transport::quic::{Identity, QuicListener, bind};
+use mainstay_transport::quic::{Identity, QuicListener, TicketStore, bind};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
@@ -109,7 +109,10 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
     if let Some(args::CompactAfter(after)) = args.compact_after.or(set) {
         config.compact_after = after;
     }
-    let listener = QuicListener::new(socket, identity, &data.server_keys()?, &config.transport_limits(), ALPN)
+    let dir = data.tickets();
+    let tickets = Tickets::open(&dir).map_err(|error| Failure::io(dir.display(), &error))?;
+    let tickets = Arc::new(KeptTickets(tickets));
+    let listener = QuicListener::new(socket, identity, &data.server_keys()?, Some(tickets), &config.transport_limits(), ALPN)
         .map_err(|error| Failure::failed("INTERNAL", error))?;
     let addr = listener.local_addr().ok_or_else(|| Failure::failed("INTERNAL", "the socket has no address"))?;
     let connect = match &dev {
@@ -151,6 +154,24 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
         )));
     }
     Ok(())
+}
+
+/// The tickets of the data directory, as the listener wants them.
+#[derive(Debug)]
+struct KeptTickets(Tickets);
+
+impl TicketStore for KeptTickets {
+    fn put(&self, id: &[u8], session: &[u8]) -> bool {
+        self.0.put(id, session)
+    }
+
+    fn take(&self, id: &[u8]) -> Option<Vec<u8>> {
+        self.0.take(id)
+    }
+
+    fn keep_under(&self, limits: &[u8]) {
+        self.0.keep_under(limits);
+    }
 }
 
 fn read_config(path: &Path) -> Result<File, Failure> {

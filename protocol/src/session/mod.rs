@@ -9,6 +9,7 @@ mod chain;
 mod chunk;
 mod compaction;
 mod credit;
+mod early;
 mod feed;
 mod grants;
 mod kinds;
@@ -17,6 +18,7 @@ mod overlay;
 mod producer;
 mod progress;
 mod record;
+mod roaming;
 mod rollup;
 mod state;
 mod view;
@@ -30,6 +32,7 @@ pub use chunk::{
 };
 pub use compaction::{ChunkStart, Compaction, Plan, PlanStep, Survey};
 pub use credit::{CreditReceived, CreditSent};
+pub use early::may_be_early;
 pub use feed::{Feed, Filter, Place};
 pub use grants::{Grant, Grants, Operation, Operations};
 pub use kinds::{
@@ -43,6 +46,7 @@ pub use leases::Leases;
 pub use producer::{Admission, ProducerHandle, ProducerKey, Producers};
 pub use progress::Progress;
 pub use record::{CheckedBatch, Record, Records};
+pub use roaming::{Manners, PathFacts, Roaming, RoamingStep};
 pub use state::{Damage, State, Streams};
 pub use view::{
     AT_ONCE, Entries, Entry, FOR_WORKERS, FinishedRun, IndexedMessage, Input, Job, Member, Members, Message, Messages,

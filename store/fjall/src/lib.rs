@@ -37,8 +37,10 @@ mod open;
 mod reader;
 mod reclaim;
 mod store;
+mod tickets;
 pub mod verify;
 mod witness;
 
 pub use open::{Config, OpenError};
 pub use store::FjallStore;
+pub use tickets::Tickets;

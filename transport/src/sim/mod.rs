@@ -6,5 +6,5 @@ mod network;
 mod random;
 
 pub use link::{Conditions, Counts, Faults, Link};
-pub use network::{SimNetwork, SimSocket};
+pub use network::{SimHost, SimNetwork, SimSocket};
 pub use random::Random;

@@ -5,7 +5,7 @@ use core::pin::Pin;
 use core::task::{Context, Poll};
 use std::collections::HashMap;
 use std::io::{self, IoSliceMut};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use quinn::udp::{RecvMeta, Transmit};
@@ -13,6 +13,7 @@ use quinn::{AsyncUdpSocket, UdpPoller};
 use tokio::sync::mpsc;
 
 use super::{Conditions, Faults, Link, Random};
+use crate::quic::Sockets;
 
 type Datagram = (SocketAddr, Vec<u8>);
 /// Where a link comes from and leads to.
@@ -56,7 +57,21 @@ impl SimNetwork {
         Arc::new(SimSocket { network: self.clone(), addr, inbox: Mutex::new(inbox) })
     }
 
+    /// A socket that leads nowhere.
+    fn nowhere(self: &Arc<Self>, addr: SocketAddr) -> Arc<SimSocket> {
+        let (_, inbox) = mpsc::unbounded_channel();
+        Arc::new(SimSocket { network: self.clone(), addr, inbox: Mutex::new(inbox) })
+    }
+
+    /// The socket at `addr` is on no network any more.
+    fn unplug(&self, addr: SocketAddr) {
+        lock(&self.sockets).remove(&addr);
+    }
+
     fn send(self: &Arc<Self>, from: SocketAddr, to: SocketAddr, datagram: &[u8]) {
+        if !lock(&self.sockets).contains_key(&from) {
+            return;
+        }
         let mut links = lock(&self.links);
         let link = links.entry((from, to)).or_insert_with(|| {
             let (enter, mut entered) = mpsc::unbounded_channel::<Vec<u8>>();
@@ -83,6 +98,52 @@ impl SimNetwork {
             enter
         });
         let _ = link.send(datagram.to_vec());
+    }
+}
+
+/// A machine on a [`SimNetwork`] that can change its address: where a client's sockets come from.
+#[derive(Debug)]
+pub struct SimHost {
+    network: Arc<SimNetwork>,
+    at: Mutex<Place>,
+}
+
+#[derive(Debug)]
+struct Place {
+    ip: Option<IpAddr>,
+    port: u16,
+    bound: Vec<SocketAddr>,
+}
+
+impl SimHost {
+    /// A machine at `ip`.
+    pub fn new(network: Arc<SimNetwork>, ip: IpAddr) -> Arc<Self> {
+        Arc::new(Self { network, at: Mutex::new(Place { ip: Some(ip), port: 1024, bound: Vec::new() }) })
+    }
+
+    /// Leaves the network; with `ip`, for another address. What goes out of sockets from before, or is on its way to them, is lost.
+    pub fn move_to(&self, ip: Option<IpAddr>) {
+        let mut at = lock(&self.at);
+        at.ip = ip;
+        at.bound.drain(..).for_each(|addr| self.network.unplug(addr));
+    }
+}
+
+impl Sockets for SimHost {
+    fn bind(&self, _towards: SocketAddr) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+        let mut at = lock(&self.at);
+        at.port = at.port.checked_add(1).unwrap_or(1024);
+        // A system gives a socket also where there is no network.
+        let addr = SocketAddr::new(at.ip.unwrap_or(IpAddr::from([0, 0, 0, 0])), at.port);
+        if at.ip.is_some() {
+            at.bound.push(addr);
+            return Ok(self.network.bind(addr));
+        }
+        Ok(self.network.nowhere(addr))
+    }
+
+    fn route(&self, _towards: SocketAddr) -> Option<IpAddr> {
+        lock(&self.at).ip
     }
 }
 

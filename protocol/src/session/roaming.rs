@@ -1,0 +1,365 @@
+//! How a client keeps its way to the server: when it asks for a sign of life, when it changes the path, when it tries another connection
+//! beside the one it has, and which of the two goes on (spec ROAM).
+//!
+//! ```text
+//!            quiet, or an answer is due          no answer, or the network changed
+//!   sound ───────────────────────────▶ asking ──────────────────────────────────▶ in doubt: rebind, ask, challenge
+//!     ▲                                   │ heard                                      │ heard        │ the challenger is ready
+//!     └───────────────────────────────────┴────────────────────────────────────────────┘ withdraw     ▼ first: move
+//! ```
+
+use core::time::Duration;
+
+use super::Backoff;
+
+/// How eager a client is to know that its path works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Manners {
+    /// After how long at most without a word a sign of life is asked for while the connection is used; `None` for never: what holds NAT
+    /// bindings open costs a radio its sleep.
+    pub keep_alive: Option<Duration>,
+    /// After how long a path that was just busy and fell silent is asked first.
+    pub busy: Duration,
+}
+
+impl Manners {
+    /// Somebody looks at it: a path that dies is noticed within seconds.
+    pub fn foreground(keep_alive: Duration) -> Self {
+        Self { keep_alive: Some(keep_alive), busy: BUSY.min(keep_alive) }
+    }
+
+    /// Nobody looks at it.
+    pub fn background(keep_alive: Option<Duration>) -> Self {
+        Self { keep_alive, busy: keep_alive.unwrap_or(BUSY) }
+    }
+}
+
+/// See [`Manners::busy`].
+const BUSY: Duration = Duration::from_secs(1);
+/// How often is asked while an answer is due.
+const EXPECTING: Duration = Duration::from_millis(500);
+/// How long an answer may take at least, beyond three round trips.
+const SLACK: Duration = Duration::from_millis(50);
+/// The least patience with a path: a pause of the scheduler or of a radio is no loss.
+const PATIENCE: Duration = Duration::from_millis(400);
+/// A second connection is tried after this long at least, so that a path that changed without harm costs no handshake.
+const GRACE: Duration = Duration::from_millis(250);
+/// A path that was silent for longer gets a second connection at once: QUIC's timers have backed off on it.
+const OUTAGE: Duration = Duration::from_secs(2);
+/// How long an attempt to connect is believed in. Its own timers back off too, so that a fresh one is sooner after an outage.
+const ATTEMPT: Duration = Duration::from_secs(2);
+/// Pauses between attempts, and between rebinds.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+
+/// What is known when the machine is asked.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PathFacts {
+    /// Changes whenever anything came from the server over the connection.
+    pub heard: u64,
+    /// Changes whenever something came that was not asked for by [`RoamingStep::Ask`].
+    pub news: u64,
+    /// The nonce that the server answered last.
+    pub answered: u64,
+    /// The round-trip time.
+    pub rtt: Duration,
+    /// Somebody waits for an answer.
+    pub expecting: bool,
+    /// Batches are on the way: the bytes of an upload wait for timers that have backed off.
+    pub uploading: bool,
+    /// The connection is used: something may come over it at any time.
+    pub used: bool,
+}
+
+/// What to do now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RoamingStep {
+    /// Send PING with this nonce.
+    Ask(u64),
+    /// Go on over a new socket, and send PING with this nonce.
+    Rebind(u64),
+    /// Begin a second connection. Where there is reason to hope that it comes through, with what can be used once.
+    Challenge {
+        /// Something says that the server can be reached now.
+        hopeful: bool,
+    },
+    /// Give the second connection up: the first goes on, or another attempt is due.
+    Withdraw,
+    /// The second connection is the one from now on; the first is closed.
+    Move,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Challenger {
+    None,
+    /// It is being made, since then.
+    Trying(Duration),
+    /// It was begun on a network that is gone.
+    Stale,
+    /// The server has answered on it.
+    Ready,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Doubt {
+    /// Since when, and when the path was changed last.
+    since: Duration,
+    rebound: Duration,
+    /// The nonce that proves the path, asked over it.
+    nonce: u64,
+    again: Duration,
+}
+
+/// See the [module](self). Times are durations since any fixed moment and never run backwards.
+#[derive(Debug)]
+pub struct Roaming {
+    manners: Manners,
+    /// There is a connection.
+    connected: bool,
+    /// The server moves: another connection is wanted although this one works.
+    leaving: bool,
+    heard: (u64, Duration),
+    news: (u64, Duration),
+    /// Questions in a row that brought an answer and nothing else.
+    quiet: u32,
+    /// Since when a question is open.
+    asked: Option<Duration>,
+    nonce: u64,
+    doubt: Option<Doubt>,
+    challenger: Challenger,
+    /// When the next attempt is due, and whether there is hope.
+    challenge: Option<(Duration, bool)>,
+    attempts: Backoff,
+    rebinds: Backoff,
+}
+
+impl Roaming {
+    /// Of a client without a connection: an attempt is due at once.
+    pub fn new(manners: Manners, now: Duration) -> Self {
+        Self {
+            manners,
+            connected: false,
+            leaving: false,
+            heard: (0, now),
+            news: (0, now),
+            quiet: 0,
+            asked: None,
+            nonce: 0,
+            doubt: None,
+            challenger: Challenger::None,
+            challenge: Some((now, true)),
+            attempts: Backoff::new(PAUSES.0, PAUSES.1),
+            rebinds: Backoff::new(EXPECTING, PAUSES.1),
+        }
+    }
+
+    /// Behaves otherwise from now on.
+    pub fn set_manners(&mut self, manners: Manners) {
+        self.manners = manners;
+    }
+
+    /// The system, or the application, says that the network is another one, or back.
+    pub fn network_changed(&mut self, now: Duration) {
+        self.attempts.reset();
+        if self.connected {
+            // Asked anew, over a new socket, whatever was asked before.
+            self.rebinds.reset();
+            self.doubt = Some(Doubt { since: now, rebound: now, nonce: u64::MAX, again: now });
+            self.challenge = None;
+        } else {
+            self.challenge = Some((now, true));
+        }
+        if matches!(self.challenger, Challenger::Trying(_)) {
+            self.challenger = Challenger::Stale;
+        }
+    }
+
+    /// The application is looked at again, after what may have been a long sleep.
+    pub fn woken(&mut self, now: Duration) {
+        if !self.connected || now.saturating_sub(self.heard.1) >= OUTAGE {
+            self.network_changed(now);
+        }
+    }
+
+    /// The server says that it moves, or stops: another connection is tried after `pause`, and taken when it is ready.
+    pub fn going_away(&mut self, now: Duration, pause: Duration) {
+        self.leaving = true;
+        if self.challenger == Challenger::None {
+            self.challenge = Some((now + pause, true));
+        }
+    }
+
+    /// The connection is lost. There is hope if the server, or another process in its place, said so.
+    pub fn lost(&mut self, now: Duration, hopeful: bool, random: u32) {
+        self.connected = false;
+        self.leaving = false;
+        self.doubt = None;
+        self.asked = None;
+        if self.challenger == Challenger::None {
+            let pause = if hopeful { Duration::ZERO } else { self.attempts.next(random) };
+            let due = self.challenge.map_or(now + pause, |(due, _)| due.min(now + pause));
+            self.challenge = Some((due, hopeful));
+        }
+    }
+
+    /// The server has answered on the second connection.
+    pub fn ready(&mut self) {
+        self.challenger = Challenger::Ready;
+    }
+
+    /// The second connection came to nothing.
+    pub fn failed(&mut self, now: Duration, random: u32) {
+        self.challenger = Challenger::None;
+        if !self.connected || self.doubt.is_some() || self.leaving {
+            self.challenge = Some((now + self.attempts.next(random), false));
+        }
+    }
+
+    /// True while nobody knows whether the path works.
+    pub fn in_doubt(&self) -> bool {
+        self.doubt.is_some()
+    }
+
+    /// How long a question may stay open.
+    fn patience(rtt: Duration) -> Duration {
+        (3 * rtt + SLACK).max(PATIENCE)
+    }
+
+    /// After how long without a word it is asked, if ever.
+    fn ask_after(&self, facts: &PathFacts) -> Option<Duration> {
+        if facts.expecting || facts.uploading {
+            return Some(EXPECTING);
+        }
+        let keep_alive = self.manners.keep_alive.filter(|_| facts.used)?;
+        Some(self.manners.busy.saturating_mul(1 << self.quiet.min(10)).min(keep_alive))
+    }
+
+    /// What to do at `now`, if anything. To be asked again until there is nothing, and then at [`Roaming::due`].
+    pub fn step(&mut self, now: Duration, facts: &PathFacts, random: u32) -> Option<RoamingStep> {
+        if self.connected
+            && let Some(step) = self.watch(now, facts, random)
+        {
+            return Some(step);
+        }
+        match self.challenger {
+            Challenger::Ready if self.may_move(now, facts) => {
+                self.moved(now, facts);
+                Some(RoamingStep::Move)
+            }
+            Challenger::Stale => {
+                self.challenger = Challenger::None;
+                Some(RoamingStep::Withdraw)
+            }
+            Challenger::Trying(since) if now.saturating_sub(since) >= ATTEMPT => {
+                self.failed(now, random);
+                Some(RoamingStep::Withdraw)
+            }
+            Challenger::None => {
+                let (_, hopeful) = self.challenge.filter(|(due, _)| *due <= now)?;
+                self.challenge = None;
+                self.challenger = Challenger::Trying(now);
+                Some(RoamingStep::Challenge { hopeful })
+            }
+            _ => None,
+        }
+    }
+
+    /// Looks after the connection that there is.
+    fn watch(&mut self, now: Duration, facts: &PathFacts, random: u32) -> Option<RoamingStep> {
+        let heard = facts.heard != self.heard.0;
+        if heard {
+            self.heard = (facts.heard, now);
+        }
+        if facts.news != self.news.0 {
+            self.news = (facts.news, now);
+            self.quiet = 0;
+        }
+        if let Some(doubt) = &mut self.doubt {
+            // What was on its way before the path changed proves nothing of the new one.
+            let in_time = doubt.nonce != u64::MAX && now.saturating_sub(doubt.rebound) * 4 >= facts.rtt * 3;
+            if doubt.nonce == facts.answered || heard && in_time {
+                (self.doubt, self.asked) = (None, None);
+                self.rebinds.reset();
+                self.attempts.reset();
+                if !self.leaving {
+                    self.challenge = None;
+                    if self.challenger != Challenger::None {
+                        self.challenger = Challenger::None;
+                        return Some(RoamingStep::Withdraw);
+                    }
+                }
+                return None;
+            }
+            if now < doubt.again {
+                return None;
+            }
+            self.nonce += 1;
+            let first = doubt.nonce == u64::MAX;
+            (doubt.nonce, doubt.rebound) = (self.nonce, now);
+            doubt.again = now + self.rebinds.next(random).max(Self::patience(facts.rtt));
+            if first {
+                let silent = now.saturating_sub(self.heard.1) >= OUTAGE;
+                let pause = if silent || facts.uploading { Duration::ZERO } else { GRACE.max(2 * facts.rtt) };
+                self.challenge = Some((now + pause, true));
+            }
+            return Some(RoamingStep::Rebind(self.nonce));
+        }
+        if heard {
+            if self.asked.take().is_some() && self.news.1 != now {
+                self.quiet = self.quiet.saturating_add(1);
+            }
+            return None;
+        }
+        match self.asked {
+            Some(asked) if now.saturating_sub(asked) >= Self::patience(facts.rtt) => {
+                self.doubt = Some(Doubt { since: now, rebound: now, nonce: u64::MAX, again: now });
+                self.watch(now, facts, random)
+            }
+            Some(_) => None,
+            None => {
+                let after = self.ask_after(facts)?;
+                if now.saturating_sub(self.heard.1) < after {
+                    return None;
+                }
+                self.asked = Some(now);
+                self.nonce += 1;
+                Some(RoamingStep::Ask(self.nonce))
+            }
+        }
+    }
+
+    fn may_move(&self, now: Duration, facts: &PathFacts) -> bool {
+        match &self.doubt {
+            _ if !self.connected || self.leaving => true,
+            Some(doubt) => facts.uploading || now.saturating_sub(doubt.since) >= 3 * facts.rtt,
+            None => false,
+        }
+    }
+
+    fn moved(&mut self, now: Duration, facts: &PathFacts) {
+        self.connected = true;
+        self.leaving = false;
+        self.challenger = Challenger::None;
+        (self.doubt, self.asked, self.challenge) = (None, None, None);
+        self.attempts.reset();
+        self.rebinds.reset();
+        self.quiet = 0;
+        // Another connection counts anew.
+        (self.heard, self.news) = ((u64::MAX, now), (facts.news, now));
+    }
+
+    /// When there may be something to do, if nothing happens before.
+    pub fn due(&self, facts: &PathFacts) -> Option<Duration> {
+        let challenge = match self.challenger {
+            Challenger::None => self.challenge.map(|(due, _)| due),
+            Challenger::Stale => Some(Duration::ZERO),
+            Challenger::Trying(since) => Some(since + ATTEMPT),
+            Challenger::Ready => self.doubt.as_ref().map(|doubt| doubt.since + 3 * facts.rtt),
+        };
+        let watch = self.connected.then(|| match (&self.doubt, self.asked) {
+            (Some(doubt), _) => Some(doubt.again),
+            (None, Some(asked)) => Some(asked + Self::patience(facts.rtt)),
+            (None, None) => Some(self.heard.1 + self.ask_after(facts)?),
+        });
+        challenge.into_iter().chain(watch.flatten()).min()
+    }
+}
