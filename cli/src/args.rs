@@ -99,7 +99,9 @@ Configuration file, every entry optional; entries that are not known are refused
   [store]
   reserve_bytes = 67108864        # free space below which appends are refused
 
-Exit codes: 0 stopped when told to; 2 wrong arguments or configuration; 5 stored data is damaged, or the disk failed; 1 anything else.")]
+Under systemd it takes its socket from a .socket unit (ListenDatagram=) if there is one, and says when it is ready (Type=notify).
+
+Exit codes: 0 stopped when told to, or handed over; 2 wrong arguments or configuration; 5 stored data is damaged, or the disk failed; 1 anything else.")]
 pub(crate) struct Serve {
     /// Make keys, a certificate and a token by itself, and write a connection file for clients on this machine.
     #[arg(long)]
@@ -110,6 +112,10 @@ pub(crate) struct Serve {
     /// UDP address to listen on; port 0 picks a free one. [default: 127.0.0.1:4433]
     #[arg(long, value_name = "ADDR:PORT")]
     pub(crate) listen: Option<SocketAddr>,
+    /// Take the place of the server that runs on this data directory: it says goodbye to its clients, commits, and hands its socket over, and
+    /// they go on with this one. With --listen at another address they are told where. Starts as usual if none runs.
+    #[arg(long)]
+    pub(crate) takeover: bool,
     /// How long after the end of a message its parts are put together in storage, or `never`. Readers that lag so long behind get the
     /// whole text in their place. [default: 60]
     #[arg(long, value_name = "SECS", value_parser = compact_after)]

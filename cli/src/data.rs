@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use mainstay_client::{Client, ClientError, Config, ConnectFile};
+use mainstay_client::{Client, ClientError, Config, ConnectFile, PathEvent};
 use mainstay_server::auth::SigningKey;
 use mainstay_transport::quic::{Identity, ServerKeys};
 
@@ -41,6 +41,11 @@ impl Data {
     /// TLS sessions that clients may resume. Disposable.
     pub(crate) fn tickets(&self) -> PathBuf {
         self.dir.join("tickets")
+    }
+
+    /// Where a next server asks for the place of the one that runs.
+    pub(crate) fn takeover(&self) -> PathBuf {
+        self.dir.join("takeover.sock")
     }
 
     /// The file that clients on this machine read.
@@ -165,16 +170,46 @@ fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
     Some(bytes)
 }
 
-/// Does something with a client of the server that the connection file names, and says goodbye to the server.
+/// Does something with a client of the server that the connection file names, tells meanwhile what becomes of the connection, and says goodbye
+/// to the server.
 pub(crate) async fn with_client<T>(
     connect: Option<&Path>,
     config: Config,
+    output: Output,
     work: impl AsyncFnOnce(&Client) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
+    let give_up_after = config.give_up_after;
     let client = client(connect, config)?;
-    let result = work(&client).await;
+    let result = tokio::select! {
+        result = work(&client) => result,
+        Err(failure) = tell(&client, give_up_after, output) => Err(failure),
+    };
     client.finish().await;
     result
+}
+
+/// Tells of each loss of the server, of each change of the network, and of what is in the way. Ends only if it cannot tell.
+async fn tell(client: &Client, give_up_after: Option<Duration>, output: Output) -> Result<(), Failure> {
+    let (mut paths, mut connection) = (client.path_changes(), client.connection());
+    let again = give_up_after.map_or_else(String::new, |limit| format!(" for {} s", limit.as_secs()));
+    loop {
+        tokio::select! {
+            event = paths.next() => match event {
+                Some(PathEvent::PathChanged) => {
+                    output.notice("path_changed", "the network changed; the connection goes on over the new one")?;
+                }
+                Some(PathEvent::Unreachable(error)) => output.warning(&error.name(), &format!("{error}; trying again"))?,
+                Some(_) => {}
+                None => break,
+            },
+            connected = connection.changed() => match connected {
+                Some(false) => output.warning("UNAVAILABLE", &format!("the server is lost; trying again{again}"))?,
+                Some(true) => {}
+                None => break,
+            },
+        }
+    }
+    core::future::pending().await
 }
 
 /// How long the server may take before that is told.
@@ -197,13 +232,12 @@ pub(crate) async fn patiently<T>(
         connected = client.connected() => connected.is_ok(),
         () = core::future::ready(()) => false,
     };
+    // What else is in the way is told of the connection.
     if reachable {
         output.warning(
             "WAITING",
             &format!("session {session} does not exist yet, or the server cannot do it now; waiting for it"),
         )?;
-    } else {
-        output.warning("UNAVAILABLE", "the server cannot be reached; trying again")?;
     }
     Ok(work.await?)
 }

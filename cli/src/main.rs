@@ -6,6 +6,7 @@ mod data;
 mod failure;
 mod output;
 mod rows;
+mod takeover;
 
 use std::process::ExitCode;
 

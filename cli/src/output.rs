@@ -59,6 +59,15 @@ impl Output {
         Ok(())
     }
 
+    /// Tells of something that happened and that nobody needs to act on.
+    pub(crate) fn notice(self, event: &str, message: &str) -> Result<(), Failure> {
+        if self.json {
+            return self.event(&json!({"event": event}), String::new);
+        }
+        eprintln!("mainstay: {message}");
+        Ok(())
+    }
+
     /// Tells why the command failed.
     pub(crate) fn failure(self, failure: &Failure) {
         if self.json {

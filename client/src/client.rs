@@ -258,25 +258,11 @@ impl Client {
         *self.core.paths().borrow()
     }
 
-    /// Follows what becomes of the path.
+    /// Follows what becomes of the path from now on.
     pub fn path_changes(&self) -> PathWatch {
-        let paths = self.core.paths();
+        let (paths, trouble) = (self.core.paths(), self.core.trouble());
         let seen = *paths.borrow();
-        PathWatch { paths, seen }
-    }
-
-    /// Why there is no connection, as far as that could be found out: asked two seconds after the first attempt, told within three. `None`
-    /// while there is one, or it is not known. Cancellation-safe.
-    pub async fn trouble(&self) -> ClientError {
-        let mut trouble = self.core.trouble();
-        loop {
-            if let Some(error) = trouble.borrow_and_update().clone() {
-                return error;
-            }
-            if trouble.changed().await.is_err() {
-                return ClientError::Closed;
-            }
-        }
+        PathWatch { paths, trouble, seen }
     }
 
     /// Says that the network is another one now, or back: for hosts that are told so by their system and know it better than this library,
@@ -354,6 +340,7 @@ impl ConnectionWatch {
 #[derive(Debug, Clone)]
 pub struct PathWatch {
     paths: watch::Receiver<Paths>,
+    trouble: watch::Receiver<Option<ClientError>>,
     seen: Paths,
 }
 
@@ -363,23 +350,30 @@ impl PathWatch {
     pub async fn next(&mut self) -> Option<PathEvent> {
         loop {
             let now = *self.paths.borrow_and_update();
-            let event = if now.changes != self.seen.changes {
-                self.seen.changes = now.changes;
-                PathEvent::PathChanged
-            } else if now.losses != self.seen.losses {
-                self.seen.losses = now.losses;
-                PathEvent::Lost
-            } else if now.moves != self.seen.moves {
-                (self.seen.moves, self.seen.connections) = (now.moves, now.connections);
-                PathEvent::Moved
-            } else if now.connections != self.seen.connections {
-                self.seen.connections = now.connections;
-                PathEvent::Connected
-            } else {
-                self.paths.changed().await.ok()?;
-                continue;
-            };
-            return Some(event);
+            let kinds: [(fn(&mut Paths) -> &mut u64, PathEvent); 4] = [
+                (|paths| &mut paths.changes, PathEvent::PathChanged),
+                (|paths| &mut paths.losses, PathEvent::Lost),
+                (|paths| &mut paths.moves, PathEvent::Moved),
+                (|paths| &mut paths.connections, PathEvent::Connected),
+            ];
+            for (count, event) in kinds {
+                let newest = *count(&mut { now });
+                if core::mem::replace(count(&mut self.seen), newest) != newest {
+                    if event == PathEvent::Moved {
+                        self.seen.connections = now.connections;
+                    }
+                    return Some(event);
+                }
+            }
+            tokio::select! {
+                changed = self.paths.changed() => changed.ok()?,
+                changed = self.trouble.changed() => {
+                    changed.ok()?;
+                    if let Some(error) = self.trouble.borrow_and_update().clone() {
+                        return Some(PathEvent::Unreachable(error));
+                    }
+                }
+            }
         }
     }
 }

@@ -45,10 +45,11 @@ impl ClientError {
         }
     }
 
-    /// The name of the error: a registry name, or `UNREACHABLE`, `GONE`, `CLOSED`, `INVALID`.
+    /// The name of the error: a registry name, or `UNREACHABLE`, `UDP_BLOCKED` where nothing at all came back, `GONE`, `CLOSED`, `INVALID`.
     pub fn name(&self) -> String {
         match self {
             Self::Refused { code, .. } => code.to_string(),
+            Self::Unreachable { last: ConnectionError::Silent(_), .. } => "UDP_BLOCKED".into(),
             Self::Unreachable { .. } => "UNREACHABLE".into(),
             Self::Protocol(error) => error.code.to_string(),
             Self::Gone => "GONE".into(),

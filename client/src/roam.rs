@@ -77,7 +77,7 @@ pub(crate) enum Nudge {
 }
 
 /// What became of the path.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PathEvent {
     /// There is a connection.
@@ -88,6 +88,9 @@ pub enum PathEvent {
     PathChanged,
     /// Another connection took the place of the one that there was, which was not heard any more: subscriptions resume on it.
     Moved,
+    /// There is no connection, and this is why, as far as it could be found out: what was tried, and what came of it. Told within three
+    /// seconds. It is tried further for as long as the configuration says.
+    Unreachable(ClientError),
 }
 
 /// What the task that keeps the connection shares with the client.
@@ -127,6 +130,10 @@ const FAREWELL: Duration = Duration::from_millis(200);
 const JUDGE: Duration = Duration::from_secs(5);
 /// Without a connection for so long it is found out why: so that it can be said within three seconds.
 const DIAGNOSE: Duration = Duration::from_secs(2);
+/// A path that is in doubt for so long is told of as lost, although the connection may go on later.
+const SILENT: Duration = Duration::from_secs(3);
+/// Milliseconds for which a server may keep its clients waiting, at most.
+const MAX_SPREAD: u64 = 60_000;
 /// How often it is looked whether a path in doubt works.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -220,6 +227,8 @@ struct Supervisor<T: Connector> {
     greeted: bool,
     diagnosis: JoinSet<ConnectionError>,
     diagnosed: bool,
+    /// Since when the path of the current connection is in doubt.
+    doubted_since: Option<Instant>,
 }
 
 /// Makes the connection, and keeps it until the client is closed or gives up.
@@ -244,6 +253,7 @@ pub(crate) async fn supervise<T: Connector>(
         greeted: false,
         diagnosis: JoinSet::new(),
         diagnosed: false,
+        doubted_since: None,
     };
     let failed = loop {
         // Nobody listens any more, or somebody said stop.
@@ -254,6 +264,7 @@ pub(crate) async fn supervise<T: Connector>(
             break failed;
         }
         this.act();
+        this.tell_doubt();
         this.wait(&mut stopping).await;
     };
     this.shared.links.send_replace(Links { status: Status::Failed(failed.clone()), candidate: None });
@@ -279,11 +290,12 @@ impl<T: Connector> Supervisor<T> {
 
     /// Why no further attempt is made, if none is.
     fn given_up(&self) -> Option<ClientError> {
-        if self.current.is_some() {
-            return None;
-        }
-        let late = self.shared.config.give_up_after.is_some_and(|limit| self.down_since.elapsed() >= limit);
-        let hopeless = matches!(self.last, ConnectionError::Untrusted(_));
+        let since = match &self.current {
+            Some(_) => self.doubted_since?,
+            None => self.down_since,
+        };
+        let late = self.shared.config.give_up_after.is_some_and(|limit| since.elapsed() >= limit);
+        let hopeless = self.current.is_none() && matches!(self.last, ConnectionError::Untrusted(_));
         (late || hopeless).then(|| self.unreachable(self.last.clone()))
     }
 
@@ -322,6 +334,19 @@ impl<T: Connector> Supervisor<T> {
                 Some(RoamingStep::Move) => self.take_over(),
                 None => return,
             }
+        }
+    }
+
+    /// A path that stays in doubt is no connection to whoever follows it.
+    fn tell_doubt(&mut self) {
+        let connected = &self.shared.connected;
+        if self.roaming.in_doubt() {
+            let since = *self.doubted_since.get_or_insert_with(Instant::now);
+            if since.elapsed() >= SILENT && *connected.borrow() {
+                connected.send_replace(false);
+            }
+        } else if self.doubted_since.take().is_some() && self.greeted && !*connected.borrow() {
+            connected.send_replace(true);
         }
     }
 
@@ -372,8 +397,9 @@ impl<T: Connector> Supervisor<T> {
         self.current = None;
         self.rebound = false;
         if self.greeted {
-            (self.down_since, self.diagnosed) = (Instant::now(), false);
+            (self.down_since, self.diagnosed) = (self.doubted_since.unwrap_or_else(Instant::now), false);
         }
+        self.doubted_since = None;
         self.last = lost;
         self.count(|paths| paths.losses += 1);
         self.shared.links.send_modify(|links| links.status = Status::Down);
@@ -488,7 +514,10 @@ impl<T: Connector> Supervisor<T> {
     fn stirred(&mut self) {
         let Some(link) = &self.current else { return };
         if let Some(going) = link.take_goaway() {
-            let spread = Duration::from_millis(going.spread).mul_f64(rand::random());
+            if let Some(address) = going.address {
+                self.connector.redirect(address);
+            }
+            let spread = Duration::from_millis(going.spread.min(MAX_SPREAD)).mul_f64(rand::random());
             self.roaming.going_away(self.now(), spread);
         }
     }

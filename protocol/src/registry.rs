@@ -204,6 +204,12 @@ pub mod append {
     pub const RUN_EPOCH: u64 = 0x00;
 }
 
+/// GOAWAY parameter ids (spec CONN-10).
+pub mod goaway {
+    /// Where the process that takes the server's place listens: 16 bytes of an IPv6 address, of an IPv4 one mapped, and the port.
+    pub const ADDRESS: u64 = 0x01;
+}
+
 /// SUBSCRIBE parameter ids (spec SUB-3).
 pub mod subscribe {
     /// Stream names to deliver; absent means all.

@@ -85,7 +85,8 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
         ("trim", control::TRIM),
     ]);
     assert_eq!(controls, entries(&registry, "controls", ""));
-    use numbers::{append, attach, hello, subscribe};
+    use numbers::{append, attach, goaway, hello, subscribe};
+    assert_eq!(code([("address", goaway::ADDRESS)]), entries(&registry, "parameters.GOAWAY", "id"));
     let hello = code([
         ("instance", hello::INSTANCE),
         ("agent", hello::AGENT),

@@ -97,7 +97,7 @@ fn a_network_change_is_acted_on_at_once_and_a_second_connection_is_tried_where_t
     };
     // Ready, and the first was given its three round trips.
     roaming.ready();
-    assert_eq!(roaming.step(ms(1401), &facts, 0), Some(RoamingStep::Move));
+    assert_eq!(roaming.step(ms(1399), &facts, 0), Some(RoamingStep::Move));
     assert!(!roaming.in_doubt());
 }
 
@@ -186,6 +186,16 @@ fn a_server_that_goes_away_is_left_for_the_next_one_in_time() {
     assert_eq!(roaming.step(ms(560), &facts, 0), Some(RoamingStep::Challenge { hopeful: false }));
     roaming.ready();
     assert_eq!(roaming.step(ms(600), &facts, 0), Some(RoamingStep::Move));
+}
+
+#[test]
+fn a_server_that_closes_what_it_said_goodbye_to_is_not_stormed() {
+    let (mut roaming, facts) = connected();
+    roaming.going_away(ms(100), ms(400));
+    roaming.lost(ms(150), true, 0);
+    assert_eq!(roaming.step(ms(150), &facts, 0), None);
+    assert_eq!(roaming.due(&facts), Some(ms(500)));
+    assert_eq!(roaming.step(ms(500), &facts, 0), Some(RoamingStep::Challenge { hopeful: true }));
 }
 
 /// What happens to the client of a random world.

@@ -27,4 +27,4 @@ mod subscription;
 mod upkeep;
 
 pub use config::Config;
-pub use server::Server;
+pub use server::{Server, Stop};

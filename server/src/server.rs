@@ -1,6 +1,7 @@
 //! The server as a whole: accepts connections, and stops in good order.
 
 use core::time::Duration;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
@@ -76,6 +77,23 @@ fn wall_clock() -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// How a server stops.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stop {
+    /// Where the process that takes its place listens, if that is elsewhere.
+    pub address: Option<SocketAddr>,
+    /// Another process waits for the place: clients that miss the goodbye learn of it from that one, so it is not waited for.
+    pub succeeded: bool,
+}
+
+impl Stop {
+    /// For a process that takes the place, and listens at `address` if that is elsewhere.
+    pub fn for_successor(address: Option<SocketAddr>) -> Self {
+        Self { address, succeeded: true }
+    }
+}
+
 /// A Mainstay server over one store.
 ///
 /// ```no_run
@@ -110,16 +128,16 @@ impl Server {
 
     /// Serves the connections of `listener` until `stop` is ready, then stops in good order: GOAWAY to every client, no new
     /// connections, everything accepted is committed and answered, then the connections are closed with `GOING_AWAY`.
-    pub async fn serve<L: Listener>(&self, listener: L, stop: impl Future<Output = ()>) {
+    pub async fn serve<L: Listener>(&self, listener: L, stop: impl Future<Output = Stop>) {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let mut connections = JoinSet::new();
         tokio::pin!(stop);
         let expiring = self.shared.sessions.expire();
         let waking = self.shared.sessions.wake();
         tokio::pin!(expiring, waking);
-        loop {
+        let stop = loop {
             tokio::select! {
-                () = &mut stop => break,
+                stop = &mut stop => break stop,
                 () = &mut expiring => {}
                 () = &mut waking => {}
                 Some(_) = connections.join_next() => {}
@@ -128,23 +146,28 @@ impl Server {
                         let id = NEXT.fetch_add(1, Ordering::Relaxed);
                         connections.spawn(connection::run(connection, self.shared.clone(), id));
                     }
-                    None => break,
+                    None => break Stop::default(),
                 },
             }
-        }
+        };
         listener.refuse_new();
         let deadline = tokio::time::Instant::now() + GRACE;
         // Before anyone is told: who comes back on the same connection must find that it stops.
         self.shared.sessions.stop();
-        let frame =
-            GoAway { deadline: GRACE.as_millis() as u64, spread: 1000, detail: Detail::new("the server stops") };
+        let frame = GoAway {
+            deadline: GRACE.as_millis() as u64,
+            spread: (connections.len() as u64).min(MAX_SPREAD) * SPREAD,
+            detail: Detail::new("the server stops"),
+            address: stop.address,
+        };
         self.shared.goaway.send_replace(Some(frame.into()));
         self.commit_all(deadline).await;
         // Closing a connection throws away what is still on its way.
         let mut attachments = self.shared.attachments.subscribe();
         let until = deadline.min(tokio::time::Instant::now() + LAST_WORDS);
         let _ = tokio::time::timeout_at(until, attachments.wait_for(|count| *count == 0)).await;
-        listener.close(Code::GOING_AWAY.0, "the server stops").await;
+        let patience = if stop.succeeded { SUCCEEDED } else { LAST_WORDS };
+        listener.close(Code::GOING_AWAY.0, "the server stops", patience).await;
         // They end because they are closed; whatever does not is ended.
         let ended = async { while connections.join_next().await.is_some() {} };
         let _ = tokio::time::timeout(LAST_WORDS, ended).await;
@@ -180,6 +203,12 @@ impl Server {
     }
 }
 
+/// Milliseconds over which clients spread their return for each connection: about what its handshake costs the next process.
+const SPREAD: u64 = 1;
+/// Connections that are counted for that: nobody is kept waiting for more than 5 s.
+const MAX_SPREAD: u64 = 5000;
+/// How long the goodbye of a server whose place is waited for may take.
+const SUCCEEDED: Duration = Duration::from_millis(50);
 /// How long the last answers may be on their way after everything was committed: a client that is gone does not hold up the stop.
 pub(crate) const LAST_WORDS: Duration = Duration::from_secs(1);
 /// After how long at the latest a server that stops closes its connections, last answers included (spec CONN-10).

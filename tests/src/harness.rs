@@ -9,7 +9,7 @@ use mainstay_protocol::registry::ALPN;
 use mainstay_protocol::session::{Grant, Grants, Operation, Operations};
 use mainstay_protocol::wire::Subject;
 use mainstay_server::auth::{Claims, Keyring, SigningKey};
-use mainstay_server::{Config, Server};
+use mainstay_server::{Config, Server, Stop};
 use mainstay_store::Store;
 use mainstay_transport::memory::MemoryNetwork;
 use mainstay_transport::quic::{Identity, QuicConnector, QuicListener, ServerKeys, Trust, bind};
@@ -53,7 +53,11 @@ impl MemoryServer {
         let server = Server::new(store, Keyring::new([key.verifying_key()]), config);
         let (stop, stopped) = oneshot::channel::<()>();
         let running = tokio::spawn(async move {
-            server.serve(listener, async { drop(stopped.await) }).await;
+            let stop = async {
+                let _ = stopped.await;
+                Stop::default()
+            };
+            server.serve(listener, stop).await;
         });
         Self { key, network, stop: Some(stop), running }
     }
@@ -107,7 +111,11 @@ impl QuicServer {
         let server = Server::new(store, Keyring::new([key.verifying_key()]), config);
         let (stop, stopped) = oneshot::channel::<()>();
         let running = tokio::spawn(async move {
-            server.serve(listener, async { drop(stopped.await) }).await;
+            let stop = async {
+                let _ = stopped.await;
+                Stop::default()
+            };
+            server.serve(listener, stop).await;
         });
         let network = before(addr);
         let addr = network.as_ref().map_or(addr, Proxy::addr);

@@ -7,6 +7,7 @@ pub mod process;
 pub mod proxy;
 pub mod random;
 pub mod watched;
+pub mod world;
 
 /// Waits until something holds that nobody announces, and looks every few milliseconds.
 ///

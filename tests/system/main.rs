@@ -13,6 +13,7 @@ mod lifetime;
 mod network;
 mod notify;
 mod presence;
+mod roaming;
 mod runs;
 mod simulated;
 mod slow;

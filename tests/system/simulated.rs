@@ -1,83 +1,11 @@
 //! The same server and client over real quinn on a simulated network, in paused time.
 
-use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
-use mainstay_client::{Client, Config as ClientConfig, Event, Start};
-use mainstay_protocol::registry::ALPN;
-use mainstay_protocol::session::Operation;
-use mainstay_server::auth::{Keyring, SigningKey};
-use mainstay_server::{Config, Server};
-use mainstay_store::MemoryStore;
-use mainstay_tests::harness::{claims, now};
+use mainstay_client::{Event, Start};
 use mainstay_tests::proxy::Faults;
 use mainstay_tests::random::{self, Random};
-use mainstay_transport::quic::{GatheringRuntime, Identity, MemoryTickets, QuicConnector, QuicListener, ServerKeys, Trust};
-use mainstay_transport::sim::{SimHost, SimNetwork};
-use tokio::task::JoinHandle;
-
-/// One simulated world: a network, a server that can be restarted, and clients.
-struct World {
-    network: Arc<SimNetwork>,
-    store: MemoryStore,
-    key: Arc<SigningKey>,
-    tls_key: String,
-    keys: ServerKeys,
-    tickets: MemoryTickets,
-    server: JoinHandle<()>,
-    clients: u8,
-}
-
-fn server_addr() -> SocketAddr {
-    ([10, 0, 0, 1], 4433).into()
-}
-
-impl World {
-    fn new(faults: Faults, seed: u64) -> Self {
-        let mut this = Self {
-            network: SimNetwork::new(faults, seed),
-            store: MemoryStore::new(),
-            key: Arc::new(SigningKey::generate().expect("a key")),
-            tls_key: Identity::generate_key().expect("a key"),
-            keys: ServerKeys::generate(),
-            tickets: MemoryTickets::default(),
-            server: tokio::spawn(async {}),
-            clients: 0,
-        };
-        this.restart();
-        this
-    }
-
-    /// The server dies without a word, and another takes its place over the same store and keys.
-    fn restart(&mut self) {
-        self.server.abort();
-        let config = Config::default();
-        let identity = Identity::self_signed(&self.tls_key, now() as u64).expect("a certificate");
-        let socket = self.network.bind(server_addr());
-        let limits = config.transport_limits();
-        let runtime = Arc::new(GatheringRuntime);
-        let tickets = Arc::new(self.tickets.clone());
-        let listener = QuicListener::over(socket, runtime, identity, &self.keys, Some(tickets), &limits, ALPN).expect("a listener");
-        let server = Server::new(Arc::new(self.store.clone()), Keyring::new([self.key.verifying_key()]), config);
-        self.server = tokio::spawn(async move { server.serve(listener, std::future::pending()).await });
-    }
-
-    fn client(&mut self) -> Client {
-        self.clients += 1;
-        let identity = Identity::self_signed(&self.tls_key, now() as u64).expect("a certificate");
-        let trust = Trust::Pin(identity.pin().expect("a pin"));
-        let mut config = ClientConfig::default();
-        config.token = Some(self.key.mint(&claims("tester", "", Operation::ALL)).expect("a token"));
-        config.give_up_after = None;
-        let host = SimHost::new(self.network.clone(), [10, 0, 1, self.clients].into());
-        let limits = config.transport_limits();
-        let runtime = Arc::new(GatheringRuntime);
-        let connector =
-            QuicConnector::over(host, runtime, server_addr(), &trust, &limits, ALPN).expect("a connector");
-        Client::new(connector, config)
-    }
-}
+use mainstay_tests::world::World;
 
 /// One history: a writer and a follower on a bad network, outages and restarts in between.
 async fn history(random: &mut Random) -> (u64, u64) {
@@ -91,7 +19,7 @@ async fn history(random: &mut Random) -> (u64, u64) {
         ..Faults::default()
     };
     let mut world = World::new(faults, random.bits());
-    let (writer, reader) = (world.client(), world.client());
+    let ((writer, _), (reader, _)) = (world.client(), world.client());
     let session = writer.session("s").expect("a name").create().attach().await.expect("attach");
     let producer = session.producer("p").await.expect("a producer");
     let following = tokio::spawn(async move {
@@ -126,9 +54,9 @@ async fn history(random: &mut Random) -> (u64, u64) {
                 restarts += 1;
             }
             1 => {
-                world.network.conditions().blackhole(true);
+                world.conditions().blackhole(true);
                 tokio::time::sleep(Duration::from_millis(random.below(20_000))).await;
-                world.network.conditions().blackhole(false);
+                world.conditions().blackhole(false);
             }
             _ => {}
         }
@@ -137,7 +65,6 @@ async fn history(random: &mut Random) -> (u64, u64) {
         assert_eq!(ticket.await, Ok(n as u64), "stored once, in order");
     }
     let resumed = following.await.expect("following");
-    world.server.abort();
     (restarts, resumed)
 }
 
@@ -159,7 +86,7 @@ async fn random_histories_over_simulated_quinn_lose_and_double_nothing() {
 async fn a_follower_learns_of_a_restarted_server_within_its_keep_alive() {
     let faults = Faults { delay: Duration::from_millis(30), ..Faults::default() };
     let mut world = World::new(faults, 1);
-    let client = world.client();
+    let (client, _host) = world.client();
     let session = client.session("s").expect("a name").create().attach().await.expect("attach");
     let mut subscription = session.subscribe(Start::Latest).open().await.expect("subscribe");
     while !matches!(subscription.next().await, Some(Ok(Event::CaughtUp { .. }))) {}

@@ -210,8 +210,8 @@ pub trait Listener: Send + Sync + 'static {
     /// Takes no more connections; those that exist go on.
     fn refuse_new(&self);
 
-    /// Closes every connection with a code, tells the peers, and waits until they know or a moment has passed.
-    fn close(&self, code: u64, reason: &str) -> impl Future<Output = ()> + Send;
+    /// Closes every connection with a code, tells the peers, and waits until they know or `patience` has passed.
+    fn close(&self, code: u64, reason: &str, patience: Duration) -> impl Future<Output = ()> + Send;
 }
 
 /// Makes connections.

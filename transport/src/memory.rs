@@ -72,7 +72,7 @@ impl Listener for MemoryListener {
         }
     }
 
-    async fn close(&self, _code: u64, _reason: &str) {
+    async fn close(&self, _code: u64, _reason: &str, _patience: Duration) {
         self.refuse_new();
     }
 }

@@ -21,10 +21,9 @@ const LAG: usize = 64 * 1024;
 
 pub(crate) async fn run(args: args::Append, output: Output) -> Result<(), Failure> {
     let acked = AtomicU64::new(0);
-    with_client(args.connect.connect.as_deref(), Config::default(), async |client| {
+    with_client(args.connect.connect.as_deref(), Config::default(), output, async |client| {
         tokio::select! {
             result = append(client, &args, &acked, output) => result,
-            result = warn(client, output) => result,
             () = signalled() => {
                 let count = acked.load(Ordering::Relaxed);
                 let message =
@@ -34,17 +33,6 @@ pub(crate) async fn run(args: args::Append, output: Output) -> Result<(), Failur
         }
     })
     .await
-}
-
-/// Tells of every loss of the server, for as long as the command runs.
-async fn warn(client: &Client, output: Output) -> Result<(), Failure> {
-    let mut connection = client.connection();
-    while let Some(connected) = connection.changed().await {
-        if !connected {
-            output.warning("UNAVAILABLE", "the server is lost; trying again for 60 s")?;
-        }
-    }
-    core::future::pending().await
 }
 
 async fn append(client: &Client, args: &args::Append, acked: &AtomicU64, output: Output) -> Result<(), Failure> {

@@ -62,7 +62,6 @@ pub(crate) async fn follow(client: &Client, args: &args::Tail, output: Output) -
             Some(connected) = connection.changed() => {
                 if !connected {
                     idle_since = None;
-                    output.warning("UNAVAILABLE", "the server is lost; trying again")?;
                 }
                 continue;
             }

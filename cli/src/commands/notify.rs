@@ -24,7 +24,7 @@ pub(crate) async fn run(args: args::Notify, output: Output) -> Result<(), Failur
         // Somebody waits for one answer, not for a server to come back.
         config.give_up_after = Some(Duration::from_secs(5));
     }
-    with_client(args.connect.as_deref(), config, async |client| act(client, args.action, output).await).await
+    with_client(args.connect.as_deref(), config, output, async |client| act(client, args.action, output).await).await
 }
 
 async fn act(client: &Client, action: NotifyAction, output: Output) -> Result<(), Failure> {

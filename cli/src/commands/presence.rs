@@ -22,7 +22,7 @@ pub(crate) async fn run(args: args::Presence, output: Output) -> Result<(), Fail
         // Somebody waits for one answer, not for a server to come back.
         config.give_up_after = Some(Duration::from_secs(5));
     }
-    with_client(args.connect.connect.as_deref(), config, async |client| follow(client, &args, output).await).await
+    with_client(args.connect.connect.as_deref(), config, output, async |client| follow(client, &args, output).await).await
 }
 
 async fn follow(client: &Client, args: &args::Presence, output: Output) -> Result<(), Failure> {
@@ -100,7 +100,7 @@ pub(crate) async fn join(args: args::Join, output: Output) -> Result<(), Failure
     let name = args.name.clone().or_else(|| std::env::var("USER").ok()).unwrap_or_else(|| "somebody".into());
     let doing = Doing::new(&args.status)?;
     let grace = Duration::from_secs_f64(args.grace);
-    with_client(args.connect.connect.as_deref(), Config::default(), async |client| {
+    with_client(args.connect.connect.as_deref(), Config::default(), output, async |client| {
         let stop = signalled();
         tokio::pin!(stop);
         let attaching = client.session(&args.session)?.create();

@@ -1,6 +1,6 @@
 //! `serve`: a server on the embedded store.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,7 +10,7 @@ use mainstay_protocol::registry::ALPN;
 use mainstay_protocol::session::{Grant, Grants, Operations};
 use mainstay_protocol::wire::Subject;
 use mainstay_server::auth::{Claims, Keyring, SigningKey, VerifyingKey};
-use mainstay_server::{Config as ServerConfig, Server};
+use mainstay_server::{Config as ServerConfig, Server, Stop};
 use mainstay_store::{Health, Store};
 use mainstay_store_fjall::{Config as StoreConfig, FjallStore, Tickets};
 use mainstay_transport::Listener;
@@ -23,6 +23,7 @@ use crate::args;
 use crate::data::{Data, write_secret};
 use crate::failure::Failure;
 use crate::output::Output;
+use crate::takeover::{self, Successor, Takeover};
 
 /// The configuration file.
 #[derive(Debug, Default, Deserialize)]
@@ -93,6 +94,9 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
     let identity = identity(&file.tls, args.dev, &data)?;
     let pin = identity.pin().map_err(Failure::usage)?;
 
+    let listen = args.listen.or(file.listen).unwrap_or_else(|| DEFAULT_LISTEN.into());
+    // Before the store: the one that has it gives it up only for a server that can take over at once.
+    let socket = socket(&args, listen, &data).await?;
     let mut store_config = StoreConfig::default();
     if let Some(reserve) = file.store.reserve_bytes {
         store_config.reserve = reserve;
@@ -100,9 +104,10 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
     let dir = data.store();
     let store = tokio::task::spawn_blocking(move || FjallStore::open(&dir, store_config)).await;
     let store = Arc::new(store.map_err(|error| Failure::failed("INTERNAL", error.to_string()))??);
+    let path = data.takeover();
+    let takeover = Takeover::listen(&path).map_err(|error| Failure::io(path.display(), &error))?;
+    let kept = socket.try_clone().map_err(|error| Failure::io("the socket", &error))?;
 
-    let listen = args.listen.or(file.listen).unwrap_or_else(|| DEFAULT_LISTEN.into());
-    let socket = bind(listen).map_err(|error| Failure::io(format!("cannot listen on {listen}"), &error))?;
     let mut config = ServerConfig::default();
     let set = file.store.compact_after.as_deref().map(args::compact_after).transpose();
     let set = set.map_err(|error| Failure::usage(format!("[store] compact_after: {error}")))?;
@@ -132,14 +137,30 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
         format!("listening on {addr}, data in {}, key pin {}{known}", data.dir().display(), pin.to_hex())
     })?;
 
+    // Where no service manager listens, nobody is told.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let asked = tokio::spawn(tell_memory(output));
     let server = Server::new(store.clone(), Keyring::new(keys), config);
-    let mut failed = None;
+    let (mut failed, mut successor) = (None, None);
     let stop = async {
-        tokio::select! {
-            () = signalled() => tracing::info!("stopping; a second signal stops at once"),
-            what = store_failed(&store) => failed = Some(what),
-        }
+        let stop = tokio::select! {
+            () = signalled() => {
+                tracing::info!("stopping; a second signal stops at once");
+                Stop::default()
+            }
+            what = store_failed(&store) => {
+                failed = Some(what);
+                Stop::default()
+            }
+            next = takeover.asked() => {
+                tracing::info!("another process takes the place of this one");
+                let stop = Stop::for_successor(next.address);
+                successor = Some(next);
+                stop
+            }
+        };
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        stop
     };
     tokio::select! {
         () = server.serve(listener, stop) => {}
@@ -148,12 +169,61 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
         }
     }
     asked.abort();
+    drop((server, takeover));
+    if let Some(successor) = successor {
+        hand_over(store, &successor, &kept, output).await?;
+        return Ok(());
+    }
     if let Some(what) = failed {
         return Err(Failure::integrity(format!(
             "the store failed and the server stopped: {what}; check the disk, then start again"
         )));
     }
     Ok(())
+}
+
+/// The socket to listen on: handed over by a service manager or by the server before, or a new one.
+async fn socket(args: &args::Serve, listen: SocketAddr, data: &Data) -> Result<UdpSocket, Failure> {
+    let bound = || bind(listen).map_err(|error| Failure::io(format!("cannot listen on {listen}"), &error));
+    let handed = listenfd::ListenFd::from_env().take_udp_socket(0);
+    if let Some(socket) = handed.map_err(|error| Failure::io("the socket of the service manager", &error))? {
+        return Ok(socket);
+    }
+    if !args.takeover {
+        return bound();
+    }
+    // Elsewhere: clients are told where, and find this one listening already. Where the address is taken it is the one of the server before.
+    let elsewhere = args.listen.is_some().then(|| bind(listen).ok()).flatten();
+    let address = elsewhere.as_ref().map(UdpSocket::local_addr).transpose();
+    let address = address.map_err(|error| Failure::io("the socket", &error))?;
+    let path = data.takeover();
+    let asked = tokio::task::spawn_blocking(move || takeover::ask(&path, address)).await;
+    let handed = asked.map_err(|error| Failure::failed("INTERNAL", error.to_string()))?;
+    let handed = handed.map_err(|error| {
+        Failure::io("the server that runs did not hand its place over; stop it and start this one again", &error)
+    })?;
+    match elsewhere.or(handed) {
+        Some(socket) => Ok(socket),
+        // Nobody was there.
+        None => bound(),
+    }
+}
+
+/// Closes the store and hands the place over.
+async fn hand_over(
+    store: Arc<FjallStore>,
+    successor: &Successor,
+    socket: &UdpSocket,
+    output: Output,
+) -> Result<(), Failure> {
+    let Some(store) = Arc::into_inner(store) else {
+        return Err(Failure::failed("INTERNAL", "the store is still in use"));
+    };
+    let closed = tokio::task::spawn_blocking(move || drop(store)).await;
+    closed.map_err(|error| Failure::failed("INTERNAL", error.to_string()))?;
+    let handed = successor.hand(socket);
+    handed.map_err(|error| Failure::io("the process that asked for this server's place is gone", &error))?;
+    output.event(&json!({"event": "handed_over"}), || "another process took over".to_owned())
 }
 
 /// The tickets of the data directory, as the listener wants them.

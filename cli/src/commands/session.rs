@@ -14,7 +14,7 @@ pub(crate) async fn run(args: args::Session, output: Output) -> Result<(), Failu
     let mut config = Config::default();
     // Somebody waits for one answer, not for a server to come back.
     config.give_up_after = Some(Duration::from_secs(5));
-    with_client(args.connect.as_deref(), config, async |client| act(client, args.action, output).await).await
+    with_client(args.connect.as_deref(), config, output, async |client| act(client, args.action, output).await).await
 }
 
 async fn act(client: &Client, action: SessionAction, output: Output) -> Result<(), Failure> {

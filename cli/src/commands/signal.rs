@@ -12,7 +12,7 @@ use crate::failure::{Exit, Failure};
 use crate::output::Output;
 
 pub(crate) async fn run(args: args::Signal, output: Output) -> Result<(), Failure> {
-    with_client(args.connect.connect.as_deref(), Config::default(), async |client| {
+    with_client(args.connect.connect.as_deref(), Config::default(), output, async |client| {
         tokio::select! {
             result = send(client, &args, output) => result,
             () = signalled() => Err(Failure::failed("INTERRUPTED", "interrupted; whether it was sent is not known")),

@@ -105,7 +105,7 @@ pub(crate) async fn run(args: args::Tail, output: Output) -> Result<(), Failure>
         return Err(Failure::usage("--output and --cursor-file name the same file"));
     }
     let kinds = args.kind.iter().map(|name| kind(name)).collect::<Result<Vec<_>, _>>()?;
-    with_client(args.connect.connect.as_deref(), config, async |client| match args.fold {
+    with_client(args.connect.connect.as_deref(), config, output, async |client| match args.fold {
         true => conversation::follow(client, &args, output).await,
         false => follow(client, &args, kinds, output).await,
     })
@@ -200,7 +200,6 @@ async fn follow(client: &Client, args: &args::Tail, kinds: Vec<Kind>, output: Ou
                 if !connected {
                     // Not idle: nobody knows what there would be to read.
                     (idle_since, probe) = (None, None);
-                    output.warning("UNAVAILABLE", "the server is lost; trying again")?;
                 }
                 continue;
             }

@@ -191,14 +191,19 @@ impl Roaming {
     /// The connection is lost. There is hope if the server, or another process in its place, said so.
     pub fn lost(&mut self, now: Duration, hopeful: bool, random: u32) {
         self.connected = false;
-        self.leaving = false;
-        self.doubt = None;
-        self.asked = None;
-        if self.challenger == Challenger::None {
-            let pause = if hopeful { Duration::ZERO } else { self.attempts.next(random) };
-            let due = self.challenge.map_or(now + pause, |(due, _)| due.min(now + pause));
-            self.challenge = Some((due, hopeful));
+        let leaving = core::mem::take(&mut self.leaving);
+        (self.doubt, self.asked) = (None, None);
+        if self.challenger != Challenger::None {
+            return;
         }
+        let pause = if hopeful { Duration::ZERO } else { self.attempts.next(random) };
+        let due = match self.challenge {
+            // The server asked its clients not to come back all at once.
+            Some((due, _)) if leaving => due,
+            Some((due, _)) => due.min(now + pause),
+            None => now + pause,
+        };
+        self.challenge = Some((due, hopeful));
     }
 
     /// The server has answered on the second connection.

@@ -90,7 +90,33 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
         ("AUTHENTICATED", "", Authenticated { subject: author("alice", 0).subject, expires: 1_900_000_000 }.into()),
         ("PING", "", Ping { nonce: 7 }.into()),
         ("PONG", "the largest varint", Pong { nonce: MAX_VARINT }.into()),
-        ("GOAWAY", "", GoAway { deadline: 5000, spread: 1000, detail: Detail::new("the server stops") }.into()),
+        (
+            "GOAWAY",
+            "",
+            GoAway { deadline: 5000, spread: 1000, detail: Detail::new("the server stops"), address: None }.into(),
+        ),
+        (
+            "GOAWAY",
+            "to an IPv4 address, mapped",
+            GoAway {
+                deadline: 5000,
+                spread: 0,
+                detail: Detail::new(""),
+                address: Some(([192, 0, 2, 1], 4433).into()),
+            }
+            .into(),
+        ),
+        (
+            "GOAWAY",
+            "to an IPv6 address",
+            GoAway {
+                deadline: 5000,
+                spread: 0,
+                detail: Detail::new(""),
+                address: Some(([0x2001, 0xdb8, 0, 0, 0, 0, 0, 1], 4433).into()),
+            }
+            .into(),
+        ),
         ("CREDIT", "", Credit { id: 4, consumed: 131_072 }.into()),
         (
             "ERROR",
@@ -597,7 +623,7 @@ fn malformed_frames() -> Vec<Malformed> {
             });
         }
     }
-    let own: [(&str, &str, &[u8], Code); 37] = [
+    let own: [(&str, &str, &[u8], Code); 38] = [
         ("(any)", "the type is not a minimal varint", &[0x40, 0x06, 0x01, 0x07], Code::FRAME_MALFORMED),
         ("(any)", "the length is not a minimal varint", &[0x06, 0x40, 0x01, 0x07], Code::FRAME_MALFORMED),
         ("(any)", "longer than any frame may be", &[0x3e, 0x80, 0x10, 0x00, 0x00], Code::FRAME_TOO_LARGE),
@@ -611,6 +637,7 @@ fn malformed_frames() -> Vec<Malformed> {
             &[0x00, 0x11, 0x00, 0x0f, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
             Code::FRAME_MALFORMED,
         ),
+        ("GOAWAY", "an address of 4 bytes", &[0x0a, 0x09, 0, 0, 0, 0x01, 0x04, 1, 1, 1, 1], Code::FRAME_MALFORMED),
         ("HELLO", "a number with bytes behind it", &[0x00, 0x04, 0x04, 0x02, 0x07, 0x00], Code::FRAME_MALFORMED),
         ("ATTACH", "a mode that nobody knows", &[0x10, 0x03, 0x05, 0x01, b'a'], Code::FRAME_MALFORMED),
         ("ATTACH", "an empty name", &[0x10, 0x02, 0x00, 0x00], Code::NAME_INVALID),

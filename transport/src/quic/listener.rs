@@ -144,9 +144,9 @@ impl Listener for QuicListener {
         self.refusing.store(true, Ordering::Relaxed);
     }
 
-    async fn close(&self, code: u64, reason: &str) {
-        self.acceptor.abort();
+    async fn close(&self, code: u64, reason: &str, patience: Duration) {
         self.endpoint.close(varint(code), reason.as_bytes());
-        let _ = tokio::time::timeout(Duration::from_secs(1), self.endpoint.wait_idle()).await;
+        let _ = tokio::time::timeout(patience, self.endpoint.wait_idle()).await;
+        self.acceptor.abort();
     }
 }

@@ -41,7 +41,7 @@ pub(crate) async fn run(args: args::Run, output: Output) -> Result<(), Failure> 
     // The process goes on whatever the network does.
     let mut config = Config::default();
     (config.give_up_after, config.producer_bytes) = (None, 16 << 20);
-    with_client(args.connect.connect.as_deref(), config, async |client| {
+    with_client(args.connect.connect.as_deref(), config, output, async |client| {
         let begun = tokio::select! {
             begun = begin(client, &args, output) => begun?,
             () = signalled() => return Err(Failure::failed("INTERRUPTED", "interrupted before the run began")),
@@ -51,7 +51,6 @@ pub(crate) async fn run(args: args::Run, output: Output) -> Result<(), Failure> 
         let last = Duration::from_secs_f64(2.0 * args.patience) + REST + LAST;
         tokio::select! {
             result = begun.work(output) => result,
-            result = warn(client, output) => result,
             () = forced(told, last) => {
                 Err(Failure::failed("INTERRUPTED", "interrupted; the last records of the run may not be stored"))
             }
@@ -70,17 +69,6 @@ async fn forced(mut told: watch::Receiver<bool>, last: Duration) {
         () = signalled() => {}
         () = tokio::time::sleep(last) => {}
     }
-}
-
-/// Tells of every loss of the server, for as long as the command runs.
-async fn warn(client: &Client, output: Output) -> Result<(), Failure> {
-    let mut connection = client.connection();
-    while let Some(connected) = connection.changed().await {
-        if !connected {
-            output.warning("UNAVAILABLE", "the server is lost; the process goes on, and what it says waits")?;
-        }
-    }
-    core::future::pending().await
 }
 
 /// What the process says, on its way to records.

@@ -1,0 +1,111 @@
+//! A simulated world in paused time: real quinn between a server that can die and clients that change their networks.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use mainstay_client::{Client, Config as ClientConfig};
+use mainstay_protocol::registry::ALPN;
+use mainstay_protocol::session::Operation;
+use mainstay_server::auth::{Keyring, SigningKey};
+use mainstay_server::{Config, Server};
+use mainstay_store::MemoryStore;
+use mainstay_transport::quic::{
+    GatheringRuntime, Identity, MemoryTickets, QuicConnector, QuicListener, ServerKeys, Trust,
+};
+use mainstay_transport::sim::{Conditions, Faults, SimHost, SimNetwork};
+use tokio::task::JoinHandle;
+
+use crate::harness::{claims, now};
+
+/// One simulated world. To be used with tokio's time paused.
+#[derive(Debug)]
+pub struct World {
+    network: Arc<SimNetwork>,
+    store: MemoryStore,
+    key: Arc<SigningKey>,
+    tls_key: String,
+    keys: ServerKeys,
+    tickets: MemoryTickets,
+    config: Config,
+    server: JoinHandle<()>,
+    clients: u8,
+}
+
+/// Where the server is.
+pub fn server_addr() -> SocketAddr {
+    ([10, 0, 0, 1], 4433).into()
+}
+
+impl World {
+    /// A world with `faults` on every path, whose fates come from `seed`, and a server that is running.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    pub fn new(faults: Faults, seed: u64) -> Self {
+        Self::with_config(faults, seed, Config::default())
+    }
+
+    /// The same, with a server of this configuration.
+    pub fn with_config(faults: Faults, seed: u64, config: Config) -> Self {
+        let mut this = Self {
+            network: SimNetwork::new(faults, seed),
+            store: MemoryStore::new(),
+            key: Arc::new(SigningKey::generate().expect("a key")),
+            tls_key: Identity::generate_key().expect("a key"),
+            keys: ServerKeys::generate(),
+            tickets: MemoryTickets::default(),
+            config,
+            server: tokio::spawn(async {}),
+            clients: 0,
+        };
+        this.restart();
+        this
+    }
+
+    /// The server dies without a word, and another takes its place over the same store, keys and tickets.
+    pub fn restart(&mut self) {
+        self.server.abort();
+        let identity = Identity::self_signed(&self.tls_key, now() as u64).expect("a certificate");
+        let socket = self.network.bind(server_addr());
+        let limits = self.config.transport_limits();
+        let runtime = Arc::new(GatheringRuntime);
+        let tickets = Arc::new(self.tickets.clone());
+        let listener = QuicListener::over(socket, runtime, identity, &self.keys, Some(tickets), &limits, ALPN);
+        let listener = listener.expect("a listener");
+        let keyring = Keyring::new([self.key.verifying_key()]);
+        let server = Server::new(Arc::new(self.store.clone()), keyring, self.config.clone());
+        self.server = tokio::spawn(async move { server.serve(listener, std::future::pending()).await });
+    }
+
+    /// What the paths do.
+    pub fn conditions(&self) -> &Conditions {
+        self.network.conditions()
+    }
+
+    /// A client that may do everything and never gives up, and the machine that it is on.
+    pub fn client(&mut self) -> (Client, Arc<SimHost>) {
+        let mut config = ClientConfig::default();
+        config.give_up_after = None;
+        self.client_with(config)
+    }
+
+    /// The same, of this configuration.
+    pub fn client_with(&mut self, mut config: ClientConfig) -> (Client, Arc<SimHost>) {
+        self.clients += 1;
+        let host = SimHost::new(self.network.clone(), [10, 0, 1, self.clients].into());
+        let identity = Identity::self_signed(&self.tls_key, now() as u64).expect("a certificate");
+        let trust = Trust::Pin(identity.pin().expect("a pin"));
+        config.token = Some(self.key.mint(&claims("tester", "", Operation::ALL)).expect("a token"));
+        let limits = config.transport_limits();
+        let runtime = Arc::new(GatheringRuntime);
+        let connector = QuicConnector::over(host.clone(), runtime, server_addr(), &trust, &limits, ALPN);
+        (Client::new(connector.expect("a connector"), config), host)
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}

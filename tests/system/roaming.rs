@@ -1,0 +1,162 @@
+//! Phones that change their networks, in a simulated world: how long a change costs, and that it costs nothing else.
+
+use std::time::Duration;
+
+use mainstay_client::{Client, Event, Paths, Start, Subscription};
+use mainstay_tests::proxy::Faults;
+use mainstay_tests::random::{self, Random};
+use mainstay_tests::world::World;
+use mainstay_transport::sim::SimHost;
+use tokio::time::{Instant, timeout};
+
+const RTT: Duration = Duration::from_millis(60);
+
+fn quiet() -> Faults {
+    Faults { delay: RTT / 2, ..Faults::default() }
+}
+
+fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// What of a machine's place on the network changes.
+#[derive(Debug, Clone, Copy)]
+enum Change {
+    Address,
+    Port,
+}
+
+impl Change {
+    /// The machine is off the network for a while, and then back, and its system says so.
+    async fn happen(self, host: &SimHost, client: &Client, outage: Duration, turn: u8) -> Instant {
+        host.move_to(None);
+        tokio::time::sleep(outage).await;
+        let ip = match self {
+            Self::Address => [10, 0, 2, turn],
+            Self::Port => [10, 0, 1, 2],
+        };
+        host.move_to(Some(ip.into()));
+        client.network_changed();
+        Instant::now()
+    }
+}
+
+/// Waits for the next records, and returns the number behind the last one.
+async fn read(subscription: &mut Subscription) -> u64 {
+    loop {
+        let event = timeout(Duration::from_secs(120), subscription.next()).await.expect("in time");
+        match event.expect("an event").expect("no error") {
+            Event::Records(batch) if !batch.is_empty() => return batch.next(),
+            event @ (Event::Gap { .. } | Event::Ended) => panic!("{event:?}"),
+            _ => {}
+        }
+    }
+}
+
+/// How long a reader was without news after each of `count` changes.
+async fn downloading(change: Change, outage: Duration, count: u8, random: &mut Random) -> (Vec<Duration>, Paths) {
+    let mut world = World::new(quiet(), random.bits());
+    let ((writer, _at), (reader, host)) = (world.client(), world.client());
+    let session = writer.session("s").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let writing = tokio::spawn(async move {
+        loop {
+            drop(producer.append(session.main(), "x").await.expect("append"));
+            tokio::time::sleep(ms(50)).await;
+        }
+    });
+    let session = reader.session("s").expect("a name").attach().await.expect("attach");
+    let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+    read(&mut subscription).await;
+    let mut took = Vec::new();
+    for turn in 1..=count {
+        // Long enough that all is quiet again, and the moment is another one each time.
+        let until = Instant::now() + ms(3000 + random.below(1000));
+        while Instant::now() < until {
+            read(&mut subscription).await;
+        }
+        let back = change.happen(&host, &reader, outage, turn).await;
+        read(&mut subscription).await;
+        took.push(back.elapsed());
+    }
+    writing.abort();
+    (took, reader.paths())
+}
+
+/// How long a writer waited for its first acknowledgement after each of `count` changes.
+async fn uploading(change: Change, outage: Duration, count: u8, random: &mut Random) -> (Vec<Duration>, Paths) {
+    let mut world = World::new(quiet(), random.bits());
+    let (_, (writer, host)) = (world.client(), world.client());
+    let session = writer.session("s").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let (tickets, mut waiting) = tokio::sync::mpsc::unbounded_channel();
+    let writing = tokio::spawn(async move {
+        loop {
+            let ticket = producer.append(session.main(), vec![b'x'; 4096]).await.expect("append");
+            tickets.send(ticket).expect("the other end");
+            tokio::time::sleep(ms(20)).await;
+        }
+    });
+    let mut next = 0;
+    let mut acked = async || {
+        let ticket = waiting.recv().await.expect("a ticket");
+        let seq = timeout(Duration::from_secs(120), ticket.wait()).await.expect("in time").expect("stored");
+        assert_eq!(seq, next, "stored once, in order");
+        next += 1;
+    };
+    let mut took = Vec::new();
+    for turn in 1..=count {
+        let until = Instant::now() + ms(3000 + random.below(1000));
+        while Instant::now() < until {
+            acked().await;
+        }
+        let back = change.happen(&host, &writer, outage, turn).await;
+        // What was acknowledged before the outage and not looked at is not news.
+        loop {
+            acked().await;
+            if back.elapsed() >= RTT / 2 {
+                break;
+            }
+        }
+        took.push(back.elapsed());
+    }
+    writing.abort();
+    (took, writer.paths())
+}
+
+/// Design, section 10: two round trips for a reader, three for a writer, whatever the outage was.
+#[tokio::test(start_paused = true)]
+async fn a_change_of_network_costs_a_reader_two_round_trips_and_a_writer_three_after_any_outage() {
+    const COUNT: u8 = 20;
+    let mut random = random::for_test("a_change_of_network_costs");
+    println!("what          changed  outage  median  worst  moves of {COUNT}");
+    let mut late = Vec::new();
+    for change in [Change::Address, Change::Port] {
+        for outage in [100, 500, 2000, 8000, 20_000].map(ms) {
+            for (what, goal) in [("downloading", 2 * RTT), ("uploading", 3 * RTT)] {
+                let (mut took, paths) = match what {
+                    "downloading" => downloading(change, outage, COUNT, &mut random.fork()).await,
+                    _ => uploading(change, outage, COUNT, &mut random.fork()).await,
+                };
+                took.sort();
+                let (median, worst) = (took[took.len() / 2], took[took.len() - 1]);
+                let row = format!(
+                    "{what:<13} {:<7} {:>5} s  {:>4} ms {:>4} ms  {:>4}",
+                    format!("{change:?}").to_lowercase(),
+                    outage.as_secs_f64(),
+                    median.as_millis(),
+                    worst.as_millis(),
+                    paths.moves
+                );
+                println!("{row}");
+                // The server's own work, and timers of whole milliseconds, are no round trips.
+                if worst > goal + ms(10) {
+                    late.push(row);
+                }
+                assert_eq!(paths.losses, 0, "no connection was lost: {paths:?}");
+                assert!(paths.changes + paths.moves >= u64::from(COUNT), "nothing was provoked: {paths:?}");
+            }
+        }
+    }
+    assert!(late.is_empty(), "later than it may be:\n{}", late.join("\n"));
+}

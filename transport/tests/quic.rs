@@ -1,0 +1,254 @@
+//! quinn as the transport binds it, on a simulated network: early data, paths, restarts, ends of streams.
+
+use core::time::Duration;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use mainstay_transport::quic::{
+    GatheringRuntime, IDLE, Identity, MemoryTickets, QuicConnection, QuicConnector, QuicListener, ServerKeys,
+    TicketStore, Trust,
+};
+use mainstay_transport::sim::{Faults, SimHost, SimNetwork};
+use mainstay_transport::{
+    Connection, ConnectionError, Connector, Limits, Listener, RecvStream, SendStream, StreamError,
+};
+use tokio::time::{Instant, timeout};
+
+const RTT: Duration = Duration::from_millis(60);
+const ALPN: &[u8] = b"test";
+
+fn limits() -> Limits {
+    Limits {
+        bulk_window: 64 * 1024,
+        bulk_streams: 4,
+        send_budget: 1 << 20,
+        keep_alive: None,
+        idle: IDLE,
+        bidirectional: 8,
+        unidirectional: 8,
+    }
+}
+
+/// A server that can be started again, and one client machine.
+struct World {
+    network: Arc<SimNetwork>,
+    tls_key: String,
+    keys: ServerKeys,
+    tickets: MemoryTickets,
+    host: Arc<SimHost>,
+}
+
+fn server_addr() -> SocketAddr {
+    ([10, 0, 0, 1], 4433).into()
+}
+
+impl World {
+    fn new() -> Self {
+        let network = SimNetwork::new(Faults { delay: RTT / 2, ..Faults::default() }, 1);
+        let host = SimHost::new(network.clone(), [10, 0, 1, 1].into());
+        let tls_key = Identity::generate_key().expect("a key");
+        Self { network, tls_key, keys: ServerKeys::generate(), tickets: MemoryTickets::default(), host }
+    }
+
+    fn identity(&self) -> Identity {
+        Identity::self_signed(&self.tls_key, 1_800_000_000).expect("a certificate")
+    }
+
+    fn listen(&self, limits: &Limits) -> QuicListener {
+        let tickets: Arc<dyn TicketStore> = Arc::new(self.tickets.clone());
+        let socket = self.network.bind(server_addr());
+        let runtime = Arc::new(GatheringRuntime);
+        QuicListener::over(socket, runtime, self.identity(), &self.keys, Some(tickets), limits, ALPN)
+            .expect("a listener")
+    }
+
+    fn connector(&self) -> QuicConnector {
+        let trust = Trust::Pin(self.identity().pin().expect("a pin"));
+        let runtime = Arc::new(GatheringRuntime);
+        QuicConnector::over(self.host.clone(), runtime, server_addr(), &trust, &limits(), ALPN).expect("a connector")
+    }
+}
+
+/// Answers each stream with what it was sent, and says how many came early.
+async fn echo(connection: QuicConnection) -> (u32, ConnectionError) {
+    let mut early = 0;
+    loop {
+        match connection.accept_bi().await {
+            Ok((mut send, mut recv)) => {
+                early += u32::from(recv.is_early());
+                tokio::spawn(async move {
+                    while let Ok(Some(piece)) = recv.read().await {
+                        if send.write(&mut [piece]).await.is_err() {
+                            return;
+                        }
+                    }
+                    send.finish();
+                });
+            }
+            Err(error) => return (early, error),
+        }
+    }
+}
+
+/// A word and its echo. Errors: how it came to nothing.
+async fn say(connection: &QuicConnection) -> Result<(), StreamError> {
+    let (mut send, mut recv) = connection.open_bi().await.map_err(StreamError::Connection)?;
+    send.write(&mut [Bytes::from_static(b"word")]).await?;
+    let piece = recv.read().await?;
+    assert_eq!(piece.as_deref(), Some(&b"word"[..]));
+    send.finish();
+    Ok(())
+}
+
+/// Connects once, so that the client has tickets.
+async fn once(connector: &QuicConnector, listener: &QuicListener) {
+    let (connection, accepted) = tokio::join!(connector.connect(true), listener.accept());
+    let (connection, accepted) = (connection.expect("a connection"), accepted.expect("a connection"));
+    tokio::spawn(echo(accepted));
+    say(&connection).await.expect("an answer");
+    connection.close(0, "");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_was_here_has_its_first_answer_after_one_round_trip_also_from_a_restarted_server() {
+    let world = World::new();
+    let (listener, connector) = (world.listen(&limits()), world.connector());
+    once(&connector, &listener).await;
+    drop(listener);
+    let listener = world.listen(&limits());
+    let serving = tokio::spawn(async move { echo(listener.accept().await.expect("a connection")).await });
+    let begun = Instant::now();
+    let connection = connector.connect(true).await.expect("a connection");
+    assert!(!connection.is_confirmed(), "nothing was waited for");
+    assert!(connection.export(b"label", b"").is_err(), "there is no secret yet");
+    say(&connection).await.expect("an answer");
+    assert!(begun.elapsed() < RTT + Duration::from_millis(5), "{:?}", begun.elapsed());
+    assert_eq!(connection.confirmed().await, Ok(true));
+    connection.close(7, "");
+    assert!(matches!(serving.await, Ok((1, ConnectionError::Closed { code: 7, .. }))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn early_data_that_is_not_taken_costs_no_more_than_none() {
+    let world = World::new();
+    let (listener, connector) = (world.listen(&limits()), world.connector());
+    once(&connector, &listener).await;
+    drop(listener);
+    // Other limits: what the client remembers is not what holds.
+    let smaller = Limits { bulk_window: 32 * 1024, ..limits() };
+    let listener = world.listen(&smaller);
+    let serving = tokio::spawn(async move { echo(listener.accept().await.expect("a connection")).await });
+    let begun = Instant::now();
+    let connection = connector.connect(true).await.expect("a connection");
+    assert_eq!(say(&connection).await, Err(StreamError::EarlyDataRefused));
+    assert_eq!(connection.confirmed().await, Ok(false));
+    say(&connection).await.expect("the connection itself goes on");
+    assert!(begun.elapsed() < 2 * RTT + Duration::from_millis(5), "{:?}", begun.elapsed());
+    connection.close(7, "");
+    assert!(matches!(serving.await, Ok((0, ConnectionError::Closed { code: 7, .. }))));
+}
+
+/// Spec EARLY-4.
+#[tokio::test(start_paused = true)]
+async fn a_ticket_is_good_for_early_data_once() {
+    let world = World::new();
+    let (listener, connector) = (world.listen(&limits()), world.connector());
+    once(&connector, &listener).await;
+    let mut taken = Vec::new();
+    // Three tickets came with the first connection, and none with those that are cut off before they are confirmed.
+    for _ in 0..4 {
+        let connection = connector.connect(true).await.expect("a connection");
+        taken.push(!connection.is_confirmed());
+        let accepted = listener.accept().await.expect("a connection");
+        // The client is gone before the server's answer arrives.
+        drop(connection);
+        drop(accepted);
+    }
+    assert_eq!(taken, [true, true, true, false]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_goes_on_over_another_address() {
+    let world = World::new();
+    let (listener, connector) = (world.listen(&limits()), world.connector());
+    let (connection, accepted) = tokio::join!(connector.connect(true), listener.accept());
+    let (connection, accepted) = (connection.expect("a connection"), accepted.expect("a connection"));
+    tokio::spawn(echo(accepted.clone()));
+    say(&connection).await.expect("an answer");
+    let before = accepted.remote();
+    world.host.move_to(Some([10, 0, 2, 2].into()));
+    connection.rebind().expect("a new socket");
+    let begun = Instant::now();
+    say(&connection).await.expect("an answer");
+    assert!(begun.elapsed() < 3 * RTT, "{:?}", begun.elapsed());
+    assert_ne!(accepted.remote(), before);
+    assert!(accepted.remote().starts_with("10.0.2.2:"), "{}", accepted.remote());
+    assert!(accepted.rebind().is_err(), "a server does not choose");
+}
+
+/// Spec CONN-8.
+#[tokio::test(start_paused = true)]
+async fn the_client_of_a_server_that_died_knows_with_its_next_packet() {
+    let world = World::new();
+    let (listener, connector) = (world.listen(&limits()), world.connector());
+    let (connection, accepted) = tokio::join!(connector.connect(true), listener.accept());
+    let (connection, _dead) = (connection.expect("a connection"), accepted.expect("a connection"));
+    // What has the address now knows nothing of it.
+    let _listener = world.listen(&limits());
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let begun = Instant::now();
+    assert!(say(&connection).await.is_err());
+    assert_eq!(connection.closed().await, ConnectionError::Reset);
+    assert!(begun.elapsed() < RTT + Duration::from_millis(5), "{:?}", begun.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn both_ends_export_the_same_secret_and_other_connections_another() {
+    let world = World::new();
+    let (listener, connector) = (world.listen(&limits()), world.connector());
+    let mut secrets = Vec::new();
+    for _ in 0..2 {
+        let (connection, accepted) = tokio::join!(connector.connect(true), listener.accept());
+        let (connection, accepted) = (connection.expect("a connection"), accepted.expect("a connection"));
+        assert!(connection.confirmed().await.is_ok() && accepted.confirmed().await.is_ok());
+        let secret = connection.export(b"label", b"context").expect("a secret");
+        assert_eq!(accepted.export(b"label", b"context"), Ok(secret));
+        assert_ne!(accepted.export(b"label", b"other"), Ok(secret));
+        secrets.push(secret);
+    }
+    assert_ne!(secrets[0], secrets[1]);
+}
+
+/// quinn finishes what is dropped; a server whose task was ended looked like one that had said all.
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_is_dropped_has_no_orderly_end() {
+    let world = World::new();
+    let (listener, connector) = (world.listen(&limits()), world.connector());
+    let (connection, accepted) = tokio::join!(connector.connect(true), listener.accept());
+    let (connection, accepted) = (connection.expect("a connection"), accepted.expect("a connection"));
+    let mut dropped = connection.open_uni().await.expect("a stream");
+    dropped.write(&mut [Bytes::from_static(b"half")]).await.expect("write");
+    let mut half = accepted.accept_uni().await.expect("a stream");
+    assert_eq!(half.read().await.expect("read").as_deref(), Some(&b"half"[..]));
+    drop(dropped);
+    assert_eq!(half.read().await, Err(StreamError::Reset(0)));
+    let mut finished = connection.open_uni().await.expect("a stream");
+    finished.write(&mut [Bytes::from_static(b"whole")]).await.expect("write");
+    finished.finish();
+    drop(finished);
+    let mut whole = accepted.accept_uni().await.expect("a stream");
+    assert_eq!(whole.read().await.expect("read").as_deref(), Some(&b"whole"[..]));
+    assert_eq!(whole.read().await, Ok(None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_comes_to_a_server_that_takes_no_more_is_told_at_once() {
+    let world = World::new();
+    let (listener, connector) = (world.listen(&limits()), world.connector());
+    listener.refuse_new();
+    let begun = Instant::now();
+    let refused = timeout(Duration::from_secs(5), connector.connect(true)).await.expect("an answer");
+    assert!(matches!(refused, Err(ConnectionError::Failed(_))), "{refused:?}");
+    assert!(begun.elapsed() < RTT + Duration::from_millis(5), "{:?}", begun.elapsed());
+}
