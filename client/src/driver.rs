@@ -798,7 +798,13 @@ impl<C: Connection> Driver<C> {
         let entry = &mut self.producers[at];
         let id = link.new_id();
         (entry.id, entry.again) = (Some(id), None);
-        outbox.push(OpenProducer { id, name: entry.shared.name.clone(), epoch: entry.shared.epoch() });
+        let epoch = entry.shared.epoch();
+        outbox.push(OpenProducer { id, name: entry.shared.name.clone(), epoch });
+        if epoch != 0 {
+            // Its sequence goes on: what is not answered is sent in the same flight (spec PROD-5).
+            entry.shared.linked(id);
+            tokio::spawn(producer::write(entry.shared.clone(), link.clone(), id));
+        }
     }
 
     fn subscribe(&mut self, subscription: u64, link: &Arc<Link<C>>, outbox: &Outbox) {
@@ -1010,13 +1016,16 @@ impl<C: Connection> Driver<C> {
             }
             Frame::Producer(granted) => {
                 if let Some(entry) = self.producer(granted.id) {
+                    let begins = entry.shared.epoch() == 0;
                     let opened = entry.shared.opened(granted.id, granted.epoch, granted.next);
                     opened.map_err(|error| Over::Failed(error.into()))?;
                     let shared = entry.shared.clone();
                     if let Some(answer) = entry.answer.take() {
                         let _ = answer.send(Ok(shared.clone()));
                     }
-                    tokio::spawn(producer::write(shared, link.clone(), granted.id));
+                    if begins {
+                        tokio::spawn(producer::write(shared, link.clone(), granted.id));
+                    }
                 }
                 return Ok(());
             }
@@ -1113,6 +1122,7 @@ impl<C: Connection> Driver<C> {
                     if passes && self.producers[at].shared.reopen(&failure) {
                         tracing::warn!(code = %error.code, detail = %error.detail, "opening the producer again");
                         (self.producers[at].id, self.producers[at].again) = (None, Some(Instant::now() + REOPEN_PAUSE));
+                        self.producers[at].shared.unlinked();
                         return Ok(());
                     }
                     let entry = self.producers.swap_remove(at);

@@ -195,6 +195,18 @@ impl Shared {
         state.ended.is_some() || state.dropped && state.flight.is_empty() && state.ready.is_empty()
     }
 
+    /// It goes on under its epoch over connection `link`: what is not answered is sent again.
+    pub(crate) fn linked(&self, link: u64) {
+        let mut state = self.lock();
+        state.link = Some(link);
+        state.refusing = false;
+        for flight in &mut state.flight {
+            flight.earlier |= flight.sent;
+            (flight.sent, flight.refused) = (false, false);
+        }
+        renumber(&mut state);
+    }
+
     /// The server granted or confirmed an epoch on connection `link`. Errors: the server's sequence contradicts what was
     /// acknowledged.
     pub(crate) fn opened(&self, link: u64, epoch: u64, next: u64) -> Result<(), ProtocolError> {
@@ -203,14 +215,12 @@ impl Shared {
             state.next = next;
         }
         state.epoch = epoch;
-        state.link = Some(link);
         state.refused_since = None;
-        state.refusing = false;
-        for flight in &mut state.flight {
-            flight.earlier |= flight.sent;
-            (flight.sent, flight.refused) = (false, false);
+        if state.link != Some(link) {
+            drop(state);
+            self.linked(link);
+            state = self.lock();
         }
-        renumber(&mut state);
         let first = state.flight.front().map_or(state.next, |flight| flight.sequence);
         if next < first {
             return Err(ProtocolError::new(Code::SEQ_GAP, "the server lost batches that it had acknowledged"));

@@ -126,6 +126,8 @@ pub struct Paths {
 
 /// How long a client that closes waits for the server to be told.
 const FAREWELL: Duration = Duration::from_millis(200);
+/// How long a connection that is not used waits for the tickets of its handshake.
+const LINGER: Duration = Duration::from_secs(1);
 /// How long a server that can be reached may take to judge a token.
 const JUDGE: Duration = Duration::from_secs(5);
 /// Without a connection for so long it is found out why: so that it can be said within three seconds.
@@ -202,11 +204,16 @@ struct Challenger<C: Connection> {
 }
 
 impl<C: Connection> Challenger<C> {
-    /// The server is told that this one is not used.
+    /// The server is told that this one is not used: a little later, when it has given what the next attempt can use in its place.
     fn withdraw(self) {
-        if let Some(link) = self.link {
+        let Some(link) = self.link else { return };
+        tokio::spawn(async move {
+            let confirmed = tokio::time::timeout(LINGER, link.transport.confirmed()).await;
+            if matches!(confirmed, Ok(Ok(_))) {
+                tokio::time::sleep((2 * link.transport.rtt()).min(LINGER)).await;
+            }
             link.transport.close(Code::GOING_AWAY.0, "another connection goes on");
-        }
+        });
     }
 }
 

@@ -17,7 +17,7 @@ use mainstay_protocol::wire::{Authenticated, Body, Detail, Error, Frame, Hello, 
 use mainstay_transport::{
     Connection, ConnectionError, FrameError, FrameReader, Outbox, RecvStream, SendStream, StreamError, priority,
 };
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -52,6 +52,8 @@ struct Opened {
     producers: HashMap<u64, Arc<ProducerLink>>,
     /// Producers asked for and not answered yet.
     reserved: HashMap<u64, Arc<Attachment>>,
+    /// QUIC streams that came before their producers were opened.
+    awaited: HashMap<u64, oneshot::Sender<Arc<ProducerLink>>>,
     subscriptions: HashMap<u64, Arc<SubscriptionCredit>>,
     /// Sessions with runs that are held over this connection.
     runs: HashMap<Incarnation, Weak<Session>>,
@@ -235,15 +237,20 @@ impl Conn {
         opened.reserved.remove(&link.id);
         // Under the lock that `drop_producers` takes after the end.
         let open = !link.attachment.has_ended();
+        let awaited = opened.awaited.remove(&link.id);
         if open {
             opened.producers.insert(link.id, link.clone());
+            // A stream that has ended meanwhile does not care.
+            awaited.into_iter().for_each(|awaited| drop(awaited.send(link.clone())));
         }
         open
     }
 
     /// A producer was refused.
     pub(crate) fn release_producer(&self, id: u64) {
-        self.opened().reserved.remove(&id);
+        let mut opened = self.opened();
+        opened.reserved.remove(&id);
+        opened.awaited.remove(&id);
     }
 
     /// A producer's QUIC stream has ended.
@@ -255,8 +262,20 @@ impl Conn {
         }
     }
 
-    fn producer(&self, id: u64) -> Option<Arc<ProducerLink>> {
-        self.opened().producers.get(&id).cloned()
+    /// The producer of a QUIC stream, which may come before its producer was opened, or even asked for, on another one (spec PROD-5).
+    async fn producer(&self, id: u64) -> Option<Arc<ProducerLink>> {
+        let opened = {
+            let mut opened = self.opened();
+            if let Some(link) = opened.producers.get(&id) {
+                return Some(link.clone());
+            }
+            let (tell, told) = oneshot::channel();
+            // One that waited before is the stream of nothing any more.
+            opened.awaited.insert(id, tell);
+            told
+        };
+        let opened = tokio::time::timeout(self.server.config().hello_timeout, opened).await;
+        opened.ok().and_then(Result::ok)
     }
 
     /// A run of `session` is held over this connection.
@@ -313,7 +332,9 @@ impl Conn {
     pub(crate) fn drop_producers(&self, attachment: &Arc<Attachment>) {
         let mut opened = self.opened();
         opened.producers.retain(|_, link| !Arc::ptr_eq(&link.attachment, attachment));
-        opened.reserved.retain(|_, asked| !Arc::ptr_eq(asked, attachment));
+        let ended = opened.reserved.extract_if(|_, asked| Arc::ptr_eq(asked, attachment));
+        let ended: Vec<u64> = ended.map(|(id, _)| id).collect();
+        ended.iter().for_each(|id| drop(opened.awaited.remove(id)));
     }
 
     /// Counts an attachment for as long as the result lives.
@@ -596,7 +617,7 @@ async fn unidirectional<C: Connection>(conn: Arc<Conn>, recv: C::Recv) {
     let mut frames = FrameReader::new(recv, MAX_FRAME_UNAUTHENTICATED);
     let error = match first_frame(&conn, &mut frames).await {
         Ok(None) => return,
-        Ok(Some(Frame::Produce(Produce { producer }))) => match conn.producer(producer) {
+        Ok(Some(Frame::Produce(Produce { producer }))) => match conn.producer(producer).await {
             Some(link) => return producer::run(conn, link, frames).await,
             None => ProtocolError::new(Code::PRODUCER_UNKNOWN, "no producer of this id is open"),
         },

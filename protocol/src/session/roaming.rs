@@ -107,6 +107,17 @@ struct Doubt {
     /// The nonce that proves the path, asked over it.
     nonce: u64,
     again: Duration,
+    /// The network changed, so that there is hope; else nothing but silence speaks.
+    hopeful: bool,
+}
+
+/// The nonce of a path that was not asked yet.
+const UNASKED: u64 = u64::MAX;
+
+impl Doubt {
+    fn new(now: Duration, hopeful: bool) -> Self {
+        Self { since: now, rebound: now, nonce: UNASKED, again: now, hopeful }
+    }
 }
 
 /// See the [module](self). Times are durations since any fixed moment and never run backwards.
@@ -163,7 +174,7 @@ impl Roaming {
         if self.connected {
             // Asked anew, over a new socket, whatever was asked before.
             self.rebinds.reset();
-            self.doubt = Some(Doubt { since: now, rebound: now, nonce: u64::MAX, again: now });
+            self.doubt = Some(Doubt::new(now, true));
             self.challenge = None;
         } else {
             self.challenge = Some((now, true));
@@ -280,7 +291,7 @@ impl Roaming {
         }
         if let Some(doubt) = &mut self.doubt {
             // What was on its way before the path changed proves nothing of the new one.
-            let in_time = doubt.nonce != u64::MAX && now.saturating_sub(doubt.rebound) * 4 >= facts.rtt * 3;
+            let in_time = doubt.nonce != UNASKED && now.saturating_sub(doubt.rebound) * 4 >= facts.rtt * 3;
             if doubt.nonce == facts.answered || heard && in_time {
                 (self.doubt, self.asked) = (None, None);
                 self.rebinds.reset();
@@ -298,13 +309,13 @@ impl Roaming {
                 return None;
             }
             self.nonce += 1;
-            let first = doubt.nonce == u64::MAX;
+            let first = doubt.nonce == UNASKED;
             (doubt.nonce, doubt.rebound) = (self.nonce, now);
             doubt.again = now + self.rebinds.next(random).max(Self::patience(facts.rtt));
             if first {
                 let silent = now.saturating_sub(self.heard.1) >= OUTAGE;
                 let pause = if silent || facts.uploading { Duration::ZERO } else { GRACE.max(2 * facts.rtt) };
-                self.challenge = Some((now + pause, true));
+                self.challenge = Some((now + pause, doubt.hopeful));
             }
             return Some(RoamingStep::Rebind(self.nonce));
         }
@@ -316,7 +327,7 @@ impl Roaming {
         }
         match self.asked {
             Some(asked) if now.saturating_sub(asked) >= Self::patience(facts.rtt) => {
-                self.doubt = Some(Doubt { since: now, rebound: now, nonce: u64::MAX, again: now });
+                self.doubt = Some(Doubt::new(now, false));
                 self.watch(now, facts, random)
             }
             Some(_) => None,
