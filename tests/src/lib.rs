@@ -23,6 +23,26 @@ pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     assert!(tokio::time::timeout(process::PATIENCE, looking).await.is_ok(), "{what}: not in time");
 }
 
+/// `n`, times what `MAINSTAY_SCALE` says: tests that are short in CI are long where somebody has the time.
+///
+/// # Panics
+///
+/// If that is not a number.
+pub fn scaled(n: u64) -> u64 {
+    let scale = std::env::var("MAINSTAY_SCALE").map(|scale| scale.parse::<u64>().expect("MAINSTAY_SCALE is a number"));
+    n * scale.unwrap_or(1)
+}
+
+/// The value below which so many percent of `sorted` lie, and the largest.
+///
+/// # Panics
+///
+/// If there are none.
+pub fn percentile(sorted: &[std::time::Duration], percent: usize) -> std::time::Duration {
+    let last = sorted.len().checked_sub(1).expect("values");
+    sorted[last * percent / 100]
+}
+
 /// Says loudly that a test did not run: on standard error, and in the file that `MAINSTAY_SKIPPED` names, because a test
 /// runner keeps to itself what a passing test says.
 pub fn skipped(what: &str, why: &str) {

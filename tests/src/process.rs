@@ -134,10 +134,38 @@ impl Server {
         if self.child.is_some() {
             return Ok(());
         }
+        let listen = self.addr.to_string();
+        self.begin(&["--listen", &listen]).await
+    }
+
+    /// Starts another process that takes the place of the one that runs, at the same address or at `elsewhere`. Waits until the one before
+    /// has ended, and returns its exit code and how long it took to end.
+    ///
+    /// # Panics
+    ///
+    /// If the next one does not start.
+    pub async fn succeed(&mut self, elsewhere: bool) -> (Option<i32>, Duration) {
+        let mut before = self.child.take().expect("a running server");
+        let begun = tokio::time::Instant::now();
+        let args: &[&str] = if elsewhere { &["--takeover", "--listen", "127.0.0.1:0"] } else { &["--takeover"] };
+        let listen = self.addr.to_string();
+        let args = if elsewhere { args.to_vec() } else { [args, &["--listen", &listen]].concat() };
+        let ended = async {
+            let status = tokio::time::timeout(PATIENCE, before.wait()).await.expect("the server ends in time");
+            (status.expect("an exit status").code(), begun.elapsed())
+        };
+        let (begun, ended) = tokio::join!(self.begin(&args), ended);
+        if let Err((code, said)) = begun {
+            panic!("the next server did not start, exit code {code:?}: {said}");
+        }
+        ended
+    }
+
+    async fn begin(&mut self, args: &[&str]) -> Result<(), (Option<i32>, String)> {
         let mut child = Command::new(binary())
             .args(["serve", "--dev", "--json", "--data"])
             .arg(&self.dir)
-            .args(["--listen", &self.addr.to_string()])
+            .args(args)
             .args(&self.extra)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

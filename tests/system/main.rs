@@ -6,6 +6,7 @@ mod broken;
 mod cli;
 mod compaction;
 mod crash;
+mod deploy;
 mod damage;
 mod disk;
 mod hostile;

@@ -1,15 +1,85 @@
 //! The same server and client over real quinn on a simulated network, in paused time.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use mainstay_client::{Event, Start};
+use bytes::Bytes;
+use mainstay_client::{
+    Client, Doing, Event, Kind, Label, MessageAppend, MessageId, MessageStart, Paths, Record, Start, View,
+};
 use mainstay_tests::proxy::Faults;
 use mainstay_tests::random::{self, Random};
 use mainstay_tests::world::World;
+use mainstay_transport::sim::SimHost;
+use tokio::task::JoinSet;
 
-/// One history: a writer and a follower on a bad network, outages and restarts in between.
-async fn history(random: &mut Random) -> (u64, u64) {
-    const RECORDS: u64 = 200;
+fn label(text: &str) -> Label {
+    Label::new(text).expect("a label")
+}
+
+/// What a history provoked.
+#[derive(Debug, Default)]
+struct Provoked {
+    restarts: u64,
+    outages: u64,
+    walks: u64,
+    losses: u64,
+    changes: u64,
+    moves: u64,
+    early: u64,
+}
+
+impl Provoked {
+    fn add(&mut self, paths: Paths) {
+        self.losses += paths.losses;
+        self.changes += paths.changes;
+        self.moves += paths.moves;
+        self.early += paths.early;
+    }
+}
+
+/// A machine goes off the network for a while, and comes back where it was or elsewhere; its system says so, or nobody does.
+async fn walk(client: Client, host: Arc<SimHost>, mut random: Random) {
+    if random.chance(0.7) {
+        host.move_to(None);
+        let most = if random.chance(0.2) { 20_000 } else { 1500 };
+        tokio::time::sleep(Duration::from_millis(random.below(most))).await;
+    }
+    host.move_to(Some([10, 0, 2 + random.below(2) as u8, random.below(250) as u8].into()));
+    if random.chance(0.7) {
+        client.network_changed();
+    }
+}
+
+/// A reader: every record in order, each once. Returns their payloads by kind, with the seqs.
+async fn reading(client: Client, wanted: u64) -> Vec<(u64, Kind, Bytes)> {
+    let session = client.session("s").expect("a name").wait().attach().await.expect("attach");
+    let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+    let (mut records, mut next, mut parts) = (Vec::new(), 0, 0);
+    while parts < wanted {
+        match subscription.next().await.expect("an event").expect("no error") {
+            Event::Records(batch) => {
+                for read in batch.iter() {
+                    let read = read.expect("a record");
+                    assert_eq!(read.seq, next, "a hole, or twice");
+                    next += 1;
+                    parts += u64::from(read.record.kind == Kind::MESSAGE_APPEND);
+                    records.push((read.seq, read.record.kind, read.record.payload));
+                }
+            }
+            event @ (Event::Gap { .. } | Event::Ended) => panic!("the history has a hole at {next}: {event:?}"),
+            _ => {}
+        }
+    }
+    records
+}
+
+/// One history: an agent writes a message, a phone reads it and is in the session, a tab follows the view. The network is bad; servers die;
+/// machines walk from one network to another.
+async fn history(random: &mut Random, provoked: &mut Provoked) {
+    const PARTS: u64 = 100;
+    // Of `0 ` to `99 `.
+    const LEN: u64 = 290;
     let faults = Faults {
         delay: Duration::from_millis(random.below(80)),
         jitter: Duration::from_millis(random.below(20)),
@@ -19,66 +89,100 @@ async fn history(random: &mut Random) -> (u64, u64) {
         ..Faults::default()
     };
     let mut world = World::new(faults, random.bits());
-    let ((writer, _), (reader, _)) = (world.client(), world.client());
-    let session = writer.session("s").expect("a name").create().attach().await.expect("attach");
+    let [agent, phone, tab] = [world.client(), world.client(), world.client()];
+    let session = agent.0.session("s").expect("a name").create().attach().await.expect("attach");
     let producer = session.producer("p").await.expect("a producer");
+    let reading = tokio::spawn(reading(phone.0.clone(), PARTS));
+    let at_phone = phone.0.session("s").expect("a name").attach().await.expect("attach");
+    let grace = Duration::from_secs(120);
+    let member = at_phone.join("phone", grace, Doing::new("idle").expect("a word")).await.expect("join");
+    let mut live = tab.0.session("s").expect("a name").live().await.expect("live");
     let following = tokio::spawn(async move {
-        let session = reader.session("s").expect("a name").wait().attach().await.expect("attach");
-        let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
-        let (mut next, mut resumed) = (0, 0);
-        while next < RECORDS {
-            match subscription.next().await.expect("an event").expect("no error") {
-                Event::Records(batch) => {
-                    for record in batch.iter() {
-                        let record = record.expect("a record");
-                        assert_eq!(record.seq, next);
-                        assert_eq!(record.record.payload, next.to_string().as_bytes());
-                        next += 1;
-                    }
-                }
-                Event::Resumed { .. } => resumed += 1,
-                event @ (Event::Gap { .. } | Event::Ended) => panic!("the history has a hole at {next}: {event:?}"),
-                _ => {}
-            }
+        let id = MessageId([7; 16]);
+        let whole = |view: &View| view.messages().get(id).is_some_and(|message| message.text.len() as u64 == LEN);
+        while !whole(live.view()) {
+            live.next().await.expect("an update").expect("no error");
         }
-        resumed
+        live
     });
-    let mut tickets = Vec::new();
-    let mut restarts = 0;
-    for n in 0..RECORDS {
-        tickets.push(producer.append(session.main(), n.to_string()).await.expect("append"));
-        tokio::time::sleep(Duration::from_millis(random.below(40))).await;
-        match random.below(60) {
+    let message = |payload: Record| Record { message: Some(MessageId([7; 16])), ..payload };
+    let start = MessageStart { role: label("assistant"), content_type: label("text/plain") };
+    producer.append_record(message(session.main().record(&start))).await.expect("append");
+    let (mut tickets, mut text, mut walking) = (Vec::new(), Vec::new(), JoinSet::new());
+    for n in 0..PARTS {
+        let part = format!("{n} ");
+        text.extend_from_slice(part.as_bytes());
+        let record = message(session.main().record(&MessageAppend(part.into())));
+        tickets.push(producer.append_record(record).await.expect("append"));
+        tokio::time::sleep(Duration::from_millis(random.below(60))).await;
+        match random.below(80) {
             0 => {
                 world.restart();
-                restarts += 1;
+                provoked.restarts += 1;
             }
             1 => {
                 world.conditions().blackhole(true);
                 tokio::time::sleep(Duration::from_millis(random.below(20_000))).await;
                 world.conditions().blackhole(false);
+                provoked.outages += 1;
+            }
+            2..8 => {
+                let (client, host) = [&agent, &phone, &tab][random.below(3) as usize];
+                walking.spawn(walk(client.clone(), host.clone(), random.fork()));
+                provoked.walks += 1;
             }
             _ => {}
         }
     }
-    for (n, ticket) in tickets.into_iter().enumerate() {
-        assert_eq!(ticket.await, Ok(n as u64), "stored once, in order");
+    while walking.join_next().await.is_some() {}
+    let mut acked = Vec::new();
+    for ticket in tickets {
+        acked.push(ticket.await.expect("stored"));
     }
-    let resumed = following.await.expect("following");
-    (restarts, resumed)
+    let records = reading.await.expect("reading");
+    let live = following.await.expect("following");
+    // Each acknowledged part is there once, where it was said to be; all together are the text, for whoever reads it how.
+    let parts: Vec<_> = records.iter().filter(|(_, kind, _)| *kind == Kind::MESSAGE_APPEND).collect();
+    assert!(parts.iter().map(|(seq, ..)| *seq).eq(acked), "acknowledged as something else than stored");
+    assert_eq!(parts.iter().flat_map(|(.., payload)| payload.to_vec()).collect::<Vec<_>>(), text);
+    let id = MessageId([7; 16]);
+    assert_eq!(live.view().messages().get(id).map(|message| message.text.to_vec()), Some(text));
+    // Nobody joined or left by walking.
+    let presence = |kind: &Kind| kind.name().is_some_and(|name| name.starts_with("presence."));
+    assert_eq!(records.iter().filter(|(_, kind, _)| presence(kind)).count(), 1, "one who joined");
+    drop(member);
+    // The server, and who read it over all that, have the same picture.
+    let now = tab.0.session("s").expect("a name").attach().await.expect("attach").info();
+    if now.tail == live.view().next() {
+        assert_eq!(now.view_hash, live.view().hash());
+    }
+    for (client, _) in [&agent, &phone, &tab] {
+        provoked.add(client.paths());
+    }
 }
 
+/// Hundreds of histories in paused time; a seed replays one.
 #[tokio::test(start_paused = true)]
 async fn random_histories_over_simulated_quinn_lose_and_double_nothing() {
+    const HISTORIES: u64 = 200;
     let mut random = random::for_test("random_histories_over_simulated_quinn");
-    let (mut restarts, mut resumed) = (0, 0);
-    for _ in 0..30 {
-        let (more_restarts, more_resumed) = history(&mut random.fork()).await;
-        restarts += more_restarts;
-        resumed += more_resumed;
+    let mut provoked = Provoked::default();
+    for _ in 0..HISTORIES {
+        history(&mut random.fork(), &mut provoked).await;
     }
-    println!("{restarts} restarts, {resumed} resumes");
-    assert!(restarts >= 20 && resumed >= 20, "nothing was provoked");
+    println!("{HISTORIES} histories: {provoked:?}");
+    let Provoked { restarts, outages, walks, losses, changes, moves, early } = provoked;
+    for (what, count) in [
+        ("restarts", restarts),
+        ("outages", outages),
+        ("walks", walks),
+        ("losses", losses),
+        ("changes of path", changes),
+        ("moves", moves),
+        ("early data", early),
+    ] {
+        assert!(count >= HISTORIES / 4, "{what}: {count}, nothing was provoked");
+    }
 }
 
 /// Spec CONN-8.

@@ -1,0 +1,167 @@
+//! Deploys: a server stops in good order, and another process takes its place, while everybody works (scenario A24).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use mainstay_client::{Config, Event, Start};
+use mainstay_tests::process::{PATIENCE, Server};
+use mainstay_tests::{percentile, scaled};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+
+/// How the next server comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// It takes the place, with the socket.
+    Handed,
+    /// It takes the place, and listens elsewhere.
+    Elsewhere,
+    /// It is started when the one before has ended.
+    Afterwards,
+}
+
+/// A client with sessions, each with a writer and a reader.
+const CLIENTS: usize = 20;
+const SESSIONS: usize = 5;
+/// Between two records of a session.
+const BEAT: Duration = Duration::from_millis(50);
+
+/// Writes until told to stop. Returns how many records are stored.
+async fn write(session: mainstay_client::Session, stop: Arc<AtomicBool>) -> u64 {
+    let producer = session.producer("p").await.expect("a producer");
+    let mut tickets = Vec::new();
+    while !stop.load(Ordering::Relaxed) {
+        let n = tickets.len() as u64;
+        tickets.push(producer.append(session.main(), n.to_string()).await.expect("append"));
+        sleep(BEAT).await;
+    }
+    for (n, ticket) in tickets.iter().enumerate() {
+        let seq = timeout(PATIENCE, ticket.wait()).await.expect("in time");
+        assert_eq!(seq, Ok(n as u64), "stored once, in order");
+    }
+    tickets.len() as u64
+}
+
+/// Reads until `wanted` is told and reached. Returns the pauses between records.
+async fn read(session: mainstay_client::Session, wanted: tokio::sync::watch::Receiver<Option<u64>>) -> Vec<Duration> {
+    let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+    let mut wanted = wanted;
+    let (mut next, mut last, mut pauses) = (0, None, Vec::new());
+    loop {
+        if wanted.borrow().is_some_and(|wanted| next >= wanted) {
+            return pauses;
+        }
+        let event = tokio::select! {
+            event = subscription.next() => event.expect("an event").expect("no error"),
+            _ = wanted.changed() => continue,
+        };
+        match event {
+            Event::Records(batch) => {
+                for record in batch.iter() {
+                    let record = record.expect("a record");
+                    assert_eq!(record.seq, next);
+                    assert_eq!(record.record.payload, next.to_string().as_bytes());
+                    next += 1;
+                }
+                let now = Instant::now();
+                pauses.extend(last.replace(now).map(|last| now - last));
+            }
+            event @ (Event::Gap { .. } | Event::Ended) => panic!("a hole at {next}: {event:?}"),
+            _ => {}
+        }
+    }
+}
+
+/// Deploys `rounds` times under load. Prints and returns the pauses that readers saw around each deploy.
+async fn deploy(way: Way, rounds: u64) -> Vec<Duration> {
+    let mut server = Server::start().await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let (mut writers, mut readers, mut clients, mut told) = (JoinSet::new(), JoinSet::new(), Vec::new(), Vec::new());
+    for client in 0..CLIENTS {
+        let connection = server.client(Config::default());
+        for n in 0..SESSIONS {
+            let name = format!("deploy:{client}:{n}");
+            let session = connection.session(&name).expect("a name").create().attach().await.expect("attach");
+            let (tell, wanted) = tokio::sync::watch::channel(None);
+            readers.spawn(read(session.clone(), wanted));
+            let stop = stop.clone();
+            writers.spawn(async move {
+                tell.send_replace(Some(write(session, stop).await));
+                tell
+            });
+        }
+        clients.push(connection);
+    }
+    let mut exits = Vec::new();
+    for _ in 0..rounds {
+        sleep(Duration::from_millis(500)).await;
+        let begun = Instant::now();
+        let code = match way {
+            Way::Handed => server.succeed(false).await.0,
+            Way::Elsewhere => server.succeed(true).await.0,
+            Way::Afterwards => server.terminate().await,
+        };
+        assert_eq!(code, Some(0), "the server before ended in good order");
+        exits.push(begun.elapsed());
+        // Where it runs, this is nothing.
+        server.restart().await;
+    }
+    sleep(Duration::from_secs(1)).await;
+    stop.store(true, Ordering::Relaxed);
+    while let Some(tell) = writers.join_next().await {
+        told.push(tell.expect("a writer"));
+    }
+    // Of each reader the longest pauses, as many as there were deploys: those are the deploys.
+    let mut pauses = Vec::new();
+    while let Some(read) = timeout(PATIENCE, readers.join_next()).await.expect("in time") {
+        let mut read = read.expect("a reader");
+        read.sort();
+        pauses.extend(read.into_iter().rev().take(rounds as usize));
+    }
+    pauses.sort();
+    exits.sort();
+    let paths = clients.iter().map(|client| client.paths());
+    let (connections, early) = paths.fold((0, 0), |sum, paths| (sum.0 + paths.connections, sum.1 + paths.early));
+    println!(
+        "{way:?}, {rounds} deploys, {} sessions on {CLIENTS} connections: pause p50 {:?}, p99 {:?}, longest {:?}; the server before \
+         ended after at most {:?}; {connections} connections, {early} of them with early data",
+        CLIENTS * SESSIONS,
+        percentile(&pauses, 50),
+        percentile(&pauses, 99),
+        percentile(&pauses, 100),
+        percentile(&exits, 100),
+    );
+    assert!(connections >= CLIENTS as u64 * (rounds + 1), "nothing was provoked");
+    assert!(percentile(&exits, 100) <= Duration::from_secs(10));
+    pauses
+}
+
+#[tokio::test]
+async fn a_process_that_takes_the_place_with_its_socket_loses_nothing_and_is_hardly_seen() {
+    let pauses = deploy(Way::Handed, scaled(4)).await;
+    assert!(percentile(&pauses, 99) <= Duration::from_secs(1), "{:?}", percentile(&pauses, 99));
+}
+
+#[tokio::test]
+async fn a_process_that_takes_the_place_at_another_address_loses_nothing_and_is_hardly_seen() {
+    let pauses = deploy(Way::Elsewhere, scaled(3)).await;
+    assert!(percentile(&pauses, 99) <= Duration::from_secs(1), "{:?}", percentile(&pauses, 99));
+}
+
+#[tokio::test]
+async fn a_server_that_is_stopped_and_started_again_loses_nothing() {
+    let pauses = deploy(Way::Afterwards, scaled(3)).await;
+    assert!(percentile(&pauses, 99) <= Duration::from_secs(2), "{:?}", percentile(&pauses, 99));
+}
+
+/// Without a server there is no place to take.
+#[tokio::test]
+async fn taking_the_place_of_nobody_is_a_start() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut server = Server::start_in(dir.path(), &["--takeover"]).await;
+    server.kill().await;
+    // Its socket is still there, and nobody listens on it.
+    server.restart().await;
+    assert_eq!(server.terminate().await, Some(0));
+}
