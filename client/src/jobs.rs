@@ -11,8 +11,8 @@ use mainstay_protocol::wire::{self, Detail, Done, Frame, Label, Pull, Subject};
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox};
 use tokio::sync::{mpsc, watch};
 
-use crate::roam::{Links, up};
 use crate::error::ClientError;
+use crate::roam::{Links, up};
 
 /// A job as it is known over connections and servers; [`core::fmt::Display`] writes the key by which whoever delivers it tells a
 /// repetition.

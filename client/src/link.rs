@@ -8,7 +8,9 @@ use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::{DEFAULT_BULK_WINDOW, MAX_FRAME};
 use mainstay_protocol::session::{CreditSent, PathFacts};
-use mainstay_protocol::wire::{Body, Credit, Frame, GoAway, Hello, Ping, Pong, Subscribe, Subscribed, Token, put_grease};
+use mainstay_protocol::wire::{
+    Body, Credit, Frame, GoAway, Hello, Ping, Pong, Subscribe, Subscribed, Token, put_grease,
+};
 use mainstay_transport::{
     Connection, ConnectionError, FrameError, FrameReader, Outbox, SendStream, StreamError, priority,
 };

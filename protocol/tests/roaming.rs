@@ -148,7 +148,11 @@ fn an_answer_that_does_not_come_puts_the_path_in_doubt() {
     assert!(
         matches!(
             first[..],
-            [(500, RoamingStep::Ask(1)), (900, RoamingStep::Rebind(2)), (1150, RoamingStep::Challenge { hopeful: false })]
+            [
+                (500, RoamingStep::Ask(1)),
+                (900, RoamingStep::Rebind(2)),
+                (1150, RoamingStep::Challenge { hopeful: false })
+            ]
         ),
         "{steps:?}"
     );

@@ -107,7 +107,8 @@ impl QuicServer {
         let socket = bind(([127, 0, 0, 1], 0).into()).expect("a socket");
         let addr = socket.local_addr().expect("an address");
         let limits = config.transport_limits();
-        let listener = QuicListener::new(socket, identity, &ServerKeys::generate(), None, &limits, ALPN).expect("a listener");
+        let listener =
+            QuicListener::new(socket, identity, &ServerKeys::generate(), None, &limits, ALPN).expect("a listener");
         let server = Server::new(store, Keyring::new([key.verifying_key()]), config);
         let (stop, stopped) = oneshot::channel::<()>();
         let running = tokio::spawn(async move {

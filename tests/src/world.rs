@@ -9,6 +9,7 @@ use mainstay_protocol::session::Operation;
 use mainstay_server::auth::{Keyring, SigningKey};
 use mainstay_server::{Config, Server};
 use mainstay_store::MemoryStore;
+use mainstay_transport::Limits;
 use mainstay_transport::quic::{
     GatheringRuntime, Identity, MemoryTickets, QuicConnector, QuicListener, ServerKeys, Trust,
 };
@@ -92,15 +93,25 @@ impl World {
 
     /// The same, of this configuration.
     pub fn client_with(&mut self, mut config: ClientConfig) -> (Client, Arc<SimHost>) {
+        config.token = Some(self.token());
+        let (connector, host) = self.connector(&config.transport_limits());
+        (Client::new(connector, config), host)
+    }
+
+    /// A token that grants everything.
+    pub fn token(&self) -> String {
+        self.key.mint(&claims("tester", "", Operation::ALL)).expect("a token")
+    }
+
+    /// What makes connections to the server, and the machine that it is on.
+    pub fn connector(&mut self, limits: &Limits) -> (QuicConnector, Arc<SimHost>) {
         self.clients += 1;
         let host = SimHost::new(self.network.clone(), [10, 0, 1, self.clients].into());
         let identity = Identity::self_signed(&self.tls_key, now() as u64).expect("a certificate");
         let trust = Trust::Pin(identity.pin().expect("a pin"));
-        config.token = Some(self.key.mint(&claims("tester", "", Operation::ALL)).expect("a token"));
-        let limits = config.transport_limits();
         let runtime = Arc::new(GatheringRuntime);
-        let connector = QuicConnector::over(host.clone(), runtime, server_addr(), &trust, &limits, ALPN);
-        (Client::new(connector.expect("a connector"), config), host)
+        let connector = QuicConnector::over(host.clone(), runtime, server_addr(), &trust, limits, ALPN);
+        (connector.expect("a connector"), host)
     }
 }
 

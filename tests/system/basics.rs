@@ -180,7 +180,11 @@ fn a_client_that_finishes_has_told_the_server_before_its_process_can_end() {
         let socket = bind(([127, 0, 0, 1], 0).into()).expect("a socket");
         let addr = socket.local_addr().expect("an address");
         let limits = Config::default().transport_limits();
-        (addr, trust, QuicListener::new(socket, identity, &ServerKeys::generate(), None, &limits, ALPN).expect("a listener"))
+        (
+            addr,
+            trust,
+            QuicListener::new(socket, identity, &ServerKeys::generate(), None, &limits, ALPN).expect("a listener"),
+        )
     });
     let accepting = server.spawn(async move {
         let connection = listener.accept().await.expect("a connection");

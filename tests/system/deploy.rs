@@ -165,3 +165,82 @@ async fn taking_the_place_of_nobody_is_a_start() {
     server.restart().await;
     assert_eq!(server.terminate().await, Some(0));
 }
+
+/// A server that is killed, and started again at once, with two hundred clients on it.
+#[tokio::test]
+async fn two_hundred_clients_follow_again_after_their_server_was_killed() {
+    const CLIENTS: usize = 200;
+    let mut server = Server::start().await;
+    let writer = server.client(Config::default());
+    let session = writer.session("s").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let stop = Arc::new(AtomicBool::new(false));
+    let writing = {
+        let stop = stop.clone();
+        tokio::spawn(async move {
+            let mut count = 0u64;
+            while !stop.load(Ordering::Relaxed) {
+                drop(producer.append(session.main(), "x").await.expect("append"));
+                count += 1;
+                sleep(BEAT).await;
+            }
+            producer.flush().await.expect("stored");
+            count
+        })
+    };
+    let (mut readers, mut clients) = (JoinSet::new(), Vec::new());
+    let (tell, killed) = tokio::sync::watch::channel(None::<Instant>);
+    for _ in 0..CLIENTS {
+        let client = server.client(Config::default());
+        let session = client.session("s").expect("a name").attach().await.expect("attach");
+        let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+        let killed = killed.clone();
+        clients.push(client);
+        readers.spawn(async move {
+            let (mut next, mut resumed) = (0, false);
+            loop {
+                match timeout(PATIENCE, subscription.next())
+                    .await
+                    .expect("in time")
+                    .expect("an event")
+                    .expect("no error")
+                {
+                    Event::Records(batch) => {
+                        assert_eq!(batch.from(), next);
+                        next = batch.next();
+                        // Live again.
+                        if let (true, Some(killed)) = (resumed, *killed.borrow()) {
+                            return killed.elapsed();
+                        }
+                    }
+                    Event::Resumed { verdict, .. } => {
+                        assert_eq!(verdict, mainstay_client::Verdict::Exact);
+                        resumed = true;
+                    }
+                    event @ (Event::Gap { .. } | Event::Ended) => panic!("{event:?}"),
+                    _ => {}
+                }
+            }
+        });
+    }
+    sleep(Duration::from_secs(1)).await;
+    server.kill().await;
+    tell.send_replace(Some(Instant::now()));
+    server.restart().await;
+    let serving = tell.borrow().expect("killed").elapsed();
+    let mut took = Vec::new();
+    while let Some(follows) = readers.join_next().await {
+        took.push(follows.expect("a reader"));
+    }
+    took.sort();
+    stop.store(true, Ordering::Relaxed);
+    writing.await.expect("the writer");
+    let early: u64 = clients.iter().map(|client| client.paths().early).sum();
+    println!(
+        "{CLIENTS} clients, serving {serving:?} after the kill: all verdicts exact, following again p50 {:?}, p99 {:?}, last {:?}; early data          {early}",
+        percentile(&took, 50),
+        percentile(&took, 99),
+        percentile(&took, 100)
+    );
+    assert!(percentile(&took, 100) <= Duration::from_secs(10), "{:?}", percentile(&took, 100));
+}

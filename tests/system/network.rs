@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use mainstay_client::{Client, Config, ConnectFile, Doing, Event, Kind, Start};
 use mainstay_tests::appending::{Appending, OVER_A_NETWORK};
-use mainstay_tests::process::{PATIENCE, Server, command, events, named, run};
+use mainstay_tests::process::{PATIENCE, Rows, Server, command, events, named, run};
 use mainstay_tests::proxy::{Faults, Proxy};
 use mainstay_tests::random::{self, Random};
+use mainstay_tests::scaled;
 use tokio::net::UdpSocket;
 use tokio::time::timeout;
 
@@ -108,4 +110,111 @@ async fn an_outage_shorter_than_the_idle_timeout_costs_no_record_and_no_connecti
     let (acks, warnings) = appending.finish().await;
     assert_eq!(acks, LINES);
     assert!(warnings.is_empty(), "{warnings:?}");
+}
+
+/// Says so within three seconds, by name, and what was tried.
+#[tokio::test]
+async fn blocked_udp_and_a_server_that_is_not_there_are_told_apart_within_three_seconds() {
+    let server = Server::start().await;
+    // Takes what comes and says nothing, as a firewall that drops.
+    let silent = UdpSocket::bind("127.0.0.1:0").await.expect("a socket");
+    let silent_addr = silent.local_addr().expect("an address");
+    // Nothing listens there.
+    let closed = UdpSocket::bind("127.0.0.1:0").await.expect("a socket");
+    let closed_addr = closed.local_addr().expect("an address");
+    drop(closed);
+    for (addr, code, says) in [
+        (silent_addr, "UDP_BLOCKED", "no answer to 3 datagrams"),
+        (closed_addr, "UNREACHABLE", "nothing listens there"),
+    ] {
+        let connect = server.connect_file_at(addr, "elsewhere.json");
+        for args in [&["append", "s1", "--json"][..], &["tail", "s1", "--json"]] {
+            let begun = tokio::time::Instant::now();
+            let mut child = command(&connect, args).stdout(std::process::Stdio::piped()).spawn().expect("the command");
+            let mut rows = Rows::of(child.stdout.take().expect("output"));
+            let warning = rows.until("warning").await.pop().expect("a warning");
+            let took = begun.elapsed();
+            println!("{} after {took:?}: {warning}", args[0]);
+            assert_eq!(warning["code"], code);
+            let message = warning["message"].as_str().expect("a message");
+            assert!(message.contains(says) && message.contains(&addr.to_string()), "{message}");
+            assert!(took < Duration::from_secs(3) + Duration::from_millis(300), "{took:?}");
+            child.kill().await.expect("kill");
+        }
+    }
+}
+
+/// Scenario A4. A NAT that gives its flows other ports, and other addresses, while everybody works: nobody notices.
+#[tokio::test]
+async fn many_nat_rebinds_under_load_cost_no_connection_and_no_record() {
+    let rebinds = scaled(40);
+    const CLIENTS: usize = 5;
+    let (server, proxy, connect, _) =
+        behind("many_nat_rebinds", Faults { delay: Duration::from_millis(10), ..Faults::default() }).await;
+    let file = ConnectFile::read(&connect).expect("a connection file");
+    let clients: Vec<Client> =
+        (0..CLIENTS).map(|_| Client::connect_quic(&file, Config::default()).expect("a client")).collect();
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let mut working = tokio::task::JoinSet::new();
+    for (number, client) in clients.iter().enumerate() {
+        let (client, stop) = (client.clone(), stop.clone());
+        working.spawn(async move {
+            let session =
+                client.session(&format!("nat:{number}")).expect("a name").create().attach().await.expect("attach");
+            let _here =
+                session.join("me", Duration::from_secs(5), Doing::new("idle").expect("a word")).await.expect("join");
+            let producer = session.producer("p").await.expect("a producer");
+            let mut subscription = session.subscribe(Start::Latest).open().await.expect("subscribe");
+            let (mut longest, mut presence, mut count, mut first) = (Duration::ZERO, 0, 0u64, None);
+            while !stop.load(Ordering::Relaxed) {
+                let begun = tokio::time::Instant::now();
+                let seq =
+                    producer.append(session.main(), count.to_string()).await.expect("append").await.expect("stored");
+                assert_eq!(seq, *first.get_or_insert(seq) + count, "once, in order");
+                let mut read = false;
+                while !read {
+                    match timeout(PATIENCE, subscription.next())
+                        .await
+                        .expect("in time")
+                        .expect("an event")
+                        .expect("no error")
+                    {
+                        Event::Records(batch) => {
+                            for record in batch.iter() {
+                                let record = record.expect("a record");
+                                presence += u64::from(record.record.kind != Kind::DATA);
+                                read |= record.record.kind == Kind::DATA
+                                    && record.record.payload == count.to_string().as_bytes();
+                            }
+                        }
+                        event @ (Event::Gap { .. } | Event::Resumed { .. } | Event::Ended) => panic!("{event:?}"),
+                        _ => {}
+                    }
+                }
+                longest = longest.max(begun.elapsed());
+                count += 1;
+            }
+            (count, longest, presence)
+        });
+    }
+    for turn in 0..rebinds {
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        // Mostly another port; at times another address.
+        proxy.rebind([127, 0, 0, if turn % 10 == 9 { 2 + (turn / 10 % 200) as u8 } else { 1 }].into());
+    }
+    stop.store(true, Ordering::Relaxed);
+    let (mut records, mut longest) = (0, Duration::ZERO);
+    while let Some(worked) = working.join_next().await {
+        let (count, pause, presence) = worked.expect("a client");
+        (records, longest) = (records + count, longest.max(pause));
+        assert_eq!(presence, 0, "somebody joined or left");
+    }
+    let rebound = proxy.counts().rebound.load(Ordering::Relaxed);
+    println!("{rebound} rebinds of {CLIENTS} flows: {records} records written and read back, longest {longest:?}");
+    for client in &clients {
+        let paths = client.paths();
+        assert_eq!((paths.connections, paths.losses), (1, 0), "{paths:?}");
+    }
+    assert!(rebound >= rebinds * CLIENTS as u64 && longest <= Duration::from_secs(1));
+    drop(server);
 }

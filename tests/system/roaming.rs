@@ -160,3 +160,72 @@ async fn a_change_of_network_costs_a_reader_two_round_trips_and_a_writer_three_a
     }
     assert!(late.is_empty(), "later than it may be:\n{}", late.join("\n"));
 }
+
+/// Scenario A5. Tokens go on while a reader is off the network, for less and for more than the idle timeout.
+#[tokio::test(start_paused = true)]
+async fn a_short_outage_costs_no_connection_and_a_long_one_one_round_trip() {
+    let mut random = random::for_test("a_short_outage");
+    for (outage, lost) in [(8, 0), (45, 1)] {
+        let mut config = mainstay_server::Config::default();
+        config.idle_timeout = Duration::from_secs(30);
+        let mut world = World::with_config(quiet(), random.bits(), config);
+        let [(agent, _), (phone, host), (laptop, _)] = [world.client(), world.client(), world.client()];
+        let session = agent.session("s").expect("a name").create().attach().await.expect("attach");
+        let producer = session.producer("p").await.expect("a producer");
+        let writing = tokio::spawn(async move {
+            loop {
+                drop(producer.append(session.main(), "x").await.expect("append"));
+                tokio::time::sleep(ms(50)).await;
+            }
+        });
+        let follow = async |client: &Client| {
+            let session = client.session("s").expect("a name").attach().await.expect("attach");
+            session.subscribe(Start::Earliest).open().await.expect("subscribe")
+        };
+        let (mut at_phone, mut at_laptop) = (follow(&phone).await, follow(&laptop).await);
+        let beside = tokio::spawn(async move {
+            let (mut longest, mut last) = (Duration::ZERO, Instant::now());
+            while last.elapsed() < Duration::from_secs(60)
+                && timeout(Duration::from_secs(5), read(&mut at_laptop)).await.is_ok()
+            {
+                (longest, last) = (longest.max(last.elapsed()), Instant::now());
+                if laptop.paths().losses > 0 {
+                    break;
+                }
+            }
+            longest
+        });
+        let until = Instant::now() + Duration::from_secs(3);
+        let mut next = 0;
+        while Instant::now() < until {
+            next = read(&mut at_phone).await;
+        }
+        host.move_to(None);
+        tokio::time::sleep(Duration::from_secs(outage)).await;
+        host.move_to(Some([10, 0, 1, 2].into()));
+        phone.network_changed();
+        let back = Instant::now();
+        let mut verdict = None;
+        let first = loop {
+            match at_phone.next().await.expect("an event").expect("no error") {
+                Event::Records(batch) if !batch.is_empty() => break batch,
+                Event::Resumed { verdict: told, .. } => verdict = Some(told),
+                event @ (Event::Gap { .. } | Event::Ended) => panic!("{event:?}"),
+                _ => {}
+            }
+        };
+        let (took, paths) = (back.elapsed(), phone.paths());
+        writing.abort();
+        let longest = beside.await.expect("the laptop");
+        println!(
+            "{outage} s: first missed token {took:?} after the link is back, verdict {verdict:?}, {paths:?}; the laptop's longest pause {longest:?}"
+        );
+        assert_eq!(first.from(), next, "exactly where it was");
+        assert!(longest <= ms(200), "somebody else was delayed: {longest:?}");
+        assert_eq!((paths.losses, paths.connections, paths.early), (lost, 1 + lost, lost));
+        if lost > 0 {
+            assert_eq!(verdict, Some(mainstay_client::Verdict::Exact));
+            assert!(took <= RTT + ms(50), "{took:?}");
+        }
+    }
+}

@@ -161,14 +161,34 @@ async fn history(random: &mut Random, provoked: &mut Provoked) {
     }
 }
 
-/// Hundreds of histories in paused time; a seed replays one.
+/// Says which history failed.
+struct Number(u64);
+
+impl Drop for Number {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("it was history {}: with MAINSTAY_HISTORY={} and the seed it runs alone", self.0, self.0);
+        }
+    }
+}
+
+/// Hundreds of histories in paused time; a seed and a number replay one.
 #[tokio::test(start_paused = true)]
 async fn random_histories_over_simulated_quinn_lose_and_double_nothing() {
     const HISTORIES: u64 = 200;
     let mut random = random::for_test("random_histories_over_simulated_quinn");
     let mut provoked = Provoked::default();
-    for _ in 0..HISTORIES {
-        history(&mut random.fork(), &mut provoked).await;
+    let only: Option<u64> = std::env::var("MAINSTAY_HISTORY").ok().map(|only| only.parse().expect("a number"));
+    for number in 0..HISTORIES {
+        let mut random = random.fork();
+        if only.is_none_or(|only| only == number) {
+            let _number = Number(number);
+            let whole = history(&mut random, &mut provoked);
+            tokio::time::timeout(Duration::from_secs(3600), whole).await.expect("a history comes to its end");
+        }
+    }
+    if only.is_some() {
+        return println!("history {only:?} alone: {provoked:?}");
     }
     println!("{HISTORIES} histories: {provoked:?}");
     let Provoked { restarts, outages, walks, losses, changes, moves, early } = provoked;

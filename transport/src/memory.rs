@@ -119,7 +119,14 @@ pub struct MemoryConnection {
 }
 
 impl MemoryConnection {
-    fn new(peer: Inboxes, arrivals: Arrivals, peer_limits: &Limits, closed: Closed, side: u8, secret: [u8; 32]) -> Self {
+    fn new(
+        peer: Inboxes,
+        arrivals: Arrivals,
+        peer_limits: &Limits,
+        closed: Closed,
+        side: u8,
+        secret: [u8; 32],
+    ) -> Self {
         Self {
             peer,
             arrivals: Arc::new(arrivals),

@@ -22,7 +22,8 @@ pub(crate) async fn run(args: args::Presence, output: Output) -> Result<(), Fail
         // Somebody waits for one answer, not for a server to come back.
         config.give_up_after = Some(Duration::from_secs(5));
     }
-    with_client(args.connect.connect.as_deref(), config, output, async |client| follow(client, &args, output).await).await
+    with_client(args.connect.connect.as_deref(), config, output, async |client| follow(client, &args, output).await)
+        .await
 }
 
 async fn follow(client: &Client, args: &args::Presence, output: Output) -> Result<(), Failure> {

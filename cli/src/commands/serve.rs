@@ -117,8 +117,9 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
     let dir = data.tickets();
     let tickets = Tickets::open(&dir).map_err(|error| Failure::io(dir.display(), &error))?;
     let tickets = Arc::new(KeptTickets(tickets));
-    let listener = QuicListener::new(socket, identity, &data.server_keys()?, Some(tickets), &config.transport_limits(), ALPN)
-        .map_err(|error| Failure::failed("INTERNAL", error))?;
+    let listener =
+        QuicListener::new(socket, identity, &data.server_keys()?, Some(tickets), &config.transport_limits(), ALPN)
+            .map_err(|error| Failure::failed("INTERNAL", error))?;
     let addr = listener.local_addr().ok_or_else(|| Failure::failed("INTERNAL", "the socket has no address"))?;
     let connect = match &dev {
         Some(key) => Some(write_connect_file(&data, addr, &pin.to_hex(), key)?),

@@ -98,13 +98,8 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
         (
             "GOAWAY",
             "to an IPv4 address, mapped",
-            GoAway {
-                deadline: 5000,
-                spread: 0,
-                detail: Detail::new(""),
-                address: Some(([192, 0, 2, 1], 4433).into()),
-            }
-            .into(),
+            GoAway { deadline: 5000, spread: 0, detail: Detail::new(""), address: Some(([192, 0, 2, 1], 4433).into()) }
+                .into(),
         ),
         (
             "GOAWAY",

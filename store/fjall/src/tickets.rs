@@ -70,22 +70,14 @@ impl Tickets {
 
     fn try_open(dir: &Path) -> Result<Self, String> {
         let opened = catch_unwind(AssertUnwindSafe(|| {
-            let db = Database::builder(dir)
-                .cache_size(1 << 20)
-                .max_journaling_size(64 << 20)
-                .worker_threads(1)
-                .open()?;
+            let db =
+                Database::builder(dir).cache_size(1 << 20).max_journaling_size(64 << 20).worker_threads(1).open()?;
             let options = || KeyspaceCreateOptions::default().max_memtable_size(4 << 20);
             let meta = db.keyspace(META, options)?;
             let generations = [db.keyspace(GENERATIONS[0], options)?, db.keyspace(GENERATIONS[1], options)?];
             let at = usize::from(meta.get(YOUNG)?.is_some_and(|young| young.first() == Some(&1)));
             let count = generations[at].len()?;
-            Ok::<_, fjall::Error>(Self {
-                meta,
-                young: Mutex::new(Young { at, count }),
-                generations,
-                _db: db,
-            })
+            Ok::<_, fjall::Error>(Self { meta, young: Mutex::new(Young { at, count }), generations, _db: db })
         }));
         opened.map_err(|_| "the engine panicked".to_owned())?.map_err(|error| error.to_string())
     }

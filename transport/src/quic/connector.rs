@@ -224,8 +224,7 @@ impl Attempt {
         let socket = Arc::new(CountingSocket { socket, sent: sent.clone() });
         let endpoint = Endpoint::new_with_abstract_socket(EndpointConfig::default(), None, socket, self.runtime)
             .map_err(|error| failed(&error))?;
-        let connecting =
-            endpoint.connect_with(self.config, self.addr, &self.name).map_err(|error| failed(&error))?;
+        let connecting = endpoint.connect_with(self.config, self.addr, &self.name).map_err(|error| failed(&error))?;
         let connection = match connecting.into_0rtt() {
             Ok((connection, accepted)) => {
                 let connection = QuicConnection::early(connection, accepted);
@@ -321,7 +320,9 @@ impl Connector for QuicConnector {
         while let Some(Ok((addr, local, reach))) = tried.join_next().await {
             let from = local.map_or_else(|| "no local address leads there".to_owned(), |ip| format!("from {ip}"));
             match reach {
-                Reach::Silent { sent } => silent.push(format!("{addr} over UDP, {from}: no answer to {sent} datagrams")),
+                Reach::Silent { sent } => {
+                    silent.push(format!("{addr} over UDP, {from}: no answer to {sent} datagrams"))
+                }
                 Reach::Answered => other.push(format!("{addr} over UDP, {from}: a QUIC server answers")),
                 Reach::Refused => other.push(format!("{addr} over UDP, {from}: nothing listens there")),
                 Reach::Failed(error) => other.push(format!("{addr} over UDP: {error}")),

@@ -20,8 +20,8 @@ use quinn::congestion::CubicConfig;
 use quinn::{AckFrequencyConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 use rustls::crypto::CryptoProvider;
 
-pub use crate::gather::GatheringRuntime;
 use crate::Limits;
+pub use crate::gather::GatheringRuntime;
 pub use connection::{QuicConnection, QuicRecv, QuicSend};
 pub use connector::{Address, QuicConnector, Reach, Trust, reach};
 pub use identity::{Identity, Pin};

@@ -55,8 +55,7 @@ impl Sockets for UdpSockets {
     }
 
     fn route(&self, towards: SocketAddr) -> Option<IpAddr> {
-        let any: IpAddr =
-            if towards.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let any: IpAddr = if towards.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
         // Connecting a UDP socket sends nothing; it asks the system for its route.
         let socket = UdpSocket::bind((any, 0)).ok()?;
         socket.connect(towards).ok()?;
