@@ -350,20 +350,8 @@ impl PathWatch {
     pub async fn next(&mut self) -> Option<PathEvent> {
         loop {
             let now = *self.paths.borrow_and_update();
-            let kinds: [(fn(&mut Paths) -> &mut u64, PathEvent); 4] = [
-                (|paths| &mut paths.changes, PathEvent::PathChanged),
-                (|paths| &mut paths.losses, PathEvent::Lost),
-                (|paths| &mut paths.moves, PathEvent::Moved),
-                (|paths| &mut paths.connections, PathEvent::Connected),
-            ];
-            for (count, event) in kinds {
-                let newest = *count(&mut { now });
-                if core::mem::replace(count(&mut self.seen), newest) != newest {
-                    if event == PathEvent::Moved {
-                        self.seen.connections = now.connections;
-                    }
-                    return Some(event);
-                }
+            if let Some(event) = now.news(&mut self.seen) {
+                return Some(event);
             }
             tokio::select! {
                 changed = self.paths.changed() => changed.ok()?,

@@ -124,6 +124,24 @@ pub struct Paths {
     pub losses: u64,
 }
 
+impl Paths {
+    /// What happened since `seen`, one event at a time.
+    pub(crate) fn news(&self, seen: &mut Self) -> Option<PathEvent> {
+        let newer = |seen: &mut u64, now: u64| core::mem::replace(seen, now) != now;
+        if newer(&mut seen.changes, self.changes) {
+            return Some(PathEvent::PathChanged);
+        }
+        if newer(&mut seen.losses, self.losses) {
+            return Some(PathEvent::Lost);
+        }
+        if newer(&mut seen.moves, self.moves) {
+            seen.connections = self.connections;
+            return Some(PathEvent::Moved);
+        }
+        newer(&mut seen.connections, self.connections).then_some(PathEvent::Connected)
+    }
+}
+
 /// How long a client that closes waits for the server to be told.
 const FAREWELL: Duration = Duration::from_millis(200);
 /// How long a connection that is not used waits for the tickets of its handshake.
