@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mainstay_client::{Client, ClientError, Config, ConnectFile, PathEvent};
+use mainstay_server::ResumeKeys;
 use mainstay_server::auth::SigningKey;
 use mainstay_transport::quic::{Identity, ServerKeys};
 
@@ -107,6 +108,16 @@ impl Data {
             Ok(key.to_paserk() + "\n")
         })?;
         SigningKey::from_paserk(&text).map_err(|error| Failure::integrity(format!("{}: {error}", path.display())))
+    }
+
+    /// The keys that seal and open resume tokens, the one that seals first.
+    pub(crate) fn resume_keys(&self) -> Result<ResumeKeys, Failure> {
+        let path = self.dir.join("keys").join("resume");
+        let text = self.secret(&path, || {
+            let keys = ResumeKeys::generate().map_err(|error| Failure::failed("INTERNAL", error))?;
+            Ok(keys.to_paserk() + "\n")
+        })?;
+        ResumeKeys::from_paserk(&text).map_err(|error| Failure::integrity(format!("{}: {error}", path.display())))
     }
 
     /// Reads a secret, or makes it.

@@ -77,7 +77,7 @@ impl<C: Connection> Core for Wired<C> {
         commands: mpsc::Receiver<SessionCommand>,
         again: mpsc::WeakSender<SessionCommand>,
     ) {
-        tokio::spawn(Driver::new(self.links.clone(), session, commands, again, self.config.give_up_after).run());
+        tokio::spawn(Driver::new(self.links.clone(), session, commands, again, &self.config).run());
     }
 
     fn connected(&self) -> BoxFuture<'_, Result<(), ClientError>> {

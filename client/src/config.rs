@@ -5,12 +5,12 @@ use core::time::Duration;
 use std::net::SocketAddr;
 use std::path::Path;
 
-use mainstay_protocol::session::{Instance, Manners};
+use mainstay_protocol::session::Manners;
 use mainstay_transport::Limits;
 use mainstay_transport::quic::{IDLE, Pin, Trust};
-use rand::RngCore;
 use serde::{Deserialize, Serialize};
 
+use crate::continuity::Continuity;
 use crate::error::ClientError;
 
 /// Limits and delays of a client. `Default` suits an application with a few sessions.
@@ -19,8 +19,8 @@ use crate::error::ClientError;
 pub struct Config {
     /// Capability token; `None` uses the one of the connection file.
     pub token: Option<String>,
-    /// Id of this installation or tab: the same over restarts if the application keeps it.
-    pub instance: Instance,
+    /// Which installation or tab this is. A client that is to go on with what it held before a restart has to be the same one.
+    pub continuity: Continuity,
     /// How long the server may be out of reach before requests fail with `Unreachable`. `None` never gives up.
     pub give_up_after: Option<Duration>,
     /// Subscriptions that may be open at once on the connection.
@@ -41,11 +41,9 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        let mut instance = [0; 16];
-        rand::rng().fill_bytes(&mut instance);
         Self {
             token: None,
-            instance: Instance(instance),
+            continuity: Continuity::default(),
             give_up_after: Some(Duration::from_secs(60)),
             subscriptions: 8,
             subscription_window: 512 * 1024,

@@ -12,8 +12,8 @@ use mainstay_protocol::session::{
 };
 use mainstay_protocol::wire::{
     Attach, AttachMode, Attached, Body, CloseSession, Configure, DefineStream, DeleteSession, Early, Frame, Granted,
-    Join, Label, Leave, Listen, OpenProducer, Release, Renew, SetRule, Signal, Start, StartRun, Subscribe, TakeRun,
-    Trim, Unsubscribe, Update, Writer, put_frame,
+    Join, Label, Leave, Listen, OpenProducer, Release, Renew, Resume, SetRule, Signal, Start, StartRun, Subscribe,
+    TakeRun, Trim, Unsubscribe, Update, Writer, put_frame,
 };
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, SendStream, StreamError, priority};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::config::Config;
+use crate::continuity::Continuity;
 use crate::error::ClientError;
 use crate::link::{Expected, Link};
 use crate::live::Folded;
@@ -276,6 +277,11 @@ pub(crate) struct Driver<C: Connection> {
     ended: Vec<oneshot::Sender<ClientError>>,
     /// The session's incarnation, once it is known.
     incarnation: watch::Sender<Option<Incarnation>>,
+    /// What proves that this is the same client, and whether that was said on the current attachment.
+    continuity: Continuity,
+    resuming: bool,
+    /// The connection of the current attachment.
+    on: Option<Arc<Link<C>>>,
     /// How long refusals that may pass are borne.
     give_up_after: Option<Duration>,
     /// Since when attaching is refused.
@@ -288,10 +294,13 @@ impl<C: Connection> Driver<C> {
         request: Attaching,
         commands: mpsc::Receiver<SessionCommand>,
         again: mpsc::WeakSender<SessionCommand>,
-        give_up_after: Option<Duration>,
+        config: &Config,
     ) -> Self {
         Self {
-            give_up_after,
+            give_up_after: config.give_up_after,
+            continuity: config.continuity.clone(),
+            resuming: false,
+            on: None,
             links,
             prefetched: None,
             incarnation: watch::channel(request.cursor.map(|cursor| cursor.incarnation)).0,
@@ -504,7 +513,7 @@ impl<C: Connection> Driver<C> {
 
     /// The attachment is gone: what was on it must be asked for again.
     fn detached(&mut self, link: &Link<C>) {
-        self.asked = false;
+        (self.asked, self.resuming, self.on) = (false, false, None);
         for entry in &mut self.producers {
             entry.id = None;
             entry.shared.unlinked();
@@ -535,6 +544,7 @@ impl<C: Connection> Driver<C> {
         let Some((mut send, recv)) = streams else { return Over::Lost };
         send.set_priority(priority::CONTROL);
         let _using = link.using();
+        self.on = Some(link.clone());
         // In the same flight: where the attach is refused the rest is not read.
         self.open_all(link, &outbox);
         let mut frames = FrameReader::new(recv, MAX_FRAME);
@@ -661,14 +671,29 @@ impl<C: Connection> Driver<C> {
         if let Some(listener) = &self.listener {
             outbox.push(Listen { from: listener.next });
         }
+        if self.continuity.is_bound(&self.request.name) {
+            self.resume(outbox);
+        }
         self.producers.retain(|entry| !entry.shared.is_finished());
         for at in 0..self.producers.len() {
             self.open_producer(at, link, outbox);
         }
         self.taking.retain(|taking| !taking.answer.is_closed());
+        if !self.taking.is_empty() {
+            self.resume(outbox);
+        }
         for taking in &mut self.taking {
             taking.again = None;
             outbox.push(taking.frame(self.granted));
+        }
+    }
+
+    /// Says who this is, once on each attachment, before anything that an instance holds is asked for: then nobody else can go on with it.
+    fn resume(&mut self, outbox: &Outbox) {
+        let connection = self.on.as_ref().filter(|_| !self.resuming).map(|link| &link.transport);
+        if let Some(proof) = connection.and_then(|on| self.continuity.proof(&self.request.name, on)) {
+            self.resuming = true;
+            outbox.push(proof);
         }
     }
 
@@ -795,6 +820,7 @@ impl<C: Connection> Driver<C> {
     }
 
     fn open_producer(&mut self, at: usize, link: &Arc<Link<C>>, outbox: &Outbox) {
+        self.resume(outbox);
         let entry = &mut self.producers[at];
         let id = link.new_id();
         (entry.id, entry.again) = (Some(id), None);
@@ -850,12 +876,16 @@ impl<C: Connection> Driver<C> {
     }
 
     fn ask_next(&mut self, outbox: &Outbox) {
-        if !self.asked
-            && let Some(ask) = self.asks.front()
-        {
-            outbox.push(ask.frame());
-            self.asked = true;
+        if self.asked {
+            return;
         }
+        let Some(ask) = self.asks.front() else { return };
+        let (frame, holds) = (ask.frame(), matches!(ask, Ask::Join { .. } | Ask::Leave { .. } | Ask::StartRun { .. }));
+        if holds {
+            self.resume(outbox);
+        }
+        outbox.push(frame);
+        self.asked = true;
     }
 
     fn answered(&mut self, result: Result<u64, ClientError>, outbox: &Outbox) {
@@ -899,6 +929,7 @@ impl<C: Connection> Driver<C> {
                 self.next_taking += 1;
                 let taking = Taking { id: self.next_taking, run, lease, answer, again: None };
                 if let Some((_, _, outbox)) = on {
+                    self.resume(outbox);
                     outbox.push(taking.frame(self.granted));
                 }
                 self.taking.push_back(taking);
@@ -1077,6 +1108,10 @@ impl<C: Connection> Driver<C> {
                 }
                 return Ok(());
             }
+            Frame::Resumed(resumed) => {
+                self.continuity.keep(&self.request.name, resumed.token);
+                return Ok(());
+            }
             Frame::Signalled(signalled) => {
                 if matches!(self.asks.front(), Some(Ask::Signal { .. })) {
                     self.answered(Ok(signalled.seq), outbox);
@@ -1115,6 +1150,17 @@ impl<C: Connection> Driver<C> {
     fn error(&mut self, error: &mainstay_protocol::wire::Error, link: &Link<C>, outbox: &Outbox) -> Result<(), Over> {
         let failure = ClientError::refused(error.code, error.detail.as_str());
         match error.about {
+            Resume::KIND => match error.code {
+                // Begun anew: what was asked behind it is free of it.
+                Code::RESUME_UNKNOWN => {
+                    self.continuity.forget(&self.request.name);
+                    self.resuming = false;
+                    self.resume(outbox);
+                }
+                // What was asked behind it is refused for its own.
+                code if code.is_retryable() => self.resuming = false,
+                _ => return Err(Over::Failed(failure)),
+            },
             OpenProducer::KIND => {
                 if let Some(at) = self.producers.iter().position(|entry| entry.id == Some(error.id)) {
                     // An epoch that is not known any more never is again.

@@ -28,6 +28,7 @@
 
 mod client;
 mod config;
+mod continuity;
 mod driver;
 mod error;
 mod jobs;
@@ -45,6 +46,7 @@ mod tokens;
 
 pub use client::{Client, ConnectionWatch, PathWatch};
 pub use config::{Config, ConnectFile};
+pub use continuity::Continuity;
 pub use error::{AppendError, ClientError, Stored};
 pub use jobs::{Job, JobEvent, JobKey, Jobs};
 pub use live::{Folded, LiveView, Update};

@@ -142,7 +142,7 @@ impl<C: Connection> Link<C> {
         }
         let agent = concat!("mainstay-client/", env!("CARGO_PKG_VERSION"));
         this.control.push(Hello {
-            instance: Some(config.instance),
+            instance: Some(config.continuity.instance()),
             agent: Some(Bytes::from_static(agent.as_bytes())),
             token: token.map(Bytes::from),
             bulk_window: Some(config.subscription_window),

@@ -148,6 +148,16 @@ codes! {
     ALREADY_RESOLVED = 0x57, Request, Fix;
     /// The run is not held under this epoch: it was lost, taken over, or is over; `value` is its epoch, or 0.
     RUN_FENCED = 0x58, Request, GiveUp;
+    /// The resume token, or the signature, does not prove anything here.
+    RESUME_INVALID = 0x60, Request, Fix;
+    /// The resume token was used before the last one, or the client went on over another connection.
+    RESUME_STALE = 0x61, Stream, GiveUp;
+    /// The resume token is for another life of the session.
+    RESUME_GONE = 0x62, Request, Fix;
+    /// The instance is bound to a client key, and the attachment has not resumed.
+    RESUME_REQUIRED = 0x63, Request, Fix;
+    /// Nothing is known of the instance any more.
+    RESUME_UNKNOWN = 0x64, Request, Fix;
 }
 
 impl Code {

@@ -11,7 +11,7 @@ pub const CHUNK_VERSION: u8 = 1;
 pub const COMPACTED_VERSION: u8 = 2;
 
 /// Version byte of a state snapshot (spec DUR-9).
-pub const SNAPSHOT_VERSION: u8 = 1;
+pub const SNAPSHOT_VERSION: u8 = 2;
 
 /// Version of the fold and of the view encoding (spec FOLD-1).
 pub const FOLD_VERSION: u64 = 5;
@@ -44,6 +44,10 @@ pub const PRODUCER_WINDOW: usize = 256;
 pub const MAX_STREAMS: usize = 256;
 /// Producers of one session that the server keeps (spec PROD-9).
 pub const MAX_PRODUCERS: usize = 1024;
+/// Instances of one session that are bound to client keys (spec RES-4).
+pub const MAX_RESUMPTIONS: usize = 1024;
+/// Longest resume token in bytes (spec RES-2).
+pub const MAX_RESUME_TOKEN: usize = 1024;
 /// Chunk bytes that one session may put into one commit turn, unless a single batch is larger (spec DUR-5).
 pub const TURN_BYTES: usize = 64 * 1024;
 /// Longest encoded chunk: one batch of the largest size under the largest header.
@@ -160,6 +164,8 @@ pub mod control {
     pub const STREAM: u64 = 0x06;
     /// Records below a seq were released.
     pub const TRIM: u64 = 0x08;
+    /// An instance was bound to a client key, or its resume token was used.
+    pub const RESUME: u64 = 0x0a;
 }
 
 /// HELLO parameter ids (spec CONN-5).

@@ -83,6 +83,7 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
         ("producer", control::PRODUCER),
         ("stream", control::STREAM),
         ("trim", control::TRIM),
+        ("resume", control::RESUME),
     ]);
     assert_eq!(controls, entries(&registry, "controls", ""));
     use numbers::{append, attach, goaway, hello, subscribe};
@@ -131,7 +132,7 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
 #[test]
 fn limits_and_versions_are_those_of_the_registry() {
     let registry = registry();
-    let limits: [(&str, usize); 57] = [
+    let limits: [(&str, usize); 59] = [
         ("max_name", numbers::MAX_NAME),
         ("max_label", numbers::MAX_LABEL),
         ("max_subject", numbers::MAX_SUBJECT),
@@ -146,6 +147,8 @@ fn limits_and_versions_are_those_of_the_registry() {
         ("producer_window", numbers::PRODUCER_WINDOW),
         ("max_streams", numbers::MAX_STREAMS),
         ("max_producers", numbers::MAX_PRODUCERS),
+        ("max_resumptions", numbers::MAX_RESUMPTIONS),
+        ("max_resume_token", numbers::MAX_RESUME_TOKEN),
         ("turn_bytes", numbers::TURN_BYTES),
         ("max_listed", numbers::MAX_LISTED),
         ("max_positions", numbers::MAX_POSITIONS),

@@ -1,13 +1,16 @@
 //! One attachment: a bidirectional QUIC stream bound to a session. Requests in; answers, acks and errors out.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::FOLD_VERSION;
-use mainstay_protocol::session::{Author, Operation, Refusal, Verdict, may_be_early};
+use mainstay_protocol::session::{
+    Author, Operation, RESUME_EXPORTER, Refusal, ResumeClaim, Verdict, may_be_early, resume_context, resume_text,
+};
 use mainstay_protocol::wire::{
     Attach, AttachMode, Attached, Body, DefineStream, Detail, Error, Frame, Listen, OpenProducer, Release, Renew,
-    Subscribe, Trim, Update,
+    Resume, Subscribe, Trim, Update,
 };
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream, SendStream, priority};
 use tokio::sync::{Semaphore, oneshot};
@@ -17,7 +20,7 @@ use crate::connection::{Conn, handshake};
 use crate::owner::{Command, Standing};
 use crate::server::LAST_WORDS;
 use crate::sessions::{Session, SessionUse};
-use crate::subscription;
+use crate::{resume, subscription};
 
 /// What others see of an attachment.
 #[derive(Debug)]
@@ -32,6 +35,8 @@ pub(crate) struct Attachment {
     heard: Arc<Mutex<Instant>>,
     /// The same, as it was when the attachment ended.
     last_heard: OnceLock<Instant>,
+    /// Its client proved that it is the one that the instance is bound to, or bound it.
+    resumed: AtomicBool,
 }
 
 impl Attachment {
@@ -39,6 +44,23 @@ impl Attachment {
     pub(crate) fn heard(&self) -> Instant {
         let now = || *self.heard.lock().unwrap_or_else(PoisonError::into_inner);
         self.last_heard.get().copied().unwrap_or_else(now)
+    }
+
+    /// True if its client proved to be the one that its instance is bound to.
+    pub(crate) fn has_resumed(&self) -> bool {
+        self.resumed.load(Ordering::Relaxed)
+    }
+
+    /// It did, or did not after all.
+    pub(crate) fn set_resumed(&self, resumed: bool) {
+        self.resumed.store(resumed, Ordering::Relaxed);
+    }
+
+    /// Its client went on elsewhere: this is told, and nothing follows.
+    pub(crate) fn supersede(&self) {
+        let detail = "the client went on over another connection";
+        self.tell(Attach::KIND, 0, &Refusal::new(Code::RESUME_STALE, detail));
+        self.outbox.close();
     }
 
     /// Nothing can be answered on it any more.
@@ -71,6 +93,9 @@ impl Attachment {
             && let Some(conn) = self.conn.upgrade()
         {
             conn.release_producer(id);
+        }
+        if about == Resume::KIND {
+            self.set_resumed(false);
         }
         self.tell(about, id, refusal);
     }
@@ -107,6 +132,7 @@ pub(crate) async fn run<C: Connection>(
         alive: Semaphore::new(0),
         heard: conn.heard(),
         last_heard: OnceLock::new(),
+        resumed: AtomicBool::new(false),
     });
     // On its own: every attachment would carry its size.
     let session = match Box::pin(attach(&conn, &attachment, &request)).await {
@@ -229,6 +255,27 @@ pub(crate) async fn ask<T>(
     })
 }
 
+/// What a RESUME proves (spec RES-3). Refusals: `RESUME_INVALID`, `RESUME_GONE`.
+fn proved<C: Connection>(
+    transport: &C,
+    conn: &Conn,
+    attachment: &Attachment,
+    session: &Session,
+    request: &Resume,
+) -> Result<ResumeClaim, Refusal> {
+    let invalid = |detail| Refusal::new(Code::RESUME_INVALID, detail);
+    let secret = transport.export(RESUME_EXPORTER, resume_context(&session.id.name));
+    let secret = secret.map_err(|_| invalid("the connection exports no secret"))?;
+    if !resume::verify(request.key, &resume_text(&secret, &request.token), &request.signature) {
+        return Err(invalid("the signature is not one of this connection by the key"));
+    }
+    if request.token.is_empty() {
+        return Ok(ResumeClaim::first(request.key));
+    }
+    let token = conn.server.sessions().resume_keys.open(&request.token)?;
+    ResumeClaim::of(&token, session.id.incarnation, &attachment.author, request.key)
+}
+
 /// Reads requests until the client ends the stream. Their answers come in the order of their effects (spec SESS-11).
 async fn read<C: Connection>(
     transport: &C,
@@ -293,6 +340,13 @@ async fn read<C: Connection>(
             Frame::Renew(Renew { epoch }) => Command::Renew { attachment: attachment.clone(), epoch },
             Frame::Release(Release { epoch }) => Command::Release { attachment: attachment.clone(), epoch },
             Frame::Signal(request) => Command::Signal { attachment: attachment.clone(), request: Box::new(request) },
+            Frame::Resume(request) => match proved(transport, conn, attachment, session, &request) {
+                Ok(claim) => Command::Resume { attachment: attachment.clone(), claim },
+                Err(refusal) => {
+                    attachment.refuse(Resume::KIND, 0, &refusal);
+                    continue;
+                }
+            },
             Frame::Listen(Listen { from }) => Command::Listen { attachment: attachment.clone(), from },
             _ => {
                 return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of an attachment").into());

@@ -20,6 +20,7 @@ mod jobs;
 mod owner;
 mod producer;
 mod requests;
+mod resume;
 mod ring;
 mod server;
 mod sessions;
@@ -27,4 +28,5 @@ mod subscription;
 mod upkeep;
 
 pub use config::Config;
+pub use resume::ResumeKeys;
 pub use server::{Server, Stop};

@@ -13,13 +13,13 @@ use mainstay_protocol::registry::{DEPARTED_LEASE, MAX_POSITIONS};
 use mainstay_protocol::session::Committed as Durable;
 use mainstay_protocol::session::{
     AT_ONCE, Activity, Author, Authority, CheckedBatch, Chunk, FOR_WORKERS, Job, JobOutcome, Leases, NotifyRule,
-    Outcome, PresenceJoined, PresenceUpdated, ProducerKey, Refusal, Reply, RunId, SessionConfigured, State, Step,
-    ViewHash,
+    Outcome, PresenceJoined, PresenceUpdated, ProducerKey, Refusal, Reply, ResumeClaim, ResumeToken, RunId,
+    SessionConfigured, State, Step, ViewHash,
 };
 use mainstay_protocol::wire::{
     Ack, Acked, Body, CloseSession, Closed, Configure, Configured, DefineStream, DeleteSession, Deleted, Detail, Early,
     Error, Granted, Join, Joined, Label, Leave, Left, OpenProducer, Position, Producer, Refused, Release, Renew,
-    SetRule, Signal, Signalled, StartRun, Stream, Subject, TakeRun, Trim, Trimmed, Update, put_frame,
+    Resume, Resumed, SetRule, Signal, Signalled, StartRun, Stream, Subject, TakeRun, Trim, Trimmed, Update, put_frame,
 };
 use mainstay_store::{Committing, Outcome as Committed, Pending, SessionStat, StoreError, Writer};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
@@ -79,6 +79,8 @@ pub(crate) enum Command {
     Release { attachment: Arc<Attachment>, epoch: Option<u64> },
     /// SIGNAL.
     Signal { attachment: Arc<Attachment>, request: Box<Signal> },
+    /// RESUME, of a client that proved what it claims.
+    Resume { attachment: Arc<Attachment>, claim: ResumeClaim },
     /// LISTEN.
     Listen { attachment: Arc<Attachment>, from: u64 },
     /// SET_RULE.
@@ -93,6 +95,23 @@ pub(crate) enum Command {
     Delete { attachment: Arc<Attachment> },
     /// End after what was accepted is committed.
     Stop,
+}
+
+impl Command {
+    /// The attachment of a request that concerns what an instance holds, its frame type and its id.
+    fn of_instance(&self) -> Option<(&Arc<Attachment>, u64, u64)> {
+        Some(match self {
+            Self::OpenProducer { attachment, request } => (attachment, OpenProducer::KIND, request.id),
+            Self::Join { attachment, .. } => (attachment, Join::KIND, 0),
+            Self::Update { attachment, .. } => (attachment, Update::KIND, 0),
+            Self::Leave { attachment } => (attachment, Leave::KIND, 0),
+            Self::StartRun { attachment, .. } => (attachment, StartRun::KIND, 0),
+            Self::TakeRun { attachment, request } => (attachment, TakeRun::KIND, request.id),
+            Self::Renew { attachment, .. } => (attachment, Renew::KIND, 0),
+            Self::Release { attachment, .. } => (attachment, Release::KIND, 0),
+            _ => return None,
+        })
+    }
 }
 
 /// A batch as it came.
@@ -195,6 +214,8 @@ pub(crate) struct Owner {
     seen_jobs: Option<u64>,
     /// Who hears signals early.
     listeners: Vec<Arc<Attachment>>,
+    /// Through which attachments the instances that are bound to keys go on.
+    resumed: HashMap<Arc<Author>, Vec<Weak<Attachment>>>,
     /// Where the clock of the leases begins.
     begun: Instant,
     stopping: bool,
@@ -257,6 +278,7 @@ impl Owner {
             in_hand: HashMap::new(),
             seen_jobs: None,
             listeners: Vec::new(),
+            resumed: HashMap::new(),
             begun: Instant::now(),
             stopping: false,
             catching_up: true,
@@ -868,12 +890,35 @@ impl Owner {
             Reply::Stream { id, name } => outbox.push(Stream { id, name }),
             Reply::Closed { seq } => outbox.push(Closed { seq }),
             Reply::Trimmed { first } => outbox.push(Trimmed { first }),
+            Reply::Resumed { key, generation } => {
+                let (incarnation, author) = (self.session.id.incarnation, (*attachment.author).clone());
+                let token = ResumeToken { incarnation, author, key, generation };
+                match self.sessions.resume_keys.seal(&token) {
+                    Some(token) => outbox.push(Resumed { token: token.into() }),
+                    // It comes again and gets the same one.
+                    None => outbox.push(Error {
+                        about: Resume::KIND,
+                        id: 0,
+                        code: Code::INTERNAL,
+                        value: 0,
+                        detail: Detail::new("the token could not be sealed"),
+                    }),
+                }
+                self.go_on_through(attachment);
+            }
             Reply::Appended { .. } => {}
         }
     }
 
     async fn handle(&mut self, command: Command) {
         let now = (self.sessions.clock)();
+        if let Some((attachment, about, id)) = command.of_instance()
+            && !attachment.has_resumed()
+            && self.state().is_some_and(|state| state.resumptions().is_bound(&attachment.author))
+        {
+            let detail = "the instance is bound to a client key; resume first";
+            return attachment.refuse(about, id, &Refusal::new(Code::RESUME_REQUIRED, detail));
+        }
         match command {
             Command::Stand { subject, answer } => {
                 if let Some(standing) = self.standing(&subject) {
@@ -1018,11 +1063,38 @@ impl Owner {
                     }
                 }
             }
+            Command::Resume { attachment, claim } => {
+                let author = attachment.author.clone();
+                // What is asked behind it is judged as if it were done; where it is not committed, neither is that.
+                attachment.set_resumed(true);
+                self.request(attachment, Resume::KIND, 0, |authority, ticket| {
+                    authority.resume(now, &author, &claim, ticket)
+                })
+                .await;
+            }
             Command::Listen { attachment, from } => self.listen(attachment, from),
             Command::Departed { conn } => self.departed(conn),
             Command::Delete { attachment } => self.delete(&attachment).await,
             Command::Stop => self.stopping = true,
         }
+    }
+
+    /// The client of `attachment` proved to be the one that its instance is bound to: whoever else was it, over another connection, is not.
+    fn go_on_through(&mut self, attachment: &Arc<Attachment>) {
+        if self.resumed.len() == self.resumed.capacity() {
+            // Of those that left nothing is kept.
+            self.resumed.retain(|_, through| through.iter().any(|attachment| attachment.strong_count() > 0));
+        }
+        let through = self.resumed.entry(attachment.author.clone()).or_default();
+        through.retain(|other| match other.upgrade() {
+            Some(other) if !other.is_alive() => false,
+            Some(other) if !other.conn.ptr_eq(&attachment.conn) => {
+                other.supersede();
+                false
+            }
+            other => other.is_some_and(|other| !Arc::ptr_eq(&other, attachment)),
+        });
+        through.push(Arc::downgrade(attachment));
     }
 
     fn standing(&mut self, subject: &Subject) -> Option<Standing> {

@@ -17,6 +17,7 @@ use crate::auth::Keyring;
 use crate::config::Config;
 use crate::connection;
 use crate::owner::Command;
+use crate::resume::ResumeKeys;
 use crate::sessions::Sessions;
 
 /// What all connections share.
@@ -97,13 +98,14 @@ impl Stop {
 /// A Mainstay server over one store.
 ///
 /// ```no_run
-/// # async fn example(listener: mainstay_transport::quic::QuicListener, keys: mainstay_server::auth::Keyring) {
+/// # async fn example(listener: mainstay_transport::quic::QuicListener, keys: mainstay_server::auth::Keyring) -> Result<(), String> {
 /// use std::sync::Arc;
-/// use mainstay_server::{Config, Server};
+/// use mainstay_server::{Config, ResumeKeys, Server};
 ///
 /// let store = Arc::new(mainstay_store::MemoryStore::new());
-/// let server = Server::new(store, keys, Config::default());
+/// let server = Server::new(store, keys, ResumeKeys::generate()?, Config::default());
 /// server.serve(listener, std::future::pending()).await;
+/// # Ok(())
 /// # }
 /// ```
 pub struct Server {
@@ -111,10 +113,11 @@ pub struct Server {
 }
 
 impl Server {
-    /// A server of the sessions in `store` for the holders of tokens that `keyring` verifies.
-    pub fn new(store: Arc<dyn Store>, keyring: Keyring, config: Config) -> Self {
+    /// A server of the sessions in `store` for the holders of tokens that `keyring` verifies. What `resume` sealed it opens, also in another
+    /// process.
+    pub fn new(store: Arc<dyn Store>, keyring: Keyring, resume: ResumeKeys, config: Config) -> Self {
         let ingest = Arc::new(Semaphore::new(config.ingest_budget));
-        let sessions = Arc::new(Sessions::new(store, config, wall_clock));
+        let sessions = Arc::new(Sessions::new(store, resume, config, wall_clock));
         Self {
             shared: Arc::new(Shared {
                 sessions,

@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 use crate::config::Config;
 use crate::jobs::Offers;
 use crate::owner::{Command, Owner};
+use crate::resume::ResumeKeys;
 use crate::ring::Ring;
 
 /// How far a session reaches, as far as readers may know.
@@ -109,6 +110,8 @@ type Cell = Arc<OnceCell<Arc<Session>>>;
 pub(crate) struct Sessions {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) config: Config,
+    /// Seal and open resume tokens.
+    pub(crate) resume_keys: ResumeKeys,
     pub(crate) clock: fn() -> u64,
     ring_total: Arc<AtomicUsize>,
     hot: Mutex<HashMap<SessionName, Cell>>,
@@ -127,12 +130,13 @@ pub(crate) struct Sessions {
 }
 
 impl Sessions {
-    pub(crate) fn new(store: Arc<dyn Store>, config: Config, clock: fn() -> u64) -> Self {
+    pub(crate) fn new(store: Arc<dyn Store>, resume_keys: ResumeKeys, config: Config, clock: fn() -> u64) -> Self {
         let hot = Mutex::default();
         let (stopping, forsaken, left) = (AtomicBool::new(false), AtomicBool::new(false), tokio::sync::Notify::new());
         Self {
             store,
             config,
+            resume_keys,
             clock,
             ring_total: Arc::default(),
             hot,

@@ -9,7 +9,7 @@ use mainstay_protocol::registry::ALPN;
 use mainstay_protocol::session::{Grant, Grants, Operation, Operations};
 use mainstay_protocol::wire::Subject;
 use mainstay_server::auth::{Claims, Keyring, SigningKey};
-use mainstay_server::{Config, Server, Stop};
+use mainstay_server::{Config, ResumeKeys, Server, Stop};
 use mainstay_store::Store;
 use mainstay_transport::memory::MemoryNetwork;
 use mainstay_transport::quic::{Identity, QuicConnector, QuicListener, ServerKeys, Trust, bind};
@@ -50,7 +50,8 @@ impl MemoryServer {
         let key = SigningKey::generate().expect("a key");
         let (network, listener) =
             MemoryNetwork::new(config.transport_limits(), ClientConfig::default().transport_limits());
-        let server = Server::new(store, Keyring::new([key.verifying_key()]), config);
+        let resume = ResumeKeys::generate().expect("a key");
+        let server = Server::new(store, Keyring::new([key.verifying_key()]), resume, config);
         let (stop, stopped) = oneshot::channel::<()>();
         let running = tokio::spawn(async move {
             let stop = async {
@@ -109,7 +110,8 @@ impl QuicServer {
         let limits = config.transport_limits();
         let listener =
             QuicListener::new(socket, identity, &ServerKeys::generate(), None, &limits, ALPN).expect("a listener");
-        let server = Server::new(store, Keyring::new([key.verifying_key()]), config);
+        let resume = ResumeKeys::generate().expect("a key");
+        let server = Server::new(store, Keyring::new([key.verifying_key()]), resume, config);
         let (stop, stopped) = oneshot::channel::<()>();
         let running = tokio::spawn(async move {
             let stop = async {

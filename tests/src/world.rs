@@ -7,7 +7,7 @@ use mainstay_client::{Client, Config as ClientConfig};
 use mainstay_protocol::registry::ALPN;
 use mainstay_protocol::session::Operation;
 use mainstay_server::auth::{Keyring, SigningKey};
-use mainstay_server::{Config, Server};
+use mainstay_server::{Config, ResumeKeys, Server};
 use mainstay_store::MemoryStore;
 use mainstay_transport::Limits;
 use mainstay_transport::quic::{
@@ -27,6 +27,7 @@ pub struct World {
     tls_key: String,
     keys: ServerKeys,
     tickets: MemoryTickets,
+    resume_keys: ResumeKeys,
     config: Config,
     server: JoinHandle<()>,
     clients: u8,
@@ -56,6 +57,7 @@ impl World {
             tls_key: Identity::generate_key().expect("a key"),
             keys: ServerKeys::generate(),
             tickets: MemoryTickets::default(),
+            resume_keys: ResumeKeys::generate().expect("a key"),
             config,
             server: tokio::spawn(async {}),
             clients: 0,
@@ -75,7 +77,8 @@ impl World {
         let listener = QuicListener::over(socket, runtime, identity, &self.keys, Some(tickets), &limits, ALPN);
         let listener = listener.expect("a listener");
         let keyring = Keyring::new([self.key.verifying_key()]);
-        let server = Server::new(Arc::new(self.store.clone()), keyring, self.config.clone());
+        let resume = self.resume_keys.clone();
+        let server = Server::new(Arc::new(self.store.clone()), keyring, resume, self.config.clone());
         self.server = tokio::spawn(async move { server.serve(listener, std::future::pending()).await });
     }
 

@@ -15,6 +15,7 @@ mod lifetime;
 mod network;
 mod notify;
 mod presence;
+mod resume;
 mod roaming;
 mod runs;
 mod simulated;

@@ -141,7 +141,7 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
     // Where no service manager listens, nobody is told.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let asked = tokio::spawn(tell_memory(output));
-    let server = Server::new(store.clone(), Keyring::new(keys), config);
+    let server = Server::new(store.clone(), Keyring::new(keys), data.resume_keys()?, config);
     let (mut failed, mut successor) = (None, None);
     let stop = async {
         let stop = tokio::select! {

@@ -29,6 +29,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::chain::Chain;
 use super::record::{CheckedBatch, Head, Record, Records};
+use super::resume::ClientKey;
 use super::state::{Damage, StreamSet};
 use super::words::{Author, Incarnation, SessionName};
 use crate::error::{Code, ProtocolError};
@@ -71,6 +72,15 @@ pub enum Control {
         /// The first seq that can be read.
         first: u64,
     },
+    /// An instance was bound to a client key, or used its resume token.
+    Resume {
+        /// The client.
+        author: Author,
+        /// Its key.
+        key: ClientKey,
+        /// Tokens that it has used.
+        generation: u64,
+    },
     /// An entry that this version does not know and may skip.
     Unknown {
         /// The whole entry.
@@ -107,6 +117,12 @@ impl Control {
                 w.varint(control::TRIM);
                 w.varint(*first);
             }
+            Self::Resume { author, key, generation } => {
+                w.varint(control::RESUME);
+                author.put(&mut w);
+                w.raw(&key.0);
+                w.varint(*generation);
+            }
             Self::Unknown { entry } => return entry.clone(),
         }
         w.freeze()
@@ -123,6 +139,9 @@ impl Control {
             }
             control::STREAM => Self::Stream { id: r.varint()?, name: Label::get(&mut r)? },
             control::TRIM => Self::Trim { first: r.varint()? },
+            control::RESUME => {
+                Self::Resume { author: Author::get(&mut r)?, key: ClientKey(r.array()?), generation: r.varint()? }
+            }
             kind if is_ignorable(kind) => {
                 return Ok(Self::Unknown { entry: entry.clone() });
             }

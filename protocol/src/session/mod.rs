@@ -18,6 +18,7 @@ mod overlay;
 mod producer;
 mod progress;
 mod record;
+mod resume;
 mod roaming;
 mod rollup;
 mod state;
@@ -46,6 +47,7 @@ pub use leases::Leases;
 pub use producer::{Admission, ProducerHandle, ProducerKey, Producers};
 pub use progress::Progress;
 pub use record::{CheckedBatch, Record, Records};
+pub use resume::{ClientKey, RESUME_EXPORTER, ResumeClaim, ResumeToken, Resumptions, resume_context, resume_text};
 pub use roaming::{Manners, PathFacts, Roaming, RoamingStep};
 pub use state::{Damage, State, Streams};
 pub use view::{

@@ -9,6 +9,7 @@ use super::authority::runs::owes_interrupt;
 use super::chain::Chain;
 use super::chunk::{Chunk, Control};
 use super::producer::{ProducerKey, Producers};
+use super::resume::Resumptions;
 use super::view::View;
 use super::words::Incarnation;
 use crate::error::ProtocolError;
@@ -120,6 +121,7 @@ pub struct State {
     view: View,
     streams: Streams,
     pub(super) producers: Producers,
+    pub(super) resumptions: Resumptions,
 }
 
 impl State {
@@ -136,6 +138,7 @@ impl State {
             view: View::default(),
             streams: Streams::default(),
             producers: Producers::default(),
+            resumptions: Resumptions::default(),
         }
     }
 
@@ -211,6 +214,11 @@ impl State {
     /// The session's producers.
     pub fn producers(&self) -> &Producers {
         &self.producers
+    }
+
+    /// The instances that are bound to client keys.
+    pub fn resumptions(&self) -> &Resumptions {
+        &self.resumptions
     }
 
     /// Adds the next chunk, whose chain value is believed: for a chunk that was just made, or read back from a store
@@ -303,6 +311,7 @@ impl State {
             }
             Control::Stream { id, name } => self.streams.define(*id, name.clone()),
             Control::Trim { first } => self.first = self.first.max(*first),
+            Control::Resume { author, key, generation } => self.resumptions.resumed(author, *key, *generation),
         }
     }
 
@@ -319,6 +328,7 @@ impl State {
         w.varint(self.streams.len());
         self.streams.names().iter().for_each(|name| name.put(&mut w));
         self.producers.put(&mut w);
+        self.resumptions.put(&mut w);
         w.freeze()
     }
 
@@ -349,8 +359,21 @@ impl State {
             return Err(ProtocolError::malformed("stream main is missing"));
         }
         let producers = Producers::get(&mut r)?;
+        let resumptions = Resumptions::get(&mut r)?;
         r.finish()?;
         let streams = Streams(names);
-        Ok(Self { incarnation, chain, number, first, created, time, writer_epoch, view, streams, producers })
+        Ok(Self {
+            incarnation,
+            chain,
+            number,
+            first,
+            created,
+            time,
+            writer_epoch,
+            view,
+            streams,
+            producers,
+            resumptions,
+        })
     }
 }

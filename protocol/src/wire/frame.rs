@@ -150,6 +150,8 @@ frames! {
     listen::Listen "LISTEN",
     early::Early "EARLY",
     set_rule::SetRule "SET_RULE",
+    resume::Resume "RESUME",
+    resumed::Resumed "RESUMED",
     pull::Pull "PULL",
     job::Job "JOB",
     done::Done "DONE",

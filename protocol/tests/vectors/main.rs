@@ -12,8 +12,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use mainstay_protocol::session::{
-    Author, Chain, CheckedBatch, Chunk, ChunkBuilder, Control, Incarnation, Instance, MessageAppend, MessageEnd,
-    MessageId, MessageStart, Payload, Record, SessionName, State, Status, Survey, Verdict, View, ViewHash,
+    Author, Chain, CheckedBatch, Chunk, ChunkBuilder, ClientKey, Control, Incarnation, Instance, MessageAppend,
+    MessageEnd, MessageId, MessageStart, Payload, Record, SessionName, State, Status, Survey, Verdict, View, ViewHash,
 };
 use mainstay_protocol::session::{InputPolicy, Intent, JobOutcome, Kind, PresenceJoined, RunMode, Target};
 use mainstay_protocol::wire::*;
@@ -396,6 +396,18 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
             }
             .into(),
         ),
+        (
+            "RESUME",
+            "",
+            Resume { key: ClientKey([0x5c; 32]), signature: [0x51; 64], token: Bytes::from_static(b"v4.local.x") }
+                .into(),
+        ),
+        (
+            "RESUME",
+            "without a token",
+            Resume { key: ClientKey([0x5c; 32]), signature: [0x51; 64], token: Bytes::new() }.into(),
+        ),
+        ("RESUMED", "", Resumed { token: Bytes::from_static(b"v4.local.x") }.into()),
         ("PULL", "", Pull { prefix: Bytes::from_static(b"agent:"), limit: 16 }.into()),
         (
             "JOB",
@@ -458,6 +470,8 @@ fn chunks() -> Vec<(&'static str, Chunk)> {
     let second = second.finish().expect("a chunk");
     let mut third = ChunkBuilder::new(incarnation, 8, 5, 2, 1_800_000_000_020, second.header().chain);
     third.control(Control::Trim { first: 2 });
+    let key = ClientKey([0x5c; 32]);
+    third.control(Control::Resume { author: author("alice", 1), key, generation: 3 });
     let third = third.finish().expect("a chunk");
     vec![
         ("creation, grant, stream and one batch", first),

@@ -29,6 +29,7 @@ use super::kinds::{
 use super::overlay::Overlay;
 use super::producer::{Admission, ProducerHandle, ProducerKey};
 use super::record::{CheckedBatch, Record, Records};
+use super::resume::{Claimed, ClientKey, ResumeClaim};
 use super::state::{Damage, State};
 use super::words::{Author, RunId, SessionName, SignalId};
 use crate::error::Code;
@@ -114,6 +115,13 @@ pub enum Reply {
         /// Seq of the record that says so.
         seq: u64,
     },
+    /// The caller is the client that it was.
+    Resumed {
+        /// Its key.
+        key: ClientKey,
+        /// The generation of the token to give it.
+        generation: u64,
+    },
     /// Records below `first` are released.
     Trimmed {
         /// The first seq that can be read.
@@ -174,6 +182,11 @@ enum Work {
     Left,
     Trim {
         first: u64,
+    },
+    Resume {
+        author: Arc<Author>,
+        key: ClientKey,
+        generation: u64,
     },
     Entry {
         entry: Control,
@@ -509,6 +522,25 @@ impl<T> Authority<T> {
         (Outcome::Pending, None)
     }
 
+    /// Lets a client go on as the one that it was, or binds its instance to its key (spec RES-4). Refusals: `RESUME_REQUIRED`,
+    /// `RESUME_UNKNOWN`, `RESUME_STALE`, `RESUME_INVALID`, `UNAVAILABLE`.
+    pub fn resume(&mut self, now: u64, author: &Arc<Author>, claim: &ResumeClaim, ticket: T) -> (Outcome, Option<T>) {
+        if self.uncertain {
+            return (Outcome::Refused(Self::uncertain()), None);
+        }
+        let key = claim.key;
+        match self.state.resumptions.judge(author, claim) {
+            Ok(Claimed::Again(generation)) => (Outcome::Done(Reply::Resumed { key, generation }), Some(ticket)),
+            Ok(Claimed::Next(generation)) => {
+                self.stamp(now);
+                self.state.resumptions.stage((**author).clone(), key, generation);
+                self.push(Work::Resume { author: author.clone(), key, generation }, Some(ticket));
+                (Outcome::Pending, None)
+            }
+            Err(refusal) => (Outcome::Refused(refusal), None),
+        }
+    }
+
     /// Writes what became due at `now` (see [`State::deadline`]): values, signals and requests that expire (spec STATE-6, SIG-5,
     /// SIG-8). At most 64 values at once; the rest is due again.
     pub fn tick(&mut self, now: u64) {
@@ -737,6 +769,10 @@ impl<T> Authority<T> {
                 }
                 Work::Stream { id, name } => builder.control(Control::Stream { id: *id, name: name.clone() }),
                 Work::Trim { first } => builder.control(Control::Trim { first: *first }),
+                Work::Resume { author, key, generation } => {
+                    let (author, key, generation) = ((**author).clone(), *key, *generation);
+                    builder.control(Control::Resume { author, key, generation });
+                }
                 Work::Entry { entry } => builder.control(entry.clone()),
                 Work::Again { .. } | Work::Left => {}
             }
@@ -801,6 +837,7 @@ impl<T> Authority<T> {
             Work::Entry { .. } => Reply::Closed { seq: state.view().closed()? },
             Work::Left => Reply::Left,
             Work::Trim { .. } => Reply::Trimmed { first: state.first() },
+            Work::Resume { key, generation, .. } => Reply::Resumed { key, generation },
             Work::Record { author, record, .. } => match record.kind {
                 Kind::SESSION_CLOSED => Reply::Closed { seq: state.view().closed()? },
                 Kind::PRESENCE_LEFT => Reply::Left,
@@ -835,6 +872,7 @@ impl<T> Authority<T> {
         self.waiting.clear();
         self.waiting_bytes = 0;
         self.state.producers.roll_back();
+        self.state.resumptions.roll_back();
         self.overlay.roll_back();
         self.staged_tail = self.state.tail();
         self.staged_closed = self.state.view().closed().is_some();
