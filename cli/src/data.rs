@@ -199,16 +199,13 @@ pub(crate) async fn with_client<T>(
     result
 }
 
-/// Tells of each loss of the server, of each change of the network, and of what is in the way. Ends only if it cannot tell.
+/// Tells of each loss of the server, and of what is in the way. Ends only if it cannot tell.
 async fn tell(client: &Client, give_up_after: Option<Duration>, output: Output) -> Result<(), Failure> {
     let (mut paths, mut connection) = (client.path_changes(), client.connection());
     let again = give_up_after.map_or_else(String::new, |limit| format!(" for {} s", limit.as_secs()));
     loop {
         tokio::select! {
             event = paths.next() => match event {
-                Some(PathEvent::PathChanged) => {
-                    output.notice("path_changed", "the network changed; the connection goes on over the new one")?;
-                }
                 Some(PathEvent::Unreachable(error)) => output.warning(&error.name(), &format!("{error}; trying again"))?,
                 Some(_) => {}
                 None => break,

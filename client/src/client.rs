@@ -230,7 +230,7 @@ impl Client {
         if config.token.is_none() {
             config.token = Some(file.token.clone());
         }
-        let connector = QuicConnector::new(file.addr, &file.trust()?, &config.transport_limits(), ALPN);
+        let connector = QuicConnector::new(file.addr.clone(), &file.trust()?, &config.transport_limits(), ALPN);
         Ok(Self::new(connector.map_err(ClientError::Invalid)?, config))
     }
 

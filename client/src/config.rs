@@ -2,12 +2,11 @@
 
 use core::fmt;
 use core::time::Duration;
-use std::net::SocketAddr;
 use std::path::Path;
 
 use mainstay_protocol::session::Manners;
 use mainstay_transport::Limits;
-use mainstay_transport::quic::{IDLE, Pin, Trust};
+use mainstay_transport::quic::{Address, IDLE, Pin, Trust};
 use serde::{Deserialize, Serialize};
 
 use crate::continuity::Continuity;
@@ -83,12 +82,27 @@ impl Config {
 pub struct ConnectFile {
     /// Protocol that the server speaks.
     pub protocol: String,
-    /// Where it listens.
-    pub addr: SocketAddr,
+    /// Where it listens: a number or a name, and a port.
+    #[serde(with = "text")]
+    pub addr: Address,
     /// SHA-256 of the server's public key, in hexadecimal.
     pub pin: String,
     /// A capability token.
     pub token: String,
+}
+
+/// Addresses as text.
+mod text {
+    use mainstay_transport::quic::Address;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(address: &Address, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(address)
+    }
+
+    pub(super) fn deserialize<'a, D: Deserializer<'a>>(deserializer: D) -> Result<Address, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
 }
 
 impl fmt::Debug for ConnectFile {

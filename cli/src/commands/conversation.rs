@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use mainstay_client::{
-    Client, ClientError, Folded, Kind, LiveView, Message, MessageAppend, MessageId, OpenRequest, Payload, Status,
-    Update,
+    Client, ClientError, Folded, Kind, LiveView, Message, MessageAppend, MessageId, OpenRequest, PathEvent, Payload,
+    Status, Update,
 };
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until};
@@ -42,7 +42,7 @@ pub(crate) async fn follow(client: &Client, args: &args::Tail, output: Output) -
     let mut shown = Conversation { screen: Screen::new(output), line_of: None, next: 0 };
     let idle = args.until_idle.map(Duration::from_millis);
     let mut idle_since: Option<Instant> = None;
-    let mut connection = client.connection();
+    let (mut connection, mut paths) = (client.connection(), client.path_changes());
     loop {
         let deadline = idle.zip(idle_since).map(|(idle, since)| since + idle);
         let update = tokio::select! {
@@ -57,6 +57,12 @@ pub(crate) async fn follow(client: &Client, args: &args::Tail, output: Output) -
                     break;
                 }
                 idle_since = Some(Instant::now());
+                continue;
+            }
+            Some(event) = paths.next() => {
+                if event == PathEvent::PathChanged {
+                    output.notice("path_changed", "the network changed; the connection goes on over the new one")?;
+                }
                 continue;
             }
             Some(connected) = connection.changed() => {

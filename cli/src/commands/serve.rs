@@ -269,7 +269,7 @@ fn write_connect_file(data: &Data, addr: SocketAddr, pin: &str, key: &SigningKey
     let keyring = Keyring::new([key.verifying_key()]);
     if let Ok(old) = ConnectFile::read(&path) {
         let fresh = |token: &str| keyring.verify(token.as_bytes(), now() + DEV_TOKEN / 2).is_ok();
-        if old.addr == addr && old.pin == pin && fresh(&old.token) {
+        if old.addr == addr.into() && old.pin == pin && fresh(&old.token) {
             return Ok(path);
         }
     }
@@ -279,7 +279,7 @@ fn write_connect_file(data: &Data, addr: SocketAddr, pin: &str, key: &SigningKey
     let claims = Claims { subject, device: None, grants: Grants(vec![grant]), issued, expires };
     let token = key.mint(&claims).map_err(|error| Failure::failed("INTERNAL", error))?;
     let protocol = String::from_utf8_lossy(ALPN).into_owned();
-    let file = ConnectFile { protocol, addr, pin: pin.to_owned(), token };
+    let file = ConnectFile { protocol, addr: addr.into(), pin: pin.to_owned(), token };
     let text = serde_json::to_vec_pretty(&file).map_err(|error| Failure::failed("INTERNAL", error.to_string()))?;
     write_secret(&path, &text).map_err(|error| Failure::io(path.display(), &error))?;
     Ok(path)

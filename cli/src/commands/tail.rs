@@ -19,7 +19,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use mainstay_client::{Client, Config, Cursor, Event, Incarnation, Kind, ReadRecord, RecordBatch, Start};
+use mainstay_client::{Client, Config, Cursor, Event, Incarnation, Kind, PathEvent, ReadRecord, RecordBatch, Start};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::time::{Instant, sleep_until};
@@ -168,7 +168,7 @@ async fn follow(client: &Client, args: &args::Tail, kinds: Vec<Kind>, output: Ou
     };
     let idle = args.until_idle.map(Duration::from_millis);
     let mut idle_since: Option<Instant> = None;
-    let mut connection = client.connection();
+    let (mut connection, mut paths) = (client.connection(), client.path_changes());
     // A server that is dead is quiet too: at the end of the idle time it has to answer.
     let mut probe = None;
     if args.max == Some(0) {
@@ -194,6 +194,12 @@ async fn follow(client: &Client, args: &args::Tail, kinds: Vec<Kind>, output: Ou
                     break;
                 }
                 idle_since = Some(Instant::now());
+                continue;
+            }
+            Some(event) = paths.next() => {
+                if event == PathEvent::PathChanged {
+                    output.notice("path_changed", "the network changed; the connection goes on over the new one")?;
+                }
                 continue;
             }
             Some(connected) = connection.changed() => {
