@@ -280,6 +280,8 @@ pub(crate) struct Driver<C: Connection> {
     /// What proves that this is the same client, and whether that was said on the current attachment.
     continuity: Continuity,
     resuming: bool,
+    /// When to say it again after a refusal that may pass.
+    resume_again: Option<Instant>,
     /// The connection of the current attachment.
     on: Option<Arc<Link<C>>>,
     /// How long refusals that may pass are borne.
@@ -300,6 +302,7 @@ impl<C: Connection> Driver<C> {
             give_up_after: config.give_up_after,
             continuity: config.continuity.clone(),
             resuming: false,
+            resume_again: None,
             on: None,
             links,
             prefetched: None,
@@ -513,7 +516,7 @@ impl<C: Connection> Driver<C> {
 
     /// The attachment is gone: what was on it must be asked for again.
     fn detached(&mut self, link: &Link<C>) {
-        (self.asked, self.resuming, self.on) = (false, false, None);
+        (self.asked, self.resuming, self.resume_again, self.on) = (false, false, None, None);
         for entry in &mut self.producers {
             entry.id = None;
             entry.shared.unlinked();
@@ -596,6 +599,7 @@ impl<C: Connection> Driver<C> {
             let beats = attached && self.member.is_some();
             let join_again = self.joining.as_ref().and_then(|joining| Some(joining.waiting.as_ref()?.1));
             let join_again = join_again.filter(|_| attached);
+            let resume_again = self.resume_again;
             let take_again = self.taking.iter().filter_map(|taking| taking.again).min().filter(|_| attached);
             let mut links = self.links.clone();
             tokio::select! {
@@ -621,6 +625,10 @@ impl<C: Connection> Driver<C> {
                     if let Some((ask, _)) = self.joining.as_mut().and_then(|joining| joining.waiting.take()) {
                         self.ask(ask, Some(outbox));
                     }
+                }
+                () = tokio::time::sleep_until(resume_again.unwrap_or(beat)), if resume_again.is_some() => {
+                    (self.resuming, self.resume_again) = (false, None);
+                    self.resume(outbox);
                 }
                 () = tokio::time::sleep_until(take_again.unwrap_or(beat)), if take_again.is_some() => {
                     self.take_again(outbox);
@@ -1148,7 +1156,14 @@ impl<C: Connection> Driver<C> {
 
     /// An error about one request.
     fn error(&mut self, error: &mainstay_protocol::wire::Error, link: &Link<C>, outbox: &Outbox) -> Result<(), Over> {
-        let failure = ClientError::refused(error.code, error.detail.as_str());
+        let failure = match error.code {
+            // It is said again in a moment, and then this may be asked.
+            Code::RESUME_REQUIRED if error.about != Resume::KIND => {
+                self.resume_again.get_or_insert_with(|| Instant::now() + REOPEN_PAUSE / 2);
+                ClientError::refused(Code::UNAVAILABLE, error.detail.as_str())
+            }
+            code => ClientError::refused(code, error.detail.as_str()),
+        };
         match error.about {
             Resume::KIND => match error.code {
                 // Begun anew: what was asked behind it is free of it.
@@ -1158,13 +1173,13 @@ impl<C: Connection> Driver<C> {
                     self.resume(outbox);
                 }
                 // What was asked behind it is refused for its own.
-                code if code.is_retryable() => self.resuming = false,
+                code if code.is_retryable() => self.resume_again = Some(Instant::now() + REOPEN_PAUSE),
                 _ => return Err(Over::Failed(failure)),
             },
             OpenProducer::KIND => {
                 if let Some(at) = self.producers.iter().position(|entry| entry.id == Some(error.id)) {
                     // An epoch that is not known any more never is again.
-                    let passes = error.code.is_retryable() && error.code != Code::PRODUCER_UNKNOWN;
+                    let passes = failure.is_retryable() && error.code != Code::PRODUCER_UNKNOWN;
                     if passes && self.producers[at].shared.reopen(&failure) {
                         tracing::warn!(code = %error.code, detail = %error.detail, "opening the producer again");
                         (self.producers[at].id, self.producers[at].again) = (None, Some(Instant::now() + REOPEN_PAUSE));
@@ -1193,7 +1208,7 @@ impl<C: Connection> Driver<C> {
                 tracing::debug!(code = %error.code, detail = %error.detail, "update refused");
                 if error.code == Code::NOT_A_MEMBER {
                     self.rejoin(outbox);
-                } else if error.code.is_retryable()
+                } else if failure.is_retryable()
                     && self.joining.is_none()
                     && let Some(wanted) = self.member.clone()
                 {
@@ -1206,7 +1221,7 @@ impl<C: Connection> Driver<C> {
             TakeRun::KIND => {
                 let at = self.taking.iter().position(|taking| taking.id == error.id);
                 if let Some(taking) = at.and_then(|at| self.taking.get_mut(at))
-                    && error.code.is_retryable()
+                    && failure.is_retryable()
                 {
                     taking.again = Some(Instant::now() + REOPEN_PAUSE);
                 } else if let Some(taking) = at.and_then(|at| self.taking.remove(at)) {

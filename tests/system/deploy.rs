@@ -152,7 +152,8 @@ async fn a_process_that_takes_the_place_at_another_address_loses_nothing_and_is_
 #[tokio::test]
 async fn a_server_that_is_stopped_and_started_again_loses_nothing() {
     let pauses = deploy(Way::Afterwards, scaled(3)).await;
-    assert!(percentile(&pauses, 99) <= Duration::from_secs(2), "{:?}", percentile(&pauses, 99));
+    // How long nobody serves is the other's to say; clients must not add much.
+    assert!(percentile(&pauses, 99) <= Duration::from_secs(4), "{:?}", percentile(&pauses, 99));
 }
 
 /// Without a server there is no place to take.

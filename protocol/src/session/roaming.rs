@@ -46,8 +46,9 @@ const PATIENCE: Duration = Duration::from_millis(400);
 const GRACE: Duration = Duration::from_millis(250);
 /// A path that was silent for longer gets a second connection at once: QUIC's timers have backed off on it.
 const OUTAGE: Duration = Duration::from_secs(2);
-/// How long an attempt to connect is believed in. Its own timers back off too, so that a fresh one is sooner after an outage.
-const ATTEMPT: Duration = Duration::from_secs(2);
+/// How long an attempt to connect is believed in at first, and at most. Its own timers back off, so that a fresh one is sooner after an outage;
+/// where the round trip is long, later ones have the time.
+const ATTEMPTS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(2));
 /// Pauses between attempts, and between rebinds.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
@@ -235,6 +236,11 @@ impl Roaming {
         self.doubt.is_some()
     }
 
+    /// How long the attempt under way is believed in.
+    fn believed(&self) -> Duration {
+        ATTEMPTS.0.saturating_mul(self.attempts.failures().saturating_add(1)).min(ATTEMPTS.1)
+    }
+
     /// How long a question may stay open.
     fn patience(rtt: Duration) -> Duration {
         (3 * rtt + SLACK).max(PATIENCE)
@@ -265,7 +271,7 @@ impl Roaming {
                 self.challenger = Challenger::None;
                 Some(RoamingStep::Withdraw)
             }
-            Challenger::Trying(since) if now.saturating_sub(since) >= ATTEMPT => {
+            Challenger::Trying(since) if now.saturating_sub(since) >= self.believed() => {
                 self.failed(now, random);
                 Some(RoamingStep::Withdraw)
             }
@@ -368,7 +374,7 @@ impl Roaming {
         let challenge = match self.challenger {
             Challenger::None => self.challenge.map(|(due, _)| due),
             Challenger::Stale => Some(Duration::ZERO),
-            Challenger::Trying(since) => Some(since + ATTEMPT),
+            Challenger::Trying(since) => Some(since + self.believed()),
             Challenger::Ready => self.doubt.as_ref().map(|doubt| doubt.since + 3 * facts.rtt),
         };
         let watch = self.connected.then(|| match (&self.doubt, self.asked) {
