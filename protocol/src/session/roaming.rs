@@ -121,7 +121,7 @@ impl Doubt {
     }
 }
 
-/// See the [module](self). Times are durations since any fixed moment and never run backwards.
+/// Decides what a client does about its path, from what is known of it. Times are durations since any fixed moment and never run backwards.
 #[derive(Debug)]
 pub struct Roaming {
     manners: Manners,
