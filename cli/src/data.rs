@@ -220,6 +220,9 @@ async fn tell(client: &Client, give_up_after: Option<Duration>, output: Output) 
     core::future::pending().await
 }
 
+/// What followers say when their connection moved to another network.
+pub(crate) const PATH_CHANGED: &str = "the network changed; the connection goes on over the new one";
+
 /// How long the server may take before that is told.
 const SLOW: Duration = Duration::from_secs(2);
 

@@ -415,7 +415,9 @@ impl<C: Connection> Driver<C> {
         if !matches!((kept, wanted), (Some(kept), Some(wanted)) if same(kept, wanted)) {
             self.prefetched = None;
         }
-        if let (Some(link), None) = (candidate, &self.prefetched) {
+        // What must not exist yet is asked for once: the second time it would find what the first one made.
+        let once = self.info.is_none() && self.request.mode == AttachMode::CreateNew;
+        if let (Some(link), None, false) = (candidate, &self.prefetched, once) {
             self.prefetched = Some(self.prefetch(&link));
         }
         status

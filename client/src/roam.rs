@@ -462,8 +462,8 @@ impl<T: Connector> Supervisor<T> {
         let facts = self.facts();
         let now = self.now();
         let mut due = self.roaming.due(&facts).map(|due| due.max(now));
-        if self.roaming.in_doubt() {
-            // What comes over the path wakes nobody.
+        if self.roaming.listens(now, facts.rtt) {
+            // What comes over the path wakes nobody, but for the answer to a question.
             due = Some(due.map_or(now + LOOK, |due| due.min(now + LOOK)));
         }
         if self.current.is_none() {

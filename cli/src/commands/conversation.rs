@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::serve::signalled;
 use crate::args;
-use crate::data::patiently;
+use crate::data::{PATH_CHANGED, patiently};
 use crate::failure::Failure;
 use crate::output::{Output, Screen, time};
 use crate::rows;
@@ -46,7 +46,22 @@ pub(crate) async fn follow(client: &Client, args: &args::Tail, output: Output) -
     loop {
         let deadline = idle.zip(idle_since).map(|(idle, since)| since + idle);
         let update = tokio::select! {
-            update = view.next() => update,
+            // What became of the connection before what comes over it.
+            biased;
+            Some(event) = paths.next() => {
+                match event {
+                    PathEvent::PathChanged => output.notice("path_changed", PATH_CHANGED)?,
+                    PathEvent::Lost | PathEvent::Moved => idle_since = None,
+                    _ => {}
+                }
+                continue;
+            }
+            Some(connected) = connection.changed() => {
+                // A path that was in doubt may turn out to work: then nothing is resumed.
+                idle_since = connected.then(Instant::now);
+                continue;
+            }
+            () = &mut stop => break,
             () = async { sleep_until(deadline.unwrap_or_else(Instant::now)).await }, if deadline.is_some() => {
                 // A server that is dead is quiet too: at the end of the idle time it has to answer.
                 let tail = tokio::select! {
@@ -59,19 +74,7 @@ pub(crate) async fn follow(client: &Client, args: &args::Tail, output: Output) -
                 idle_since = Some(Instant::now());
                 continue;
             }
-            Some(event) = paths.next() => {
-                if event == PathEvent::PathChanged {
-                    output.notice("path_changed", "the network changed; the connection goes on over the new one")?;
-                }
-                continue;
-            }
-            Some(connected) = connection.changed() => {
-                if !connected {
-                    idle_since = None;
-                }
-                continue;
-            }
-            () = &mut stop => break,
+            update = view.next() => update,
         };
         let Some(update) = update else { break };
         let mut ended = false;

@@ -27,7 +27,7 @@ use tokio::time::{Instant, sleep_until};
 use super::conversation;
 use super::serve::signalled;
 use crate::args;
-use crate::data::{beside, patiently, with_client};
+use crate::data::{PATH_CHANGED, beside, patiently, with_client};
 use crate::failure::Failure;
 use crate::output::{AT_ONCE, Output, room, stdout};
 use crate::rows;
@@ -177,7 +177,26 @@ async fn follow(client: &Client, args: &args::Tail, kinds: Vec<Kind>, output: Ou
     loop {
         let deadline = idle.zip(idle_since).map(|(idle, since)| since + idle);
         let event = tokio::select! {
-            event = subscription.next() => event,
+            // What became of the connection before what comes over it; both are told apart by their order.
+            biased;
+            Some(event) = paths.next() => {
+                match event {
+                    PathEvent::PathChanged => output.notice("path_changed", PATH_CHANGED)?,
+                    // Not idle: nobody knows what there would be to read. Of a loss that was short nothing else is told.
+                    PathEvent::Lost | PathEvent::Moved => (idle_since, probe) = (None, None),
+                    _ => {}
+                }
+                continue;
+            }
+            Some(connected) = connection.changed() => {
+                // A path that was in doubt may turn out to work: then nothing is resumed.
+                (idle_since, probe) = (connected.then(Instant::now), None);
+                continue;
+            }
+            () = &mut stop => {
+                printer.save()?;
+                return interrupted(max);
+            }
             () = async { sleep_until(deadline.unwrap_or_else(Instant::now)).await }, if deadline.is_some() => {
                 idle_since = None;
                 probe = Some(Box::pin(client.session(&args.session)?.attach()));
@@ -196,23 +215,7 @@ async fn follow(client: &Client, args: &args::Tail, kinds: Vec<Kind>, output: Ou
                 idle_since = Some(Instant::now());
                 continue;
             }
-            Some(event) = paths.next() => {
-                if event == PathEvent::PathChanged {
-                    output.notice("path_changed", "the network changed; the connection goes on over the new one")?;
-                }
-                continue;
-            }
-            Some(connected) = connection.changed() => {
-                if !connected {
-                    // Not idle: nobody knows what there would be to read.
-                    (idle_since, probe) = (None, None);
-                }
-                continue;
-            }
-            () = &mut stop => {
-                printer.save()?;
-                return interrupted(max);
-            }
+            event = subscription.next() => event,
         };
         let Some(event) = event else { break };
         match event? {

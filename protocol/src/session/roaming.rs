@@ -236,6 +236,11 @@ impl Roaming {
         self.doubt.is_some()
     }
 
+    /// True for a while after the path was changed: something may come over it that nobody announces.
+    pub fn listens(&self, now: Duration, rtt: Duration) -> bool {
+        self.doubt.is_some_and(|doubt| now.saturating_sub(doubt.rebound) <= Self::patience(rtt))
+    }
+
     /// How long the attempt under way is believed in.
     fn believed(&self) -> Duration {
         ATTEMPTS.0.saturating_mul(self.attempts.failures().saturating_add(1)).min(ATTEMPTS.1)
