@@ -543,7 +543,7 @@ impl<T: Connector> Supervisor<T> {
                 self.connector.redirect(address);
             }
             let spread = Duration::from_millis(going.spread.min(MAX_SPREAD)).mul_f64(rand::random());
-            self.roaming.going_away(self.now(), spread);
+            self.roaming.going_away(self.now(), spread, rand::random());
         }
     }
 

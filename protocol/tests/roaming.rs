@@ -183,7 +183,7 @@ fn attempts_that_come_to_nothing_are_made_again_and_those_without_a_reason_are_n
 #[test]
 fn a_server_that_goes_away_is_left_for_the_next_one_in_time() {
     let (mut roaming, facts) = connected();
-    roaming.going_away(ms(100), ms(400));
+    roaming.going_away(ms(100), ms(400), 0);
     assert_eq!(roaming.step(ms(100), &facts, 0), None);
     assert_eq!(roaming.step(ms(500), &facts, 0), Some(RoamingStep::Challenge { hopeful: true }));
     roaming.failed(ms(510), u32::MAX);
@@ -192,10 +192,30 @@ fn a_server_that_goes_away_is_left_for_the_next_one_in_time() {
     assert_eq!(roaming.step(ms(600), &facts, 0), Some(RoamingStep::Move));
 }
 
+/// Servers that send everybody on at once were asked in a loop.
+#[test]
+fn servers_that_send_a_client_on_again_and_again_are_left_ever_later() {
+    let (mut roaming, facts) = connected();
+    let mut now = ms(100);
+    let mut pauses = Vec::new();
+    for _ in 0..8 {
+        let begun = now;
+        roaming.going_away(now, Duration::ZERO, u32::MAX);
+        // Meanwhile the connection is asked whether it lives.
+        while !matches!(roaming.step(now, &facts, 0), Some(RoamingStep::Challenge { .. })) {
+            now = roaming.due(&facts).expect("an attempt").max(now);
+        }
+        pauses.push((now - begun).as_millis());
+        roaming.ready();
+        assert_eq!(roaming.step(now, &facts, 0), Some(RoamingStep::Move));
+    }
+    assert_eq!(pauses, [0, 50, 100, 200, 400, 800, 1600, 2000]);
+}
+
 #[test]
 fn a_server_that_closes_what_it_said_goodbye_to_is_not_stormed() {
     let (mut roaming, facts) = connected();
-    roaming.going_away(ms(100), ms(400));
+    roaming.going_away(ms(100), ms(400), 0);
     roaming.lost(ms(150), true, 0);
     assert_eq!(roaming.step(ms(150), &facts, 0), None);
     assert_eq!(roaming.due(&facts), Some(ms(500)));
@@ -343,7 +363,7 @@ proptest! {
                 }
                 Happening::Lost(_) => {}
                 Happening::GoingAway(pause) if world.connected => {
-                    world.roaming.going_away(world.now, ms(u64::from(pause)));
+                    world.roaming.going_away(world.now, ms(u64::from(pause)), 1 << 31);
                 }
                 Happening::GoingAway(_) => {}
                 Happening::Looked(true) => {

@@ -49,6 +49,8 @@ const OUTAGE: Duration = Duration::from_secs(2);
 /// How long an attempt to connect is believed in at first, and at most. Its own timers back off, so that a fresh one is sooner after an outage;
 /// where the round trip is long, later ones have the time.
 const ATTEMPTS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(2));
+/// A connection that lived for so long was not just sent on.
+const SETTLED: Duration = Duration::from_secs(10);
 /// Pauses between attempts, and between rebinds.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
@@ -142,6 +144,9 @@ pub struct Roaming {
     challenge: Option<(Duration, bool)>,
     attempts: Backoff,
     rebinds: Backoff,
+    /// When a server that went away was left for another one, and the pauses where that comes again and again.
+    sent_on: Option<Duration>,
+    leavings: Backoff,
 }
 
 impl Roaming {
@@ -161,6 +166,8 @@ impl Roaming {
             challenge: Some((now, true)),
             attempts: Backoff::new(PAUSES.0, PAUSES.1),
             rebinds: Backoff::new(EXPECTING, PAUSES.1),
+            sent_on: None,
+            leavings: Backoff::new(PAUSES.0, PAUSES.1),
         }
     }
 
@@ -193,8 +200,18 @@ impl Roaming {
     }
 
     /// The server says that it moves, or stops: another connection is tried after `pause`, and taken when it is ready.
-    pub fn going_away(&mut self, now: Duration, pause: Duration) {
+    ///
+    /// Of servers that send their clients on at once, one after the other, each is left later than the one before.
+    pub fn going_away(&mut self, now: Duration, pause: Duration, random: u32) {
         self.leaving = true;
+        let settled = self.sent_on.is_none_or(|at| now.saturating_sub(at) >= SETTLED);
+        let pause = match settled {
+            true => {
+                self.leavings.reset();
+                pause
+            }
+            false => pause.max(self.leavings.next(random)),
+        };
         if self.challenger == Challenger::None {
             self.challenge = Some((now + pause, true));
         }
@@ -204,6 +221,9 @@ impl Roaming {
     pub fn lost(&mut self, now: Duration, hopeful: bool, random: u32) {
         self.connected = false;
         let leaving = core::mem::take(&mut self.leaving);
+        if leaving {
+            self.sent_on = Some(now);
+        }
         (self.doubt, self.asked) = (None, None);
         if self.challenger != Challenger::None {
             return;
@@ -364,7 +384,9 @@ impl Roaming {
 
     fn moved(&mut self, now: Duration, facts: &PathFacts) {
         self.connected = true;
-        self.leaving = false;
+        if core::mem::take(&mut self.leaving) {
+            self.sent_on = Some(now);
+        }
         self.challenger = Challenger::None;
         (self.doubt, self.asked, self.challenge) = (None, None, None);
         self.attempts.reset();
