@@ -62,7 +62,7 @@ fuzz_target!(|data: &[u8]| {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().expect("a runtime");
     runtime.block_on(async {
         let mut config = Config::default();
-        config.give_up_after = Some(Duration::from_secs(2));
+        config.give_up_after = Some(Duration::from_secs(1));
         let limits = config.transport_limits();
         let server_limits = mainstay_server::Config::default().transport_limits();
         let (network, listener) = MemoryNetwork::new(server_limits, limits);
@@ -83,6 +83,6 @@ fuzz_target!(|data: &[u8]| {
             tokio::join!(producing, reading);
             Some(())
         };
-        let _ = tokio::time::timeout(Duration::from_secs(30), work).await;
+        let _ = tokio::time::timeout(Duration::from_secs(3), work).await;
     });
 });
