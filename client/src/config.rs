@@ -28,11 +28,11 @@ pub struct Config {
     /// memory.
     pub subscription_window: u64,
     /// After how long without a word at most the server is asked for a sign of life, while anything is attached and the application is in
-    /// the foreground. Keeps NAT bindings open, and bounds how late a follower notices that its server was restarted. Costs about
-    /// 140 KB in an hour at 5 s, less the longer it is.
+    /// the foreground. Keeps NAT bindings open, and bounds how late a follower notices that its server was restarted. An hour in which
+    /// nothing else happens costs 155 KB at 5 s, headers of IPv4 and UDP included.
     pub keep_alive: Duration,
-    /// The same in the background, see [`Client::on_background`](crate::Client::on_background); `None` for never: then a connection lives
-    /// until a NAT or the server has forgotten it, and costs nothing.
+    /// The same in the background, see [`Client::on_background`](crate::Client::on_background): 31 KB in an hour at 25 s. `None` for never: then
+    /// a connection lives until a NAT or the server has forgotten it, and costs nothing.
     pub background_keep_alive: Option<Duration>,
     /// Bytes of records that a producer keeps, sent or not, before `append` waits.
     pub producer_bytes: usize,

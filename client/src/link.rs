@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -80,9 +80,8 @@ pub(crate) struct Link<C: Connection> {
     tokens: Arc<Tokens>,
     /// The tokens that were sent and not judged yet, in their order, and who waits for that.
     presented: Mutex<VecDeque<Presented>>,
-    /// The server said that it stops: what it said, until it was taken.
-    going_away: AtomicBool,
-    goaway: Mutex<Option<GoAway>>,
+    /// What the server said when it began to stop.
+    goaway: OnceLock<GoAway>,
 }
 
 #[derive(Debug)]
@@ -132,8 +131,7 @@ impl<C: Connection> Link<C> {
             stir: Notify::new(),
             tokens: tokens.clone(),
             presented: Mutex::default(),
-            going_away: AtomicBool::new(false),
-            goaway: Mutex::default(),
+            goaway: OnceLock::new(),
         });
         let token = tokens.taken();
         if let Some(token) = token.clone() {
@@ -222,8 +220,8 @@ impl<C: Connection> Link<C> {
                 }
                 Frame::GoAway(goaway) => {
                     tracing::info!(detail = %goaway.detail, "the server is going away");
-                    self.going_away.store(true, Ordering::Relaxed);
-                    *self.goaway.lock().unwrap_or_else(PoisonError::into_inner) = Some(goaway);
+                    // The first one counts.
+                    let _ = self.goaway.set(goaway);
                     self.stir.notify_one();
                 }
                 // Signs of life of members are not asked for the path.
@@ -272,9 +270,9 @@ impl<C: Connection> Link<C> {
         self.stir.notified().await;
     }
 
-    /// What the server said when it began to stop; once.
-    pub(crate) fn take_goaway(&self) -> Option<GoAway> {
-        self.goaway.lock().unwrap_or_else(PoisonError::into_inner).take()
+    /// What the server said when it began to stop.
+    pub(crate) fn goaway(&self) -> Option<&GoAway> {
+        self.goaway.get()
     }
 
     fn lock_presented(&self) -> MutexGuard<'_, VecDeque<Presented>> {
@@ -292,7 +290,7 @@ impl<C: Connection> Link<C> {
 
     /// True once the server said that it stops: nothing new can be begun on this connection.
     pub(crate) fn is_going_away(&self) -> bool {
-        self.going_away.load(Ordering::Relaxed)
+        self.goaway.get().is_some()
     }
 
     /// Presents another token. The answer does not come if the connection is lost.

@@ -151,7 +151,7 @@ const JUDGE: Duration = Duration::from_secs(5);
 /// Without a connection for so long it is found out why: so that it can be said within three seconds.
 const DIAGNOSE: Duration = Duration::from_secs(2);
 /// A path that is in doubt for so long is told of as lost, although the connection may go on later.
-const SILENT: Duration = Duration::from_secs(3);
+const DOUBTED: Duration = Duration::from_secs(3);
 /// Milliseconds for which a server may keep its clients waiting, at most.
 const MAX_SPREAD: u64 = 60_000;
 /// How often it is looked whether a path in doubt works.
@@ -252,8 +252,6 @@ struct Supervisor<T: Connector> {
     greeted: bool,
     diagnosis: JoinSet<ConnectionError>,
     diagnosed: bool,
-    /// Since when the path of the current connection is in doubt.
-    doubted_since: Option<Instant>,
 }
 
 /// Makes the connection, and keeps it until the client is closed or gives up.
@@ -278,7 +276,6 @@ pub(crate) async fn supervise<T: Connector>(
         greeted: false,
         diagnosis: JoinSet::new(),
         diagnosed: false,
-        doubted_since: None,
     };
     let failed = loop {
         // Nobody listens any more, or somebody said stop.
@@ -289,7 +286,7 @@ pub(crate) async fn supervise<T: Connector>(
             break failed;
         }
         this.act();
-        this.tell_doubt();
+        this.tell_connected();
         this.wait(&mut stopping).await;
     };
     this.shared.links.send_replace(Links { status: Status::Failed(failed.clone()), candidate: None });
@@ -315,11 +312,11 @@ impl<T: Connector> Supervisor<T> {
 
     /// Why no further attempt is made, if none is.
     fn given_up(&self) -> Option<ClientError> {
-        let since = match &self.current {
-            Some(_) => self.doubted_since?,
-            None => self.down_since,
+        let without = match &self.current {
+            Some(_) => self.roaming.doubted_for(self.now())?,
+            None => self.down_since.elapsed(),
         };
-        let late = self.shared.config.give_up_after.is_some_and(|limit| since.elapsed() >= limit);
+        let late = self.shared.config.give_up_after.is_some_and(|limit| without >= limit);
         let hopeless = self.current.is_none() && matches!(self.last, ConnectionError::Untrusted(_));
         (late || hopeless).then(|| self.unreachable(self.last.clone()))
     }
@@ -362,17 +359,15 @@ impl<T: Connector> Supervisor<T> {
         }
     }
 
-    /// A path that stays in doubt is no connection to whoever follows it.
-    fn tell_doubt(&mut self) {
-        let connected = &self.shared.connected;
-        if self.roaming.in_doubt() {
-            let since = *self.doubted_since.get_or_insert_with(Instant::now);
-            if since.elapsed() >= SILENT && *connected.borrow() {
-                connected.send_replace(false);
-            }
-        } else if self.doubted_since.take().is_some() && self.greeted && !*connected.borrow() {
-            connected.send_replace(true);
-        }
+    /// Says whether there is a connection: one whose path stays in doubt is none to whoever follows it.
+    fn tell_connected(&mut self) {
+        let doubted = self.roaming.doubted_for(self.now()).is_some_and(|doubted| doubted >= DOUBTED);
+        let (there, greeted) = (self.current.is_some() && !doubted, self.greeted);
+        // One that takes the place of another goes on as connected before its server has greeted.
+        self.shared.connected.send_if_modified(|connected| {
+            let now = there && (greeted || *connected);
+            core::mem::replace(connected, now) != now
+        });
     }
 
     fn challenge(&mut self, hopeful: bool) {
@@ -419,19 +414,18 @@ impl<T: Connector> Supervisor<T> {
         tracing::info!(%lost, "connection lost");
         // Said by the server or a process in its place: it can be reached.
         let hopeful = matches!(lost, ConnectionError::Closed { .. } | ConnectionError::Reset);
+        let greeted = core::mem::take(&mut self.greeted);
         self.current = None;
         self.rebound = false;
-        if self.greeted {
-            (self.down_since, self.diagnosed) = (self.doubted_since.unwrap_or_else(Instant::now), false);
+        if greeted {
+            let doubted = self.roaming.doubted_for(self.now()).unwrap_or_default();
+            (self.down_since, self.diagnosed) = (Instant::now() - doubted, false);
         }
-        self.doubted_since = None;
         self.last = lost;
         self.count(|paths| paths.losses += 1);
         self.shared.links.send_modify(|links| links.status = Status::Down);
-        self.shared.connected.send_replace(false);
         // A server that takes connections and ends them at once is not asked in a loop.
-        let hopeful = hopeful && self.greeted;
-        self.roaming.lost(self.now(), hopeful, rand::random());
+        self.roaming.lost(self.now(), hopeful && greeted, rand::random());
     }
 
     fn told(&mut self, told: Told<T::Connection>) {
@@ -513,7 +507,6 @@ impl<T: Connector> Supervisor<T> {
             () = greeted => {
                 self.greeted = true;
                 self.shared.trouble.send_replace(None);
-                self.shared.connected.send_replace(true);
             }
             lost = closed => self.lost(lost),
             told = told => match told {
@@ -538,7 +531,7 @@ impl<T: Connector> Supervisor<T> {
 
     fn stirred(&mut self) {
         let Some(link) = &self.current else { return };
-        if let Some(going) = link.take_goaway() {
+        if let Some(going) = link.goaway().filter(|_| !self.roaming.is_leaving()) {
             if let Some(address) = going.address {
                 self.connector.redirect(address);
             }

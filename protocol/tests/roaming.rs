@@ -157,6 +157,9 @@ fn an_answer_that_does_not_come_puts_the_path_in_doubt() {
         "{steps:?}"
     );
     assert!(steps.iter().filter(|(_, step)| matches!(step, RoamingStep::Rebind(_))).count() >= 3, "{steps:?}");
+    // Since the first doubt, whatever is said of the network meanwhile.
+    roaming.network_changed(ms(4000));
+    assert_eq!(roaming.doubted_for(ms(4900)), Some(ms(4000)));
 }
 
 #[test]

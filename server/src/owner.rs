@@ -14,12 +14,13 @@ use mainstay_protocol::session::Committed as Durable;
 use mainstay_protocol::session::{
     AT_ONCE, Activity, Author, Authority, CheckedBatch, Chunk, FOR_WORKERS, Job, JobOutcome, Leases, NotifyRule,
     Outcome, PresenceJoined, PresenceUpdated, ProducerKey, Refusal, Reply, ResumeClaim, ResumeToken, RunId,
-    SessionConfigured, State, Step, ViewHash,
+    SessionConfigured, State, Step, ViewHash, is_held,
 };
 use mainstay_protocol::wire::{
     Ack, Acked, Body, CloseSession, Closed, Configure, Configured, DefineStream, DeleteSession, Deleted, Detail, Early,
-    Error, Granted, Join, Joined, Label, Leave, Left, OpenProducer, Position, Producer, Refused, Release, Renew,
-    Resume, Resumed, SetRule, Signal, Signalled, StartRun, Stream, Subject, TakeRun, Trim, Trimmed, Update, put_frame,
+    Error, Granted, Join, Joined, Label, Leave, Left, Listen, OpenProducer, Position, Producer, Refused, Release,
+    Renew, Resume, Resumed, SetRule, Signal, Signalled, StartRun, Stream, Subject, TakeRun, Trim, Trimmed, Update,
+    put_frame,
 };
 use mainstay_store::{Committing, Outcome as Committed, Pending, SessionStat, StoreError, Writer};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
@@ -98,8 +99,8 @@ pub(crate) enum Command {
 }
 
 impl Command {
-    /// The attachment of a request that concerns what an instance holds, its frame type and its id.
-    fn of_instance(&self) -> Option<(&Arc<Attachment>, u64, u64)> {
+    /// Who asks, by the type and the id of which frame, where somebody does on an attachment.
+    fn asked(&self) -> Option<(&Arc<Attachment>, u64, u64)> {
         Some(match self {
             Self::OpenProducer { attachment, request } => (attachment, OpenProducer::KIND, request.id),
             Self::Join { attachment, .. } => (attachment, Join::KIND, 0),
@@ -109,7 +110,22 @@ impl Command {
             Self::TakeRun { attachment, request } => (attachment, TakeRun::KIND, request.id),
             Self::Renew { attachment, .. } => (attachment, Renew::KIND, 0),
             Self::Release { attachment, .. } => (attachment, Release::KIND, 0),
-            _ => return None,
+            Self::DefineStream { attachment, .. } => (attachment, DefineStream::KIND, 0),
+            Self::Close { attachment } => (attachment, CloseSession::KIND, 0),
+            Self::Trim { attachment, .. } => (attachment, Trim::KIND, 0),
+            Self::Configure { attachment, .. } => (attachment, Configure::KIND, 0),
+            Self::Signal { attachment, .. } => (attachment, Signal::KIND, 0),
+            Self::SetRule { attachment, .. } => (attachment, SetRule::KIND, 0),
+            Self::Resume { attachment, .. } => (attachment, Resume::KIND, 0),
+            Self::Listen { attachment, .. } => (attachment, Listen::KIND, 0),
+            Self::Delete { attachment } => (attachment, DeleteSession::KIND, 0),
+            Self::Stand { .. }
+            | Self::View { .. }
+            | Self::Append { .. }
+            | Self::Jobs { .. }
+            | Self::JobDone { .. }
+            | Self::Departed { .. }
+            | Self::Stop => return None,
         })
     }
 }
@@ -912,7 +928,8 @@ impl Owner {
 
     async fn handle(&mut self, command: Command) {
         let now = (self.sessions.clock)();
-        if let Some((attachment, about, id)) = command.of_instance()
+        if let Some((attachment, about, id)) = command.asked()
+            && is_held(about)
             && !attachment.has_resumed()
             && self.state().is_some_and(|state| state.resumptions().is_bound(&attachment.author))
         {

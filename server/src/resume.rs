@@ -75,7 +75,7 @@ impl ResumeKeys {
             inc: token.incarnation.to_string(),
             sub: token.author.subject.as_str().to_owned(),
             ins: token.author.instance.to_string(),
-            key: hex(&token.key.0),
+            key: token.key.to_string(),
             generation: token.generation,
         };
         let text = serde_json::to_vec(&text).ok()?;
@@ -97,7 +97,7 @@ impl ResumeKeys {
             instance: text.ins.parse::<Instance>().map_err(|_| INVALID)?,
         };
         let incarnation = text.inc.parse::<Incarnation>().map_err(|_| INVALID)?;
-        let key = ClientKey(unhex(&text.key).ok_or(INVALID)?);
+        let key = text.key.parse::<ClientKey>().map_err(|_| INVALID)?;
         Ok(ResumeToken { incarnation, author, key, generation: text.generation })
     }
 }
@@ -106,21 +106,6 @@ impl ResumeKeys {
 pub(crate) fn verify(key: ClientKey, text: &[u8], signature: &[u8; 64]) -> bool {
     let key = ring::signature::UnparsedPublicKey::new(&ring::signature::ED25519, key.0);
     key.verify(text, signature).is_ok()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn unhex(text: &str) -> Option<[u8; 32]> {
-    let mut bytes = [0; 32];
-    if text.len() != 64 || !text.is_ascii() {
-        return None;
-    }
-    for (byte, at) in bytes.iter_mut().zip((0..64).step_by(2)) {
-        *byte = u8::from_str_radix(&text[at..at + 2], 16).ok()?;
-    }
-    Some(bytes)
 }
 
 #[cfg(test)]

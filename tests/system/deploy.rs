@@ -1,12 +1,12 @@
 //! Deploys: a server stops in good order, and another process takes its place, while everybody works (scenario A24).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use mainstay_client::{Config, Event, Start};
 use mainstay_tests::process::{PATIENCE, Server};
-use mainstay_tests::{percentile, scaled};
+use mainstay_tests::{percentile, scaled, until};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -44,7 +44,11 @@ async fn write(session: mainstay_client::Session, stop: Arc<AtomicBool>) -> u64 
 }
 
 /// Reads until `wanted` is told and reached. Returns the pauses between records.
-async fn read(session: mainstay_client::Session, wanted: tokio::sync::watch::Receiver<Option<u64>>) -> Vec<Duration> {
+async fn read(
+    session: mainstay_client::Session,
+    wanted: tokio::sync::watch::Receiver<Option<u64>>,
+    total: Arc<AtomicU64>,
+) -> Vec<Duration> {
     let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
     let mut wanted = wanted;
     let (mut next, mut last, mut pauses) = (0, None, Vec::new());
@@ -64,6 +68,7 @@ async fn read(session: mainstay_client::Session, wanted: tokio::sync::watch::Rec
                     assert_eq!(record.record.payload, next.to_string().as_bytes());
                     next += 1;
                 }
+                total.fetch_add(batch.len(), Ordering::Relaxed);
                 let now = Instant::now();
                 pauses.extend(last.replace(now).map(|last| now - last));
             }
@@ -76,7 +81,7 @@ async fn read(session: mainstay_client::Session, wanted: tokio::sync::watch::Rec
 /// Deploys `rounds` times under load. Prints and returns the pauses that readers saw around each deploy.
 async fn deploy(way: Way, rounds: u64) -> Vec<Duration> {
     let mut server = Server::start().await;
-    let stop = Arc::new(AtomicBool::new(false));
+    let (stop, total) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let (mut writers, mut readers, mut clients, mut told) = (JoinSet::new(), JoinSet::new(), Vec::new(), Vec::new());
     for client in 0..CLIENTS {
         let connection = server.client(Config::default());
@@ -84,7 +89,7 @@ async fn deploy(way: Way, rounds: u64) -> Vec<Duration> {
             let name = format!("deploy:{client}:{n}");
             let session = connection.session(&name).expect("a name").create().attach().await.expect("attach");
             let (tell, wanted) = tokio::sync::watch::channel(None);
-            readers.spawn(read(session.clone(), wanted));
+            readers.spawn(read(session.clone(), wanted, total.clone()));
             let stop = stop.clone();
             writers.spawn(async move {
                 tell.send_replace(Some(write(session, stop).await));
@@ -94,8 +99,13 @@ async fn deploy(way: Way, rounds: u64) -> Vec<Duration> {
         clients.push(connection);
     }
     let mut exits = Vec::new();
+    // Everybody works again.
+    let settled = async || {
+        let enough = total.load(Ordering::Relaxed) + (CLIENTS * SESSIONS * 10) as u64;
+        until("records after a deploy", async || total.load(Ordering::Relaxed) >= enough).await;
+    };
     for _ in 0..rounds {
-        sleep(Duration::from_millis(500)).await;
+        settled().await;
         let begun = Instant::now();
         let code = match way {
             Way::Handed => server.succeed(false).await.0,
@@ -107,7 +117,7 @@ async fn deploy(way: Way, rounds: u64) -> Vec<Duration> {
         // Where it runs, this is nothing.
         server.restart().await;
     }
-    sleep(Duration::from_secs(1)).await;
+    settled().await;
     stop.store(true, Ordering::Relaxed);
     while let Some(tell) = writers.join_next().await {
         told.push(tell.expect("a writer"));
@@ -175,7 +185,7 @@ async fn two_hundred_clients_follow_again_after_their_server_was_killed() {
     let writer = server.client(Config::default());
     let session = writer.session("s").expect("a name").create().attach().await.expect("attach");
     let producer = session.producer("p").await.expect("a producer");
-    let stop = Arc::new(AtomicBool::new(false));
+    let (stop, total) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let writing = {
         let stop = stop.clone();
         tokio::spawn(async move {
@@ -195,7 +205,7 @@ async fn two_hundred_clients_follow_again_after_their_server_was_killed() {
         let client = server.client(Config::default());
         let session = client.session("s").expect("a name").attach().await.expect("attach");
         let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
-        let killed = killed.clone();
+        let (killed, total) = (killed.clone(), total.clone());
         clients.push(client);
         readers.spawn(async move {
             let (mut next, mut resumed) = (0, false);
@@ -209,6 +219,7 @@ async fn two_hundred_clients_follow_again_after_their_server_was_killed() {
                     Event::Records(batch) => {
                         assert_eq!(batch.from(), next);
                         next = batch.next();
+                        total.fetch_add(batch.len(), Ordering::Relaxed);
                         // Live again.
                         if let (true, Some(killed)) = (resumed, *killed.borrow()) {
                             return killed.elapsed();
@@ -224,7 +235,8 @@ async fn two_hundred_clients_follow_again_after_their_server_was_killed() {
             }
         });
     }
-    sleep(Duration::from_secs(1)).await;
+    let all = (CLIENTS * 5) as u64;
+    until("everybody follows", async || total.load(Ordering::Relaxed) >= all).await;
     server.kill().await;
     tell.send_replace(Some(Instant::now()));
     server.restart().await;

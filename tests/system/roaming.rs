@@ -229,3 +229,40 @@ async fn a_short_outage_costs_no_connection_and_a_long_one_one_round_trip() {
         }
     }
 }
+
+/// What an hour costs in which nothing happens, for somebody who is attached: the figures of `Config::keep_alive`.
+#[tokio::test(start_paused = true)]
+async fn an_idle_hour_costs_what_the_documentation_says() {
+    const HOUR: Duration = Duration::from_secs(3600);
+    // IP and UDP headers over IPv4.
+    const HEADERS: u64 = 28;
+    println!("application             datagrams    bytes with headers, of an idle hour");
+    for (what, most) in [("in the foreground", 220_000), ("in the background", 45_000), ("without keep-alive", 1000)] {
+        let mut world = World::new(quiet(), 1);
+        let mut config = mainstay_client::Config::default();
+        config.give_up_after = None;
+        if what == "without keep-alive" {
+            config.background_keep_alive = None;
+        }
+        let (client, _host) = world.client_with(config);
+        let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+        let mut subscription = session.subscribe(Start::Latest).open().await.expect("subscribe");
+        while !matches!(subscription.next().await, Some(Ok(Event::CaughtUp { .. }))) {}
+        if what != "in the foreground" {
+            client.on_background();
+        }
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        let count = || {
+            let counts = world.conditions().counts();
+            let read = |count: &std::sync::atomic::AtomicU64| count.load(std::sync::atomic::Ordering::Relaxed);
+            (read(&counts.passed), read(&counts.bytes))
+        };
+        let before = count();
+        tokio::time::sleep(if what == "without keep-alive" { ms(60_000) } else { HOUR }).await;
+        let (datagrams, bytes) = (count().0 - before.0, count().1 - before.1);
+        let bytes = bytes + datagrams * HEADERS;
+        println!("{what:<22} {datagrams:>10} {bytes:>11}");
+        assert!(bytes <= most, "{what}: {bytes}");
+        assert_eq!(client.paths().losses, 0);
+    }
+}

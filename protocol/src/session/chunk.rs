@@ -29,9 +29,8 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::chain::Chain;
 use super::record::{CheckedBatch, Head, Record, Records};
-use super::resume::ClientKey;
 use super::state::{Damage, StreamSet};
-use super::words::{Author, Incarnation, SessionName};
+use super::words::{Author, ClientKey, Incarnation, SessionName};
 use crate::error::{Code, ProtocolError};
 use crate::registry::{CHUNK_VERSION, COMPACTED_VERSION, MAX_STREAMS, control, is_ignorable};
 use crate::wire::{Acked, Body, Delivery, Label, Reader, Span, Subject, Writer};
@@ -120,7 +119,7 @@ impl Control {
             Self::Resume { author, key, generation } => {
                 w.varint(control::RESUME);
                 author.put(&mut w);
-                w.raw(&key.0);
+                key.put(&mut w);
                 w.varint(*generation);
             }
             Self::Unknown { entry } => return entry.clone(),
@@ -140,7 +139,7 @@ impl Control {
             control::STREAM => Self::Stream { id: r.varint()?, name: Label::get(&mut r)? },
             control::TRIM => Self::Trim { first: r.varint()? },
             control::RESUME => {
-                Self::Resume { author: Author::get(&mut r)?, key: ClientKey(r.array()?), generation: r.varint()? }
+                Self::Resume { author: Author::get(&mut r)?, key: ClientKey::get(&mut r)?, generation: r.varint()? }
             }
             kind if is_ignorable(kind) => {
                 return Ok(Self::Unknown { entry: entry.clone() });

@@ -47,7 +47,7 @@ pub use leases::Leases;
 pub use producer::{Admission, ProducerHandle, ProducerKey, Producers};
 pub use progress::Progress;
 pub use record::{CheckedBatch, Record, Records};
-pub use resume::{ClientKey, RESUME_EXPORTER, ResumeClaim, ResumeToken, Resumptions, resume_context, resume_text};
+pub use resume::{RESUME_EXPORTER, ResumeClaim, ResumeToken, Resumptions, is_held, resume_context, resume_text};
 pub use roaming::{Manners, PathFacts, Roaming, RoamingStep};
 pub use state::{Damage, State, Streams};
 pub use view::{
@@ -56,5 +56,6 @@ pub use view::{
     SignalOutcome, Signals, StreamView, View,
 };
 pub use words::{
-    Author, Cursor, Incarnation, Instance, Key, MessageId, RequestId, RunId, SessionName, SignalId, Verdict, ViewHash,
+    Author, ClientKey, Cursor, Incarnation, Instance, Key, MessageId, RequestId, RunId, SessionName, SignalId, Verdict,
+    ViewHash,
 };

@@ -6,14 +6,10 @@
 use std::collections::HashMap;
 
 use super::authority::Refusal;
-use super::words::{Author, Incarnation, SessionName};
+use super::words::{Author, ClientKey, Incarnation, SessionName};
 use crate::error::{Code, ProtocolError};
 use crate::registry::MAX_RESUMPTIONS;
-use crate::wire::{Reader, Writer};
-
-/// An Ed25519 public key of a client.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ClientKey(pub [u8; 32]);
+use crate::wire::{Body, Join, Leave, OpenProducer, Reader, Release, Renew, StartRun, TakeRun, Update, Writer};
 
 /// What a resume token says, once it is unsealed. It is opaque to clients (spec RES-2).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +50,22 @@ impl ResumeClaim {
         }
         Ok(Self { key, generation: Some(token.generation) })
     }
+}
+
+/// True for the types of frames that are about what an instance holds in a session: where it is bound to a key, they are its holder's alone (spec
+/// RES-1).
+pub fn is_held(frame_type: u64) -> bool {
+    matches!(
+        frame_type,
+        OpenProducer::KIND
+            | Join::KIND
+            | Update::KIND
+            | Leave::KIND
+            | StartRun::KIND
+            | TakeRun::KIND
+            | Renew::KIND
+            | Release::KIND
+    )
 }
 
 /// The label under which both ends export the secret that RESUME is bound to; its context is the name of the session (spec RES-3).
@@ -179,7 +191,7 @@ impl Resumptions {
         w.varint(known.len() as u64);
         for (author, Resumption { key, generation, .. }) in known {
             author.put(w);
-            w.raw(&key.0);
+            key.put(w);
             w.varint(*generation);
         }
     }
@@ -188,7 +200,7 @@ impl Resumptions {
     pub(super) fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
         let mut this = Self::default();
         for _ in 0..r.count(MAX_RESUMPTIONS)? {
-            let (author, key, generation) = (Author::get(r)?, ClientKey(r.array()?), r.varint()?);
+            let (author, key, generation) = (Author::get(r)?, ClientKey::get(r)?, r.varint()?);
             this.resumed(&author, key, generation);
         }
         Ok(this)

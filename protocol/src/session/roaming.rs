@@ -104,7 +104,8 @@ enum Challenger {
 
 #[derive(Debug, Clone, Copy)]
 struct Doubt {
-    /// Since when, and when the path was changed last.
+    /// Since when, over all changes of the path; since the newest of them; and when it was changed last.
+    first: Duration,
     since: Duration,
     rebound: Duration,
     /// The nonce that proves the path, asked over it.
@@ -119,7 +120,7 @@ const UNASKED: u64 = u64::MAX;
 
 impl Doubt {
     fn new(now: Duration, hopeful: bool) -> Self {
-        Self { since: now, rebound: now, nonce: UNASKED, again: now, hopeful }
+        Self { first: now, since: now, rebound: now, nonce: UNASKED, again: now, hopeful }
     }
 }
 
@@ -182,7 +183,8 @@ impl Roaming {
         if self.connected {
             // Asked anew, over a new socket, whatever was asked before.
             self.rebinds.reset();
-            self.doubt = Some(Doubt::new(now, true));
+            let first = self.doubt.map_or(now, |doubt| doubt.first);
+            self.doubt = Some(Doubt { first, ..Doubt::new(now, true) });
             self.challenge = None;
         } else {
             self.challenge = Some((now, true));
@@ -254,6 +256,16 @@ impl Roaming {
     /// True while nobody knows whether the path works.
     pub fn in_doubt(&self) -> bool {
         self.doubt.is_some()
+    }
+
+    /// True from when the server said that it goes away until another connection has taken its place.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving
+    }
+
+    /// For how long it is not known whether the path works, over all changes of it.
+    pub fn doubted_for(&self, now: Duration) -> Option<Duration> {
+        self.doubt.map(|doubt| now.saturating_sub(doubt.first))
     }
 
     /// True for a while after the path was changed: something may come over it that nobody announces.

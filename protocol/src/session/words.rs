@@ -105,6 +105,11 @@ id_type! {
     ViewHash, 32
 }
 
+id_type! {
+    /// An Ed25519 public key of a client (spec RES-1).
+    ClientKey, 32
+}
+
 /// Who wrote a record: stamped by the server, never taken from the client (spec AUTH-4).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Author {

@@ -71,6 +71,8 @@ impl Faults {
 pub struct Counts {
     /// Datagrams passed on.
     pub passed: AtomicU64,
+    /// Bytes of the datagrams that were passed on, without headers of IP and UDP.
+    pub bytes: AtomicU64,
     /// Datagrams lost on purpose, for whatever reason.
     pub lost: AtomicU64,
     /// Datagrams sent twice.
@@ -188,6 +190,7 @@ impl Link {
             self.push(due + Duration::from_millis(1), datagram.clone());
         }
         self.conditions.counts.passed.fetch_add(1, Ordering::Relaxed);
+        self.conditions.counts.bytes.fetch_add(datagram.len() as u64, Ordering::Relaxed);
         self.push(due, datagram);
     }
 

@@ -29,9 +29,9 @@ use super::kinds::{
 use super::overlay::Overlay;
 use super::producer::{Admission, ProducerHandle, ProducerKey};
 use super::record::{CheckedBatch, Record, Records};
-use super::resume::{Claimed, ClientKey, ResumeClaim};
+use super::resume::{Claimed, ResumeClaim};
 use super::state::{Damage, State};
-use super::words::{Author, RunId, SessionName, SignalId};
+use super::words::{Author, ClientKey, RunId, SessionName, SignalId};
 use crate::error::Code;
 use crate::registry::{MAX_GRACE, MAX_STREAMS, MIN_GRACE, STREAM_MAIN, TURN_BYTES};
 use crate::wire::Early;

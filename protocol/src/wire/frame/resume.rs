@@ -22,13 +22,13 @@ impl Body for Resume {
     const KIND: u64 = 0x70;
 
     fn put(&self, w: &mut Writer) {
-        w.raw(&self.key.0);
+        self.key.put(w);
         w.raw(&self.signature);
         w.bytes(&self.token);
     }
 
     fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
-        let (key, signature) = (ClientKey(r.array()?), r.array()?);
+        let (key, signature) = (ClientKey::get(r)?, r.array()?);
         let token = r.bytes(MAX_RESUME_TOKEN)?;
         Params::get_none(r)?;
         Ok(Self { key, signature, token })
