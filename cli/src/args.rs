@@ -168,7 +168,15 @@ pub(crate) struct Append {
     /// Producer to append as; whoever appended under this name before is fenced. [default: a fresh name]
     #[arg(long, value_name = "NAME")]
     pub(crate) producer: Option<String>,
-    /// Print `{"event":"ack","seq":…,"line":…}` for each line once it is durable.
+    /// Keep each line in this directory until it is stored: from then on it survives the loss of the network and the end of this process,
+    /// and the next `append --outbox` of the session sends it first. Works without a server.
+    #[arg(long, value_name = "DIR", conflicts_with = "producer")]
+    pub(crate) outbox: Option<PathBuf>,
+    /// Seconds after which a line that was not sent must not be sent any more.
+    #[arg(long, value_name = "SECS", value_parser = seconds, requires = "outbox")]
+    pub(crate) valid_for: Option<f64>,
+    /// Print `{"event":"ack","seq":…,"line":…}` for each line once it is durable; with --outbox also `queued`, `rejected` and `expired`, each
+    /// with its `entry`.
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
@@ -274,6 +282,10 @@ pub(crate) struct Run {
     /// Seconds from SIGINT to SIGTERM, and from there to SIGKILL.
     #[arg(long, value_name = "SECS", default_value_t = 5.0, value_parser = seconds)]
     pub(crate) patience: f64,
+    /// Keep what the process says in this directory until it is stored: if this command is killed, it is stored the next time that the command runs with
+    /// the directory, before the new run begins.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) outbox: Option<PathBuf>,
     /// Print JSON lines.
     #[arg(long)]
     pub(crate) json: bool,
@@ -316,8 +328,14 @@ pub(crate) struct Signal {
     #[arg(long = "for", value_name = "SECS", value_parser = day)]
     pub(crate) lasts: Option<f64>,
     /// Wait until it is known what became of it; exit code 3 unless it was consumed.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "outbox")]
     pub(crate) wait: bool,
+    /// Keep it in this directory until it is stored, behind what is there already: see `append --outbox`.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) outbox: Option<PathBuf>,
+    /// Seconds after which it must not be sent any more, if it was not: for a cancel that is meant for now.
+    #[arg(long, value_name = "SECS", value_parser = seconds, requires = "outbox")]
+    pub(crate) valid_for: Option<f64>,
     /// Print JSON lines.
     #[arg(long)]
     pub(crate) json: bool,

@@ -329,6 +329,11 @@ impl Client {
 pub struct ConnectionWatch(watch::Receiver<bool>);
 
 impl ConnectionWatch {
+    /// True if there is a connection.
+    pub fn is_up(&self) -> bool {
+        *self.0.borrow()
+    }
+
     /// Waits for a change; true if there is a connection now, `None` once the client is closed. Cancellation-safe.
     pub async fn changed(&mut self) -> Option<bool> {
         self.0.changed().await.ok()?;

@@ -4,6 +4,7 @@ use core::time::Duration;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::SystemTime;
 
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::{MAX_FRAME, MAX_RUNS};
@@ -26,7 +27,7 @@ use crate::error::ClientError;
 use crate::link::{Expected, Link};
 use crate::live::Folded;
 use crate::membership::Wanted;
-use crate::producer::{self, Shared};
+use crate::producer::{self, Journalled, Shared};
 use crate::roam::{Links, Status};
 use crate::session::{ATTACH_PAUSE, Attaching, SessionInfo};
 use crate::signal::Heard;
@@ -55,8 +56,8 @@ pub(crate) enum Ask {
     Rule { rule: SetRule, answer: Answer<u64> },
     /// Begin a run.
     StartRun { run: RunId, lease: u64, input: Option<MessageId>, answer: Answer<Granted> },
-    /// Want something of a run.
-    Signal { signal: Signal, answer: Answer<u64> },
+    /// Want something of a run, unless it is too late for it.
+    Signal { signal: Signal, valid_until: Option<SystemTime>, answer: Answer<u64> },
 }
 
 impl Ask {
@@ -134,7 +135,7 @@ pub(crate) enum SessionCommand {
     /// Say what the member is doing.
     Update { number: u64, activity: Activity },
     /// Open a producer.
-    Producer { name: Label, config: Arc<Config>, answer: Answer<Arc<Shared>> },
+    Producer { name: Label, config: Arc<Config>, journalled: Option<Journalled>, answer: Answer<Arc<Shared>> },
     /// Open a subscription.
     Subscribe { start: Start, wanted: subscription::Wanted, events: mpsc::Sender<Result<Event, ClientError>> },
     /// A subscription lost its stream of this id and goes on, from `start` if it had begun.
@@ -162,6 +163,8 @@ struct ProducerEntry {
     shared: Arc<Shared>,
     /// Its id on the current connection.
     id: Option<u64>,
+    /// It was opened there for a new epoch: nothing is sent before it is granted.
+    begins: bool,
     /// When to open it again after a refusal.
     again: Option<Instant>,
     answer: Option<Answer<Arc<Shared>>>,
@@ -834,9 +837,10 @@ impl<C: Connection> Driver<C> {
         let entry = &mut self.producers[at];
         let id = link.new_id();
         (entry.id, entry.again) = (Some(id), None);
-        let epoch = entry.shared.epoch();
+        let epoch = entry.shared.kept_epoch();
+        entry.begins = epoch == 0;
         outbox.push(OpenProducer { id, name: entry.shared.name.clone(), epoch });
-        if epoch != 0 {
+        if !entry.begins {
             // Its sequence goes on: what is not answered is sent in the same flight (spec PROD-5).
             entry.shared.linked(id);
             tokio::spawn(producer::write(entry.shared.clone(), link.clone(), id));
@@ -888,6 +892,11 @@ impl<C: Connection> Driver<C> {
     fn ask_next(&mut self, outbox: &Outbox) {
         if self.asked {
             return;
+        }
+        let late =
+            |ask: &mut Ask| matches!(ask, Ask::Signal { valid_until: Some(until), .. } if SystemTime::now() >= *until);
+        while let Some(ask) = self.asks.pop_front_if(late) {
+            ask.answer(Err(ClientError::Expired));
         }
         let Some(ask) = self.asks.front() else { return };
         let (frame, holds) = (ask.frame(), matches!(ask, Ask::Join { .. } | Ask::Leave { .. } | Ask::StartRun { .. }));
@@ -977,10 +986,11 @@ impl<C: Connection> Driver<C> {
                     outbox.push(Listen { from: listener.next });
                 }
             }
-            SessionCommand::Producer { name, config, answer } => {
+            SessionCommand::Producer { name, config, journalled, answer } => {
                 self.producers.retain(|entry| !entry.shared.is_finished());
-                let shared = Arc::new(Shared::new(name, config));
-                self.producers.push(ProducerEntry { shared, id: None, again: None, answer: Some(answer) });
+                let shared = Arc::new(Shared::new(name, config, journalled));
+                let answer = Some(answer);
+                self.producers.push(ProducerEntry { shared, id: None, begins: true, again: None, answer });
                 if let Some((_, link, outbox)) = on {
                     self.open_producer(self.producers.len() - 1, link, outbox);
                 }
@@ -1057,7 +1067,7 @@ impl<C: Connection> Driver<C> {
             }
             Frame::Producer(granted) => {
                 if let Some(entry) = self.producer(granted.id) {
-                    let begins = entry.shared.epoch() == 0;
+                    let begins = core::mem::take(&mut entry.begins);
                     let opened = entry.shared.opened(granted.id, granted.epoch, granted.next);
                     opened.map_err(|error| Over::Failed(error.into()))?;
                     let shared = entry.shared.clone();

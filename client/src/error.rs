@@ -31,6 +31,8 @@ pub enum ClientError {
     Gone,
     /// The client was closed.
     Closed,
+    /// It was valid until a time that has passed, and was not sent.
+    Expired,
     /// A configuration or an argument is wrong.
     Invalid(String),
 }
@@ -41,11 +43,11 @@ impl ClientError {
         match self {
             Self::Refused { code, .. } => code.is_retryable(),
             Self::Unreachable { last, .. } => !matches!(last, ConnectionError::Untrusted(_)),
-            Self::Protocol(_) | Self::Gone | Self::Closed | Self::Invalid(_) => false,
+            Self::Protocol(_) | Self::Gone | Self::Closed | Self::Expired | Self::Invalid(_) => false,
         }
     }
 
-    /// The name of the error: a registry name, or `UNREACHABLE`, `UDP_BLOCKED` where nothing at all came back, `GONE`, `CLOSED`, `INVALID`.
+    /// The name of the error: a registry name, or `UNREACHABLE`, `UDP_BLOCKED` where nothing at all came back, `GONE`, `CLOSED`, `EXPIRED`, `INVALID`.
     pub fn name(&self) -> String {
         match self {
             Self::Refused { code, .. } => code.to_string(),
@@ -54,6 +56,7 @@ impl ClientError {
             Self::Protocol(error) => error.code.to_string(),
             Self::Gone => "GONE".into(),
             Self::Closed => "CLOSED".into(),
+            Self::Expired => "EXPIRED".into(),
             Self::Invalid(_) => "INVALID".into(),
         }
     }
@@ -75,6 +78,7 @@ impl fmt::Display for ClientError {
             Self::Protocol(error) => write!(f, "the server broke the protocol: {error}"),
             Self::Gone => f.write_str("the session was deleted, or created again under another incarnation"),
             Self::Closed => f.write_str("the client was closed"),
+            Self::Expired => f.write_str("it was not sent before its time was over"),
             Self::Invalid(what) => f.write_str(what),
         }
     }

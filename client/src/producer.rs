@@ -12,7 +12,9 @@
 use core::future::{Future, IntoFuture};
 use core::pin::Pin;
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -40,6 +42,8 @@ const SEND_BUDGET: u64 = 4 << 20;
 /// The end of one batch: what its tickets wait for.
 #[derive(Debug, Default)]
 struct Done {
+    /// It was handed to a connection at least once.
+    sent: AtomicBool,
     result: OnceLock<Result<u64, AppendError>>,
     notify: Notify,
 }
@@ -89,6 +93,7 @@ struct Batch {
     group: Group,
     /// Epoch of the run that it is part of.
     run: Option<u64>,
+    valid_until: Option<SystemTime>,
     done: Arc<Done>,
 }
 
@@ -99,6 +104,7 @@ struct Flight {
     records: Bytes,
     group: Group,
     run: Option<u64>,
+    valid_until: Option<SystemTime>,
     done: Arc<Done>,
     /// Sent on the current connection and not answered.
     sent: bool,
@@ -131,6 +137,8 @@ impl Flight {
 struct State {
     epoch: u64,
     next: u64,
+    /// What is below is known to be stored, whether it was acknowledged or not.
+    stored: u64,
     flight: VecDeque<Flight>,
     ready: VecDeque<Batch>,
     bytes: usize,
@@ -147,6 +155,24 @@ struct State {
     dropped: bool,
     /// A newer epoch was granted: nothing more is sent, what was sent still gets its answers.
     fenced: Option<ClientError>,
+    /// Batches given up of which a journal does not know yet: nothing takes their place before it does.
+    withheld: usize,
+}
+
+impl State {
+    /// True if the batch that comes next is certainly not stored.
+    fn may_expire(&self) -> bool {
+        self.epoch != 0 && self.next >= self.stored
+    }
+}
+
+/// What a journal knows of a producer that goes on after a restart of its application.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Journalled {
+    /// The sequence of the first batch that is not known to be stored.
+    pub(crate) first: u64,
+    /// The sequence behind the last batch that may have been sent.
+    pub(crate) end: u64,
 }
 
 /// A producer, shared by its handle, its writing task and the session's driver.
@@ -154,6 +180,8 @@ struct State {
 pub(crate) struct Shared {
     pub(crate) name: Label,
     config: Arc<Config>,
+    /// A journal keeps what became of each batch, and has to know that one was given up before another one takes its sequence.
+    journalled: Option<Journalled>,
     state: Mutex<State>,
     /// Something may be sent.
     work: Notify,
@@ -164,10 +192,11 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(name: Label, config: Arc<Config>) -> Self {
+    pub(crate) fn new(name: Label, config: Arc<Config>, journalled: Option<Journalled>) -> Self {
         Self {
             name,
             config,
+            journalled,
             state: Mutex::default(),
             work: Notify::new(),
             room: Notify::new(),
@@ -179,9 +208,17 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The epoch to keep on a reconnect; 0 before the first grant.
+    /// The epoch in force; 0 before the first grant.
     pub(crate) fn epoch(&self) -> u64 {
         self.lock().epoch
+    }
+
+    /// The epoch to keep on a reconnect; 0 for a new one. A new one tells for certain what is stored: it is asked for where something that
+    /// must not be sent any more may be.
+    pub(crate) fn kept_epoch(&self) -> u64 {
+        let state = self.lock();
+        let stale = |flight: &Flight| (flight.sent || flight.earlier) && is_past(flight.valid_until);
+        if state.flight.iter().any(stale) { 0 } else { state.epoch }
     }
 
     /// True while something is sent and not answered.
@@ -199,22 +236,32 @@ impl Shared {
     pub(crate) fn linked(&self, link: u64) {
         let mut state = self.lock();
         state.link = Some(link);
-        state.refusing = false;
         for flight in &mut state.flight {
             flight.earlier |= flight.sent;
             (flight.sent, flight.refused) = (false, false);
         }
-        renumber(&mut state);
+        self.settle(state);
     }
 
     /// The server granted or confirmed an epoch on connection `link`. Errors: the server's sequence contradicts what was
     /// acknowledged.
     pub(crate) fn opened(&self, link: u64, epoch: u64, next: u64) -> Result<(), ProtocolError> {
         let mut state = self.lock();
-        if state.epoch == 0 {
-            state.next = next;
+        let begins = state.epoch == 0;
+        if begins {
+            state.next = self.journalled.map_or(next, |journalled| journalled.first);
         }
-        state.epoch = epoch;
+        let end = self.journalled.filter(|_| begins).map_or(0, |journalled| journalled.end).max(state.next);
+        if next > end {
+            return Err(ProtocolError::new(Code::SEQ_GAP, "the server stored batches that were not sent from here"));
+        }
+        if epoch != state.epoch {
+            // Nothing of an older epoch is stored from here on (spec PROD-4).
+            for flight in state.flight.iter_mut().filter(|flight| flight.sequence >= next) {
+                (flight.sent, flight.earlier) = (false, false);
+            }
+        }
+        (state.epoch, state.stored) = (epoch, next);
         state.refused_since = None;
         if state.link != Some(link) {
             drop(state);
@@ -325,16 +372,15 @@ impl Shared {
             flight.dead = true;
             let stored = flight.stored(refused.code);
             flight.done.set(Err(AppendError { stored, error: error.clone() }));
-            match (flight.run, flight.group.message()) {
+            let given_up = 1 + match (flight.run, flight.group.message()) {
                 // Nothing that the run says is stored any more.
                 (Some(run), _) if refused.code == Code::RUN_FENCED => {
-                    give_up(&mut state, refused.sequence, &error, |_, of| of == Some(run));
+                    give_up(&mut state, refused.sequence, &error, |_, of| of == Some(run))
                 }
-                (_, Some(id)) => {
-                    give_up(&mut state, refused.sequence, &error, |group, _| group.message() == Some(id));
-                }
-                _ => {}
-            }
+                (_, Some(id)) => give_up(&mut state, refused.sequence, &error, |group, _| group.message() == Some(id)),
+                _ => 0,
+            };
+            self.withhold(&mut state, given_up);
         }
         state.refusing = true;
         // A batch of which nobody knows whether it is stored may hold the sequence that the next one would get.
@@ -360,12 +406,50 @@ impl Shared {
         self.settle(state);
     }
 
-    /// Goes on after refusals once everything sent behind the first refused batch is answered.
+    /// Batches were given up: where there is a journal it has to know first.
+    fn withhold(&self, state: &mut State, given_up: usize) {
+        if self.journalled.is_some() {
+            state.withheld += given_up;
+        }
+    }
+
+    /// The journal knows of so many batches that they were given up.
+    pub(crate) fn release(&self, known: usize) {
+        let mut state = self.lock();
+        state.withheld = state.withheld.saturating_sub(known);
+        self.settle(state);
+    }
+
+    /// Gives up what must not be sent any more, and certainly is not stored.
+    fn expire(&self, state: &mut State) {
+        let (mut given_up, stored) = (0, state.stored);
+        let unsent = |flight: &&mut Flight| {
+            !flight.dead && !flight.sent && !flight.earlier && flight.sequence >= stored && is_past(flight.valid_until)
+        };
+        for flight in state.flight.iter_mut().filter(unsent) {
+            flight.dead = true;
+            flight.done.set(Err(AppendError::unsent(ClientError::Expired)));
+            given_up += 1;
+        }
+        while state.may_expire()
+            && let Some(batch) = state.ready.pop_front_if(|batch| is_past(batch.valid_until))
+        {
+            state.bytes = state.bytes.saturating_sub(batch.records.len());
+            batch.done.set(Err(AppendError::unsent(ClientError::Expired)));
+            given_up += 1;
+        }
+        self.withhold(state, given_up);
+    }
+
+    /// Goes on after batches were given up or refused, once everything sent behind the first of them is answered and a journal knows.
     fn settle(&self, mut state: MutexGuard<'_, State>) {
-        if state.refusing {
-            let first = state.flight.iter().position(|flight| flight.refused);
+        if self.journalled.is_some() {
+            self.expire(&mut state);
+        }
+        if state.refusing || self.journalled.is_some() {
+            let first = state.flight.iter().position(|flight| flight.refused || flight.dead);
             let open = first.is_some_and(|at| state.flight.iter().skip(at).any(|flight| flight.sent));
-            if !open {
+            if !open && state.withheld == 0 {
                 renumber(&mut state);
                 state.refusing = false;
             }
@@ -382,19 +466,29 @@ impl Shared {
 
 /// A batch was refused for good, and with it what came `about` the same behind it: parts of a message would leave a hole, and a run
 /// says nothing any more. It was sent behind a sequence that was not used, and is not stored either.
-fn give_up(state: &mut State, behind: u64, error: &ClientError, about: impl Fn(Group, Option<u64>) -> bool) {
+/// Returns how many.
+fn give_up(state: &mut State, behind: u64, error: &ClientError, about: impl Fn(Group, Option<u64>) -> bool) -> usize {
     let lost = || Err(AppendError { stored: Stored::NotCommitted, error: error.clone() });
-    let later = |flight: &&mut Flight| flight.sequence > behind && about(flight.group, flight.run);
+    let later = |flight: &&mut Flight| !flight.dead && flight.sequence > behind && about(flight.group, flight.run);
+    let mut given_up = 0;
     for flight in state.flight.iter_mut().filter(later) {
         flight.dead = true;
         flight.done.set(lost());
+        given_up += 1;
     }
     let (dropped, kept): (VecDeque<_>, _) = state.ready.drain(..).partition(|batch| about(batch.group, batch.run));
     state.ready = kept;
+    given_up += dropped.len();
     for batch in dropped {
         state.bytes = state.bytes.saturating_sub(batch.records.len());
         batch.done.set(lost());
     }
+    given_up
+}
+
+/// True if what was valid until then is not any more.
+fn is_past(valid_until: Option<SystemTime>) -> bool {
+    valid_until.is_some_and(|until| SystemTime::now() >= until)
 }
 
 /// Drops what was refused for good and closes the holes that it left.
@@ -482,7 +576,7 @@ fn gather(shared: &Shared, link: u64, out: &mut Writer) -> Next {
     if state.dropped && state.flight.is_empty() && state.ready.is_empty() {
         return Next::End;
     }
-    if state.refusing || state.fenced.is_some() {
+    if state.refusing || state.withheld > 0 || state.fenced.is_some() {
         return Next::Wait;
     }
     if state.patience > 0 && !state.paused && state.flight.iter().any(|flight| !flight.sent) {
@@ -503,24 +597,34 @@ fn gather(shared: &Shared, link: u64, out: &mut Writer) -> Next {
         put_frame(&Append { sequence, count, records, run_epoch: flight.run }, out);
     }
     while out.len() < BURST && state.flight.len() < PRODUCER_WINDOW {
+        if state.may_expire() && state.ready.front().is_some_and(|batch| is_past(batch.valid_until)) {
+            shared.settle(state);
+            return Next::Wait;
+        }
         let Some(batch) = state.ready.pop_front() else { break };
-        let sequence = state.next;
+        let (sequence, stored) = (state.next, state.stored);
         state.next += 1;
-        let (count, group, run, records) = (batch.count, batch.group, batch.run, batch.records.freeze());
+        let Batch { count, group, run, valid_until, done, records } = batch;
+        let records = records.freeze();
         put_frame(&Append { sequence, count, records: records.clone(), run_epoch: run }, out);
-        let done = batch.done;
+        done.sent.store(true, Ordering::Relaxed);
         state.flight.push_back(Flight {
             sequence,
             count,
             records,
             group,
             run,
+            valid_until,
             done,
             sent: true,
-            earlier: false,
+            // By an application that was restarted.
+            earlier: sequence < stored,
             refused: false,
             dead: false,
         });
+        if shared.journalled.is_some() {
+            shared.room.notify_waiters();
+        }
     }
     Next::Wait
 }
@@ -607,7 +711,7 @@ impl Producer {
         };
         if !state.ready.back().is_some_and(joins) {
             let (records, done) = (Writer::new(), Arc::new(Done::default()));
-            state.ready.push_back(Batch { count: 0, records, group, run, done });
+            state.ready.push_back(Batch { count: 0, records, group, run, valid_until: None, done });
         }
         let Some(batch) = state.ready.back_mut() else { unreachable!("a batch was just added") };
         let before = batch.records.len();
@@ -625,31 +729,50 @@ impl Producer {
     ///
     /// Errors: as [`Producer::append`]; also if there are no records, or more than 1,000, or more than 512 KiB of them.
     pub async fn append_batch(&self, batch: &[Record]) -> Result<Ticket, AppendError> {
-        let mut records = Writer::new();
-        for record in batch {
-            let record = self.stamped(record.clone());
-            if record.encoded_len() > MAX_RECORD {
-                return Err(invalid("a record of the batch is longer than 256 KiB"));
-            }
-            record.put(&mut records);
-        }
-        if batch.is_empty() || batch.len() > MAX_BATCH_RECORDS || records.len() > MAX_BATCH_BYTES {
-            return Err(invalid("a batch has 1 to 1,000 records and at most 512 KiB"));
-        }
+        let batch: Vec<Record> = batch.iter().map(|record| self.stamped(record.clone())).collect();
+        let run = self.run.map(|(_, epoch)| epoch);
+        let (count, records) = (batch.len() as u64, region(&batch).map_err(AppendError::unsent)?);
+        let group = Group::Alone(None);
+        self.push(Batch { count, records, group, run, valid_until: None, done: Arc::default() }).await
+    }
+
+    /// Appends a batch that a journal keeps. As [`Producer::append_batch`].
+    pub(crate) async fn append_kept(
+        &self,
+        batch: &[Record],
+        run: Option<u64>,
+        valid_until: Option<SystemTime>,
+    ) -> Result<Ticket, AppendError> {
+        let (count, records) = (batch.len() as u64, region(batch).map_err(AppendError::unsent)?);
+        // A record alone may be a part of a message.
+        let group = if let [record] = batch { Group::of(record) } else { Group::Alone(None) };
+        self.push(Batch { count, records, group, run, valid_until, done: Arc::default() }).await
+    }
+
+    async fn push(&self, batch: Batch) -> Result<Ticket, AppendError> {
         self.room().await?;
         let mut state = self.open()?;
-        state.bytes += records.len();
-        let done = Arc::new(Done::default());
-        state.ready.push_back(Batch {
-            count: batch.len() as u64,
-            records,
-            group: Group::Alone(None),
-            run: self.run.map(|(_, epoch)| epoch),
-            done: done.clone(),
-        });
+        state.bytes += batch.records.len();
+        let ticket = Ticket { done: batch.done.clone(), index: 0 };
+        state.ready.push_back(batch);
         drop(state);
         self.handle.work.notify_one();
-        Ok(Ticket { done, index: 0 })
+        Ok(ticket)
+    }
+
+    /// The journal knows of so many batches that they were given up.
+    pub(crate) fn release(&self, known: usize) {
+        self.handle.release(known);
+    }
+
+    /// Resolves when something may have become of a batch, from the first poll on.
+    pub(crate) fn progressed(&self) -> tokio::sync::futures::Notified<'_> {
+        self.handle.room.notified()
+    }
+
+    /// Why it has ended, if it has.
+    pub(crate) fn why_ended(&self) -> Option<ClientError> {
+        self.handle.lock().ended.clone()
     }
 
     /// Waits until everything appended so far is durable. Errors: the first failure among what was in flight.
@@ -719,7 +842,20 @@ impl Producer {
 }
 
 fn invalid(what: &str) -> AppendError {
-    AppendError { stored: Stored::NotCommitted, error: ClientError::Invalid(what.into()) }
+    AppendError::unsent(ClientError::Invalid(what.into()))
+}
+
+/// The region of a batch. Errors: `Invalid`, it is no batch.
+pub(crate) fn region(batch: &[Record]) -> Result<Writer, ClientError> {
+    let mut region = Writer::new();
+    if batch.iter().any(|record| record.encoded_len() > MAX_RECORD) {
+        return Err(ClientError::Invalid("a record of the batch is longer than 256 KiB".into()));
+    }
+    batch.iter().for_each(|record| record.put(&mut region));
+    if batch.is_empty() || batch.len() > MAX_BATCH_RECORDS || region.len() > MAX_BATCH_BYTES {
+        return Err(ClientError::Invalid("a batch has 1 to 1,000 records and at most 512 KiB".into()));
+    }
+    Ok(region)
 }
 
 /// A record on its way. Awaiting it gives the record's seq once it is durable.
@@ -730,6 +866,11 @@ pub struct Ticket {
 }
 
 impl Ticket {
+    /// True once it was sent for the first time.
+    pub(crate) fn is_sent(&self) -> bool {
+        self.done.sent.load(Ordering::Relaxed)
+    }
+
     /// The seq or the failure, if it is known.
     pub fn outcome(&self) -> Option<Result<u64, AppendError>> {
         Some(self.done.result.get()?.clone().map(|first| first + self.index))

@@ -17,7 +17,7 @@ use crate::driver::{Ask, SessionCommand};
 use crate::error::ClientError;
 use crate::live::{LiveView, Manner};
 use crate::membership::{Doing, Membership};
-use crate::producer::Producer;
+use crate::producer::{Journalled, Producer};
 use crate::run::Run;
 use crate::signal::{Signalling, Signals};
 use crate::subscription::Subscribing;
@@ -162,6 +162,11 @@ impl StreamId {
         payload.record(self.0)
     }
 
+    /// The same record in this stream.
+    pub fn place(self, record: Record) -> Record {
+        Record { stream: self.0, ..record }
+    }
+
     /// A `data` record in this stream, for a batch.
     pub fn data(self, payload: impl Into<Bytes>) -> Record {
         Record::data(self.0, payload)
@@ -200,10 +205,18 @@ impl Session {
     ///
     /// Errors: `Refused`, `Protocol` with `NAME_INVALID`.
     pub async fn producer(&self, name: &str) -> Result<Producer, ClientError> {
-        let name = Label::new(name)?;
+        self.open_producer(Label::new(name)?, None).await
+    }
+
+    /// The same, of a name of which a journal knows more.
+    pub(crate) async fn open_producer(
+        &self,
+        name: Label,
+        journalled: Option<Journalled>,
+    ) -> Result<Producer, ClientError> {
         let (answer, opened) = oneshot::channel();
         let config = self.client.core.config().clone();
-        let command = SessionCommand::Producer { name, config, answer };
+        let command = SessionCommand::Producer { name, config, journalled, answer };
         self.commands.send(command).await.map_err(|_| ClientError::Closed)?;
         let shared = opened.await.map_err(|_| ClientError::Closed)??;
         Ok(Producer::new(shared, self.clone()))

@@ -1,15 +1,17 @@
 //! `append`: standard input to a session, one record per line.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use mainstay_client::{
-    Client, ClientError, Config, MessageAppend, MessageEnd, MessageId, MessageStart, Producer, Record, Status,
-    StreamId, Ticket,
+    Client, ClientError, Config, EntryState, Item, MessageAppend, MessageEnd, MessageId, MessageStart, Outbox,
+    OutboxEntry, Payload, Producer, Record, Status, Ticket,
 };
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
+use super::outbox;
 use super::serve::signalled;
 use crate::args;
 use crate::data::{patiently, with_client};
@@ -20,6 +22,9 @@ use crate::output::{Output, room};
 const LAG: usize = 64 * 1024;
 
 pub(crate) async fn run(args: args::Append, output: Output) -> Result<(), Failure> {
+    if let Some(dir) = &args.outbox {
+        return kept(dir, &args, output).await;
+    }
     let acked = AtomicU64::new(0);
     with_client(args.connect.connect.as_deref(), Config::default(), output, async |client| {
         tokio::select! {
@@ -58,7 +63,8 @@ async fn append(client: &Client, args: &args::Append, acked: &AtomicU64, output:
             let (ticket, message) = match &args.role {
                 Some(role) => {
                     let id = MessageId(rand::random());
-                    (producer.append_batch(&message(stream, id, role, line)?).await?, Some(id))
+                    let batch = message(id, role, line)?.map(|record| stream.place(record));
+                    (producer.append_batch(&batch).await?, Some(id))
                 }
                 None => (producer.append(stream, line).await?, None),
             };
@@ -104,12 +110,124 @@ async fn append(client: &Client, args: &args::Append, acked: &AtomicU64, output:
     })
 }
 
+/// Lines that are put on the disk together at most: an entry each, and a write for all.
+const TOGETHER: usize = 256;
+/// Bytes of lines that are put on the disk together.
+const TOGETHER_BYTES: usize = 256 * 1024;
+
+/// The same through an outbox.
+async fn kept(dir: &Path, args: &args::Append, output: Output) -> Result<(), Failure> {
+    let (kept, before) = outbox::open(dir, &args.session, output).await?;
+    let mut config = Config::default();
+    // Until standard input ends whatever is read is kept, and that is enough.
+    config.give_up_after = None;
+    let queued = AtomicU64::new(0);
+    let result = with_client(args.connect.connect.as_deref(), config, output, async |client| {
+        let (entries, printing) = mpsc::channel(LAG);
+        let (closed, closing) = oneshot::channel::<()>();
+        let reading = async {
+            let result = read(&kept, args, &queued, entries, output).await;
+            drop(closed);
+            result
+        };
+        let work = async {
+            let ((), states) = tokio::try_join!(reading, print_kept(printing, output))?;
+            // Those of before, too.
+            for kept in &before {
+                kept.entry.settled().await;
+                outbox::tell(&kept.entry, &json!({"line": null}), output)?;
+            }
+            Ok(states)
+        };
+        let attaching = client.session(&args.session)?.create();
+        outbox::deliver(client, attaching, &kept, work, async { drop(closing.await) }).await
+    })
+    .await;
+    let states = result?;
+    // All of them were told.
+    let told: Vec<u64> = kept.kept().iter().map(|kept| kept.entry.number()).collect();
+    kept.dismiss(&told).await?;
+    outbox::unstored(&states)?;
+    output.text(&match queued.load(Ordering::Relaxed) {
+        0 => format!("nothing to append; the outbox of {} is empty\n", args.session),
+        count => format!("appended {count} entries to {}\n", args.session),
+    })
+}
+
+/// Lines of standard input, queued as they come.
+async fn read(
+    outbox: &Outbox,
+    args: &args::Append,
+    queued: &AtomicU64,
+    entries: mpsc::Sender<(u64, OutboxEntry)>,
+    output: Output,
+) -> Result<(), Failure> {
+    let mut input = BufReader::with_capacity(64 * 1024, tokio::io::stdin());
+    let mut number = 0;
+    loop {
+        let (mut items, mut bytes, mut ended) = (Vec::new(), 0, false);
+        while items.is_empty()
+            || (items.len() < TOGETHER && bytes < TOGETHER_BYTES && input.buffer().contains(&b'\n') && !ended)
+        {
+            let mut line = Vec::new();
+            let read = input.read_until(b'\n', &mut line).await;
+            if read.map_err(|error| Failure::io("standard input", &error))? == 0 {
+                ended = true;
+                break;
+            }
+            if line.last() == Some(&b'\n') {
+                line.pop();
+            }
+            bytes += line.len();
+            let item = match &args.role {
+                Some(role) => Item::records(&args.stream, &message(MessageId(rand::random()), role, line)?),
+                None => Item::records(&args.stream, &[Record::data(0, line)]),
+            }?;
+            items.push(match args.valid_for {
+                Some(seconds) => item.valid_until(outbox::until(seconds)),
+                None => item,
+            });
+        }
+        if !items.is_empty() {
+            outbox.room().await;
+            for entry in outbox.queue_all(items, &[]).await? {
+                outbox::tell(&entry, &json!({"line": number}), output)?;
+                queued.fetch_add(1, Ordering::Relaxed);
+                if entries.send((number, entry)).await.is_err() {
+                    // Printing has failed; its error is the one to tell.
+                    return Ok(());
+                }
+                number += 1;
+            }
+        }
+        if ended {
+            return Ok(());
+        }
+    }
+}
+
+/// Tells what became of each line, in order.
+async fn print_kept(
+    mut entries: mpsc::Receiver<(u64, OutboxEntry)>,
+    output: Output,
+) -> Result<Vec<EntryState>, Failure> {
+    let mut states = Vec::new();
+    while let Some((line, entry)) = entries.recv().await {
+        states.push(entry.settled().await);
+        if output.is_json() {
+            room().await?;
+        }
+        outbox::tell(&entry, &json!({"line": line}), output)?;
+    }
+    Ok(states)
+}
+
 /// A whole message, as one batch.
-fn message(stream: StreamId, id: MessageId, role: &str, text: Vec<u8>) -> Result<[Record; 3], Failure> {
+fn message(id: MessageId, role: &str, text: Vec<u8>) -> Result<[Record; 3], Failure> {
     let label = |text| mainstay_client::Label::new(text).map_err(|error| Failure::from(ClientError::from(error)));
     let start = MessageStart { role: label(role)?, content_type: label("text/plain")? };
     let end = MessageEnd { status: Status::Complete, detail: Default::default() };
-    let records = [stream.record(&start), stream.record(&MessageAppend(text.into())), stream.record(&end)];
+    let records = [start.record(0), MessageAppend(text.into()).record(0), end.record(0)];
     Ok(records.map(|record| Record { message: Some(id), ..record }))
 }
 

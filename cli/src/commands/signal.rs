@@ -1,10 +1,12 @@
 //! `signal`: wants something of a session's agent, from anywhere.
 
 use core::time::Duration;
+use std::path::Path;
 
-use mainstay_client::{Client, Config, Intent, LiveView, SignalId, SignalOutcome, Update};
+use mainstay_client::{Client, Config, EntryState, Intent, Item, LiveView, SignalId, SignalOutcome, Target, Update};
 use serde_json::json;
 
+use super::outbox;
 use super::serve::signalled;
 use crate::args;
 use crate::data::{patiently, with_client};
@@ -12,6 +14,9 @@ use crate::failure::{Exit, Failure};
 use crate::output::Output;
 
 pub(crate) async fn run(args: args::Signal, output: Output) -> Result<(), Failure> {
+    if let Some(dir) = &args.outbox {
+        return kept(dir, &args, output).await;
+    }
     with_client(args.connect.connect.as_deref(), Config::default(), output, async |client| {
         tokio::select! {
             result = send(client, &args, output) => result,
@@ -19,6 +24,34 @@ pub(crate) async fn run(args: args::Signal, output: Output) -> Result<(), Failur
         }
     })
     .await
+}
+
+/// The same through an outbox.
+async fn kept(dir: &Path, args: &args::Signal, output: Output) -> Result<(), Failure> {
+    let (outbox, _) = outbox::open(dir, &args.session, output).await?;
+    let target = args.run.map(Target::Run).or(args.input.map(Target::Input)).or(args.request.map(Target::Request));
+    let mut item = Item::signal(args.intent.into(), target, args.text.clone().unwrap_or_default());
+    if let Some(lasts) = args.lasts {
+        item = item.lasts(Duration::from_secs_f64(lasts));
+    }
+    if let Some(seconds) = args.valid_for {
+        item = item.valid_until(outbox::until(seconds));
+    }
+    let entry = outbox.queue(item).await?;
+    outbox::tell(&entry, &json!({}), output)?;
+    let mut config = Config::default();
+    config.give_up_after = None;
+    let result = with_client(args.connect.connect.as_deref(), config, output, async |client| {
+        let work = async { Ok(entry.settled().await) };
+        outbox::deliver(client, client.session(&args.session)?, &outbox, work, core::future::ready(())).await
+    })
+    .await?;
+    outbox::tell(&entry, &json!({}), output)?;
+    outbox.dismiss(&[entry.number()]).await?;
+    if let EntryState::Durable { seq } = result {
+        output.text(&format!("{} accepted as seq {seq}\n", Intent::from(args.intent).as_str()))?;
+    }
+    outbox::unstored(&[result])
 }
 
 async fn send(client: &Client, args: &args::Signal, output: Output) -> Result<(), Failure> {

@@ -4,25 +4,94 @@ use core::time::Duration;
 use std::collections::VecDeque;
 
 use mainstay_client::{
-    AppendError, ClientError, Code, MessageId, Payload, Producer, Record, Run, Session, Stored, StreamId, Ticket,
+    AppendError, ClientError, Code, EntryState, Item, MessageId, Outbox, OutboxEntry, Payload, Producer, Record, Run,
+    Session, Stored, StreamId, Ticket,
 };
+
+use tokio::sync::watch;
 
 use crate::failure::{Exit, Failure};
 
 /// Bytes that may wait to be stored before the process has to wait.
 const ROOM: usize = 8 << 20;
+/// Bytes of records that are put into an outbox again in one write.
+pub(super) const TOGETHER: usize = 256 * 1024;
 /// How long a server that cannot grant the run now is left alone.
 const PAUSE: Duration = Duration::from_millis(200);
 
 pub(crate) struct Agent {
     session: Session,
-    producer: Producer,
+    way: Way,
     run: Run,
-    /// The producer, for the run under its epoch.
-    of_run: Producer,
     /// What was appended and is not known to be stored.
-    waiting: VecDeque<(Record, Ticket)>,
+    waiting: VecDeque<(Record, Sent)>,
     bytes: usize,
+}
+
+/// How what it says gets to the session.
+pub(crate) enum Way {
+    /// From memory.
+    Producer(Producer),
+    /// From a file, which somebody sends until that stops.
+    Outbox(Outbox, Stopped),
+}
+
+/// Why nothing is sent from the outbox any more, once that is so.
+pub(crate) type Stopped = watch::Receiver<Option<ClientError>>;
+
+/// Something on its way.
+enum Sent {
+    Ticket(Ticket),
+    Entry(OutboxEntry, Stopped),
+}
+
+impl Sent {
+    async fn wait(&self) -> Result<u64, AppendError> {
+        match self {
+            Self::Ticket(ticket) => ticket.wait().await,
+            Self::Entry(entry, stopped) => stored(settled(entry, stopped.clone()).await?),
+        }
+    }
+
+    fn is_stored(&self) -> bool {
+        match self {
+            Self::Ticket(ticket) => matches!(ticket.outcome(), Some(Ok(_))),
+            Self::Entry(entry, _) => matches!(entry.state(), EntryState::Durable { .. }),
+        }
+    }
+}
+
+/// What becomes of an entry. Errors: nothing is sent any more.
+pub(super) async fn settled(entry: &OutboxEntry, mut stopped: Stopped) -> Result<EntryState, AppendError> {
+    tokio::select! {
+        biased;
+        state = entry.settled() => Ok(state),
+        stopped = stopped.wait_for(Option::is_some) => {
+            let error = stopped.ok().and_then(|why| why.clone()).unwrap_or(ClientError::Closed);
+            // It may be sent the next time.
+            Err(AppendError { stored: Stored::Unknown, error })
+        }
+    }
+}
+
+/// What became of an entry, as of an append.
+fn stored(state: EntryState) -> Result<u64, AppendError> {
+    let error = match state {
+        EntryState::Durable { seq } => return Ok(seq),
+        EntryState::Rejected { code, detail } => ClientError::Refused { code, value: 0, message: detail },
+        EntryState::Expired => ClientError::Expired,
+        // Nobody follows it any more.
+        EntryState::Queued | EntryState::Sent => ClientError::Closed,
+    };
+    Err(AppendError { stored: Stored::NotCommitted, error })
+}
+
+/// What `run` says, for an outbox.
+pub(super) fn item(session: &Session, record: &Record, run: &Run) -> Result<Item, Failure> {
+    let streams = session.info().streams;
+    let stream = usize::try_from(record.stream).ok().and_then(|id| streams.get(id));
+    let stream = stream.ok_or_else(|| Failure::failed("INTERNAL", "a stream without a name"))?;
+    Ok(Item::of_run(stream, core::slice::from_ref(record), run)?)
 }
 
 /// The run is somebody else's by now.
@@ -36,9 +105,8 @@ pub(crate) fn fenced(detail: impl core::fmt::Display) -> Failure {
 }
 
 impl Agent {
-    pub(crate) fn new(session: Session, producer: Producer, run: Run) -> Self {
-        let of_run = producer.of_run(&run);
-        Self { session, producer, run, of_run, waiting: VecDeque::new(), bytes: 0 }
+    pub(crate) fn new(session: Session, way: Way, run: Run) -> Self {
+        Self { session, way, run, waiting: VecDeque::new(), bytes: 0 }
     }
 
     pub(crate) fn run(&self) -> &Run {
@@ -56,9 +124,15 @@ impl Agent {
     }
 
     pub(crate) async fn append(&mut self, record: Record) -> Result<(), Failure> {
+        let sent = match &self.way {
+            Way::Producer(producer) => Sent::Ticket(producer.of_run(&self.run).append_record(record.clone()).await?),
+            Way::Outbox(outbox, stopped) => {
+                let entry = outbox.queue(item(&self.session, &record, &self.run)?).await?;
+                Sent::Entry(entry, stopped.clone())
+            }
+        };
         self.bytes += record.encoded_len();
-        let ticket = self.of_run.append_record(record.clone()).await?;
-        self.waiting.push_back((record, ticket));
+        self.waiting.push_back((record, sent));
         Ok(())
     }
 
@@ -78,10 +152,10 @@ impl Agent {
 
     /// Waits until something is known of what was appended first. Errors: it was refused. Cancellation-safe.
     pub(crate) async fn progress(&mut self) -> Result<(), AppendError> {
-        let Some((_, ticket)) = self.waiting.front() else { return core::future::pending().await };
-        ticket.wait().await?;
-        while let Some((record, ticket)) = self.waiting.front()
-            && matches!(ticket.outcome(), Some(Ok(_)))
+        let Some((_, sent)) = self.waiting.front() else { return core::future::pending().await };
+        sent.wait().await?;
+        while let Some((record, sent)) = self.waiting.front()
+            && sent.is_stored()
         {
             self.bytes -= record.encoded_len();
             self.waiting.pop_front();
@@ -103,8 +177,8 @@ impl Agent {
     /// As [`Agent::recover`], of a run that is known to be lost.
     pub(crate) async fn retake(&mut self) -> Result<(), Failure> {
         // Whatever was on its way is refused for the same reason, or stored.
-        for (_, ticket) in &self.waiting {
-            match ticket.wait().await {
+        for (_, sent) in &self.waiting {
+            match sent.wait().await {
                 Ok(_) => {}
                 Err(error) if error.stored == Stored::NotCommitted => {}
                 Err(error) => return Err(error.into()),
@@ -112,19 +186,49 @@ impl Agent {
         }
         self.take_again().await?;
         self.bytes = 0;
-        for (record, ticket) in core::mem::take(&mut self.waiting) {
-            if ticket.wait().await.is_err() {
+        let mut again = VecDeque::new();
+        for (record, sent) in core::mem::take(&mut self.waiting) {
+            if sent.wait().await.is_err() {
+                again.push_back((record, sent));
+            }
+        }
+        let Way::Outbox(outbox, stopped) = &self.way else {
+            for (record, _) in again {
                 self.append(record).await?;
             }
+            return Ok(());
+        };
+        // In the place of what was refused, in one write for some: a crash must neither lose them nor have them twice.
+        while !again.is_empty() {
+            let (mut items, mut refused, mut records) = (Vec::new(), Vec::new(), Vec::new());
+            let mut bytes = 0;
+            while let Some((record, _)) = again.front()
+                && (items.is_empty() || bytes + record.encoded_len() <= TOGETHER)
+                && let Some((record, sent)) = again.pop_front()
+            {
+                bytes += record.encoded_len();
+                items.push(item(&self.session, &record, &self.run)?);
+                if let Sent::Entry(entry, _) = sent {
+                    refused.push(entry.number());
+                }
+                records.push(record);
+            }
+            let entries = outbox.queue_all(items, &refused).await?;
+            self.bytes += bytes;
+            let entries = entries.into_iter().map(|entry| Sent::Entry(entry, stopped.clone()));
+            self.waiting.extend(records.into_iter().zip(entries));
         }
         Ok(())
     }
 
     /// What was refused first need not be stored.
-    pub(crate) fn forget(&mut self) {
-        if let Some((record, _)) = self.waiting.pop_front() {
-            self.bytes -= record.encoded_len();
+    pub(crate) async fn forget(&mut self) -> Result<(), Failure> {
+        let Some((record, sent)) = self.waiting.pop_front() else { return Ok(()) };
+        self.bytes -= record.encoded_len();
+        if let (Way::Outbox(outbox, _), Sent::Entry(entry, _)) = (&self.way, sent) {
+            outbox.dismiss(&[entry.number()]).await?;
         }
+        Ok(())
     }
 
     async fn take_again(&mut self) -> Result<(), Failure> {
@@ -139,7 +243,6 @@ impl Agent {
                 Err(error) => return Err(error.into()),
             }
         };
-        self.of_run = self.producer.of_run(&self.run);
         Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 mod agent;
 mod events;
+mod leftover;
 mod process;
 
 use core::pin::Pin;
@@ -10,15 +11,15 @@ use std::io::Write as _;
 
 use mainstay_client::{
     Author, Client, ClientError, Code, Config, Detail, Doing, Folded, InputPolicy, Intent, LiveView, Membership,
-    MessageAppend, MessageEnd, MessageId, MessageStart, RequestExpired, Resolution, Run, RunConsumed, RunEnd, Session,
-    Signal, SignalId, SignalResolved, Signals, Status, StreamId, Update,
+    MessageAppend, MessageEnd, MessageId, MessageStart, Outbox, RequestExpired, Resolution, Run, RunConsumed, RunEnd,
+    SendError, Session, Signal, SignalId, SignalResolved, Signals, Status, StreamId, Update,
 };
 use serde_json::json;
 use tokio::io::AsyncReadExt;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Duration, Instant, sleep_until};
 
-use self::agent::{Agent, fenced};
+use self::agent::{Agent, Stopped, Way, fenced};
 use self::process::{About, Process, Taken};
 use super::serve::signalled;
 use crate::args;
@@ -41,19 +42,43 @@ pub(crate) async fn run(args: args::Run, output: Output) -> Result<(), Failure> 
     // The process goes on whatever the network does.
     let mut config = Config::default();
     (config.give_up_after, config.producer_bytes) = (None, 16 << 20);
+    let outbox = match &args.outbox {
+        Some(dir) => Some(Outbox::open(dir, &args.session).await?),
+        None => None,
+    };
     with_client(args.connect.connect.as_deref(), config, output, async |client| {
-        let begun = tokio::select! {
-            begun = begin(client, &args, output) => begun?,
-            () = signalled() => return Err(Failure::failed("INTERRUPTED", "interrupted before the run began")),
-        };
-        let told = begun.process.told.clone();
-        // Time for the process to end, and for its last words to be stored.
-        let last = Duration::from_secs_f64(2.0 * args.patience) + REST + LAST;
-        tokio::select! {
-            result = begun.work(output) => result,
-            () = forced(told, last) => {
-                Err(Failure::failed("INTERRUPTED", "interrupted; the last records of the run may not be stored"))
+        let (tell, stopped) = watch::channel(None);
+        let sending = async {
+            if let Some(outbox) = &outbox {
+                let error = match outbox.send(client.session(&args.session)?.create()).await {
+                    SendError::Client(error) => error,
+                    error => ClientError::Invalid(error.to_string()),
+                };
+                tell.send_replace(Some(error));
             }
+            core::future::pending::<Result<(), Failure>>().await
+        };
+        let kept = outbox.clone().map(|outbox| (outbox, stopped));
+        let working = async {
+            let begun = tokio::select! {
+                begun = begin(client, &args, kept, output) => begun?,
+                () = signalled() => return Err(Failure::failed("INTERRUPTED", "interrupted before the run began")),
+            };
+            let told = begun.process.told.clone();
+            // Time for the process to end, and for its last words to be stored.
+            let last = Duration::from_secs_f64(2.0 * args.patience) + REST + LAST;
+            tokio::select! {
+                result = begun.work(output) => result,
+                () = forced(told, last) => {
+                    let stays = if outbox.is_some() { "; they stay in the outbox" } else { "" };
+                    let message = format!("interrupted; the last records of the run may not be stored{stays}");
+                    Err(Failure::failed("INTERRUPTED", message))
+                }
+            }
+        };
+        tokio::select! {
+            result = working => result,
+            result = sending => result,
         }
     })
     .await
@@ -118,7 +143,12 @@ struct Work<'a> {
     _partial: Option<tempfile::NamedTempFile>,
 }
 
-async fn begin<'a>(client: &Client, args: &'a args::Run, output: Output) -> Result<Work<'a>, Failure> {
+async fn begin<'a>(
+    client: &Client,
+    args: &'a args::Run,
+    outbox: Option<(Outbox, Stopped)>,
+    output: Output,
+) -> Result<Work<'a>, Failure> {
     let attaching = client.session(&args.session)?.create();
     let session = patiently(client, &args.session, output, attaching.attach()).await?;
     let stream = if args.stream == "main" { session.main() } else { session.stream(&args.stream).await? };
@@ -128,7 +158,13 @@ async fn begin<'a>(client: &Client, args: &'a args::Run, output: Output) -> Resu
     let grace = Duration::from_secs_f64(args.lease.clamp(1.0, 120.0));
     let status = if args.standby { "standby" } else { "thinking" };
     let membership = session.join(&name, grace, Doing::new(status)?).await?;
-    let producer = session.producer(&format!("run-{:032x}", rand::random::<u128>())).await?;
+    let way = match outbox {
+        Some((outbox, stopped)) => {
+            leftover::store(&outbox, &stopped, &session, args, output).await?;
+            Way::Outbox(outbox, stopped)
+        }
+        None => Way::Producer(session.producer(&format!("run-{:032x}", rand::random::<u128>())).await?),
+    };
     // Before the run begins: a signal to it may come at once.
     let signals = session.signals().await?;
     let mut live = session.live_rolled_up(Duration::from_millis(50)).await?;
@@ -176,8 +212,10 @@ async fn begin<'a>(client: &Client, args: &'a args::Run, output: Output) -> Resu
     let (process, taken) = match Process::start(&args.command, environment, patience) {
         Ok(started) => started,
         Err(failure) => {
-            let end = run.end(&producer, Status::Error, &failure.message).await?;
-            end.wait().await?;
+            let why = RunEnd { status: Status::Error, detail: Detail::new(&failure.message) };
+            let mut agent = Agent::new(session, way, run);
+            agent.say(stream, &why).await?;
+            agent.progress().await?;
             return Err(failure);
         }
     };
@@ -191,7 +229,7 @@ async fn begin<'a>(client: &Client, args: &'a args::Run, output: Output) -> Resu
     };
     Ok(Work {
         args,
-        agent: Agent::new(session, producer, run),
+        agent: Agent::new(session, way, run),
         process,
         taken,
         live,
@@ -633,15 +671,12 @@ impl Work<'_> {
     async fn recover(&mut self, error: mainstay_client::AppendError, output: Output) -> Result<(), Failure> {
         match &error.error {
             // Somebody else said what became of it first.
-            ClientError::Refused { code: Code::ALREADY_RESOLVED, .. } => {
-                self.agent.forget();
-                Ok(())
-            }
+            ClientError::Refused { code: Code::ALREADY_RESOLVED, .. } => self.agent.forget().await,
             ClientError::Refused { code: Code::RUN_OVER, message, .. } => Err(fenced(message)),
             ClientError::Refused { code: Code::SESSION_CLOSED, .. } => Err(closed()),
             // What one line says wrong is not stored; the next ones are.
             ClientError::Refused { code, message, .. } if self.args.events && is_about_one_record(*code) => {
-                self.agent.forget();
+                self.agent.forget().await?;
                 output.warning(&code.to_string(), &format!("what the process said is not stored: {message}"))
             }
             _ => {

@@ -1,0 +1,102 @@
+//! What an earlier `run` said before it was killed, and what is in its outbox still.
+
+use core::time::Duration;
+use std::collections::BTreeMap;
+
+use mainstay_client::{
+    ClientError, Code, Detail, EntryState, Kept, Outbox, Payload, Record, Run, RunEnd, RunId, Session, Status,
+};
+use serde_json::json;
+
+use super::agent::{Stopped, TOGETHER, item, settled};
+use crate::args;
+use crate::commands::outbox::tell;
+use crate::failure::Failure;
+use crate::output::Output;
+
+/// Stores it, and ends the runs that it is part of: nobody works on them any more. What cannot be stored, because a run is over or somebody else
+/// holds it by now, is told and forgotten.
+pub(super) async fn store(
+    outbox: &Outbox,
+    stopped: &Stopped,
+    session: &Session,
+    args: &args::Run,
+    output: Output,
+) -> Result<(), Failure> {
+    let kept = outbox.kept();
+    if kept.is_empty() {
+        return Ok(());
+    }
+    output.event(&json!({"event": "leftover", "entries": kept.len()}), || {
+        format!("storing {} records that an earlier run left in the outbox", kept.len())
+    })?;
+    // What is sent already, or is refused because its run is lost by now.
+    for kept in &kept {
+        settled(&kept.entry, stopped.clone()).await?;
+    }
+    let (mut of_runs, mut lost) = (BTreeMap::<RunId, Vec<(u64, Record)>>::new(), Vec::new());
+    for Kept { entry, records, .. } in kept {
+        match (entry.state(), records) {
+            (EntryState::Durable { .. }, _) => {}
+            (EntryState::Rejected { code: Code::RUN_FENCED, .. }, Some((_, records))) => {
+                for record in records {
+                    // What is refused for its run names it.
+                    let Some(run) = record.run else { continue };
+                    of_runs.entry(run).or_default().push((entry.number(), record));
+                }
+            }
+            _ => {
+                tell(&entry, &json!({}), output)?;
+                lost.push(entry.number());
+            }
+        }
+    }
+    outbox.dismiss(&lost).await?;
+    for (run, records) in of_runs {
+        match session.start_run_as(run, Duration::from_secs_f64(args.lease), None).await {
+            Ok(run) => again(outbox, stopped, session, &run, records).await?,
+            Err(ClientError::Refused { code: Code::RUN_OVER | Code::RUN_ACTIVE, message, .. }) => {
+                let numbers: Vec<u64> = records.iter().map(|(number, _)| *number).collect();
+                output.warning(
+                    "RUN_FENCED",
+                    &format!("{} records of run {run} are not stored: {message}", numbers.len()),
+                )?;
+                outbox.dismiss(&numbers).await?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Puts records into the outbox again, as part of the run that is held again, and ends it behind them.
+async fn again(
+    outbox: &Outbox,
+    stopped: &Stopped,
+    session: &Session,
+    run: &Run,
+    records: Vec<(u64, Record)>,
+) -> Result<(), Failure> {
+    let mut left = records.as_slice();
+    let mut last = None;
+    while !left.is_empty() {
+        let mut bytes = 0;
+        let fits = left.iter().take_while(|(_, record)| {
+            bytes += record.encoded_len();
+            bytes <= TOGETHER
+        });
+        let (some, rest) = left.split_at(fits.count().max(1));
+        let items = some.iter().map(|(_, record)| item(session, record, run)).collect::<Result<Vec<_>, _>>()?;
+        let numbers: Vec<u64> = some.iter().map(|(number, _)| *number).collect();
+        // In one write: a crash must neither lose them nor have them twice.
+        last = outbox.queue_all(items, &numbers).await?.pop();
+        left = rest;
+    }
+    let detail = Detail::new("the command that ran it was killed");
+    let end = RunEnd { status: Status::Interrupted, detail }.record(0);
+    let end = outbox.queue(item(session, &end, run)?).await?;
+    for entry in last.iter().chain([&end]) {
+        settled(entry, stopped.clone()).await?;
+    }
+    Ok(())
+}

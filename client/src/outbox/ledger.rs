@@ -1,0 +1,356 @@
+//! What the entries of an outbox say: what waits in which order, and what became of the rest. Pure: replaying the same entries gives the same
+//! ledger.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::registry::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS};
+use mainstay_protocol::session::{Incarnation, Record, SessionName};
+use mainstay_protocol::wire::{Body, Detail, Label, MAX_VARINT, Reader, Signal, Writer};
+
+use crate::error::ClientError;
+use crate::producer::{Journalled, region};
+
+/// Something to be stored: see [`Outbox`](super::Outbox).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum What {
+    /// Records that are stored together, in the stream of this name, as part of the run of this epoch.
+    Batch { stream: Label, run: Option<u64>, count: u64, records: Bytes },
+    /// A signal.
+    Signal(Signal),
+}
+
+impl What {
+    pub(super) fn batch(stream: Label, run: Option<u64>, records: &[Record]) -> Result<Self, ClientError> {
+        Ok(Self::Batch { stream, run, count: records.len() as u64, records: region(records)?.freeze() })
+    }
+
+    /// Its records, in the stream that the session calls `stream`. Errors: the region is none.
+    pub(super) fn records(region: &Bytes, stream: u64) -> Result<Vec<Record>, ProtocolError> {
+        let (mut r, mut records) = (Reader::new(region), Vec::new());
+        while !r.is_empty() {
+            records.push(Record { stream, ..Record::get(&mut r)? });
+        }
+        Ok(records)
+    }
+}
+
+/// What is queued.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Queued {
+    pub(super) what: What,
+    /// When it must not be sent any more.
+    pub(super) valid_until: Option<SystemTime>,
+    /// A connection may have had it: only for signals that are valid until some time.
+    pub(super) sent: bool,
+}
+
+/// What became of something queued.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Outcome {
+    Durable { seq: u64 },
+    Rejected { code: Code, detail: Detail },
+    Expired,
+}
+
+/// A change of the ledger.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Change {
+    /// Begins every file: whose outbox it is, the producer that it appends through, how many batches are stored, and the number of
+    /// what is queued next.
+    Origin {
+        session: SessionName,
+        producer: Label,
+        stored: u64,
+        next: u64,
+    },
+    /// The session is this one, and no later one of its name.
+    Attached(Incarnation),
+    Queued(u64, Queued),
+    /// It is sent from now on.
+    Sent(u64),
+    Settled(u64, Outcome),
+    /// Nobody has to know any more what became of it.
+    Dismissed(u64),
+}
+
+/// An entry that is whole, and yet says what cannot be.
+pub(super) fn impossible(detail: &'static str) -> ProtocolError {
+    ProtocolError::new(Code::RECORD_MALFORMED, detail)
+}
+
+/// A time in whole milliseconds, as the file has it.
+pub(super) fn millis(time: SystemTime) -> u64 {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(MAX_VARINT).min(MAX_VARINT)
+}
+
+pub(super) fn from_millis(millis: u64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_millis(millis)
+}
+
+impl Change {
+    pub(super) fn put(&self, w: &mut Writer) {
+        match self {
+            Self::Origin { session, producer, stored, next } => {
+                w.u8(0);
+                w.bytes(session.as_str().as_bytes());
+                w.bytes(producer.as_str().as_bytes());
+                w.varint(*stored);
+                w.varint(*next);
+            }
+            Self::Attached(incarnation) => {
+                w.u8(1);
+                w.raw(&incarnation.0);
+            }
+            Self::Queued(number, Queued { what, valid_until, .. }) => {
+                w.u8(2);
+                w.varint(*number);
+                w.varint(valid_until.map_or(0, |until| millis(until).saturating_add(1).min(MAX_VARINT)));
+                match what {
+                    What::Batch { stream, run, count, records } => {
+                        w.u8(0);
+                        w.bytes(stream.as_str().as_bytes());
+                        w.varint(run.map_or(0, |run| run + 1));
+                        w.varint(*count);
+                        w.bytes(records);
+                    }
+                    What::Signal(signal) => {
+                        w.u8(1);
+                        let mut body = Writer::new();
+                        signal.put(&mut body);
+                        w.bytes(body.as_slice());
+                    }
+                }
+            }
+            Self::Sent(number) => {
+                w.u8(3);
+                w.varint(*number);
+            }
+            Self::Settled(number, Outcome::Durable { seq }) => {
+                w.u8(4);
+                w.varint(*number);
+                w.varint(*seq);
+            }
+            Self::Settled(number, Outcome::Rejected { code, detail }) => {
+                w.u8(5);
+                w.varint(*number);
+                w.varint(code.0);
+                w.bytes(detail.as_str().as_bytes());
+            }
+            Self::Settled(number, Outcome::Expired) => {
+                w.u8(6);
+                w.varint(*number);
+            }
+            Self::Dismissed(number) => {
+                w.u8(7);
+                w.varint(*number);
+            }
+        }
+    }
+
+    pub(super) fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
+        const TEXT: usize = 4096;
+        Ok(match r.u8()? {
+            0 => Self::Origin {
+                session: SessionName::new(r.text(TEXT)?)?,
+                producer: Label::new(r.text(TEXT)?)?,
+                stored: r.varint()?,
+                next: r.varint()?,
+            },
+            1 => Self::Attached(Incarnation(r.array()?)),
+            2 => {
+                let (number, until) = (r.varint()?, r.varint()?);
+                let what = match r.u8()? {
+                    0 => {
+                        let (stream, run) = (Label::new(r.text(TEXT)?)?, r.varint()?.checked_sub(1));
+                        let (count, records) = (r.varint()?, r.bytes(MAX_BATCH_BYTES)?);
+                        if count == 0 || count > MAX_BATCH_RECORDS as u64 {
+                            return Err(impossible("a batch without records, or with too many"));
+                        }
+                        What::Batch { stream, run, count, records }
+                    }
+                    1 => {
+                        let body = r.bytes(TEXT)?;
+                        What::Signal(Signal::get(&mut Reader::new(&body))?)
+                    }
+                    _ => return Err(impossible("neither a batch nor a signal is queued")),
+                };
+                Self::Queued(number, Queued { what, valid_until: until.checked_sub(1).map(from_millis), sent: false })
+            }
+            3 => Self::Sent(r.varint()?),
+            4 => Self::Settled(r.varint()?, Outcome::Durable { seq: r.varint()? }),
+            5 => {
+                let (number, code) = (r.varint()?, Code(r.varint()?));
+                Self::Settled(number, Outcome::Rejected { code, detail: Detail::new(r.text(TEXT)?) })
+            }
+            6 => Self::Settled(r.varint()?, Outcome::Expired),
+            7 => Self::Dismissed(r.varint()?),
+            _ => return Err(impossible("a change that this version does not know")),
+        })
+    }
+
+    /// The changes of one entry. Errors: it is none.
+    pub(super) fn all(entry: &Bytes) -> Result<Vec<Self>, ProtocolError> {
+        let (mut r, mut changes) = (Reader::new(entry), Vec::new());
+        while !r.is_empty() {
+            changes.push(Self::get(&mut r)?);
+        }
+        Ok(changes)
+    }
+}
+
+/// See the [module](self).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Ledger {
+    pub(super) session: SessionName,
+    pub(super) producer: Label,
+    pub(super) incarnation: Option<Incarnation>,
+    /// Batches that are stored: the sequence of the first one that waits.
+    stored: u64,
+    /// The number of what is queued next.
+    next: u64,
+    waiting: BTreeMap<u64, Queued>,
+    /// What was rejected or has expired, until it is dismissed.
+    given_up: BTreeMap<u64, (Queued, Outcome)>,
+    /// Bytes that what is kept takes in a file that is written anew, about.
+    bytes: usize,
+}
+
+impl Ledger {
+    pub(super) fn new(session: SessionName, producer: Label) -> Self {
+        let (waiting, given_up) = (BTreeMap::new(), BTreeMap::new());
+        Self { session, producer, incarnation: None, stored: 0, next: 0, waiting, given_up, bytes: 0 }
+    }
+
+    /// The ledger that the entries of a file make. `None` for a file without any. Errors: what they say cannot be.
+    pub(super) fn replay(entries: &[Bytes]) -> Result<Option<Self>, ProtocolError> {
+        let mut ledger: Option<Self> = None;
+        for entry in entries {
+            for change in Change::all(entry)? {
+                match (&mut ledger, change) {
+                    (None, Change::Origin { session, producer, stored, next }) => {
+                        ledger = Some(Self { stored, next, ..Self::new(session, producer) });
+                    }
+                    (Some(ledger), change) => ledger.apply(change)?,
+                    (None, _) => return Err(impossible("the file does not say whose outbox it is")),
+                }
+            }
+        }
+        Ok(ledger)
+    }
+
+    /// Takes a change. Errors: it cannot be, and changed nothing.
+    pub(super) fn apply(&mut self, change: Change) -> Result<(), ProtocolError> {
+        match change {
+            Change::Origin { .. } => return Err(impossible("the file says twice whose outbox it is")),
+            Change::Attached(incarnation) => self.incarnation = Some(incarnation),
+            Change::Queued(number, queued) => {
+                // One that is written anew keeps its number, which is below that of the next.
+                let last = self.waiting.last_key_value().map(|(last, _)| *last);
+                let last = last.max(self.given_up.last_key_value().map(|(last, _)| *last));
+                if number > self.next || last.is_some_and(|last| last >= number) {
+                    return Err(impossible("what is queued is not numbered in order"));
+                }
+                self.next = self.next.max(number + 1);
+                self.bytes += size(&queued);
+                self.waiting.insert(number, queued);
+            }
+            Change::Sent(number) => {
+                let waiting = self.waiting.get_mut(&number);
+                waiting.ok_or(impossible("what does not wait is sent"))?.sent = true;
+            }
+            Change::Settled(number, outcome) => {
+                let queued = self.waiting.get(&number).ok_or(impossible("what does not wait is settled"))?;
+                match (&queued.what, &outcome) {
+                    (What::Batch { .. }, Outcome::Durable { .. }) => {
+                        if self.sequence(number) != Some(self.stored) {
+                            return Err(impossible("a batch is stored before one that was queued earlier"));
+                        }
+                        self.stored += 1;
+                    }
+                    (What::Signal(_), _) | (What::Batch { .. }, _) => {}
+                }
+                let Some(queued) = self.waiting.remove(&number) else { return Ok(()) };
+                if matches!(outcome, Outcome::Durable { .. }) {
+                    self.bytes -= size(&queued);
+                } else {
+                    self.given_up.insert(number, (queued, outcome));
+                }
+            }
+            Change::Dismissed(number) => {
+                if let Some((queued, _)) = self.given_up.remove(&number) {
+                    self.bytes -= size(&queued);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The sequence that a batch which waits has as things are: what is given up before it makes it one less.
+    pub(super) fn sequence(&self, number: u64) -> Option<u64> {
+        let is_batch = |queued: &&Queued| matches!(queued.what, What::Batch { .. });
+        self.waiting.get(&number).filter(is_batch)?;
+        Some(self.stored + self.waiting.range(..number).filter(|(_, queued)| is_batch(queued)).count() as u64)
+    }
+
+    /// What a producer has to know of it.
+    pub(super) fn journalled(&self) -> Journalled {
+        let batches = self.waiting.values().filter(|queued| matches!(queued.what, What::Batch { .. })).count();
+        Journalled { first: self.stored, end: self.stored + batches as u64 }
+    }
+
+    /// The number of what is queued next.
+    pub(super) fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// What waits, in order, from `number` on.
+    pub(super) fn waiting_from(&self, number: u64) -> impl Iterator<Item = (u64, &Queued)> {
+        self.waiting.range(number..).map(|(number, queued)| (*number, queued))
+    }
+
+    /// What was rejected or has expired.
+    pub(super) fn given_up(&self) -> impl Iterator<Item = (u64, &Queued, &Outcome)> {
+        self.given_up.iter().map(|(number, (queued, outcome))| (*number, queued, outcome))
+    }
+
+    /// Bytes that it takes in a file that is written anew, about.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// How many are kept.
+    pub(super) fn len(&self) -> usize {
+        self.waiting.len() + self.given_up.len()
+    }
+
+    /// The shortest changes that make it.
+    pub(super) fn changes(&self) -> Vec<Change> {
+        let Self { session, producer, stored, next, .. } = self.clone();
+        let mut changes = vec![Change::Origin { session, producer, stored, next }];
+        changes.extend(self.incarnation.map(Change::Attached));
+        let mut kept: Vec<(u64, &Queued, Option<&Outcome>)> =
+            self.waiting.iter().map(|(number, queued)| (*number, queued, None)).collect();
+        kept.extend(self.given_up().map(|(number, queued, outcome)| (number, queued, Some(outcome))));
+        kept.sort_by_key(|(number, ..)| *number);
+        for (number, queued, outcome) in kept {
+            changes.push(Change::Queued(number, queued.clone()));
+            changes.extend(queued.sent.then_some(Change::Sent(number)));
+            changes.extend(outcome.map(|outcome| Change::Settled(number, outcome.clone())));
+        }
+        changes
+    }
+}
+
+/// Bytes that it takes, about: an upper bound for everything but the records.
+pub(super) fn size(queued: &Queued) -> usize {
+    const BESIDE: usize = 512;
+    BESIDE
+        + match &queued.what {
+            What::Batch { records, .. } => records.len(),
+            What::Signal(signal) => signal.text.len(),
+        }
+}
