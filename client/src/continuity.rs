@@ -1,26 +1,46 @@
 //! What proves that this is the same client again: its key, and the newest resume token of each session (spec RES).
 
 use core::fmt;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
+use mainstay_protocol::error::ProtocolError;
 use mainstay_protocol::session::{ClientKey, Instance, RESUME_EXPORTER, SessionName, resume_context, resume_text};
 use mainstay_protocol::wire::Resume;
 use mainstay_transport::Connection;
 use rand::RngCore;
 use ring::signature::{Ed25519KeyPair, KeyPair};
+use serde::{Deserialize, Serialize};
+
+use crate::error::ClientError;
 
 /// Who a client is to the sessions that it is in: an instance, and the key that the instance is bound to as soon as it holds something there: a
 /// producer, a membership, a run. From then on nobody else can go on with what it holds, with whatever token. Clones are the same
 /// client.
+///
+/// An application that is to be the same client after a restart keeps it in a file, with [`Continuity::in_file`]. Two processes must not use one
+/// file at once: the one that resumed last goes on, the other one is stale.
 #[derive(Clone)]
 pub struct Continuity(Arc<Inner>);
 
 struct Inner {
     instance: Instance,
     key: Ed25519KeyPair,
-    tokens: Mutex<HashMap<SessionName, Bytes>>,
+    seed: [u8; 32],
+    tokens: Mutex<BTreeMap<SessionName, Bytes>>,
+    file: Option<PathBuf>,
+}
+
+/// What the file has.
+#[derive(Serialize, Deserialize)]
+struct File {
+    instance: String,
+    seed: String,
+    /// The newest resume token of each session.
+    tokens: BTreeMap<String, String>,
 }
 
 impl fmt::Debug for Continuity {
@@ -36,16 +56,72 @@ impl Default for Continuity {
         let mut rng = rand::rng();
         rng.fill_bytes(&mut instance);
         rng.fill_bytes(&mut seed);
-        Self::new(Instance(instance), &seed)
+        Self::with(Instance(instance), seed, BTreeMap::new(), None)
     }
 }
 
 impl Continuity {
-    /// The client that is called `instance` and whose key was made from `seed`: the same over restarts if the application keeps both.
-    pub fn new(instance: Instance, seed: &[u8; 32]) -> Self {
-        let key = Ed25519KeyPair::from_seed_unchecked(seed);
+    /// The client that is kept in `path`, or a new one that is kept there from now on; what its tokens become is written there before they
+    /// are used. The file is a secret, and readable by its owner alone.
+    ///
+    /// Errors: `Invalid`, the file cannot be read or written, or is something else.
+    pub fn in_file(path: &Path) -> Result<Self, ClientError> {
+        let wrong = |what: &dyn fmt::Display| ClientError::Invalid(format!("{}: {what}", path.display()));
+        let file = Some(path.to_owned());
+        let this = match std::fs::read(path) {
+            Ok(text) => {
+                let kept: File = serde_json::from_slice(&text).map_err(|error| wrong(&error))?;
+                let instance = kept.instance.parse::<Instance>().map_err(|error| wrong(&error))?;
+                // As long as a client key, and as secret.
+                let seed = kept.seed.parse::<ClientKey>().map_err(|error| wrong(&error))?.0;
+                let tokens =
+                    kept.tokens.into_iter().map(|(name, token)| Ok((SessionName::new(&name)?, Bytes::from(token))));
+                let tokens: Result<_, ProtocolError> = tokens.collect();
+                Self::with(instance, seed, tokens.map_err(|error| wrong(&error))?, file)
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                let Inner { instance, seed, .. } = &*Self::default().0;
+                Self::with(*instance, *seed, BTreeMap::new(), file)
+            }
+            Err(error) => return Err(wrong(&error)),
+        };
+        this.write(&this.lock()).map_err(|error| wrong(&error))?;
+        Ok(this)
+    }
+
+    fn with(instance: Instance, seed: [u8; 32], tokens: BTreeMap<SessionName, Bytes>, file: Option<PathBuf>) -> Self {
+        let key = Ed25519KeyPair::from_seed_unchecked(&seed);
         let key = key.unwrap_or_else(|_| unreachable!("any 32 bytes are a seed"));
-        Self(Arc::new(Inner { instance, key, tokens: Mutex::default() }))
+        Self(Arc::new(Inner { instance, key, seed, tokens: Mutex::new(tokens), file }))
+    }
+
+    /// Writes the file, if there is one: the old one or the new one is there, whole.
+    fn write(&self, tokens: &BTreeMap<SessionName, Bytes>) -> std::io::Result<()> {
+        let Some(path) = &self.0.file else { return Ok(()) };
+        let text = |(name, token): (&SessionName, &Bytes)| {
+            (name.as_str().to_owned(), String::from_utf8_lossy(token).into_owned())
+        };
+        let tokens = tokens.iter().map(text).collect();
+        let file = File { instance: self.0.instance.to_string(), seed: ClientKey(self.0.seed).to_string(), tokens };
+        let beside = path.with_extension("new");
+        let mut options = std::fs::OpenOptions::new();
+        options.write(true).create(true).truncate(true);
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        let mut new = options.open(&beside)?;
+        new.write_all(&serde_json::to_vec_pretty(&file)?)?;
+        new.sync_all()?;
+        std::fs::rename(&beside, path)
+    }
+
+    /// The tokens are these from now on.
+    fn change(&self, change: impl FnOnce(&mut BTreeMap<SessionName, Bytes>)) {
+        let mut tokens = self.lock();
+        change(&mut tokens);
+        // Before it can be used: after a restart the one before it would be stale then. A few hundred bytes, once for an attachment.
+        if let Err(error) = self.write(&tokens) {
+            tracing::warn!(%error, "cannot keep a resume token; after a restart this is another client");
+        }
     }
 
     /// Its instance.
@@ -53,7 +129,7 @@ impl Continuity {
         self.0.instance
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<SessionName, Bytes>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<SessionName, Bytes>> {
         self.0.tokens.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -64,12 +140,12 @@ impl Continuity {
 
     /// The server gave a token in the place of the one before.
     pub(crate) fn keep(&self, session: &SessionName, token: Bytes) {
-        self.lock().insert(session.clone(), token);
+        self.change(|tokens| drop(tokens.insert(session.clone(), token)));
     }
 
     /// The token is worth nothing any more.
     pub(crate) fn forget(&self, session: &SessionName) {
-        self.lock().remove(session);
+        self.change(|tokens| drop(tokens.remove(session)));
     }
 
     /// The proof for this connection. `None` if it exports no secret: it is not confirmed, or lost.

@@ -263,6 +263,8 @@ pub(crate) struct Driver<C: Connection> {
     /// The first of `asks` is on the wire.
     asked: bool,
     producers: Vec<ProducerEntry>,
+    /// What writes their batches, each until its QUIC stream ends; then its id.
+    writers: JoinSet<u64>,
     subscriptions: HashMap<u64, SubscriptionEntry<C>>,
     next_subscription: u64,
     /// The membership that is to be kept.
@@ -318,6 +320,7 @@ impl<C: Connection> Driver<C> {
             asks: VecDeque::new(),
             asked: false,
             producers: Vec::new(),
+            writers: JoinSet::new(),
             subscriptions: HashMap::new(),
             next_subscription: 0,
             member: None,
@@ -568,6 +571,8 @@ impl<C: Connection> Driver<C> {
         };
         if matches!(over, Over::Unused) {
             send.finish();
+            // What was appended is on its way.
+            self.writers.detach_all();
         }
         over
     }
@@ -667,6 +672,9 @@ impl<C: Connection> Driver<C> {
                         return over;
                     }
                 }
+                Some(written) = self.writers.join_next() => if let Ok(id) = written {
+                    self.written(id);
+                },
                 command = self.commands.recv() => match command {
                     Some(command) => self.command(command, Some((attached, link, outbox))),
                     None => return Over::Unused,
@@ -843,7 +851,23 @@ impl<C: Connection> Driver<C> {
         if !entry.begins {
             // Its sequence goes on: what is not answered is sent in the same flight (spec PROD-5).
             entry.shared.linked(id);
-            tokio::spawn(producer::write(entry.shared.clone(), link.clone(), id));
+            let (shared, link) = (entry.shared.clone(), link.clone());
+            self.write(shared, link, id);
+        }
+    }
+
+    fn write(&mut self, shared: Arc<Shared>, link: Arc<Link<C>>, id: u64) {
+        self.writers.spawn(async move {
+            producer::write(shared, link, id).await;
+            id
+        });
+    }
+
+    /// The QUIC stream of a producer has ended. One that is still to append is opened again: the server may not have known it in time.
+    fn written(&mut self, id: u64) {
+        if let Some(entry) = self.producer(id).filter(|entry| !entry.shared.is_finished()) {
+            (entry.id, entry.again) = (None, Some(Instant::now() + REOPEN_PAUSE));
+            entry.shared.unlinked();
         }
     }
 
@@ -1075,7 +1099,7 @@ impl<C: Connection> Driver<C> {
                         let _ = answer.send(Ok(shared.clone()));
                     }
                     if begins {
-                        tokio::spawn(producer::write(shared, link.clone(), granted.id));
+                        self.write(shared, link.clone(), granted.id);
                     }
                 }
                 return Ok(());
@@ -1149,6 +1173,7 @@ impl<C: Connection> Driver<C> {
                 return Ok(());
             }
             Frame::Deleted(_) => {
+                self.continuity.forget(&self.request.name);
                 if matches!(self.asks.front(), Some(Ask::Delete { .. })) {
                     self.answered(Ok(0), outbox);
                     return Ok(());
@@ -1178,8 +1203,8 @@ impl<C: Connection> Driver<C> {
         };
         match error.about {
             Resume::KIND => match error.code {
-                // Begun anew: what was asked behind it is free of it.
-                Code::RESUME_UNKNOWN => {
+                // Begun anew, as the session was perhaps: what was asked behind it is free of it.
+                Code::RESUME_UNKNOWN | Code::RESUME_GONE => {
                     self.continuity.forget(&self.request.name);
                     self.resuming = false;
                     self.resume(outbox);

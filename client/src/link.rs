@@ -148,15 +148,32 @@ impl<C: Connection> Link<C> {
             ..Hello::default()
         });
         this.control.add(|w| put_grease(rand::random(), &[0; 5], w));
-        tokio::spawn(this.clone().serve(send, FrameReader::new(recv, MAX_FRAME)));
+        let early = !this.transport.is_confirmed();
+        tokio::spawn(this.clone().serve(send, FrameReader::new(recv, MAX_FRAME), early));
         Ok(this)
     }
 
-    /// Serves the control stream and accepts subscriptions until the connection ends.
-    async fn serve(self: Arc<Self>, mut send: C::Send, mut control: FrameReader<C::Recv>) {
+    /// Serves the control stream and accepts subscriptions until the connection ends; or, where all of this was `early`, until it turns out
+    /// that nothing of it arrived: the connection goes on with another link then (spec EARLY-6).
+    async fn serve(self: Arc<Self>, mut send: C::Send, mut control: FrameReader<C::Recv>, early: bool) {
         send.set_priority(priority::CONTROL);
+        let unheard = async {
+            let refused = early && matches!(self.transport.confirmed().await, Ok(false));
+            if !refused {
+                core::future::pending::<()>().await;
+            }
+        };
+        // Until that is known nothing is the server's fault.
+        let known = async {
+            if early {
+                let _ = self.transport.confirmed().await;
+                // Whoever waits for it first ends all this.
+                tokio::task::yield_now().await;
+            }
+        };
         let writing = async {
             self.control.write_to(&mut send).await;
+            known.await;
             // Control ends with the connection, never before it (spec CONN-3).
             self.transport.close(Code::GOING_AWAY.0, "the server stopped reading control");
         };
@@ -164,7 +181,8 @@ impl<C: Connection> Link<C> {
             let error = match self.read_control(&mut control).await {
                 Err(FrameError::Violation(error)) => error,
                 Ok(()) => ProtocolError::new(Code::FRAME_UNEXPECTED, "the server ended its control stream"),
-                Err(FrameError::Lost(StreamError::Connection(_))) => return,
+                // Told of the connection, too.
+                Err(FrameError::Lost(StreamError::Connection(_) | StreamError::EarlyDataRefused)) => return,
                 Err(FrameError::Lost(_)) => {
                     ProtocolError::new(Code::FRAME_UNEXPECTED, "the server reset its control stream")
                 }
@@ -179,6 +197,8 @@ impl<C: Connection> Link<C> {
             }
         };
         tokio::select! {
+            biased;
+            () = unheard => {}
             _ = self.transport.closed() => {}
             _ = async { tokio::join!(writing, reading, accepting) } => {}
         }

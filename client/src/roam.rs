@@ -5,7 +5,7 @@ use core::time::Duration;
 use std::sync::Arc;
 
 use mainstay_protocol::Code;
-use mainstay_protocol::session::{Manners, PathFacts, Roaming, RoamingStep};
+use mainstay_protocol::session::{Manners, PathFacts, Roaming, RoamingStep, sent_on_to};
 use mainstay_transport::{Connection, ConnectionError, Connector};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -189,11 +189,12 @@ async fn challenge<T: Connector>(
 ) {
     let attempt = async {
         let transport = connector.connect(hopeful).await?;
+        let mut unused = Unused(Some(transport.clone()));
         let mut early = !transport.is_confirmed();
         let mut link = Link::start(transport.clone(), &config, &tokens).await?;
         let judged = tokens.wanted().is_none();
-        if judged {
-            let _ = tell.send(Told::Made(link.clone())).await;
+        if judged && tell.send(Told::Made(link.clone())).await.is_ok() {
+            unused.0 = None;
         }
         if !transport.confirmed().await? {
             // What was sent early never arrived.
@@ -202,7 +203,9 @@ async fn challenge<T: Connector>(
         }
         let presented = tokio::time::timeout(JUDGE, present_wanted(&link, &tokens));
         presented.await.map_err(|_| ConnectionError::TimedOut)?;
-        let _ = tell.send(Told::Made(link)).await;
+        if tell.send(Told::Made(link)).await.is_ok() {
+            unused.0 = None;
+        }
         Ok(early)
     };
     let told = match attempt.await {
@@ -213,17 +216,48 @@ async fn challenge<T: Connector>(
     let _ = tell.send(told).await;
 }
 
+/// Closes a connection that nobody was told of.
+struct Unused<C: Connection>(Option<C>);
+
+impl<C: Connection> Drop for Unused<C> {
+    fn drop(&mut self) {
+        if let Some(transport) = &self.0 {
+            transport.close(Code::GOING_AWAY.0, "another connection goes on");
+        }
+    }
+}
+
 /// The second connection, while there is one.
 struct Challenger<C: Connection> {
     /// Ends with this.
     _task: JoinSet<()>,
     told: mpsc::Receiver<Told<C>>,
     link: Option<Arc<Link<C>>>,
+    /// The server has answered on it.
+    ready: bool,
 }
 
 impl<C: Connection> Challenger<C> {
+    /// What it tells next. Cancellation-safe.
+    async fn next(&mut self) -> Told<C> {
+        match &self.link {
+            // It waits for the moment in which it is wanted.
+            Some(link) if self.ready => Told::Failed(link.transport.closed().await),
+            _ => self
+                .told
+                .recv()
+                .await
+                .unwrap_or_else(|| Told::Failed(ConnectionError::Failed("the attempt ended".into()))),
+        }
+    }
+
     /// The server is told that this one is not used: a little later, when it has given what the next attempt can use in its place.
-    fn withdraw(self) {
+    fn withdraw(mut self) {
+        while let Ok(told) = self.told.try_recv() {
+            if let Told::Made(link) = told {
+                self.link = Some(link);
+            }
+        }
         let Some(link) = self.link else { return };
         tokio::spawn(async move {
             let confirmed = tokio::time::timeout(LINGER, link.transport.confirmed()).await;
@@ -376,7 +410,7 @@ impl<T: Connector> Supervisor<T> {
         let mut task = JoinSet::new();
         let (config, tokens) = (self.shared.config.clone(), self.shared.tokens.clone());
         task.spawn(challenge(self.connector.clone(), hopeful, config, tokens, tell));
-        self.challenger = Some(Challenger { _task: task, told, link: None });
+        self.challenger = Some(Challenger { _task: task, told, link: None, ready: false });
     }
 
     fn withdraw(&mut self) {
@@ -438,6 +472,9 @@ impl<T: Connector> Supervisor<T> {
             }
             Told::Ready { early } => {
                 self.early = early;
+                if let Some(challenger) = &mut self.challenger {
+                    challenger.ready = true;
+                }
                 self.roaming.ready();
             }
             Told::Failed(error) => {
@@ -496,7 +533,7 @@ impl<T: Connector> Supervisor<T> {
         };
         let told = async {
             match &mut self.challenger {
-                Some(challenger) => challenger.told.recv().await,
+                Some(challenger) => challenger.next().await,
                 None => core::future::pending().await,
             }
         };
@@ -509,10 +546,7 @@ impl<T: Connector> Supervisor<T> {
                 self.shared.trouble.send_replace(None);
             }
             lost = closed => self.lost(lost),
-            told = told => match told {
-                Some(told) => self.told(told),
-                None => self.told(Told::Failed(ConnectionError::Failed("the attempt ended".into()))),
-            },
+            told = told => self.told(told),
             Some(nudge) = self.shared.nudges.recv() => self.nudged(nudge),
             () = self.connector.network_changed() => {
                 tracing::info!("the network changed");
@@ -532,7 +566,8 @@ impl<T: Connector> Supervisor<T> {
     fn stirred(&mut self) {
         let Some(link) = &self.current else { return };
         if let Some(going) = link.goaway().filter(|_| !self.roaming.is_leaving()) {
-            if let Some(address) = going.address {
+            if let Some(address) = going.address.and_then(|told| sent_on_to(link.transport.remote().parse().ok(), told))
+            {
                 self.connector.redirect(address);
             }
             let spread = Duration::from_millis(going.spread.min(MAX_SPREAD)).mul_f64(rand::random());

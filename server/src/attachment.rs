@@ -37,6 +37,8 @@ pub(crate) struct Attachment {
     last_heard: OnceLock<Instant>,
     /// Its client proved that it is the one that the instance is bound to, or bound it.
     resumed: AtomicBool,
+    /// Its client went on elsewhere.
+    superseded: AtomicBool,
 }
 
 impl Attachment {
@@ -56,11 +58,21 @@ impl Attachment {
         self.resumed.store(resumed, Ordering::Relaxed);
     }
 
-    /// Its client went on elsewhere: this is told, and nothing follows.
-    pub(crate) fn supersede(&self) {
+    /// Its client went on elsewhere: this is told, and nothing follows. From here on it holds nothing, whether it reads that or not.
+    pub(crate) fn supersede(self: &Arc<Self>) {
+        self.superseded.store(true, Ordering::Relaxed);
+        self.set_resumed(false);
         let detail = "the client went on over another connection";
         self.tell(Attach::KIND, 0, &Refusal::new(Code::RESUME_STALE, detail));
-        self.outbox.close();
+        self.end();
+        if let Some(conn) = self.conn.upgrade() {
+            conn.drop_producers(self);
+        }
+    }
+
+    /// True once its client went on elsewhere: what it asks still is nobody's wish.
+    pub(crate) fn is_superseded(&self) -> bool {
+        self.superseded.load(Ordering::Relaxed)
     }
 
     /// Nothing can be answered on it any more.
@@ -133,6 +145,7 @@ pub(crate) async fn run<C: Connection>(
         heard: conn.heard(),
         last_heard: OnceLock::new(),
         resumed: AtomicBool::new(false),
+        superseded: AtomicBool::new(false),
     });
     // On its own: every attachment would carry its size.
     let session = match Box::pin(attach(&conn, &attachment, &request)).await {
@@ -289,7 +302,7 @@ async fn read<C: Connection>(
         if !may_be_early(&frame) {
             handshake(transport).await?;
         }
-        let allowed = Operation::needed_by(&frame).map_or(Ok(()), |operation| conn.allow(operation, name));
+        let allowed = conn.allow_any(Operation::needed_by(&frame), name);
         let request = match frame {
             Frame::OpenProducer(request) => {
                 if let Err(refusal) = allowed.and_then(|()| conn.reserve_producer(request.id, attachment)) {

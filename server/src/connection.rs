@@ -123,6 +123,16 @@ impl Conn {
         })
     }
 
+    /// The same for one of several operations, or for nothing at all. Refusals: those for the first of them.
+    pub(crate) fn allow_any(&self, operations: &[Operation], session: &SessionName) -> Result<(), Refusal> {
+        let Some(first) = operations.first() else { return Ok(()) };
+        let refused = self.allow(*first, session);
+        match operations[1..].iter().any(|operation| self.allow(*operation, session).is_ok()) {
+            true => Ok(()),
+            false => refused,
+        }
+    }
+
     /// The author, if the token in force allows `notify` on some session. Refusals: those of [`Conn::allow`].
     pub(crate) fn worker(&self) -> Result<Arc<Author>, Refusal> {
         self.with_identity(|author, grants| match grants.allow_somewhere(Operation::Notify) {
@@ -264,18 +274,28 @@ impl Conn {
 
     /// The producer of a QUIC stream, which may come before its producer was opened, or even asked for, on another one (spec PROD-5).
     async fn producer(&self, id: u64) -> Option<Arc<ProducerLink>> {
-        let opened = {
+        let mut told = {
             let mut opened = self.opened();
             if let Some(link) = opened.producers.get(&id) {
                 return Some(link.clone());
             }
             let (tell, told) = oneshot::channel();
-            // One that waited before is the stream of nothing any more.
+            // One that waited before is the stream of nothing any more. No more of them than there may be streams.
             opened.awaited.insert(id, tell);
             told
         };
-        let opened = tokio::time::timeout(self.server.config().hello_timeout, opened).await;
-        opened.ok().and_then(Result::ok)
+        loop {
+            if let Ok(told) = tokio::time::timeout(self.server.config().hello_timeout, &mut told).await {
+                return told.ok();
+            }
+            let mut opened = self.opened();
+            // Once it is asked for, it is answered, however long that takes.
+            if !opened.reserved.contains_key(&id) {
+                opened.awaited.remove(&id);
+                // In the same moment.
+                return told.try_recv().ok();
+            }
+        }
     }
 
     /// A run of `session` is held over this connection.

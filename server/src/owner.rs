@@ -928,6 +928,9 @@ impl Owner {
 
     async fn handle(&mut self, command: Command) {
         let now = (self.sessions.clock)();
+        if command.asked().is_some_and(|(attachment, ..)| attachment.is_superseded()) {
+            return;
+        }
         if let Some((attachment, about, id)) = command.asked()
             && is_held(about)
             && !attachment.has_resumed()

@@ -1,6 +1,6 @@
 //! Sessions and views as tests follow them.
 
-use mainstay_client::{Client, ClientError, LiveView, Session};
+use mainstay_client::{Client, ClientError, Event, LiveView, Record, Session, Start};
 use tokio::time::timeout;
 
 use crate::process::PATIENCE;
@@ -34,5 +34,23 @@ pub async fn follow(live: &mut LiveView, what: &str, mut enough: impl FnMut(&Liv
     while !enough(live) {
         let update = timeout(PATIENCE, live.next()).await.unwrap_or_else(|_| panic!("{what} does not come"));
         update.expect("an update").expect("no error");
+    }
+}
+
+/// Every record of a session as it is now.
+///
+/// # Panics
+///
+/// If they do not come.
+pub async fn records(session: &Session) -> Vec<Record> {
+    let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+    let mut records = Vec::new();
+    loop {
+        let event = timeout(PATIENCE, subscription.next()).await.expect("in time");
+        match event.expect("an event").expect("no error") {
+            Event::Records(batch) => records.extend(batch.iter().map(|record| record.expect("a record").record)),
+            Event::CaughtUp { .. } => return records,
+            _ => {}
+        }
     }
 }

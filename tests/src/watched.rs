@@ -1,6 +1,6 @@
 //! A store in memory that can be watched, slowed down and made to refuse.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -23,6 +23,8 @@ pub struct Watched {
     pub steps: AtomicUsize,
     /// It has no room for snapshots.
     pub is_full: AtomicBool,
+    /// Milliseconds that each commit takes longer.
+    pub slow_commits: AtomicU64,
     /// Snapshots that were to be kept.
     pub snapshots: AtomicUsize,
     refused: usize,
@@ -67,7 +69,19 @@ impl Store for Watched {
     }
 
     fn append(&self, writer: &Writer, chunk: Arc<Chunk>, wake: Option<u64>) -> Committing {
-        self.inner.append(writer, chunk, wake)
+        let committing = self.inner.append(writer, chunk, wake);
+        match self.slow_commits.load(Ordering::Relaxed) {
+            0 => committing,
+            slow => {
+                let (answer, slowly) = Committing::channel();
+                tokio::spawn(async move {
+                    tokio::time::sleep(Duration::from_millis(slow)).await;
+                    // Whoever waits may be gone.
+                    let _ = answer.send(committing.await);
+                });
+                slowly
+            }
+        }
     }
 
     fn resolve(&self, writer: &Writer, chunk: Arc<Chunk>) -> Pending<bool> {

@@ -7,7 +7,7 @@ use mainstay_client::{Client, Config as ClientConfig, Event, Start, Verdict, Vie
 use mainstay_protocol::Code;
 use mainstay_protocol::registry::{FOLD_VERSION, MAX_FRAME};
 use mainstay_protocol::session::{Incarnation, ViewHash};
-use mainstay_protocol::wire::{Attached, Frame, Hello, Snapshot, Subscribe, Subscribed};
+use mainstay_protocol::wire::{Ack, Acked, Attached, Frame, Hello, Producer, Snapshot, Subscribe, Subscribed};
 use mainstay_server::Config;
 use mainstay_transport::memory::{MemoryConnection, MemoryListener, MemoryNetwork};
 use mainstay_transport::{Connection, FrameReader, Listener, SendStream};
@@ -31,12 +31,9 @@ async fn greet(listener: &MemoryListener) -> (MemoryConnection, Send, FrameReade
     (connection, send, FrameReader::new(recv, MAX_FRAME))
 }
 
-/// Answers an ATTACH and returns the SUBSCRIBE behind it.
-async fn attach(connection: &MemoryConnection) -> (Subscribe, Send, FrameReader<Recv>) {
-    let (mut send, recv) = connection.accept_bi().await.expect("an attachment");
-    let mut frames = FrameReader::new(recv, MAX_FRAME);
-    assert!(matches!(frames.next().await, Ok(Some(Frame::Attach(_)))));
-    let attached = Attached {
+/// An answer to ATTACH.
+fn attached() -> Attached {
+    Attached {
         verdict: Verdict::Exact,
         incarnation: Incarnation([1; 16]),
         tail: 0,
@@ -47,8 +44,15 @@ async fn attach(connection: &MemoryConnection) -> (Subscribe, Send, FrameReader<
         view_hash: ViewHash([0; 32]),
         streams: vec!["main".parse().expect("a name")],
         positions: vec![],
-    };
-    send.write(&mut [Frame::from(attached).to_bytes()]).await.expect("write");
+    }
+}
+
+/// Answers an ATTACH and returns the SUBSCRIBE behind it.
+async fn attach(connection: &MemoryConnection) -> (Subscribe, Send, FrameReader<Recv>) {
+    let (mut send, recv) = connection.accept_bi().await.expect("an attachment");
+    let mut frames = FrameReader::new(recv, MAX_FRAME);
+    assert!(matches!(frames.next().await, Ok(Some(Frame::Attach(_)))));
+    send.write(&mut [Frame::from(attached()).to_bytes()]).await.expect("write");
     match frames.next().await {
         Ok(Some(Frame::Subscribe(subscribe))) => (subscribe, send, frames),
         other => panic!("not a SUBSCRIBE: {other:?}"),
@@ -111,4 +115,48 @@ async fn a_server_that_resets_control_is_left_and_connected_to_again() {
     control.reset(Code::INTERNAL.0);
     timeout(PATIENCE, connection.closed()).await.expect("the client closes");
     greet(&listener).await;
+}
+
+/// A producer whose QUIC stream the server ends, because it had not heard in time what it is for, is opened again and loses nothing.
+#[tokio::test]
+async fn a_producer_whose_stream_is_ended_goes_on() {
+    let (network, listener) = network();
+    let serving = tokio::spawn(async move {
+        let (connection, _control, _unread) = greet(&listener).await;
+        let (mut send, recv) = connection.accept_bi().await.expect("an attachment");
+        let mut frames = FrameReader::new(recv, MAX_FRAME);
+        assert!(matches!(frames.next().await, Ok(Some(Frame::Attach(_)))));
+        send.write(&mut [Frame::from(attached()).to_bytes()]).await.expect("write");
+        for (turn, epoch) in [0, 1, 1].into_iter().enumerate() {
+            let open = loop {
+                match timeout(PATIENCE, frames.next()).await.expect("in time") {
+                    Ok(Some(Frame::OpenProducer(open))) => break open,
+                    Ok(Some(Frame::Resume(_))) => {}
+                    other => panic!("{other:?}"),
+                }
+            };
+            assert_eq!(open.epoch, epoch);
+            let granted = Producer { id: open.id, epoch: 1, next: 0 };
+            send.write(&mut [Frame::from(granted).to_bytes()]).await.expect("write");
+            let mut batches = FrameReader::new(connection.accept_uni().await.expect("batches"), MAX_FRAME);
+            assert!(matches!(batches.next().await, Ok(Some(Frame::Produce(_)))));
+            if turn < 2 {
+                batches.stop(Code::PRODUCER_UNKNOWN.0);
+                continue;
+            }
+            let Ok(Some(Frame::Append(append))) = batches.next().await else { panic!("no batch") };
+            assert_eq!(append.sequence, 0);
+            let batches = vec![Acked { first: 7, count: append.count }];
+            let ack = Ack { producer: open.id, sequence: 0, batches };
+            send.write(&mut [Frame::from(ack).to_bytes()]).await.expect("write");
+        }
+        connection.closed().await
+    });
+    let client = Client::new(network, ClientConfig::default());
+    let session = client.session("s").expect("a name").attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let ticket = producer.append(session.main(), "once").await.expect("append");
+    assert_eq!(timeout(PATIENCE, ticket.wait()).await.expect("in time"), Ok(7));
+    client.finish().await;
+    serving.await.expect("the server");
 }

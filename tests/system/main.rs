@@ -14,6 +14,7 @@ mod hostile;
 mod lifetime;
 mod network;
 mod notify;
+mod outbox;
 mod presence;
 mod resume;
 mod roaming;

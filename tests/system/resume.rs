@@ -8,9 +8,12 @@ use bytes::Bytes;
 use mainstay_client::{ClientError, Config as ClientConfig, Continuity, Doing, Session};
 use mainstay_protocol::Code;
 use mainstay_protocol::registry::{ALPN, MAX_FRAME};
-use mainstay_protocol::session::{Activity, ClientKey, Instance, Operation, RESUME_EXPORTER, SessionName, resume_text};
+use mainstay_protocol::session::{
+    Activity, ClientKey, Instance, Operation, RESUME_EXPORTER, Record, SessionName, resume_text,
+};
 use mainstay_protocol::wire::{
-    Attach, AttachMode, Body, DeleteSession, Frame, Hello, Join, Label, OpenProducer, Resume, Resumed,
+    Append, Attach, AttachMode, Body, DeleteSession, Frame, Hello, Join, Label, OpenProducer, Produce, Producer,
+    Resume, Resumed, Writer, put_frame,
 };
 use mainstay_server::Config;
 use mainstay_store::MemoryStore;
@@ -42,10 +45,20 @@ struct Stranger {
 impl Stranger {
     /// Connects as `instance` of the subject of all tests, with a token that is good, and attaches.
     async fn attach(server: &QuicServer, instance: Instance, session: &'static str) -> Self {
+        Self::attach_as(server, instance, session, &claims("tester", "", Operation::ALL)).await
+    }
+
+    /// The same with these claims.
+    async fn attach_as(
+        server: &QuicServer,
+        instance: Instance,
+        session: &'static str,
+        claims: &mainstay_server::auth::Claims,
+    ) -> Self {
         let limits = ClientConfig::default().transport_limits();
         let connector = QuicConnector::new(server.addr, server.trust(), &limits, ALPN).expect("a connector");
         let connection = connector.connect(true).await.expect("a connection");
-        let token = server.key.mint(&claims("tester", "", Operation::ALL)).expect("a token");
+        let token = server.key.mint(claims).expect("a token");
         let hello = Hello { instance: Some(instance), token: Some(token.into()), ..Hello::default() };
         let (mut control, unread) = connection.open_bi().await.expect("control");
         control.write(&mut [Frame::from(hello).to_bytes()]).await.expect("write");
@@ -57,8 +70,9 @@ impl Stranger {
             frames: FrameReader::new(recv, MAX_FRAME),
             _control: Box::new((control, unread, connector)),
         };
+        let create = claims.grants.0.iter().any(|grant| grant.operations.contains(Operation::Create));
         let request = Attach {
-            mode: AttachMode::Create,
+            mode: if create { AttachMode::Create } else { AttachMode::Attach },
             session: SessionName::new(session).expect("a name"),
             incarnation: None,
             next: None,
@@ -242,26 +256,149 @@ async fn stolen_replayed_foreign_cut_and_flipped_tokens_are_refused_by_name() {
     server.stop().await;
 }
 
+fn as_client(continuity: Continuity) -> ClientConfig {
+    let mut config = ClientConfig::default();
+    config.continuity = continuity;
+    config
+}
+
+/// An application that keeps who it is in a file is the same client after each restart, also after one that came before the last token was used.
+#[tokio::test]
+async fn a_client_that_is_kept_in_a_file_is_the_same_after_restarts() {
+    let server = server();
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("continuity");
+    for life in 0..4u64 {
+        let before = std::fs::read(&path).ok();
+        let client = server.client_at(server.addr, as_client(Continuity::in_file(&path).expect("kept")));
+        let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+        let producer = session.producer("p").await.expect("a producer");
+        assert_eq!(producer.epoch(), life + 1);
+        producer.append(session.main(), "here").await.expect("append").await.expect("stored");
+        client.finish().await;
+        if life == 2 {
+            // The last token did not get to the disk.
+            std::fs::write(&path, before.expect("a file")).expect("write");
+        }
+    }
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).expect("a file").permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    // Without the file it is another client, which is not let in as this one.
+    let kept: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).expect("a file")).expect("JSON");
+    let instance = kept["instance"].as_str().and_then(|text| text.parse().ok()).expect("an instance");
+    let mut thief = Stranger::attach(&server, instance, "s").await;
+    assert_eq!(thief.open(1, 0).await, Err(Code::RESUME_REQUIRED));
+    server.stop().await;
+}
+
+/// What was bound in one life of a session says nothing in the next.
+#[tokio::test]
+async fn a_session_that_is_made_again_is_open_to_who_was_in_the_one_before() {
+    let server = server();
+    let client = server.client();
+    for _ in 0..3 {
+        let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+        let producer = session.producer("p").await.expect("a producer");
+        producer.append(session.main(), "here").await.expect("append").await.expect("stored");
+        // Deleted by somebody else: this client is told nothing of its token.
+        let other = server.client();
+        let theirs = other.session("s").expect("a name").attach().await.expect("attach");
+        theirs.delete().await.expect("deleted");
+        assert_eq!(timeout(PATIENCE, session.ended()).await.expect("in time"), ClientError::Gone);
+    }
+    server.stop().await;
+}
+
+/// Spec AUTH-7: who may hold nothing binds nothing, and writes nothing by asking.
+#[tokio::test]
+async fn a_reader_binds_nothing() {
+    let server = server();
+    let mut owner = Stranger::attach(&server, ME, "s").await;
+    let tail = owner.resume(&key(1), b"").await.expect("bound");
+    let reader = claims("reader", "", [Operation::Read]);
+    let mut reader = Stranger::attach_as(&server, Instance([3; 16]), "s", &reader).await;
+    for _ in 0..100 {
+        assert_eq!(reader.resume(&key(3), b"").await, Err(Code::FORBIDDEN));
+    }
+    assert!(owner.resume(&key(1), &tail).await.is_ok());
+    server.stop().await;
+}
+
+/// Spec RES-5: a stale holder that does not read that it is stale holds nothing either.
+#[tokio::test]
+async fn a_stale_holder_that_reads_nothing_holds_nothing() {
+    let server = server();
+    let mut old = Stranger::attach(&server, ME, "s").await;
+    let token = old.resume(&key(1), b"").await.expect("bound");
+    // More answers than it has room for, which it does not read: nothing can be said to it.
+    for _ in 0..12_000 {
+        old.say(mainstay_protocol::wire::Renew { epoch: 99 }).await;
+    }
+    let mut new = Stranger::attach(&server, ME, "s").await;
+    let token = new.resume(&key(1), &token).await.expect("resumed");
+    assert_eq!(new.open(1, 0).await, Ok(1));
+    let open = Frame::from(OpenProducer { id: 9, name: label("p"), epoch: 0 });
+    // It may not even be taken.
+    let _ = old.send.write(&mut [open.to_bytes()]).await;
+    // Nor is it told that it was refused: what the rightful holder finds, over several commits, is what counts.
+    assert!(new.resume(&key(1), &token).await.is_ok());
+    for id in 2..20 {
+        // Its producer would be told that it is fenced before one of these is granted.
+        let granted = new.ask(OpenProducer { id, name: label(&format!("q{id}")), epoch: 0 }).await;
+        assert!(matches!(granted, Frame::Producer(_)), "{granted:?}");
+    }
+    server.stop().await;
+}
+
+/// Spec PROD-5: what is sent before its producer is confirmed waits for that, however long it takes.
+#[tokio::test]
+async fn a_producer_that_goes_on_waits_for_a_server_that_takes_long() {
+    let store = Arc::new(mainstay_tests::watched::Watched::default());
+    let mut config = Config::default();
+    config.hello_timeout = Duration::from_millis(200);
+    let server = QuicServer::start(store.clone(), config);
+    let mut before = Stranger::attach(&server, ME, "s").await;
+    let token = before.resume(&key(1), b"").await.expect("bound");
+    assert_eq!(before.open(1, 0).await, Ok(1));
+    let mut after = Stranger::attach(&server, ME, "s").await;
+    // The new epoch is granted when it is durable.
+    store.slow_commits.store(1000, std::sync::atomic::Ordering::Relaxed);
+    let proof = after.proof(&key(1), &token);
+    after.say(proof).await;
+    after.say(OpenProducer { id: 5, name: label("p"), epoch: 0 }).await;
+    let mut batches = after.connection.open_uni().await.expect("a stream");
+    let mut flight = Writer::new();
+    put_frame(&Produce { producer: 5 }, &mut flight);
+    let mut records = Writer::new();
+    Record::data(0, "two").put(&mut records);
+    put_frame(&Append { sequence: 0, count: 1, records: records.freeze(), run_epoch: None }, &mut flight);
+    batches.write(&mut [flight.freeze()]).await.expect("write");
+    let answers = [after.hear().await, after.hear().await, after.hear().await];
+    let [Frame::Resumed(_), Frame::Producer(Producer { id: 5, epoch: 2, next: 0 }), Frame::Ack(ack)] = &answers else {
+        panic!("{answers:?}");
+    };
+    assert_eq!((ack.producer, ack.sequence), (5, 0));
+    server.stop().await;
+}
+
 /// A client that was copied, key and all: one of the two goes on, and the other one is told.
 #[tokio::test]
 async fn of_two_copies_of_a_client_the_first_is_told_that_the_second_went_on() {
     let server = server();
-    let continuity = Continuity::new(ME, &[9; 32]);
-    let config = |continuity: Continuity| {
-        let mut config = ClientConfig::default();
-        config.continuity = continuity;
-        config
-    };
+    let dir = tempfile::tempdir().expect("a directory");
+    let kept = |name: &str| Continuity::in_file(&dir.path().join(name)).expect("kept");
+    let continuity = kept("first");
+    std::fs::copy(dir.path().join("first"), dir.path().join("copy")).expect("a copy");
     let here = async |client: &mainstay_client::Client| -> Session {
         let session = client.session("s").expect("a name").create().attach().await.expect("attach");
         let doing = Doing::new("idle").expect("a word");
         core::mem::forget(session.join("me", Duration::from_secs(30), doing).await.expect("join"));
         session
     };
-    let first = server.client_at(server.addr, config(continuity));
+    let first = server.client_at(server.addr, as_client(continuity));
     let session = here(&first).await;
     // The copy begins with the same key and no token, as one that was restored from a backup.
-    let second = server.client_at(server.addr, config(Continuity::new(ME, &[9; 32])));
+    let second = server.client_at(server.addr, as_client(kept("copy")));
     let copy = here(&second).await;
     let told = timeout(PATIENCE, session.ended()).await.expect("in time");
     assert!(matches!(told, ClientError::Refused { code: Code::RESUME_STALE, .. }), "{told}");

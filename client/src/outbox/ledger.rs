@@ -354,3 +354,126 @@ pub(super) fn size(queued: &Queued) -> usize {
             What::Signal(signal) => signal.text.len(),
         }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use mainstay_protocol::session::{Intent, SignalId};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn ledger() -> Ledger {
+        Ledger::new(SessionName::new("s").unwrap(), Label::new("outbox-1").unwrap())
+    }
+
+    fn queued(signal: bool, len: usize, valid: Option<u64>) -> Queued {
+        let what = if signal {
+            let id = SignalId([7; 16]);
+            What::Signal(Signal { id, intent: Intent::Cancel, target: None, lasts: 0, text: vec![1; len].into() })
+        } else {
+            let record = Record::data(0, vec![1; len]);
+            What::batch(Label::new("main").unwrap(), (len > 5).then_some(len as u64), &[record]).unwrap()
+        };
+        Queued { what, valid_until: valid.map(from_millis), sent: false }
+    }
+
+    /// What a test wants: which of those that wait is meant is counted from the first.
+    #[derive(Debug, Clone)]
+    enum Step {
+        Queue { signal: bool, len: usize, valid: Option<u64> },
+        Store,
+        GiveUp { which: usize, expired: bool },
+        Dismiss(u64),
+        Sent(usize),
+        Attach(u8),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => (any::<bool>(), 0..40usize, proptest::option::of(0..1u64 << 40))
+                .prop_map(|(signal, len, valid)| Step::Queue { signal, len, valid }),
+            3 => Just(Step::Store),
+            2 => (0..8usize, any::<bool>()).prop_map(|(which, expired)| Step::GiveUp { which, expired }),
+            1 => (0..40u64).prop_map(Step::Dismiss),
+            1 => (0..8usize).prop_map(Step::Sent),
+            1 => any::<u8>().prop_map(Step::Attach),
+        ]
+    }
+
+    fn change(ledger: &Ledger, step: Step) -> Option<Change> {
+        let nth = |n| ledger.waiting_from(0).nth(n).map(|(number, _)| number);
+        Some(match step {
+            Step::Queue { signal, len, valid } => Change::Queued(ledger.next(), queued(signal, len, valid)),
+            Step::Store => Change::Settled(nth(0)?, Outcome::Durable { seq: 3 }),
+            Step::GiveUp { which, expired: true } => Change::Settled(nth(which)?, Outcome::Expired),
+            Step::GiveUp { which, expired: false } => {
+                Change::Settled(nth(which)?, Outcome::Rejected { code: Code::FORBIDDEN, detail: Detail::new("no") })
+            }
+            Step::Dismiss(number) => Change::Dismissed(number),
+            Step::Sent(which) => Change::Sent(nth(which)?),
+            Step::Attach(byte) => Change::Attached(Incarnation([byte; 16])),
+        })
+    }
+
+    proptest! {
+        /// Spec OUT-3: batches have the sequences 0, 1, 2 … of those that are not given up, in the order in which they were queued; a file
+        /// says the same, however often it is written anew.
+        #[test]
+        fn a_file_says_what_happened_and_sequences_have_no_holes(
+            steps in proptest::collection::vec(step(), 0..60), anew in 0..60usize,
+        ) {
+            let mut live = ledger();
+            let mut file: Vec<Bytes> = live.changes().iter().map(super::super::encoded_one).collect();
+            let mut stored = 0;
+            for (at, step) in steps.into_iter().enumerate() {
+                let Some(change) = change(&live, step) else { continue };
+                let batch = |ledger: &Ledger, number| ledger.sequence(number).is_some();
+                if let Change::Settled(number, Outcome::Durable { .. }) = &change {
+                    stored += u64::from(batch(&live, *number));
+                }
+                file.push(super::super::encoded_one(&change));
+                live.apply(change).unwrap();
+                if at == anew {
+                    file = live.changes().iter().map(super::super::encoded_one).collect();
+                }
+                prop_assert_eq!(Ledger::replay(&file).unwrap().unwrap(), live.clone());
+                let sequences: Vec<u64> =
+                    live.waiting_from(0).filter_map(|(number, _)| live.sequence(number)).collect();
+                let end = stored + sequences.len() as u64;
+                prop_assert_eq!(&sequences, &(stored..end).collect::<Vec<_>>());
+                prop_assert_eq!((live.journalled().first, live.journalled().end), (stored, end));
+                let kept = live.waiting_from(0).map(|(_, queued)| queued);
+                let bytes: usize = kept.chain(live.given_up().map(|(_, queued, _)| queued)).map(size).sum();
+                prop_assert_eq!(live.bytes(), bytes);
+            }
+        }
+
+        #[test]
+        fn no_bytes_of_a_file_make_it_panic(entries in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..80), 0..6)) {
+            let entries: Vec<Bytes> = entries.into_iter().map(Bytes::from).collect();
+            let _ = Ledger::replay(&entries);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_and_changes_nothing() {
+        let mut ledger = ledger();
+        ledger.apply(Change::Queued(0, queued(false, 1, None))).unwrap();
+        ledger.apply(Change::Queued(1, queued(false, 1, None))).unwrap();
+        let before = ledger.clone();
+        let durable = |number| Change::Settled(number, Outcome::Durable { seq: 0 });
+        for wrong in [
+            durable(1),
+            durable(9),
+            Change::Sent(9),
+            Change::Queued(1, queued(false, 1, None)),
+            Change::Queued(3, queued(false, 1, None)),
+            before.changes().remove(0),
+        ] {
+            assert!(ledger.apply(wrong).is_err());
+            assert_eq!(ledger, before);
+        }
+    }
+}

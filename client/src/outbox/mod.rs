@@ -481,7 +481,7 @@ fn load(dir: &Path, path: &Path, session: SessionName) -> Result<(Log, Ledger), 
             // A name that nobody else has: its sequence begins at 0, and nobody is fenced.
             let producer = Label::new(&format!("outbox-{:032x}", rand::random::<u128>())).map_err(ClientError::from)?;
             let ledger = Ledger::new(session, producer);
-            let first: Vec<Bytes> = ledger.changes().iter().map(|change| encoded([change])).collect();
+            let first: Vec<Bytes> = ledger.changes().iter().map(encoded_one).collect();
             log.append(first.iter().map(Bytes::as_ref)).map_err(|error| OutboxError::disk(path, &error))?;
             ledger
         }
@@ -493,6 +493,11 @@ fn encoded<'a>(changes: impl IntoIterator<Item = &'a Change>) -> Bytes {
     let mut entry = Writer::new();
     changes.into_iter().for_each(|change| change.put(&mut entry));
     entry.freeze()
+}
+
+/// An entry of one change.
+fn encoded_one(change: &Change) -> Bytes {
+    encoded([change])
 }
 
 /// Puts changes on the disk, those that wait together in one write, until the outbox is gone.
@@ -531,7 +536,7 @@ async fn keep(outbox: Weak<Inner>, mut log: Log, mut asked: mpsc::Receiver<Commi
             let changes = this.ledger().changes();
             let result;
             (log, result) = blocking(log, move |log| {
-                let bodies: Vec<Bytes> = changes.iter().map(|change| encoded([change])).collect();
+                let bodies: Vec<Bytes> = changes.iter().map(encoded_one).collect();
                 log.replace(bodies.iter().map(Bytes::as_ref))
             })
             .await;

@@ -42,21 +42,24 @@ impl Operation {
         }
     }
 
-    /// The operation that a request on an attachment needs, beside what the attach needed (spec AUTH-7).
-    pub const fn needed_by(request: &Frame) -> Option<Self> {
-        Some(match request {
-            Frame::OpenProducer(_) | Frame::DefineStream(_) => Self::Append,
+    /// The operations of which a request on an attachment needs one, beside what the attach needed (spec AUTH-7). None for one that needs
+    /// nothing more.
+    pub const fn needed_by(request: &Frame) -> &'static [Self] {
+        match request {
+            Frame::OpenProducer(_) | Frame::DefineStream(_) => &[Self::Append],
             Frame::CloseSession(_)
             | Frame::Trim(_)
             | Frame::DeleteSession(_)
             | Frame::Configure(_)
-            | Frame::SetRule(_) => Self::Manage,
-            Frame::StartRun(_) | Frame::TakeRun(_) | Frame::Renew(_) | Frame::Release(_) => Self::Run,
-            Frame::Signal(_) => Self::Signal,
-            Frame::Join(_) | Frame::Update(_) => Self::Join,
-            Frame::Subscribe(_) | Frame::Listen(_) => Self::Read,
-            _ => return None,
-        })
+            | Frame::SetRule(_) => &[Self::Manage],
+            Frame::StartRun(_) | Frame::TakeRun(_) | Frame::Renew(_) | Frame::Release(_) => &[Self::Run],
+            Frame::Signal(_) => &[Self::Signal],
+            Frame::Join(_) | Frame::Update(_) => &[Self::Join],
+            Frame::Subscribe(_) | Frame::Listen(_) => &[Self::Read],
+            // Who may hold nothing has nothing to go on with.
+            Frame::Resume(_) => &[Self::Append, Self::Join, Self::Run],
+            _ => &[],
+        }
     }
 
     /// The operation with this word.

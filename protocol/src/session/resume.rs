@@ -9,7 +9,9 @@ use super::authority::Refusal;
 use super::words::{Author, ClientKey, Incarnation, SessionName};
 use crate::error::{Code, ProtocolError};
 use crate::registry::MAX_RESUMPTIONS;
-use crate::wire::{Body, Join, Leave, OpenProducer, Reader, Release, Renew, StartRun, TakeRun, Update, Writer};
+use crate::wire::{
+    Body, Join, Leave, OpenProducer, Reader, Release, Renew, StartRun, Subject, TakeRun, Update, Writer,
+};
 
 /// What a resume token says, once it is unsealed. It is opaque to clients (spec RES-2).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -169,7 +171,8 @@ impl Resumptions {
         self.staged.clear();
     }
 
-    /// A claim became durable. What was unused for longest goes where there are too many, by the order of the log alone.
+    /// A claim became durable. Where there are too many, the subject that has most of them loses the one that was unused for longest, by the order
+    /// of the log alone: nobody's bindings are given up for those of somebody who makes more.
     pub(super) fn resumed(&mut self, author: &Author, key: ClientKey, generation: u64) {
         if self.staged.get(author).is_some_and(|staged| *staged == (key, generation)) {
             self.staged.remove(author);
@@ -177,11 +180,24 @@ impl Resumptions {
         self.uses += 1;
         self.known.insert(author.clone(), Resumption { key, generation, used: self.uses });
         if self.known.len() > MAX_RESUMPTIONS
-            && let Some(oldest) =
-                self.known.iter().min_by_key(|(_, known)| known.used).map(|(author, _)| author.clone())
+            && let Some(oldest) = self.least_missed().cloned()
         {
             self.known.remove(&oldest);
         }
+    }
+
+    /// The binding that was unused for longest, of the subject that has most; of subjects that have as many, the one with the oldest.
+    fn least_missed(&self) -> Option<&Author> {
+        let mut of_subjects: HashMap<&Subject, (usize, u64, &Author)> = HashMap::new();
+        for (author, known) in &self.known {
+            let of_subject = of_subjects.entry(&author.subject).or_insert((0, known.used, author));
+            of_subject.0 += 1;
+            if known.used < of_subject.1 {
+                (of_subject.1, of_subject.2) = (known.used, author);
+            }
+        }
+        let least = of_subjects.into_values().max_by_key(|(count, used, _)| (*count, core::cmp::Reverse(*used)));
+        least.map(|(.., author)| author)
     }
 
     /// Writes what is durable, least recently used first.
@@ -211,12 +227,15 @@ impl Resumptions {
 mod tests {
     use super::*;
     use crate::session::Instance;
-    use crate::wire::Subject;
 
     fn author(n: u64) -> Author {
+        author_of("somebody", n)
+    }
+
+    fn author_of(subject: &str, n: u64) -> Author {
         let mut instance = [0; 16];
         instance[..8].copy_from_slice(&n.to_be_bytes());
-        Author { subject: Subject::new("somebody").expect("a subject"), instance: Instance(instance) }
+        Author { subject: Subject::new(subject).expect("a subject"), instance: Instance(instance) }
     }
 
     const KEY: ClientKey = ClientKey([1; 32]);
@@ -293,6 +312,19 @@ mod tests {
         r.finish().expect("nothing behind it");
         assert_eq!(again.len(), table.len());
         assert_eq!(again.judge(&author(5), &claim(KEY, Some(99))), Ok(Claimed::Next(100)));
+    }
+
+    /// Spec RES-6.
+    #[test]
+    fn nobody_loses_a_binding_because_somebody_else_makes_many() {
+        let mut table = Resumptions::default();
+        table.resumed(&author_of("victim", 0), KEY, 7);
+        for n in 0..2 * MAX_RESUMPTIONS as u64 {
+            table.resumed(&author_of("flood", n), OTHER, 0);
+        }
+        assert_eq!(table.len(), MAX_RESUMPTIONS);
+        assert!(table.is_bound(&author_of("victim", 0)));
+        assert_eq!(table.judge(&author_of("victim", 0), &claim(KEY, Some(7))), Ok(Claimed::Next(8)));
     }
 
     #[test]

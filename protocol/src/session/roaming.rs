@@ -8,6 +8,7 @@
 //!     └───────────────────────────────────┴────────────────────────────────────────────┘ withdraw     ▼ first: move
 //! ```
 
+use core::net::SocketAddr;
 use core::time::Duration;
 
 use super::Backoff;
@@ -422,5 +423,34 @@ impl Roaming {
             (None, None) => Some(self.heard.1 + self.ask_after(facts)?),
         });
         challenge.into_iter().chain(watch.flatten()).min()
+    }
+}
+/// Where a client goes that reaches the server at `server` and is sent on to `told` (spec CONN-10). An unspecified address is the one by which the
+/// server is reached, with another port. `None` for the address of a machine of its own, where that is not where the server is: it would find
+/// itself.
+pub fn sent_on_to(server: Option<SocketAddr>, told: SocketAddr) -> Option<SocketAddr> {
+    let ip = match (told.ip().to_canonical(), server.map(|server| server.ip().to_canonical())) {
+        (ip, Some(server)) if ip.is_unspecified() => server,
+        (ip, None) if ip.is_unspecified() => return None,
+        (ip, Some(server)) if ip.is_loopback() && !server.is_loopback() => return None,
+        (ip, _) => ip,
+    };
+    Some(SocketAddr::new(ip, told.port()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_is_sent_on_to_the_machine_that_it_reaches() {
+        let at = |text: &str| Some(text.parse::<SocketAddr>().expect("an address"));
+        let on = |server: &str, told: &str| sent_on_to(at(server), told.parse().expect("an address"));
+        assert_eq!(on("192.0.2.1:4433", "192.0.2.9:4434"), at("192.0.2.9:4434"));
+        assert_eq!(on("192.0.2.1:4433", "0.0.0.0:4434"), at("192.0.2.1:4434"));
+        assert_eq!(on("[2001:db8::1]:4433", "[::]:4434"), at("[2001:db8::1]:4434"));
+        assert_eq!(on("192.0.2.1:4433", "127.0.0.1:4434"), None);
+        assert_eq!(on("127.0.0.1:4433", "127.0.0.1:4434"), at("127.0.0.1:4434"));
+        assert_eq!(on("192.0.2.1:4433", "[::ffff:127.0.0.1]:4434"), None);
     }
 }

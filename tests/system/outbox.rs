@@ -1,0 +1,411 @@
+//! The outbox: what is queued is stored once and in order, whatever is killed, cut off or refused meanwhile.
+
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, SystemTime};
+
+use mainstay_client::{
+    Client, ClientError, Code, Config, EntryState, Intent, Item, MessageWriter, Outbox, OutboxEntry, Record, SendError,
+    Session,
+};
+use mainstay_protocol::session::{Kind, MessageId};
+use mainstay_tests::live::{attach, records};
+use mainstay_tests::process::{Rows, Server, command, events, named, run};
+use mainstay_tests::proxy::Faults;
+use mainstay_tests::random;
+use mainstay_tests::world::World;
+use mainstay_transport::sim::Random;
+use serde_json::Value;
+use tokio::io::AsyncWriteExt;
+use tokio::process::{Child, Command};
+use tokio::time::sleep;
+
+const RTT: Duration = Duration::from_millis(60);
+
+fn world(seed: u64) -> World {
+    World::new(Faults { delay: RTT / 2, ..Faults::default() }, seed)
+}
+
+fn line(text: impl Into<String>) -> Item {
+    Item::records("main", &[Record::data(0, text.into())]).expect("an item")
+}
+
+/// A part of a message that nobody began: refused for good.
+fn refused() -> Item {
+    let record = Record { message: Some(MessageId([3; 16])), kind: Kind::MESSAGE_APPEND, ..Record::data(0, "part") };
+    Item::records("main", &[record]).expect("an item")
+}
+
+/// The payloads of a session's data records.
+async fn stored(client: &Client) -> Vec<String> {
+    let records = records(&attach(client, "s").await).await;
+    let data = records.into_iter().filter(|record| record.kind == Kind::DATA);
+    data.map(|record| String::from_utf8_lossy(&record.payload).into_owned()).collect()
+}
+
+/// Sends until nothing waits.
+async fn deliver(outbox: &Outbox, client: &Client) {
+    tokio::select! {
+        () = outbox.idle() => {}
+        error = outbox.send(client.session("s").expect("a name").create()) => panic!("{error}"),
+    }
+}
+
+async fn settled(entries: &[OutboxEntry]) -> Vec<EntryState> {
+    let mut states = Vec::new();
+    for entry in entries {
+        states.push(entry.settled().await);
+    }
+    states
+}
+
+fn is_refused(state: &EntryState) -> bool {
+    matches!(state, EntryState::Rejected { code: Code::MESSAGE_NOT_OPEN, .. })
+}
+
+#[tokio::test(start_paused = true)]
+async fn entries_are_stored_in_order_and_what_is_refused_makes_room_for_those_behind_it() {
+    let (dir, mut world) = (tempfile::tempdir().expect("a directory"), world(1));
+    let (client, _host) = world.client();
+    let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+    assert!(Outbox::open(dir.path(), "s").await.is_err_and(|error| error.name() == "OUTBOX_LOCKED"));
+    let mut entries = Vec::new();
+    for n in 0..40 {
+        entries.push(outbox.queue(if n % 4 == 1 { refused() } else { line(n.to_string()) }).await.expect("queued"));
+    }
+    assert!(entries.iter().zip(0..).all(|(entry, n)| (entry.number(), entry.sequence()) == (n, Some(n))));
+    assert!(entries.iter().all(|entry| entry.state() == EntryState::Queued));
+    deliver(&outbox, &client).await;
+    let states = settled(&entries).await;
+    for (n, state) in states.iter().enumerate() {
+        assert!(
+            if n % 4 == 1 { is_refused(state) } else { matches!(state, EntryState::Durable { .. }) },
+            "{n}: {state:?}"
+        );
+    }
+    let expected: Vec<String> = (0..40).filter(|n| n % 4 != 1).map(|n| n.to_string()).collect();
+    assert_eq!(stored(&client).await, expected);
+    // What was refused is kept over restarts, until it is dismissed.
+    outbox.close().await;
+    let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+    let kept = outbox.kept();
+    assert!(kept.len() == 10 && kept.iter().all(|kept| is_refused(&kept.entry.state())));
+    outbox.dismiss(&kept.iter().map(|kept| kept.entry.number()).collect::<Vec<_>>()).await.expect("dismissed");
+    // The sequence goes on where it was.
+    let entry = outbox.queue(line("last")).await.expect("queued");
+    assert_eq!((entry.number(), entry.sequence()), (40, Some(30)));
+    deliver(&outbox, &client).await;
+    assert_eq!(stored(&client).await.len(), 31);
+    assert!(outbox.kept().is_empty());
+}
+
+/// Waits for the clock on the wall, which paused time does not move.
+fn wait_for(time: SystemTime) {
+    while let Ok(left) = time.duration_since(SystemTime::now()) {
+        std::thread::sleep(left + Duration::from_millis(1));
+    }
+}
+
+/// Spec OUT-5: a batch that was sent into a network that lost it, and is too late by then, is not stored and the next one takes its place.
+#[tokio::test(start_paused = true)]
+async fn what_was_sent_into_nothing_and_is_too_late_expires() {
+    let (dir, mut world) = (tempfile::tempdir().expect("a directory"), world(2));
+    let (client, host) = world.client();
+    let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+    let sending = tokio::spawn({
+        let (outbox, client) = (outbox.clone(), client.clone());
+        async move { outbox.send(client.session("s").expect("a name").create()).await }
+    });
+    let first = outbox.queue(line("first")).await.expect("queued");
+    first.settled().await;
+    host.move_to(None);
+    let until = SystemTime::now() + Duration::from_millis(150);
+    let mut late = outbox.queue(line("late").valid_until(until)).await.expect("queued");
+    let signal = outbox.queue(Item::signal(Intent::Custom, None, "late").valid_until(until)).await.expect("queued");
+    let last = outbox.queue(line("last")).await.expect("queued");
+    while late.state() == EntryState::Queued {
+        assert!(late.changed().await);
+    }
+    assert_eq!(late.state(), EntryState::Sent);
+    wait_for(until);
+    // Until nobody knows the connection any more.
+    sleep(Duration::from_secs(100)).await;
+    host.move_to(Some([10, 0, 9, 9].into()));
+    client.network_changed();
+    assert_eq!(late.settled().await, EntryState::Expired);
+    assert_eq!(signal.settled().await, EntryState::Expired);
+    assert!(matches!(last.settled().await, EntryState::Durable { .. }));
+    assert_eq!(stored(&client).await, ["first", "last"]);
+    sending.abort();
+}
+
+/// Spec OUT-5: what is stored is not expired, however late its answer comes.
+#[tokio::test(start_paused = true)]
+async fn what_is_stored_and_answered_too_late_is_durable() {
+    let (dir, mut world) = (tempfile::tempdir().expect("a directory"), world(3));
+    let (client, host) = world.client();
+    let (other, _other) = world.client();
+    let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+    let until = SystemTime::now() + Duration::from_millis(150);
+    let entry = outbox.queue(line("in time").valid_until(until)).await.expect("queued");
+    {
+        let sending = outbox.send(client.session("s").expect("a name").create());
+        tokio::pin!(sending);
+        // The answer is lost, and the application ends.
+        tokio::select! {
+            error = &mut sending => panic!("{error}"),
+            () = async { while stored(&other).await.is_empty() {} } => host.move_to(None),
+        }
+    }
+    wait_for(until);
+    if entry.state().is_settled() {
+        // The answer was faster than the one who looked.
+        return;
+    }
+    outbox.close().await;
+    let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+    let entry = outbox.kept().remove(0).entry;
+    deliver(&outbox, &other).await;
+    assert!(matches!(entry.settled().await, EntryState::Durable { .. }));
+    assert_eq!(stored(&other).await, ["in time"]);
+}
+
+/// What waits for a session that is gone or closed is refused, and says why.
+#[tokio::test(start_paused = true)]
+async fn what_waits_for_a_session_that_is_over_is_rejected() {
+    let mut world = world(4);
+    let (client, _host) = world.client();
+    for close in [true, false] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+        outbox.queue(line("before")).await.expect("queued");
+        deliver(&outbox, &client).await;
+        let session: Session = client.session("s").expect("a name").attach().await.expect("attach");
+        let entries = [outbox.queue(line("a")).await.expect("queued"), outbox.queue(line("b")).await.expect("queued")];
+        let wanted = if close {
+            session.close().await.expect("closed");
+            Code::SESSION_CLOSED
+        } else {
+            session.delete().await.expect("deleted");
+            drop(session);
+            // One of the same name is another one.
+            client.session("s").expect("a name").create().attach().await.expect("attach");
+            Code::SESSION_GONE
+        };
+        let error = outbox.send(client.session("s").expect("a name").create()).await;
+        assert!(matches!(error, SendError::Client(ClientError::Refused { .. } | ClientError::Gone)), "{error:?}");
+        for state in settled(&entries).await {
+            assert!(matches!(state, EntryState::Rejected { code, .. } if code == wanted), "{state:?}");
+        }
+        if close {
+            let session = client.session("s").expect("a name").attach().await.expect("attach");
+            session.delete().await.expect("deleted");
+        }
+    }
+}
+
+/// What is on the disk at some moment, as a process that is killed then leaves it.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("a directory");
+    for file in std::fs::read_dir(from).expect("a directory") {
+        let file = file.expect("a file");
+        std::fs::copy(file.path(), to.join(file.file_name())).expect("a copy");
+    }
+}
+
+/// Random histories of an application that queues, is killed and starts again, over a network that comes and goes and a server that is
+/// restarted, with entries that are refused among the others. What was told to be queued is stored once, in order, or was refused.
+#[tokio::test(start_paused = true)]
+async fn histories_of_an_outbox() {
+    let mut random = random::for_test("histories_of_an_outbox");
+    for history in 0..mainstay_tests::scaled(30) {
+        one_history(history, random.bits()).await;
+    }
+}
+
+async fn one_history(history: u64, seed: u64) {
+    let mut random = Random::new(seed);
+    let faults = Faults { delay: RTT / 2, loss: 0.02, ..Faults::default() };
+    let mut world = World::new(faults, seed);
+    let dir = tempfile::tempdir().expect("a directory");
+    let (mut queued, mut kills) = (Vec::new(), 0);
+    for life in 0..6 {
+        let path = dir.path().join(format!("life-{life}"));
+        if life > 0 {
+            // Killed: what it did after this copy never was.
+            kills += 1;
+        }
+        let outbox = Outbox::open(&path, "s").await.expect("an outbox");
+        let (client, host) = world.client();
+        let sending = tokio::spawn({
+            let (outbox, client) = (outbox.clone(), client.clone());
+            async move { outbox.send(client.session("s").expect("a name").create()).await }
+        });
+        for _ in 0..random.below(40) {
+            match random.below(20) {
+                0 => host.move_to(None),
+                1 | 2 => host.move_to(Some([10, 0, 8, random.below(200) as u8 + 1].into())),
+                3 => world.restart(),
+                4 => sleep(Duration::from_millis(random.below(3000))).await,
+                5..8 => drop(outbox.queue(refused()).await.expect("queued")),
+                _ => {
+                    let text = queued.len().to_string();
+                    outbox.queue(line(text.clone())).await.expect("queued");
+                    queued.push(text);
+                }
+            }
+            sleep(Duration::from_millis(random.below(120))).await;
+        }
+        if life == 5 {
+            host.move_to(Some([10, 0, 7, 1].into()));
+            client.network_changed();
+            outbox.idle().await;
+            assert!(outbox.kept().iter().all(|kept| is_refused(&kept.entry.state())));
+            assert_eq!(stored(&client).await, queued, "history {history}, {kills} kills");
+        }
+        copy(&path, &dir.path().join(format!("life-{}", life + 1)));
+        sending.abort();
+        client.finish().await;
+    }
+}
+
+fn append(server: &Server, dir: &Path, more: &[&str]) -> Command {
+    let dir = dir.to_str().expect("text");
+    let mut command = command(&server.connect_file(), &[&["append", "s", "--json", "--outbox", dir], more].concat());
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    command
+}
+
+fn payloads(rows: &[Value]) -> Vec<String> {
+    let records = named(rows, "record").into_iter().filter(|row| row["kind"] == "data");
+    records.map(|row| row["data"].as_str().expect("text").to_owned()).collect()
+}
+
+async fn read(server: &Server) -> Vec<Value> {
+    events(&run(server.command(&["tail", "s", "--json", "--until-idle", "300"])).await.stdout)
+}
+
+async fn kill(mut child: Child) {
+    child.kill().await.expect("kill");
+}
+
+/// Applications and servers that are killed at random moments: what was told to be queued is stored once and in order.
+#[tokio::test]
+async fn commands_and_servers_that_are_killed_lose_and_double_nothing() {
+    let mut random = random::for_test("commands_and_servers_that_are_killed");
+    let (dir, mut server) = (tempfile::tempdir().expect("a directory"), Server::start().await);
+    let mut told = Vec::new();
+    let lives = mainstay_tests::scaled(12);
+    for life in 0..lives {
+        let mut child = append(&server, dir.path(), &[]).spawn().expect("append");
+        let mut input = child.stdin.take().expect("input");
+        let mut rows = Rows::of(child.stdout.take().expect("output"));
+        let writing = tokio::spawn(async move {
+            for n in 0..400 {
+                // It may be killed meanwhile.
+                if input.write_all(format!("{life}-{n}\n").as_bytes()).await.is_err() {
+                    return;
+                }
+                sleep(Duration::from_millis(1)).await;
+            }
+        });
+        let wanted = random.below(250);
+        let mut queued = 0;
+        while queued < wanted {
+            let rows = rows.until("queued").await;
+            queued += rows.iter().filter(|row| row["event"] == "queued" && row["line"].is_u64()).count() as u64;
+        }
+        if random.below(3) == 0 {
+            server.kill().await;
+        }
+        kill(child).await;
+        writing.abort();
+        server.restart().await;
+        told.push(queued);
+    }
+    let mut child = append(&server, dir.path(), &[]).spawn().expect("append");
+    drop(child.stdin.take());
+    let output = child.wait_with_output().await.expect("the last one");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    let stored = payloads(&read(&server).await);
+    // Of each life a beginning of what it was given, at least as much as was told.
+    let mut rest = stored.as_slice();
+    for (life, told) in told.iter().enumerate() {
+        let of_life = rest.iter().zip(0..).take_while(|(text, n)| **text == format!("{life}-{n}")).count();
+        assert!(of_life as u64 >= *told, "life {life}: {of_life} of {told} that were told are stored");
+        rest = &rest[of_life..];
+    }
+    assert!(rest.is_empty(), "doubled, or out of order: {:?}", &rest[..rest.len().min(5)]);
+    println!(
+        "{lives} lives of an application, {} lines told to be queued, {} stored",
+        told.iter().sum::<u64>(),
+        stored.len()
+    );
+}
+
+/// A8: a phone that is offline writes messages and a cancel, and its application is killed; meanwhile the session goes on.
+#[tokio::test]
+async fn a_phone_that_was_offline_for_long() {
+    let (dir, mut server) = (tempfile::tempdir().expect("a directory"), Server::start().await);
+    let agent = server.client(Config::default());
+    let session = attach(&agent, "s").await;
+    // Nothing is where the phone looks for its server.
+    let nowhere = std::net::UdpSocket::bind("127.0.0.1:0").expect("a socket");
+    let offline = server.connect_file_at(nowhere.local_addr().expect("an address"), "offline.json");
+    let path = dir.path().to_str().expect("text");
+    let mut writing = command(&offline, &["append", "s", "--role", "user", "--json", "--outbox", path]);
+    let mut writing = writing.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("append");
+    let mut input = writing.stdin.take().expect("input");
+    for n in 0..50 {
+        input.write_all(format!("message {n}\n").as_bytes()).await.expect("write");
+    }
+    let mut rows = Rows::of(writing.stdout.take().expect("output"));
+    for _ in 0..50 {
+        rows.until("queued").await;
+    }
+    kill(writing).await;
+    let valid = Duration::from_secs(1);
+    let until = SystemTime::now() + valid;
+    let mut cancel = command(&offline, &["signal", "s", "cancel", "--json", "--outbox", path, "--valid-for", "1"]);
+    let mut cancel = cancel.stdout(Stdio::piped()).spawn().expect("signal");
+    let mut rows = Rows::of(cancel.stdout.take().expect("output"));
+    // What waited before it is told first.
+    while rows.until("queued").await.last().is_none_or(|row| row["entry"] != 50) {}
+    kill(cancel).await;
+    // Meanwhile the agent writes one long message.
+    let producer = session.producer("agent").await.expect("a producer");
+    let run = session.start_run(Duration::from_secs(30), None).await.expect("a run");
+    let of_run = producer.of_run(&run);
+    let message = MessageWriter::begin(&of_run, session.main(), "assistant", "text/plain").await.expect("a message");
+    for n in 0..20_000 {
+        message.append(format!("token {n} ")).await.expect("append");
+    }
+    producer.flush().await.expect("stored");
+    let tail = session.info().tail;
+    tokio::task::spawn_blocking(move || wait_for(until)).await.expect("the wall clock");
+    // Back online.
+    let begun = std::time::Instant::now();
+    let mut back = append(&server, dir.path(), &[]).spawn().expect("append");
+    drop(back.stdin.take());
+    let output = back.wait_with_output().await.expect("the phone");
+    let took = begun.elapsed();
+    let rows = events(&output.stdout);
+    assert_eq!(named(&rows, "ack").len(), 50, "{rows:?}");
+    let expired = named(&rows, "expired");
+    assert_eq!(expired.len(), 1, "{rows:?}");
+    assert_eq!(expired[0]["entry"], 50);
+    let mut live = session.live().await.expect("the view");
+    let view = live.current().await.expect("the view");
+    let said: Vec<String> = view
+        .messages()
+        .finished()
+        .filter(|message| message.role.as_str() == "user")
+        .map(|message| String::from_utf8_lossy(&message.text).into_owned())
+        .collect();
+    assert_eq!(said, (0..50).map(|n| format!("message {n}")).collect::<Vec<_>>());
+    assert_eq!(view.signals().pending().len() + view.signals().resolved().count(), 0, "the stale cancel is not there");
+    println!(
+        "50 messages stored once and in order and 1 cancel expired, {took:?} after it was back; records before: {tail}"
+    );
+    assert_eq!(server.terminate().await, Some(0));
+}
