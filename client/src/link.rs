@@ -109,11 +109,13 @@ impl<C: Connection> Drop for Using<C> {
 }
 
 impl<C: Connection> Link<C> {
-    /// Says HELLO on a new connection, with the token that was taken before. Nothing is waited for: requests may follow at once.
+    /// Says HELLO on a new connection, with the token that was taken before. Nothing is waited for: requests may follow at once. Where they are
+    /// `early`, all of it may turn out to have been said to nobody.
     pub(crate) async fn start(
         transport: C,
         config: &Config,
         tokens: &Arc<Tokens>,
+        early: bool,
     ) -> Result<Arc<Self>, ConnectionError> {
         let (send, recv) = transport.open_bi().await?;
         let this = Arc::new(Self {
@@ -148,7 +150,6 @@ impl<C: Connection> Link<C> {
             ..Hello::default()
         });
         this.control.add(|w| put_grease(rand::random(), &[0; 5], w));
-        let early = !this.transport.is_confirmed();
         tokio::spawn(this.clone().serve(send, FrameReader::new(recv, MAX_FRAME), early));
         Ok(this)
     }

@@ -191,7 +191,7 @@ async fn challenge<T: Connector>(
         let transport = connector.connect(hopeful).await?;
         let mut unused = Unused(Some(transport.clone()));
         let mut early = !transport.is_confirmed();
-        let mut link = Link::start(transport.clone(), &config, &tokens).await?;
+        let mut link = Link::start(transport.clone(), &config, &tokens, early).await?;
         let judged = tokens.wanted().is_none();
         if judged && tell.send(Told::Made(link.clone())).await.is_ok() {
             unused.0 = None;
@@ -199,7 +199,7 @@ async fn challenge<T: Connector>(
         if !transport.confirmed().await? {
             // What was sent early never arrived.
             early = false;
-            link = Link::start(transport, &config, &tokens).await?;
+            link = Link::start(transport, &config, &tokens, false).await?;
         }
         let presented = tokio::time::timeout(JUDGE, present_wanted(&link, &tokens));
         presented.await.map_err(|_| ConnectionError::TimedOut)?;

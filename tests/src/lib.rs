@@ -3,9 +3,11 @@
 pub mod appending;
 pub mod harness;
 pub mod live;
+pub mod namespaces;
 pub mod process;
 pub mod proxy;
 pub mod random;
+pub mod recording;
 pub mod watched;
 pub mod world;
 

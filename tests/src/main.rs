@@ -1,12 +1,15 @@
 //! `mainstay-tests proxy`: the UDP fault proxy on its own.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use mainstay_tests::proxy::{Faults, Proxy};
+use mainstay_tests::recording::Recording;
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Tools of Mainstay's whole-system tests.
 #[derive(Parser)]
@@ -67,6 +70,12 @@ enum Tool {
         /// Seed of everything random.
         #[arg(long, default_value_t = 1)]
         seed: u64,
+        /// Write what became of each datagram to this file at the end.
+        #[arg(long, value_name = "FILE")]
+        record: Option<PathBuf>,
+        /// Do what was recorded in this file, datagram by datagram, as long as it says something.
+        #[arg(long, value_name = "FILE")]
+        replay: Option<PathBuf>,
     },
 }
 
@@ -89,6 +98,8 @@ async fn main() -> ExitCode {
         blackhole_every,
         blackhole_secs,
         seed,
+        record,
+        replay,
     } = Args::parse().tool;
     let faults = Faults {
         delay: Duration::from_millis(delay_ms),
@@ -102,14 +113,20 @@ async fn main() -> ExitCode {
         queue,
         mtu,
     };
-    let proxy = match Proxy::start(listen, upstream, faults, seed) {
-        Ok(proxy) => proxy,
-        Err(error) => {
+    let replayed = replay.map_or_else(|| Ok(Recording::default()), |path| Recording::read(&path));
+    let proxy = match replayed.map(|recording| Proxy::replay(listen, upstream, faults, seed, recording)) {
+        Ok(Ok(proxy)) => proxy,
+        Ok(Err(error)) => {
             eprintln!("mainstay-tests: cannot listen on {listen}: {error}");
+            return ExitCode::FAILURE;
+        }
+        Err(error) => {
+            eprintln!("mainstay-tests: cannot replay: {error}");
             return ExitCode::FAILURE;
         }
     };
     println!("listening on {}, relaying to {upstream}, seed {seed}", proxy.addr());
+    let Ok(mut terminated) = signal(SignalKind::terminate()) else { return ExitCode::FAILURE };
     let mut turn = 0u8;
     let (mut rebinds, mut blackholes) = (each(rebind_every), each(blackhole_every));
     loop {
@@ -124,7 +141,14 @@ async fn main() -> ExitCode {
                 proxy.blackhole(false);
             }
             _ = tokio::signal::ctrl_c() => break,
+            _ = terminated.recv() => break,
         }
+    }
+    if let Some(path) = record
+        && let Err(error) = proxy.recording().write(&path)
+    {
+        eprintln!("mainstay-tests: {}: {error}", path.display());
+        return ExitCode::FAILURE;
     }
     let counts = proxy.counts();
     let read = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);

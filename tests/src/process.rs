@@ -283,6 +283,16 @@ impl Rows {
         Self(BufReader::new(stdout).lines())
     }
 
+    /// The next row; `None` at the end. Cancellation-safe.
+    ///
+    /// # Panics
+    ///
+    /// If it is no row.
+    pub async fn next(&mut self) -> Option<Value> {
+        let line = self.0.next_line().await.expect("output")?;
+        Some(serde_json::from_str(&line).unwrap_or_else(|_| panic!("not JSON: {line}")))
+    }
+
     /// The next rows, up to the first event of this name.
     ///
     /// # Panics

@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use crate::random;
+use crate::recording::Recording;
 
 /// The environment variable that puts a network before every server of a test: `mobile` is 60 ms, 2 % loss, reordering and
 /// duplication.
@@ -53,6 +54,7 @@ enum ToFlow {
 pub struct Proxy {
     addr: SocketAddr,
     conditions: Arc<Conditions>,
+    recording: Arc<Recording>,
     flows: Flows,
     _tasks: JoinSet<()>,
 }
@@ -64,15 +66,31 @@ impl Proxy {
     ///
     /// Outside a tokio runtime.
     pub fn start(listen: SocketAddr, upstream: SocketAddr, faults: Faults, seed: u64) -> io::Result<Self> {
+        Self::replay(listen, upstream, faults, seed, Recording::none())
+    }
+
+    /// The same, which does what a recording says as long as it says something, and records. Errors: the sockets.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    pub fn replay(
+        listen: SocketAddr,
+        upstream: SocketAddr,
+        faults: Faults,
+        seed: u64,
+        recording: Recording,
+    ) -> io::Result<Self> {
         let socket = std::net::UdpSocket::bind(listen)?;
         socket.set_nonblocking(true)?;
         let socket = Arc::new(UdpSocket::from_std(socket)?);
         let addr = socket.local_addr()?;
         let conditions = Conditions::new(faults);
-        let flows = Flows::default();
+        let (flows, recording) = (Flows::default(), Arc::new(recording));
         let mut tasks = JoinSet::new();
-        tasks.spawn(receive(socket, upstream, conditions.clone(), flows.clone(), Random::new(seed)));
-        Ok(Self { addr, conditions, flows, _tasks: tasks })
+        let network = (conditions.clone(), recording.clone());
+        tasks.spawn(receive(socket, upstream, network, flows.clone(), Random::new(seed)));
+        Ok(Self { addr, conditions, recording, flows, _tasks: tasks })
     }
 
     /// Where clients connect to.
@@ -111,6 +129,11 @@ impl Proxy {
         }
     }
 
+    /// What happened so far, to be replayed.
+    pub fn recording(&self) -> &Recording {
+        &self.recording
+    }
+
     /// What was done so far.
     pub fn counts(&self) -> &Counts {
         self.conditions.counts()
@@ -127,7 +150,7 @@ const DATAGRAM: usize = 65_535;
 async fn receive(
     socket: Arc<UdpSocket>,
     upstream: SocketAddr,
-    conditions: Arc<Conditions>,
+    network: (Arc<Conditions>, Arc<Recording>),
     flows: Flows,
     mut random: Random,
 ) {
@@ -143,7 +166,7 @@ async fn receive(
             _ => {
                 // Bounded by the links: what exceeds their queues is lost.
                 let (flow, inbox) = mpsc::unbounded_channel();
-                tasks.spawn(run_flow((socket.clone(), client), upstream, conditions.clone(), inbox, random.fork()));
+                tasks.spawn(run_flow((socket.clone(), client), upstream, network.clone(), inbox, random.fork()));
                 lock(&flows).insert(client, flow.clone());
                 flow
             }
@@ -155,12 +178,17 @@ async fn receive(
 async fn run_flow(
     (socket, client): (Arc<UdpSocket>, SocketAddr),
     upstream: SocketAddr,
-    conditions: Arc<Conditions>,
+    (conditions, recording): (Arc<Conditions>, Arc<Recording>),
     mut inbox: mpsc::UnboundedReceiver<ToFlow>,
     mut random: Random,
 ) {
     let any = |ip: IpAddr| SocketAddr::new(ip, 0);
-    let local = if upstream.is_ipv4() { IpAddr::from([127, 0, 0, 1]) } else { upstream.ip() };
+    let local = match upstream.ip() {
+        IpAddr::V4(ip) if ip.is_loopback() => IpAddr::from([127, 0, 0, 1]),
+        IpAddr::V4(_) => IpAddr::from([0, 0, 0, 0]),
+        IpAddr::V6(_) => IpAddr::from([0u16; 8]),
+    };
+    let number = recording.flow();
     let Ok(mut server) = UdpSocket::bind(any(local)).await.map(Arc::new) else { return };
     let mut up = Link::new(conditions.clone(), random.fork());
     let mut down = Link::new(conditions.clone(), random.fork());
@@ -168,10 +196,21 @@ async fn run_flow(
     loop {
         tokio::select! {
             message = inbox.recv() => match message {
-                Some(ToFlow::Datagram(datagram)) => up.take(datagram),
+                Some(ToFlow::Datagram(datagram)) => {
+                    let fate = recording.fate(number, true, || up.decide(datagram.len()));
+                    up.send(fate, datagram);
+                    if let Some(ip) = recording.rebind(number)
+                        && let Ok(new) = UdpSocket::bind(any(ip)).await
+                    {
+                        server = Arc::new(new);
+                        recording.rebound(number, ip);
+                        conditions.counts().rebound.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
                 Some(ToFlow::Rebind(ip)) => {
                     if let Ok(new) = UdpSocket::bind(any(ip)).await {
                         server = Arc::new(new);
+                        recording.rebound(number, ip);
                         conditions.counts().rebound.fetch_add(1, Ordering::Relaxed);
                     }
                 }
@@ -181,7 +220,8 @@ async fn run_flow(
                 if let Ok((len, from)) = received
                     && from == upstream
                 {
-                    down.take(buffer[..len].to_vec());
+                    let fate = recording.fate(number, false, || down.decide(len));
+                    down.send(fate, buffer[..len].to_vec());
                 }
             }
             datagram = up.next() => {

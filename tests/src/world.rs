@@ -82,6 +82,18 @@ impl World {
         self.server = tokio::spawn(async move { server.serve(listener, std::future::pending()).await });
     }
 
+    /// The same, and the next server knows no tickets.
+    pub fn restart_without_tickets(&mut self) {
+        self.tickets = MemoryTickets::default();
+        self.restart();
+    }
+
+    /// The same, and the next server cannot say either that it does not know the connections of the one before.
+    pub fn restart_without_keys(&mut self) {
+        self.keys = ServerKeys::generate();
+        self.restart();
+    }
+
     /// What the paths do.
     pub fn conditions(&self) -> &Conditions {
         self.network.conditions()

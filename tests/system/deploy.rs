@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use mainstay_client::{Config, Event, Start};
-use mainstay_tests::process::{PATIENCE, Server};
+use mainstay_tests::process::{PATIENCE, Server, run};
 use mainstay_tests::{percentile, scaled, until};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
@@ -257,4 +257,67 @@ async fn two_hundred_clients_follow_again_after_their_server_was_killed() {
         percentile(&took, 100)
     );
     assert!(percentile(&took, 100) <= Duration::from_secs(10), "{:?}", percentile(&took, 100));
+}
+
+/// One that cannot serve gets nobody's place: the server that runs goes on, and says nothing to its clients.
+#[tokio::test]
+async fn a_server_that_cannot_start_takes_nobodys_place() {
+    let mut server = Server::start().await;
+    let client = server.client(Config::default());
+    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let other = std::net::UdpSocket::bind("127.0.0.1:0").expect("a socket");
+    let taken = other.local_addr().expect("an address").to_string();
+    let config = server.dir().join("wrong.toml");
+    std::fs::write(&config, "[store]\ncompact_after = \"banana\"\n").expect("write");
+    let config = config.to_str().expect("text").to_owned();
+    let here = server.addr().to_string();
+    for (args, code) in [
+        (["--config", &config, "--listen", &here], 2),
+        // Of this test, not of the server that runs.
+        (["--listen", &taken, "--compact-after", "60"], 1),
+        // Of no machine here.
+        (["--listen", "192.0.2.77:24500", "--compact-after", "60"], 1),
+    ] {
+        let mut command = server.command(&["serve", "--dev", "--takeover", "--json", "--data"]);
+        command.arg(server.dir()).args(args);
+        let output = run(command).await;
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {}", String::from_utf8_lossy(&output.stdout));
+        let stored = producer.append(session.main(), "still here").await.expect("append").await;
+        assert!(stored.is_ok(), "{stored:?}");
+    }
+    assert_eq!(client.paths().connections, 1, "nobody said goodbye");
+    assert_eq!(server.terminate().await, Some(0));
+}
+
+/// A server that is killed while it hands its place over has left it.
+#[tokio::test]
+async fn a_server_that_dies_while_it_gives_its_place_is_followed() {
+    let mut server = Server::start().await;
+    let client = server.client(Config::default());
+    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    producer.append(session.main(), "one").await.expect("append").await.expect("stored");
+    // It cannot end in good order any more.
+    let pid = server.pid();
+    let (ended, ()) = tokio::join!(server.succeed(false), async {
+        // Asked for its place, it says goodbye first, which takes a moment.
+        until("it was asked", async || client.paths().losses > 0 || client.paths().moves > 0).await;
+        let killed = tokio::process::Command::new("kill").args(["-KILL", &pid.to_string()]).status().await;
+        // It may have been faster.
+        let _ = killed.expect("kill");
+    });
+    println!("the server before ended with {:?} after {:?}", ended.0, ended.1);
+    producer.append(session.main(), "two").await.expect("append").await.expect("stored");
+    assert_eq!(server.terminate().await, Some(0));
+}
+
+/// A data directory whose name is longer than a socket's may be serves, and its place can be taken.
+#[tokio::test]
+async fn a_data_directory_may_have_a_long_name() {
+    let temp = tempfile::tempdir().expect("a directory");
+    let dir = temp.path().join("a-long-name".repeat(15));
+    let mut server = Server::start_in(&dir, &[]).await;
+    assert_eq!(server.succeed(false).await.0, Some(0));
+    assert_eq!(server.terminate().await, Some(0));
 }

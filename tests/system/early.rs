@@ -141,3 +141,27 @@ async fn what_has_an_effect_waits_until_the_client_is_known_to_be_no_replay() {
     assert!(begun.elapsed() >= 2 * RTT, "an effect before the handshake was confirmed: {:?}", begun.elapsed());
     assert_eq!(members(session.live().await.expect("live")).await, 2);
 }
+
+/// Spec EARLY-6: where a server does not take early data any more, the connection goes on without it.
+#[tokio::test(start_paused = true)]
+async fn early_data_that_is_refused_costs_no_connection() {
+    let mut world = world();
+    let (client, _host) = world.client();
+    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+    let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+    while !matches!(subscription.next().await, Some(Ok(Event::CaughtUp { .. }))) {}
+    world.restart_without_tickets();
+    let (other, _other) = world.client();
+    let session = other.session("s").expect("a name").attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    producer.append(session.main(), "after").await.expect("append").await.expect("stored");
+    loop {
+        match timeout(Duration::from_secs(60), subscription.next()).await.expect("in time") {
+            Some(Ok(Event::Records(batch))) if !batch.is_empty() => break,
+            Some(Ok(_)) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    let paths = client.paths();
+    assert_eq!((paths.connections, paths.early, paths.losses), (2, 0, 1), "{paths:?}");
+}

@@ -12,6 +12,7 @@ mod disk;
 mod early;
 mod hostile;
 mod lifetime;
+mod namespaces;
 mod network;
 mod notify;
 mod outbox;

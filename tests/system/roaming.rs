@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use mainstay_client::{Client, Event, Paths, Start, Subscription};
+use mainstay_client::{Client, Config, Event, PathEvent, Paths, Start, Subscription};
 use mainstay_tests::proxy::Faults;
 use mainstay_tests::random::{self, Random};
 use mainstay_tests::world::World;
@@ -239,7 +239,7 @@ async fn an_idle_hour_costs_what_the_documentation_says() {
     println!("application             datagrams    bytes with headers, of an idle hour");
     for (what, most) in [("in the foreground", 220_000), ("in the background", 45_000), ("without keep-alive", 1000)] {
         let mut world = World::new(quiet(), 1);
-        let mut config = mainstay_client::Config::default();
+        let mut config = Config::default();
         config.give_up_after = None;
         if what == "without keep-alive" {
             config.background_keep_alive = None;
@@ -265,4 +265,31 @@ async fn an_idle_hour_costs_what_the_documentation_says() {
         assert!(bytes <= most, "{what}: {bytes}");
         assert_eq!(client.paths().losses, 0);
     }
+}
+
+/// Spec ROAM-5: a second connection that is ready before it may take over waits until it may.
+#[tokio::test(start_paused = true)]
+async fn a_second_connection_that_is_ready_early_waits() {
+    let rtt = ms(300);
+    let mut world = World::new(Faults { delay: rtt / 2, ..Faults::default() }, 1);
+    let mut config = Config::default();
+    config.background_keep_alive = None;
+    config.give_up_after = None;
+    let (client, host) = world.client_with(config);
+    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+    client.on_background();
+    tokio::time::sleep(ms(5000)).await;
+    // Nobody tells the client that its connection is not known any more.
+    host.move_to(None);
+    world.restart_without_keys();
+    tokio::time::sleep(ms(1000)).await;
+    host.move_to(Some([10, 0, 1, 1].into()));
+    let begun = Instant::now();
+    let mut paths = client.path_changes();
+    client.network_changed();
+    while timeout(ms(10_000), paths.next()).await.expect("in time").expect("open") != PathEvent::Moved {}
+    let took = begun.elapsed();
+    assert!(took <= 3 * rtt + ms(20), "{took:?}");
+    assert_eq!(client.paths().connections, 2);
+    drop(session);
 }

@@ -1,5 +1,6 @@
 //! `serve`: a server on the embedded store.
 
+use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,8 +13,7 @@ use mainstay_protocol::wire::Subject;
 use mainstay_server::auth::{Claims, Keyring, SigningKey, VerifyingKey};
 use mainstay_server::{Config as ServerConfig, Server, Stop};
 use mainstay_store::{Health, Store};
-use mainstay_store_fjall::{Config as StoreConfig, FjallStore, Tickets};
-use mainstay_transport::Listener;
+use mainstay_store_fjall::{Config as StoreConfig, FjallStore, OpenError, Tickets};
 use mainstay_transport::quic::{Identity, QuicListener, TicketStore, bind};
 use serde::Deserialize;
 use serde_json::json;
@@ -23,7 +23,7 @@ use crate::args;
 use crate::data::{Data, write_secret};
 use crate::failure::Failure;
 use crate::output::Output;
-use crate::takeover::{self, Successor, Takeover};
+use crate::takeover::{self, Place, Successor, Takeover};
 
 /// The configuration file.
 #[derive(Debug, Default, Deserialize)]
@@ -94,33 +94,43 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
     let identity = identity(&file.tls, args.dev, &data)?;
     let pin = identity.pin().map_err(Failure::usage)?;
 
-    let listen = args.listen.or(file.listen).unwrap_or_else(|| DEFAULT_LISTEN.into());
-    // Before the store: the one that has it gives it up only for a server that can take over at once.
-    let socket = socket(&args, listen, &data).await?;
     let mut store_config = StoreConfig::default();
     if let Some(reserve) = file.store.reserve_bytes {
         store_config.reserve = reserve;
     }
-    let dir = data.store();
-    let store = tokio::task::spawn_blocking(move || FjallStore::open(&dir, store_config)).await;
-    let store = Arc::new(store.map_err(|error| Failure::failed("INTERNAL", error.to_string()))??);
-    let path = data.takeover();
-    let takeover = Takeover::listen(&path).map_err(|error| Failure::io(path.display(), &error))?;
-    let kept = socket.try_clone().map_err(|error| Failure::io("the socket", &error))?;
-
     let mut config = ServerConfig::default();
     let set = file.store.compact_after.as_deref().map(args::compact_after).transpose();
     let set = set.map_err(|error| Failure::usage(format!("[store] compact_after: {error}")))?;
     if let Some(args::CompactAfter(after)) = args.compact_after.or(set) {
         config.compact_after = after;
     }
+    let (server_keys, resume_keys) = (data.server_keys()?, data.resume_keys()?);
+    let internal = |error: String| Failure::failed("INTERNAL", error);
+    if args.takeover {
+        // The server that runs must not give its place to one that cannot serve.
+        let socket = bind(([127, 0, 0, 1], 0).into()).map_err(|error| Failure::io("a socket", &error))?;
+        let identity = self::identity(&file.tls, args.dev, &data)?;
+        QuicListener::new(socket, identity, &server_keys, None, &config.transport_limits(), ALPN).map_err(internal)?;
+        FjallStore::check_version(&data.store())?;
+    }
+    // Before the store, which the one that has it closes first.
+    let socket = socket(args.takeover, args.listen.or(file.listen), &data).await?;
+    let addr = socket.local_addr().map_err(|error| Failure::io("the socket", &error))?;
+    let store = store(&data, store_config, args.takeover).await?;
+    let path = data.takeover();
+    let takeover = Takeover::listen(&path, addr)
+        .inspect_err(|error| {
+            let path = path.display();
+            tracing::warn!(%path, %error, "no other process can take the place of this one with --takeover");
+        })
+        .ok();
+    let kept = socket.try_clone().map_err(|error| Failure::io("the socket", &error))?;
+
     let dir = data.tickets();
     let tickets = Tickets::open(&dir).map_err(|error| Failure::io(dir.display(), &error))?;
     let tickets = Arc::new(KeptTickets(tickets));
-    let listener =
-        QuicListener::new(socket, identity, &data.server_keys()?, Some(tickets), &config.transport_limits(), ALPN)
-            .map_err(|error| Failure::failed("INTERNAL", error))?;
-    let addr = listener.local_addr().ok_or_else(|| Failure::failed("INTERNAL", "the socket has no address"))?;
+    let listener = QuicListener::new(socket, identity, &server_keys, Some(tickets), &config.transport_limits(), ALPN)
+        .map_err(internal)?;
     let connect = match &dev {
         Some(key) => Some(write_connect_file(&data, addr, &pin.to_hex(), key)?),
         None => None,
@@ -141,7 +151,7 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
     // Where no service manager listens, nobody is told.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     let asked = tokio::spawn(tell_memory(output));
-    let server = Server::new(store.clone(), Keyring::new(keys), data.resume_keys()?, config);
+    let server = Server::new(store.clone(), Keyring::new(keys), resume_keys, config);
     let (mut failed, mut successor) = (None, None);
     let stop = async {
         let stop = tokio::select! {
@@ -153,7 +163,7 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
                 failed = Some(what);
                 Stop::default()
             }
-            next = takeover.asked() => {
+            next = asked_for(takeover.as_ref()) => {
                 tracing::info!("another process takes the place of this one");
                 let stop = Stop::for_successor(next.address);
                 successor = Some(next);
@@ -183,30 +193,85 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
     Ok(())
 }
 
-/// The socket to listen on: handed over by a service manager or by the server before, or a new one.
-async fn socket(args: &args::Serve, listen: SocketAddr, data: &Data) -> Result<UdpSocket, Failure> {
-    let bound = || bind(listen).map_err(|error| Failure::io(format!("cannot listen on {listen}"), &error));
-    let handed = listenfd::ListenFd::from_env().take_udp_socket(0);
-    if let Some(socket) = handed.map_err(|error| Failure::io("the socket of the service manager", &error))? {
-        return Ok(socket);
+/// Waits for a process that wants the place.
+async fn asked_for(takeover: Option<&Takeover>) -> Successor {
+    match takeover {
+        Some(takeover) => takeover.asked().await,
+        None => core::future::pending().await,
     }
-    if !args.takeover {
-        return bound();
+}
+
+/// How long a server that is ending may still hold its address or its store.
+const ENDING: Duration = Duration::from_secs(5);
+
+/// Does something that fails while another server is ending, until that has ended or took too long.
+fn once_ended<T, E>(
+    ending: bool,
+    is_held: impl Fn(&E) -> bool,
+    mut work: impl FnMut() -> Result<T, E>,
+) -> Result<T, E> {
+    let late = std::time::Instant::now() + ENDING;
+    loop {
+        match work() {
+            Err(error) if ending && is_held(&error) && std::time::Instant::now() < late => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            done => return done,
+        }
     }
-    // Elsewhere: clients are told where, and find this one listening already. Where the address is taken it is the one of the server before.
-    let elsewhere = args.listen.is_some().then(|| bind(listen).ok()).flatten();
-    let address = elsewhere.as_ref().map(UdpSocket::local_addr).transpose();
+}
+
+async fn store(data: &Data, config: StoreConfig, ending: bool) -> Result<Arc<FjallStore>, Failure> {
+    let dir = data.store();
+    let open = move || {
+        let locked = |error: &OpenError| matches!(error, OpenError::Locked(_));
+        once_ended(ending, locked, || FjallStore::open(&dir, config.clone()))
+    };
+    let store = tokio::task::spawn_blocking(open).await;
+    Ok(Arc::new(store.map_err(|error| Failure::failed("INTERNAL", error.to_string()))??))
+}
+
+/// The socket to listen on: from a service manager, from the server whose place is taken, or a new one.
+async fn socket(take: bool, listen: Option<SocketAddr>, data: &Data) -> Result<UdpSocket, Failure> {
+    let bound = |listen: SocketAddr, ending: bool| {
+        let taken = |error: &io::Error| error.kind() == io::ErrorKind::AddrInUse;
+        let bound = once_ended(ending, taken, || bind(listen));
+        bound.map_err(|error| Failure::io(format!("cannot listen on {listen}"), &error))
+    };
+    let given = listenfd::ListenFd::from_env().take_udp_socket(0);
+    let given = given.map_err(|error| Failure::io("the socket of the service manager", &error))?;
+    let default = DEFAULT_LISTEN.into();
+    if !take {
+        return match given {
+            Some(socket) => Ok(socket),
+            None => bound(listen.unwrap_or(default), false),
+        };
+    }
+    // Where the address is taken it should be the one of the server that runs.
+    let own = match (given, listen) {
+        (Some(socket), _) => Some(socket),
+        (None, Some(listen)) => match bind(listen) {
+            Ok(socket) => Some(socket),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => None,
+            Err(error) => return Err(Failure::io(format!("cannot listen on {listen}"), &error)),
+        },
+        (None, None) => None,
+    };
+    let address = own.as_ref().map(UdpSocket::local_addr).transpose();
     let address = address.map_err(|error| Failure::io("the socket", &error))?;
     let path = data.takeover();
-    let asked = tokio::task::spawn_blocking(move || takeover::ask(&path, address)).await;
-    let handed = asked.map_err(|error| Failure::failed("INTERNAL", error.to_string()))?;
-    let handed = handed.map_err(|error| {
+    let asked = tokio::task::spawn_blocking(move || takeover::ask(&path, address, listen)).await;
+    let place = asked.map_err(|error| Failure::failed("INTERNAL", error.to_string()))?;
+    let place = place.map_err(|error| {
         Failure::io("the server that runs did not hand its place over; stop it and start this one again", &error)
     })?;
-    match elsewhere.or(handed) {
-        Some(socket) => Ok(socket),
-        // Nobody was there.
-        None => bound(),
+    match (own, place) {
+        // Clients are told where, and find this one listening already.
+        (Some(socket), _) | (None, Place::Handed(socket)) => Ok(socket),
+        (None, Place::Left(at)) => tokio::task::spawn_blocking(move || bound(listen.unwrap_or(at), true))
+            .await
+            .map_err(|error| Failure::failed("INTERNAL", error.to_string()))?,
+        (None, Place::Nobody) => bound(listen.unwrap_or(default), false),
     }
 }
 

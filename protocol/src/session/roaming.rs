@@ -19,24 +19,33 @@ pub struct Manners {
     /// After how long at most without a word a sign of life is asked for while the connection is used; `None` for never: what holds NAT
     /// bindings open costs a radio its sleep.
     pub keep_alive: Option<Duration>,
-    /// After how long a path that was just busy and fell silent is asked first.
+    /// After how long a path that was just busy and fell silent is asked first, at most.
     pub busy: Duration,
+    /// The same at least, where what came followed each other closely: a NAT that forgot is noticed before people do.
+    pub brisk: Duration,
 }
 
 impl Manners {
     /// Somebody looks at it: a path that dies is noticed within seconds.
     pub fn foreground(keep_alive: Duration) -> Self {
-        Self { keep_alive: Some(keep_alive), busy: BUSY.min(keep_alive) }
+        Self { keep_alive: Some(keep_alive), busy: BUSY.min(keep_alive), brisk: BRISK.min(keep_alive) }
     }
 
     /// Nobody looks at it.
     pub fn background(keep_alive: Option<Duration>) -> Self {
-        Self { keep_alive, busy: keep_alive.unwrap_or(BUSY) }
+        let busy = keep_alive.unwrap_or(BUSY);
+        Self { keep_alive, busy, brisk: busy }
     }
 }
 
 /// See [`Manners::busy`].
 const BUSY: Duration = Duration::from_secs(1);
+/// See [`Manners::brisk`].
+const BRISK: Duration = Duration::from_millis(250);
+/// What follows each other more closely is taken to do so at this pace.
+const CLOSEST: Duration = Duration::from_millis(1);
+/// A path is silent when so many times as long as usual nothing came.
+const UNUSUAL: u32 = 8;
 /// How often is asked while an answer is due.
 const EXPECTING: Duration = Duration::from_millis(500);
 /// How long an answer may take at least, beyond three round trips.
@@ -135,6 +144,8 @@ pub struct Roaming {
     leaving: bool,
     heard: (u64, Duration),
     news: (u64, Duration),
+    /// How closely what came followed each other when it was looked at last.
+    pace: Duration,
     /// Questions in a row that brought an answer and nothing else.
     quiet: u32,
     /// Since when a question is open.
@@ -160,6 +171,7 @@ impl Roaming {
             leaving: false,
             heard: (0, now),
             news: (0, now),
+            pace: BUSY,
             quiet: 0,
             asked: None,
             nonce: 0,
@@ -290,7 +302,8 @@ impl Roaming {
             return Some(EXPECTING);
         }
         let keep_alive = self.manners.keep_alive.filter(|_| facts.used)?;
-        Some(self.manners.busy.saturating_mul(1 << self.quiet.min(10)).min(keep_alive))
+        let usual = self.pace.saturating_mul(UNUSUAL).max(self.manners.brisk).min(self.manners.busy);
+        Some(usual.saturating_mul(1 << self.quiet.min(10)).min(keep_alive))
     }
 
     /// What to do at `now`, if anything. To be asked again until there is nothing, and then at [`Roaming::due`].
@@ -330,6 +343,10 @@ impl Roaming {
             self.heard = (facts.heard, now);
         }
         if facts.news != self.news.0 {
+            let count = u32::try_from(facts.news.wrapping_sub(self.news.0)).unwrap_or(u32::MAX);
+            // The look into which a silence fell says little: slower is believed step by step.
+            let pace = now.saturating_sub(self.news.1) / count.max(1);
+            self.pace = pace.min(2 * self.pace).max(CLOSEST);
             self.news = (facts.news, now);
             self.quiet = 0;
         }
@@ -404,7 +421,7 @@ impl Roaming {
         (self.doubt, self.asked, self.challenge) = (None, None, None);
         self.attempts.reset();
         self.rebinds.reset();
-        self.quiet = 0;
+        (self.quiet, self.pace) = (0, BUSY);
         // Another connection counts anew.
         (self.heard, self.news) = ((u64::MAX, now), (facts.news, now));
     }
@@ -441,6 +458,34 @@ pub fn sent_on_to(server: Option<SocketAddr>, told: SocketAddr) -> Option<Socket
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A reader behind a NAT that forgot hears nothing until it sends something: it asks soon where it heard much, whatever moment the silence began in.
+    #[test]
+    fn a_path_that_was_busy_and_falls_silent_is_asked_soon() {
+        for (beat, silent_at, late) in
+            [(20, 7003, 600), (20, 7130, 600), (20, 7248, 600), (100, 7003, 1700), (1000, 7003, 2100)]
+        {
+            let ms = Duration::from_millis;
+            let mut roaming = Roaming::new(Manners::foreground(ms(5000)), ms(0));
+            let mut facts = PathFacts { used: true, rtt: ms(20), ..PathFacts::default() };
+            roaming.step(ms(0), &facts, 0);
+            roaming.ready();
+            assert_eq!(roaming.step(ms(0), &facts, 0), Some(RoamingStep::Move));
+            let mut now = ms(0);
+            let asked = loop {
+                let came = now.min(ms(silent_at)).as_millis() as u64 / beat;
+                (facts.heard, facts.news) = (came, came);
+                match roaming.step(now, &facts, 0) {
+                    Some(RoamingStep::Ask(_)) if now > ms(silent_at) => break now,
+                    // Between two that come slowly, too: that is answered.
+                    Some(RoamingStep::Ask(nonce)) => facts.answered = nonce,
+                    Some(step) => panic!("{step:?} at {now:?}"),
+                    None => now = roaming.due(&facts).expect("something to do").max(now + ms(1)),
+                }
+            };
+            assert!(asked <= ms(silent_at + late), "{beat} ms, silent at {silent_at}: asked at {asked:?}");
+        }
+    }
 
     #[test]
     fn a_client_is_sent_on_to_the_machine_that_it_reaches() {

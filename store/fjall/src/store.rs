@@ -117,6 +117,14 @@ impl core::fmt::Debug for FjallStore {
 }
 
 impl FjallStore {
+    /// Says whether the store in `dir` is of a version that can be opened, while another process may have it open. A directory without one is.
+    ///
+    /// Errors: `Damaged`, `Version`, `Io`.
+    pub fn check_version(dir: &Path) -> Result<(), OpenError> {
+        let layout = Layout::new(dir);
+        if layout.format().exists() { Format::read(&layout).map(drop) } else { Ok(()) }
+    }
+
     /// Opens the store in `dir`, creating it if the directory is empty or missing. Blocks: a start replays the journal.
     ///
     /// Errors: `Locked`; `Damaged`, which says what is missing; `Version`; `Io`; `Engine`.

@@ -118,6 +118,20 @@ impl Conditions {
     }
 }
 
+/// What becomes of a datagram.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fate {
+    /// How long it takes; `None` if it is lost.
+    pub after: Option<Duration>,
+    /// True if it arrives twice.
+    pub twice: bool,
+}
+
+impl Fate {
+    /// It never arrives.
+    pub const LOST: Self = Self { after: None, twice: false };
+}
+
 /// A datagram under way: due first, and in order among equals.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Travelling {
@@ -146,12 +160,14 @@ impl Link {
         Self { conditions, random, travelling, count: 0, busy_until: now, last_due: now, burst_left: 0 }
     }
 
-    fn lost(&self) {
-        self.conditions.counts.lost.fetch_add(1, Ordering::Relaxed);
-    }
-
     /// A datagram enters the link.
     pub fn take(&mut self, datagram: Vec<u8>) {
+        let fate = self.decide(datagram.len());
+        self.send(fate, datagram);
+    }
+
+    /// What becomes of the next datagram, of so many bytes.
+    pub fn decide(&mut self, len: usize) -> Fate {
         let faults = self.conditions.faults();
         // Every decision is drawn for every datagram, so that one does not shift the others.
         let (lost, begins_burst) = (self.random.chance(faults.loss), self.random.chance(faults.burst));
@@ -159,23 +175,23 @@ impl Link {
         let jitter = faults.jitter.mul_f64(self.random.below(1 << 20) as f64 / f64::from(1 << 20));
         if self.burst_left > 0 {
             self.burst_left -= 1;
-            return self.lost();
+            return Fate::LOST;
         }
         if begins_burst {
             self.burst_left = faults.burst_length;
         }
-        let too_long = faults.mtu > 0 && datagram.len() > faults.mtu;
+        let too_long = faults.mtu > 0 && len > faults.mtu;
         if lost || begins_burst || too_long || self.conditions.blackhole.load(Ordering::Relaxed) {
-            return self.lost();
+            return Fate::LOST;
         }
         let now = Instant::now();
         let mut due = now;
         if faults.rate > 0 {
             let waiting = self.busy_until.saturating_duration_since(now);
             if waiting.as_secs_f64() * faults.rate as f64 > faults.queue as f64 {
-                return self.lost();
+                return Fate::LOST;
             }
-            let takes = Duration::from_secs_f64(datagram.len() as f64 / faults.rate as f64);
+            let takes = Duration::from_secs_f64(len as f64 / faults.rate as f64);
             self.busy_until = self.busy_until.max(now) + takes;
             due = self.busy_until;
         }
@@ -185,12 +201,23 @@ impl Link {
             self.conditions.counts.reordered.fetch_add(1, Ordering::Relaxed);
             due += Duration::from_millis(5) + faults.delay / 4;
         }
-        if twice {
-            self.conditions.counts.duplicated.fetch_add(1, Ordering::Relaxed);
+        Fate { after: Some(due - now), twice }
+    }
+
+    /// A datagram enters the link and this becomes of it.
+    pub fn send(&mut self, fate: Fate, datagram: Vec<u8>) {
+        let counts = &self.conditions.counts;
+        let Some(after) = fate.after else {
+            counts.lost.fetch_add(1, Ordering::Relaxed);
+            return;
+        };
+        counts.passed.fetch_add(1, Ordering::Relaxed);
+        counts.bytes.fetch_add(datagram.len() as u64, Ordering::Relaxed);
+        let due = Instant::now() + after;
+        if fate.twice {
+            counts.duplicated.fetch_add(1, Ordering::Relaxed);
             self.push(due + Duration::from_millis(1), datagram.clone());
         }
-        self.conditions.counts.passed.fetch_add(1, Ordering::Relaxed);
-        self.conditions.counts.bytes.fetch_add(datagram.len() as u64, Ordering::Relaxed);
         self.push(due, datagram);
     }
 

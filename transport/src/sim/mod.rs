@@ -5,6 +5,6 @@ mod link;
 mod network;
 mod random;
 
-pub use link::{Conditions, Counts, Faults, Link};
+pub use link::{Conditions, Counts, Fate, Faults, Link};
 pub use network::{SimHost, SimNetwork, SimSocket};
 pub use random::Random;
