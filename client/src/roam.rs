@@ -2,10 +2,11 @@
 //! decided by [`Roaming`].
 
 use core::time::Duration;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use mainstay_protocol::Code;
-use mainstay_protocol::session::{Manners, PathFacts, Roaming, RoamingStep, sent_on_to};
+use mainstay_protocol::session::{Manners, PathFacts, Roaming, RoamingStep, moved_to, sent_on_to};
 use mainstay_transport::{Connection, ConnectionError, Connector};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -449,6 +450,14 @@ impl<T: Connector> Supervisor<T> {
         // Said by the server or a process in its place: it can be reached.
         let hopeful = matches!(lost, ConnectionError::Closed { .. } | ConnectionError::Reset);
         let greeted = core::mem::take(&mut self.greeted);
+        if let (Some(link), ConnectionError::Closed { code, reason }) = (&self.current, &lost)
+            && *code == Code::GOING_AWAY.0
+            && link.goaway().is_none()
+            && let Some(told) = moved_to(reason)
+        {
+            // Its GOAWAY was not read before the connection was closed.
+            self.sent_on(link, told);
+        }
         self.current = None;
         self.rebound = false;
         if greeted {
@@ -563,12 +572,18 @@ impl<T: Connector> Supervisor<T> {
         }
     }
 
+    /// The server of `link` says where the process is that takes its place.
+    fn sent_on(&self, link: &Link<T::Connection>, told: SocketAddr) {
+        if let Some(address) = sent_on_to(link.transport.remote().parse().ok(), told) {
+            self.connector.redirect(address);
+        }
+    }
+
     fn stirred(&mut self) {
         let Some(link) = &self.current else { return };
         if let Some(going) = link.goaway().filter(|_| !self.roaming.is_leaving()) {
-            if let Some(address) = going.address.and_then(|told| sent_on_to(link.transport.remote().parse().ok(), told))
-            {
-                self.connector.redirect(address);
+            if let Some(told) = going.address {
+                self.sent_on(link, told);
             }
             let spread = Duration::from_millis(going.spread.min(MAX_SPREAD)).mul_f64(rand::random());
             self.roaming.going_away(self.now(), spread, rand::random());

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use mainstay_protocol::error::Code;
+use mainstay_protocol::session::moved_reason;
 use mainstay_protocol::wire::{Detail, Frame, GoAway};
 use mainstay_store::Store;
 use mainstay_transport::Listener;
@@ -170,7 +171,7 @@ impl Server {
         let until = deadline.min(tokio::time::Instant::now() + LAST_WORDS);
         let _ = tokio::time::timeout_at(until, attachments.wait_for(|count| *count == 0)).await;
         let patience = if stop.succeeded { SUCCEEDED } else { LAST_WORDS };
-        listener.close(Code::GOING_AWAY.0, "the server stops", patience).await;
+        listener.close(Code::GOING_AWAY.0, &moved_reason(stop.address), patience).await;
         // They end because they are closed; whatever does not is ended.
         let ended = async { while connections.join_next().await.is_some() {} };
         let _ = tokio::time::timeout(LAST_WORDS, ended).await;

@@ -81,7 +81,7 @@ async fn read(
 /// Deploys `rounds` times under load. Prints and returns the pauses that readers saw around each deploy.
 async fn deploy(way: Way, rounds: u64) -> Vec<Duration> {
     let mut server = Server::start().await;
-    let (stop, total) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let (stop, mut read_by) = (Arc::new(AtomicBool::new(false)), Vec::new());
     let (mut writers, mut readers, mut clients, mut told) = (JoinSet::new(), JoinSet::new(), Vec::new(), Vec::new());
     for client in 0..CLIENTS {
         let connection = server.client(Config::default());
@@ -89,7 +89,9 @@ async fn deploy(way: Way, rounds: u64) -> Vec<Duration> {
             let name = format!("deploy:{client}:{n}");
             let session = connection.session(&name).expect("a name").create().attach().await.expect("attach");
             let (tell, wanted) = tokio::sync::watch::channel(None);
-            readers.spawn(read(session.clone(), wanted, total.clone()));
+            let count = Arc::new(AtomicU64::new(0));
+            read_by.push(count.clone());
+            readers.spawn(read(session.clone(), wanted, count));
             let stop = stop.clone();
             writers.spawn(async move {
                 tell.send_replace(Some(write(session, stop).await));
@@ -101,8 +103,9 @@ async fn deploy(way: Way, rounds: u64) -> Vec<Duration> {
     let mut exits = Vec::new();
     // Everybody works again.
     let settled = async || {
-        let enough = total.load(Ordering::Relaxed) + (CLIENTS * SESSIONS * 10) as u64;
-        until("records after a deploy", async || total.load(Ordering::Relaxed) >= enough).await;
+        let enough: Vec<u64> = read_by.iter().map(|count| count.load(Ordering::Relaxed) + 5).collect();
+        let all = || read_by.iter().zip(&enough).all(|(count, enough)| count.load(Ordering::Relaxed) >= *enough);
+        until("records after a deploy", async || all()).await;
     };
     for _ in 0..rounds {
         settled().await;

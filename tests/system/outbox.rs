@@ -5,15 +5,15 @@ use std::process::Stdio;
 use std::time::{Duration, SystemTime};
 
 use mainstay_client::{
-    Client, ClientError, Code, Config, EntryState, Intent, Item, MessageWriter, Outbox, OutboxEntry, Record, SendError,
-    Session,
+    Client, ClientError, Code, Config, EntryState, Intent, Item, LiveView, MessageWriter, Outbox, OutboxEntry, Record,
+    SendError, Session,
 };
 use mainstay_protocol::session::{Kind, MessageId};
-use mainstay_tests::live::{attach, records};
+use mainstay_tests::live::{attach, current, follow, records};
 use mainstay_tests::process::{Rows, Server, command, events, named, run};
-use mainstay_tests::proxy::Faults;
-use mainstay_tests::random;
+use mainstay_tests::proxy::{Faults, Proxy};
 use mainstay_tests::world::World;
+use mainstay_tests::{random, until};
 use mainstay_transport::sim::Random;
 use serde_json::Value;
 use tokio::io::AsyncWriteExt;
@@ -408,4 +408,49 @@ async fn a_phone_that_was_offline_for_long() {
         "50 messages stored once and in order and 1 cancel expired, {took:?} after it was back; records before: {tail}"
     );
     assert_eq!(server.terminate().await, Some(0));
+}
+
+/// What an agent said while nobody could be reached is stored although its command was killed there: before the next run begins.
+#[tokio::test]
+async fn what_an_agent_said_offline_is_stored_by_the_next_run() {
+    let (dir, server) = (tempfile::tempdir().expect("a directory"), Server::start().await);
+    let proxy = Proxy::start(([127, 0, 0, 1], 0).into(), server.addr(), Faults::default(), 1).expect("a proxy");
+    let connect = server.connect_file_at(proxy.addr(), "through-proxy.json");
+    let path = dir.path().to_str().expect("text");
+    let agent = "i=0; while true; do echo line $i; i=$((i+1)); sleep 0.02; done";
+    let args = ["run", "s", "--json", "--lease", "2", "--outbox", path, "--", "sh", "-c", agent];
+    let mut running = command(&connect, &args).stdout(Stdio::piped()).spawn().expect("run");
+    let begun = Rows::of(running.stdout.take().expect("output")).until("run").await;
+    let run_id = begun.last().expect("an event")["run"].as_str().expect("an id").to_owned();
+    let client = server.client(Config::default());
+    let session = attach(&client, "s").await;
+    let mut live = current(session.live().await).await;
+    let said = |live: &LiveView| -> Vec<String> {
+        let messages = live.view().messages();
+        let all = messages.finished().chain(messages.open());
+        all.map(|message| String::from_utf8_lossy(&message.text).into_owned()).collect()
+    };
+    follow(&mut live, "some lines", |live| said(live).iter().any(|text| text.lines().count() >= 10)).await;
+    proxy.blackhole(true);
+    // It goes on, into the outbox.
+    let file = std::fs::read_dir(dir.path()).expect("a directory").next().expect("a file").expect("a file").path();
+    let at = std::fs::metadata(&file).expect("the outbox").len();
+    until("more is said", async || std::fs::metadata(&file).expect("the outbox").len() > at + 4000).await;
+    running.kill().await.expect("kill");
+    let offline = said(&live)[0].lines().count();
+    proxy.blackhole(false);
+    let again = ["run", "s", "--json", "--lease", "2", "--outbox", path, "--", "echo", "next"];
+    let output = run(command(&connect, &again)).await;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    follow(&mut live, "the next run", |live| said(live).iter().any(|text| text == "next\n")).await;
+    let texts = said(&live);
+    assert_eq!(texts.len(), 2, "{texts:?}");
+    let lines: Vec<&str> = texts[0].lines().collect();
+    for (n, line) in lines.iter().enumerate().take(lines.len() - 1) {
+        assert_eq!(*line, format!("line {n}"), "once and in order");
+    }
+    assert!(lines.len() > offline + 10, "{} lines, {offline} before", lines.len());
+    let first = live.view().messages().finished().find(|message| message.text.starts_with(b"line")).expect("finished");
+    assert_eq!(first.run.map(|run| run.to_string()), Some(run_id));
+    println!("{offline} lines while it could be reached, {} after all", lines.len());
 }

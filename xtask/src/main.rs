@@ -83,7 +83,31 @@ fn need(subcommand: &str, package: &str) -> Outcome {
     step(&format!("install {package}"), &mut cargo(&["install", "--locked", package]))
 }
 
+/// Installs what the tests over network namespaces need, where that can be done.
+fn network_tools() -> Outcome {
+    let missing: Vec<&str> = [("ip", "iproute2"), ("nft", "nftables"), ("conntrack", "conntrack")]
+        .into_iter()
+        .filter(|(program, _)| !has(program, &["-V"]))
+        .map(|(_, package)| package)
+        .collect();
+    if missing.is_empty() || !has("apt-get", &["--version"]) || !has("sh", &["-c", "test $(id -u) = 0"]) {
+        // What is not there is said by the tests that need it.
+        return Ok(());
+    }
+    let install = |args: &[&str]| {
+        let mut command = Command::new("apt-get");
+        command.args(["-q", "-y", "--no-install-recommends"]).args(args).env("DEBIAN_FRONTEND", "noninteractive");
+        step(&format!("apt-get {}", args.join(" ")), &mut command)
+    };
+    let installed = install(&["update"]).and_then(|()| install(&[&["install"], missing.as_slice()].concat()));
+    if installed.is_err() {
+        skipped("tests over network namespaces", "the packages cannot be installed");
+    }
+    Ok(())
+}
+
 fn test() -> Outcome {
+    network_tools()?;
     tidy::run(&root())?;
     step("format", &mut cargo(&["fmt", "--all", "--", "--check"]))?;
     step("build", &mut cargo(&["build", "--workspace", "--all-targets", "--locked"]))?;

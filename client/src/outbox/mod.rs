@@ -262,6 +262,8 @@ pub struct Kept {
     pub entry: OutboxEntry,
     /// The records that it is, in the stream of this name; or none for a signal.
     pub records: Option<(Label, Vec<Record>)>,
+    /// The epoch of the run that they are part of.
+    pub run: Option<u64>,
     /// The signal that it is.
     pub signal: Option<(Intent, SignalId)>,
     /// When it must not be sent any more.
@@ -396,13 +398,13 @@ impl Outbox {
                 let entry = self.entry(number)?;
                 let valid_until = queued.valid_until;
                 Some(match queued.what {
-                    What::Batch { stream, records, .. } => {
+                    What::Batch { stream, run, records, .. } => {
                         // They were checked when they were queued.
                         let records = What::records(&records, 0).ok()?;
-                        Kept { entry, records: Some((stream, records)), signal: None, valid_until }
+                        Kept { entry, records: Some((stream, records)), run, signal: None, valid_until }
                     }
                     What::Signal(signal) => {
-                        Kept { entry, records: None, signal: Some((signal.intent, signal.id)), valid_until }
+                        Kept { entry, records: None, run: None, signal: Some((signal.intent, signal.id)), valid_until }
                     }
                 })
             })
@@ -635,6 +637,51 @@ impl Outbox {
         }
         if gone {
             states.remove(&number);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use mainstay_protocol::session::{Incarnation, Record};
+
+    use super::*;
+
+    /// Spec OUT-2, byte by byte.
+    #[test]
+    fn changes_are_written_as_the_spec_says() {
+        let label = |text| Label::new(text).unwrap();
+        let origin =
+            Change::Origin { session: SessionName::new("s").unwrap(), producer: label("p"), stored: 1, next: 70 };
+        let batch = What::batch(label("main"), Some(4), &[Record::data(0, "hi")]).unwrap();
+        let queued = |what, valid_until| Queued { what, valid_until, sent: false };
+        let signal = Signal {
+            id: SignalId([9; 16]),
+            intent: Intent::Custom,
+            target: None,
+            lasts: 5,
+            text: Bytes::from_static(b"x"),
+        };
+        let detail = mainstay_protocol::wire::Detail::new("no");
+        for (change, bytes) in [
+            (origin, "00 0173 0170 01 4046"),
+            (Change::Attached(Incarnation([1; 16])), "01 01010101010101010101010101010101"),
+            (Change::Queued(70, queued(batch, None)), "02 4046 00 00 046d61696e 05 01 06 05 00 00 00 6869"),
+            (
+                Change::Queued(71, queued(What::Signal(signal), Some(ledger::from_millis(62)))),
+                "02 4047 3f 01 16 09090909090909090909090909090909 4060 00 05 0178",
+            ),
+            (Change::Sent(71), "03 4047"),
+            (Change::Settled(70, Outcome::Durable { seq: 3 }), "04 4046 03"),
+            (Change::Settled(71, Outcome::Rejected { code: Code(0x31), detail }), "05 4047 31 026e6f"),
+            (Change::Settled(71, Outcome::Expired), "06 4047"),
+            (Change::Dismissed(71), "07 4047"),
+        ] {
+            let hex: String = encoded_one(&change).iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(hex, bytes.replace(' ', ""), "{change:?}");
+            assert_eq!(Change::all(&encoded_one(&change)).unwrap(), [change]);
         }
     }
 }

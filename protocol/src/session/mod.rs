@@ -48,7 +48,7 @@ pub use producer::{Admission, ProducerHandle, ProducerKey, Producers};
 pub use progress::Progress;
 pub use record::{CheckedBatch, Record, Records};
 pub use resume::{RESUME_EXPORTER, ResumeClaim, ResumeToken, Resumptions, is_held, resume_context, resume_text};
-pub use roaming::{Manners, PathFacts, Roaming, RoamingStep, sent_on_to};
+pub use roaming::{Manners, PathFacts, Roaming, RoamingStep, moved_reason, moved_to, sent_on_to};
 pub use state::{Damage, State, Streams};
 pub use view::{
     AT_ONCE, Entries, Entry, FOR_WORKERS, FinishedRun, IndexedMessage, Input, Job, Member, Members, Message, Messages,

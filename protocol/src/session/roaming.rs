@@ -60,7 +60,7 @@ const OUTAGE: Duration = Duration::from_secs(2);
 /// where the round trip is long, later ones have the time.
 const ATTEMPTS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(2));
 /// A connection that lived for so long was not just sent on.
-const SETTLED: Duration = Duration::from_secs(10);
+const SETTLED: Duration = Duration::from_millis(500);
 /// Pauses between attempts, and between rebinds.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
@@ -442,6 +442,19 @@ impl Roaming {
         challenge.into_iter().chain(watch.flatten()).min()
     }
 }
+/// What begins the reason of a connection that is closed because the server moves: behind it stands where it moves to (spec CONN-10).
+const MOVED: &str = "moved to ";
+
+/// The reason with which a server that moves closes a connection: who had not read its GOAWAY yet would not know where it went.
+pub fn moved_reason(address: Option<SocketAddr>) -> String {
+    address.map_or_else(|| "the server stops".to_owned(), |address| format!("{MOVED}{address}"))
+}
+
+/// Where the server moved to that closed a connection with this reason, if it says so.
+pub fn moved_to(reason: &str) -> Option<SocketAddr> {
+    reason.strip_prefix(MOVED)?.parse().ok()
+}
+
 /// Where a client goes that reaches the server at `server` and is sent on to `told` (spec CONN-10). An unspecified address is the one by which the
 /// server is reached, with another port. `None` for the address of a machine of its own, where that is not where the server is: it would find
 /// itself.
@@ -484,6 +497,16 @@ mod tests {
                 }
             };
             assert!(asked <= ms(silent_at + late), "{beat} ms, silent at {silent_at}: asked at {asked:?}");
+        }
+    }
+
+    #[test]
+    fn the_reason_of_a_server_that_moves_says_where() {
+        let address = "[2001:db8::1]:4434".parse().expect("an address");
+        assert_eq!(moved_to(&moved_reason(Some(address))), Some(address));
+        assert_eq!(moved_to(&moved_reason(None)), None);
+        for reason in ["", "moved to", "moved to ", "moved to somewhere", "the server stops"] {
+            assert_eq!(moved_to(reason), None, "{reason}");
         }
     }
 

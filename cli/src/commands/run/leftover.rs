@@ -28,21 +28,21 @@ pub(super) async fn store(
         return Ok(());
     }
     output.event(&json!({"event": "leftover", "entries": kept.len()}), || {
-        format!("storing {} records that an earlier run left in the outbox", kept.len())
+        format!("storing {} records that an earlier run left in the outbox, once its lease is over", kept.len())
     })?;
     // What is sent already, or is refused because its run is lost by now.
     for kept in &kept {
         settled(&kept.entry, stopped.clone()).await?;
     }
-    let (mut of_runs, mut lost) = (BTreeMap::<RunId, Vec<(u64, Record)>>::new(), Vec::new());
-    for Kept { entry, records, .. } in kept {
-        match (entry.state(), records) {
-            (EntryState::Durable { .. }, _) => {}
-            (EntryState::Rejected { code: Code::RUN_FENCED, .. }, Some((_, records))) => {
+    let (mut of_runs, mut lost) = (BTreeMap::<(RunId, u64), Vec<(u64, Record)>>::new(), Vec::new());
+    for Kept { entry, records, run: epoch, .. } in kept {
+        match (entry.state(), records, epoch) {
+            (EntryState::Durable { .. }, ..) => {}
+            (EntryState::Rejected { code: Code::RUN_FENCED, .. }, Some((_, records)), Some(epoch)) => {
                 for record in records {
                     // What is refused for its run names it.
                     let Some(run) = record.run else { continue };
-                    of_runs.entry(run).or_default().push((entry.number(), record));
+                    of_runs.entry((run, epoch)).or_default().push((entry.number(), record));
                 }
             }
             _ => {
@@ -52,21 +52,39 @@ pub(super) async fn store(
         }
     }
     outbox.dismiss(&lost).await?;
-    for (run, records) in of_runs {
-        match session.start_run_as(run, Duration::from_secs_f64(args.lease), None).await {
+    for ((id, epoch), records) in of_runs {
+        match take(session, id, epoch, Duration::from_secs_f64(args.lease)).await? {
             Ok(run) => again(outbox, stopped, session, &run, records).await?,
-            Err(ClientError::Refused { code: Code::RUN_OVER | Code::RUN_ACTIVE, message, .. }) => {
+            Err(why) => {
                 let numbers: Vec<u64> = records.iter().map(|(number, _)| *number).collect();
-                output.warning(
-                    "RUN_FENCED",
-                    &format!("{} records of run {run} are not stored: {message}", numbers.len()),
-                )?;
+                let message = format!("{} records of run {id} are not stored: {why}", numbers.len());
+                output.warning("RUN_FENCED", &message)?;
                 outbox.dismiss(&numbers).await?;
             }
-            Err(error) => return Err(error.into()),
         }
     }
     Ok(())
+}
+
+/// Takes a run that nobody works on any more, as soon as its lease is over. `Err` with the reason if somebody went on with it, or it is over.
+async fn take(session: &Session, id: RunId, epoch: u64, lease: Duration) -> Result<Result<Run, &'static str>, Failure> {
+    const OTHER: &str = "somebody else went on with the run";
+    const OVER: &str = "the run is over";
+    let mut live = session.live().await?;
+    match live.current().await?.runs().get(id) {
+        None => return Ok(Err(OVER)),
+        Some(run) if run.epoch != epoch => return Ok(Err(OTHER)),
+        Some(_) => {}
+    }
+    match session.take_run(Some(id), lease).await {
+        Ok(run) if run.taken_over() == Some(epoch) => Ok(Ok(run)),
+        Ok(run) => {
+            run.release().await?;
+            Ok(Err(OTHER))
+        }
+        Err(ClientError::Refused { code: Code::RUN_OVER, .. }) => Ok(Err(OVER)),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Puts records into the outbox again, as part of the run that is held again, and ends it behind them.
