@@ -22,5 +22,6 @@ mod roaming;
 mod runs;
 mod simulated;
 mod slow;
+mod storm;
 mod tail;
 mod view;

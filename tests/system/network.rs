@@ -9,7 +9,8 @@ use mainstay_tests::appending::{Appending, OVER_A_NETWORK};
 use mainstay_tests::process::{PATIENCE, Rows, Server, command, events, named, run};
 use mainstay_tests::proxy::{Faults, Proxy};
 use mainstay_tests::random::{self, Random};
-use mainstay_tests::scaled;
+use mainstay_tests::recording::Recording;
+use mainstay_tests::{scaled, until};
 use tokio::net::UdpSocket;
 use tokio::time::timeout;
 
@@ -217,4 +218,52 @@ async fn many_nat_rebinds_under_load_cost_no_connection_and_no_record() {
     }
     assert!(rebound >= rebinds * CLIENTS as u64 && longest <= Duration::from_secs(2));
     drop(server);
+}
+
+/// A recording does to another run what was done to the first: datagram by datagram, whatever faults and seed that has.
+#[tokio::test]
+async fn what_was_recorded_is_replayed() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("recording.jsonl");
+    let echo = UdpSocket::bind("127.0.0.1:0").await.expect("a socket");
+    let upstream = echo.local_addr().expect("an address");
+    tokio::spawn(async move {
+        let mut buffer = [0; 64];
+        loop {
+            let (len, from) = echo.recv_from(&mut buffer).await.expect("receive");
+            echo.send_to(&buffer[..len], from).await.expect("send");
+        }
+    });
+    // Which of 300 datagrams come back through a proxy.
+    let through = async |proxy: &Proxy, rebind: bool| {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a socket");
+        socket.connect(proxy.addr()).await.expect("connect");
+        let mut came = vec![0; 300];
+        let mut buffer = [0; 64];
+        for n in 0..300u16 {
+            if rebind && n == 150 {
+                until("half of it is on its way", async || !proxy.flows().is_empty()).await;
+                proxy.rebind([127, 0, 0, 9].into());
+                until("rebound", async || proxy.counts().rebound.load(Ordering::Relaxed) == 1).await;
+            }
+            socket.send(&n.to_be_bytes()).await.expect("send");
+        }
+        // All that comes back has come when nothing does for a while.
+        while let Ok(received) = timeout(Duration::from_millis(500), socket.recv(&mut buffer)).await {
+            let number = buffer[..received.expect("receive")].try_into().map(u16::from_be_bytes);
+            came[usize::from(number.expect("a number"))] += 1;
+        }
+        came
+    };
+    let faults = Faults { delay: Duration::from_millis(1), loss: 0.2, ..Faults::default() };
+    let local = || std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+    let first = Proxy::replay(local(), upstream, faults, 7, Recording::default()).expect("a proxy");
+    let came = through(&first, true).await;
+    first.recording().write(&file).expect("written");
+    let lost = came.iter().filter(|times| **times == 0).count();
+    assert!((50..200).contains(&lost), "something was provoked: {came:?}");
+    let recording = Recording::read(&file).expect("a recording");
+    let second = Proxy::replay(local(), upstream, Faults::default(), 8, recording).expect("a proxy");
+    assert_eq!(through(&second, false).await, came);
+    assert_eq!(second.counts().rebound.load(Ordering::Relaxed), 1);
 }

@@ -249,11 +249,8 @@ impl Sender<'_> {
                     Err(error) => return self.refused(number, error).await,
                 };
                 let records = What::records(&records, stream.0).map_err(ClientError::from)?;
-                let ticket = match self.producer.append_kept(&records, run, valid_until).await {
-                    Ok(ticket) => ticket,
-                    // It has ended; why is told.
-                    Err(_) => return Ok(false),
-                };
+                // Where that fails it has ended; why is told.
+                let Ok(ticket) = self.producer.append_kept(&records, run, valid_until).await else { return Ok(false) };
                 self.sent.push_back((number, ticket));
                 self.next = number + 1;
             }
