@@ -197,8 +197,6 @@ async fn run_flow(
         tokio::select! {
             message = inbox.recv() => match message {
                 Some(ToFlow::Datagram(datagram)) => {
-                    let fate = recording.fate(number, true, || up.decide(datagram.len()));
-                    up.send(fate, datagram);
                     if let Some(ip) = recording.rebind(number)
                         && let Ok(new) = UdpSocket::bind(any(ip)).await
                     {
@@ -206,6 +204,8 @@ async fn run_flow(
                         recording.rebound(number, ip);
                         conditions.counts().rebound.fetch_add(1, Ordering::Relaxed);
                     }
+                    let fate = recording.fate(number, true, || up.decide(datagram.len()));
+                    up.send(fate, datagram);
                 }
                 Some(ToFlow::Rebind(ip)) => {
                     if let Ok(new) = UdpSocket::bind(any(ip)).await {
