@@ -321,7 +321,7 @@ pub(crate) struct Signal {
     #[arg(long, value_name = "ID", conflicts_with_all = ["run", "input"],
         required_if_eq_any = [("intent", "approve"), ("intent", "deny"), ("intent", "reply")])]
     pub(crate) request: Option<mainstay_client::RequestId>,
-    /// What is said with it: at most 4 KiB.
+    /// What is said with it: at most 2 KiB.
     #[arg(long, value_name = "T")]
     pub(crate) text: Option<String>,
     /// Seconds after which it expires, if nobody took it; at most a day. [default: a day]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::{ALPN, MAX_FRAME, MAX_LISTED};
-use mainstay_protocol::session::SessionName;
+use mainstay_protocol::session::{Instance, SessionName};
 use mainstay_protocol::wire::{Frame, List, ListedSession};
 use mainstay_transport::quic::QuicConnector;
 use mainstay_transport::{Connection, Connector, FrameReader, SendStream};
@@ -246,6 +246,11 @@ impl Client {
     /// Waits until the server has answered. Errors: `Unreachable`, `Closed`.
     pub async fn connected(&self) -> Result<(), ClientError> {
         self.core.connected().await
+    }
+
+    /// Who it is to the sessions that it is in: see [`Continuity`](crate::Continuity).
+    pub fn instance(&self) -> Instance {
+        self.core.config().continuity.instance()
     }
 
     /// Follows whether there is a connection.

@@ -367,6 +367,14 @@ impl Shared {
             return;
         };
         (flight.sent, flight.refused) = (false, true);
+        if flight.dead {
+            // Given up with another one, and answered now.
+            return self.settle(state);
+        }
+        if flight.stored(refused.code) == Stored::NotCommitted {
+            // Nor was it by an earlier sending.
+            flight.earlier = false;
+        }
         let unknown = !refused.code.is_retryable() && flight.stored(refused.code) == Stored::Unknown;
         if !refused.code.is_retryable() {
             flight.dead = true;
@@ -426,10 +434,12 @@ impl Shared {
         let unsent = |flight: &&mut Flight| {
             !flight.dead && !flight.sent && !flight.earlier && flight.sequence >= stored && is_past(flight.valid_until)
         };
+        let mut of_messages = Vec::new();
         for flight in state.flight.iter_mut().filter(unsent) {
             flight.dead = true;
             flight.done.set(Err(AppendError::unsent(ClientError::Expired)));
             given_up += 1;
+            of_messages.extend(flight.group.message().map(|id| (flight.sequence, id)));
         }
         while state.may_expire()
             && let Some(batch) = state.ready.pop_front_if(|batch| is_past(batch.valid_until))
@@ -437,6 +447,12 @@ impl Shared {
             state.bytes = state.bytes.saturating_sub(batch.records.len());
             batch.done.set(Err(AppendError::unsent(ClientError::Expired)));
             given_up += 1;
+            of_messages.extend(batch.group.message().map(|id| (state.next, id)));
+        }
+        // Without a part of it the rest of a message is another text.
+        for (sequence, id) in of_messages {
+            let of_it = |group: Group, _| group.message() == Some(id);
+            given_up += give_up(state, sequence, &ClientError::Expired, of_it);
         }
         self.withhold(state, given_up);
     }
@@ -588,6 +604,11 @@ fn gather(shared: &Shared, link: u64, out: &mut Writer) -> Next {
         state.paused = true;
         return Next::Pause(pause);
     }
+    let late = |flight: &Flight| !flight.sent && !flight.earlier && is_past(flight.valid_until);
+    if state.flight.iter().any(late) {
+        shared.settle(state);
+        return Next::Wait;
+    }
     for flight in state.flight.iter_mut().filter(|flight| !flight.sent) {
         if out.len() >= BURST {
             return Next::Wait;
@@ -736,8 +757,13 @@ impl Producer {
         self.push(Batch { count, records, group, run, valid_until: None, done: Arc::default() }).await
     }
 
-    /// Appends a batch that a journal keeps. As [`Producer::append_batch`].
-    pub(crate) async fn append_kept(
+    /// True if a batch can be appended without a wait.
+    pub(crate) fn has_room(&self) -> bool {
+        self.handle.lock().bytes < self.handle.config.producer_bytes
+    }
+
+    /// Appends a batch that a journal keeps. As [`Producer::append_batch`], but does not wait for room: whoever keeps the journal has to go on.
+    pub(crate) fn append_kept(
         &self,
         batch: &[Record],
         run: Option<u64>,
@@ -746,11 +772,15 @@ impl Producer {
         let (count, records) = (batch.len() as u64, region(batch).map_err(AppendError::unsent)?);
         // A record alone may be a part of a message.
         let group = if let [record] = batch { Group::of(record) } else { Group::Alone(None) };
-        self.push(Batch { count, records, group, run, valid_until, done: Arc::default() }).await
+        self.push_now(Batch { count, records, group, run, valid_until, done: Arc::default() })
     }
 
     async fn push(&self, batch: Batch) -> Result<Ticket, AppendError> {
         self.room().await?;
+        self.push_now(batch)
+    }
+
+    fn push_now(&self, batch: Batch) -> Result<Ticket, AppendError> {
         let mut state = self.open()?;
         state.bytes += batch.records.len();
         let ticket = Ticket { done: batch.done.clone(), index: 0 };

@@ -18,7 +18,7 @@ use mainstay_transport::sim::Random;
 use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, Command};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 const RTT: Duration = Duration::from_millis(60);
 
@@ -99,6 +99,63 @@ async fn entries_are_stored_in_order_and_what_is_refused_makes_room_for_those_be
     assert!(outbox.kept().is_empty());
 }
 
+/// A refusal is written down although more waits behind it than a producer keeps.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_with_much_behind_it_stops_nothing() {
+    let (dir, mut world) = (tempfile::tempdir().expect("a directory"), world(5));
+    let mut config = Config::default();
+    (config.producer_bytes, config.give_up_after) = (32 * 1024, None);
+    let (client, _host) = world.client_with(config);
+    let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+    let mut items: Vec<Item> = vec![line("first"), refused()];
+    items.extend((0..40).map(|_| line("x".repeat(8 * 1024))));
+    outbox.queue_all(items, &[]).await.expect("queued");
+    timeout(Duration::from_secs(600), deliver(&outbox, &client)).await.expect("in time");
+    assert_eq!(stored(&client).await.len(), 41);
+}
+
+/// Whoever sends may be stopped at any moment, and started again in the same process.
+#[tokio::test(start_paused = true)]
+async fn a_sender_that_is_stopped_and_started_again_loses_and_doubles_nothing() {
+    let mut random = random::for_test("a_sender_that_is_stopped_and_started_again");
+    let (dir, mut world) = (tempfile::tempdir().expect("a directory"), world(random.bits()));
+    let (client, _host) = world.client();
+    let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+    let mut expected = Vec::new();
+    for n in 0..300 {
+        let wrong = random.below(6) == 0;
+        outbox.queue(if wrong { refused() } else { line(n.to_string()) }).await.expect("queued");
+        expected.extend((!wrong).then(|| n.to_string()));
+        if n % 10 == 9 {
+            let pause = Duration::from_millis(random.below(400));
+            let session = client.session("s").expect("a name").create();
+            // Dropped where it is.
+            let _ = timeout(pause, outbox.send(session)).await;
+        }
+    }
+    deliver(&outbox, &client).await;
+    assert_eq!(stored(&client).await, expected);
+}
+
+/// What could not be read again, or never be sent, is not queued.
+#[tokio::test]
+async fn what_cannot_be_sent_is_not_queued_and_harms_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+    assert!(Item::signal(Intent::Steer, None, "x".repeat(2049)).is_err());
+    assert!(Item::signal(Intent::Approve, None, "").is_err());
+    outbox.queue(Item::signal(Intent::Steer, None, "x".repeat(2048)).expect("a signal")).await.expect("queued");
+    // In the stream with the number 0 it would just fit.
+    let mut payload = mainstay_protocol::registry::MAX_RECORD;
+    while Record::data(0, vec![0; payload]).encoded_len() > mainstay_protocol::registry::MAX_RECORD {
+        payload -= 1;
+    }
+    assert!(Item::records("main", &[Record::data(0, vec![0; payload])]).is_err());
+    outbox.queue(line("x".repeat(payload - 1))).await.expect("queued");
+    outbox.close().await;
+    assert_eq!(Outbox::open(dir.path(), "s").await.expect("an outbox").kept().len(), 2);
+}
+
 /// Waits for the clock on the wall, which paused time does not move.
 fn wait_for(time: SystemTime) {
     while let Ok(left) = time.duration_since(SystemTime::now()) {
@@ -121,7 +178,10 @@ async fn what_was_sent_into_nothing_and_is_too_late_expires() {
     host.move_to(None);
     let until = SystemTime::now() + Duration::from_millis(150);
     let mut late = outbox.queue(line("late").valid_until(until)).await.expect("queued");
-    let signal = outbox.queue(Item::signal(Intent::Custom, None, "late").valid_until(until)).await.expect("queued");
+    let signal = outbox
+        .queue(Item::signal(Intent::Custom, None, "late").expect("a signal").valid_until(until))
+        .await
+        .expect("queued");
     let last = outbox.queue(line("last")).await.expect("queued");
     while late.state() == EntryState::Queued {
         assert!(late.changed().await);
@@ -439,6 +499,9 @@ async fn what_an_agent_said_offline_is_stored_by_the_next_run() {
     running.kill().await.expect("kill");
     let offline = said(&live)[0].lines().count();
     proxy.blackhole(false);
+    // Who does not know of runs leaves what was said there alone.
+    let appended = run(command(&connect, &["append", "s", "--json", "--outbox", path])).await;
+    assert!(appended.status.success(), "{}", String::from_utf8_lossy(&appended.stdout));
     let again = ["run", "s", "--json", "--lease", "2", "--outbox", path, "--", "echo", "next"];
     let output = run(command(&connect, &again)).await;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));

@@ -117,7 +117,7 @@ const TOGETHER_BYTES: usize = 256 * 1024;
 
 /// The same through an outbox.
 async fn kept(dir: &Path, args: &args::Append, output: Output) -> Result<(), Failure> {
-    let (kept, before) = outbox::open(dir, &args.session, output).await?;
+    let (held, before) = outbox::open(dir, &args.session, output).await?;
     let mut config = Config::default();
     // Until standard input ends whatever is read is kept, and that is enough.
     config.give_up_after = None;
@@ -126,27 +126,28 @@ async fn kept(dir: &Path, args: &args::Append, output: Output) -> Result<(), Fai
         let (entries, printing) = mpsc::channel(LAG);
         let (closed, closing) = oneshot::channel::<()>();
         let reading = async {
-            let result = read(&kept, args, &queued, entries, output).await;
+            let result = read(&held, args, &queued, entries, output).await;
             drop(closed);
             result
         };
-        let work = async {
-            let ((), states) = tokio::try_join!(reading, print_kept(printing, output))?;
-            // Those of before, too.
-            for kept in &before {
-                kept.entry.settled().await;
-                outbox::tell(&kept.entry, &json!({"line": null}), output)?;
+        let of_before = async {
+            let mut states = Vec::new();
+            for kept in before.iter().filter(|kept| kept.run.is_none()) {
+                states.push(kept.entry.settled().await);
+                told(&held, &kept.entry, &json!({"line": null}), output).await?;
             }
             Ok(states)
         };
+        let work = async {
+            let ((), mut states, before) = tokio::try_join!(reading, print_kept(&held, printing, output), of_before)?;
+            states.extend(before);
+            Ok(states)
+        };
         let attaching = client.session(&args.session)?.create();
-        outbox::deliver(client, attaching, &kept, work, async { drop(closing.await) }).await
+        outbox::deliver(client, attaching, &held, work, async { drop(closing.await) }).await
     })
     .await;
     let states = result?;
-    // All of them were told.
-    let told: Vec<u64> = kept.kept().iter().map(|kept| kept.entry.number()).collect();
-    kept.dismiss(&told).await?;
     outbox::unstored(&states)?;
     output.text(&match queued.load(Ordering::Relaxed) {
         0 => format!("nothing to append; the outbox of {} is empty\n", args.session),
@@ -189,7 +190,7 @@ async fn read(
             });
         }
         if !items.is_empty() {
-            outbox.room().await;
+            outbox.room(items.len()).await;
             for entry in outbox.queue_all(items, &[]).await? {
                 outbox::tell(&entry, &json!({"line": number}), output)?;
                 queued.fetch_add(1, Ordering::Relaxed);
@@ -206,8 +207,18 @@ async fn read(
     }
 }
 
+/// Tells what became of an entry. What was given up need not be kept then.
+async fn told(outbox: &Outbox, entry: &OutboxEntry, more: &serde_json::Value, output: Output) -> Result<(), Failure> {
+    outbox::tell(entry, more, output)?;
+    match entry.state() {
+        EntryState::Rejected { .. } | EntryState::Expired => Ok(outbox.dismiss(&[entry.number()]).await?),
+        _ => Ok(()),
+    }
+}
+
 /// Tells what became of each line, in order.
 async fn print_kept(
+    outbox: &Outbox,
     mut entries: mpsc::Receiver<(u64, OutboxEntry)>,
     output: Output,
 ) -> Result<Vec<EntryState>, Failure> {
@@ -217,7 +228,7 @@ async fn print_kept(
         if output.is_json() {
             room().await?;
         }
-        outbox::tell(&entry, &json!({"line": line}), output)?;
+        told(outbox, &entry, &json!({"line": line}), output).await?;
     }
     Ok(states)
 }

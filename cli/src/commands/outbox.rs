@@ -49,6 +49,19 @@ pub(crate) async fn open(dir: &Path, session: &str, output: Output) -> Result<(O
     for kept in &kept {
         tell(&kept.entry, &json!({"line": null}), output)?;
     }
+    if kept.iter().any(|kept| kept.run.is_some()) {
+        let dir = dir.display();
+        let message = format!(
+            "it holds what an agent said; `mainstay run {session} --outbox {dir} -- …` stores that and goes on"
+        );
+        output.notice("outbox", &message)?;
+    }
+    let seen: Vec<u64> = kept
+        .iter()
+        .filter(|kept| kept.run.is_none() && kept.entry.state().is_settled())
+        .map(|kept| kept.entry.number())
+        .collect();
+    outbox.dismiss(&seen).await?;
     if !kept.is_empty() && !output.is_json() {
         output.notice("outbox", &format!("{} entries are in the outbox from before", kept.len()))?;
     }

@@ -30,7 +30,7 @@ pub(crate) async fn run(args: args::Signal, output: Output) -> Result<(), Failur
 async fn kept(dir: &Path, args: &args::Signal, output: Output) -> Result<(), Failure> {
     let (outbox, _) = outbox::open(dir, &args.session, output).await?;
     let target = args.run.map(Target::Run).or(args.input.map(Target::Input)).or(args.request.map(Target::Request));
-    let mut item = Item::signal(args.intent.into(), target, args.text.clone().unwrap_or_default());
+    let mut item = Item::signal(args.intent.into(), target, args.text.clone().unwrap_or_default())?;
     if let Some(lasts) = args.lasts {
         item = item.lasts(Duration::from_secs_f64(lasts));
     }

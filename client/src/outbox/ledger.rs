@@ -1,12 +1,12 @@
 //! What the entries of an outbox say: what waits in which order, and what became of the rest. Pure: replaying the same entries gives the same
 //! ledger.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
-use mainstay_protocol::registry::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS};
+use mainstay_protocol::registry::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_STREAMS};
 use mainstay_protocol::session::{Incarnation, Record, SessionName};
 use mainstay_protocol::wire::{Body, Detail, Label, MAX_VARINT, Reader, Signal, Writer};
 
@@ -24,6 +24,10 @@ pub(super) enum What {
 
 impl What {
     pub(super) fn batch(stream: Label, run: Option<u64>, records: &[Record]) -> Result<Self, ClientError> {
+        // With whatever number their stream will have.
+        let placed: Vec<Record> =
+            records.iter().map(|record| Record { stream: MAX_STREAMS as u64 - 1, ..record.clone() }).collect();
+        region(&placed)?;
         Ok(Self::Batch { stream, run, count: records.len() as u64, records: region(records)?.freeze() })
     }
 
@@ -45,6 +49,12 @@ pub(super) struct Queued {
     pub(super) valid_until: Option<SystemTime>,
     /// A connection may have had it: only for signals that are valid until some time.
     pub(super) sent: bool,
+}
+
+impl Queued {
+    fn is_batch(&self) -> bool {
+        matches!(self.what, What::Batch { .. })
+    }
 }
 
 /// What became of something queued.
@@ -213,6 +223,8 @@ pub(super) struct Ledger {
     /// The number of what is queued next.
     next: u64,
     waiting: BTreeMap<u64, Queued>,
+    /// Batches that wait.
+    batches: u64,
     /// What was rejected or has expired, until it is dismissed.
     given_up: BTreeMap<u64, (Queued, Outcome)>,
     /// Bytes that what is kept takes in a file that is written anew, about.
@@ -222,7 +234,7 @@ pub(super) struct Ledger {
 impl Ledger {
     pub(super) fn new(session: SessionName, producer: Label) -> Self {
         let (waiting, given_up) = (BTreeMap::new(), BTreeMap::new());
-        Self { session, producer, incarnation: None, stored: 0, next: 0, waiting, given_up, bytes: 0 }
+        Self { session, producer, incarnation: None, stored: 0, next: 0, waiting, batches: 0, given_up, bytes: 0 }
     }
 
     /// The ledger that the entries of a file make. `None` for a file without any. Errors: what they say cannot be.
@@ -256,6 +268,7 @@ impl Ledger {
                 }
                 self.next = self.next.max(number + 1);
                 self.bytes += size(&queued);
+                self.batches += u64::from(queued.is_batch());
                 self.waiting.insert(number, queued);
             }
             Change::Sent(number) => {
@@ -264,16 +277,13 @@ impl Ledger {
             }
             Change::Settled(number, outcome) => {
                 let queued = self.waiting.get(&number).ok_or(impossible("what does not wait is settled"))?;
-                match (&queued.what, &outcome) {
-                    (What::Batch { .. }, Outcome::Durable { .. }) => {
-                        if self.sequence(number) != Some(self.stored) {
-                            return Err(impossible("a batch is stored before one that was queued earlier"));
-                        }
-                        self.stored += 1;
-                    }
-                    (What::Signal(_), _) | (What::Batch { .. }, _) => {}
+                let stored = queued.is_batch() && matches!(outcome, Outcome::Durable { .. });
+                if stored && self.first_batch() != Some(number) {
+                    return Err(impossible("a batch is stored before one that was queued earlier"));
                 }
                 let Some(queued) = self.waiting.remove(&number) else { return Ok(()) };
+                self.stored += u64::from(stored);
+                self.batches -= u64::from(queued.is_batch());
                 if matches!(outcome, Outcome::Durable { .. }) {
                     self.bytes -= size(&queued);
                 } else {
@@ -289,17 +299,53 @@ impl Ledger {
         Ok(())
     }
 
-    /// The sequence that a batch which waits has as things are: what is given up before it makes it one less.
-    pub(super) fn sequence(&self, number: u64) -> Option<u64> {
-        let is_batch = |queued: &&Queued| matches!(queued.what, What::Batch { .. });
-        self.waiting.get(&number).filter(is_batch)?;
-        Some(self.stored + self.waiting.range(..number).filter(|(_, queued)| is_batch(queued)).count() as u64)
+    fn first_batch(&self) -> Option<u64> {
+        self.waiting.iter().find(|(_, queued)| queued.is_batch()).map(|(number, _)| *number)
+    }
+
+    /// True if these changes can be taken, one after the other, after those that settled what is in `settled`, to which it adds.
+    pub(super) fn takes(&self, changes: &[Change], settled: &mut BTreeSet<u64>) -> bool {
+        changes.iter().all(|change| match change {
+            Change::Settled(number, outcome) => {
+                let Some(queued) = self.waiting.get(number) else { return false };
+                let first = || {
+                    let open = self.waiting.iter().filter(|(number, _)| !settled.contains(number));
+                    open.filter(|(_, queued)| queued.is_batch()).map(|(number, _)| *number).next()
+                };
+                let in_order =
+                    !queued.is_batch() || !matches!(outcome, Outcome::Durable { .. }) || first() == Some(*number);
+                in_order && settled.insert(*number)
+            }
+            Change::Sent(number) => self.waiting.contains_key(number) && !settled.contains(number),
+            Change::Queued(..) | Change::Attached(_) | Change::Dismissed(_) => true,
+            Change::Origin { .. } => false,
+        })
+    }
+
+    /// What waits, in order, each with its sequence as things are: what is given up before a batch makes it one less. A signal has none.
+    pub(super) fn sequences(&self) -> impl Iterator<Item = (u64, &Queued, Option<u64>)> {
+        let mut next = self.stored;
+        self.waiting.iter().map(move |(number, queued)| {
+            let sequence = queued.is_batch().then_some(next);
+            next += u64::from(queued.is_batch());
+            (*number, queued, sequence)
+        })
+    }
+
+    /// The sequence of what was queued last.
+    pub(super) fn last_sequence(&self) -> Option<u64> {
+        let (_, last) = self.waiting.last_key_value()?;
+        last.is_batch().then(|| self.stored + self.batches - 1)
     }
 
     /// What a producer has to know of it.
     pub(super) fn journalled(&self) -> Journalled {
-        let batches = self.waiting.values().filter(|queued| matches!(queued.what, What::Batch { .. })).count();
-        Journalled { first: self.stored, end: self.stored + batches as u64 }
+        Journalled { first: self.stored, end: self.stored + self.batches }
+    }
+
+    /// What dismissing frees: bytes, and an entry.
+    pub(super) fn freed_by(&self, number: u64) -> usize {
+        self.given_up.get(&number).map_or(0, |(queued, _)| size(queued))
     }
 
     /// The number of what is queued next.
@@ -429,18 +475,22 @@ mod tests {
             let mut stored = 0;
             for (at, step) in steps.into_iter().enumerate() {
                 let Some(change) = change(&live, step) else { continue };
-                let batch = |ledger: &Ledger, number| ledger.sequence(number).is_some();
+                prop_assert!(live.takes(core::slice::from_ref(&change), &mut BTreeSet::new()));
                 if let Change::Settled(number, Outcome::Durable { .. }) = &change {
-                    stored += u64::from(batch(&live, *number));
+                    let is_batch = live.waiting_from(*number).next().is_some_and(|(_, queued)| queued.is_batch());
+                    stored += u64::from(is_batch);
                 }
+                let queues = matches!(change, Change::Queued(..));
                 file.push(super::super::encoded_one(&change));
                 live.apply(change).unwrap();
                 if at == anew {
                     file = live.changes().iter().map(super::super::encoded_one).collect();
                 }
                 prop_assert_eq!(Ledger::replay(&file).unwrap().unwrap(), live.clone());
-                let sequences: Vec<u64> =
-                    live.waiting_from(0).filter_map(|(number, _)| live.sequence(number)).collect();
+                let sequences: Vec<u64> = live.sequences().filter_map(|(.., sequence)| sequence).collect();
+                if queues {
+                    prop_assert_eq!(live.last_sequence(), live.sequences().last().and_then(|(.., sequence)| sequence));
+                }
                 let end = stored + sequences.len() as u64;
                 prop_assert_eq!(&sequences, &(stored..end).collect::<Vec<_>>());
                 prop_assert_eq!((live.journalled().first, live.journalled().end), (stored, end));
@@ -472,6 +522,8 @@ mod tests {
             Change::Queued(3, queued(false, 1, None)),
             before.changes().remove(0),
         ] {
+            let numbered = matches!(wrong, Change::Queued(..));
+            assert!(numbered || !ledger.takes(core::slice::from_ref(&wrong), &mut BTreeSet::new()));
             assert!(ledger.apply(wrong).is_err());
             assert_eq!(ledger, before);
         }

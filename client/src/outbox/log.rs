@@ -65,6 +65,10 @@ impl Log {
             Err(TryLockError::WouldBlock) => return Err(LogError::Locked),
             Err(TryLockError::Error(error)) => return Err(error.into()),
         }
+        if !is_at(&file, path)? {
+            // Another process has put a new one in its place meanwhile.
+            return Err(LogError::Locked);
+        }
         if file.metadata()?.len() > LARGEST {
             return Err(LogError::Damaged("the file is longer than an outbox gets"));
         }
@@ -87,23 +91,23 @@ impl Log {
         Ok((this, entries))
     }
 
-    /// Appends entries and syncs them. Where that fails none of them counts; where it cannot be undone, nothing can be appended any more.
-    pub(crate) fn append<'a>(&mut self, bodies: impl Iterator<Item = &'a [u8]>) -> io::Result<()> {
+    /// Appends an entry and syncs it: it is there whole, or not. Where that fails it does not count; where that cannot be undone, nothing can be
+    /// appended any more.
+    pub(crate) fn append(&mut self, body: &[u8]) -> io::Result<()> {
         if self.broken {
             return Err(io::Error::other(
                 "an earlier write failed; what is on the disk is read when it is opened again",
             ));
         }
         let mut bytes = Vec::new();
-        bodies.for_each(|body| put(self.seed, body, &mut bytes));
-        if let Err(error) = self.file.write_all(&bytes) {
+        put(self.seed, body, &mut bytes);
+        let written = self.file.write_all(&bytes);
+        let synced = written.is_ok();
+        if let Err(error) = written.and_then(|()| self.file.sync_data()) {
             // What is behind the good bytes must not look like an entry later.
             let undone = self.file.set_len(self.length).and_then(|()| self.file.seek(SeekFrom::Start(self.length)));
-            self.broken = undone.is_err();
-            return Err(error);
-        }
-        if let Err(error) = self.file.sync_data() {
-            self.broken = true;
+            // Nobody knows what a sync that failed left on the disk.
+            self.broken = synced || undone.is_err();
             return Err(error);
         }
         self.length += bytes.len() as u64;
@@ -177,6 +181,21 @@ fn entry(bytes: &Bytes, seed: u64, at: usize) -> Option<Bytes> {
     (xxh3_64_with_seed(body, seed) == u64::from_le_bytes(*sum)).then(|| bytes.slice_ref(body))
 }
 
+/// True if `path` is the name of `file` still.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let (open, named) = (file.metadata()?, std::fs::metadata(path)?);
+        Ok((open.dev(), open.ino()) == (named.dev(), named.ino()))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = (file, path);
+        Ok(true)
+    }
+}
+
 /// A name that was made or changed is there after a crash.
 fn sync_directory(path: &Path) -> io::Result<()> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -198,8 +217,7 @@ mod tests {
         let (mut log, none) = Log::open(&path).unwrap();
         assert!(none.is_empty());
         let bodies: Vec<Vec<u8>> = (1..20u8).map(|length| vec![length; length.into()]).collect();
-        log.append(bodies[..7].iter().map(Vec::as_slice)).unwrap();
-        log.append(bodies[7..].iter().map(Vec::as_slice)).unwrap();
+        bodies.iter().for_each(|body| log.append(body).unwrap());
         (path, bodies)
     }
 
@@ -218,7 +236,7 @@ mod tests {
             assert_eq!(open(&path).unwrap(), kept.cloned().collect::<Vec<_>>(), "cut at {cut}");
             // What was torn is gone, and more can be appended.
             let (mut log, before) = Log::open(&path).unwrap();
-            log.append(core::iter::once(b"more".as_slice())).unwrap();
+            log.append(b"more").unwrap();
             drop(log);
             let after = open(&path).unwrap();
             assert_eq!((after.len(), after.last().unwrap().as_ref()), (before.len() + 1, b"more".as_slice()));
@@ -250,7 +268,7 @@ mod tests {
         let (mut log, _) = Log::open(&path).unwrap();
         assert!(matches!(Log::open(&path), Err(LogError::Locked)));
         log.replace([b"one".as_slice(), b"two"].into_iter()).unwrap();
-        log.append(core::iter::once(b"three".as_slice())).unwrap();
+        log.append(b"three").unwrap();
         assert!(matches!(Log::open(&path), Err(LogError::Locked)), "the lock goes with it");
         assert_eq!(log.length(), std::fs::metadata(&path).unwrap().len());
         drop(log);

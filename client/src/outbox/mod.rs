@@ -19,7 +19,7 @@ mod log;
 mod sending;
 
 use core::fmt;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -28,8 +28,9 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::registry::MAX_SIGNAL_TEXT;
 use mainstay_protocol::session::{Intent, Record, SessionName, SignalId, Target};
-use mainstay_protocol::wire::{Label, Signal, Writer};
+use mainstay_protocol::wire::{Label, MAX_VARINT, Signal, Writer};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use self::ledger::{Change, Ledger, Outcome, Queued, What};
@@ -143,15 +144,24 @@ impl Item {
     }
 
     /// A signal to `target`, or to the run that is active when it is sent; `text` is what is said with it.
-    pub fn signal(intent: Intent, target: Option<Target>, text: impl Into<Bytes>) -> Self {
+    ///
+    /// Errors: `Invalid` for more than 2 KiB of text, an answer without a request, and another intent with one.
+    pub fn signal(intent: Intent, target: Option<Target>, text: impl Into<Bytes>) -> Result<Self, OutboxError> {
+        let text = text.into();
+        if text.len() > MAX_SIGNAL_TEXT {
+            return Err(OutboxError::Invalid("the text of a signal is longer than 2 KiB".into()));
+        }
+        if intent.is_answer() != matches!(target, Some(Target::Request(_))) {
+            return Err(OutboxError::Invalid("an answer is for a request, and nothing else is".into()));
+        }
         let id = SignalId(rand::random());
-        Self { what: What::Signal(Signal { id, intent, target, lasts: 0, text: text.into() }), valid_until: None }
+        Ok(Self { what: What::Signal(Signal { id, intent, target, lasts: 0, text }), valid_until: None })
     }
 
     /// For a signal: how long it may wait for somebody to take it, once it is stored. Says nothing about when it is sent.
     pub fn lasts(mut self, lasts: Duration) -> Self {
         if let What::Signal(signal) = &mut self.what {
-            signal.lasts = u64::try_from(lasts.as_millis()).unwrap_or(u64::MAX).max(1);
+            signal.lasts = u64::try_from(lasts.as_millis()).unwrap_or(u64::MAX).clamp(1, MAX_VARINT);
         }
         self
     }
@@ -299,7 +309,7 @@ impl fmt::Debug for Outbox {
 /// What is to be on the disk, together, before whoever asks goes on.
 struct Commit {
     asked: Vec<Asked>,
-    answer: oneshot::Sender<Result<Vec<u64>, OutboxError>>,
+    answer: oneshot::Sender<Result<Vec<OutboxEntry>, OutboxError>>,
 }
 
 enum Asked {
@@ -376,8 +386,7 @@ impl Outbox {
         let queued = |Item { what, valid_until }| Asked::Queue(Queued { what, valid_until, sent: false });
         let mut asked: Vec<Asked> = items.into_iter().map(queued).collect();
         asked.extend(dismissed.iter().map(|number| Asked::Change(Change::Dismissed(*number))));
-        let numbers = self.commit(asked).await?;
-        Ok(numbers.into_iter().filter_map(|number| self.entry(number)).collect())
+        self.commit(asked).await
     }
 
     /// Those that were rejected or have expired are forgotten: the application has seen them. Errors: `Disk`.
@@ -387,15 +396,17 @@ impl Outbox {
 
     /// Everything that waits or was given up, in order.
     pub fn kept(&self) -> Vec<Kept> {
-        let all: Vec<(u64, Queued)> = {
+        let all: Vec<(u64, Queued, Option<u64>)> = {
             let ledger = self.ledger();
-            let given_up = ledger.given_up().map(|(number, queued, _)| (number, queued.clone()));
-            ledger.waiting_from(0).map(|(number, queued)| (number, queued.clone())).chain(given_up).collect()
+            let given_up = ledger.given_up().map(|(number, queued, _)| (number, queued.clone(), None));
+            let waiting = ledger.sequences().map(|(number, queued, sequence)| (number, queued.clone(), sequence));
+            waiting.chain(given_up).collect()
         };
+        let states = self.states();
         let mut kept: Vec<Kept> = all
             .into_iter()
-            .filter_map(|(number, queued)| {
-                let entry = self.entry(number)?;
+            .filter_map(|(number, queued, sequence)| {
+                let entry = OutboxEntry { number, sequence, state: states.get(&number)?.subscribe() };
                 let valid_until = queued.valid_until;
                 Some(match queued.what {
                     What::Batch { stream, run, records, .. } => {
@@ -404,11 +415,13 @@ impl Outbox {
                         Kept { entry, records: Some((stream, records)), run, signal: None, valid_until }
                     }
                     What::Signal(signal) => {
-                        Kept { entry, records: None, run: None, signal: Some((signal.intent, signal.id)), valid_until }
+                        let signal = Some((signal.intent, signal.id));
+                        Kept { entry, records: None, run: None, signal, valid_until }
                     }
                 })
             })
             .collect();
+        drop(states);
         kept.sort_by_key(|kept| kept.entry.number);
         kept
     }
@@ -423,9 +436,9 @@ impl Outbox {
         self.until(|ledger| ledger.waiting_from(0).next().is_none()).await;
     }
 
-    /// Waits until there is room for a batch. Cancellation-safe.
-    pub async fn room(&self) {
-        self.until(|ledger| ledger.bytes() + log::LONGEST < MAX_BYTES && ledger.len() < MAX_ENTRIES).await;
+    /// Waits until there is room for so many batches that are queued at once. Cancellation-safe.
+    pub async fn room(&self, batches: usize) {
+        self.until(|ledger| ledger.bytes() + log::LONGEST < MAX_BYTES && ledger.len() + batches <= MAX_ENTRIES).await;
     }
 
     async fn until(&self, holds: impl Fn(&Ledger) -> bool) {
@@ -452,13 +465,8 @@ impl Outbox {
         self.0.states.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn entry(&self, number: u64) -> Option<OutboxEntry> {
-        let sequence = self.ledger().sequence(number);
-        Some(OutboxEntry { number, sequence, state: self.states().get(&number)?.subscribe() })
-    }
-
-    /// Makes changes, all or nothing; returns the numbers of what is queued. Returns when they are on the disk.
-    async fn commit(&self, asked: Vec<Asked>) -> Result<Vec<u64>, OutboxError> {
+    /// Makes changes, all or nothing; returns what is queued. Returns when they are on the disk, and all that were asked for before.
+    async fn commit(&self, asked: Vec<Asked>) -> Result<Vec<OutboxEntry>, OutboxError> {
         let (answer, kept) = oneshot::channel();
         let gone = || OutboxError::Disk { path: self.0.path.clone(), detail: "the outbox was closed".into() };
         self.0.commits.send(Commit { asked, answer }).await.map_err(|_| gone())?;
@@ -483,8 +491,7 @@ fn load(dir: &Path, path: &Path, session: SessionName) -> Result<(Log, Ledger), 
             // A name that nobody else has: its sequence begins at 0, and nobody is fenced.
             let producer = Label::new(&format!("outbox-{:032x}", rand::random::<u128>())).map_err(ClientError::from)?;
             let ledger = Ledger::new(session, producer);
-            let first: Vec<Bytes> = ledger.changes().iter().map(encoded_one).collect();
-            log.append(first.iter().map(Bytes::as_ref)).map_err(|error| OutboxError::disk(path, &error))?;
+            log.append(&encoded(&ledger.changes())).map_err(|error| OutboxError::disk(path, &error))?;
             ledger
         }
     };
@@ -510,27 +517,46 @@ async fn keep(outbox: Weak<Inner>, mut log: Log, mut asked: mpsc::Receiver<Commi
             commits.push(more);
         }
         let Some(this) = outbox.upgrade().map(Outbox) else { return };
-        let mut room = Room::of(&this.ledger());
+        let (mut room, mut settled) = (Room::of(&this.ledger()), BTreeSet::new());
         let mut accepted = Vec::new();
         for Commit { asked, answer } in commits {
-            match room.take(asked) {
-                Ok(changes) => accepted.push((changes, answer)),
+            let taken = {
+                let ledger = this.ledger();
+                room.take(asked, &ledger).and_then(|changes| {
+                    let body = encoded(&changes);
+                    // What could not be read again must not be written.
+                    let reads = Change::all(&body).is_ok_and(|read| read == changes);
+                    match reads && ledger.takes(&changes, &mut settled) {
+                        true => Ok((changes, body)),
+                        false => Err(OutboxError::Invalid("the outbox does not take this".into())),
+                    }
+                })
+            };
+            match taken {
+                Ok((changes, body)) => accepted.push((changes, body, answer)),
                 // Whoever asked may be gone.
                 Err(error) => drop(answer.send(Err(error))),
             }
         }
-        let bodies: Vec<Bytes> = accepted.iter().map(|(changes, _)| encoded(changes)).collect();
-        let written =
-            blocking(log, move |log| log.append(bodies.iter().filter(|body| !body.is_empty()).map(Bytes::as_ref)));
-        let result;
-        (log, result) = written.await;
-        if let Err(error) = result {
-            let error = OutboxError::disk(&this.0.path, &error);
-            accepted.into_iter().for_each(|(_, answer)| drop(answer.send(Err(error.clone()))));
-            continue;
-        }
-        for (changes, answer) in accepted {
-            let _ = answer.send(this.take(changes));
+        // Each write is one entry: it is on the disk whole, or not.
+        let mut writes = accepted.into_iter().peekable();
+        while writes.peek().is_some() {
+            let (mut together, mut body) = (Vec::new(), Vec::new());
+            while let Some((changes, part, answer)) =
+                writes.next_if(|(_, part, _)| body.is_empty() || body.len() + part.len() <= log::LONGEST)
+            {
+                body.extend_from_slice(&part);
+                together.push((changes, answer));
+            }
+            let result;
+            (log, result) = blocking(log, move |log| if body.is_empty() { Ok(()) } else { log.append(&body) }).await;
+            match result {
+                Ok(()) => together.into_iter().for_each(|(changes, answer)| drop(answer.send(this.take(changes)))),
+                Err(error) => {
+                    let error = OutboxError::disk(&this.0.path, &error);
+                    together.into_iter().for_each(|(_, answer)| drop(answer.send(Err(error.clone()))));
+                }
+            }
         }
         this.0.version.send_modify(|version| *version += 1);
         let needed = this.ledger().bytes() as u64;
@@ -572,12 +598,19 @@ impl Room {
     }
 
     /// The changes that were asked for, numbered. Errors: `Full`; then none.
-    fn take(&mut self, asked: Vec<Asked>) -> Result<Vec<Change>, OutboxError> {
+    fn take(&mut self, asked: Vec<Asked>, ledger: &Ledger) -> Result<Vec<Change>, OutboxError> {
         let (next, entries, bytes) = (self.next, self.entries, self.bytes);
         let mut changes = Vec::with_capacity(asked.len());
         for asked in asked {
             changes.push(match asked {
-                Asked::Change(change) => change,
+                Asked::Change(change) => {
+                    if let Change::Dismissed(number) = change {
+                        let freed = ledger.freed_by(number);
+                        self.bytes = self.bytes.saturating_sub(freed);
+                        self.entries = self.entries.saturating_sub(usize::from(freed > 0));
+                    }
+                    change
+                }
                 Asked::Queue(queued) => {
                     self.bytes += ledger::size(&queued);
                     self.entries += 1;
@@ -601,14 +634,16 @@ impl Room {
 }
 
 impl Outbox {
-    /// Changes are on the disk. Returns the numbers of what was queued.
-    fn take(&self, changes: Vec<Change>) -> Result<Vec<u64>, OutboxError> {
-        let mut numbers = Vec::new();
+    /// Changes are on the disk. Returns what was queued.
+    fn take(&self, changes: Vec<Change>) -> Result<Vec<OutboxEntry>, OutboxError> {
+        let mut entries = Vec::new();
         for change in changes {
+            let mut queued = None;
             let told = match &change {
                 Change::Queued(number, _) => {
-                    numbers.push(*number);
-                    self.states().insert(*number, watch::channel(EntryState::Queued).0);
+                    let (state, followed) = watch::channel(EntryState::Queued);
+                    self.states().insert(*number, state);
+                    queued = Some((*number, followed));
                     None
                 }
                 Change::Sent(number) => Some((*number, EntryState::Sent)),
@@ -621,11 +656,14 @@ impl Outbox {
             };
             let applied = self.ledger().apply(change);
             applied.map_err(|ProtocolError { detail, .. }| OutboxError::Invalid(detail.into()))?;
+            if let Some((number, state)) = queued {
+                entries.push(OutboxEntry { number, sequence: self.ledger().last_sequence(), state });
+            }
             if let Some((number, state)) = told {
                 self.tell(number, state);
             }
         }
-        Ok(numbers)
+        Ok(entries)
     }
 
     /// Tells who follows it. What is durable is not kept.

@@ -141,6 +141,8 @@ impl Outbox {
     }
 
     async fn send_on(&self, session: Attaching) -> Result<core::convert::Infallible, SendError> {
+        // What whoever sent before wrote down at last is read with the rest.
+        self.commit(Vec::new()).await?;
         let known = self.ledger().incarnation;
         let session = match known {
             Some(incarnation) => session.at(Cursor { incarnation, next: 0 }),
@@ -151,11 +153,7 @@ impl Outbox {
         if known != Some(incarnation) {
             self.commit(vec![Asked::Change(Change::Attached(incarnation))]).await?;
         }
-        let (name, journalled) = {
-            let ledger = self.ledger();
-            (ledger.producer.clone(), ledger.journalled())
-        };
-        let producer = Arc::new(session.open_producer(name, Some(journalled)).await?);
+        let producer = None;
         let sender =
             Sender { outbox: self, session, producer, streams: HashMap::new(), sent: VecDeque::new(), next: 0 };
         sender.run().await
@@ -165,7 +163,8 @@ impl Outbox {
 struct Sender<'a> {
     outbox: &'a Outbox,
     session: Session,
-    producer: Arc<Producer>,
+    /// Once there was a batch: signals need none.
+    producer: Option<Arc<Producer>>,
     /// Ids of streams.
     streams: HashMap<Label, StreamId>,
     /// Batches that the producer has and the disk does not know the end of: never more than it can learn the end of after a restart.
@@ -179,22 +178,29 @@ impl Sender<'_> {
         let mut version = self.outbox.0.version.subscribe();
         loop {
             version.mark_unchanged();
-            {
-                // From here on nothing is missed.
-                let producer = self.producer.clone();
-                let mut progressed = pin!(producer.progressed());
-                progressed.as_mut().enable();
-                if self.settle().await? || self.hand_on().await? {
-                    continue;
+            let producer = self.producer.clone();
+            let mut progressed = pin!(async {
+                match &producer {
+                    Some(producer) => producer.progressed().await,
+                    None => core::future::pending().await,
                 }
-                if let Some(error) = producer.why_ended() {
-                    return Err(error.into());
-                }
-                // A session that ends ends its producers.
-                tokio::select! {
-                    () = progressed => {}
-                    _ = version.changed() => {}
-                }
+            });
+            // From here on nothing is missed.
+            if poll_once(progressed.as_mut()).await {
+                continue;
+            }
+            // Known before the outcomes that it leaves are looked at.
+            let ended = producer.as_ref().and_then(|producer| producer.why_ended());
+            if self.settle().await? || self.hand_on().await? {
+                continue;
+            }
+            if let Some(error) = ended {
+                return Err(error.into());
+            }
+            // A session that ends ends its producers.
+            tokio::select! {
+                () = progressed => {}
+                _ = version.changed() => {}
             }
         }
     }
@@ -226,7 +232,9 @@ impl Sender<'_> {
         if any {
             self.outbox.commit(settled).await?;
             // Only now may another batch take the sequence of one that was given up.
-            self.producer.release(given_up);
+            if let Some(producer) = &self.producer {
+                producer.release(given_up);
+            }
         }
         match trouble {
             Some(error) => Err(error.into()),
@@ -241,7 +249,8 @@ impl Sender<'_> {
         let Queued { what, valid_until, sent } = queued;
         match what {
             What::Batch { stream, run, records, .. } => {
-                if self.sent.len() >= PRODUCER_WINDOW {
+                let producer = self.producer().await?;
+                if self.sent.len() >= PRODUCER_WINDOW || !producer.has_room() {
                     return Ok(false);
                 }
                 let stream = match self.stream(&stream).await {
@@ -249,8 +258,15 @@ impl Sender<'_> {
                     Err(error) => return self.refused(number, error).await,
                 };
                 let records = What::records(&records, stream.0).map_err(ClientError::from)?;
-                // Where that fails it has ended; why is told.
-                let Ok(ticket) = self.producer.append_kept(&records, run, valid_until).await else { return Ok(false) };
+                let ticket = match producer.append_kept(&records, run, valid_until) {
+                    Ok(ticket) => ticket,
+                    Err(AppendError { error: error @ ClientError::Invalid(_), .. }) => {
+                        let detail = Detail::new(error.to_string());
+                        return self.settled(number, Outcome::Rejected { code: Code::RECORD_TOO_LARGE, detail }).await;
+                    }
+                    // It has ended; why is told.
+                    Err(_) => return Ok(false),
+                };
                 self.sent.push_back((number, ticket));
                 self.next = number + 1;
             }
@@ -259,23 +275,35 @@ impl Sender<'_> {
                 if !self.sent.is_empty() {
                     return Ok(false);
                 }
-                let outcome = match self.signal(number, signal, valid_until, sent).await? {
-                    Ok(seq) => Outcome::Durable { seq },
-                    Err(error) => match refusal(&error) {
-                        Some(outcome) => outcome,
-                        None => return Err(error.into()),
-                    },
+                return match self.signal(number, signal, valid_until, sent).await? {
+                    Ok(seq) => self.settled(number, Outcome::Durable { seq }).await,
+                    Err(error) => self.refused(number, error).await,
                 };
-                self.next = number + 1;
-                self.outbox.commit(vec![Asked::Change(Change::Settled(number, outcome))]).await?;
             }
         }
         Ok(true)
     }
 
+    /// The producer, opened with the first batch.
+    async fn producer(&mut self) -> Result<Arc<Producer>, ClientError> {
+        if let Some(producer) = &self.producer {
+            return Ok(producer.clone());
+        }
+        let (name, journalled) = {
+            let ledger = self.outbox.ledger();
+            (ledger.producer.clone(), ledger.journalled())
+        };
+        let producer = Arc::new(self.session.open_producer(name, Some(journalled)).await?);
+        Ok(self.producer.insert(producer).clone())
+    }
+
     /// One that cannot be handed on is settled, unless that is about who asks.
     async fn refused(&mut self, number: u64, error: ClientError) -> Result<bool, SendError> {
         let Some(outcome) = refusal(&error) else { return Err(error.into()) };
+        self.settled(number, outcome).await
+    }
+
+    async fn settled(&mut self, number: u64, outcome: Outcome) -> Result<bool, SendError> {
         self.next = number + 1;
         self.outbox.commit(vec![Asked::Change(Change::Settled(number, outcome))]).await?;
         Ok(true)
@@ -294,7 +322,7 @@ impl Sender<'_> {
         Ok(id)
     }
 
-    /// Sends a signal. One that is valid until some time is on the disk as sent before, so that it is known that it may be stored.
+    /// Sends a signal. That it is sent is on the disk before, so that it is known that it may be stored.
     async fn signal(
         &self,
         number: u64,
@@ -303,7 +331,7 @@ impl Sender<'_> {
         mut sent: bool,
     ) -> Result<Result<u64, ClientError>, OutboxError> {
         let is_late = || valid_until.is_some_and(|until| SystemTime::now() >= until);
-        if valid_until.is_some() && !sent && !is_late() {
+        if !sent && !is_late() {
             self.outbox.commit(vec![Asked::Change(Change::Sent(number))]).await?;
             sent = true;
         }
@@ -349,4 +377,13 @@ impl Outbox {
             });
         }
     }
+}
+
+/// Polls something once, so that it takes part from then on.
+async fn poll_once(future: std::pin::Pin<&mut impl Future<Output = ()>>) -> bool {
+    let mut future = Some(future);
+    std::future::poll_fn(move |cx| {
+        std::task::Poll::Ready(future.take().is_some_and(|future| future.poll(cx).is_ready()))
+    })
+    .await
 }

@@ -4,7 +4,8 @@ use core::time::Duration;
 use std::collections::BTreeMap;
 
 use mainstay_client::{
-    ClientError, Code, Detail, EntryState, Kept, Outbox, Payload, Record, Run, RunEnd, RunId, Session, Status,
+    ClientError, Code, Detail, EntryState, Instance, Kept, Kind, Outbox, OutboxEntry, Payload, Record, Run, RunEnd,
+    RunId, Session, Status,
 };
 use serde_json::json;
 
@@ -14,27 +15,27 @@ use crate::commands::outbox::tell;
 use crate::failure::Failure;
 use crate::output::Output;
 
-/// Stores it, and ends the runs that it is part of: nobody works on them any more. What cannot be stored, because a run is over or somebody else
-/// holds it by now, is told and forgotten.
+/// Stores it, and ends the runs that the command before held: nobody works on them any more. What cannot be stored, because a run is over or
+/// somebody else holds it by now, is told and forgotten.
 pub(super) async fn store(
     outbox: &Outbox,
     stopped: &Stopped,
     session: &Session,
     args: &args::Run,
+    me: Instance,
     output: Output,
 ) -> Result<(), Failure> {
     let kept = outbox.kept();
-    if kept.is_empty() {
-        return Ok(());
+    if !kept.is_empty() {
+        output.event(&json!({"event": "leftover", "entries": kept.len()}), || {
+            format!("storing {} records that an earlier run left in the outbox", kept.len())
+        })?;
     }
-    output.event(&json!({"event": "leftover", "entries": kept.len()}), || {
-        format!("storing {} records that an earlier run left in the outbox, once its lease is over", kept.len())
-    })?;
     // What is sent already, or is refused because its run is lost by now.
     for kept in &kept {
         settled(&kept.entry, stopped.clone()).await?;
     }
-    let (mut of_runs, mut lost) = (BTreeMap::<(RunId, u64), Vec<(u64, Record)>>::new(), Vec::new());
+    let (mut of_runs, mut lost) = (BTreeMap::<RunId, Vec<(u64, u64, Record)>>::new(), Vec::new());
     for Kept { entry, records, run: epoch, .. } in kept {
         match (entry.state(), records, epoch) {
             (EntryState::Durable { .. }, ..) => {}
@@ -42,7 +43,7 @@ pub(super) async fn store(
                 for record in records {
                     // What is refused for its run names it.
                     let Some(run) = record.run else { continue };
-                    of_runs.entry((run, epoch)).or_default().push((entry.number(), record));
+                    of_runs.entry(run).or_default().push((epoch, entry.number(), record));
                 }
             }
             _ => {
@@ -52,11 +53,34 @@ pub(super) async fn store(
         }
     }
     outbox.dismiss(&lost).await?;
-    for ((id, epoch), records) in of_runs {
-        match take(session, id, epoch, Duration::from_secs_f64(args.lease)).await? {
-            Ok(run) => again(outbox, stopped, session, &run, records).await?,
+    let mut live = session.live().await?;
+    let view = live.current().await?;
+    // Runs that the command before held and said nothing more of end, too; but for one that this one is to go on with.
+    let held = view.runs().current().iter().filter(|run| run.holder.instance == me && Some(run.id) != args.run);
+    for run in held {
+        of_runs.entry(run.id).or_default();
+    }
+    for (id, mut records) in of_runs {
+        let mine = match view.runs().get(id) {
+            None => Err("the run is over"),
+            Some(run) if run.holder.instance != me => Err("somebody else went on with the run"),
+            Some(_) => match session.start_run_as(id, Duration::from_secs_f64(args.lease), None).await {
+                Ok(run) => Ok(run),
+                Err(ClientError::Refused { code: Code::RUN_OVER | Code::RUN_ACTIVE, .. }) => {
+                    Err("somebody else went on with the run")
+                }
+                Err(error) => return Err(error.into()),
+            },
+        };
+        match mine {
+            Ok(run) => {
+                // What was put there again under a newer epoch came before what was not.
+                records.sort_by_key(|(epoch, number, _)| (core::cmp::Reverse(*epoch), *number));
+                let records = records.into_iter().map(|(_, number, record)| (number, record)).collect();
+                again(outbox, stopped, session, &run, records).await?;
+            }
             Err(why) => {
-                let numbers: Vec<u64> = records.iter().map(|(number, _)| *number).collect();
+                let numbers: Vec<u64> = records.iter().map(|(_, number, _)| *number).collect();
                 let message = format!("{} records of run {id} are not stored: {why}", numbers.len());
                 output.warning("RUN_FENCED", &message)?;
                 outbox.dismiss(&numbers).await?;
@@ -64,27 +88,6 @@ pub(super) async fn store(
         }
     }
     Ok(())
-}
-
-/// Takes a run that nobody works on any more, as soon as its lease is over. `Err` with the reason if somebody went on with it, or it is over.
-async fn take(session: &Session, id: RunId, epoch: u64, lease: Duration) -> Result<Result<Run, &'static str>, Failure> {
-    const OTHER: &str = "somebody else went on with the run";
-    const OVER: &str = "the run is over";
-    let mut live = session.live().await?;
-    match live.current().await?.runs().get(id) {
-        None => return Ok(Err(OVER)),
-        Some(run) if run.epoch != epoch => return Ok(Err(OTHER)),
-        Some(_) => {}
-    }
-    match session.take_run(Some(id), lease).await {
-        Ok(run) if run.taken_over() == Some(epoch) => Ok(Ok(run)),
-        Ok(run) => {
-            run.release().await?;
-            Ok(Err(OTHER))
-        }
-        Err(ClientError::Refused { code: Code::RUN_OVER, .. }) => Ok(Err(OVER)),
-        Err(error) => Err(error.into()),
-    }
 }
 
 /// Puts records into the outbox again, as part of the run that is held again, and ends it behind them.
@@ -110,10 +113,13 @@ async fn again(
         last = outbox.queue_all(items, &numbers).await?.pop();
         left = rest;
     }
-    let detail = Detail::new("the command that ran it was killed");
-    let end = RunEnd { status: Status::Interrupted, detail }.record(0);
-    let end = outbox.queue(item(session, &end, run)?).await?;
-    for entry in last.iter().chain([&end]) {
+    let mut wait: Vec<OutboxEntry> = last.into_iter().collect();
+    if records.last().is_none_or(|(_, record)| record.kind != Kind::RUN_END) {
+        let detail = Detail::new("the command that ran it was killed");
+        let end = RunEnd { status: Status::Interrupted, detail }.record(0);
+        wait.push(outbox.queue(item(session, &end, run)?).await?);
+    }
+    for entry in &wait {
         settled(entry, stopped.clone()).await?;
     }
     Ok(())

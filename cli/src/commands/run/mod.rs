@@ -10,9 +10,9 @@ use std::collections::BTreeSet;
 use std::io::Write as _;
 
 use mainstay_client::{
-    Author, Client, ClientError, Code, Config, Detail, Doing, Folded, InputPolicy, Intent, LiveView, Membership,
-    MessageAppend, MessageEnd, MessageId, MessageStart, Outbox, RequestExpired, Resolution, Run, RunConsumed, RunEnd,
-    SendError, Session, Signal, SignalId, SignalResolved, Signals, Status, StreamId, Update,
+    Author, Client, ClientError, Code, Config, Continuity, Detail, Doing, Folded, InputPolicy, Intent, LiveView,
+    Membership, MessageAppend, MessageEnd, MessageId, MessageStart, Outbox, RequestExpired, Resolution, Run,
+    RunConsumed, RunEnd, SendError, Session, Signal, SignalId, SignalResolved, Signals, Status, StreamId, Update,
 };
 use serde_json::json;
 use tokio::io::AsyncReadExt;
@@ -43,7 +43,12 @@ pub(crate) async fn run(args: args::Run, output: Output) -> Result<(), Failure> 
     let mut config = Config::default();
     (config.give_up_after, config.producer_bytes) = (None, 16 << 20);
     let outbox = match &args.outbox {
-        Some(dir) => Some(Outbox::open(dir, &args.session).await?),
+        Some(dir) => {
+            let outbox = Outbox::open(dir, &args.session).await?;
+            // The same client as the command before it: the runs that it held are this one's.
+            config.continuity = Continuity::in_file(&outbox.path().with_extension("client"))?;
+            Some(outbox)
+        }
         None => None,
     };
     with_client(args.connect.connect.as_deref(), config, output, async |client| {
@@ -160,7 +165,7 @@ async fn begin<'a>(
     let membership = session.join(&name, grace, Doing::new(status)?).await?;
     let way = match outbox {
         Some((outbox, stopped)) => {
-            leftover::store(&outbox, &stopped, &session, args, output).await?;
+            leftover::store(&outbox, &stopped, &session, args, client.instance(), output).await?;
             Way::Outbox(outbox, stopped)
         }
         None => Way::Producer(session.producer(&format!("run-{:032x}", rand::random::<u128>())).await?),
