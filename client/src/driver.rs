@@ -1209,6 +1209,10 @@ impl<C: Connection> Driver<C> {
                     self.resuming = false;
                     self.resume(outbox);
                 }
+                // So is what was asked behind it. With another token it may be said.
+                Code::FORBIDDEN | Code::UNAUTHENTICATED | Code::TOKEN_EXPIRED | Code::TOKEN_INVALID => {
+                    self.resuming = false;
+                }
                 // What was asked behind it is refused for its own.
                 code if code.is_retryable() => self.resume_again = Some(Instant::now() + REOPEN_PAUSE),
                 _ => return Err(Over::Failed(failure)),

@@ -5,8 +5,8 @@ use std::process::Stdio;
 use std::time::{Duration, SystemTime};
 
 use mainstay_client::{
-    Client, ClientError, Code, Config, EntryState, Intent, Item, LiveView, MessageWriter, Outbox, OutboxEntry, Record,
-    SendError, Session,
+    Client, ClientError, Code, Config, ConnectFile, EntryState, Intent, Item, LiveView, MessageWriter, Outbox,
+    OutboxEntry, Record, SendError, Session,
 };
 use mainstay_protocol::session::{Kind, MessageId};
 use mainstay_tests::live::{attach, current, follow, records};
@@ -441,8 +441,58 @@ async fn a_phone_that_was_offline_for_long() {
         message.append(format!("token {n} ")).await.expect("append");
     }
     producer.flush().await.expect("stored");
-    let tail = session.info().tail;
     tokio::task::spawn_blocking(move || wait_for(until)).await.expect("the wall clock");
+    // Others go on: an agent says something every 20 ms, and a laptop hears it.
+    let (stop, mut stopped) = tokio::sync::watch::channel(false);
+    let talking = tokio::spawn({
+        let (session, mut stopped) = (session.clone(), stopped.clone());
+        async move {
+            let producer = session.producer("talker").await.expect("a producer");
+            while !*stopped.borrow_and_update() {
+                drop(producer.append(session.main(), "x").await.expect("append"));
+                sleep(Duration::from_millis(20)).await;
+            }
+        }
+    });
+    let laptop = attach(&server.client(Config::default()), "s").await;
+    let mut hearing = laptop.live().await.expect("the view");
+    hearing.current().await.expect("the view");
+    let listening = tokio::spawn(async move {
+        let (mut longest, mut last) = (Duration::ZERO, None::<std::time::Instant>);
+        loop {
+            let update = tokio::select! {
+                update = hearing.next() => update.expect("an update").expect("no error"),
+                _ = stopped.changed() => return longest,
+            };
+            if let mainstay_client::Update::Record(folded) = update
+                && folded.record.kind == Kind::DATA
+            {
+                longest = longest.max(last.map_or(Duration::ZERO, |last| last.elapsed()));
+                last = Some(std::time::Instant::now());
+            }
+        }
+    });
+    // The phone is back, at 5 Mbit/s, and wants to know what it missed.
+    let slow = Faults { rate: 5_000_000 / 8, queue: 256 * 1024, ..Faults::default() };
+    let proxy = Proxy::start(([127, 0, 0, 1], 0).into(), server.addr(), slow, 1).expect("a proxy");
+    let connect = server.connect_file_at(proxy.addr(), "slow.json");
+    let file = ConnectFile::read(&connect).expect("a connection file");
+    let phone = Client::connect_quic(&file, Config::default()).expect("a client");
+    let begun = std::time::Instant::now();
+    let mut missed = phone.session("s").expect("a name").live().await.expect("the view");
+    while !matches!(missed.next().await, Some(Ok(mainstay_client::Update::CaughtUp { .. }))) {}
+    let caught_up = begun.elapsed();
+    let bytes = proxy.counts().bytes.load(std::sync::atomic::Ordering::Relaxed);
+    let folded: usize = missed.view().messages().open().iter().map(|message| message.text.len()).sum();
+    // It had seen nothing of the session: one message is new to it.
+    let unread = missed.view().messages().open().len() + missed.view().messages().finished().count();
+    println!(
+        "caught up with 20,000 records in {caught_up:?} at 5 Mbit/s: {bytes} bytes for {folded} of text, {unread} message unread"
+    );
+    assert_eq!(unread, 1);
+    assert!(caught_up <= Duration::from_secs(3), "{caught_up:?}");
+    assert!(bytes as usize * 10 <= folded * 13, "{bytes} bytes for {folded}");
+    drop((missed, phone));
     // Back online.
     let begun = std::time::Instant::now();
     let mut back = append(&server, dir.path(), &[]).spawn().expect("append");
@@ -464,9 +514,12 @@ async fn a_phone_that_was_offline_for_long() {
         .collect();
     assert_eq!(said, (0..50).map(|n| format!("message {n}")).collect::<Vec<_>>());
     assert_eq!(view.signals().pending().len() + view.signals().resolved().count(), 0, "the stale cancel is not there");
-    println!(
-        "50 messages stored once and in order and 1 cancel expired, {took:?} after it was back; records before: {tail}"
-    );
+    println!("50 messages stored once and in order and 1 cancel expired, {took:?} after it was back");
+    stop.send_replace(true);
+    talking.await.expect("the agent");
+    let longest = listening.await.expect("the laptop");
+    println!("meanwhile an agent spoke every 20 ms: a laptop's longest time between two was {longest:?}");
+    assert!(longest <= Duration::from_millis(500), "{longest:?}");
     assert_eq!(server.terminate().await, Some(0));
 }
 
