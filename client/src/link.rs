@@ -158,23 +158,12 @@ impl<C: Connection> Link<C> {
     /// that nothing of it arrived: the connection goes on with another link then (spec EARLY-6).
     async fn serve(self: Arc<Self>, mut send: C::Send, mut control: FrameReader<C::Recv>, early: bool) {
         send.set_priority(priority::CONTROL);
-        let unheard = async {
-            let refused = early && matches!(self.transport.confirmed().await, Ok(false));
-            if !refused {
-                core::future::pending::<()>().await;
-            }
-        };
-        // Until that is known nothing is the server's fault.
-        let known = async {
-            if early {
-                let _ = self.transport.confirmed().await;
-                // Whoever waits for it first ends all this.
-                tokio::task::yield_now().await;
-            }
-        };
+        let unheard = || async { early && matches!(self.transport.confirmed().await, Ok(false)) };
         let writing = async {
             self.control.write_to(&mut send).await;
-            known.await;
+            if unheard().await {
+                return;
+            }
             // Control ends with the connection, never before it (spec CONN-3).
             self.transport.close(Code::GOING_AWAY.0, "the server stopped reading control");
         };
@@ -199,7 +188,7 @@ impl<C: Connection> Link<C> {
         };
         tokio::select! {
             biased;
-            () = unheard => {}
+            true = unheard() => {}
             _ = self.transport.closed() => {}
             _ = async { tokio::join!(writing, reading, accepting) } => {}
         }

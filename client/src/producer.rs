@@ -605,7 +605,7 @@ fn gather(shared: &Shared, link: u64, out: &mut Writer) -> Next {
         return Next::Pause(pause);
     }
     let late = |flight: &Flight| !flight.sent && !flight.earlier && is_past(flight.valid_until);
-    if state.flight.iter().any(late) {
+    if shared.journalled.is_some() && state.flight.iter().any(late) {
         shared.settle(state);
         return Next::Wait;
     }

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use mainstay_client::{Config, Event, Start};
+use mainstay_client::{Client, Config, Event, Producer, Session, Start};
+use mainstay_tests::live::attach;
 use mainstay_tests::process::{PATIENCE, Server, run};
 use mainstay_tests::{percentile, scaled, until};
 use tokio::task::JoinSet;
@@ -28,7 +29,7 @@ const SESSIONS: usize = 5;
 const BEAT: Duration = Duration::from_millis(50);
 
 /// Writes until told to stop. Returns how many records are stored.
-async fn write(session: mainstay_client::Session, stop: Arc<AtomicBool>) -> u64 {
+async fn write(session: Session, stop: Arc<AtomicBool>) -> u64 {
     let producer = session.producer("p").await.expect("a producer");
     let mut tickets = Vec::new();
     while !stop.load(Ordering::Relaxed) {
@@ -45,7 +46,7 @@ async fn write(session: mainstay_client::Session, stop: Arc<AtomicBool>) -> u64 
 
 /// Reads until `wanted` is told and reached. Returns the pauses between records.
 async fn read(
-    session: mainstay_client::Session,
+    session: Session,
     wanted: tokio::sync::watch::Receiver<Option<u64>>,
     total: Arc<AtomicU64>,
 ) -> Vec<Duration> {
@@ -262,13 +263,19 @@ async fn two_hundred_clients_follow_again_after_their_server_was_killed() {
     assert!(percentile(&took, 100) <= Duration::from_secs(10), "{:?}", percentile(&took, 100));
 }
 
+/// A client that appends.
+async fn working(server: &Server) -> (Client, Session, Producer) {
+    let client = server.client(Config::default());
+    let session = attach(&client, "s").await;
+    let producer = session.producer("p").await.expect("a producer");
+    (client, session, producer)
+}
+
 /// One that cannot serve gets nobody's place: the server that runs goes on, and says nothing to its clients.
 #[tokio::test]
 async fn a_server_that_cannot_start_takes_nobodys_place() {
     let mut server = Server::start().await;
-    let client = server.client(Config::default());
-    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
-    let producer = session.producer("p").await.expect("a producer");
+    let (client, session, producer) = working(&server).await;
     let other = std::net::UdpSocket::bind("127.0.0.1:0").expect("a socket");
     let taken = other.local_addr().expect("an address").to_string();
     let config = server.dir().join("wrong.toml");
@@ -297,9 +304,7 @@ async fn a_server_that_cannot_start_takes_nobodys_place() {
 #[tokio::test]
 async fn a_server_that_dies_while_it_gives_its_place_is_followed() {
     let mut server = Server::start().await;
-    let client = server.client(Config::default());
-    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
-    let producer = session.producer("p").await.expect("a producer");
+    let (client, session, producer) = working(&server).await;
     producer.append(session.main(), "one").await.expect("append").await.expect("stored");
     // It cannot end in good order any more.
     let pid = server.pid();

@@ -10,7 +10,7 @@ use mainstay_tests::{random, scaled};
 use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tokio::process::Child;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
 
 /// Starts a command of the phone or beside the server.
@@ -40,6 +40,9 @@ fn feed(child: &mut Child, beat: Duration) -> (tokio::sync::oneshot::Sender<()>,
     (stop, feeding)
 }
 
+/// Between two times that a NAT forgets.
+const TURN: Duration = Duration::from_secs(2);
+
 /// What a follower saw.
 #[derive(Debug, Default)]
 struct Seen {
@@ -65,6 +68,32 @@ async fn watch(rows: &mut Rows, seen: &mut Seen, time: Duration) {
             Some("reconnected") => seen.reconnected += 1,
             _ => {}
         }
+    }
+}
+
+/// Appends numbered lines to the session `s`, beside the server.
+struct Agent {
+    child: Child,
+    stop: tokio::sync::oneshot::Sender<()>,
+    fed: JoinHandle<u64>,
+    acked: JoinHandle<()>,
+}
+
+impl Agent {
+    /// Begins, and waits until the first one is stored.
+    async fn start(rig: &Rig, connect: &Path, beat: Duration) -> Self {
+        let (mut child, mut rows) = start(rig, Place::Server, connect, &["append", "s", "--json"]);
+        let (stop, fed) = feed(&mut child, beat);
+        rows.until("ack").await;
+        let acked = tokio::spawn(async move { while rows.next().await.is_some() {} });
+        Self { child, stop, fed, acked }
+    }
+
+    async fn end(mut self) {
+        let _ = self.stop.send(());
+        self.fed.await.expect("fed");
+        assert!(timeout(PATIENCE, self.child.wait()).await.expect("in time").expect("a status").success());
+        self.acked.await.expect("read");
     }
 }
 
@@ -105,10 +134,7 @@ async fn a_phone_that_leaves_its_wifi() {
     rig.impair(seed).await;
     let _server = rig.serve(dir.path(), &["--listen", &format!("{SERVER}:4433")]).await;
     let connect = connect_file(&rig, dir.path());
-    let (mut agent, mut agent_acks) = start(&rig, Place::Server, &connect, &["append", "s", "--json"]);
-    let (stop_agent, agent_fed) = feed(&mut agent, Duration::from_millis(10));
-    agent_acks.until("ack").await;
-    let agent_acks = tokio::spawn(async move { while agent_acks.next().await.is_some() {} });
+    let agent = Agent::start(&rig, &connect, Duration::from_millis(10)).await;
     let (mut phone, mut told) = start(&rig, Place::Phone, &connect, &["tail", "s", "--json"]);
     let (mut member, mut joined) = start(&rig, Place::Phone, &connect, &["join", "s", "--as", "phone", "--json"]);
     joined.until("joined").await;
@@ -141,12 +167,10 @@ async fn a_phone_that_leaves_its_wifi() {
     // Nobody came or went.
     let quiet = timeout(Duration::from_millis(200), presence.next()).await;
     assert!(quiet.is_err(), "{quiet:?}");
-    let _ = stop_agent.send(());
-    agent_fed.await.expect("fed");
-    for child in [&mut phone, &mut member, &mut watcher, &mut agent] {
+    agent.end().await;
+    for child in [&mut phone, &mut member, &mut watcher] {
         child.kill().await.expect("kill");
     }
-    agent_acks.await.expect("read");
 }
 
 /// A4: a NAT of the kernel forgets its flows, and gives them other ports, and once another address.
@@ -156,52 +180,35 @@ async fn a_nat_of_the_kernel_that_forgets() {
     let dir = tempfile::tempdir().expect("a directory");
     let _server = rig.serve(dir.path(), &["--listen", &format!("{SERVER}:4433")]).await;
     let connect = connect_file(&rig, dir.path());
-    let (mut agent, mut agent_acks) = start(&rig, Place::Server, &connect, &["append", "s", "--json"]);
-    let (stop, fed) = feed(&mut agent, Duration::from_millis(20));
-    agent_acks.until("ack").await;
-    let agent_acks = tokio::spawn(async move { while agent_acks.next().await.is_some() {} });
-    let mut phones: Vec<_> =
-        (0..5).map(|_| (start(&rig, Place::Phone, &connect, &["tail", "s", "--json"]), Seen::default())).collect();
-    let turns = scaled(10);
-    for turn in 0..turns {
-        let watching = phones.iter_mut().map(|((_, rows), seen)| watch(rows, seen, Duration::from_secs(2)));
-        let all = futures_all(watching);
-        // The first time they only settle.
-        let forget = async {
-            sleep(Duration::from_millis(500)).await;
-            if turn > 0 {
-                rig.forget_flows((turn % 4 == 3).then_some(["10.77.3.1", "10.77.3.9"][(turn / 4 % 2) as usize])).await;
-            }
-        };
-        tokio::join!(all, forget);
-        if turn == 0 {
-            phones.iter_mut().for_each(|(_, seen)| seen.longest = Duration::ZERO);
-        }
+    let agent = Agent::start(&rig, &connect, Duration::from_millis(20)).await;
+    let turns = scaled(9);
+    let mut phones = JoinSet::new();
+    for _ in 0..5 {
+        let (child, mut rows) = start(&rig, Place::Phone, &connect, &["tail", "s", "--json"]);
+        phones.spawn(async move {
+            let mut seen = Seen::default();
+            watch(&mut rows, &mut seen, Duration::from_secs(2)).await;
+            // From when it has caught up.
+            seen.longest = Duration::ZERO;
+            watch(&mut rows, &mut seen, TURN * u32::try_from(turns + 1).expect("a number")).await;
+            (child, seen)
+        });
     }
+    sleep(Duration::from_secs(2)).await;
+    for turn in 0..turns {
+        sleep(TURN).await;
+        rig.forget_flows((turn % 4 == 3).then_some(["10.77.3.1", "10.77.3.9"][(turn / 4 % 2) as usize])).await;
+    }
+    let phones = phones.join_all().await;
     for (_, seen) in &phones {
-        println!("A4, {} times forgotten: {seen:?}", turns - 1);
+        println!("A4, {turns} times forgotten: {seen:?}");
     }
     for (_, seen) in &phones {
         assert_eq!(seen.reconnected, 0, "{seen:?}");
         assert!(seen.longest <= Duration::from_secs(1), "{seen:?}");
     }
-    let _ = stop.send(());
-    fed.await.expect("fed");
-    for ((child, _), _) in &mut phones {
-        child.kill().await.expect("kill");
-    }
-    agent.kill().await.expect("kill");
-    agent_acks.await.expect("read");
-}
-
-/// Runs them side by side.
-async fn futures_all(all: impl Iterator<Item = impl Future<Output = ()>>) {
-    let mut all: Vec<_> = all.map(Box::pin).collect();
-    std::future::poll_fn(|cx| {
-        all.retain_mut(|one| one.as_mut().poll(cx).is_pending());
-        if all.is_empty() { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
-    })
-    .await;
+    agent.end().await;
+    drop(phones);
 }
 
 /// Spec CONN-10: a server that listens on every address of its machine sends its clients on to the one that they reach.

@@ -262,6 +262,14 @@ fn as_client(continuity: Continuity) -> ClientConfig {
     config
 }
 
+/// In the session, with something that is this client's alone.
+async fn be_there(client: &mainstay_client::Client) -> (Session, mainstay_client::Producer) {
+    let session = mainstay_tests::live::attach(client, "s").await;
+    let producer = session.producer("p").await.expect("a producer");
+    producer.append(session.main(), "here").await.expect("append").await.expect("stored");
+    (session, producer)
+}
+
 /// An application that keeps who it is in a file is the same client after each restart, also after one that came before the last token was used.
 #[tokio::test]
 async fn a_client_that_is_kept_in_a_file_is_the_same_after_restarts() {
@@ -271,10 +279,8 @@ async fn a_client_that_is_kept_in_a_file_is_the_same_after_restarts() {
     for life in 0..4u64 {
         let before = std::fs::read(&path).ok();
         let client = server.client_at(server.addr, as_client(Continuity::in_file(&path).expect("kept")));
-        let session = client.session("s").expect("a name").create().attach().await.expect("attach");
-        let producer = session.producer("p").await.expect("a producer");
+        let (_session, producer) = be_there(&client).await;
         assert_eq!(producer.epoch(), life + 1);
-        producer.append(session.main(), "here").await.expect("append").await.expect("stored");
         client.finish().await;
         if life == 2 {
             // The last token did not get to the disk.
@@ -297,9 +303,7 @@ async fn a_session_that_is_made_again_is_open_to_who_was_in_the_one_before() {
     let server = server();
     let client = server.client();
     for _ in 0..3 {
-        let session = client.session("s").expect("a name").create().attach().await.expect("attach");
-        let producer = session.producer("p").await.expect("a producer");
-        producer.append(session.main(), "here").await.expect("append").await.expect("stored");
+        let (session, _producer) = be_there(&client).await;
         // Deleted by somebody else: this client is told nothing of its token.
         let other = server.client();
         let theirs = other.session("s").expect("a name").attach().await.expect("attach");

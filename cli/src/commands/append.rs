@@ -8,7 +8,7 @@ use mainstay_client::{
     OutboxEntry, Payload, Producer, Record, Status, Ticket,
 };
 use serde_json::json;
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::io::{AsyncBufReadExt, BufReader, Stdin};
 use tokio::sync::{mpsc, oneshot};
 
 use super::outbox;
@@ -52,14 +52,7 @@ async fn append(client: &Client, args: &args::Append, acked: &AtomicU64, output:
         let mut input = BufReader::with_capacity(64 * 1024, tokio::io::stdin());
         let mut number = 0u64;
         loop {
-            let mut line = Vec::new();
-            let read = input.read_until(b'\n', &mut line).await;
-            if read.map_err(|error| Failure::io("standard input", &error))? == 0 {
-                return Ok::<_, Failure>(());
-            }
-            if line.last() == Some(&b'\n') {
-                line.pop();
-            }
+            let Some(line) = next_line(&mut input).await? else { return Ok::<_, Failure>(()) };
             let (ticket, message) = match &args.role {
                 Some(role) => {
                     let id = MessageId(rand::random());
@@ -110,6 +103,17 @@ async fn append(client: &Client, args: &args::Append, acked: &AtomicU64, output:
     })
 }
 
+/// A line without its end; `None` behind the last one.
+async fn next_line(input: &mut BufReader<Stdin>) -> Result<Option<Vec<u8>>, Failure> {
+    let mut line = Vec::new();
+    let read = input.read_until(b'\n', &mut line).await;
+    if read.map_err(|error| Failure::io("standard input", &error))? == 0 {
+        return Ok(None);
+    }
+    line.pop_if(|last| *last == b'\n');
+    Ok(Some(line))
+}
+
 /// Lines that are put on the disk together at most: an entry each, and a write for all.
 const TOGETHER: usize = 256;
 /// Bytes of lines that are put on the disk together.
@@ -150,7 +154,7 @@ async fn kept(dir: &Path, args: &args::Append, output: Output) -> Result<(), Fai
     let states = result?;
     outbox::unstored(&states)?;
     output.text(&match queued.load(Ordering::Relaxed) {
-        0 => format!("nothing to append; the outbox of {} is empty\n", args.session),
+        0 => "nothing to append\n".to_owned(),
         count => format!("appended {count} entries to {}\n", args.session),
     })
 }
@@ -170,15 +174,10 @@ async fn read(
         while items.is_empty()
             || (items.len() < TOGETHER && bytes < TOGETHER_BYTES && input.buffer().contains(&b'\n') && !ended)
         {
-            let mut line = Vec::new();
-            let read = input.read_until(b'\n', &mut line).await;
-            if read.map_err(|error| Failure::io("standard input", &error))? == 0 {
+            let Some(line) = next_line(&mut input).await? else {
                 ended = true;
                 break;
-            }
-            if line.last() == Some(&b'\n') {
-                line.pop();
-            }
+            };
             bytes += line.len();
             let item = match &args.role {
                 Some(role) => Item::records(&args.stream, &message(MessageId(rand::random()), role, line)?),

@@ -161,10 +161,7 @@ pub(crate) async fn deliver<T>(
     };
     // What was settled at the end is told first.
     let told = tokio::time::timeout(Duration::from_millis(100), &mut work).await;
-    match told {
-        Ok(Err(failure)) => Err(stays(failure)),
-        _ => Err(stays(failure)),
-    }
+    Err(stays(if let Ok(Err(first)) = told { first } else { failure }))
 }
 
 /// Waits until there was no connection for a minute.

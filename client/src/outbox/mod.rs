@@ -522,13 +522,14 @@ async fn keep(outbox: Weak<Inner>, mut log: Log, mut asked: mpsc::Receiver<Commi
         for Commit { asked, answer } in commits {
             let taken = {
                 let ledger = this.ledger();
-                room.take(asked, &ledger).and_then(|changes| {
-                    let body = encoded(&changes);
+                room.take(asked, &ledger).and_then(|(changes, body)| {
                     // What could not be read again must not be written.
                     let reads = Change::all(&body).is_ok_and(|read| read == changes);
                     match reads && ledger.takes(&changes, &mut settled) {
                         true => Ok((changes, body)),
-                        false => Err(OutboxError::Invalid("the outbox does not take this".into())),
+                        false => Err(OutboxError::Invalid(
+                            "it could not be read again; nothing was queued. Please report this".into(),
+                        )),
                     }
                 })
             };
@@ -597,8 +598,8 @@ impl Room {
         Self { next: ledger.next(), entries: ledger.len(), bytes: ledger.bytes() }
     }
 
-    /// The changes that were asked for, numbered. Errors: `Full`; then none.
-    fn take(&mut self, asked: Vec<Asked>, ledger: &Ledger) -> Result<Vec<Change>, OutboxError> {
+    /// The changes that were asked for, numbered, and their bytes. Errors: `Full`; then none.
+    fn take(&mut self, asked: Vec<Asked>, ledger: &Ledger) -> Result<(Vec<Change>, Bytes), OutboxError> {
         let (next, entries, bytes) = (self.next, self.entries, self.bytes);
         let mut changes = Vec::with_capacity(asked.len());
         for asked in asked {
@@ -620,7 +621,8 @@ impl Room {
             });
         }
         // An entry is one write, whole or not at all.
-        let fits = encoded(&changes).len() <= log::LONGEST;
+        let body = encoded(&changes);
+        let fits = body.len() <= log::LONGEST;
         if self.bytes > MAX_BYTES || self.entries > MAX_ENTRIES || !fits {
             (self.next, self.entries, self.bytes) = (next, entries, bytes);
             return Err(if fits {
@@ -629,7 +631,7 @@ impl Room {
                 OutboxError::Invalid("too much is queued at once".into())
             });
         }
-        Ok(changes)
+        Ok((changes, body))
     }
 }
 

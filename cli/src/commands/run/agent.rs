@@ -15,7 +15,7 @@ use crate::failure::{Exit, Failure};
 /// Bytes that may wait to be stored before the process has to wait.
 const ROOM: usize = 8 << 20;
 /// Bytes of records that are put into an outbox again in one write.
-pub(super) const TOGETHER: usize = 256 * 1024;
+const TOGETHER: usize = 256 * 1024;
 /// How long a server that cannot grant the run now is left alone.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -104,6 +104,30 @@ pub(crate) fn fenced(detail: impl core::fmt::Display) -> Failure {
     }
 }
 
+/// Puts records into the outbox in the place of the entries of these numbers, which were refused; as part of the run as it is held now. Some of them in
+/// one write each: a crash must neither lose one nor have it twice.
+pub(super) async fn queue_again(
+    outbox: &Outbox,
+    session: &Session,
+    run: &Run,
+    mut refused: &[(u64, Record)],
+) -> Result<Vec<OutboxEntry>, Failure> {
+    let mut entries = Vec::with_capacity(refused.len());
+    while !refused.is_empty() {
+        let mut bytes = 0;
+        let fits = refused.iter().take_while(|(_, record)| {
+            bytes += record.encoded_len();
+            bytes <= TOGETHER
+        });
+        let (some, rest) = refused.split_at(fits.count().max(1));
+        let items = some.iter().map(|(_, record)| item(session, record, run)).collect::<Result<Vec<_>, _>>()?;
+        let numbers: Vec<u64> = some.iter().map(|(number, _)| *number).collect();
+        entries.extend(outbox.queue_all(items, &numbers).await?);
+        refused = rest;
+    }
+    Ok(entries)
+}
+
 impl Agent {
     pub(crate) fn new(session: Session, way: Way, run: Run) -> Self {
         Self { session, way, run, waiting: VecDeque::new(), bytes: 0 }
@@ -186,10 +210,10 @@ impl Agent {
         }
         self.take_again().await?;
         self.bytes = 0;
-        let mut again = VecDeque::new();
+        let mut again = Vec::new();
         for (record, sent) in core::mem::take(&mut self.waiting) {
             if sent.wait().await.is_err() {
-                again.push_back((record, sent));
+                again.push((record, sent));
             }
         }
         let Way::Outbox(outbox, stopped) = &self.way else {
@@ -198,26 +222,15 @@ impl Agent {
             }
             return Ok(());
         };
-        // In the place of what was refused, in one write for some: a crash must neither lose them nor have them twice.
-        while !again.is_empty() {
-            let (mut items, mut refused, mut records) = (Vec::new(), Vec::new(), Vec::new());
-            let mut bytes = 0;
-            while let Some((record, _)) = again.front()
-                && (items.is_empty() || bytes + record.encoded_len() <= TOGETHER)
-                && let Some((record, sent)) = again.pop_front()
-            {
-                bytes += record.encoded_len();
-                items.push(item(&self.session, &record, &self.run)?);
-                if let Sent::Entry(entry, _) = sent {
-                    refused.push(entry.number());
-                }
-                records.push(record);
-            }
-            let entries = outbox.queue_all(items, &refused).await?;
-            self.bytes += bytes;
-            let entries = entries.into_iter().map(|entry| Sent::Entry(entry, stopped.clone()));
-            self.waiting.extend(records.into_iter().zip(entries));
-        }
+        let refused = again.into_iter().filter_map(|(record, sent)| match sent {
+            Sent::Entry(entry, _) => Some((entry.number(), record)),
+            Sent::Ticket(_) => None,
+        });
+        let refused: Vec<(u64, Record)> = refused.collect();
+        let entries = queue_again(outbox, &self.session, &self.run, &refused).await?;
+        self.bytes = refused.iter().map(|(_, record)| record.encoded_len()).sum();
+        let entries = entries.into_iter().map(|entry| Sent::Entry(entry, stopped.clone()));
+        self.waiting.extend(refused.into_iter().map(|(_, record)| record).zip(entries));
         Ok(())
     }
 

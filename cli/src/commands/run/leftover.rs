@@ -4,12 +4,12 @@ use core::time::Duration;
 use std::collections::BTreeMap;
 
 use mainstay_client::{
-    ClientError, Code, Detail, EntryState, Instance, Kept, Kind, Outbox, OutboxEntry, Payload, Record, Run, RunEnd,
-    RunId, Session, Status,
+    ClientError, Code, Detail, EntryState, Instance, Kept, Kind, Outbox, Payload, Record, Run, RunEnd, RunId, Session,
+    Status,
 };
 use serde_json::json;
 
-use super::agent::{Stopped, TOGETHER, item, settled};
+use super::agent::{Stopped, item, queue_again, settled};
 use crate::args;
 use crate::commands::outbox::tell;
 use crate::failure::Failure;
@@ -98,22 +98,7 @@ async fn again(
     run: &Run,
     records: Vec<(u64, Record)>,
 ) -> Result<(), Failure> {
-    let mut left = records.as_slice();
-    let mut last = None;
-    while !left.is_empty() {
-        let mut bytes = 0;
-        let fits = left.iter().take_while(|(_, record)| {
-            bytes += record.encoded_len();
-            bytes <= TOGETHER
-        });
-        let (some, rest) = left.split_at(fits.count().max(1));
-        let items = some.iter().map(|(_, record)| item(session, record, run)).collect::<Result<Vec<_>, _>>()?;
-        let numbers: Vec<u64> = some.iter().map(|(number, _)| *number).collect();
-        // In one write: a crash must neither lose them nor have them twice.
-        last = outbox.queue_all(items, &numbers).await?.pop();
-        left = rest;
-    }
-    let mut wait: Vec<OutboxEntry> = last.into_iter().collect();
+    let mut wait = queue_again(outbox, session, run, &records).await?;
     if records.last().is_none_or(|(_, record)| record.kind != Kind::RUN_END) {
         let detail = Detail::new("the command that ran it was killed");
         let end = RunEnd { status: Status::Interrupted, detail }.record(0);
