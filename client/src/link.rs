@@ -27,6 +27,10 @@ pub(crate) type Incoming<C> = (Subscribed, FrameReader<<C as Connection>::Recv>)
 /// What may come instead of a stream: the server's refusal.
 pub(crate) type Expected<C> = Result<Incoming<C>, (Code, String)>;
 
+/// Bytes that a path is begun with: what a server that has not validated the path says first is three datagrams, and a few more may follow
+/// where these are lost. Less than another handshake.
+const PADDING: usize = 3000;
+
 /// The credit that the server gives a producer's stream.
 #[derive(Debug)]
 pub(crate) struct ProducerCredit {
@@ -253,7 +257,12 @@ impl<C: Connection> Link<C> {
 
     /// Asks for a sign of life.
     pub(crate) fn ask(&self, nonce: u64) {
-        self.control.push(Ping { nonce });
+        self.control.push(Ping { nonce, padding: None });
+    }
+
+    /// Asks for one over a path that is new, and says enough for the answers.
+    pub(crate) fn ask_anew(&self, nonce: u64) {
+        self.control.push(Ping { nonce, padding: Some(Bytes::from_static(&[0; PADDING])) });
     }
 
     /// What is known of the path.
@@ -425,7 +434,7 @@ impl<C: Connection> Link<C> {
 
     /// A member of a session is here still.
     pub(crate) fn beat(&self) {
-        self.control.push(Ping { nonce: 0 });
+        self.control.push(Ping { nonce: 0, padding: None });
     }
 
     /// Tells the server how much of subscription `id` was consumed.

@@ -383,7 +383,7 @@ impl<T: Connector> Supervisor<T> {
                             Ok(()) => self.rebound = true,
                             Err(error) => tracing::debug!(%error, "the path stays"),
                         }
-                        link.ask(nonce);
+                        link.ask_anew(nonce);
                     }
                 }
                 Some(RoamingStep::Challenge { hopeful }) => self.challenge(hopeful),

@@ -11,7 +11,7 @@ pub const CHUNK_VERSION: u8 = 1;
 pub const COMPACTED_VERSION: u8 = 2;
 
 /// Version byte of a state snapshot (spec DUR-9).
-pub const SNAPSHOT_VERSION: u8 = 2;
+pub const SNAPSHOT_VERSION: u8 = 3;
 
 /// Version of the fold and of the view encoding (spec FOLD-1).
 pub const FOLD_VERSION: u64 = 5;
@@ -208,6 +208,12 @@ pub mod attach {
 pub mod append {
     /// Epoch of the run that the batch is part of.
     pub const RUN_EPOCH: u64 = 0x00;
+}
+
+/// PING parameter ids (spec CONN-9).
+pub mod ping {
+    /// Bytes that say nothing (spec ROAM-2).
+    pub const PADDING: u64 = 0x01;
 }
 
 /// GOAWAY parameter ids (spec CONN-10).

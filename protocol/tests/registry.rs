@@ -86,7 +86,8 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
         ("resume", control::RESUME),
     ]);
     assert_eq!(controls, entries(&registry, "controls", ""));
-    use numbers::{append, attach, goaway, hello, subscribe};
+    use numbers::{append, attach, goaway, hello, ping, subscribe};
+    assert_eq!(code([("padding", ping::PADDING)]), entries(&registry, "parameters.PING", "id"));
     assert_eq!(code([("address", goaway::ADDRESS)]), entries(&registry, "parameters.GOAWAY", "id"));
     let hello = code([
         ("instance", hello::INSTANCE),

@@ -34,7 +34,7 @@ fn commit(session: &mut Session) -> Vec<Reply> {
 fn open(session: &mut Session) -> (ProducerHandle, u64) {
     session.open_producer(1, key(), None, 0);
     match commit(session).pop() {
-        Some(Reply::Producer { handle, epoch, .. }) => (handle, epoch),
+        Some(Reply::Producer { handle, position }) => (handle, position.epoch),
         other => panic!("not granted: {other:?}"),
     }
 }
@@ -93,7 +93,7 @@ fn describe(outcome: &Outcome) -> String {
     match outcome {
         Outcome::Pending => "waits for durability".into(),
         Outcome::Done(Reply::Appended { acked, .. }) => format!("stored as seq {}", acked.first),
-        Outcome::Done(Reply::Producer { epoch, next, .. }) => format!("epoch {epoch}, next {next}"),
+        Outcome::Done(Reply::Producer { position, .. }) => format!("epoch {}, next {}", position.epoch, position.next),
         Outcome::Done(Reply::Stream { id, .. }) => format!("stream {id}"),
         Outcome::Done(Reply::Closed { seq }) => format!("closed at seq {seq}"),
         Outcome::Done(Reply::Trimmed { first }) => format!("first is {first}"),

@@ -13,7 +13,7 @@ use mainstay_protocol::registry::{DEPARTED_LEASE, MAX_POSITIONS};
 use mainstay_protocol::session::Committed as Durable;
 use mainstay_protocol::session::{
     AT_ONCE, Activity, Author, Authority, CheckedBatch, Chunk, FOR_WORKERS, Job, JobOutcome, Leases, NotifyRule,
-    Outcome, PresenceJoined, PresenceUpdated, ProducerKey, Refusal, Reply, ResumeClaim, ResumeToken, RunId,
+    Outcome, PresenceJoined, PresenceUpdated, ProducerKey, ProducerPosition, Refusal, Reply, ResumeClaim, ResumeToken, RunId,
     SessionConfigured, State, Step, ViewHash, is_held,
 };
 use mainstay_protocol::wire::{
@@ -857,7 +857,7 @@ impl Owner {
     fn answer_request(&mut self, attachment: &Arc<Attachment>, id: u64, reply: Reply) {
         let outbox = &attachment.outbox;
         match reply {
-            Reply::Producer { handle, epoch, next } => {
+            Reply::Producer { handle, position: ProducerPosition { epoch, next, begun } } => {
                 let session = self.session.clone();
                 let key = handle.key().clone();
                 let attachment = attachment.clone();
@@ -882,7 +882,7 @@ impl Owner {
                 {
                     return;
                 }
-                outbox.push(Producer { id, epoch, next });
+                outbox.push(Producer { id, epoch, next, begun });
             }
             Reply::Joined { generation } => {
                 // It may have been lost again in the same moment.

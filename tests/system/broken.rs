@@ -136,7 +136,7 @@ async fn a_producer_whose_stream_is_ended_goes_on() {
                 }
             };
             assert_eq!(open.epoch, epoch);
-            let granted = Producer { id: open.id, epoch: 1, next: 0 };
+            let granted = Producer { id: open.id, epoch: 1, next: 0, begun: 1 };
             send.write(&mut [Frame::from(granted).to_bytes()]).await.expect("write");
             let mut batches = FrameReader::new(connection.accept_uni().await.expect("batches"), MAX_FRAME);
             assert!(matches!(batches.next().await, Ok(Some(Frame::Produce(_)))));

@@ -124,7 +124,7 @@ async fn violations_on_control_close_the_connection_with_their_code() {
     let after_hello = |more: &[u8]| [&valid[..], more].concat();
     let cases: Vec<(&str, Vec<u8>, Code)> = vec![
         ("garbage", vec![0xff; 64], Code::FRAME_TOO_LARGE),
-        ("not HELLO first", Frame::from(Ping { nonce: 1 }).to_bytes().to_vec(), Code::FRAME_UNEXPECTED),
+        ("not HELLO first", Frame::from(Ping { nonce: 1, padding: None }).to_bytes().to_vec(), Code::FRAME_UNEXPECTED),
         ("HELLO twice", after_hello(&valid), Code::FRAME_UNEXPECTED),
         ("an unknown critical frame", after_hello(&[0x7f, 0xfe, 0x00]), Code::FRAME_UNKNOWN),
         ("an oversized frame", after_hello(&[0x06, 0x80, 0x00, 0x40, 0x00]), Code::FRAME_TOO_LARGE),
@@ -469,7 +469,7 @@ async fn credit_for_what_was_never_sent_is_a_violation() {
 async fn a_client_that_does_not_read_its_control_stream_is_dropped() {
     let server = server();
     let mut raw = Raw::hello(&server).await;
-    let pings = Frame::from(Ping { nonce: 1 }).to_bytes().repeat(1000);
+    let pings = Frame::from(Ping { nonce: 1, padding: None }).to_bytes().repeat(1000);
     let closed = raw.connection.clone();
     let flood = async {
         // Until the server has enough of it.

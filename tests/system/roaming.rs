@@ -293,3 +293,38 @@ async fn a_second_connection_that_is_ready_early_waits() {
     assert_eq!(client.paths().connections, 2);
     drop(session);
 }
+
+/// Spec ROAM-2: on a path that it has not validated a server may say no more than three times what it heard there. A client that only reads
+/// says enough, or the loss of the first answer would silence the server until it gives the path up.
+#[tokio::test(start_paused = true)]
+async fn a_first_answer_over_a_path_that_is_lost_costs_no_connection() {
+    let mut random = random::for_test("a_first_answer_over_a_path_that_is_lost_costs_no_connection");
+    let mut world = World::new(quiet(), random.bits());
+    let ((writer, _at), (reader, host)) = (world.client(), world.client());
+    let session = writer.session("s").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let writing = tokio::spawn(async move {
+        loop {
+            drop(producer.append(session.main(), "x").await.expect("append"));
+            tokio::time::sleep(ms(10)).await;
+        }
+    });
+    let session = reader.session("s").expect("a name").attach().await.expect("attach");
+    let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+    for turn in 1..=20 {
+        let until = Instant::now() + ms(3000 + random.below(1000));
+        while Instant::now() < until {
+            read(&mut subscription).await;
+        }
+        Change::Address.happen(&host, &reader, Duration::ZERO, turn).await;
+        let conditions = world.conditions();
+        tokio::time::sleep(RTT / 2 - ms(1)).await;
+        conditions.blackhole(true);
+        tokio::time::sleep(ms(2)).await;
+        conditions.blackhole(false);
+    }
+    read(&mut subscription).await;
+    writing.abort();
+    let paths = reader.paths();
+    assert_eq!((paths.connections, paths.changes), (1, 20), "{paths:?}");
+}

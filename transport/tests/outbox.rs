@@ -44,7 +44,7 @@ async fn ends(meanwhile: impl FnOnce(&Outbox)) -> Vec<String> {
     let outbox = Outbox::default();
     let mut stream = Gated::default();
     let gate = stream.clone();
-    outbox.push(Ping { nonce: 0 });
+    outbox.push(Ping { nonce: 0, padding: None });
     tokio::join!(outbox.write_to(&mut stream), async {
         gate.writing.notified().await;
         meanwhile(&outbox);

@@ -44,7 +44,7 @@ pub use kinds::{
     StateExpired, StatePut, Status, Target, Triggers, Writes,
 };
 pub use leases::Leases;
-pub use producer::{Admission, ProducerHandle, ProducerKey, Producers};
+pub use producer::{Admission, ProducerHandle, ProducerKey, ProducerPosition, Producers};
 pub use progress::Progress;
 pub use record::{CheckedBatch, Record, Records};
 pub use resume::{RESUME_EXPORTER, ResumeClaim, ResumeToken, Resumptions, is_held, resume_context, resume_text};

@@ -38,15 +38,19 @@ impl ProducerHandle {
 
 /// Where a producer stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Position {
-    epoch: u64,
-    next: u64,
+pub struct ProducerPosition {
+    /// The epoch in force.
+    pub epoch: u64,
+    /// The sequence that the next batch must carry.
+    pub next: u64,
+    /// The epoch under which its sequence began: another one than before says that it was evicted meanwhile (spec PROD-9).
+    pub begun: u64,
 }
 
 #[derive(Debug)]
 struct Slot {
     key: Arc<ProducerKey>,
-    durable: Position,
+    durable: ProducerPosition,
     /// The next sequence, counting what is in flight.
     staged_next: u64,
     /// Seqs of the batches `durable.next - window.len() .. durable.next`.
@@ -123,10 +127,9 @@ impl Producers {
         slots.into_iter().map(|slot| (&*slot.key, slot.durable.epoch, slot.durable.next)).collect()
     }
 
-    /// Epoch and next sequence that are durable for `handle`, `None` if it is stale.
-    pub fn durable(&self, handle: &ProducerHandle) -> Option<(u64, u64)> {
-        let slot = &self.slots[self.index(handle)?];
-        Some((slot.durable.epoch, slot.durable.next))
+    /// Where `handle` durably stands, `None` if it is stale.
+    pub fn durable(&self, handle: &ProducerHandle) -> Option<ProducerPosition> {
+        Some(self.slots[self.index(handle)?].durable)
     }
 
     /// The epoch in force or being granted for `key`; 0 if there is none.
@@ -209,15 +212,15 @@ impl Producers {
         }
     }
 
-    fn slot_or_insert(&mut self, key: ProducerKey) -> &mut Slot {
+    /// The slot of `key`, whose sequence begins with `epoch` if it is not known.
+    fn slot_or_insert(&mut self, key: ProducerKey, epoch: u64) -> &mut Slot {
         let at = match self.by_key.get(&key) {
             Some(&at) => at,
             None => {
                 let key = Arc::new(key);
-                let zero = Position { epoch: 0, next: 0 };
                 let slot = Slot {
                     key: key.clone(),
-                    durable: zero,
+                    durable: ProducerPosition { epoch, next: 0, begun: epoch },
                     staged_next: 0,
                     window: VecDeque::new(),
                     used: self.uses,
@@ -238,7 +241,7 @@ impl Producers {
         }
         self.uses += 1;
         let used = self.uses;
-        let slot = self.slot_or_insert(key);
+        let slot = self.slot_or_insert(key, epoch);
         slot.durable.epoch = slot.durable.epoch.max(epoch);
         slot.used = used;
         self.evict_surplus();
@@ -270,7 +273,7 @@ impl Producers {
         let used = self.uses;
         let slot = match self.by_key.get(key) {
             Some(&at) => &mut self.slots[at],
-            None => self.slot_or_insert(key.clone()),
+            None => self.slot_or_insert(key.clone(), epoch),
         };
         slot.used = used;
         slot.durable.epoch = slot.durable.epoch.max(epoch);
@@ -300,6 +303,7 @@ impl Producers {
             slot.key.name.put(w);
             w.varint(slot.durable.epoch);
             w.varint(slot.durable.next);
+            w.varint(slot.durable.begun);
             w.varint(slot.window.len() as u64);
             for acked in &slot.window {
                 w.varint(acked.first);
@@ -313,9 +317,9 @@ impl Producers {
         let mut this = Self { floor: r.varint()?, ..Self::default() };
         for _ in 0..r.count(MAX_PRODUCERS)? {
             let key = ProducerKey { subject: Subject::get(r)?, name: Label::get(r)? };
-            let position = Position { epoch: r.varint()?, next: r.varint()? };
+            let position = ProducerPosition { epoch: r.varint()?, next: r.varint()?, begun: r.varint()? };
             let count = r.count(PRODUCER_WINDOW)?;
-            if count as u64 > position.next || position.epoch == 0 {
+            if count as u64 > position.next || !(1..=position.epoch).contains(&position.begun) {
                 return Err(ProtocolError::malformed("producer position is not consistent"));
             }
             let window = (0..count)
@@ -323,7 +327,7 @@ impl Producers {
                 .collect::<Result<_, ProtocolError>>()?;
             this.uses += 1;
             let used = this.uses;
-            let slot = this.slot_or_insert(key);
+            let slot = this.slot_or_insert(key, position.epoch);
             *slot =
                 Slot { key: slot.key.clone(), durable: position, staged_next: position.next, window, used, opening: 0 };
         }

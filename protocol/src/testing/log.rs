@@ -13,7 +13,7 @@ use crate::error::Code;
 use crate::registry::{MAX_STREAMS, PRODUCER_WINDOW};
 use crate::session::{
     Author, Authority, CheckedBatch, Chunk, Committed, Feed, Incarnation, Instance, Outcome, Place, ProducerHandle,
-    ProducerKey, Record, Reply, SessionName, State, Step,
+    ProducerKey, ProducerPosition, Record, Reply, SessionName, State, Step,
 };
 use crate::wire::{Acked, Frame, Label, RawFrame, Start, Subject, Subscribe, Writer};
 
@@ -369,7 +369,7 @@ impl Run {
             Some(epoch) if epoch < durable => self.refused(&outcome, Code::FENCED),
             Some(epoch) if epoch > durable => self.refused(&outcome, Code::PRODUCER_UNKNOWN),
             Some(epoch) => match outcome {
-                Outcome::Done(Reply::Producer { handle, epoch: answered, next }) => {
+                Outcome::Done(Reply::Producer { handle, position: ProducerPosition { epoch: answered, next, .. } }) => {
                     assert_eq!((answered, next), (epoch, self.durable.batches(producer).len() as u64));
                     // Whoever held it before does not any more, whatever it sends.
                     if let Some(before) = self.handles.insert(producer, handle) {
@@ -465,7 +465,7 @@ impl Run {
                     assert_eq!((answered, acked), (*sequence, self.durable.batches(*producer)[*sequence as usize]));
                 }
                 (Accepted::Trim { .. }, Reply::Trimmed { .. }) => {}
-                (Accepted::Grant { producer }, Reply::Producer { handle, epoch, .. }) => {
+                (Accepted::Grant { producer }, Reply::Producer { handle, position: ProducerPosition { epoch, .. } }) => {
                     let last = grants.insert(*producer, epoch);
                     assert!(last.is_none_or(|last| epoch > last) && epoch <= self.durable.epoch(*producer));
                     self.handles.insert(*producer, handle);
@@ -547,7 +547,8 @@ impl Run {
         for (producer, (epoch, batches)) in &self.durable.producers {
             let handle = state.producers().find(&key(*producer));
             let durable = handle.and_then(|handle| state.producers().durable(&handle));
-            assert_eq!(durable, Some((*epoch, batches.len() as u64)));
+            let position = ProducerPosition { epoch: *epoch, next: batches.len() as u64, begun: 1 };
+            assert_eq!(durable, Some(position));
         }
     }
 

@@ -88,7 +88,8 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
         ("HELLO", "without parameters", Hello::default().into()),
         ("TOKEN", "", Token { token: Bytes::from_static(b"v4.public.AAAA") }.into()),
         ("AUTHENTICATED", "", Authenticated { subject: author("alice", 0).subject, expires: 1_900_000_000 }.into()),
-        ("PING", "", Ping { nonce: 7 }.into()),
+        ("PING", "", Ping { nonce: 7, padding: None }.into()),
+        ("PING", "padded", Ping { nonce: 8, padding: Some(Bytes::from_static(&[0; 3])) }.into()),
         ("PONG", "the largest varint", Pong { nonce: MAX_VARINT }.into()),
         (
             "GOAWAY",
@@ -190,7 +191,7 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
         ),
         ("OPEN_PRODUCER", "the next epoch", OpenProducer { id: 1, name: label("agent"), epoch: 0 }.into()),
         ("OPEN_PRODUCER", "keep an epoch", OpenProducer { id: 2, name: label("agent"), epoch: 3 }.into()),
-        ("PRODUCER", "", Producer { id: 1, epoch: 3, next: 120 }.into()),
+        ("PRODUCER", "", Producer { id: 1, epoch: 3, next: 120, begun: 1 }.into()),
         ("DEFINE_STREAM", "", DefineStream { name: label("tools") }.into()),
         ("STREAM", "", Stream { id: 1, name: label("tools") }.into()),
         (

@@ -27,7 +27,7 @@ use super::kinds::{
     Departure, Intent, Kind, Payload, PresenceJoined, PresenceLeft, PresenceUpdated, RunStart, Signal, StateExpired,
 };
 use super::overlay::Overlay;
-use super::producer::{Admission, ProducerHandle, ProducerKey};
+use super::producer::{Admission, ProducerHandle, ProducerKey, ProducerPosition};
 use super::record::{CheckedBatch, Record, Records};
 use super::resume::{Claimed, ResumeClaim};
 use super::state::{Damage, State};
@@ -70,10 +70,8 @@ pub enum Reply {
     Producer {
         /// To append with.
         handle: ProducerHandle,
-        /// The epoch in force.
-        epoch: u64,
-        /// The sequence that the next batch must carry.
-        next: u64,
+        /// Where it stands.
+        position: ProducerPosition,
     },
     /// A stream has an id.
     Stream {
@@ -443,11 +441,13 @@ impl<T> Authority<T> {
         }
         if let Some(epoch) = keep {
             let producers = &mut self.state.producers;
-            let (current, next) = producers.find(&key).and_then(|known| producers.durable(&known)).unwrap_or_default();
+            let position = producers.find(&key).and_then(|known| producers.durable(&known));
+            let current = position.map_or(0, |position| position.epoch);
             if current == epoch
+                && let Some(position) = position
                 && let Some(handle) = producers.hold(&key)
             {
-                return (Outcome::Done(Reply::Producer { handle, epoch, next }), Some(ticket));
+                return (Outcome::Done(Reply::Producer { handle, position }), Some(ticket));
             }
             let refusal = if current > epoch {
                 let detail = "a newer epoch of this producer was granted";
@@ -830,8 +830,9 @@ impl<T> Authority<T> {
             }
             Work::Grant { key, epoch } => {
                 let handle = state.producers.hold(&key)?;
-                let (_, next) = state.producers.durable(&handle)?;
-                Reply::Producer { handle, epoch, next }
+                // A newer one may have become durable with it.
+                let position = ProducerPosition { epoch, ..state.producers.durable(&handle)? };
+                Reply::Producer { handle, position }
             }
             Work::Stream { id, name } => Reply::Stream { id, name },
             Work::Entry { .. } => Reply::Closed { seq: state.view().closed()? },
