@@ -20,7 +20,7 @@ use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_RECORD, PRODUCER_WINDOW};
 use mainstay_protocol::session::{Kind, MessageId, Record, RunId};
-use mainstay_protocol::wire::{Ack, Append, Label, Produce, Refused, Writer, put_frame};
+use mainstay_protocol::wire::{Ack, Append, Label, Produce, Producer as Granted, Refused, Writer, put_frame};
 use mainstay_transport::{Connection, SendStream, StreamError};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
@@ -68,6 +68,12 @@ enum Group {
 }
 
 impl Group {
+    /// That of records which are a batch of their own.
+    fn of_batch(records: &[Record]) -> Self {
+        // A record alone may be a part of a message.
+        if let [record] = records { Self::of(record) } else { Self::Alone(None) }
+    }
+
     fn of(record: &Record) -> Self {
         match (record.kind, record.message) {
             (Kind::DATA, _) => Self::Data,
@@ -136,6 +142,8 @@ impl Flight {
 #[derive(Debug, Default)]
 struct State {
     epoch: u64,
+    /// The epoch under which its sequence began.
+    begun: Option<u64>,
     next: u64,
     /// What is below is known to be stored, whether it was acknowledged or not.
     stored: u64,
@@ -173,6 +181,8 @@ pub(crate) struct Journalled {
     pub(crate) first: u64,
     /// The sequence behind the last batch that may have been sent.
     pub(crate) end: u64,
+    /// The epoch under which the sequence began; `None` if nothing was sent.
+    pub(crate) begun: Option<u64>,
 }
 
 /// A producer, shared by its handle, its writing task and the session's driver.
@@ -243,13 +253,20 @@ impl Shared {
         self.settle(state);
     }
 
-    /// The server granted or confirmed an epoch on connection `link`. Errors: the server's sequence contradicts what was
-    /// acknowledged.
-    pub(crate) fn opened(&self, link: u64, epoch: u64, next: u64) -> Result<(), ProtocolError> {
+    /// The server granted or confirmed an epoch on connection `link`. One that it forgot meanwhile has ended: what was sent may be stored.
+    /// Errors: the server's sequence contradicts what was acknowledged.
+    pub(crate) fn opened(&self, link: u64, granted: &Granted) -> Result<(), ProtocolError> {
+        let (epoch, next) = (granted.epoch, granted.next);
         let mut state = self.lock();
         let begins = state.epoch == 0;
         if begins {
+            state.begun = self.journalled.and_then(|journalled| journalled.begun);
             state.next = self.journalled.map_or(next, |journalled| journalled.first);
+        }
+        if state.begun.replace(granted.begun).is_some_and(|begun| begun != granted.begun) {
+            drop(state);
+            self.end(&ClientError::refused(Code::PRODUCER_UNKNOWN, "the server has forgotten the producer"));
+            return Ok(());
         }
         let end = self.journalled.filter(|_| begins).map_or(0, |journalled| journalled.end).max(state.next);
         if next > end {
@@ -770,8 +787,7 @@ impl Producer {
         valid_until: Option<SystemTime>,
     ) -> Result<Ticket, AppendError> {
         let (count, records) = (batch.len() as u64, region(batch).map_err(AppendError::unsent)?);
-        // A record alone may be a part of a message.
-        let group = if let [record] = batch { Group::of(record) } else { Group::Alone(None) };
+        let group = Group::of_batch(batch);
         self.push_now(Batch { count, records, group, run, valid_until, done: Arc::default() })
     }
 
@@ -793,6 +809,11 @@ impl Producer {
     /// The journal knows of so many batches that they were given up.
     pub(crate) fn release(&self, known: usize) {
         self.handle.release(known);
+    }
+
+    /// The epoch under which its sequence began: another one of the same name is another producer.
+    pub(crate) fn begun(&self) -> Option<u64> {
+        self.handle.lock().begun
     }
 
     /// Resolves when something may have become of a batch, from the first poll on.
@@ -873,6 +894,11 @@ impl Producer {
 
 fn invalid(what: &str) -> AppendError {
     AppendError::unsent(ClientError::Invalid(what.into()))
+}
+
+/// The message that a batch of a journal is about: what is behind it says nothing without it.
+pub(crate) fn message_of(records: &[Record]) -> Option<MessageId> {
+    Group::of_batch(records).message()
 }
 
 /// The region of a batch. Errors: `Invalid`, it is no batch.

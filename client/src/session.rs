@@ -325,6 +325,13 @@ impl Session {
         ended.await.unwrap_or(ClientError::Closed)
     }
 
+    /// Waits until what this client sent over other connections, if it had resumed there, is stored or never will be (spec RES-5).
+    pub(crate) async fn cut_off(&self) -> Result<(), ClientError> {
+        let (answer, cut_off) = oneshot::channel();
+        self.commands.send(SessionCommand::CutOff { answer }).await.map_err(|_| ClientError::Closed)?;
+        cut_off.await.map_err(|_| ClientError::Closed)?
+    }
+
     /// Asks again while it is refused for a reason that may pass, as long as the configuration says. What is asked must be safe to
     /// repeat.
     pub(crate) async fn ask_again<T>(

@@ -124,6 +124,8 @@ codes! {
     STREAM_UNDEFINED = 0x38, Request, Fix;
     /// The QUIC stream names an attachment or producer that this connection did not open.
     PRODUCER_UNKNOWN = 0x39, Stream, Reattach;
+    /// What was sent may be stored or not, and nobody can tell any more. Never sent: what a client says of what it kept (spec OUT-7).
+    OUTCOME_UNKNOWN = 0x3a, Request, GiveUp;
     /// The server cannot do this now: no disk space, a failing store.
     UNAVAILABLE = 0x40, Request, Retry;
     /// The server has too much to do.

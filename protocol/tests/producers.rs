@@ -5,8 +5,8 @@ use std::sync::Arc;
 use mainstay_protocol::Code;
 use mainstay_protocol::registry::MAX_PRODUCERS;
 use mainstay_protocol::session::{
-    Author, Authority, CheckedBatch, Incarnation, Instance, Outcome, ProducerHandle, ProducerKey, Record, Reply, State,
-    Step,
+    Author, Authority, CheckedBatch, Incarnation, Instance, Outcome, ProducerHandle, ProducerKey, ProducerPosition,
+    Record, Reply, State, Step,
 };
 use mainstay_protocol::wire::{Label, Subject, Writer};
 
@@ -97,6 +97,13 @@ fn grants_that_were_not_committed_leave_nothing_and_evict_nobody() {
         assert_eq!(authority.state().producers().durable(handle).is_some(), n > 0, "producer {n}");
     }
     restored_is_the_same(&authority);
+    // Its name is another producer from then on, over all epochs that follow (spec PROD-9).
+    for epoch in [2, 3] {
+        let back = open(&mut authority, 0..1).remove(0);
+        let position = ProducerPosition { epoch, next: 0, begun: 2 };
+        assert_eq!(authority.state().producers().durable(&back), Some(position));
+        restored_is_the_same(&authority);
+    }
 }
 
 #[test]

@@ -13,8 +13,8 @@ use mainstay_protocol::registry::{DEPARTED_LEASE, MAX_POSITIONS};
 use mainstay_protocol::session::Committed as Durable;
 use mainstay_protocol::session::{
     AT_ONCE, Activity, Author, Authority, CheckedBatch, Chunk, FOR_WORKERS, Job, JobOutcome, Leases, NotifyRule,
-    Outcome, PresenceJoined, PresenceUpdated, ProducerKey, ProducerPosition, Refusal, Reply, ResumeClaim, ResumeToken, RunId,
-    SessionConfigured, State, Step, ViewHash, is_held,
+    Outcome, PresenceJoined, PresenceUpdated, ProducerKey, ProducerPosition, Refusal, Reply, ResumeClaim, ResumeToken,
+    RunId, SessionConfigured, State, Step, ViewHash, is_held,
 };
 use mainstay_protocol::wire::{
     Ack, Acked, Body, CloseSession, Closed, Configure, Configured, DefineStream, DeleteSession, Deleted, Detail, Early,

@@ -6,9 +6,10 @@ use std::time::{Duration, SystemTime};
 
 use mainstay_client::{
     Client, ClientError, Code, Config, ConnectFile, EntryState, Intent, Item, LiveView, MessageWriter, Outbox,
-    OutboxEntry, Record, SendError, Session,
+    OutboxEntry, Record, Resolution, SendError, Session,
 };
-use mainstay_protocol::session::{Kind, MessageId};
+use mainstay_protocol::session::{Kind, MessageId, MessageStart, Payload, Signal as SignalRecord};
+use mainstay_protocol::wire::Label;
 use mainstay_tests::live::{attach, current, follow, records};
 use mainstay_tests::process::{Rows, Server, command, events, named, run};
 use mainstay_tests::proxy::{Faults, Proxy};
@@ -260,6 +261,192 @@ async fn what_waits_for_a_session_that_is_over_is_rejected() {
         if close {
             let session = client.session("s").expect("a name").attach().await.expect("attach");
             session.delete().await.expect("deleted");
+        }
+    }
+}
+
+/// So many producers of others that the server forgets those that were there.
+async fn forget_producers(other: &Client) {
+    let session = attach(other, "s").await;
+    for n in 0..mainstay_protocol::registry::MAX_PRODUCERS {
+        session.producer(&format!("p{n}")).await.expect("a producer");
+    }
+}
+
+fn is_unknown(state: &EntryState) -> bool {
+    matches!(state, EntryState::Rejected { code: Code::OUTCOME_UNKNOWN, .. })
+}
+
+/// Queues `items` on a phone that is killed once the first of them was sent: before the answer came, or where the network took nothing any more.
+async fn killed_midway(world: &mut World, outbox: &Outbox, items: Vec<Item>, arrives: bool) {
+    let (phone, host) = world.client();
+    let sending = outbox.send(phone.session("s").expect("a name"));
+    tokio::pin!(sending);
+    let midway = async {
+        // Its producer is there, and has stored nothing.
+        let opening = outbox.queue(refused()).await.expect("queued");
+        opening.settled().await;
+        outbox.dismiss(&[opening.number()]).await.expect("dismissed");
+        if !arrives {
+            host.move_to(None);
+        }
+        let mut first = outbox.queue_all(items, &[]).await.expect("queued").remove(0);
+        while first.state() == EntryState::Queued {
+            assert!(first.changed().await);
+        }
+        // It has arrived, and the answer has not.
+        sleep(RTT * 3 / 4).await;
+        host.move_to(None);
+        assert_eq!(first.state(), EntryState::Sent);
+    };
+    tokio::select! {
+        error = &mut sending => panic!("{error}"),
+        () = midway => {}
+    }
+}
+
+/// Spec OUT-7: where the server has forgotten the producer, what was sent is not sent again, whether it was stored or not; what was not goes on.
+#[tokio::test(start_paused = true)]
+async fn a_producer_that_the_server_has_forgotten_costs_no_more_than_what_was_on_its_way() {
+    let mut world = world(6);
+    let (other, _other) = world.client();
+    other.session("s").expect("a name").create().attach().await.expect("attach");
+    for (round, (first, arrives)) in
+        [(true, true), (true, false), (false, true), (false, false)].into_iter().enumerate()
+    {
+        let dir = tempfile::tempdir().expect("a directory");
+        let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+        let mut expected = stored(&other).await;
+        if first {
+            outbox.queue(line(format!("{round} first"))).await.expect("queued");
+            deliver(&outbox, &other).await;
+            expected.push(format!("{round} first"));
+        }
+        let message = |record: Record| {
+            let record = Record { message: Some(MessageId([round as u8; 16])), ..record };
+            Item::records("main", &[record]).expect("an item")
+        };
+        let part = |text: &str| message(Record { kind: Kind::MESSAGE_APPEND, ..Record::data(0, text.to_owned()) });
+        let label = |text| Label::new(text).expect("a label");
+        let start = MessageStart { role: label("agent"), content_type: label("text/plain") };
+        let on_its_way = vec![line(format!("{round} on its way")), message(start.record(0)), part("hel")];
+        killed_midway(&mut world, &outbox, on_its_way, arrives).await;
+        outbox.close().await;
+        expected.extend(arrives.then(|| format!("{round} on its way")));
+        assert_eq!(stored(&other).await, expected);
+        forget_producers(&other).await;
+        let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+        outbox.queue(part("lo")).await.expect("queued");
+        let kept = outbox.kept();
+        let mut later = vec![outbox.queue(line(format!("{round} later"))).await.expect("queued")];
+        deliver(&outbox, &other).await;
+        later.push(outbox.queue(line(format!("{round} last"))).await.expect("queued"));
+        deliver(&outbox, &other).await;
+        for (kept, what) in kept.iter().zip(["on its way", "the message", "its first part", "the rest of it"]) {
+            assert!(is_unknown(&kept.entry.state()), "{round}, {what}: {:?}", kept.entry.state());
+        }
+        assert!(settled(&later).await.iter().all(|state| matches!(state, EntryState::Durable { .. })));
+        expected.extend([format!("{round} later"), format!("{round} last")]);
+        assert_eq!(stored(&other).await, expected);
+        // Nothing of it is forgotten over another restart.
+        outbox.close().await;
+        let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+        assert_eq!(outbox.kept().iter().filter(|kept| is_unknown(&kept.entry.state())).count(), 4);
+        assert_eq!(outbox.queue(line("x")).await.expect("queued").sequence(), Some(2));
+    }
+}
+
+/// The same where the application goes on through the outage.
+#[tokio::test(start_paused = true)]
+async fn a_producer_that_is_forgotten_during_an_outage_is_followed_by_another() {
+    let mut world = world(7);
+    let (client, host) = world.client();
+    let (other, _other) = world.client();
+    let dir = tempfile::tempdir().expect("a directory");
+    let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+    let sending = tokio::spawn({
+        let (outbox, client) = (outbox.clone(), client.clone());
+        async move { outbox.send(client.session("s").expect("a name").create()).await }
+    });
+    outbox.queue(line("first")).await.expect("queued").settled().await;
+    host.move_to(None);
+    let mut on_its_way = outbox.queue(line("on its way")).await.expect("queued");
+    while on_its_way.state() == EntryState::Queued {
+        assert!(on_its_way.changed().await);
+    }
+    forget_producers(&other).await;
+    sleep(Duration::from_secs(100)).await;
+    let later = outbox.queue(line("later")).await.expect("queued");
+    host.move_to(Some([10, 0, 6, 1].into()));
+    client.network_changed();
+    assert!(is_unknown(&on_its_way.settled().await));
+    // It may have been handed on.
+    let later = later.settled().await;
+    let last = outbox.queue(line("last")).await.expect("queued").settled().await;
+    assert!(matches!(last, EntryState::Durable { .. }));
+    let expected: &[&str] = if is_unknown(&later) { &["first", "last"] } else { &["first", "later", "last"] };
+    assert_eq!(stored(&other).await, expected);
+    sending.abort();
+}
+
+/// Spec OUT-8: a signal that was sent and not answered is looked for in the session, however much followed it.
+#[tokio::test(start_paused = true)]
+async fn a_signal_that_was_sent_is_found_behind_all_that_followed_it() {
+    let mut world = world(8);
+    let (agent, _agent) = world.client();
+    let session = agent.session("s").expect("a name").create().attach().await.expect("attach");
+    let run = session.start_run(Duration::from_secs(600), None).await.expect("a run");
+    let producer = session.producer("agent").await.expect("a producer").of_run(&run);
+    let kept_signals = mainstay_protocol::registry::KEPT_SIGNALS;
+    for (arrives, late, trimmed) in
+        [(true, false, false), (true, true, false), (false, false, false), (false, true, false), (true, false, true)]
+    {
+        let dir = tempfile::tempdir().expect("a directory");
+        let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+        let until = SystemTime::now() + Duration::from_millis(300);
+        let item = Item::signal(Intent::Steer, None, "left").expect("a signal");
+        let item = if late { item.valid_until(until) } else { item };
+        killed_midway(&mut world, &outbox, vec![item], arrives).await;
+        let id = outbox.kept()[0].signal.expect("a signal").1;
+        let mut live = current(session.live().await).await;
+        let mut stored = None;
+        if arrives {
+            follow(&mut live, "the signal", |live| !live.view().signals().pending().is_empty()).await;
+            let pending = live.view().signals().pending()[0].clone();
+            assert_eq!(pending.signal.id, id);
+            run.resolve(&producer, id, Resolution::Consumed, "").await.expect("appended").await.expect("stored");
+            stored = Some(pending.seq);
+        }
+        outbox.close().await;
+        for _ in 0..kept_signals {
+            let other = session.signal(Intent::Steer).run(run.id());
+            let id = other.id();
+            other.send().await.expect("stored");
+            run.resolve(&producer, id, Resolution::Consumed, "").await.expect("appended").await.expect("stored");
+        }
+        if trimmed {
+            session.trim(stored.expect("stored") + 1).await.expect("trimmed");
+        }
+        if late {
+            wait_for(until);
+        }
+        let (phone, _host) = world.client();
+        let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+        let entry = outbox.kept().remove(0).entry;
+        deliver(&outbox, &phone).await;
+        let (state, case) = (entry.settled().await, (arrives, late, trimmed));
+        let count =
+            records(&session).await.iter().filter(|record| SignalRecord::of(record).is_ok_and(|s| s.id == id)).count();
+        match case {
+            (_, _, true) => assert!(is_unknown(&state) && count == 0, "{case:?}: {state:?}, {count}"),
+            (true, ..) => {
+                assert_eq!((Some(state), count), (stored.map(|seq| EntryState::Durable { seq }), 1), "{case:?}")
+            }
+            (false, true, _) => assert_eq!((state, count), (EntryState::Expired, 0), "{case:?}"),
+            (false, false, _) => {
+                assert!(matches!(state, EntryState::Durable { .. }) && count == 1, "{case:?}: {state:?}, {count}");
+                run.resolve(&producer, id, Resolution::Consumed, "").await.expect("appended").await.expect("stored");
+            }
         }
     }
 }

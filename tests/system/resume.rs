@@ -378,7 +378,9 @@ async fn a_producer_that_goes_on_waits_for_a_server_that_takes_long() {
     put_frame(&Append { sequence: 0, count: 1, records: records.freeze(), run_epoch: None }, &mut flight);
     batches.write(&mut [flight.freeze()]).await.expect("write");
     let answers = [after.hear().await, after.hear().await, after.hear().await];
-    let [Frame::Resumed(_), Frame::Producer(Producer { id: 5, epoch: 2, next: 0, begun: 1 }), Frame::Ack(ack)] = &answers else {
+    let [Frame::Resumed(_), Frame::Producer(Producer { id: 5, epoch: 2, next: 0, begun: 1 }), Frame::Ack(ack)] =
+        &answers
+    else {
         panic!("{answers:?}");
     };
     assert_eq!((ack.producer, ack.sequence), (5, 0));

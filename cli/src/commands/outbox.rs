@@ -4,7 +4,9 @@ use core::time::Duration;
 use std::path::Path;
 use std::time::SystemTime;
 
-use mainstay_client::{Attaching, Client, EntryState, Kept, Outbox, OutboxEntry, OutboxError, SendError};
+use mainstay_client::{
+    Attaching, Client, Code, Config, Continuity, EntryState, Kept, Outbox, OutboxEntry, OutboxError, SendError,
+};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -35,6 +37,15 @@ impl From<SendError> for Failure {
             error => Self::failed("OUTBOX_LOCKED", error.to_string()),
         }
     }
+}
+
+/// Of a command that sends from an outbox: it tries for as long as something waits, and is the same client as the commands before it. What these
+/// had on their way when they were killed is cut off, and the runs that they held are its own.
+pub(crate) fn config(outbox: &Outbox) -> Result<Config, Failure> {
+    let mut config = Config::default();
+    config.give_up_after = None;
+    config.continuity = Continuity::in_file(&outbox.path().with_extension("client"))?;
+    Ok(config)
 }
 
 /// Until when something that may wait for `seconds` is sent.
@@ -95,7 +106,8 @@ pub(crate) fn tell(entry: &OutboxEntry, more: &Value, output: Output) -> Result<
     let number = entry.number();
     match state {
         EntryState::Rejected { code, detail } => {
-            output.warning(&code.to_string(), &format!("entry {number} of the outbox is not stored: {detail}"))
+            let what = if code == Code::OUTCOME_UNKNOWN { "may be stored or not" } else { "is not stored" };
+            output.warning(&code.to_string(), &format!("entry {number} of the outbox {what}: {detail}"))
         }
         EntryState::Expired => output.warning(
             "EXPIRED",
@@ -139,7 +151,11 @@ pub(crate) async fn deliver<T>(
     let stays = |failure: Failure| {
         let (waiting, session) = (outbox.waiting(), outbox.session());
         let dir = outbox.path().parent().unwrap_or(Path::new(".")).display();
-        let again = format!("`mainstay append {session} --outbox {dir} </dev/null` sends them");
+        let of_an_agent = outbox.kept().iter().any(|kept| kept.run.is_some());
+        let again = match of_an_agent {
+            true => format!("`mainstay run {session} --outbox {dir} -- …` stores what an agent said, and the rest"),
+            false => format!("`mainstay append {session} --outbox {dir} </dev/null` sends them"),
+        };
         let message = match waiting {
             0 => failure.message,
             _ => format!("{}; {waiting} entries stay in the outbox, {again}", failure.message),

@@ -11,7 +11,7 @@ use mainstay_protocol::session::{Incarnation, Record, SessionName};
 use mainstay_protocol::wire::{Body, Detail, Label, MAX_VARINT, Reader, Signal, Writer};
 
 use crate::error::ClientError;
-use crate::producer::{Journalled, region};
+use crate::producer::{Journalled, message_of, region};
 
 /// Something to be stored: see [`Outbox`](super::Outbox).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,8 +47,8 @@ pub(super) struct Queued {
     pub(super) what: What,
     /// When it must not be sent any more.
     pub(super) valid_until: Option<SystemTime>,
-    /// A connection may have had it: only for signals that are valid until some time.
-    pub(super) sent: bool,
+    /// A connection may have had it; then what it stores is not before this seq.
+    pub(super) sent: Option<u64>,
 }
 
 impl Queued {
@@ -79,11 +79,18 @@ pub(super) enum Change {
     /// The session is this one, and no later one of its name.
     Attached(Incarnation),
     Queued(u64, Queued),
-    /// It is sent from now on.
-    Sent(u64),
+    /// It is sent from now on; what it stores is not before this seq.
+    Sent {
+        number: u64,
+        from: u64,
+    },
     Settled(u64, Outcome),
     /// Nobody has to know any more what became of it.
     Dismissed(u64),
+    /// The sequence of the producer began under this epoch.
+    Begun(u64),
+    /// It is another producer from here on, of which nothing was sent.
+    Renamed(Label),
 }
 
 /// An entry that is whole, and yet says what cannot be.
@@ -135,9 +142,10 @@ impl Change {
                     }
                 }
             }
-            Self::Sent(number) => {
+            Self::Sent { number, from } => {
                 w.u8(3);
                 w.varint(*number);
+                w.varint(*from);
             }
             Self::Settled(number, Outcome::Durable { seq }) => {
                 w.u8(4);
@@ -157,6 +165,14 @@ impl Change {
             Self::Dismissed(number) => {
                 w.u8(7);
                 w.varint(*number);
+            }
+            Self::Begun(epoch) => {
+                w.u8(8);
+                w.varint(*epoch);
+            }
+            Self::Renamed(producer) => {
+                w.u8(9);
+                w.bytes(producer.as_str().as_bytes());
             }
         }
     }
@@ -188,9 +204,9 @@ impl Change {
                     }
                     _ => return Err(impossible("neither a batch nor a signal is queued")),
                 };
-                Self::Queued(number, Queued { what, valid_until: until.checked_sub(1).map(from_millis), sent: false })
+                Self::Queued(number, Queued { what, valid_until: until.checked_sub(1).map(from_millis), sent: None })
             }
-            3 => Self::Sent(r.varint()?),
+            3 => Self::Sent { number: r.varint()?, from: r.varint()? },
             4 => Self::Settled(r.varint()?, Outcome::Durable { seq: r.varint()? }),
             5 => {
                 let (number, code) = (r.varint()?, Code(r.varint()?));
@@ -198,6 +214,8 @@ impl Change {
             }
             6 => Self::Settled(r.varint()?, Outcome::Expired),
             7 => Self::Dismissed(r.varint()?),
+            8 => Self::Begun(r.varint()?),
+            9 => Self::Renamed(Label::new(r.text(TEXT)?)?),
             _ => return Err(impossible("a change that this version does not know")),
         })
     }
@@ -218,6 +236,8 @@ pub(super) struct Ledger {
     pub(super) session: SessionName,
     pub(super) producer: Label,
     pub(super) incarnation: Option<Incarnation>,
+    /// The epoch under which the producer's sequence began, once something may have been sent.
+    pub(super) begun: Option<u64>,
     /// Batches that are stored: the sequence of the first one that waits.
     stored: u64,
     /// The number of what is queued next.
@@ -234,7 +254,8 @@ pub(super) struct Ledger {
 impl Ledger {
     pub(super) fn new(session: SessionName, producer: Label) -> Self {
         let (waiting, given_up) = (BTreeMap::new(), BTreeMap::new());
-        Self { session, producer, incarnation: None, stored: 0, next: 0, waiting, batches: 0, given_up, bytes: 0 }
+        let (incarnation, begun) = (None, None);
+        Self { session, producer, incarnation, begun, stored: 0, next: 0, waiting, batches: 0, given_up, bytes: 0 }
     }
 
     /// The ledger that the entries of a file make. `None` for a file without any. Errors: what they say cannot be.
@@ -271,9 +292,16 @@ impl Ledger {
                 self.batches += u64::from(queued.is_batch());
                 self.waiting.insert(number, queued);
             }
-            Change::Sent(number) => {
+            Change::Sent { number, from } => {
                 let waiting = self.waiting.get_mut(&number);
-                waiting.ok_or(impossible("what does not wait is sent"))?.sent = true;
+                waiting.ok_or(impossible("what does not wait is sent"))?.sent.get_or_insert(from);
+            }
+            Change::Begun(epoch) => self.begun = Some(epoch),
+            Change::Renamed(producer) => {
+                if self.waiting.values().any(|queued| queued.is_batch() && queued.sent.is_some()) {
+                    return Err(impossible("what was sent waits under another producer"));
+                }
+                (self.producer, self.begun, self.stored) = (producer, None, 0);
             }
             Change::Settled(number, outcome) => {
                 let queued = self.waiting.get(&number).ok_or(impossible("what does not wait is settled"))?;
@@ -316,8 +344,12 @@ impl Ledger {
                     !queued.is_batch() || !matches!(outcome, Outcome::Durable { .. }) || first() == Some(*number);
                 in_order && settled.insert(*number)
             }
-            Change::Sent(number) => self.waiting.contains_key(number) && !settled.contains(number),
-            Change::Queued(..) | Change::Attached(_) | Change::Dismissed(_) => true,
+            Change::Sent { number, .. } => self.waiting.contains_key(number) && !settled.contains(number),
+            Change::Renamed(_) => {
+                let mut open = self.waiting.iter().filter(|(number, _)| !settled.contains(number));
+                !open.any(|(_, queued)| queued.is_batch() && queued.sent.is_some())
+            }
+            Change::Queued(..) | Change::Attached(_) | Change::Dismissed(_) | Change::Begun(_) => true,
             Change::Origin { .. } => false,
         })
     }
@@ -340,7 +372,31 @@ impl Ledger {
 
     /// What a producer has to know of it.
     pub(super) fn journalled(&self) -> Journalled {
-        Journalled { first: self.stored, end: self.stored + self.batches }
+        Journalled { first: self.stored, end: self.stored + self.batches, begun: self.begun }
+    }
+
+    /// Batches from `number` on that wait with none but batches between, and may not have been sent: at most `limit`.
+    pub(super) fn to_send(&self, number: u64, limit: usize) -> Vec<u64> {
+        let batches = self.waiting.range(number..).take_while(|(_, queued)| queued.is_batch()).take(limit);
+        batches.filter(|(_, queued)| queued.sent.is_none()).map(|(number, _)| *number).collect()
+    }
+
+    /// What cannot be sent any more once the server has forgotten the producer: the batches that may be stored, and those behind them that are
+    /// nothing without one of them.
+    pub(super) fn doubtful(&self) -> Doubtful {
+        let mut doubtful = Doubtful::default();
+        let mut messages = BTreeSet::new();
+        for (number, queued) in &self.waiting {
+            let What::Batch { records, .. } = &queued.what else { continue };
+            let message = What::records(records, 0).ok().and_then(|records| message_of(&records));
+            if queued.sent.is_some() {
+                doubtful.sent.push(*number);
+                messages.extend(message);
+            } else if message.is_some_and(|message| messages.contains(&message)) {
+                doubtful.behind.push(*number);
+            }
+        }
+        doubtful
     }
 
     /// What dismissing frees: bytes, and an entry.
@@ -378,17 +434,27 @@ impl Ledger {
         let Self { session, producer, stored, next, .. } = self.clone();
         let mut changes = vec![Change::Origin { session, producer, stored, next }];
         changes.extend(self.incarnation.map(Change::Attached));
+        changes.extend(self.begun.map(Change::Begun));
         let mut kept: Vec<(u64, &Queued, Option<&Outcome>)> =
             self.waiting.iter().map(|(number, queued)| (*number, queued, None)).collect();
         kept.extend(self.given_up().map(|(number, queued, outcome)| (number, queued, Some(outcome))));
         kept.sort_by_key(|(number, ..)| *number);
         for (number, queued, outcome) in kept {
             changes.push(Change::Queued(number, queued.clone()));
-            changes.extend(queued.sent.then_some(Change::Sent(number)));
+            changes.extend(queued.sent.map(|from| Change::Sent { number, from }));
             changes.extend(outcome.map(|outcome| Change::Settled(number, outcome.clone())));
         }
         changes
     }
+}
+
+/// See [`Ledger::doubtful`].
+#[derive(Debug, Default)]
+pub(super) struct Doubtful {
+    /// They may be stored: no more than are on their way at once.
+    pub(super) sent: Vec<u64>,
+    /// They are not, and are of the same messages.
+    pub(super) behind: Vec<u64>,
 }
 
 /// Bytes that it takes, about: an upper bound for everything but the records.
@@ -422,7 +488,7 @@ mod tests {
             let record = Record::data(0, vec![1; len]);
             What::batch(Label::new("main").unwrap(), (len > 5).then_some(len as u64), &[record]).unwrap()
         };
-        Queued { what, valid_until: valid.map(from_millis), sent: false }
+        Queued { what, valid_until: valid.map(from_millis), sent: None }
     }
 
     /// What a test wants: which of those that wait is meant is counted from the first.
@@ -433,6 +499,7 @@ mod tests {
         GiveUp { which: usize, expired: bool },
         Dismiss(u64),
         Sent(usize),
+        Begun(u64),
         Attach(u8),
     }
 
@@ -444,6 +511,7 @@ mod tests {
             2 => (0..8usize, any::<bool>()).prop_map(|(which, expired)| Step::GiveUp { which, expired }),
             1 => (0..40u64).prop_map(Step::Dismiss),
             1 => (0..8usize).prop_map(Step::Sent),
+            1 => (1..9u64).prop_map(Step::Begun),
             1 => any::<u8>().prop_map(Step::Attach),
         ]
     }
@@ -458,7 +526,8 @@ mod tests {
                 Change::Settled(nth(which)?, Outcome::Rejected { code: Code::FORBIDDEN, detail: Detail::new("no") })
             }
             Step::Dismiss(number) => Change::Dismissed(number),
-            Step::Sent(which) => Change::Sent(nth(which)?),
+            Step::Sent(which) => Change::Sent { number: nth(which)?, from: which as u64 },
+            Step::Begun(epoch) => Change::Begun(epoch),
             Step::Attach(byte) => Change::Attached(Incarnation([byte; 16])),
         })
     }
@@ -517,7 +586,7 @@ mod tests {
         for wrong in [
             durable(1),
             durable(9),
-            Change::Sent(9),
+            Change::Sent { number: 9, from: 0 },
             Change::Queued(1, queued(false, 1, None)),
             Change::Queued(3, queued(false, 1, None)),
             before.changes().remove(0),

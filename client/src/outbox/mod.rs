@@ -186,7 +186,7 @@ pub enum EntryState {
         /// Seq of its first record.
         seq: u64,
     },
-    /// Refused: it is not stored and will not be.
+    /// Refused: it is not stored and will not be. With `OUTCOME_UNKNOWN` it was sent, may be stored, and nobody can tell; it is not sent again.
     Rejected {
         /// Why.
         code: Code,
@@ -281,6 +281,9 @@ pub struct Kept {
 }
 
 /// What one session is to store, kept in a file until it is answered. Clones are the same outbox.
+///
+/// A client that sends its signals should be kept too, in a file of its own: see [`Continuity::in_file`](crate::Continuity::in_file). A signal that a process which
+/// was killed had on its way is cut off by that.
 ///
 /// It is used by one process at a time. Its file must not be copied and used twice: both would use the same sequences.
 #[derive(Clone)]
@@ -383,7 +386,7 @@ impl Outbox {
         items: impl IntoIterator<Item = Item>,
         dismissed: &[u64],
     ) -> Result<Vec<OutboxEntry>, OutboxError> {
-        let queued = |Item { what, valid_until }| Asked::Queue(Queued { what, valid_until, sent: false });
+        let queued = |Item { what, valid_until }| Asked::Queue(Queued { what, valid_until, sent: None });
         let mut asked: Vec<Asked> = items.into_iter().map(queued).collect();
         asked.extend(dismissed.iter().map(|number| Asked::Change(Change::Dismissed(*number))));
         self.commit(asked).await
@@ -488,14 +491,17 @@ fn load(dir: &Path, path: &Path, session: SessionName) -> Result<(Log, Ledger), 
         Some(ledger) if ledger.session == session => ledger,
         Some(ledger) => return Err(damaged(format!("it is that of the session {}", ledger.session))),
         None => {
-            // A name that nobody else has: its sequence begins at 0, and nobody is fenced.
-            let producer = Label::new(&format!("outbox-{:032x}", rand::random::<u128>())).map_err(ClientError::from)?;
-            let ledger = Ledger::new(session, producer);
+            let ledger = Ledger::new(session, producer_name()?);
             log.append(&encoded(&ledger.changes())).map_err(|error| OutboxError::disk(path, &error))?;
             ledger
         }
     };
     Ok((log, ledger))
+}
+
+/// The name of a producer that nobody else has: its sequence begins at 0, and nobody is fenced.
+fn producer_name() -> Result<Label, ClientError> {
+    Ok(Label::new(&format!("outbox-{:032x}", rand::random::<u128>()))?)
 }
 
 fn encoded<'a>(changes: impl IntoIterator<Item = &'a Change>) -> Bytes {
@@ -648,13 +654,14 @@ impl Outbox {
                     queued = Some((*number, followed));
                     None
                 }
-                Change::Sent(number) => Some((*number, EntryState::Sent)),
+                // Told when a connection has it.
+                Change::Sent { .. } => None,
                 Change::Settled(number, outcome) => Some((*number, outcome.into())),
                 Change::Dismissed(number) => {
                     self.states().remove(number);
                     None
                 }
-                Change::Origin { .. } | Change::Attached(_) => None,
+                Change::Origin { .. } | Change::Attached(_) | Change::Begun(_) | Change::Renamed(_) => None,
             };
             let applied = self.ledger().apply(change);
             applied.map_err(|ProtocolError { detail, .. }| OutboxError::Invalid(detail.into()))?;
@@ -696,7 +703,7 @@ mod tests {
         let origin =
             Change::Origin { session: SessionName::new("s").unwrap(), producer: label("p"), stored: 1, next: 70 };
         let batch = What::batch(label("main"), Some(4), &[Record::data(0, "hi")]).unwrap();
-        let queued = |what, valid_until| Queued { what, valid_until, sent: false };
+        let queued = |what, valid_until| Queued { what, valid_until, sent: None };
         let signal = Signal {
             id: SignalId([9; 16]),
             intent: Intent::Custom,
@@ -713,11 +720,13 @@ mod tests {
                 Change::Queued(71, queued(What::Signal(signal), Some(ledger::from_millis(62)))),
                 "02 4047 3f 01 16 09090909090909090909090909090909 4060 00 05 0178",
             ),
-            (Change::Sent(71), "03 4047"),
+            (Change::Sent { number: 71, from: 2 }, "03 4047 02"),
             (Change::Settled(70, Outcome::Durable { seq: 3 }), "04 4046 03"),
             (Change::Settled(71, Outcome::Rejected { code: Code(0x31), detail }), "05 4047 31 026e6f"),
             (Change::Settled(71, Outcome::Expired), "06 4047"),
             (Change::Dismissed(71), "07 4047"),
+            (Change::Begun(5), "08 05"),
+            (Change::Renamed(label("q")), "09 0171"),
         ] {
             let hex: String = encoded_one(&change).iter().map(|byte| format!("{byte:02x}")).collect();
             assert_eq!(hex, bytes.replace(' ', ""), "{change:?}");

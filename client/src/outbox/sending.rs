@@ -8,16 +8,16 @@ use std::time::SystemTime;
 
 use mainstay_protocol::error::Code;
 use mainstay_protocol::registry::PRODUCER_WINDOW;
-use mainstay_protocol::session::{Cursor, SignalId};
-use mainstay_protocol::wire::{Detail, Label, Signal};
+use mainstay_protocol::session::{Cursor, Signal as SignalRecord};
+use mainstay_protocol::wire::{Detail, Label, Signal, Start};
 
 use super::ledger::{Change, Outcome, Queued, What};
 use super::{Asked, EntryState, Outbox, OutboxError};
-use crate::driver::Ask;
+use crate::driver::{Ask, KeptSignal};
 use crate::error::{AppendError, ClientError, Stored};
-use crate::live::Update;
 use crate::producer::{Producer, Ticket};
 use crate::session::{Attaching, Session, StreamId};
+use crate::subscription::Event;
 
 /// Why nothing is sent any more. What waits stays in the outbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -160,6 +160,15 @@ impl Outbox {
     }
 }
 
+/// Where a signal is in a session.
+enum Found {
+    At(u64),
+    Nowhere {
+        /// Nothing below this seq was left out.
+        tail: u64,
+    },
+}
+
 struct Sender<'a> {
     outbox: &'a Outbox,
     session: Session,
@@ -189,20 +198,56 @@ impl Sender<'_> {
             if poll_once(progressed.as_mut()).await {
                 continue;
             }
-            // Known before the outcomes that it leaves are looked at.
-            let ended = producer.as_ref().and_then(|producer| producer.why_ended());
-            if self.settle().await? || self.hand_on().await? {
-                continue;
-            }
-            if let Some(error) = ended {
-                return Err(error.into());
-            }
-            // A session that ends ends its producers.
-            tokio::select! {
-                () = progressed => {}
-                _ = version.changed() => {}
+            match self.turn().await {
+                Ok(true) => {}
+                // A session that ends ends its producers.
+                Ok(false) => tokio::select! {
+                    () = progressed => {}
+                    _ = version.changed() => {}
+                },
+                Err(SendError::Client(ClientError::Refused { code: Code::PRODUCER_UNKNOWN, .. })) => {
+                    self.begin_anew().await?;
+                }
+                Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Does what can be done now. False if nothing can.
+    async fn turn(&mut self) -> Result<bool, SendError> {
+        // Known before the outcomes that it leaves are looked at.
+        let ended = self.producer.as_ref().and_then(|producer| producer.why_ended());
+        if self.settle().await? || self.hand_on().await? {
+            return Ok(true);
+        }
+        match ended {
+            Some(error) => Err(error.into()),
+            None => Ok(false),
+        }
+    }
+
+    /// Goes on with another producer: the server has forgotten this one, and with it what is stored of what was sent (spec OUT-7).
+    async fn begin_anew(&mut self) -> Result<(), SendError> {
+        let doubtful = self.outbox.ledger().doubtful();
+        tracing::warn!(batches = doubtful.sent.len(), "the server has forgotten the producer of the outbox");
+        let rejected = |detail| {
+            move |number: &u64| {
+                let outcome = Outcome::Rejected { code: Code::OUTCOME_UNKNOWN, detail: Detail::new(detail) };
+                Asked::Change(Change::Settled(*number, outcome))
+            }
+        };
+        // First, so that they are found again if this is cut short.
+        for some in doubtful.behind.chunks(PRODUCER_WINDOW) {
+            let rest = "it is not stored: whether an earlier part of its message is, nobody can tell";
+            self.outbox.commit(some.iter().map(rejected(rest)).collect()).await?;
+        }
+        let sent = "it was sent, and the server has forgotten whether it stored it";
+        let mut last: Vec<Asked> = doubtful.sent.iter().map(rejected(sent)).collect();
+        last.push(Asked::Change(Change::Renamed(super::producer_name()?)));
+        self.outbox.commit(last).await?;
+        (self.producer, self.next) = (None, 0);
+        self.sent.clear();
+        Ok(())
     }
 
     /// Writes down what became of batches. False if nothing did.
@@ -249,9 +294,16 @@ impl Sender<'_> {
         let Queued { what, valid_until, sent } = queued;
         match what {
             What::Batch { stream, run, records, .. } => {
-                let producer = self.producer().await?;
+                let Some(producer) = self.producer.clone() else {
+                    self.open_producer().await?;
+                    // Followed from here on.
+                    return Ok(true);
+                };
                 if self.sent.len() >= PRODUCER_WINDOW || !producer.has_room() {
                     return Ok(false);
+                }
+                if sent.is_none() {
+                    return self.mark(&producer).await;
                 }
                 let stream = match self.stream(&stream).await {
                     Ok(stream) => stream,
@@ -284,17 +336,30 @@ impl Sender<'_> {
         Ok(true)
     }
 
-    /// The producer, opened with the first batch.
-    async fn producer(&mut self) -> Result<Arc<Producer>, ClientError> {
-        if let Some(producer) = &self.producer {
-            return Ok(producer.clone());
-        }
+    /// Writes down that what comes next may be sent, and through which producer: should the server forget that, it is known what may be
+    /// stored.
+    async fn mark(&self, producer: &Producer) -> Result<bool, SendError> {
+        let (to_send, known) = {
+            let ledger = self.outbox.ledger();
+            (ledger.to_send(self.next, PRODUCER_WINDOW - self.sent.len()), ledger.begun)
+        };
+        let begun = producer.begun();
+        let from = self.session.info().tail;
+        let mut marks: Vec<Asked> =
+            to_send.into_iter().map(|number| Asked::Change(Change::Sent { number, from })).collect();
+        marks.extend(begun.filter(|_| known != begun).map(|begun| Asked::Change(Change::Begun(begun))));
+        self.outbox.commit(marks).await?;
+        Ok(true)
+    }
+
+    /// Opens the producer, with the first batch.
+    async fn open_producer(&mut self) -> Result<(), ClientError> {
         let (name, journalled) = {
             let ledger = self.outbox.ledger();
             (ledger.producer.clone(), ledger.journalled())
         };
-        let producer = Arc::new(self.session.open_producer(name, Some(journalled)).await?);
-        Ok(self.producer.insert(producer).clone())
+        self.producer = Some(Arc::new(self.session.open_producer(name, Some(journalled)).await?));
+        Ok(())
     }
 
     /// One that cannot be handed on is settled, unless that is about who asks.
@@ -328,39 +393,64 @@ impl Sender<'_> {
         number: u64,
         signal: Signal,
         valid_until: Option<SystemTime>,
-        mut sent: bool,
+        sent: Option<u64>,
     ) -> Result<Result<u64, ClientError>, OutboxError> {
-        let is_late = || valid_until.is_some_and(|until| SystemTime::now() >= until);
-        if !sent && !is_late() {
-            self.outbox.commit(vec![Asked::Change(Change::Sent(number))]).await?;
-            sent = true;
-        }
-        self.outbox.sent(number);
-        let id = signal.id;
-        let asked = self.session.ask_again(|answer| Ask::Signal { signal: signal.clone(), valid_until, answer });
-        let result = match asked.await {
-            // It may have been stored before the connection was lost: the session knows.
-            Err(ClientError::Expired) if sent => self.stored(id).await.and_then(|seq| seq.ok_or(ClientError::Expired)),
-            result => result,
+        let mut from = match sent {
+            Some(from) => from,
+            None if valid_until.is_some_and(|until| SystemTime::now() >= until) => {
+                return Ok(Err(ClientError::Expired));
+            }
+            None => {
+                let from = self.session.info().tail;
+                self.outbox.commit(vec![Asked::Change(Change::Sent { number, from })]).await?;
+                from
+            }
         };
-        Ok(result)
+        self.outbox.sent(number);
+        loop {
+            let kept = Some(KeptSignal { valid_until, from });
+            let asked = self.session.ask_again(|answer| Ask::Signal { signal: signal.clone(), kept, answer }).await;
+            let late = match &asked {
+                Err(ClientError::Expired) => true,
+                Err(ClientError::Refused { code: Code::OUTCOME_UNKNOWN, .. }) => false,
+                _ => return Ok(asked),
+            };
+            // It may have been stored before the connection was lost.
+            match self.stored(&signal, from).await {
+                Ok(Found::At(seq)) => return Ok(Ok(seq)),
+                Ok(Found::Nowhere { .. }) if late => return Ok(Err(ClientError::Expired)),
+                Ok(Found::Nowhere { tail }) => from = tail,
+                Err(error) => return Ok(Err(error)),
+            }
+        }
     }
 
-    /// The seq of a signal that is in the session's view as it is now.
-    async fn stored(&self, id: SignalId) -> Result<Option<u64>, ClientError> {
-        let mut live = self.session.live().await?;
-        loop {
-            let signals = live.view().signals();
-            let pending = signals.pending().iter().find(|pending| pending.signal.id == id).map(|pending| pending.seq);
-            let resolved = || signals.resolved().find(|resolved| resolved.id == id).map(|resolved| resolved.seq);
-            if let Some(seq) = pending.or_else(resolved) {
-                return Ok(Some(seq));
-            }
-            match live.next().await {
-                Some(Ok(Update::CaughtUp { .. } | Update::Ended)) | None => return Ok(None),
-                Some(update) => drop(update?),
+    /// Looks for a signal in the session, from the seq `from` on (spec OUT-8). Errors: `OUTCOME_UNKNOWN` if some of that is not there any more.
+    async fn stored(&self, signal: &Signal, from: u64) -> Result<Found, ClientError> {
+        // It may still be on its way.
+        self.session.cut_off().await?;
+        let mut records = self.session.subscribe(Start::Seq(from)).kind(signal.intent.kind()).open().await?;
+        while let Some(event) = records.next().await {
+            match event? {
+                Event::Records(batch) => {
+                    for read in batch.iter() {
+                        let read = read?;
+                        if SignalRecord::of(&read.record).is_ok_and(|stored| stored.id == signal.id) {
+                            return Ok(Found::At(read.seq));
+                        }
+                    }
+                }
+                Event::CaughtUp { tail } => return Ok(Found::Nowhere { tail }),
+                // Trimmed, or covered by a view alone.
+                Event::Gap { .. } | Event::Snapshot(_) => {
+                    let message = "it was sent, and what the session stored then is not there any more";
+                    return Err(ClientError::refused(Code::OUTCOME_UNKNOWN, message));
+                }
+                Event::Ended => break,
+                _ => {}
             }
         }
+        Ok(Found::Nowhere { tail: from })
     }
 }
 

@@ -465,7 +465,10 @@ impl Run {
                     assert_eq!((answered, acked), (*sequence, self.durable.batches(*producer)[*sequence as usize]));
                 }
                 (Accepted::Trim { .. }, Reply::Trimmed { .. }) => {}
-                (Accepted::Grant { producer }, Reply::Producer { handle, position: ProducerPosition { epoch, .. } }) => {
+                (
+                    Accepted::Grant { producer },
+                    Reply::Producer { handle, position: ProducerPosition { epoch, .. } },
+                ) => {
                     let last = grants.insert(*producer, epoch);
                     assert!(last.is_none_or(|last| epoch > last) && epoch <= self.durable.epoch(*producer));
                     self.handles.insert(*producer, handle);
