@@ -16,6 +16,7 @@ use ring::signature::{Ed25519KeyPair, KeyPair};
 use serde::{Deserialize, Serialize};
 
 use crate::error::ClientError;
+use crate::files::{Replacement, sync_directory};
 
 /// Who a client is to the sessions that it is in: an instance, and the key that the instance is bound to as soon as it holds something there: a
 /// producer, a membership, a run. From then on nobody else can go on with what it holds, with whatever token. Clones are the same
@@ -103,15 +104,10 @@ impl Continuity {
         };
         let tokens = tokens.iter().map(text).collect();
         let file = File { instance: self.0.instance.to_string(), seed: ClientKey(self.0.seed).to_string(), tokens };
-        let beside = path.with_extension("new");
-        let mut options = std::fs::OpenOptions::new();
-        options.write(true).create(true).truncate(true);
-        #[cfg(unix)]
-        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-        let mut new = options.open(&beside)?;
-        new.write_all(&serde_json::to_vec_pretty(&file)?)?;
-        new.sync_all()?;
-        std::fs::rename(&beside, path)
+        let mut replacement = Replacement::of(path)?;
+        replacement.file.write_all(&serde_json::to_vec_pretty(&file)?)?;
+        replacement.take_place()?;
+        sync_directory(path)
     }
 
     /// The tokens are these from now on.

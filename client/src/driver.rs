@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use mainstay_protocol::error::{Code, ProtocolError};
-use mainstay_protocol::registry::{KEPT_SIGNALS, MAX_FRAME, MAX_RUNS, MAX_SIGNALS};
+use mainstay_protocol::registry::{MAX_FRAME, MAX_RUNS};
 use mainstay_protocol::session::{
     Activity, Backoff, Cursor, Incarnation, InputPolicy, MessageId, Progress, Record, RunId, RunMode, Verdict,
 };
@@ -56,22 +56,10 @@ pub(crate) enum Ask {
     Rule { rule: SetRule, answer: Answer<u64> },
     /// Begin a run.
     StartRun { run: RunId, lease: u64, input: Option<MessageId>, answer: Answer<Granted> },
-    /// Want something of a run.
-    Signal { signal: Signal, kept: Option<KeptSignal>, answer: Answer<u64> },
+    /// Want something of a run, unless it is too late for it: then the answer is `Expired`, and it was not sent. One that is sent `once` is not sent
+    /// again by itself: it gets no answer where the connection is lost before that comes.
+    Signal { signal: Signal, valid_until: Option<SystemTime>, once: bool, answer: Answer<u64> },
 }
-
-/// What a journal knows of a signal.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct KeptSignal {
-    /// When it must not be sent any more: then the answer is `Expired`.
-    pub(crate) valid_until: Option<SystemTime>,
-    /// If it is stored then not before this seq. Once so much follows that the session may have forgotten it, it is not sent again: then the
-    /// answer is `OUTCOME_UNKNOWN`, until somebody has looked.
-    pub(crate) from: u64,
-}
-
-/// Records that may follow a signal before the session may have forgotten it: each resolves at most itself, but for what was pending.
-const REMEMBERED: u64 = (KEPT_SIGNALS - MAX_SIGNALS) as u64;
 
 impl Ask {
     fn frame(&self) -> Frame {
@@ -153,8 +141,6 @@ pub(crate) enum SessionCommand {
     Subscribe { start: Start, wanted: subscription::Wanted, events: mpsc::Sender<Result<Event, ClientError>> },
     /// A subscription lost its stream of this id and goes on, from `start` if it had begun.
     Again { subscription: u64, of: u64, start: Option<Start> },
-    /// Tell when nothing that this client sent over another connection can have an effect any more.
-    CutOff { answer: Answer<()> },
     /// Tell when and why the session ended.
     Ended { answer: oneshot::Sender<ClientError> },
 }
@@ -300,8 +286,6 @@ pub(crate) struct Driver<C: Connection> {
     /// What proves that this is the same client, and whether that was said on the current attachment.
     continuity: Continuity,
     resuming: bool,
-    /// Those who wait until nothing of this client is on its way over another connection.
-    cutting_off: Vec<Answer<()>>,
     /// When to say it again after a refusal that may pass.
     resume_again: Option<Instant>,
     /// The connection of the current attachment.
@@ -324,7 +308,6 @@ impl<C: Connection> Driver<C> {
             give_up_after: config.give_up_after,
             continuity: config.continuity.clone(),
             resuming: false,
-            cutting_off: Vec::new(),
             resume_again: None,
             on: None,
             links,
@@ -521,7 +504,6 @@ impl<C: Connection> Driver<C> {
             tokio::spawn(async move { entry.opened.send(told).await });
         }
         self.ended.drain(..).for_each(|answer| drop(answer.send(error.clone())));
-        self.cutting_off.drain(..).for_each(|answer| drop(answer.send(Err(error.clone()))));
         // Requests that come later get the same answer, until nobody is left to ask.
         while let Some(command) = self.commands.recv().await {
             match command {
@@ -536,7 +518,6 @@ impl<C: Connection> Driver<C> {
                 | SessionCommand::Release { .. }
                 | SessionCommand::Listen { .. }
                 | SessionCommand::ListenAgain => {}
-                SessionCommand::CutOff { answer } => drop(answer.send(Err(error.clone()))),
                 SessionCommand::Ended { answer } => drop(answer.send(error.clone())),
             }
         }
@@ -544,6 +525,9 @@ impl<C: Connection> Driver<C> {
 
     /// The attachment is gone: what was on it must be asked for again.
     fn detached(&mut self, link: &Link<C>) {
+        if self.asked {
+            drop(self.asks.pop_front_if(|ask| matches!(ask, Ask::Signal { once: true, .. })));
+        }
         (self.asked, self.resuming, self.resume_again, self.on) = (false, false, None, None);
         for entry in &mut self.producers {
             entry.id = None;
@@ -619,8 +603,7 @@ impl<C: Connection> Driver<C> {
         let mut expecting = None;
         let mut beat = Instant::now();
         loop {
-            let opening = self.producers.iter().any(|entry| entry.answer.is_some());
-            let waits = !attached || self.asked || opening || !self.cutting_off.is_empty();
+            let waits = !attached || self.asked || self.producers.iter().any(|entry| entry.answer.is_some());
             if !waits {
                 expecting = None;
             } else if expecting.is_none() {
@@ -641,16 +624,14 @@ impl<C: Connection> Driver<C> {
                         return Over::Lost;
                     }
                 }
-                () = tokio::time::sleep_until(beat), if beats => match &self.member {
-                    Some(member) if !member.is_dropped() => {
-                        beat = Instant::now() + member.beat();
+                () = tokio::time::sleep_until(beat), if beats => if let Some(member) = &self.member {
+                    beat = Instant::now() + member.beat();
+                    let number = member.number;
+                    if !member.is_dropped() {
                         link.beat();
-                    }
-                    Some(member) => {
-                        let number = member.number;
+                    } else if !self.asks.iter().any(|ask| matches!(ask, Ask::Leave { .. })) {
                         self.ask(Ask::Leave { number, answer: None }, Some(outbox));
                     }
-                    None => {}
                 },
                 () = tokio::time::sleep_until(join_again.unwrap_or(beat)), if join_again.is_some() => {
                     if let Some((ask, _)) = self.joining.as_mut().and_then(|joining| joining.waiting.take()) {
@@ -713,7 +694,7 @@ impl<C: Connection> Driver<C> {
         if let Some(listener) = &self.listener {
             outbox.push(Listen { from: listener.next });
         }
-        if self.continuity.is_bound(&self.request.name) || !self.cutting_off.is_empty() {
+        if self.continuity.is_bound(&self.request.name) {
             self.resume(outbox);
         }
         self.producers.retain(|entry| !entry.shared.is_finished());
@@ -737,11 +718,6 @@ impl<C: Connection> Driver<C> {
             self.resuming = true;
             outbox.push(proof);
         }
-    }
-
-    /// What this client had on its way over other connections is stored by now, or never will be.
-    fn cut_off(&mut self) {
-        self.cutting_off.drain(..).for_each(|answer| drop(answer.send(Ok(()))));
     }
 
     /// Asks again for the runs that were refused a while ago.
@@ -943,25 +919,13 @@ impl<C: Connection> Driver<C> {
         if self.asked {
             return;
         }
-        let tail = self.info.as_ref().map_or(0, |info| info.borrow().tail);
-        while let Some(Ask::Signal { kept: Some(kept), .. }) = self.asks.front() {
-            let error = if kept.valid_until.is_some_and(|until| SystemTime::now() >= until) {
-                ClientError::Expired
-            } else if tail > kept.from.saturating_add(REMEMBERED) {
-                ClientError::refused(Code::OUTCOME_UNKNOWN, "the session may have forgotten the signal")
-            } else {
-                break;
-            };
-            let Some(ask) = self.asks.pop_front() else { return };
-            ask.answer(Err(error));
+        let late =
+            |ask: &mut Ask| matches!(ask, Ask::Signal { valid_until: Some(until), .. } if SystemTime::now() >= *until);
+        while let Some(ask) = self.asks.pop_front_if(late) {
+            ask.answer(Err(ClientError::Expired));
         }
         let Some(ask) = self.asks.front() else { return };
-        // A signal of a journal is cut off with its connection, so that it can be known what became of it.
-        let holds = matches!(
-            ask,
-            Ask::Join { .. } | Ask::Leave { .. } | Ask::StartRun { .. } | Ask::Signal { kept: Some(_), .. }
-        );
-        let frame = ask.frame();
+        let (frame, holds) = (ask.frame(), matches!(ask, Ask::Join { .. } | Ask::Leave { .. } | Ask::StartRun { .. }));
         if holds {
             self.resume(outbox);
         }
@@ -1055,15 +1019,6 @@ impl<C: Connection> Driver<C> {
                 self.producers.push(ProducerEntry { shared, id: None, begins: true, again: None, answer });
                 if let Some((_, link, outbox)) = on {
                     self.open_producer(self.producers.len() - 1, link, outbox);
-                }
-            }
-            SessionCommand::CutOff { answer } => {
-                self.cutting_off.retain(|answer| !answer.is_closed());
-                self.cutting_off.push(answer);
-                if let Some((_, _, outbox)) = on {
-                    // Once more, where it has resumed: its answer is what counts.
-                    self.resuming = false;
-                    self.resume(outbox);
                 }
             }
             SessionCommand::Subscribe { start, wanted, events } => {
@@ -1201,7 +1156,6 @@ impl<C: Connection> Driver<C> {
             }
             Frame::Resumed(resumed) => {
                 self.continuity.keep(&self.request.name, resumed.token);
-                self.cut_off();
                 return Ok(());
             }
             Frame::Signalled(signalled) => {
@@ -1260,7 +1214,6 @@ impl<C: Connection> Driver<C> {
                 // So is what was asked behind it. With another token it may be said.
                 Code::FORBIDDEN | Code::UNAUTHENTICATED | Code::TOKEN_EXPIRED | Code::TOKEN_INVALID => {
                     self.resuming = false;
-                    self.cut_off();
                 }
                 // What was asked behind it is refused for its own.
                 code if code.is_retryable() => self.resume_again = Some(Instant::now() + REOPEN_PAUSE),
@@ -1268,6 +1221,7 @@ impl<C: Connection> Driver<C> {
             },
             OpenProducer::KIND => {
                 if let Some(at) = self.producers.iter().position(|entry| entry.id == Some(error.id)) {
+                    self.producers[at].shared.not_opened();
                     // An epoch that is not known any more never is again.
                     let passes = failure.is_retryable() && error.code != Code::PRODUCER_UNKNOWN;
                     if passes && self.producers[at].shared.reopen(&failure) {

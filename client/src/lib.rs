@@ -31,6 +31,7 @@ mod config;
 mod continuity;
 mod driver;
 mod error;
+mod files;
 mod jobs;
 mod link;
 mod live;

@@ -27,10 +27,6 @@ pub(crate) type Incoming<C> = (Subscribed, FrameReader<<C as Connection>::Recv>)
 /// What may come instead of a stream: the server's refusal.
 pub(crate) type Expected<C> = Result<Incoming<C>, (Code, String)>;
 
-/// Bytes that a path is begun with: what a server that has not validated the path says first is three datagrams, and a few more may follow
-/// where these are lost. Less than another handshake.
-const PADDING: usize = 3000;
-
 /// The credit that the server gives a producer's stream.
 #[derive(Debug)]
 pub(crate) struct ProducerCredit {
@@ -255,14 +251,10 @@ impl<C: Connection> Link<C> {
         self.news.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Asks for a sign of life.
-    pub(crate) fn ask(&self, nonce: u64) {
-        self.control.push(Ping { nonce, padding: None });
-    }
-
-    /// Asks for one over a path that is new, and says enough for the answers.
-    pub(crate) fn ask_anew(&self, nonce: u64) {
-        self.control.push(Ping { nonce, padding: Some(Bytes::from_static(&[0; PADDING])) });
+    /// Asks for a sign of life, in at least so many bytes.
+    pub(crate) fn ask(&self, nonce: u64, padding: &'static [u8]) {
+        let padding = (!padding.is_empty()).then(|| Bytes::from_static(padding));
+        self.control.push(Ping { nonce, padding });
     }
 
     /// What is known of the path.

@@ -68,12 +68,6 @@ enum Group {
 }
 
 impl Group {
-    /// That of records which are a batch of their own.
-    fn of_batch(records: &[Record]) -> Self {
-        // A record alone may be a part of a message.
-        if let [record] = records { Self::of(record) } else { Self::Alone(None) }
-    }
-
     fn of(record: &Record) -> Self {
         match (record.kind, record.message) {
             (Kind::DATA, _) => Self::Data,
@@ -142,8 +136,6 @@ impl Flight {
 #[derive(Debug, Default)]
 struct State {
     epoch: u64,
-    /// The epoch under which its sequence began.
-    begun: Option<u64>,
     next: u64,
     /// What is below is known to be stored, whether it was acknowledged or not.
     stored: u64,
@@ -181,8 +173,8 @@ pub(crate) struct Journalled {
     pub(crate) first: u64,
     /// The sequence behind the last batch that may have been sent.
     pub(crate) end: u64,
-    /// The epoch under which the sequence began; `None` if nothing was sent.
-    pub(crate) begun: Option<u64>,
+    /// An epoch that was granted; `None` if nothing was sent since the sequence began.
+    pub(crate) epoch: Option<u64>,
 }
 
 /// A producer, shared by its handle, its writing task and the session's driver.
@@ -259,14 +251,18 @@ impl Shared {
         let (epoch, next) = (granted.epoch, granted.next);
         let mut state = self.lock();
         let begins = state.epoch == 0;
-        if begins {
-            state.begun = self.journalled.and_then(|journalled| journalled.begun);
-            state.next = self.journalled.map_or(next, |journalled| journalled.first);
-        }
-        if state.begun.replace(granted.begun).is_some_and(|begun| begun != granted.begun) {
+        let known = match begins {
+            true => self.journalled.and_then(|journalled| journalled.epoch),
+            false => Some(state.epoch),
+        };
+        // Spec PROD-9: a producer that was evicted begins above every epoch that it had.
+        if known.is_some_and(|known| granted.begun > known) {
             drop(state);
             self.end(&ClientError::refused(Code::PRODUCER_UNKNOWN, "the server has forgotten the producer"));
             return Ok(());
+        }
+        if begins {
+            state.next = self.journalled.map_or(next, |journalled| journalled.first);
         }
         let end = self.journalled.filter(|_| begins).map_or(0, |journalled| journalled.end).max(state.next);
         if next > end {
@@ -292,6 +288,11 @@ impl Shared {
         drop(state);
         self.work.notify_one();
         Ok(())
+    }
+
+    /// Opening it was refused: what was sent ahead of that is not stored.
+    pub(crate) fn not_opened(&self) {
+        self.lock().flight.iter_mut().for_each(|flight| flight.sent = false);
     }
 
     /// Opening it was refused for a reason that may pass. False if it has lasted too long.
@@ -787,7 +788,8 @@ impl Producer {
         valid_until: Option<SystemTime>,
     ) -> Result<Ticket, AppendError> {
         let (count, records) = (batch.len() as u64, region(batch).map_err(AppendError::unsent)?);
-        let group = Group::of_batch(batch);
+        // A record alone may be a part of a message.
+        let group = if let [record] = batch { Group::of(record) } else { Group::Alone(None) };
         self.push_now(Batch { count, records, group, run, valid_until, done: Arc::default() })
     }
 
@@ -809,11 +811,6 @@ impl Producer {
     /// The journal knows of so many batches that they were given up.
     pub(crate) fn release(&self, known: usize) {
         self.handle.release(known);
-    }
-
-    /// The epoch under which its sequence began: another one of the same name is another producer.
-    pub(crate) fn begun(&self) -> Option<u64> {
-        self.handle.lock().begun
     }
 
     /// Resolves when something may have become of a batch, from the first poll on.
@@ -894,11 +891,6 @@ impl Producer {
 
 fn invalid(what: &str) -> AppendError {
     AppendError::unsent(ClientError::Invalid(what.into()))
-}
-
-/// The message that a batch of a journal is about: what is behind it says nothing without it.
-pub(crate) fn message_of(records: &[Record]) -> Option<MessageId> {
-    Group::of_batch(records).message()
 }
 
 /// The region of a batch. Errors: `Invalid`, it is no batch.

@@ -155,6 +155,9 @@ const DIAGNOSE: Duration = Duration::from_secs(2);
 const DOUBTED: Duration = Duration::from_secs(3);
 /// Milliseconds for which a server may keep its clients waiting, at most.
 const MAX_SPREAD: u64 = 60_000;
+/// What a new path is begun with: a server that has not validated it says three datagrams first, and a few more may follow where these are
+/// lost. Less than another handshake.
+const PADDING: &[u8] = &[0; 3000];
 /// How often it is looked whether a path in doubt works.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -376,14 +379,14 @@ impl<T: Connector> Supervisor<T> {
                 self.rebound = false;
             }
             match step {
-                Some(RoamingStep::Ask(nonce)) => self.current.iter().for_each(|link| link.ask(nonce)),
-                Some(RoamingStep::Rebind(nonce)) => {
+                Some(RoamingStep::Ask(nonce)) => self.current.iter().for_each(|link| link.ask(nonce, &[])),
+                Some(RoamingStep::Rebind { nonce, amply }) => {
                     if let Some(link) = &self.current {
                         match link.transport.rebind() {
                             Ok(()) => self.rebound = true,
                             Err(error) => tracing::debug!(%error, "the path stays"),
                         }
-                        link.ask_anew(nonce);
+                        link.ask(nonce, if amply { PADDING } else { &[] });
                     }
                 }
                 Some(RoamingStep::Challenge { hopeful }) => self.challenge(hopeful),

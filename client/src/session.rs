@@ -182,6 +182,11 @@ pub struct Session {
 }
 
 impl Session {
+    /// The client that it is attached with.
+    pub(crate) fn client(&self) -> &Client {
+        &self.client
+    }
+
     /// What the last attach told.
     pub fn info(&self) -> SessionInfo {
         self.info.borrow().clone()
@@ -325,25 +330,27 @@ impl Session {
         ended.await.unwrap_or(ClientError::Closed)
     }
 
-    /// Waits until what this client sent over other connections, if it had resumed there, is stored or never will be (spec RES-5).
-    pub(crate) async fn cut_off(&self) -> Result<(), ClientError> {
-        let (answer, cut_off) = oneshot::channel();
-        self.commands.send(SessionCommand::CutOff { answer }).await.map_err(|_| ClientError::Closed)?;
-        cut_off.await.map_err(|_| ClientError::Closed)?
-    }
-
     /// Asks again while it is refused for a reason that may pass, as long as the configuration says. What is asked must be safe to
     /// repeat.
     pub(crate) async fn ask_again<T>(
         &self,
         ask: impl Fn(oneshot::Sender<Result<T, ClientError>>) -> Ask,
     ) -> Result<T, ClientError> {
+        self.ask_until_lost(ask).await?.ok_or(ClientError::Closed)
+    }
+
+    /// The same, of what may get no answer: then `None`.
+    pub(crate) async fn ask_until_lost<T>(
+        &self,
+        ask: impl Fn(oneshot::Sender<Result<T, ClientError>>) -> Ask,
+    ) -> Result<Option<T>, ClientError> {
         let give_up_after = self.client.core.config().give_up_after;
         let begun = tokio::time::Instant::now();
         loop {
             let (answer, asked) = oneshot::channel();
             self.commands.send(SessionCommand::Ask(ask(answer))).await.map_err(|_| ClientError::Closed)?;
-            match asked.await.map_err(|_| ClientError::Closed)? {
+            let Ok(answered) = asked.await else { return Ok(None) };
+            match answered {
                 Err(error)
                     if matches!(error, ClientError::Refused { .. })
                         && error.is_retryable()
@@ -351,7 +358,7 @@ impl Session {
                 {
                     tokio::time::sleep(ASK_PAUSE).await;
                 }
-                answered => return answered,
+                answered => return answered.map(Some),
             }
         }
     }

@@ -71,7 +71,7 @@ impl Signalling {
     /// that somebody answered, `LIMIT_EXCEEDED`, `FORBIDDEN`.
     pub async fn send(self) -> Result<u64, ClientError> {
         let Self { session, signal } = self;
-        session.ask_again(|answer| Ask::Signal { signal: signal.clone(), kept: None, answer }).await
+        session.ask_again(|answer| Ask::Signal { signal: signal.clone(), valid_until: None, once: false, answer }).await
     }
 }
 

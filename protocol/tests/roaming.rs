@@ -92,7 +92,8 @@ fn a_network_change_is_acted_on_at_once_and_a_second_connection_is_tried_where_t
     let (mut roaming, facts) = connected();
     roaming.network_changed(ms(1000));
     let steps = silent(&mut roaming, &facts, ms(1000), ms(1399));
-    let [(1000, RoamingStep::Rebind(_)), (1250, RoamingStep::Challenge { hopeful: true })] = steps[..] else {
+    let [(1000, RoamingStep::Rebind { amply: true, .. }), (1250, RoamingStep::Challenge { hopeful: true })] = steps[..]
+    else {
         panic!("{steps:?}")
     };
     // Ready, and the first was given its three round trips.
@@ -110,7 +111,7 @@ fn who_uploads_or_was_cut_off_for_long_tries_both_at_once() {
         roaming.network_changed(ms(at));
         let steps = silent(&mut roaming, &facts, ms(at), ms(at));
         assert!(
-            matches!(steps[..], [(_, RoamingStep::Rebind(_)), (_, RoamingStep::Challenge { hopeful: true })]),
+            matches!(steps[..], [(_, RoamingStep::Rebind { .. }), (_, RoamingStep::Challenge { hopeful: true })]),
             "{steps:?}"
         );
         roaming.ready();
@@ -126,7 +127,9 @@ fn the_first_connection_goes_on_if_it_is_heard_in_time() {
     let (mut roaming, mut facts) = connected();
     roaming.network_changed(ms(5000));
     let steps = silent(&mut roaming, &facts, ms(5000), ms(5000));
-    let [(_, RoamingStep::Rebind(nonce)), (_, RoamingStep::Challenge { .. })] = steps[..] else { panic!("{steps:?}") };
+    let [(_, RoamingStep::Rebind { nonce, .. }), (_, RoamingStep::Challenge { .. })] = steps[..] else {
+        panic!("{steps:?}")
+    };
     // What was on its way before proves nothing.
     facts.heard += 1;
     assert_eq!(roaming.step(ms(5010), &facts, 0), None);
@@ -150,13 +153,13 @@ fn an_answer_that_does_not_come_puts_the_path_in_doubt() {
             first[..],
             [
                 (500, RoamingStep::Ask(1)),
-                (900, RoamingStep::Rebind(2)),
+                (900, RoamingStep::Rebind { nonce: 2, amply: false }),
                 (1150, RoamingStep::Challenge { hopeful: false })
             ]
         ),
         "{steps:?}"
     );
-    assert!(steps.iter().filter(|(_, step)| matches!(step, RoamingStep::Rebind(_))).count() >= 3, "{steps:?}");
+    assert!(steps.iter().filter(|(_, step)| matches!(step, RoamingStep::Rebind { .. })).count() >= 3, "{steps:?}");
     // Since the first doubt, whatever is said of the network meanwhile.
     roaming.network_changed(ms(4000));
     assert_eq!(roaming.doubted_for(ms(4900)), Some(ms(4000)));
@@ -274,7 +277,7 @@ impl World {
             let Some(step) = self.roaming.step(self.now, &self.facts, 1 << 31) else { return };
             self.steps.push((self.now, step));
             match step {
-                RoamingStep::Ask(nonce) | RoamingStep::Rebind(nonce) => {
+                RoamingStep::Ask(nonce) | RoamingStep::Rebind { nonce, .. } => {
                     assert!(self.connected, "{step:?} without a connection");
                     if self.works {
                         self.answers.push((self.now + RTT, nonce));

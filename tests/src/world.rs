@@ -106,16 +106,21 @@ impl World {
         self.client_with(config)
     }
 
-    /// The same, of this configuration.
+    /// The same, of this configuration, with a token that grants everything unless it has one.
     pub fn client_with(&mut self, mut config: ClientConfig) -> (Client, Arc<SimHost>) {
-        config.token = Some(self.token());
+        config.token = config.token.or_else(|| Some(self.token()));
         let (connector, host) = self.connector(&config.transport_limits());
         (Client::new(connector, config), host)
     }
 
     /// A token that grants everything.
     pub fn token(&self) -> String {
-        self.key.mint(&claims("tester", "", Operation::ALL)).expect("a token")
+        self.token_for(Operation::ALL)
+    }
+
+    /// A token that grants this.
+    pub fn token_for(&self, operations: impl IntoIterator<Item = Operation>) -> String {
+        self.key.mint(&claims("tester", "", operations)).expect("a token")
     }
 
     /// What makes connections to the server, and the machine that it is on.

@@ -8,7 +8,7 @@ use mainstay_client::{
     Client, ClientError, Code, Config, ConnectFile, EntryState, Intent, Item, LiveView, MessageWriter, Outbox,
     OutboxEntry, Record, Resolution, SendError, Session,
 };
-use mainstay_protocol::session::{Kind, MessageId, MessageStart, Payload, Signal as SignalRecord};
+use mainstay_protocol::session::{Kind, MessageId, MessageStart, Operation, Payload, Signal as SignalRecord};
 use mainstay_protocol::wire::Label;
 use mainstay_tests::live::{attach, current, follow, records};
 use mainstay_tests::process::{Rows, Server, command, events, named, run};
@@ -376,17 +376,160 @@ async fn a_producer_that_is_forgotten_during_an_outage_is_followed_by_another() 
     }
     forget_producers(&other).await;
     sleep(Duration::from_secs(100)).await;
+    // Nobody sent it.
     let later = outbox.queue(line("later")).await.expect("queued");
     host.move_to(Some([10, 0, 6, 1].into()));
     client.network_changed();
     assert!(is_unknown(&on_its_way.settled().await));
-    // It may have been handed on.
-    let later = later.settled().await;
+    assert!(matches!(later.settled().await, EntryState::Durable { .. }));
+    // Nor this one, whose first sending is refused.
+    forget_producers(&other).await;
     let last = outbox.queue(line("last")).await.expect("queued").settled().await;
-    assert!(matches!(last, EntryState::Durable { .. }));
-    let expected: &[&str] = if is_unknown(&later) { &["first", "last"] } else { &["first", "later", "last"] };
-    assert_eq!(stored(&other).await, expected);
+    assert!(matches!(last, EntryState::Durable { .. }), "{last:?}");
+    assert_eq!(stored(&other).await, ["first", "later", "last"]);
     sending.abort();
+}
+
+/// What waited while the server forgot the producer, and was never sent, is stored: after a restart, whenever that is cut short, and after an outage.
+#[tokio::test(start_paused = true)]
+async fn what_was_not_on_its_way_when_the_producer_was_forgotten_is_stored() {
+    let mut world = world(9);
+    let (other, _other) = world.client();
+    let dir = tempfile::tempdir().expect("a directory");
+    let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+    let path = outbox.path().to_owned();
+    outbox.queue(line("first")).await.expect("queued");
+    deliver(&outbox, &other).await;
+    outbox.close().await;
+    forget_producers(&other).await;
+    let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+    outbox.queue_all((0..200).map(|n| line(n.to_string())), &[]).await.expect("queued");
+    let before = std::fs::metadata(&path).expect("a file").len() as usize;
+    deliver(&outbox, &other).await;
+    assert!(outbox.kept().is_empty(), "{:?}", outbox.kept().len());
+    outbox.close().await;
+    let mut expected: Vec<String> = ["first".to_owned()].into_iter().chain((0..200).map(|n| n.to_string())).collect();
+    assert_eq!(stored(&other).await, expected);
+    // Killed behind each of the writes. What those before it led to is in the session.
+    let (bytes, mut at, mut kills) = (std::fs::read(&path).expect("a file"), 32, 0);
+    while at < bytes.len() {
+        at += 12 + u32::from_le_bytes(bytes[at..at + 4].try_into().expect("a length")) as usize;
+        if at < before {
+            continue;
+        }
+        kills += 1;
+        let copy = tempfile::tempdir().expect("a directory");
+        std::fs::write(copy.path().join(path.file_name().expect("a name")), &bytes[..at]).expect("written");
+        let outbox = Outbox::open(copy.path(), "s").await.expect("an outbox");
+        deliver(&outbox, &other).await;
+        let unknown = outbox.kept().iter().filter(|kept| is_unknown(&kept.entry.state())).count();
+        assert_eq!(outbox.kept().len(), unknown);
+    }
+    assert!(kills >= 4, "{kills}");
+    expected.dedup();
+    let mut seen = stored(&other).await;
+    assert!(seen.len() >= expected.len());
+    seen.truncate(expected.len());
+    assert_eq!(seen, expected);
+}
+
+/// Spec OUT-7: nothing that waits of a message is stored without what comes before it, however its parts are batched.
+#[tokio::test(start_paused = true)]
+async fn a_message_of_which_a_part_is_unknown_is_given_up() {
+    let mut world = world(10);
+    let (other, _other) = world.client();
+    other.session("s").expect("a name").create().attach().await.expect("attach");
+    let dir = tempfile::tempdir().expect("a directory");
+    let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+    let of = |record: Record| Record { message: Some(MessageId([9; 16])), ..record };
+    let part = |text: &str| of(Record { kind: Kind::MESSAGE_APPEND, ..Record::data(0, text.to_owned()) });
+    let label = |text| Label::new(text).expect("a label");
+    let start = MessageStart { role: label("agent"), content_type: label("text/plain") };
+    outbox.queue(Item::records("main", &[of(start.record(0))]).expect("an item")).await.expect("queued");
+    deliver(&outbox, &other).await;
+    let parts = vec![Item::records("main", &[part("a"), part("b")]).expect("an item")];
+    killed_midway(&mut world, &outbox, parts, false).await;
+    outbox.close().await;
+    forget_producers(&other).await;
+    let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+    let rest = outbox.queue(Item::records("main", &[part("c")]).expect("an item")).await.expect("queued");
+    deliver(&outbox, &other).await;
+    assert!(is_unknown(&rest.settled().await));
+}
+
+/// A signal that nobody sent is sent once that can be, whatever the session stored and trimmed meanwhile.
+#[tokio::test(start_paused = true)]
+async fn a_signal_that_waited_for_the_network_is_sent() {
+    let mut world = world(11);
+    let (agent, _agent) = world.client();
+    let (client, host) = world.client();
+    let session = agent.session("s").expect("a name").create().attach().await.expect("attach");
+    let run = session.start_run(Duration::from_secs(600), None).await.expect("a run");
+    let producer = session.producer("agent").await.expect("a producer").of_run(&run);
+    let dir = tempfile::tempdir().expect("a directory");
+    let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+    let sending = tokio::spawn({
+        let (outbox, client) = (outbox.clone(), client.clone());
+        async move { outbox.send(client.session("s").expect("a name").create()).await }
+    });
+    outbox.queue(line("first")).await.expect("queued").settled().await;
+    host.move_to(None);
+    // Nobody has the connection any more.
+    sleep(Duration::from_secs(200)).await;
+    let signal = Item::signal(Intent::Steer, None, "left").expect("a signal");
+    let signal = outbox.queue(signal).await.expect("queued");
+    let until = SystemTime::now() + Duration::from_millis(50);
+    let late = Item::signal(Intent::Steer, None, "too late").expect("a signal").valid_until(until);
+    let late = outbox.queue(late).await.expect("queued");
+    let mut last = 0;
+    for n in 0..300 {
+        last = producer.append(session.main(), n.to_string()).await.expect("appended").await.expect("stored");
+    }
+    session.trim(last - 100).await.expect("trimmed");
+    wait_for(until);
+    assert_eq!(signal.state(), EntryState::Queued);
+    host.move_to(Some([10, 0, 6, 1].into()));
+    client.network_changed();
+    assert!(matches!(signal.settled().await, EntryState::Durable { .. }), "{:?}", signal.state());
+    assert_eq!(late.settled().await, EntryState::Expired);
+    sending.abort();
+}
+
+/// What a token does not allow says nothing of what was sent before.
+#[tokio::test(start_paused = true)]
+async fn a_signal_that_was_sent_is_not_told_as_refused() {
+    let mut world = world(12);
+    let (agent, _agent) = world.client();
+    let session = agent.session("s").expect("a name").create().attach().await.expect("attach");
+    let _run = session.start_run(Duration::from_secs(600), None).await.expect("a run");
+    let looks = [Operation::Append, Operation::Create, Operation::Read];
+    let signals = [Operation::Append, Operation::Create, Operation::Signal];
+    for (operations, late) in [(looks, true), (looks, false), (signals, true), (signals, false)] {
+        let dir = tempfile::tempdir().expect("a directory");
+        let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+        let until = SystemTime::now() + Duration::from_millis(300);
+        let item = Item::signal(Intent::Steer, None, "left").expect("a signal");
+        let item = if late { item.valid_until(until) } else { item };
+        killed_midway(&mut world, &outbox, vec![item], true).await;
+        outbox.close().await;
+        wait_for(until);
+        let mut config = Config::default();
+        config.give_up_after = None;
+        config.token = Some(world.token_for(operations));
+        let (phone, _host) = world.client_with(config);
+        let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+        let entry = outbox.kept().remove(0).entry;
+        tokio::select! {
+            () = outbox.idle() => {}
+            error = outbox.send(phone.session("s").expect("a name")) => panic!("{error}"),
+        }
+        let (state, case) = (entry.settled().await, (operations, late));
+        // It can be found, or be sent again under its id; or neither.
+        match case {
+            (operations, true) if operations == signals => assert!(is_unknown(&state), "{case:?}: {state:?}"),
+            _ => assert!(matches!(state, EntryState::Durable { .. }), "{case:?}: {state:?}"),
+        }
+    }
 }
 
 /// Spec OUT-8: a signal that was sent and not answered is looked for in the session, however much followed it.
@@ -442,7 +585,8 @@ async fn a_signal_that_was_sent_is_found_behind_all_that_followed_it() {
             (true, ..) => {
                 assert_eq!((Some(state), count), (stored.map(|seq| EntryState::Durable { seq }), 1), "{case:?}")
             }
-            (false, true, _) => assert_eq!((state, count), (EntryState::Expired, 0), "{case:?}"),
+            // It may come yet.
+            (false, true, _) => assert!(is_unknown(&state) && count == 0, "{case:?}: {state:?}, {count}"),
             (false, false, _) => {
                 assert!(matches!(state, EntryState::Durable { .. }) && count == 1, "{case:?}: {state:?}, {count}");
                 run.resolve(&producer, id, Resolution::Consumed, "").await.expect("appended").await.expect("stored");

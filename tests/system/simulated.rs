@@ -7,6 +7,7 @@ use bytes::Bytes;
 use mainstay_client::{
     Client, Doing, Event, Kind, Label, MessageAppend, MessageId, MessageStart, Paths, Record, Start, View,
 };
+use mainstay_tests::live::{attach, current, follow, records};
 use mainstay_tests::proxy::Faults;
 use mainstay_tests::random::{self, Random};
 use mainstay_tests::world::World;
@@ -219,4 +220,25 @@ async fn a_follower_learns_of_a_restarted_server_within_its_keep_alive() {
     while !matches!(subscription.next().await, Some(Ok(Event::Resumed { .. }))) {}
     let took = begun.elapsed();
     assert!(took < Duration::from_secs(6), "the follower noticed after {took:?}");
+}
+
+/// Spec PRES-3. Nobody answers, and its next sign of life is due meanwhile: it waits, and says once that it leaves.
+#[tokio::test(start_paused = true)]
+async fn a_member_that_is_let_go_while_nobody_answers_leaves_once() {
+    let faults = Faults { delay: Duration::from_millis(30), ..Faults::default() };
+    let mut world = World::new(faults, 2);
+    let ((client, host), (other, _other)) = (world.client(), world.client());
+    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+    let member =
+        session.join("phone", Duration::from_secs(4), Doing::new("idle").expect("a word")).await.expect("joined");
+    let mut live = current(attach(&other, "s").await.live().await).await;
+    assert_eq!(live.view().members().len(), 1);
+    host.move_to(None);
+    drop(member);
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    host.move_to(Some([10, 0, 3, 1].into()));
+    client.network_changed();
+    follow(&mut live, "that it left", |live| live.view().members().len() == 0).await;
+    let left = records(live.session()).await.into_iter().filter(|record| record.kind == Kind::PRESENCE_LEFT);
+    assert_eq!(left.count(), 1);
 }

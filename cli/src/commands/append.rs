@@ -122,8 +122,9 @@ const TOGETHER_BYTES: usize = 256 * 1024;
 /// The same through an outbox.
 async fn kept(dir: &Path, args: &args::Append, output: Output) -> Result<(), Failure> {
     let (held, before) = outbox::open(dir, &args.session, output).await?;
+    let mut config = Config::default();
     // Until standard input ends whatever is read is kept, and that is enough.
-    let config = outbox::config(&held)?;
+    config.give_up_after = None;
     let queued = AtomicU64::new(0);
     let result = with_client(args.connect.connect.as_deref(), config, output, async |client| {
         let (entries, printing) = mpsc::channel(LAG);

@@ -4,9 +4,7 @@ use core::time::Duration;
 use std::path::Path;
 use std::time::SystemTime;
 
-use mainstay_client::{
-    Attaching, Client, Code, Config, Continuity, EntryState, Kept, Outbox, OutboxEntry, OutboxError, SendError,
-};
+use mainstay_client::{Attaching, Client, Code, EntryState, Kept, Outbox, OutboxEntry, OutboxError, SendError};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -37,15 +35,6 @@ impl From<SendError> for Failure {
             error => Self::failed("OUTBOX_LOCKED", error.to_string()),
         }
     }
-}
-
-/// Of a command that sends from an outbox: it tries for as long as something waits, and is the same client as the commands before it. What these
-/// had on their way when they were killed is cut off, and the runs that they held are its own.
-pub(crate) fn config(outbox: &Outbox) -> Result<Config, Failure> {
-    let mut config = Config::default();
-    config.give_up_after = None;
-    config.continuity = Continuity::in_file(&outbox.path().with_extension("client"))?;
-    Ok(config)
 }
 
 /// Until when something that may wait for `seconds` is sent.
@@ -106,7 +95,7 @@ pub(crate) fn tell(entry: &OutboxEntry, more: &Value, output: Output) -> Result<
     let number = entry.number();
     match state {
         EntryState::Rejected { code, detail } => {
-            let what = if code == Code::OUTCOME_UNKNOWN { "may be stored or not" } else { "is not stored" };
+            let what = if code == Code::OUTCOME_UNKNOWN { "is given up" } else { "is not stored" };
             output.warning(&code.to_string(), &format!("entry {number} of the outbox {what}: {detail}"))
         }
         EntryState::Expired => output.warning(

@@ -39,7 +39,8 @@ async fn kept(dir: &Path, args: &args::Signal, output: Output) -> Result<(), Fai
     }
     let entry = outbox.queue(item).await?;
     outbox::tell(&entry, &json!({}), output)?;
-    let config = outbox::config(&outbox)?;
+    let mut config = Config::default();
+    config.give_up_after = None;
     let result = with_client(args.connect.connect.as_deref(), config, output, async |client| {
         let work = async { Ok(entry.settled().await) };
         outbox::deliver(client, client.session(&args.session)?, &outbox, work, core::future::ready(())).await

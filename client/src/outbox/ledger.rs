@@ -6,12 +6,12 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
-use mainstay_protocol::registry::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_STREAMS};
+use mainstay_protocol::registry::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_STREAMS, PRODUCER_WINDOW};
 use mainstay_protocol::session::{Incarnation, Record, SessionName};
 use mainstay_protocol::wire::{Body, Detail, Label, MAX_VARINT, Reader, Signal, Writer};
 
 use crate::error::ClientError;
-use crate::producer::{Journalled, message_of, region};
+use crate::producer::{Journalled, region};
 
 /// Something to be stored: see [`Outbox`](super::Outbox).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,11 +87,15 @@ pub(super) enum Change {
     Settled(u64, Outcome),
     /// Nobody has to know any more what became of it.
     Dismissed(u64),
-    /// The sequence of the producer began under this epoch.
-    Begun(u64),
-    /// It is another producer from here on, of which nothing was sent.
-    Renamed(Label),
+    /// The producer was granted this epoch.
+    Granted(u64),
+    /// The server has forgotten the producer, whose sequence begins anew. Of the batches that wait these may be stored, and nobody can tell:
+    /// they are given up, and with them what else waits of the same messages. None of the others was sent.
+    Forgotten(Vec<u64>),
 }
+
+/// Batches that may have been sent and not answered: those of a producer's window, and those of the senders before it.
+const MOST_SENT: usize = 4 * PRODUCER_WINDOW;
 
 /// An entry that is whole, and yet says what cannot be.
 pub(super) fn impossible(detail: &'static str) -> ProtocolError {
@@ -166,13 +170,14 @@ impl Change {
                 w.u8(7);
                 w.varint(*number);
             }
-            Self::Begun(epoch) => {
+            Self::Granted(epoch) => {
                 w.u8(8);
                 w.varint(*epoch);
             }
-            Self::Renamed(producer) => {
+            Self::Forgotten(sent) => {
                 w.u8(9);
-                w.bytes(producer.as_str().as_bytes());
+                w.varint(sent.len() as u64);
+                sent.iter().for_each(|number| w.varint(*number));
             }
         }
     }
@@ -214,8 +219,8 @@ impl Change {
             }
             6 => Self::Settled(r.varint()?, Outcome::Expired),
             7 => Self::Dismissed(r.varint()?),
-            8 => Self::Begun(r.varint()?),
-            9 => Self::Renamed(Label::new(r.text(TEXT)?)?),
+            8 => Self::Granted(r.varint()?),
+            9 => Self::Forgotten((0..r.count(MOST_SENT)?).map(|_| r.varint()).collect::<Result<_, _>>()?),
             _ => return Err(impossible("a change that this version does not know")),
         })
     }
@@ -236,8 +241,8 @@ pub(super) struct Ledger {
     pub(super) session: SessionName,
     pub(super) producer: Label,
     pub(super) incarnation: Option<Incarnation>,
-    /// The epoch under which the producer's sequence began, once something may have been sent.
-    pub(super) begun: Option<u64>,
+    /// The newest epoch of the producer that is known, once something may have been sent.
+    pub(super) epoch: Option<u64>,
     /// Batches that are stored: the sequence of the first one that waits.
     stored: u64,
     /// The number of what is queued next.
@@ -254,8 +259,8 @@ pub(super) struct Ledger {
 impl Ledger {
     pub(super) fn new(session: SessionName, producer: Label) -> Self {
         let (waiting, given_up) = (BTreeMap::new(), BTreeMap::new());
-        let (incarnation, begun) = (None, None);
-        Self { session, producer, incarnation, begun, stored: 0, next: 0, waiting, batches: 0, given_up, bytes: 0 }
+        let (incarnation, epoch) = (None, None);
+        Self { session, producer, incarnation, epoch, stored: 0, next: 0, waiting, batches: 0, given_up, bytes: 0 }
     }
 
     /// The ledger that the entries of a file make. `None` for a file without any. Errors: what they say cannot be.
@@ -296,12 +301,22 @@ impl Ledger {
                 let waiting = self.waiting.get_mut(&number);
                 waiting.ok_or(impossible("what does not wait is sent"))?.sent.get_or_insert(from);
             }
-            Change::Begun(epoch) => self.begun = Some(epoch),
-            Change::Renamed(producer) => {
-                if self.waiting.values().any(|queued| queued.is_batch() && queued.sent.is_some()) {
-                    return Err(impossible("what was sent waits under another producer"));
+            Change::Granted(epoch) => {
+                if self.epoch.is_some_and(|known| known > epoch) {
+                    return Err(impossible("an older epoch is granted"));
                 }
-                (self.producer, self.begun, self.stored) = (producer, None, 0);
+                self.epoch = Some(epoch);
+            }
+            Change::Forgotten(sent) => {
+                for (number, outcome) in self.doubtful(&sent) {
+                    let Some(queued) = self.waiting.remove(&number) else { continue };
+                    self.batches -= 1;
+                    self.given_up.insert(number, (queued, outcome));
+                }
+                for queued in self.waiting.values_mut().filter(|queued| queued.is_batch()) {
+                    queued.sent = None;
+                }
+                (self.stored, self.epoch) = (0, None);
             }
             Change::Settled(number, outcome) => {
                 let queued = self.waiting.get(&number).ok_or(impossible("what does not wait is settled"))?;
@@ -345,11 +360,12 @@ impl Ledger {
                 in_order && settled.insert(*number)
             }
             Change::Sent { number, .. } => self.waiting.contains_key(number) && !settled.contains(number),
-            Change::Renamed(_) => {
-                let mut open = self.waiting.iter().filter(|(number, _)| !settled.contains(number));
-                !open.any(|(_, queued)| queued.is_batch() && queued.sent.is_some())
+            Change::Granted(epoch) => self.epoch.is_none_or(|known| known <= *epoch),
+            Change::Forgotten(sent) => {
+                settled.extend(self.doubtful(sent).into_iter().map(|(number, _)| number));
+                true
             }
-            Change::Queued(..) | Change::Attached(_) | Change::Dismissed(_) | Change::Begun(_) => true,
+            Change::Queued(..) | Change::Attached(_) | Change::Dismissed(_) => true,
             Change::Origin { .. } => false,
         })
     }
@@ -372,7 +388,7 @@ impl Ledger {
 
     /// What a producer has to know of it.
     pub(super) fn journalled(&self) -> Journalled {
-        Journalled { first: self.stored, end: self.stored + self.batches, begun: self.begun }
+        Journalled { first: self.stored, end: self.stored + self.batches, epoch: self.epoch }
     }
 
     /// Batches from `number` on that wait with none but batches between, and may not have been sent: at most `limit`.
@@ -381,19 +397,27 @@ impl Ledger {
         batches.filter(|(_, queued)| queued.sent.is_none()).map(|(number, _)| *number).collect()
     }
 
-    /// What cannot be sent any more once the server has forgotten the producer: the batches that may be stored, and those behind them that are
+    /// Batches that wait and may have been sent.
+    pub(super) fn sent(&self) -> Vec<u64> {
+        let batches = self.waiting.iter().filter(|(_, queued)| queued.is_batch() && queued.sent.is_some());
+        batches.map(|(number, _)| *number).collect()
+    }
+
+    /// What is given up where the server has forgotten the producer and the batches `sent` may be stored: they, and those behind them that are
     /// nothing without one of them.
-    pub(super) fn doubtful(&self) -> Doubtful {
-        let mut doubtful = Doubtful::default();
+    pub(super) fn doubtful(&self, sent: &[u64]) -> Vec<(u64, Outcome)> {
+        let unknown = |detail| Outcome::Rejected { code: Code::OUTCOME_UNKNOWN, detail: Detail::new(detail) };
         let mut messages = BTreeSet::new();
+        let mut doubtful = Vec::new();
         for (number, queued) in &self.waiting {
             let What::Batch { records, .. } = &queued.what else { continue };
-            let message = What::records(records, 0).ok().and_then(|records| message_of(&records));
-            if queued.sent.is_some() {
-                doubtful.sent.push(*number);
-                messages.extend(message);
-            } else if message.is_some_and(|message| messages.contains(&message)) {
-                doubtful.behind.push(*number);
+            let records = What::records(records, 0).unwrap_or_default();
+            let mut of = records.iter().filter_map(|record| record.message.map(|id| id.0));
+            if sent.contains(number) {
+                messages.extend(of);
+                doubtful.push((*number, unknown("it was sent, and the server has forgotten whether it stored it")));
+            } else if of.any(|id| messages.contains(&id)) {
+                doubtful.push((*number, unknown("an earlier part of its message may be missing")));
             }
         }
         doubtful
@@ -434,7 +458,7 @@ impl Ledger {
         let Self { session, producer, stored, next, .. } = self.clone();
         let mut changes = vec![Change::Origin { session, producer, stored, next }];
         changes.extend(self.incarnation.map(Change::Attached));
-        changes.extend(self.begun.map(Change::Begun));
+        changes.extend(self.epoch.map(Change::Granted));
         let mut kept: Vec<(u64, &Queued, Option<&Outcome>)> =
             self.waiting.iter().map(|(number, queued)| (*number, queued, None)).collect();
         kept.extend(self.given_up().map(|(number, queued, outcome)| (number, queued, Some(outcome))));
@@ -446,15 +470,6 @@ impl Ledger {
         }
         changes
     }
-}
-
-/// See [`Ledger::doubtful`].
-#[derive(Debug, Default)]
-pub(super) struct Doubtful {
-    /// They may be stored: no more than are on their way at once.
-    pub(super) sent: Vec<u64>,
-    /// They are not, and are of the same messages.
-    pub(super) behind: Vec<u64>,
 }
 
 /// Bytes that it takes, about: an upper bound for everything but the records.
@@ -499,7 +514,8 @@ mod tests {
         GiveUp { which: usize, expired: bool },
         Dismiss(u64),
         Sent(usize),
-        Begun(u64),
+        Granted,
+        Forgotten(usize),
         Attach(u8),
     }
 
@@ -511,7 +527,8 @@ mod tests {
             2 => (0..8usize, any::<bool>()).prop_map(|(which, expired)| Step::GiveUp { which, expired }),
             1 => (0..40u64).prop_map(Step::Dismiss),
             1 => (0..8usize).prop_map(Step::Sent),
-            1 => (1..9u64).prop_map(Step::Begun),
+            1 => Just(Step::Granted),
+            1 => (0..8usize).prop_map(Step::Forgotten),
             1 => any::<u8>().prop_map(Step::Attach),
         ]
     }
@@ -527,7 +544,8 @@ mod tests {
             }
             Step::Dismiss(number) => Change::Dismissed(number),
             Step::Sent(which) => Change::Sent { number: nth(which)?, from: which as u64 },
-            Step::Begun(epoch) => Change::Begun(epoch),
+            Step::Granted => Change::Granted(ledger.epoch.map_or(1, |epoch| epoch + 1)),
+            Step::Forgotten(which) => Change::Forgotten(vec![nth(which)?]),
             Step::Attach(byte) => Change::Attached(Incarnation([byte; 16])),
         })
     }
@@ -548,6 +566,9 @@ mod tests {
                 if let Change::Settled(number, Outcome::Durable { .. }) = &change {
                     let is_batch = live.waiting_from(*number).next().is_some_and(|(_, queued)| queued.is_batch());
                     stored += u64::from(is_batch);
+                }
+                if let Change::Forgotten(_) = change {
+                    stored = 0;
                 }
                 let queues = matches!(change, Change::Queued(..));
                 file.push(super::super::encoded_one(&change));

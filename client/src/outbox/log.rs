@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
+use crate::files::{Replacement, sync_directory};
+
 /// Begins every file; the last byte is the version.
 const MAGIC: &[u8; 16] = b"mainstay outbox\x01";
 /// Bytes of the file before its entries.
@@ -119,14 +121,11 @@ impl Log {
         let seed: u64 = rand::random();
         let mut bytes = header(seed);
         bodies.for_each(|body| put(seed, body, &mut bytes));
-        let beside = self.path.with_extension("new");
-        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&beside)?;
+        let mut replacement = Replacement::of(&self.path)?;
         // Before it has the name: nobody else may have it then.
-        file.lock()?;
-        file.write_all(&bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&beside, &self.path)?;
-        (self.file, self.seed, self.length) = (file, seed, bytes.len() as u64);
+        replacement.file.lock()?;
+        replacement.file.write_all(&bytes)?;
+        (self.file, self.seed, self.length) = (replacement.take_place()?, seed, bytes.len() as u64);
         sync_directory(&self.path)
     }
 
@@ -194,12 +193,6 @@ fn is_at(file: &File, path: &Path) -> io::Result<bool> {
         let _ = (file, path);
         Ok(true)
     }
-}
-
-/// A name that was made or changed is there after a crash.
-fn sync_directory(path: &Path) -> io::Result<()> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(parent)?.sync_all()
 }
 
 #[cfg(test)]

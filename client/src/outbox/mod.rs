@@ -8,7 +8,7 @@
 //!
 //! Everything has its number, and a batch its producer's sequence, from the moment it is queued, which is on the disk before the application
 //! is told. It is sent in order and stored once, over reconnects and over ends of the process, however it ended: what was sent and not
-//! answered is sent again under the same sequence. What is given up used no sequence; those behind it move up, and nothing of them is sent
+//! answered is sent again under the same sequence, which the server knows unless it had to forget the producer: then it is given up. What is given up used no sequence; those behind it move up, and nothing of them is sent
 //! before that is on the disk.
 //!
 //! A file of its own, not a database: what waits is read once and written in order, and one file is one lock, one sync and one thing to
@@ -186,7 +186,8 @@ pub enum EntryState {
         /// Seq of its first record.
         seq: u64,
     },
-    /// Refused: it is not stored and will not be. With `OUTCOME_UNKNOWN` it was sent, may be stored, and nobody can tell; it is not sent again.
+    /// Refused: it is not stored and will not be. With `OUTCOME_UNKNOWN` it is given up because it, or a part of the same message before it, was
+    /// sent and may be stored, and nobody can tell.
     Rejected {
         /// Why.
         code: Code,
@@ -239,7 +240,8 @@ impl OutboxEntry {
         self.number
     }
 
-    /// The sequence under which its batch is sent, unless something before it is given up; `None` for a signal, which has its own id.
+    /// The sequence under which its batch is sent, unless something before it is given up or the server forgets the producer; `None` for a
+    /// signal, which has its own id.
     pub fn sequence(&self) -> Option<u64> {
         self.sequence
     }
@@ -281,9 +283,6 @@ pub struct Kept {
 }
 
 /// What one session is to store, kept in a file until it is answered. Clones are the same outbox.
-///
-/// A client that sends its signals should be kept too, in a file of its own: see [`Continuity::in_file`](crate::Continuity::in_file). A signal that a process which
-/// was killed had on its way is cut off by that.
 ///
 /// It is used by one process at a time. Its file must not be copied and used twice: both would use the same sequences.
 #[derive(Clone)]
@@ -491,17 +490,14 @@ fn load(dir: &Path, path: &Path, session: SessionName) -> Result<(Log, Ledger), 
         Some(ledger) if ledger.session == session => ledger,
         Some(ledger) => return Err(damaged(format!("it is that of the session {}", ledger.session))),
         None => {
-            let ledger = Ledger::new(session, producer_name()?);
+            // A name that nobody else has: its sequence begins at 0, and nobody is fenced.
+            let producer = Label::new(&format!("outbox-{:032x}", rand::random::<u128>())).map_err(ClientError::from)?;
+            let ledger = Ledger::new(session, producer);
             log.append(&encoded(&ledger.changes())).map_err(|error| OutboxError::disk(path, &error))?;
             ledger
         }
     };
     Ok((log, ledger))
-}
-
-/// The name of a producer that nobody else has: its sequence begins at 0, and nobody is fenced.
-fn producer_name() -> Result<Label, ClientError> {
-    Ok(Label::new(&format!("outbox-{:032x}", rand::random::<u128>()))?)
 }
 
 fn encoded<'a>(changes: impl IntoIterator<Item = &'a Change>) -> Bytes {
@@ -647,30 +643,31 @@ impl Outbox {
         let mut entries = Vec::new();
         for change in changes {
             let mut queued = None;
-            let told = match &change {
+            let mut told = Vec::new();
+            match &change {
                 Change::Queued(number, _) => {
                     let (state, followed) = watch::channel(EntryState::Queued);
                     self.states().insert(*number, state);
                     queued = Some((*number, followed));
-                    None
                 }
-                // Told when a connection has it.
-                Change::Sent { .. } => None,
-                Change::Settled(number, outcome) => Some((*number, outcome.into())),
+                Change::Settled(number, outcome) => told.push((*number, outcome.into())),
+                Change::Forgotten(sent) => {
+                    let doubtful = self.ledger().doubtful(sent);
+                    told.extend(doubtful.iter().map(|(number, outcome)| (*number, outcome.into())));
+                }
                 Change::Dismissed(number) => {
                     self.states().remove(number);
-                    None
                 }
-                Change::Origin { .. } | Change::Attached(_) | Change::Begun(_) | Change::Renamed(_) => None,
-            };
+                // Told when a connection has it.
+                Change::Sent { .. } => {}
+                Change::Origin { .. } | Change::Attached(_) | Change::Granted(_) => {}
+            }
             let applied = self.ledger().apply(change);
             applied.map_err(|ProtocolError { detail, .. }| OutboxError::Invalid(detail.into()))?;
             if let Some((number, state)) = queued {
                 entries.push(OutboxEntry { number, sequence: self.ledger().last_sequence(), state });
             }
-            if let Some((number, state)) = told {
-                self.tell(number, state);
-            }
+            told.into_iter().for_each(|(number, state)| self.tell(number, state));
         }
         Ok(entries)
     }
@@ -725,8 +722,8 @@ mod tests {
             (Change::Settled(71, Outcome::Rejected { code: Code(0x31), detail }), "05 4047 31 026e6f"),
             (Change::Settled(71, Outcome::Expired), "06 4047"),
             (Change::Dismissed(71), "07 4047"),
-            (Change::Begun(5), "08 05"),
-            (Change::Renamed(label("q")), "09 0171"),
+            (Change::Granted(5), "08 05"),
+            (Change::Forgotten(vec![70, 71]), "09 02 4046 4047"),
         ] {
             let hex: String = encoded_one(&change).iter().map(|byte| format!("{byte:02x}")).collect();
             assert_eq!(hex, bytes.replace(' ', ""), "{change:?}");

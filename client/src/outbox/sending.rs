@@ -1,19 +1,20 @@
 //! Sends what an outbox keeps, in order, and writes down what becomes of it.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use mainstay_protocol::error::Code;
-use mainstay_protocol::registry::PRODUCER_WINDOW;
+use mainstay_protocol::registry::{KEPT_SIGNALS, MAX_SIGNALS, PRODUCER_WINDOW};
 use mainstay_protocol::session::{Cursor, Signal as SignalRecord};
 use mainstay_protocol::wire::{Detail, Label, Signal, Start};
 
 use super::ledger::{Change, Outcome, Queued, What};
 use super::{Asked, EntryState, Outbox, OutboxError};
-use crate::driver::{Ask, KeptSignal};
+use crate::client::ConnectionWatch;
+use crate::driver::Ask;
 use crate::error::{AppendError, ClientError, Stored};
 use crate::producer::{Producer, Ticket};
 use crate::session::{Attaching, Session, StreamId};
@@ -153,12 +154,24 @@ impl Outbox {
         if known != Some(incarnation) {
             self.commit(vec![Asked::Change(Change::Attached(incarnation))]).await?;
         }
-        let producer = None;
-        let sender =
-            Sender { outbox: self, session, producer, streams: HashMap::new(), sent: VecDeque::new(), next: 0 };
+        let sender = Sender {
+            outbox: self,
+            connection: session.client().connection(),
+            session,
+            producer: None,
+            streams: HashMap::new(),
+            sent: VecDeque::new(),
+            marked: BTreeSet::new(),
+            next: 0,
+            stored: 0,
+        };
         sender.run().await
     }
 }
+
+/// Records that may follow a signal before the session may have forgotten it: each resolves at most one that was not there before, and some
+/// were.
+const REMEMBERED: u64 = (KEPT_SIGNALS - MAX_SIGNALS) as u64;
 
 /// Where a signal is in a session.
 enum Found {
@@ -178,8 +191,13 @@ struct Sender<'a> {
     streams: HashMap<Label, StreamId>,
     /// Batches that the producer has and the disk does not know the end of: never more than it can learn the end of after a restart.
     sent: VecDeque<(u64, Ticket)>,
+    /// Those that this sender marked, and nobody before: of the ones that wait.
+    marked: BTreeSet<u64>,
     /// What is below was handed on.
     next: u64,
+    /// A seq that the session has.
+    stored: u64,
+    connection: ConnectionWatch,
 }
 
 impl Sender<'_> {
@@ -204,8 +222,13 @@ impl Sender<'_> {
                 Ok(false) => tokio::select! {
                     () = progressed => {}
                     _ = version.changed() => {}
+                    up = self.connection.changed() => if up.is_none() {
+                        return Err(ClientError::Closed.into());
+                    },
                 },
-                Err(SendError::Client(ClientError::Refused { code: Code::PRODUCER_UNKNOWN, .. })) => {
+                Err(SendError::Client(ClientError::Refused { code: Code::PRODUCER_UNKNOWN, .. }))
+                    if self.producer.is_some() =>
+                {
                     self.begin_anew().await?;
                 }
                 Err(error) => return Err(error),
@@ -226,37 +249,43 @@ impl Sender<'_> {
         }
     }
 
-    /// Goes on with another producer: the server has forgotten this one, and with it what is stored of what was sent (spec OUT-7).
+    /// Begins the sequence anew: the server has forgotten the producer, and with it what is stored of what was sent (spec OUT-7).
     async fn begin_anew(&mut self) -> Result<(), SendError> {
-        let doubtful = self.outbox.ledger().doubtful();
-        tracing::warn!(batches = doubtful.sent.len(), "the server has forgotten the producer of the outbox");
-        let rejected = |detail| {
-            move |number: &u64| {
-                let outcome = Outcome::Rejected { code: Code::OUTCOME_UNKNOWN, detail: Detail::new(detail) };
-                Asked::Change(Change::Settled(*number, outcome))
-            }
+        // Answered since that was looked at.
+        let answered: Vec<(u64, u64)> =
+            self.sent.iter().map_while(|(number, ticket)| Some((*number, ticket.outcome()?.ok()?))).collect();
+        let is_answered = |number: u64| answered.iter().any(|(answered, _)| *answered == number);
+        // Nobody sent it before this sender, and it did not either, or knows that it is not stored.
+        let is_unsent = |number: u64| {
+            let ticket = self.sent.iter().find(|(sent, _)| *sent == number).map(|(_, ticket)| ticket.outcome());
+            let refused = |outcome| matches!(outcome, Some(Err(AppendError { stored: Stored::NotCommitted, .. })));
+            self.marked.contains(&number) && ticket.is_none_or(refused)
         };
-        // First, so that they are found again if this is cut short.
-        for some in doubtful.behind.chunks(PRODUCER_WINDOW) {
-            let rest = "it is not stored: whether an earlier part of its message is, nobody can tell";
-            self.outbox.commit(some.iter().map(rejected(rest)).collect()).await?;
-        }
-        let sent = "it was sent, and the server has forgotten whether it stored it";
-        let mut last: Vec<Asked> = doubtful.sent.iter().map(rejected(sent)).collect();
-        last.push(Asked::Change(Change::Renamed(super::producer_name()?)));
-        self.outbox.commit(last).await?;
+        let mut sent = self.outbox.ledger().sent();
+        sent.retain(|number| !is_answered(*number) && !is_unsent(*number));
+        tracing::warn!(batches = sent.len(), "the server has forgotten the producer of the outbox");
+        let durable = |(number, seq)| Asked::Change(Change::Settled(number, Outcome::Durable { seq }));
+        let mut changes: Vec<Asked> = answered.iter().copied().map(durable).collect();
+        changes.push(Asked::Change(Change::Forgotten(sent)));
+        self.outbox.commit(changes).await?;
         (self.producer, self.next) = (None, 0);
         self.sent.clear();
+        self.marked.clear();
         Ok(())
     }
 
     /// Writes down what became of batches. False if nothing did.
     async fn settle(&mut self) -> Result<bool, SendError> {
         let (mut settled, mut given_up, mut trouble, mut open) = (Vec::new(), 0, None, false);
+        let (stored, marked) = (&mut self.stored, &mut self.marked);
         self.sent.retain(|(number, ticket)| match ticket.outcome().map(outcome) {
             // Answered since the one before it was looked at: that one is looked at first again.
             Some(Ok(Outcome::Durable { .. })) if open => true,
             Some(Ok(outcome)) => {
+                if let Outcome::Durable { seq } = outcome {
+                    *stored = seq.max(*stored);
+                }
+                marked.remove(number);
                 given_up += usize::from(!matches!(outcome, Outcome::Durable { .. }));
                 settled.push(Asked::Change(Change::Settled(*number, outcome)));
                 false
@@ -303,6 +332,9 @@ impl Sender<'_> {
                     return Ok(false);
                 }
                 if sent.is_none() {
+                    if !self.connection.is_up() || producer.why_ended().is_some() {
+                        return Ok(false);
+                    }
                     return self.mark(&producer).await;
                 }
                 let stream = match self.stream(&stream).await {
@@ -323,12 +355,15 @@ impl Sender<'_> {
                 self.next = number + 1;
             }
             What::Signal(signal) => {
-                // In the order in which they were queued, whatever becomes of the ones before it.
-                if !self.sent.is_empty() {
+                // In the order in which they were queued, whatever becomes of the ones before it. Where nobody can be asked it is not sent.
+                if !self.sent.is_empty() || sent.is_none() && !self.connection.is_up() {
                     return Ok(false);
                 }
                 return match self.signal(number, signal, valid_until, sent).await? {
-                    Ok(seq) => self.settled(number, Outcome::Durable { seq }).await,
+                    Ok(seq) => {
+                        self.stored = self.stored.max(seq);
+                        self.settled(number, Outcome::Durable { seq }).await
+                    }
                     Err(error) => self.refused(number, error).await,
                 };
             }
@@ -336,20 +371,25 @@ impl Sender<'_> {
         Ok(true)
     }
 
-    /// Writes down that what comes next may be sent, and through which producer: should the server forget that, it is known what may be
+    /// Writes down that what comes next may be sent, and under which epoch: should the server forget the producer, it is known what may be
     /// stored.
-    async fn mark(&self, producer: &Producer) -> Result<bool, SendError> {
+    async fn mark(&mut self, producer: &Producer) -> Result<bool, SendError> {
         let (to_send, known) = {
             let ledger = self.outbox.ledger();
-            (ledger.to_send(self.next, PRODUCER_WINDOW - self.sent.len()), ledger.begun)
+            (ledger.to_send(self.next, PRODUCER_WINDOW - self.sent.len()), ledger.epoch)
         };
-        let begun = producer.begun();
-        let from = self.session.info().tail;
-        let mut marks: Vec<Asked> =
-            to_send.into_iter().map(|number| Asked::Change(Change::Sent { number, from })).collect();
-        marks.extend(begun.filter(|_| known != begun).map(|begun| Asked::Change(Change::Begun(begun))));
+        let (epoch, from) = (producer.epoch(), self.tail());
+        let mark = |number: &u64| Asked::Change(Change::Sent { number: *number, from });
+        let mut marks: Vec<Asked> = to_send.iter().map(mark).collect();
+        marks.extend((known != Some(epoch)).then_some(Asked::Change(Change::Granted(epoch))));
         self.outbox.commit(marks).await?;
+        self.marked.extend(to_send);
         Ok(true)
+    }
+
+    /// What is sent from now on has no seq below this.
+    fn tail(&self) -> u64 {
+        self.session.info().tail.max(self.stored)
     }
 
     /// Opens the producer, with the first batch.
@@ -395,40 +435,55 @@ impl Sender<'_> {
         valid_until: Option<SystemTime>,
         sent: Option<u64>,
     ) -> Result<Result<u64, ClientError>, OutboxError> {
-        let mut from = match sent {
-            Some(from) => from,
-            None if valid_until.is_some_and(|until| SystemTime::now() >= until) => {
-                return Ok(Err(ClientError::Expired));
-            }
-            None => {
-                let from = self.session.info().tail;
-                self.outbox.commit(vec![Asked::Change(Change::Sent { number, from })]).await?;
-                from
-            }
-        };
-        self.outbox.sent(number);
+        let is_late = || valid_until.is_some_and(|until| SystemTime::now() >= until);
+        let unknown = |why: String| Ok(Err(ClientError::refused(Code::OUTCOME_UNKNOWN, why)));
+        // A connection may have had it, and gave no answer.
+        let mut doubt = sent;
         loop {
-            let kept = Some(KeptSignal { valid_until, from });
-            let asked = self.session.ask_again(|answer| Ask::Signal { signal: signal.clone(), kept, answer }).await;
-            let late = match &asked {
-                Err(ClientError::Expired) => true,
-                Err(ClientError::Refused { code: Code::OUTCOME_UNKNOWN, .. }) => false,
-                _ => return Ok(asked),
+            let from = match doubt {
+                Some(from) => match self.stored(&signal, from).await {
+                    Ok(Found::At(seq)) => return Ok(Ok(seq)),
+                    Ok(Found::Nowhere { .. }) if is_late() => {
+                        return unknown("it was sent before its time was over, and may still be on its way".into());
+                    }
+                    Ok(Found::Nowhere { tail }) => tail,
+                    // The session knows its id for a while, and it is sent again.
+                    Err(ClientError::Refused { code, .. })
+                        if code == Code::FORBIDDEN && !is_late() && self.session.info().tail <= from + REMEMBERED =>
+                    {
+                        from
+                    }
+                    Err(ClientError::Refused { code, message, .. }) if !code.is_retryable() => {
+                        return unknown(format!("it was sent, and cannot be looked for: {message}"));
+                    }
+                    Err(error) => return Ok(Err(error)),
+                },
+                None if is_late() => return Ok(Err(ClientError::Expired)),
+                None => {
+                    let from = self.tail();
+                    self.outbox.commit(vec![Asked::Change(Change::Sent { number, from })]).await?;
+                    from
+                }
             };
-            // It may have been stored before the connection was lost.
-            match self.stored(&signal, from).await {
-                Ok(Found::At(seq)) => return Ok(Ok(seq)),
-                Ok(Found::Nowhere { .. }) if late => return Ok(Err(ClientError::Expired)),
-                Ok(Found::Nowhere { tail }) => from = tail,
+            self.outbox.sent(number);
+            let asked = |answer| Ask::Signal { signal: signal.clone(), valid_until, once: true, answer };
+            match self.session.ask_until_lost(asked).await {
+                Ok(Some(seq)) => return Ok(Ok(seq)),
+                // The connection was lost, or its time is over now.
+                Ok(None) => {}
+                Err(ClientError::Expired) if doubt.is_some() => {}
+                // That is looked at before its id: it says nothing of an earlier sending.
+                Err(ClientError::Refused { code: Code::FORBIDDEN, message, .. }) if doubt.is_some() => {
+                    return unknown(format!("it was sent, and cannot be sent again: {message}"));
+                }
                 Err(error) => return Ok(Err(error)),
             }
+            doubt = Some(from);
         }
     }
 
     /// Looks for a signal in the session, from the seq `from` on (spec OUT-8). Errors: `OUTCOME_UNKNOWN` if some of that is not there any more.
     async fn stored(&self, signal: &Signal, from: u64) -> Result<Found, ClientError> {
-        // It may still be on its way.
-        self.session.cut_off().await?;
         let mut records = self.session.subscribe(Start::Seq(from)).kind(signal.intent.kind()).open().await?;
         while let Some(event) = records.next().await {
             match event? {
@@ -443,14 +498,13 @@ impl Sender<'_> {
                 Event::CaughtUp { tail } => return Ok(Found::Nowhere { tail }),
                 // Trimmed, or covered by a view alone.
                 Event::Gap { .. } | Event::Snapshot(_) => {
-                    let message = "it was sent, and what the session stored then is not there any more";
+                    let message = "what the session stored then is not there any more";
                     return Err(ClientError::refused(Code::OUTCOME_UNKNOWN, message));
                 }
-                Event::Ended => break,
                 _ => {}
             }
         }
-        Ok(Found::Nowhere { tail: from })
+        Err(ClientError::Closed)
     }
 }
 

@@ -57,7 +57,7 @@ impl Operation {
             Frame::Join(_) | Frame::Update(_) => &[Self::Join],
             Frame::Subscribe(_) | Frame::Listen(_) => &[Self::Read],
             // Who may hold nothing has nothing to go on with.
-            Frame::Resume(_) => &[Self::Append, Self::Join, Self::Run, Self::Signal],
+            Frame::Resume(_) => &[Self::Append, Self::Join, Self::Run],
             _ => &[],
         }
     }

@@ -88,8 +88,14 @@ pub struct PathFacts {
 pub enum RoamingStep {
     /// Send PING with this nonce.
     Ask(u64),
-    /// Go on over a new socket, and send PING with this nonce.
-    Rebind(u64),
+    /// Go on over a new socket, and send PING.
+    Rebind {
+        /// Its nonce.
+        nonce: u64,
+        /// Nothing was lost before: it should say enough for the answers, which a server that has not validated the path may not exceed. After an
+        /// outage that would stand in its own way: it is resent, and QUIC sends little at first.
+        amply: bool,
+    },
     /// Begin a second connection. Where there is reason to hope that it comes through, with what can be used once.
     Challenge {
         /// Something says that the server can be reached now.
@@ -123,6 +129,8 @@ struct Doubt {
     again: Duration,
     /// The network changed, so that there is hope; else nothing but silence speaks.
     hopeful: bool,
+    /// The path was not in doubt before.
+    fresh: bool,
 }
 
 /// The nonce of a path that was not asked yet.
@@ -130,7 +138,7 @@ const UNASKED: u64 = u64::MAX;
 
 impl Doubt {
     fn new(now: Duration, hopeful: bool) -> Self {
-        Self { first: now, since: now, rebound: now, nonce: UNASKED, again: now, hopeful }
+        Self { first: now, since: now, rebound: now, nonce: UNASKED, again: now, hopeful, fresh: true }
     }
 }
 
@@ -197,7 +205,7 @@ impl Roaming {
             // Asked anew, over a new socket, whatever was asked before.
             self.rebinds.reset();
             let first = self.doubt.map_or(now, |doubt| doubt.first);
-            self.doubt = Some(Doubt { first, ..Doubt::new(now, true) });
+            self.doubt = Some(Doubt { first, fresh: self.doubt.is_none(), ..Doubt::new(now, true) });
             self.challenge = None;
         } else {
             self.challenge = Some((now, true));
@@ -373,12 +381,14 @@ impl Roaming {
             let first = doubt.nonce == UNASKED;
             (doubt.nonce, doubt.rebound) = (self.nonce, now);
             doubt.again = now + self.rebinds.next(random).max(Self::patience(facts.rtt));
+            let mut amply = false;
             if first {
                 let silent = now.saturating_sub(self.heard.1) >= OUTAGE;
                 let pause = if silent || facts.uploading { Duration::ZERO } else { GRACE.max(2 * facts.rtt) };
                 self.challenge = Some((now + pause, doubt.hopeful));
+                amply = doubt.hopeful && doubt.fresh && !silent;
             }
-            return Some(RoamingStep::Rebind(self.nonce));
+            return Some(RoamingStep::Rebind { nonce: self.nonce, amply });
         }
         if heard {
             if self.asked.take().is_some() && self.news.1 != now {

@@ -10,9 +10,9 @@ use std::collections::BTreeSet;
 use std::io::Write as _;
 
 use mainstay_client::{
-    Author, Client, ClientError, Code, Config, Detail, Doing, Folded, InputPolicy, Intent, LiveView, Membership,
-    MessageAppend, MessageEnd, MessageId, MessageStart, Outbox, RequestExpired, Resolution, Run, RunConsumed, RunEnd,
-    SendError, Session, Signal, SignalId, SignalResolved, Signals, Status, StreamId, Update,
+    Author, Client, ClientError, Code, Config, Continuity, Detail, Doing, Folded, InputPolicy, Intent, LiveView,
+    Membership, MessageAppend, MessageEnd, MessageId, MessageStart, Outbox, RequestExpired, Resolution, Run,
+    RunConsumed, RunEnd, SendError, Session, Signal, SignalId, SignalResolved, Signals, Status, StreamId, Update,
 };
 use serde_json::json;
 use tokio::io::AsyncReadExt;
@@ -21,7 +21,6 @@ use tokio::time::{Duration, Instant, sleep_until};
 
 use self::agent::{Agent, Stopped, Way, fenced};
 use self::process::{About, Process, Taken};
-use super::outbox;
 use super::serve::signalled;
 use crate::args;
 use crate::data::{patiently, with_client};
@@ -41,15 +40,17 @@ const LAST: Duration = Duration::from_secs(5);
 
 pub(crate) async fn run(args: args::Run, output: Output) -> Result<(), Failure> {
     // The process goes on whatever the network does.
-    let (outbox, mut config) = match &args.outbox {
+    let mut config = Config::default();
+    (config.give_up_after, config.producer_bytes) = (None, 16 << 20);
+    let outbox = match &args.outbox {
         Some(dir) => {
             let outbox = Outbox::open(dir, &args.session).await?;
-            let config = outbox::config(&outbox)?;
-            (Some(outbox), config)
+            // The same client as the command before it: the runs that it held are this one's.
+            config.continuity = Continuity::in_file(&outbox.path().with_extension("client"))?;
+            Some(outbox)
         }
-        None => (None, Config::default()),
+        None => None,
     };
-    (config.give_up_after, config.producer_bytes) = (None, 16 << 20);
     with_client(args.connect.connect.as_deref(), config, output, async |client| {
         let (tell, stopped) = watch::channel(None);
         let sending = async {
