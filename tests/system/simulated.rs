@@ -238,7 +238,7 @@ async fn a_member_that_is_let_go_while_nobody_answers_leaves_once() {
     tokio::time::sleep(Duration::from_millis(2500)).await;
     host.move_to(Some([10, 0, 3, 1].into()));
     client.network_changed();
-    follow(&mut live, "that it left", |live| live.view().members().len() == 0).await;
+    follow(&mut live, "that it left", |live| live.view().members().is_empty()).await;
     let left = records(live.session()).await.into_iter().filter(|record| record.kind == Kind::PRESENCE_LEFT);
     assert_eq!(left.count(), 1);
 }
