@@ -1221,7 +1221,7 @@ impl<C: Connection> Driver<C> {
             },
             OpenProducer::KIND => {
                 if let Some(at) = self.producers.iter().position(|entry| entry.id == Some(error.id)) {
-                    self.producers[at].shared.not_opened();
+                    self.producers[at].shared.not_opened(error.id);
                     // An epoch that is not known any more never is again.
                     let passes = failure.is_retryable() && error.code != Code::PRODUCER_UNKNOWN;
                     if passes && self.producers[at].shared.reopen(&failure) {

@@ -171,7 +171,7 @@ impl State {
 pub(crate) struct Journalled {
     /// The sequence of the first batch that is not known to be stored.
     pub(crate) first: u64,
-    /// The sequence behind the last batch that may have been sent.
+    /// The sequence behind the last batch that waits.
     pub(crate) end: u64,
     /// An epoch that was granted; `None` if nothing was sent since the sequence began.
     pub(crate) epoch: Option<u64>,
@@ -290,9 +290,13 @@ impl Shared {
         Ok(())
     }
 
-    /// Opening it was refused: what was sent ahead of that is not stored.
-    pub(crate) fn not_opened(&self) {
-        self.lock().flight.iter_mut().for_each(|flight| flight.sent = false);
+    /// Opening it as `id` was refused: what was sent ahead of the answer is not stored.
+    pub(crate) fn not_opened(&self, id: u64) {
+        let mut state = self.lock();
+        // Where nothing was, what is sent is on its way over the connection before.
+        if state.link == Some(id) {
+            state.flight.iter_mut().for_each(|flight| flight.sent = false);
+        }
     }
 
     /// Opening it was refused for a reason that may pass. False if it has lasted too long.
@@ -788,8 +792,10 @@ impl Producer {
         valid_until: Option<SystemTime>,
     ) -> Result<Ticket, AppendError> {
         let (count, records) = (batch.len() as u64, region(batch).map_err(AppendError::unsent)?);
-        // A record alone may be a part of a message.
-        let group = if let [record] = batch { Group::of(record) } else { Group::Alone(None) };
+        let group = match batch {
+            [record] => Group::of(record),
+            records => Group::Alone(records.iter().find_map(|record| record.message)),
+        };
         self.push_now(Batch { count, records, group, run, valid_until, done: Arc::default() })
     }
 
@@ -946,5 +952,50 @@ impl IntoFuture for Ticket {
 
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(async move { self.wait().await })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use core::time::Duration;
+
+    use super::*;
+
+    /// Opening a producer for a new epoch is refused while a batch is on its way over the connection before, and is too late by then: it may be
+    /// stored still.
+    #[tokio::test]
+    async fn a_refused_opening_says_nothing_of_what_was_sent_before() {
+        let journalled = Journalled { first: 0, end: 2, epoch: Some(1) };
+        let shared = Shared::new(Label::new("p").unwrap(), Arc::default(), Some(journalled));
+        shared.opened(1, &Granted { id: 1, epoch: 1, next: 0, begun: 1 }).unwrap();
+        let done = Arc::new(Done::default());
+        let until = SystemTime::now() + Duration::from_millis(50);
+        let records = region(&[Record::data(0, "late")]).unwrap();
+        let batch =
+            Batch { count: 1, records, group: Group::Data, run: None, valid_until: Some(until), done: done.clone() };
+        shared.lock().ready.push_back(batch);
+        gather(&shared, 1, &mut Writer::new());
+        assert!(shared.is_uploading());
+        shared.unlinked();
+        while SystemTime::now() < until {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        // What is stored is asked for, with a new epoch, and refused; twice.
+        for id in [2, 3] {
+            assert_eq!(shared.kept_epoch(), 0);
+            shared.not_opened(id);
+            shared.unlinked();
+        }
+        assert_eq!(shared.kept_epoch(), 0);
+        shared.opened(4, &Granted { id: 4, epoch: 2, next: 1, begun: 1 }).unwrap();
+        shared.settle(shared.lock());
+        assert!(done.result.get().is_none(), "it is sent again, and answered");
+        // What is sent ahead of an answer that refuses the opening is not stored.
+        shared.linked(5);
+        gather(&shared, 5, &mut Writer::new());
+        shared.not_opened(5);
+        assert!(!shared.is_uploading() && shared.lock().flight[0].earlier);
     }
 }

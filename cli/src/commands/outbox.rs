@@ -140,7 +140,7 @@ pub(crate) async fn deliver<T>(
     let stays = |failure: Failure| {
         let (waiting, session) = (outbox.waiting(), outbox.session());
         let dir = outbox.path().parent().unwrap_or(Path::new(".")).display();
-        let of_an_agent = outbox.kept().iter().any(|kept| kept.run.is_some());
+        let of_an_agent = outbox.kept().iter().any(|kept| kept.run.is_some() && !kept.entry.state().is_settled());
         let again = match of_an_agent {
             true => format!("`mainstay run {session} --outbox {dir} -- …` stores what an agent said, and the rest"),
             false => format!("`mainstay append {session} --outbox {dir} </dev/null` sends them"),

@@ -89,9 +89,12 @@ pub(super) enum Change {
     Dismissed(u64),
     /// The producer was granted this epoch.
     Granted(u64),
-    /// The server has forgotten the producer, whose sequence begins anew. Of the batches that wait these may be stored, and nobody can tell:
+    /// The server has forgotten the producer, and another one takes its place. Of the batches that wait `sent` may be stored, and nobody can tell:
     /// they are given up, and with them what else waits of the same messages. None of the others was sent.
-    Forgotten(Vec<u64>),
+    Forgotten {
+        producer: Label,
+        sent: Vec<u64>,
+    },
 }
 
 /// Batches that may have been sent and not answered: those of a producer's window, and those of the senders before it.
@@ -174,8 +177,9 @@ impl Change {
                 w.u8(8);
                 w.varint(*epoch);
             }
-            Self::Forgotten(sent) => {
+            Self::Forgotten { producer, sent } => {
                 w.u8(9);
+                w.bytes(producer.as_str().as_bytes());
                 w.varint(sent.len() as u64);
                 sent.iter().for_each(|number| w.varint(*number));
             }
@@ -220,7 +224,13 @@ impl Change {
             6 => Self::Settled(r.varint()?, Outcome::Expired),
             7 => Self::Dismissed(r.varint()?),
             8 => Self::Granted(r.varint()?),
-            9 => Self::Forgotten((0..r.count(MOST_SENT)?).map(|_| r.varint()).collect::<Result<_, _>>()?),
+            9 => {
+                let producer = Label::new(r.text(TEXT)?)?;
+                Self::Forgotten {
+                    producer,
+                    sent: (0..r.count(MOST_SENT)?).map(|_| r.varint()).collect::<Result<_, _>>()?,
+                }
+            }
             _ => return Err(impossible("a change that this version does not know")),
         })
     }
@@ -307,7 +317,7 @@ impl Ledger {
                 }
                 self.epoch = Some(epoch);
             }
-            Change::Forgotten(sent) => {
+            Change::Forgotten { producer, sent } => {
                 for (number, outcome) in self.doubtful(&sent) {
                     let Some(queued) = self.waiting.remove(&number) else { continue };
                     self.batches -= 1;
@@ -316,7 +326,7 @@ impl Ledger {
                 for queued in self.waiting.values_mut().filter(|queued| queued.is_batch()) {
                     queued.sent = None;
                 }
-                (self.stored, self.epoch) = (0, None);
+                (self.producer, self.stored, self.epoch) = (producer, 0, None);
             }
             Change::Settled(number, outcome) => {
                 let queued = self.waiting.get(&number).ok_or(impossible("what does not wait is settled"))?;
@@ -361,7 +371,7 @@ impl Ledger {
             }
             Change::Sent { number, .. } => self.waiting.contains_key(number) && !settled.contains(number),
             Change::Granted(epoch) => self.epoch.is_none_or(|known| known <= *epoch),
-            Change::Forgotten(sent) => {
+            Change::Forgotten { sent, .. } => {
                 settled.extend(self.doubtful(sent).into_iter().map(|(number, _)| number));
                 true
             }
@@ -412,13 +422,16 @@ impl Ledger {
         for (number, queued) in &self.waiting {
             let What::Batch { records, .. } = &queued.what else { continue };
             let records = What::records(records, 0).unwrap_or_default();
-            let mut of = records.iter().filter_map(|record| record.message.map(|id| id.0));
-            if sent.contains(number) {
-                messages.extend(of);
-                doubtful.push((*number, unknown("it was sent, and the server has forgotten whether it stored it")));
-            } else if of.any(|id| messages.contains(&id)) {
-                doubtful.push((*number, unknown("an earlier part of its message may be missing")));
-            }
+            let of = || records.iter().filter_map(|record| record.message.map(|id| id.0));
+            let why = if sent.contains(number) {
+                "it was sent, and the server has forgotten whether it stored it"
+            } else if of().any(|id| messages.contains(&id)) {
+                "an earlier part of its message may be missing"
+            } else {
+                continue;
+            };
+            messages.extend(of());
+            doubtful.push((*number, unknown(why)));
         }
         doubtful
     }
@@ -545,7 +558,9 @@ mod tests {
             Step::Dismiss(number) => Change::Dismissed(number),
             Step::Sent(which) => Change::Sent { number: nth(which)?, from: which as u64 },
             Step::Granted => Change::Granted(ledger.epoch.map_or(1, |epoch| epoch + 1)),
-            Step::Forgotten(which) => Change::Forgotten(vec![nth(which)?]),
+            Step::Forgotten(which) => {
+                Change::Forgotten { producer: Label::new("another").unwrap(), sent: vec![nth(which)?] }
+            }
             Step::Attach(byte) => Change::Attached(Incarnation([byte; 16])),
         })
     }
@@ -567,7 +582,7 @@ mod tests {
                     let is_batch = live.waiting_from(*number).next().is_some_and(|(_, queued)| queued.is_batch());
                     stored += u64::from(is_batch);
                 }
-                if let Change::Forgotten(_) = change {
+                if let Change::Forgotten { .. } = change {
                     stored = 0;
                 }
                 let queues = matches!(change, Change::Queued(..));

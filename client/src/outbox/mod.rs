@@ -490,14 +490,17 @@ fn load(dir: &Path, path: &Path, session: SessionName) -> Result<(Log, Ledger), 
         Some(ledger) if ledger.session == session => ledger,
         Some(ledger) => return Err(damaged(format!("it is that of the session {}", ledger.session))),
         None => {
-            // A name that nobody else has: its sequence begins at 0, and nobody is fenced.
-            let producer = Label::new(&format!("outbox-{:032x}", rand::random::<u128>())).map_err(ClientError::from)?;
-            let ledger = Ledger::new(session, producer);
+            let ledger = Ledger::new(session, producer_name()?);
             log.append(&encoded(&ledger.changes())).map_err(|error| OutboxError::disk(path, &error))?;
             ledger
         }
     };
     Ok((log, ledger))
+}
+
+/// The name of a producer that nobody else has: its sequence begins at 0, nobody is fenced, and nothing is on its way under it.
+fn producer_name() -> Result<Label, ClientError> {
+    Ok(Label::new(&format!("outbox-{:032x}", rand::random::<u128>()))?)
 }
 
 fn encoded<'a>(changes: impl IntoIterator<Item = &'a Change>) -> Bytes {
@@ -543,6 +546,8 @@ async fn keep(outbox: Weak<Inner>, mut log: Log, mut asked: mpsc::Receiver<Commi
         }
         // Each write is one entry: it is on the disk whole, or not.
         let mut writes = accepted.into_iter().peekable();
+        // What is behind a write that failed is numbered as if it had not.
+        let mut failed = None::<OutboxError>;
         while writes.peek().is_some() {
             let (mut together, mut body) = (Vec::new(), Vec::new());
             while let Some((changes, part, answer)) =
@@ -551,14 +556,18 @@ async fn keep(outbox: Weak<Inner>, mut log: Log, mut asked: mpsc::Receiver<Commi
                 body.extend_from_slice(&part);
                 together.push((changes, answer));
             }
-            let result;
-            (log, result) = blocking(log, move |log| if body.is_empty() { Ok(()) } else { log.append(&body) }).await;
-            match result {
-                Ok(()) => together.into_iter().for_each(|(changes, answer)| drop(answer.send(this.take(changes)))),
-                Err(error) => {
-                    let error = OutboxError::disk(&this.0.path, &error);
-                    together.into_iter().for_each(|(_, answer)| drop(answer.send(Err(error.clone()))));
-                }
+            if failed.is_none() {
+                let result;
+                (log, result) =
+                    blocking(log, move |log| if body.is_empty() { Ok(()) } else { log.append(&body) }).await;
+                failed = result.err().map(|error| OutboxError::disk(&this.0.path, &error));
+            }
+            for (changes, answer) in together {
+                // Whoever asked may be gone.
+                drop(answer.send(match &failed {
+                    None => this.take(changes),
+                    Some(error) => Err(error.clone()),
+                }));
             }
         }
         this.0.version.send_modify(|version| *version += 1);
@@ -651,7 +660,7 @@ impl Outbox {
                     queued = Some((*number, followed));
                 }
                 Change::Settled(number, outcome) => told.push((*number, outcome.into())),
-                Change::Forgotten(sent) => {
+                Change::Forgotten { sent, .. } => {
                     let doubtful = self.ledger().doubtful(sent);
                     told.extend(doubtful.iter().map(|(number, outcome)| (*number, outcome.into())));
                 }
@@ -723,7 +732,7 @@ mod tests {
             (Change::Settled(71, Outcome::Expired), "06 4047"),
             (Change::Dismissed(71), "07 4047"),
             (Change::Granted(5), "08 05"),
-            (Change::Forgotten(vec![70, 71]), "09 02 4046 4047"),
+            (Change::Forgotten { producer: label("q"), sent: vec![70, 71] }, "09 0171 02 4046 4047"),
         ] {
             let hex: String = encoded_one(&change).iter().map(|byte| format!("{byte:02x}")).collect();
             assert_eq!(hex, bytes.replace(' ', ""), "{change:?}");

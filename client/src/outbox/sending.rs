@@ -223,7 +223,7 @@ impl Sender<'_> {
                     () = progressed => {}
                     _ = version.changed() => {}
                     up = self.connection.changed() => if up.is_none() {
-                        return Err(ClientError::Closed.into());
+                        return Err(self.session.ended().await.into());
                     },
                 },
                 Err(SendError::Client(ClientError::Refused { code: Code::PRODUCER_UNKNOWN, .. }))
@@ -249,7 +249,7 @@ impl Sender<'_> {
         }
     }
 
-    /// Begins the sequence anew: the server has forgotten the producer, and with it what is stored of what was sent (spec OUT-7).
+    /// Goes on with another producer: the server has forgotten this one, and with it what is stored of what was sent (spec OUT-7).
     async fn begin_anew(&mut self) -> Result<(), SendError> {
         // Answered since that was looked at.
         let answered: Vec<(u64, u64)> =
@@ -266,7 +266,7 @@ impl Sender<'_> {
         tracing::warn!(batches = sent.len(), "the server has forgotten the producer of the outbox");
         let durable = |(number, seq)| Asked::Change(Change::Settled(number, Outcome::Durable { seq }));
         let mut changes: Vec<Asked> = answered.iter().copied().map(durable).collect();
-        changes.push(Asked::Change(Change::Forgotten(sent)));
+        changes.push(Asked::Change(Change::Forgotten { producer: super::producer_name()?, sent }));
         self.outbox.commit(changes).await?;
         (self.producer, self.next) = (None, 0);
         self.sent.clear();
@@ -447,14 +447,12 @@ impl Sender<'_> {
                         return unknown("it was sent before its time was over, and may still be on its way".into());
                     }
                     Ok(Found::Nowhere { tail }) => tail,
-                    // The session knows its id for a while, and it is sent again.
-                    Err(ClientError::Refused { code, .. })
-                        if code == Code::FORBIDDEN && !is_late() && self.session.info().tail <= from + REMEMBERED =>
-                    {
+                    Err(ClientError::Refused { code: Code::FORBIDDEN | Code::OUTCOME_UNKNOWN, message, .. }) => {
+                        if is_late() || self.session.info().tail > from + REMEMBERED {
+                            return unknown(format!("it was sent, and cannot be looked for: {message}"));
+                        }
+                        // The session knows its id still.
                         from
-                    }
-                    Err(ClientError::Refused { code, message, .. }) if !code.is_retryable() => {
-                        return unknown(format!("it was sent, and cannot be looked for: {message}"));
                     }
                     Err(error) => return Ok(Err(error)),
                 },
@@ -472,9 +470,9 @@ impl Sender<'_> {
                 // The connection was lost, or its time is over now.
                 Ok(None) => {}
                 Err(ClientError::Expired) if doubt.is_some() => {}
-                // That is looked at before its id: it says nothing of an earlier sending.
-                Err(ClientError::Refused { code: Code::FORBIDDEN, message, .. }) if doubt.is_some() => {
-                    return unknown(format!("it was sent, and cannot be sent again: {message}"));
+                // That says nothing of an earlier sending, which may be on its way.
+                Err(error @ ClientError::Refused { .. }) if doubt.is_some() && refusal(&error).is_some() => {
+                    return unknown(format!("it was sent, and cannot be sent again: {error}"));
                 }
                 Err(error) => return Ok(Err(error)),
             }
