@@ -328,3 +328,31 @@ async fn a_first_answer_over_a_path_that_is_lost_costs_no_connection() {
     let paths = reader.paths();
     assert_eq!((paths.connections, paths.changes), (1, 20), "{paths:?}");
 }
+
+/// A client that changes its path in the very moment in which it hears that the server does not know the connection any more.
+#[tokio::test(start_paused = true)]
+async fn a_path_that_is_changed_as_the_connection_ends_harms_nobody() {
+    let mut ended = 0;
+    for (late, turns) in (58..63).flat_map(|late| (0..10).map(move |turns| (late, turns))) {
+        let mut world = World::new(quiet(), turns);
+        let (client, _host) = world.client();
+        let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        // Killed: it says no word of it.
+        world.conditions().blackhole(true);
+        world.restart();
+        tokio::time::sleep(ms(50)).await;
+        world.conditions().blackhole(false);
+        // What the client says over the new path is answered by a stateless reset.
+        client.network_changed();
+        tokio::time::sleep(ms(late)).await;
+        for _ in 0..turns {
+            tokio::task::yield_now().await;
+        }
+        client.network_changed();
+        let producer = session.producer("p").await.expect("a producer");
+        producer.append(session.main(), "x").await.expect("append").await.expect("stored");
+        ended += client.paths().losses;
+    }
+    assert!(ended >= 50, "{ended} connections were reset");
+}

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use quinn::{Endpoint, VarInt, ZeroRttAccepted};
 use tokio::sync::watch;
 
+use super::drivers::Drivers;
 use super::socket::{CountingSocket, Sent, Sockets};
 use super::{headroom, varint};
 use crate::{Connection, ConnectionError, RecvStream, SendStream, StreamError};
@@ -25,6 +26,7 @@ pub struct QuicConnection {
 #[derive(Debug)]
 pub(super) struct Home {
     pub(super) endpoint: Endpoint,
+    pub(super) drivers: Arc<Drivers>,
     pub(super) sockets: Arc<dyn Sockets>,
     pub(super) sent: Arc<Sent>,
 }
@@ -134,7 +136,10 @@ impl Connection for QuicConnection {
         };
         let socket = home.sockets.bind(self.connection.remote_address()).map_err(failed)?;
         let socket = Arc::new(CountingSocket { socket, sent: home.sent.clone() });
-        home.endpoint.rebind_abstract(socket).map_err(failed)
+        home.drivers.settled(|| match self.connection.close_reason() {
+            None => home.endpoint.rebind_abstract(socket).map_err(failed),
+            Some(ended) => Err(ended.into()),
+        })
     }
 
     fn remote(&self) -> String {

@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::connection::{Home, QuicConnection};
+use super::drivers::{DrivenRuntime, Drivers};
 use super::identity::{Pin, PinVerifier};
 use super::socket::{CountingSocket, Sent, Sockets, UdpSockets};
 use super::tickets::{Purse, Wallet};
@@ -222,7 +223,9 @@ impl Attempt {
         let sent = Arc::new(Sent::default());
         let socket = self.sockets.bind(self.addr).map_err(|error| failed(&error))?;
         let socket = Arc::new(CountingSocket { socket, sent: sent.clone() });
-        let endpoint = Endpoint::new_with_abstract_socket(EndpointConfig::default(), None, socket, self.runtime)
+        let drivers = Arc::new(Drivers::default());
+        let runtime = Arc::new(DrivenRuntime { runtime: self.runtime, drivers: drivers.clone() });
+        let endpoint = Endpoint::new_with_abstract_socket(EndpointConfig::default(), None, socket, runtime)
             .map_err(|error| failed(&error))?;
         let connecting = endpoint.connect_with(self.config, self.addr, &self.name).map_err(|error| failed(&error))?;
         let connection = match connecting.into_0rtt() {
@@ -235,7 +238,7 @@ impl Attempt {
             }
             Err(connecting) => QuicConnection::done(connecting.await?),
         };
-        Ok(connection.at_home(Home { endpoint, sockets: self.sockets, sent }))
+        Ok(connection.at_home(Home { endpoint, drivers, sockets: self.sockets, sent }))
     }
 }
 

@@ -7,6 +7,7 @@
 
 mod connection;
 mod connector;
+mod drivers;
 mod identity;
 mod keys;
 mod listener;
