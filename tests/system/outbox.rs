@@ -19,6 +19,7 @@ use mainstay_transport::sim::Random;
 use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, Command};
+use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
 const RTT: Duration = Duration::from_millis(60);
@@ -50,6 +51,12 @@ async fn deliver(outbox: &Outbox, client: &Client) {
         () = outbox.idle() => {}
         error = outbox.send(client.session("s").expect("a name").create()) => panic!("{error}"),
     }
+}
+
+/// Sends what is queued, until it is stopped.
+fn keep_sending(outbox: &Outbox, client: &Client) -> JoinHandle<SendError> {
+    let (outbox, client) = (outbox.clone(), client.clone());
+    tokio::spawn(async move { outbox.send(client.session("s").expect("a name").create()).await })
 }
 
 async fn settled(entries: &[OutboxEntry]) -> Vec<EntryState> {
@@ -170,10 +177,7 @@ async fn what_was_sent_into_nothing_and_is_too_late_expires() {
     let (dir, mut world) = (tempfile::tempdir().expect("a directory"), world(2));
     let (client, host) = world.client();
     let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
-    let sending = tokio::spawn({
-        let (outbox, client) = (outbox.clone(), client.clone());
-        async move { outbox.send(client.session("s").expect("a name").create()).await }
-    });
+    let sending = keep_sending(&outbox, &client);
     let first = outbox.queue(line("first")).await.expect("queued");
     first.settled().await;
     host.move_to(None);
@@ -364,10 +368,7 @@ async fn a_producer_that_is_forgotten_during_an_outage_is_followed_by_another() 
     let (other, _other) = world.client();
     let dir = tempfile::tempdir().expect("a directory");
     let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
-    let sending = tokio::spawn({
-        let (outbox, client) = (outbox.clone(), client.clone());
-        async move { outbox.send(client.session("s").expect("a name").create()).await }
-    });
+    let sending = keep_sending(&outbox, &client);
     outbox.queue(line("first")).await.expect("queued").settled().await;
     host.move_to(None);
     let mut on_its_way = outbox.queue(line("on its way")).await.expect("queued");
@@ -468,10 +469,7 @@ async fn a_signal_that_waited_for_the_network_is_sent() {
     let producer = session.producer("agent").await.expect("a producer").of_run(&run);
     let dir = tempfile::tempdir().expect("a directory");
     let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
-    let sending = tokio::spawn({
-        let (outbox, client) = (outbox.clone(), client.clone());
-        async move { outbox.send(client.session("s").expect("a name").create()).await }
-    });
+    let sending = keep_sending(&outbox, &client);
     outbox.queue(line("first")).await.expect("queued").settled().await;
     host.move_to(None);
     // Nobody has the connection any more.
@@ -628,10 +626,7 @@ async fn one_history(history: u64, seed: u64) {
         }
         let outbox = Outbox::open(&path, "s").await.expect("an outbox");
         let (client, host) = world.client();
-        let sending = tokio::spawn({
-            let (outbox, client) = (outbox.clone(), client.clone());
-            async move { outbox.send(client.session("s").expect("a name").create()).await }
-        });
+        let sending = keep_sending(&outbox, &client);
         for _ in 0..random.below(40) {
             match random.below(20) {
                 0 => host.move_to(None),

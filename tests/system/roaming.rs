@@ -1,5 +1,6 @@
 //! Phones that change their networks, in a simulated world: how long a change costs, and that it costs nothing else.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use mainstay_client::{Client, Config, Event, PathEvent, Paths, Start, Subscription};
@@ -7,6 +8,7 @@ use mainstay_tests::proxy::Faults;
 use mainstay_tests::random::{self, Random};
 use mainstay_tests::world::World;
 use mainstay_transport::sim::SimHost;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
 const RTT: Duration = Duration::from_millis(60);
@@ -53,20 +55,26 @@ async fn read(subscription: &mut Subscription) -> u64 {
     }
 }
 
-/// How long a reader was without news after each of `count` changes.
-async fn downloading(change: Change, outage: Duration, count: u8, random: &mut Random) -> (Vec<Duration>, Paths) {
-    let mut world = World::new(quiet(), random.bits());
+/// A reader of what somebody else appends at each `beat`.
+async fn following(world: &mut World, beat: Duration) -> (Client, Arc<SimHost>, Subscription, JoinHandle<()>) {
     let ((writer, _at), (reader, host)) = (world.client(), world.client());
     let session = writer.session("s").expect("a name").create().attach().await.expect("attach");
     let producer = session.producer("p").await.expect("a producer");
     let writing = tokio::spawn(async move {
         loop {
             drop(producer.append(session.main(), "x").await.expect("append"));
-            tokio::time::sleep(ms(50)).await;
+            tokio::time::sleep(beat).await;
         }
     });
     let session = reader.session("s").expect("a name").attach().await.expect("attach");
-    let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+    let subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+    (reader, host, subscription, writing)
+}
+
+/// How long a reader was without news after each of `count` changes.
+async fn downloading(change: Change, outage: Duration, count: u8, random: &mut Random) -> (Vec<Duration>, Paths) {
+    let mut world = World::new(quiet(), random.bits());
+    let (reader, host, mut subscription, writing) = following(&mut world, ms(50)).await;
     read(&mut subscription).await;
     let mut took = Vec::new();
     for turn in 1..=count {
@@ -300,17 +308,7 @@ async fn a_second_connection_that_is_ready_early_waits() {
 async fn a_first_answer_over_a_path_that_is_lost_costs_no_connection() {
     let mut random = random::for_test("a_first_answer_over_a_path_that_is_lost_costs_no_connection");
     let mut world = World::new(quiet(), random.bits());
-    let ((writer, _at), (reader, host)) = (world.client(), world.client());
-    let session = writer.session("s").expect("a name").create().attach().await.expect("attach");
-    let producer = session.producer("p").await.expect("a producer");
-    let writing = tokio::spawn(async move {
-        loop {
-            drop(producer.append(session.main(), "x").await.expect("append"));
-            tokio::time::sleep(ms(10)).await;
-        }
-    });
-    let session = reader.session("s").expect("a name").attach().await.expect("attach");
-    let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
+    let (reader, host, mut subscription, writing) = following(&mut world, ms(10)).await;
     for turn in 1..=20 {
         let until = Instant::now() + ms(3000 + random.below(1000));
         while Instant::now() < until {

@@ -95,8 +95,11 @@ pub(crate) fn tell(entry: &OutboxEntry, more: &Value, output: Output) -> Result<
     let number = entry.number();
     match state {
         EntryState::Rejected { code, detail } => {
-            let what = if code == Code::OUTCOME_UNKNOWN { "is given up" } else { "is not stored" };
-            output.warning(&code.to_string(), &format!("entry {number} of the outbox {what}: {detail}"))
+            let (what, next) = match code {
+                Code::OUTCOME_UNKNOWN => ("is given up", "; look whether the session has it before you send it again"),
+                _ => ("is not stored", ""),
+            };
+            output.warning(&code.to_string(), &format!("entry {number} of the outbox {what}: {detail}{next}"))
         }
         EntryState::Expired => output.warning(
             "EXPIRED",

@@ -10,7 +10,7 @@ use mainstay_protocol::registry::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_STREAM
 use mainstay_protocol::session::{Incarnation, Record, SessionName};
 use mainstay_protocol::wire::{Body, Detail, Label, MAX_VARINT, Reader, Signal, Writer};
 
-use crate::error::ClientError;
+use crate::error::{AppendError, ClientError, Stored};
 use crate::producer::{Journalled, region};
 
 /// Something to be stored: see [`Outbox`](super::Outbox).
@@ -63,6 +63,40 @@ pub(super) enum Outcome {
     Durable { seq: u64 },
     Rejected { code: Code, detail: Detail },
     Expired,
+}
+
+impl Outcome {
+    /// What became of a batch. Errors: that is not known, or it may still be stored another time.
+    pub(super) fn of(result: Result<u64, AppendError>) -> Result<Self, ClientError> {
+        match result {
+            Ok(seq) => Ok(Self::Durable { seq }),
+            Err(AppendError { stored: Stored::NotCommitted, error }) => Self::of_refusal(&error).ok_or(error),
+            Err(AppendError { stored: Stored::Unknown, error }) => Err(error),
+        }
+    }
+
+    /// What a refusal makes of something that is not stored. `None` if it is not about that, but about who asks and when.
+    pub(super) fn of_refusal(error: &ClientError) -> Option<Self> {
+        match error {
+            ClientError::Expired => Some(Self::Expired),
+            ClientError::Gone => {
+                Some(Self::Rejected { code: Code::SESSION_GONE, detail: Detail::new("the session was deleted") })
+            }
+            ClientError::Refused { code, message, .. } => {
+                let about_it = !code.is_retryable()
+                    && !matches!(
+                        *code,
+                        Code::FENCED
+                            | Code::PRODUCER_UNKNOWN
+                            | Code::UNAUTHENTICATED
+                            | Code::TOKEN_EXPIRED
+                            | Code::TOKEN_INVALID
+                    );
+                about_it.then(|| Self::Rejected { code: *code, detail: Detail::new(message) })
+            }
+            _ => None,
+        }
+    }
 }
 
 /// A change of the ledger.
@@ -417,6 +451,7 @@ impl Ledger {
     /// nothing without one of them.
     pub(super) fn doubtful(&self, sent: &[u64]) -> Vec<(u64, Outcome)> {
         let unknown = |detail| Outcome::Rejected { code: Code::OUTCOME_UNKNOWN, detail: Detail::new(detail) };
+        let sent: BTreeSet<u64> = sent.iter().copied().collect();
         let mut messages = BTreeSet::new();
         let mut doubtful = Vec::new();
         for (number, queued) in &self.waiting {

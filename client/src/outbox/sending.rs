@@ -71,38 +71,6 @@ impl Drop for Turn<'_> {
     }
 }
 
-/// What became of a batch. Errors: that is not known, or it may still be stored another time.
-fn outcome(result: Result<u64, AppendError>) -> Result<Outcome, ClientError> {
-    match result {
-        Ok(seq) => Ok(Outcome::Durable { seq }),
-        Err(AppendError { stored: Stored::NotCommitted, error }) => refusal(&error).ok_or(error),
-        Err(AppendError { stored: Stored::Unknown, error }) => Err(error),
-    }
-}
-
-/// What a refusal makes of something that is not stored. `None` if it is not about that, but about who asks and when.
-fn refusal(error: &ClientError) -> Option<Outcome> {
-    match error {
-        ClientError::Expired => Some(Outcome::Expired),
-        ClientError::Gone => {
-            Some(Outcome::Rejected { code: Code::SESSION_GONE, detail: Detail::new("the session was deleted") })
-        }
-        ClientError::Refused { code, message, .. } => {
-            let about_it = !code.is_retryable()
-                && !matches!(
-                    *code,
-                    Code::FENCED
-                        | Code::PRODUCER_UNKNOWN
-                        | Code::UNAUTHENTICATED
-                        | Code::TOKEN_EXPIRED
-                        | Code::TOKEN_INVALID
-                );
-            about_it.then(|| Outcome::Rejected { code: *code, detail: Detail::new(message) })
-        }
-        _ => None,
-    }
-}
-
 impl Outbox {
     /// Sends what waits, and what is queued from then on, until that cannot go on; it only ever returns why. Dropping the future stops it: what
     /// was sent and not answered is sent again the next time.
@@ -121,7 +89,7 @@ impl Outbox {
                     _ => false,
                 };
                 if let (true, SendError::Client(why)) = (over, &error)
-                    && let Some(outcome) = refusal(why)
+                    && let Some(outcome) = Outcome::of_refusal(why)
                     && let Err(error) = self.give_up(&outcome).await
                 {
                     return error.into();
@@ -278,7 +246,7 @@ impl Sender<'_> {
     async fn settle(&mut self) -> Result<bool, SendError> {
         let (mut settled, mut given_up, mut trouble, mut open) = (Vec::new(), 0, None, false);
         let (stored, marked) = (&mut self.stored, &mut self.marked);
-        self.sent.retain(|(number, ticket)| match ticket.outcome().map(outcome) {
+        self.sent.retain(|(number, ticket)| match ticket.outcome().map(Outcome::of) {
             // Answered since the one before it was looked at: that one is looked at first again.
             Some(Ok(Outcome::Durable { .. })) if open => true,
             Some(Ok(outcome)) => {
@@ -404,7 +372,7 @@ impl Sender<'_> {
 
     /// One that cannot be handed on is settled, unless that is about who asks.
     async fn refused(&mut self, number: u64, error: ClientError) -> Result<bool, SendError> {
-        let Some(outcome) = refusal(&error) else { return Err(error.into()) };
+        let Some(outcome) = Outcome::of_refusal(&error) else { return Err(error.into()) };
         self.settled(number, outcome).await
     }
 
@@ -471,7 +439,9 @@ impl Sender<'_> {
                 Ok(None) => {}
                 Err(ClientError::Expired) if doubt.is_some() => {}
                 // That says nothing of an earlier sending, which may be on its way.
-                Err(error @ ClientError::Refused { .. }) if doubt.is_some() && refusal(&error).is_some() => {
+                Err(error @ ClientError::Refused { .. })
+                    if doubt.is_some() && Outcome::of_refusal(&error).is_some() =>
+                {
                     return unknown(format!("it was sent, and cannot be sent again: {error}"));
                 }
                 Err(error) => return Ok(Err(error)),

@@ -43,7 +43,7 @@ pub struct ProducerPosition {
     pub epoch: u64,
     /// The sequence that the next batch must carry.
     pub next: u64,
-    /// The epoch under which its sequence began: another one than before says that it was evicted meanwhile (spec PROD-9).
+    /// The epoch under which its sequence began: whoever was granted one below it had a producer that was evicted since (spec PROD-9).
     pub begun: u64,
 }
 

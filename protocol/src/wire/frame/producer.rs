@@ -9,7 +9,7 @@ plain_frame! {
         epoch: u64,
         /// The sequence that the next batch must carry.
         next: u64,
-        /// The epoch under which the producer's sequence began: another one than before says that the server forgot the producer meanwhile.
+        /// The epoch under which the producer's sequence began: whoever was granted one below it had a producer that the server has forgotten.
         begun: u64,
     }
 }
