@@ -51,8 +51,8 @@ fn a_path_that_works_is_asked_ever_more_seldom_and_never_changed() {
     let (mut roaming, mut facts) = connected();
     let mut asked = Vec::new();
     let mut now = Duration::ZERO;
-    while now < Duration::from_secs(60) {
-        match roaming.step(now, &facts, 0) {
+    while now < Duration::from_secs(120) {
+        match roaming.step(now, &facts, u32::MAX / 2) {
             Some(RoamingStep::Ask(nonce)) => {
                 asked.push(now.as_millis());
                 now += RTT;
@@ -64,11 +64,43 @@ fn a_path_that_works_is_asked_ever_more_seldom_and_never_changed() {
     }
     let pauses: Vec<u128> = asked.windows(2).map(|pair| pair[1] - pair[0]).collect();
     assert_eq!(pauses[..4], [2060, 4060, 5060, 5060]);
+    // Somewhere between the two, once.
+    assert_eq!(pauses[10..14], [5060, 7555, 10_060, 10_060]);
     // Something else than answers came: it is asked sooner again.
     facts.news += 1;
     facts.heard += 1;
     assert_eq!(roaming.step(now, &facts, 0), None);
     assert_eq!(roaming.due(&facts), Some(now + ms(1000)));
+}
+
+/// What QUIC sends for itself behind an answer is noticed when the next question is due.
+#[test]
+fn a_late_acknowledgement_does_not_put_the_next_question_off() {
+    let (mut roaming, mut facts) = connected();
+    let mut now = roaming.due(&facts).expect("the first question");
+    let mut last = now;
+    while now < Duration::from_secs(60) {
+        match roaming.step(now, &facts, 0) {
+            Some(RoamingStep::Ask(nonce)) => {
+                assert!(now - last <= ms(5100), "asked at {last:?}, and then at {now:?}");
+                (facts.heard, facts.answered) = (facts.heard + 1, nonce);
+                now += RTT;
+                last = now;
+                assert_eq!(roaming.step(now, &facts, 0), None);
+                facts.heard += 1;
+            }
+            None => now = roaming.due(&facts).expect("the next question"),
+            step => panic!("{step:?} of a path that works"),
+        }
+    }
+    assert!(last > Duration::from_secs(50));
+}
+
+#[test]
+fn questions_are_never_so_far_apart_that_a_nat_forgets() {
+    let twice = |keep_alive| Manners::foreground(Duration::from_secs(keep_alive)).resting.as_secs();
+    assert_eq!([5, 12, 20, 25, 40].map(twice), [10, 24, 25, 25, 40]);
+    assert_eq!(Manners::background(Some(Duration::from_secs(25))).resting, Duration::from_secs(25));
 }
 
 #[test]

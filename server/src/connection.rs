@@ -1,5 +1,6 @@
 //! One connection: its control stream, who is at the other end, and the streams that the peer opens.
 
+use core::convert::Infallible;
 use core::future::Future;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -84,7 +85,7 @@ impl core::fmt::Debug for Conn {
     }
 }
 
-/// How long a token that has not expired is taken for granted by what waits.
+/// How long a token that has not expired is taken for granted.
 const RECHECK: core::time::Duration = core::time::Duration::from_secs(60);
 
 impl Conn {
@@ -155,17 +156,31 @@ impl Conn {
     pub(crate) async fn forbidden(&self, operation: Operation, session: &SessionName) -> Refusal {
         let mut changed = self.identity.subscribe();
         loop {
-            let left = match &*changed.borrow_and_update() {
-                Identity::Known { expires, .. } => expires.saturating_sub(self.server.now_seconds()).saturating_add(1),
-                Identity::Nobody(..) => 0,
-            };
+            changed.mark_unchanged();
             if let Err(refusal) = self.allow(operation, session) {
                 return refusal;
             }
-            // The clock may be set meanwhile: it is looked at from time to time.
-            let left = core::time::Duration::from_secs(u64::try_from(left).unwrap_or(0)).min(RECHECK);
+            // The sender lives in `self`.
+            let _ = changed.changed().await;
+        }
+    }
+
+    /// Wakes whoever waits in [`Conn::forbidden`] when the token in force expires: one clock for all of them.
+    async fn watch_expiry(&self) -> Infallible {
+        let mut changed = self.identity.subscribe();
+        loop {
+            let left = match &*changed.borrow_and_update() {
+                Identity::Known { expires, .. } => expires.saturating_sub(self.server.now_seconds()).saturating_add(1),
+                Identity::Nobody(..) => i64::MAX,
+            };
+            let left = core::time::Duration::from_secs(u64::try_from(left).unwrap_or(0));
+            if left.is_zero() {
+                self.identity.send_modify(|_| ());
+                changed.mark_unchanged();
+            }
             tokio::select! {
-                () = tokio::time::sleep(left) => {}
+                // The clock may be set meanwhile: it is looked at from time to time.
+                () = tokio::time::sleep(left.min(RECHECK)), if !left.is_zero() => {}
                 // The sender lives in `self`.
                 _ = changed.changed() => {}
             }
@@ -411,6 +426,7 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
     let deadline = Instant::now() + server.config().hello_timeout;
     running.spawn(Box::pin(control_stream(transport.clone(), conn.clone(), control, deadline)) as Task);
     let mut goaway = server.goaway();
+    let mut expiry = core::pin::pin!(conn.watch_expiry());
     loop {
         tokio::select! {
             stream = transport.accept_bi() => match stream {
@@ -434,6 +450,7 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
                     conn.control.push(frame);
                 }
             }
+            never = &mut expiry => match never {},
         }
     }
     // Nothing of it is left when this returns.

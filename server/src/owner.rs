@@ -328,6 +328,8 @@ impl Owner {
         self.owe().await;
         let mut commands = Vec::new();
         let mut last_use = Instant::now();
+        // It was idle, and somebody has it: that costs nothing until they are gone.
+        let mut held = false;
         loop {
             let tick = match self.may_be_due() {
                 // On its own: every hot session would carry its size.
@@ -354,7 +356,7 @@ impl Owner {
                 }
                 result = self.upkeep.done() => self.continue_upkeep(result),
                 count = self.mailbox.recv_many(&mut commands, TURN), if open => {
-                    last_use = Instant::now();
+                    (last_use, held) = (Instant::now(), false);
                     if count == 0 {
                         break;
                     }
@@ -366,11 +368,13 @@ impl Owner {
                     }
                 }
                 () = tokio::time::sleep_until(tick.unwrap_or(last_use)), if tick.is_some() => {}
-                () = tokio::time::sleep_until(last_use + idle), if idle_store => {
+                () = self.session.unused(), if held => (last_use, held) = (Instant::now(), false),
+                () = tokio::time::sleep_until(last_use + idle), if idle_store && !held => {
                     last_use = Instant::now();
                     self.view = None;
+                    held = !self.session.is_unused();
                     // It may expire from when that is told on, and so it is told before it leaves.
-                    if !self.is_needed() && self.sessions.is_unused(&self.session) && self.postpone_expiry().await {
+                    if !held && !self.is_needed() && self.postpone_expiry().await {
                         self.tell_wake().await;
                         if self.sessions.leave_if_unused(&self.session) {
                             break;

@@ -9,7 +9,7 @@ use mainstay_protocol::error::Code;
 use mainstay_protocol::session::{Compaction, FOR_WORKERS, Incarnation, Refusal, SessionName, State, Streams};
 use mainstay_store::{Created, ReadFrom, SessionId, SessionStat, Store, StoreError};
 use rand::RngCore;
-use tokio::sync::{OnceCell, Semaphore, mpsc, watch};
+use tokio::sync::{Notify, OnceCell, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::config::Config;
@@ -42,9 +42,21 @@ pub(crate) struct Session {
     pub(crate) ring: Mutex<Ring>,
     pub(crate) streams: RwLock<Arc<Streams>>,
     users: AtomicUsize,
+    /// Told when the last user is gone.
+    unused: Notify,
 }
 
 impl Session {
+    /// True if nobody uses it now.
+    pub(crate) fn is_unused(&self) -> bool {
+        self.users.load(Ordering::Relaxed) == 0
+    }
+
+    /// Waits until the last user is gone, or returns at once if that was so since it was asked last. For its owner only.
+    pub(crate) async fn unused(&self) {
+        self.unused.notified().await;
+    }
+
     pub(crate) fn ring(&self) -> MutexGuard<'_, Ring> {
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -78,7 +90,9 @@ impl Clone for SessionUse {
 
 impl Drop for SessionUse {
     fn drop(&mut self) {
-        self.0.users.fetch_sub(1, Ordering::Relaxed);
+        if self.0.users.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.0.unused.notify_one();
+        }
     }
 }
 
@@ -126,13 +140,13 @@ pub(crate) struct Sessions {
     /// Passes of compaction that may run at once: it is nobody's hurry.
     pub(crate) compactions: Arc<Semaphore>,
     /// Woken when a session left memory.
-    pub(crate) left: tokio::sync::Notify,
+    pub(crate) left: Notify,
 }
 
 impl Sessions {
     pub(crate) fn new(store: Arc<dyn Store>, resume_keys: ResumeKeys, config: Config, clock: fn() -> u64) -> Self {
         let hot = Mutex::default();
-        let (stopping, forsaken, left) = (AtomicBool::new(false), AtomicBool::new(false), tokio::sync::Notify::new());
+        let (stopping, forsaken, left) = (AtomicBool::new(false), AtomicBool::new(false), Notify::new());
         Self {
             store,
             config,
@@ -246,6 +260,7 @@ impl Sessions {
             ring: Mutex::new(ring),
             streams: RwLock::new(Arc::new(state.streams().clone())),
             users: AtomicUsize::new(0),
+            unused: Notify::new(),
         });
         let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
         while owners.try_join_next().is_some() {}
@@ -287,15 +302,10 @@ impl Sessions {
         self.lock().contains_key(name)
     }
 
-    /// True if nobody uses it now.
-    pub(crate) fn is_unused(&self, session: &Session) -> bool {
-        session.users.load(Ordering::Relaxed) == 0
-    }
-
     /// Lets a session go if nobody uses it. Called by its owner, which then ends.
     pub(crate) fn leave_if_unused(&self, session: &Arc<Session>) -> bool {
         let mut hot = self.lock();
-        let unused = session.users.load(Ordering::Relaxed) == 0;
+        let unused = session.is_unused();
         if unused {
             self.remove(&mut hot, session);
         }

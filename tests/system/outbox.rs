@@ -16,9 +16,11 @@ use mainstay_tests::proxy::{Faults, Proxy};
 use mainstay_tests::world::World;
 use mainstay_tests::{random, until};
 use mainstay_transport::sim::Random;
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, Command};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
@@ -162,6 +164,33 @@ async fn what_cannot_be_sent_is_not_queued_and_harms_nothing() {
     outbox.queue(line("x".repeat(payload - 1))).await.expect("queued");
     outbox.close().await;
     assert_eq!(Outbox::open(dir.path(), "s").await.expect("an outbox").kept().len(), 2);
+}
+
+/// Lets no file of this process grow beyond so many bytes.
+fn limit_files(bytes: Option<u64>) {
+    let limit = Rlimit { current: bytes, ..getrlimit(Resource::Fsize) };
+    setrlimit(Resource::Fsize, limit).expect("a limit that may be taken back");
+}
+
+/// Three are queued at once, which is two writes: the first finds no room, and the second, behind it, would.
+#[tokio::test(start_paused = true)]
+async fn what_is_behind_a_write_that_failed_fails_with_it() {
+    // Else the signal would end the process.
+    let _caught = signal(SignalKind::from_raw(Signal::XFSZ.as_raw())).expect("a handler");
+    let dir = tempfile::tempdir().expect("a directory");
+    let outbox = Outbox::open(dir.path(), "s").await.expect("an outbox");
+    let item = || line("x".repeat(250_000));
+    limit_files(Some(300_000));
+    let (first, second, third) = tokio::join!(biased; outbox.queue(item()), outbox.queue(item()), outbox.queue(item()));
+    limit_files(None);
+    for failed in [first, second, third] {
+        assert_eq!(failed.expect_err("no room").name(), "OUTBOX_FAILED");
+    }
+    assert!(outbox.kept().is_empty());
+    let entry = outbox.queue(item()).await.expect("queued");
+    assert_eq!((entry.number(), entry.sequence()), (0, Some(0)));
+    outbox.close().await;
+    assert_eq!(Outbox::open(dir.path(), "s").await.expect("an outbox").kept().len(), 1);
 }
 
 /// Waits for the clock on the wall, which paused time does not move.

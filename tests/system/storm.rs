@@ -64,11 +64,12 @@ async fn idle_sessions_cost_little_and_come_back_at_once() {
             timeout(Duration::from_secs(60), there).await.expect("in time");
         }
     }
-    // Idle: what the keep-alive costs.
-    sleep(Duration::from_secs(10)).await;
+    // Idle, for five minutes at full size: what the keep-alive costs in the last third of it.
+    let third = Duration::from_secs(scaled(10));
+    sleep(2 * third).await;
     let (before, _) = used(server.pid());
     let begun = Instant::now();
-    sleep(Duration::from_secs(10)).await;
+    sleep(third).await;
     let (after, resident) = used(server.pid());
     let cpu = (after - before) as f64 / 100.0 / begun.elapsed().as_secs_f64() * 100.0;
     let each = resident.saturating_sub(empty) / sessions;

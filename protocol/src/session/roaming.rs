@@ -8,6 +8,7 @@
 //!     └───────────────────────────────────┴────────────────────────────────────────────┘ withdraw     ▼ first: move
 //! ```
 
+use core::cmp::Ordering;
 use core::net::SocketAddr;
 use core::time::Duration;
 
@@ -19,6 +20,8 @@ pub struct Manners {
     /// After how long at most without a word a sign of life is asked for while the connection is used; `None` for never: what holds NAT
     /// bindings open costs a radio its sleep.
     pub keep_alive: Option<Duration>,
+    /// The same once a dozen questions in a row, which takes about a minute, brought nothing but answers.
+    pub resting: Duration,
     /// After how long a path that was just busy and fell silent is asked first, at most.
     pub busy: Duration,
     /// The same at least, where what came followed each other closely: a NAT that forgot is noticed before people do.
@@ -28,15 +31,22 @@ pub struct Manners {
 impl Manners {
     /// Somebody looks at it: a path that dies is noticed within seconds.
     pub fn foreground(keep_alive: Duration) -> Self {
-        Self { keep_alive: Some(keep_alive), busy: BUSY.min(keep_alive), brisk: BRISK.min(keep_alive) }
+        let resting = (2 * keep_alive).min(BINDING.max(keep_alive));
+        Self { keep_alive: Some(keep_alive), resting, busy: BUSY.min(keep_alive), brisk: BRISK.min(keep_alive) }
     }
 
     /// Nobody looks at it.
     pub fn background(keep_alive: Option<Duration>) -> Self {
         let busy = keep_alive.unwrap_or(BUSY);
-        Self { keep_alive, busy, brisk: busy }
+        Self { keep_alive, resting: busy, busy, brisk: busy }
     }
 }
+
+/// Questions in a row that brought nothing but an answer, after which they may be further apart: half of what an idle connection costs its server
+/// and a radio, for seconds that nobody misses who has seen nothing happen for so long.
+const RESTED: u32 = 12;
+/// Most NATs keep a binding for 30 s; a question is lost now and then.
+const BINDING: Duration = Duration::from_secs(25);
 
 /// See [`Manners::busy`].
 const BUSY: Duration = Duration::from_secs(1);
@@ -150,12 +160,17 @@ pub struct Roaming {
     connected: bool,
     /// The server moves: another connection is wanted although this one works.
     leaving: bool,
+    /// When it was looked last.
+    looked: Duration,
     heard: (u64, Duration),
+    answered: u64,
     news: (u64, Duration),
     /// How closely what came followed each other when it was looked at last.
     pace: Duration,
     /// Questions in a row that brought an answer and nothing else.
     quiet: u32,
+    /// How much of the longer pause the first rest has, of 2³²: clients that came together do not ask together for ever.
+    first_rest: u32,
     /// Since when a question is open.
     asked: Option<Duration>,
     nonce: u64,
@@ -177,10 +192,13 @@ impl Roaming {
             manners,
             connected: false,
             leaving: false,
+            looked: now,
             heard: (0, now),
+            answered: 0,
             news: (0, now),
             pace: BUSY,
             quiet: 0,
+            first_rest: 0,
             asked: None,
             nonce: 0,
             doubt: None,
@@ -310,8 +328,15 @@ impl Roaming {
             return Some(EXPECTING);
         }
         let keep_alive = self.manners.keep_alive.filter(|_| facts.used)?;
+        let longest = match self.quiet.cmp(&RESTED) {
+            Ordering::Less => keep_alive,
+            Ordering::Equal => {
+                keep_alive + self.manners.resting.saturating_sub(keep_alive) / 1024 * (self.first_rest >> 22)
+            }
+            Ordering::Greater => self.manners.resting,
+        };
         let usual = self.pace.saturating_mul(UNUSUAL).max(self.manners.brisk).min(self.manners.busy);
-        Some(usual.saturating_mul(1 << self.quiet.min(10)).min(keep_alive))
+        Some(usual.saturating_mul(1 << self.quiet.min(10)).min(longest))
     }
 
     /// What to do at `now`, if anything. To be asked again until there is nothing, and then at [`Roaming::due`].
@@ -346,9 +371,13 @@ impl Roaming {
 
     /// Looks after the connection that there is.
     fn watch(&mut self, now: Duration, facts: &PathFacts, random: u32) -> Option<RoamingStep> {
+        let looked = core::mem::replace(&mut self.looked, now);
+        let answered = core::mem::replace(&mut self.answered, facts.answered) != facts.answered;
         let heard = facts.heard != self.heard.0;
         if heard {
-            self.heard = (facts.heard, now);
+            // What nobody was told of when it came, such as a late acknowledgement, came at any time since the last look.
+            let told = answered || facts.news != self.news.0 || facts.expecting || facts.uploading;
+            self.heard = (facts.heard, if told { now } else { looked });
         }
         if facts.news != self.news.0 {
             let count = u32::try_from(facts.news.wrapping_sub(self.news.0)).unwrap_or(u32::MAX);
@@ -393,6 +422,7 @@ impl Roaming {
         if heard {
             if self.asked.take().is_some() && self.news.1 != now {
                 self.quiet = self.quiet.saturating_add(1);
+                self.first_rest = random;
             }
             return None;
         }
@@ -434,6 +464,7 @@ impl Roaming {
         (self.quiet, self.pace) = (0, BUSY);
         // Another connection counts anew.
         (self.heard, self.news) = ((u64::MAX, now), (facts.news, now));
+        (self.looked, self.answered) = (now, facts.answered);
     }
 
     /// When there may be something to do, if nothing happens before.
