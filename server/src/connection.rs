@@ -500,6 +500,8 @@ async fn control_stream<C: Connection>(
         }
     };
     tokio::select! {
+        // What is read is answered in the same turn.
+        biased;
         () = reading => {}
         // It ends only if the client let its control frames gather: nothing could be told to it any more (spec CONN-3).
         () = conn.control.write_to(&mut send) => {
@@ -546,7 +548,7 @@ async fn read_control<C: Connection>(
                     frames.set_limit(MAX_FRAME);
                 }
             }
-            Frame::Ping(ping) => conn.control.push(Pong { nonce: ping.nonce }),
+            Frame::Ping(ping) => conn.control.answer(Pong { nonce: ping.nonce }),
             Frame::Pong(_) => {}
             Frame::Credit(credit) => {
                 let subscription = conn.opened().subscriptions.get(&credit.id).cloned();

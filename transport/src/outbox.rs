@@ -1,5 +1,7 @@
 //! Control frames on their way out of one QUIC stream: bounded, coalesced, never waiting for the peer.
 
+use core::future::poll_fn;
+use core::task::{Poll, Waker};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -18,13 +20,14 @@ struct Waiting {
     frames: Writer,
     closing: bool,
     overflowed: bool,
+    /// The task that takes, while it waits.
+    taker: Option<Waker>,
 }
 
 /// What is to be written to a control or attachment stream. Anyone may push; one task takes.
 #[derive(Debug, Default)]
 pub struct Outbox {
     waiting: Mutex<Waiting>,
-    ready: Notify,
     overflow: Notify,
 }
 
@@ -48,8 +51,19 @@ impl Outbox {
         self.add(|w| frame.put(w));
     }
 
+    /// Adds a frame from within the task that takes, which looks for it before it waits: a task that wakes itself costs the waking of a thread.
+    pub fn answer(&self, frame: impl Into<Frame>) {
+        let frame = frame.into();
+        self.put(|w| frame.put(w));
+    }
+
     /// Adds what `put` writes.
     pub fn add(&self, put: impl FnOnce(&mut Writer)) {
+        self.put(put);
+        self.wake();
+    }
+
+    fn put(&self, put: impl FnOnce(&mut Writer)) {
         let mut waiting = self.lock();
         if waiting.closing || waiting.overflowed {
             return;
@@ -60,8 +74,13 @@ impl Outbox {
             self.overflow.notify_one();
             waiting.frames = Writer::new();
         }
-        drop(waiting);
-        self.ready.notify_one();
+    }
+
+    fn wake(&self) {
+        let taker = self.lock().taker.take();
+        if let Some(taker) = taker {
+            taker.wake();
+        }
     }
 
     /// True once [`Outbox::close`] was called.
@@ -72,24 +91,24 @@ impl Outbox {
     /// Lets no more frames in; the stream ends after what waits.
     pub fn close(&self) {
         self.lock().closing = true;
-        self.ready.notify_one();
+        self.wake();
     }
 
     /// Waits for something to do. Cancellation-safe. One task at a time.
     async fn next(&self) -> Next {
-        loop {
-            {
-                let mut waiting = self.lock();
-                if !waiting.frames.is_empty() {
-                    return Next::Write(waiting.frames.take());
-                }
-                // What was thrown away must not look like an orderly end: whoever writes is told of the overflow.
-                if waiting.closing && !waiting.overflowed {
-                    return Next::Finish;
-                }
+        poll_fn(|cx| {
+            let mut waiting = self.lock();
+            if !waiting.frames.is_empty() {
+                return Poll::Ready(Next::Write(waiting.frames.take()));
             }
-            self.ready.notified().await;
-        }
+            // What was thrown away must not look like an orderly end: whoever writes is told of the overflow.
+            if waiting.closing && !waiting.overflowed {
+                return Poll::Ready(Next::Finish);
+            }
+            waiting.taker = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await
     }
 
     /// Writes what is pushed until the outbox is closed and empty, or the peer is gone. A peer that let too much gather loses the
