@@ -24,6 +24,15 @@ struct Waiting {
     taker: Option<Waker>,
 }
 
+/// Wakes the task that takes, once the lock is free.
+fn wake(mut waiting: MutexGuard<'_, Waiting>) {
+    let taker = waiting.taker.take();
+    drop(waiting);
+    if let Some(taker) = taker {
+        taker.wake();
+    }
+}
+
 /// What is to be written to a control or attachment stream. Anyone may push; one task takes.
 #[derive(Debug, Default)]
 pub struct Outbox {
@@ -54,19 +63,18 @@ impl Outbox {
     /// Adds a frame from within the task that takes, which looks for it before it waits: a task that wakes itself costs the waking of a thread.
     pub fn answer(&self, frame: impl Into<Frame>) {
         let frame = frame.into();
-        self.put(|w| frame.put(w));
+        drop(self.put(|w| frame.put(w)));
     }
 
     /// Adds what `put` writes.
     pub fn add(&self, put: impl FnOnce(&mut Writer)) {
-        self.put(put);
-        self.wake();
+        wake(self.put(put));
     }
 
-    fn put(&self, put: impl FnOnce(&mut Writer)) {
+    fn put(&self, put: impl FnOnce(&mut Writer)) -> MutexGuard<'_, Waiting> {
         let mut waiting = self.lock();
         if waiting.closing || waiting.overflowed {
-            return;
+            return waiting;
         }
         put(&mut waiting.frames);
         if waiting.frames.len() > LIMIT {
@@ -74,13 +82,7 @@ impl Outbox {
             self.overflow.notify_one();
             waiting.frames = Writer::new();
         }
-    }
-
-    fn wake(&self) {
-        let taker = self.lock().taker.take();
-        if let Some(taker) = taker {
-            taker.wake();
-        }
+        waiting
     }
 
     /// True once [`Outbox::close`] was called.
@@ -90,8 +92,9 @@ impl Outbox {
 
     /// Lets no more frames in; the stream ends after what waits.
     pub fn close(&self) {
-        self.lock().closing = true;
-        self.wake();
+        let mut waiting = self.lock();
+        waiting.closing = true;
+        wake(waiting);
     }
 
     /// Waits for something to do. Cancellation-safe. One task at a time.
