@@ -245,7 +245,7 @@ async fn an_idle_hour_costs_what_the_documentation_says() {
     // IP and UDP headers over IPv4.
     const HEADERS: u64 = 28;
     println!("application             datagrams    bytes with headers, of an idle hour");
-    for (what, most) in [("in the foreground", 110_000), ("in the background", 45_000), ("without keep-alive", 1000)] {
+    for (what, most) in [("in the foreground", 90_000), ("in the background", 45_000), ("without keep-alive", 1000)] {
         let mut world = World::new(quiet(), 1);
         let mut config = Config::default();
         config.give_up_after = None;

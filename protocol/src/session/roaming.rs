@@ -31,7 +31,7 @@ pub struct Manners {
 impl Manners {
     /// Somebody looks at it: a path that dies is noticed within seconds.
     pub fn foreground(keep_alive: Duration) -> Self {
-        let resting = (2 * keep_alive).min(BINDING.max(keep_alive));
+        let resting = (keep_alive * 5 / 2).min(BINDING.max(keep_alive));
         Self { keep_alive: Some(keep_alive), resting, busy: BUSY.min(keep_alive), brisk: BRISK.min(keep_alive) }
     }
 
@@ -42,8 +42,8 @@ impl Manners {
     }
 }
 
-/// Questions in a row that brought nothing but an answer, after which they may be further apart: half of what an idle connection costs its server
-/// and a radio, for seconds that nobody misses who has seen nothing happen for so long.
+/// Questions in a row that brought nothing but an answer, after which they may be further apart: less than half of what an idle connection costs
+/// its server and a radio, for seconds that nobody misses who has seen nothing happen for so long.
 const RESTED: u32 = 12;
 /// Most NATs keep a binding for 30 s; a question is lost now and then.
 const BINDING: Duration = Duration::from_secs(25);
