@@ -11,7 +11,7 @@ use mainstay_protocol::error::ProtocolError;
 use mainstay_protocol::session::{ClientKey, Instance, RESUME_EXPORTER, SessionName, resume_context, resume_text};
 use mainstay_protocol::wire::Resume;
 use mainstay_transport::Connection;
-use rand::RngCore;
+use mainstay_transport::entropy;
 use ring::signature::{Ed25519KeyPair, KeyPair};
 use serde::{Deserialize, Serialize};
 
@@ -53,11 +53,8 @@ impl fmt::Debug for Continuity {
 impl Default for Continuity {
     /// A new client.
     fn default() -> Self {
-        let (mut instance, mut seed) = ([0; 16], [0; 32]);
-        let mut rng = rand::rng();
-        rng.fill_bytes(&mut instance);
-        rng.fill_bytes(&mut seed);
-        Self::with(Instance(instance), seed, BTreeMap::new(), None)
+        // The seed of a key comes from the system, whatever ids come from.
+        Self::with(Instance(entropy::random()), rand::random(), BTreeMap::new(), None)
     }
 }
 

@@ -16,6 +16,7 @@ use mainstay_protocol::wire::{
     Join, Label, Leave, Listen, OpenProducer, Release, Renew, Resume, SetRule, Signal, Start, StartRun, Subscribe,
     TakeRun, Trim, Unsubscribe, Update, Writer, put_frame,
 };
+use mainstay_transport::entropy;
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, SendStream, StreamError, priority};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
@@ -355,7 +356,7 @@ impl<C: Connection> Driver<C> {
                 Over::Unused => return,
                 Over::Failed(error) => break error,
                 Over::Again if !link.is_going_away() => {
-                    let pause = tokio::time::sleep(backoff.next(rand::random()));
+                    let pause = tokio::time::sleep(backoff.next(entropy::random()));
                     if self.meanwhile(pause).await.is_none() {
                         return;
                     }

@@ -11,6 +11,7 @@ use mainstay_protocol::session::{CreditSent, PathFacts};
 use mainstay_protocol::wire::{
     Body, Credit, Frame, GoAway, Hello, Ping, Pong, Subscribe, Subscribed, Token, put_grease,
 };
+use mainstay_transport::entropy;
 use mainstay_transport::{
     Connection, ConnectionError, FrameError, FrameReader, Outbox, SendStream, StreamError, priority,
 };
@@ -149,7 +150,7 @@ impl<C: Connection> Link<C> {
             bulk_streams: Some(config.subscriptions),
             ..Hello::default()
         });
-        this.control.add(|w| put_grease(rand::random(), &[0; 5], w));
+        this.control.add(|w| put_grease(entropy::random(), &[0; 5], w));
         tokio::spawn(this.clone().serve(send, FrameReader::new(recv, MAX_FRAME), early));
         Ok(this)
     }

@@ -6,6 +6,7 @@ use mainstay_protocol::session::{
     Kind, MessageAppend, MessageEnd, MessageId, MessageReplace, MessageStart, Payload, Record, Status,
 };
 use mainstay_protocol::wire::{Detail, Label, Start};
+use mainstay_transport::entropy;
 
 use crate::error::{AppendError, ClientError};
 use crate::producer::{Producer, Ticket};
@@ -74,7 +75,7 @@ impl<'a> MessageWriter<'a> {
     ) -> Result<Self, AppendError> {
         let label = |text| Label::new(text).map_err(|error| AppendError::unsent(error.into()));
         let start = MessageStart { role: label(role)?, content_type: label(content_type)? };
-        let this = Self::resume(producer, stream, MessageId(rand::random()));
+        let this = Self::resume(producer, stream, MessageId(entropy::random()));
         this.append_record(start.record(stream.0)).await?;
         Ok(this)
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use mainstay_protocol::Code;
 use mainstay_protocol::session::{Manners, PathFacts, Roaming, RoamingStep, moved_to, sent_on_to};
+use mainstay_transport::entropy;
 use mainstay_transport::{Connection, ConnectionError, Connector};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -372,7 +373,7 @@ impl<T: Connector> Supervisor<T> {
         loop {
             let (now, facts) = (self.now(), self.facts());
             let doubted = self.roaming.in_doubt();
-            let step = self.roaming.step(now, &facts, rand::random());
+            let step = self.roaming.step(now, &facts, entropy::random());
             if doubted && !self.roaming.in_doubt() && self.rebound && !matches!(step, Some(RoamingStep::Move)) {
                 tracing::info!("the connection goes on over another path");
                 self.count(|paths| paths.changes += 1);
@@ -471,7 +472,7 @@ impl<T: Connector> Supervisor<T> {
         self.count(|paths| paths.losses += 1);
         self.shared.links.send_modify(|links| links.status = Status::Down);
         // A server that takes connections and ends them at once is not asked in a loop.
-        self.roaming.lost(self.now(), hopeful && greeted, rand::random());
+        self.roaming.lost(self.now(), hopeful && greeted, entropy::random());
     }
 
     fn told(&mut self, told: Told<T::Connection>) {
@@ -495,7 +496,7 @@ impl<T: Connector> Supervisor<T> {
                     self.last = error;
                 }
                 self.withdraw();
-                self.roaming.failed(self.now(), rand::random());
+                self.roaming.failed(self.now(), entropy::random());
             }
         }
     }
@@ -588,8 +589,8 @@ impl<T: Connector> Supervisor<T> {
             if let Some(told) = going.address {
                 self.sent_on(link, told);
             }
-            let spread = Duration::from_millis(going.spread.min(MAX_SPREAD)).mul_f64(rand::random());
-            self.roaming.going_away(self.now(), spread, rand::random());
+            let spread = Duration::from_millis(going.spread.min(MAX_SPREAD)).mul_f64(entropy::random());
+            self.roaming.going_away(self.now(), spread, entropy::random());
         }
     }
 

@@ -9,6 +9,7 @@ use mainstay_protocol::session::{
     SignalId, SignalResolved, Status, View,
 };
 use mainstay_protocol::wire::{Detail, Granted, Label};
+use mainstay_transport::entropy;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::driver::{Ask, SessionCommand};
@@ -143,7 +144,7 @@ impl Run {
     ) -> Result<(RequestId, Ticket), AppendError> {
         let needs = Label::new(needs).map_err(|error| AppendError::unsent(error.into()))?;
         let lasts = u64::try_from(lasts.as_millis()).unwrap_or(u64::MAX);
-        let request = RequestId(rand::random());
+        let request = RequestId(entropy::random());
         let ticket = self.say(producer, &RequestOpened { request, needs, lasts, body: body.into() }).await?;
         Ok((request, ticket))
     }

@@ -10,6 +10,7 @@ use mainstay_protocol::session::{
     Verdict, ViewHash,
 };
 use mainstay_protocol::wire::{AttachMode, Attached, Label, MAX_VARINT, SetRule, Start};
+use mainstay_transport::entropy;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::client::Client;
@@ -274,7 +275,7 @@ impl Session {
     ///
     /// Errors: `Refused` with `RUN_ACTIVE` where another one is and the session has one at a time, `FORBIDDEN`, `LIMIT_EXCEEDED`.
     pub async fn start_run(&self, lease: Duration, input: Option<MessageId>) -> Result<Run, ClientError> {
-        self.start_run_as(RunId(rand::random()), lease, input).await
+        self.start_run_as(RunId(entropy::random()), lease, input).await
     }
 
     /// The same, under an id that is known before; or takes a run of this id over that is lost. Errors: as [`Session::start_run`], and

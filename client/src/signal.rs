@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use mainstay_protocol::session::{Intent, MessageId, RequestId, RunId, SignalId, Target};
+use mainstay_transport::entropy;
 use tokio::sync::mpsc;
 
 use crate::driver::{Ask, SessionCommand};
@@ -24,7 +25,7 @@ pub struct Signalling {
 
 impl Signalling {
     pub(crate) fn new(session: Session, intent: Intent) -> Self {
-        let id = SignalId(rand::random());
+        let id = SignalId(entropy::random());
         let signal = mainstay_protocol::wire::Signal { id, intent, target: None, lasts: 0, text: Bytes::new() };
         Self { session, signal }
     }

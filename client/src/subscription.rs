@@ -11,6 +11,7 @@ use mainstay_protocol::session::{
     Author, Backoff, CreditReceived, Incarnation, Kind, Progress, Record, Records, Verdict, View,
 };
 use mainstay_protocol::wire::{Delivery, Frame, Label, Span, Start, Subscribe};
+use mainstay_transport::entropy;
 use mainstay_transport::{Connection, FrameError, FrameReader, RecvStream};
 use tokio::sync::mpsc;
 
@@ -352,7 +353,7 @@ impl<C: Connection> Reader<C> {
             match over {
                 Over::Again { patience } => {
                     if patience {
-                        tokio::time::sleep(backoff.next(rand::random())).await;
+                        tokio::time::sleep(backoff.next(entropy::random())).await;
                     } else {
                         backoff.reset();
                     }

@@ -308,3 +308,52 @@ fn a_departure_is_answered_once_it_is_durable() {
         "a closed session has no members"
     );
 }
+
+/// Spec DUR-2: nobody is told of a value that may never be.
+#[test]
+fn what_contradicts_a_change_that_is_not_durable_is_refused_once_that_is() {
+    let mut session = Session::new();
+    let append = |session: &mut Session, sequence: u64, record: &Record| {
+        let mut w = Writer::new();
+        record.put(&mut w);
+        let batch = CheckedBatch::new(1, w.freeze()).expect("a valid batch");
+        let author = session.author.clone();
+        session.authority.append(1, &author, (&session.handle, 1, sequence), None, batch, ()).0
+    };
+    let change = |value: &'static str| {
+        let change = Change::Put { value: value.into(), lasts: 0 };
+        StateChange { key: Key::new("k").expect("a key"), expected: Expected::Absent, change }.record(0)
+    };
+    let sequence = session.sequence;
+    // Waiting, in flight, and behind the one in flight.
+    for in_flight in [false, true] {
+        assert_eq!(append(&mut session, sequence, &change("first")), Outcome::Pending);
+        if in_flight {
+            assert!(matches!(session.authority.next_chunk(), Step::Commit(_)));
+        }
+        let Outcome::Refused(refusal) = append(&mut session, sequence + 1, &change("second")) else {
+            panic!("two values where there was none")
+        };
+        assert_eq!(refusal.code, Code::CONFLICT);
+        assert_eq!(session.authority.refuse(refusal.clone(), ()), None, "told of a value that may never be");
+        // What contradicts nothing of it is told at once.
+        let malformed = Refusal::new(Code::RECORD_MALFORMED, "nothing that is stored");
+        assert!(session.authority.refuse(malformed, ()).is_some());
+        if !in_flight {
+            assert!(matches!(session.authority.next_chunk(), Step::Commit(_)));
+        }
+        assert_eq!(session.authority.not_committed().len(), 2, "both are answered as what was not committed");
+        assert!(session.view().state().is_empty());
+    }
+    assert_eq!(append(&mut session, sequence, &change("third")), Outcome::Pending);
+    assert!(matches!(session.authority.next_chunk(), Step::Commit(_)));
+    let Outcome::Refused(refusal) = append(&mut session, sequence + 1, &change("fourth")) else { panic!("two values") };
+    assert_eq!(session.authority.refuse(refusal.clone(), ()), None);
+    let committed = session.authority.committed().expect("follows").expect("a chunk");
+    let replies: Vec<Reply> = committed.replies.into_iter().map(|(_, reply)| reply).collect();
+    assert!(matches!(&replies[..], [Reply::Appended { .. }, Reply::Refused(told)] if *told == refusal), "{replies:?}");
+    assert!(matches!(session.authority.next_chunk(), Step::Idle), "a chunk for a refusal alone");
+    // Nothing is on its way: it is told at once.
+    let Outcome::Refused(refusal) = append(&mut session, sequence + 1, &change("fifth")) else { panic!("two values") };
+    assert!(session.authority.refuse(refusal, ()).is_some());
+}

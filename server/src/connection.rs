@@ -15,6 +15,7 @@ use mainstay_protocol::session::{
     Author, CreditSent, Grants, Incarnation, Instance, Operation, Refusal, SessionName, may_be_early,
 };
 use mainstay_protocol::wire::{Authenticated, Body, Detail, Error, Frame, Hello, Pong, Produce, Token, put_grease};
+use mainstay_transport::entropy;
 use mainstay_transport::{
     Connection, ConnectionError, FrameError, FrameReader, Outbox, RecvStream, SendStream, StreamError, priority,
 };
@@ -483,7 +484,7 @@ async fn control_stream<C: Connection>(
         ..Hello::default()
     };
     conn.control.push(hello);
-    conn.control.add(|w| put_grease(rand::random(), &[0; 3], w));
+    conn.control.add(|w| put_grease(entropy::random(), &[0; 3], w));
     send.set_priority(priority::CONTROL);
     let reading = async {
         match read_control(&conn, &transport, recv, deadline).await {

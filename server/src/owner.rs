@@ -849,6 +849,7 @@ impl Owner {
                 (Ticket::Batch { link, .. }, Reply::Appended { sequence, acked }) => {
                     acknowledge(&mut acks, link, sequence, acked);
                 }
+                (ticket, Reply::Refused(refusal)) => refuse(&ticket, &refusal),
                 (Ticket::Request { attachment, id, .. }, reply) => self.answer_request(&attachment, id, reply),
                 (Ticket::Batch { .. }, _) => {}
             }
@@ -905,6 +906,8 @@ impl Owner {
                     self.runs.hasten(&run, epoch, (now, now.saturating_add(DEPARTED_LEASE)));
                 }
             }
+            // Told where its ticket says what it is about.
+            Reply::Refused(_) => {}
             Reply::Signalled { signal, seq } => outbox.push(Signalled { id: signal, seq }),
             Reply::Configured { seq } => outbox.push(Configured { seq }),
             Reply::Stream { id, name } => outbox.push(Stream { id, name }),
@@ -1043,11 +1046,11 @@ impl Owner {
             }
             Command::Renew { attachment, epoch } => match self.held_run(&attachment, epoch).await {
                 Ok(_) => self.renew(epoch, &attachment),
-                Err(refusal) => attachment.refuse(Renew::KIND, 0, &refusal),
+                Err(refusal) => self.turn_down(&attachment, Renew::KIND, refusal),
             },
             Command::Release { attachment, epoch: Some(epoch) } => match self.held_run(&attachment, epoch).await {
                 Ok((authority, run)) => authority.lose_run(now, run, epoch),
-                Err(refusal) => attachment.refuse(Release::KIND, 0, &refusal),
+                Err(refusal) => self.turn_down(&attachment, Release::KIND, refusal),
             },
             Command::Release { attachment, epoch: None } => {
                 if let Some(Role::Writer { authority, .. }) = &mut self.role {
@@ -1184,9 +1187,10 @@ impl Owner {
         };
         let (mut acks, mut renewed) = (None, Vec::new());
         for Sent { sequence, run, batch } in batches {
-            let ticket = Ticket::Batch { link: link.clone(), sequence, _permit: permit.clone() };
+            let ticket = || Ticket::Batch { link: link.clone(), sequence, _permit: permit.clone() };
             let author = &link.attachment.author;
-            let (outcome, _) = authority.append(now, author, (&link.handle, link.epoch, sequence), run, batch, ticket);
+            let (outcome, _) =
+                authority.append(now, author, (&link.handle, link.epoch, sequence), run, batch, ticket());
             match outcome {
                 // A repetition of one that is on its way was not held to its run.
                 Outcome::Pending => renewed
@@ -1195,7 +1199,7 @@ impl Owner {
                     acknowledge(&mut acks, link.clone(), sequence, acked);
                 }
                 Outcome::Done(_) => {}
-                Outcome::Refused(refusal) => refuse_batch(link, sequence, &refusal),
+                Outcome::Refused(refusal) => turn_down(authority, refusal, ticket()),
             }
         }
         if let Some((link, ack)) = acks {
@@ -1215,6 +1219,16 @@ impl Owner {
         Ok((authority, run))
     }
 
+    /// Refuses something that has no id.
+    fn turn_down(&mut self, attachment: &Arc<Attachment>, about: u64, refusal: Refusal) {
+        match &mut self.role {
+            Some(Role::Writer { authority, .. }) => {
+                turn_down(authority, refusal, Ticket::Request { attachment: attachment.clone(), about, id: 0 });
+            }
+            _ => attachment.refuse(about, 0, &refusal),
+        }
+    }
+
     async fn request(
         &mut self,
         attachment: Arc<Attachment>,
@@ -1222,15 +1236,15 @@ impl Owner {
         id: u64,
         ask: impl FnOnce(&mut Authority<Ticket>, Ticket) -> (Outcome, Option<Ticket>),
     ) {
-        let ticket = Ticket::Request { attachment: attachment.clone(), about, id };
-        let outcome = match self.authority().await {
-            Ok(authority) => ask(authority, ticket).0,
-            Err(refusal) => Outcome::Refused(refusal),
+        let ticket = || Ticket::Request { attachment: attachment.clone(), about, id };
+        let authority = match self.authority().await {
+            Ok(authority) => authority,
+            Err(refusal) => return refuse(&ticket(), &refusal),
         };
-        match outcome {
+        match ask(authority, ticket()).0 {
             Outcome::Pending => {}
             Outcome::Done(reply) => self.answer_request(&attachment, id, reply),
-            Outcome::Refused(refusal) => attachment.refuse(about, id, &refusal),
+            Outcome::Refused(refusal) => turn_down(authority, refusal, ticket()),
         }
     }
 
@@ -1286,6 +1300,13 @@ fn acknowledge(acks: &mut Option<(Arc<ProducerLink>, Ack)>, link: Arc<ProducerLi
     }
     let ack = Ack { producer: link.id, sequence, batches: vec![acked] };
     *acks = Some((link, ack));
+}
+
+/// Refuses a request: now, or once what it contradicts is durable.
+fn turn_down(authority: &mut Authority<Ticket>, refusal: Refusal, ticket: Ticket) {
+    if let Some((refusal, ticket)) = authority.refuse(refusal, ticket) {
+        refuse(&ticket, &refusal);
+    }
 }
 
 fn refuse(ticket: &Ticket, refusal: &Refusal) {

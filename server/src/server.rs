@@ -117,8 +117,19 @@ impl Server {
     /// A server of the sessions in `store` for the holders of tokens that `keyring` verifies. What `resume` sealed it opens, also in another
     /// process.
     pub fn new(store: Arc<dyn Store>, keyring: Keyring, resume: ResumeKeys, config: Config) -> Self {
+        Self::with_clock(store, keyring, resume, config, wall_clock)
+    }
+
+    /// The same, which reads the time off `clock`: milliseconds since the Unix epoch. It may jump, as clocks of machines do.
+    pub fn with_clock(
+        store: Arc<dyn Store>,
+        keyring: Keyring,
+        resume: ResumeKeys,
+        config: Config,
+        clock: fn() -> u64,
+    ) -> Self {
         let ingest = Arc::new(Semaphore::new(config.ingest_budget));
-        let sessions = Arc::new(Sessions::new(store, resume, config, wall_clock));
+        let sessions = Arc::new(Sessions::new(store, resume, config, clock));
         Self {
             shared: Arc::new(Shared {
                 sessions,

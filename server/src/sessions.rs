@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use mainstay_protocol::error::Code;
 use mainstay_protocol::session::{Compaction, FOR_WORKERS, Incarnation, Refusal, SessionName, State, Streams};
 use mainstay_store::{Created, ReadFrom, SessionId, SessionStat, Store, StoreError};
-use rand::RngCore;
+use mainstay_transport::entropy;
 use tokio::sync::{Notify, OnceCell, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
@@ -220,9 +220,7 @@ impl Sessions {
         let stat = match (self.store.stat(name.clone()).await.map_err(refused)?, create) {
             (Some(stat), _) => stat,
             (None, Some(expire_after)) => {
-                let mut incarnation = [0; 16];
-                rand::rng().fill_bytes(&mut incarnation);
-                let id = SessionId { name: name.clone(), incarnation: Incarnation(incarnation) };
+                let id = SessionId { name: name.clone(), incarnation: Incarnation(entropy::random()) };
                 let created = (self.clock)();
                 match self.store.create(id.clone(), created, expire_after).await.map_err(refused)? {
                     Created::New => {

@@ -9,6 +9,7 @@
 //! What a new binding must bring: ordered reliable streams in both kinds, per-stream and per-connection flow control,
 //! reset and stop with a code, and strict priorities among what is ready to be sent.
 
+pub mod entropy;
 mod frames;
 mod gather;
 pub mod memory;

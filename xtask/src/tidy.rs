@@ -13,6 +13,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("transport", &["protocol"]),
     ("server", &["protocol", "store", "transport"]),
     ("client", &["protocol", "transport"]),
+    ("checker", &[]),
     ("bench", &["protocol", "transport", "client", "tests"]),
     ("cli", &["protocol", "store", "store-fjall", "transport", "server", "client", "bench"]),
 ];
@@ -23,7 +24,7 @@ pub(crate) fn run(root: &Path) -> Outcome {
     let mut broken = Vec::new();
     edges(root, &mut broken);
     let mut sources = Vec::new();
-    for dir in EDGES.iter().map(|(dir, _)| *dir).chain(["tests", "xtask", "fuzz"]) {
+    for dir in EDGES.iter().map(|(dir, _)| *dir).chain(["tests", "sim", "xtask", "fuzz"]) {
         collect(&root.join(dir), &mut sources);
     }
     for path in &sources {

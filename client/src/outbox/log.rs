@@ -9,6 +9,7 @@
 //! the machine stopped is cut off: nobody was told of it. Everything else that does not fit is damage, and is reported. The seed is chosen
 //! at random, so that no bytes that are queued look like an entry to a search for one (spec OUT-2).
 
+use mainstay_transport::entropy;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -118,7 +119,7 @@ impl Log {
 
     /// Puts these entries in the place of all: the file is the old one or the new one, whole.
     pub(crate) fn replace<'a>(&mut self, bodies: impl Iterator<Item = &'a [u8]>) -> io::Result<()> {
-        let seed: u64 = rand::random();
+        let seed: u64 = entropy::random();
         let mut bytes = header(seed);
         bodies.for_each(|body| put(seed, body, &mut bytes));
         let mut replacement = Replacement::of(&self.path)?;

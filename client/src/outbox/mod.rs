@@ -31,6 +31,7 @@ use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::MAX_SIGNAL_TEXT;
 use mainstay_protocol::session::{Intent, Record, SessionName, SignalId, Target};
 use mainstay_protocol::wire::{Label, MAX_VARINT, Signal, Writer};
+use mainstay_transport::entropy;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use self::ledger::{Change, Ledger, Outcome, Queued, What};
@@ -154,7 +155,7 @@ impl Item {
         if intent.is_answer() != matches!(target, Some(Target::Request(_))) {
             return Err(OutboxError::Invalid("an answer is for a request, and nothing else is".into()));
         }
-        let id = SignalId(rand::random());
+        let id = SignalId(entropy::random());
         Ok(Self { what: What::Signal(Signal { id, intent, target, lasts: 0, text }), valid_until: None })
     }
 
@@ -500,7 +501,7 @@ fn load(dir: &Path, path: &Path, session: SessionName) -> Result<(Log, Ledger), 
 
 /// The name of a producer that nobody else has: its sequence begins at 0, nobody is fenced, and nothing is on its way under it.
 fn producer_name() -> Result<Label, ClientError> {
-    Ok(Label::new(&format!("outbox-{:032x}", rand::random::<u128>()))?)
+    Ok(Label::new(&format!("outbox-{:032x}", entropy::random::<u128>()))?)
 }
 
 fn encoded<'a>(changes: impl IntoIterator<Item = &'a Change>) -> Bytes {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use mainstay_protocol::session::{Chunk, Compaction, Incarnation, SessionName};
 
+use super::random::SplitMix;
 use crate::contract::{
     Committing, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store, StoreError,
     Writer,
@@ -32,13 +33,13 @@ pub struct Faults {
 pub struct FaultyStore<S> {
     inner: S,
     faults: Mutex<Faults>,
-    random: Arc<Mutex<u64>>,
+    random: Mutex<SplitMix>,
 }
 
 impl<S> FaultyStore<S> {
     /// Wraps `inner`.
     pub fn new(inner: S, faults: Faults, seed: u64) -> Self {
-        Self { inner, faults: Mutex::new(faults), random: Arc::new(Mutex::new(seed)) }
+        Self { inner, faults: Mutex::new(faults), random: Mutex::new(SplitMix(seed)) }
     }
 
     /// Changes what goes wrong from now on.
@@ -50,14 +51,9 @@ impl<S> FaultyStore<S> {
         *self.faults.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// SplitMix64, reduced to thousandths.
+    /// A number of thousandths.
     fn roll(&self) -> u32 {
-        let mut state = self.random.lock().unwrap_or_else(PoisonError::into_inner);
-        *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = *state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) % 1000) as u32
+        self.random.lock().unwrap_or_else(PoisonError::into_inner).below(1000) as u32
     }
 
     fn refuse<T: Send + 'static>(&self) -> Option<Pending<T>> {

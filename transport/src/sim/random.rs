@@ -29,6 +29,11 @@ impl Random {
         ((self.bits() >> 11) as f64 / (1u64 << 53) as f64) < probability
     }
 
+    /// Random bytes.
+    pub fn array<const N: usize>(&mut self) -> [u8; N] {
+        core::array::from_fn(|_| self.bits() as u8)
+    }
+
     /// A generator of its own, for another purpose.
     pub fn fork(&mut self) -> Self {
         Self(self.bits())

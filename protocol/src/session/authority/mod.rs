@@ -56,7 +56,7 @@ impl Refusal {
     }
 }
 
-/// The answer to a request that took effect.
+/// The answer to a request that waited for durability, or needed nothing new.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reply {
     /// A batch is durable: its sequence and seqs.
@@ -125,6 +125,8 @@ pub enum Reply {
         /// The first seq that can be read.
         first: u64,
     },
+    /// The request had no effect, and what it contradicted is durable now.
+    Refused(Refusal),
 }
 
 /// What became of a request.
@@ -178,6 +180,8 @@ enum Work {
     },
     /// The departure of a member, asked for while it is on its way.
     Left,
+    /// What contradicts something that is on its way.
+    Refused(Refusal),
     Trim {
         first: u64,
     },
@@ -696,6 +700,38 @@ impl<T> Authority<T> {
         }
     }
 
+    /// Refuses a request with what was found. What it contradicts may be accepted and not durable yet, and nothing is told of that (spec
+    /// DUR-2): the refusal then comes out of [`Authority::committed`] once it is, or the ticket out of [`Authority::not_committed`].
+    /// Returns what is to be told now.
+    pub fn refuse(&mut self, refusal: Refusal, ticket: T) -> Option<(Refusal, T)> {
+        let by_what_is_stored = matches!(
+            refusal.code,
+            Code::CONFLICT
+                | Code::STATE_INVALID
+                | Code::MESSAGE_EXISTS
+                | Code::MESSAGE_NOT_OPEN
+                | Code::NOT_A_MEMBER
+                | Code::RUN_FENCED
+                | Code::RUN_ACTIVE
+                | Code::RUN_OVER
+                | Code::ALREADY_RESOLVED
+                | Code::ID_IN_USE
+        );
+        if !by_what_is_stored || self.overlay.is_empty() {
+            return Some((refusal, ticket));
+        }
+        // With the last of what was accepted; a chunk for its own sake would be one of nothing.
+        let work = (Work::Refused(refusal), Some(ticket));
+        match (self.waiting.is_empty(), &mut self.prepared, &mut self.flight) {
+            (true, Some(last), _) | (true, None, Some(last)) => last.work.push(work),
+            _ => {
+                let (work, ticket) = work;
+                self.push(work, ticket);
+            }
+        }
+        None
+    }
+
     /// The next chunk to commit, if none is in flight and something waits (spec DUR-5): at most 64 KiB of records, or one
     /// larger batch.
     pub fn next_chunk(&mut self) -> Step {
@@ -774,7 +810,7 @@ impl<T> Authority<T> {
                     builder.control(Control::Resume { author, key, generation });
                 }
                 Work::Entry { entry } => builder.control(entry.clone()),
-                Work::Again { .. } | Work::Left => {}
+                Work::Again { .. } | Work::Left | Work::Refused(_) => {}
             }
             work.push((next, ticket));
         }
@@ -837,6 +873,7 @@ impl<T> Authority<T> {
             Work::Stream { id, name } => Reply::Stream { id, name },
             Work::Entry { .. } => Reply::Closed { seq: state.view().closed()? },
             Work::Left => Reply::Left,
+            Work::Refused(refusal) => Reply::Refused(refusal),
             Work::Trim { .. } => Reply::Trimmed { first: state.first() },
             Work::Resume { key, generation, .. } => Reply::Resumed { key, generation },
             Work::Record { author, record, .. } => match record.kind {

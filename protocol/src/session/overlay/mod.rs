@@ -156,6 +156,11 @@ impl Overlay {
         }
     }
 
+    /// True if nothing that the rules look at was accepted and is not durable yet.
+    pub(super) fn is_empty(&self) -> bool {
+        self.changes.is_empty()
+    }
+
     /// Nothing that was accepted will be durable.
     pub(super) fn roll_back(&mut self) {
         *self = Self::default();

@@ -1,0 +1,70 @@
+//! A1–A3: who may do what.
+
+use crate::evidence::{Evidence, Granted, Outcome};
+use crate::history::Event;
+use crate::verdict::{Class, Verdict};
+
+/// How long what was asked for before a right was revoked may go on, in nanoseconds.
+const GRACE: u64 = 1_000_000_000;
+
+/// True if the right is about this session: a prefix ends at a border.
+fn covers(prefix: &str, session: &str) -> bool {
+    let border = |c: char| c == ':' || c == '/';
+    match session.strip_prefix(prefix) {
+        Some(rest) => prefix.is_empty() || rest.is_empty() || prefix.ends_with(border) || rest.starts_with(border),
+        None => false,
+    }
+}
+
+/// Checks what was done, refused and delivered against rights.
+pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
+    let of = |process: &str| -> Vec<&Granted<'_>> {
+        evidence.grants.iter().filter(|granted| granted.process == process).collect()
+    };
+    let allows = |granted: &Granted<'_>, operation: &str, session: &str| {
+        covers(granted.prefix, session) && granted.operations.iter().any(|allowed| allowed == operation)
+    };
+    for operation in &evidence.operations {
+        let rights = of(operation.process);
+        if rights.is_empty() {
+            continue;
+        }
+        let (session, needs) = (operation.call.session(), operation.call.needs());
+        let mut matching = rights.iter().filter(|granted| allows(granted, needs, session));
+        let what = || format!("operation {} of {}, which needs {needs}", operation.op, operation.process);
+        match operation.outcome {
+            Outcome::Done(_) => {
+                verdict.count("allowed", 1);
+                let mut during = matching.filter(|granted| {
+                    granted.from <= operation.returned && granted.until.saturating_add(GRACE) >= operation.invoked
+                });
+                if during.next().is_none() {
+                    verdict.report(Class::Unauthorized, session, what);
+                }
+            }
+            Outcome::Failed("FORBIDDEN") => {
+                verdict.count("forbidden", 1);
+                if matching.any(|granted| granted.from <= operation.invoked && granted.until >= operation.returned) {
+                    verdict.report(Class::WronglyRefused, session, what);
+                }
+            }
+            _ => {}
+        }
+    }
+    for (number, subscription) in &evidence.subscriptions {
+        let rights = of(subscription.process);
+        if rights.is_empty() {
+            continue;
+        }
+        let matching: Vec<_> = rights.iter().filter(|granted| allows(granted, "read", subscription.session)).collect();
+        for (at, event) in &subscription.events {
+            let Event::Records { records, .. } = event else { continue };
+            let within = |granted: &&&&Granted<'_>| granted.from <= *at && granted.until.saturating_add(GRACE) >= *at;
+            if !records.is_empty() && !matching.iter().any(|granted| within(&granted)) {
+                let class = if matching.is_empty() { Class::Unauthorized } else { Class::RevokedDelivery };
+                let what = || format!("subscription {number} of {} at {at}", subscription.process);
+                verdict.report(class, subscription.session, what);
+            }
+        }
+    }
+}

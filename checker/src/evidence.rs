@@ -1,0 +1,345 @@
+//! A history put in order: operations with their outcomes, what each subscription saw, and for each life of a session every record that
+//! anybody saw at each seq.
+
+use std::collections::BTreeMap;
+
+use crate::history::{Call, Entry, Event, Filter, Record, View};
+use crate::verdict::{Class, Verdict};
+
+/// What became of an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome<'a> {
+    /// It was done.
+    Done(Option<u64>),
+    /// It was not done and never will be.
+    Failed(&'a str),
+    /// It may have been done.
+    Unknown,
+}
+
+/// Something that a process asked for.
+#[derive(Debug, Clone)]
+pub struct Operation<'a> {
+    /// Its name.
+    pub op: u64,
+    /// Who asked.
+    pub process: &'a str,
+    /// For what.
+    pub call: &'a Call,
+    /// When.
+    pub invoked: u64,
+    /// When the answer came; the end of time for one that has none.
+    pub returned: u64,
+    /// The answer.
+    pub outcome: Outcome<'a>,
+}
+
+impl Operation<'_> {
+    /// The seq, if it was done and the answer told one.
+    pub fn seq(&self) -> Option<u64> {
+        match self.outcome {
+            Outcome::Done(seq) => seq,
+            _ => None,
+        }
+    }
+
+    /// True if it was certainly not done.
+    pub fn has_failed(&self) -> bool {
+        matches!(self.outcome, Outcome::Failed(_))
+    }
+
+    /// True if it was certainly done.
+    pub fn is_done(&self) -> bool {
+        matches!(self.outcome, Outcome::Done(_))
+    }
+}
+
+/// What a subscription saw, in order.
+#[derive(Debug, Clone)]
+pub struct Subscription<'a> {
+    /// Who reads it.
+    pub process: &'a str,
+    /// What.
+    pub session: &'a str,
+    /// Which life of it.
+    pub incarnation: &'a str,
+    /// What is left out.
+    pub filter: &'a Filter,
+    /// When it was asked for.
+    pub asked: u64,
+    /// Everything that it told, and when.
+    pub events: Vec<(u64, &'a Event)>,
+}
+
+/// A complete read.
+#[derive(Debug, Clone, Copy)]
+pub struct Complete<'a> {
+    /// First seq kept.
+    pub first: u64,
+    /// The tail.
+    pub tail: u64,
+    /// Every record.
+    pub records: &'a [Record],
+}
+
+/// When and by whom a record was seen first.
+#[derive(Debug, Clone, Copy)]
+pub struct Seen<'a> {
+    /// The record.
+    pub record: &'a Record,
+    /// When; the end of time for one that only complete reads have.
+    pub at: u64,
+    /// In which subscription; `None` for a complete read.
+    pub subscription: Option<u64>,
+}
+
+/// One life of a session.
+#[derive(Debug, Default)]
+pub struct Life<'a> {
+    /// Every seq at which anybody saw a record.
+    pub seen: BTreeMap<u64, Seen<'a>>,
+    /// Complete reads at the end.
+    pub complete: Vec<Complete<'a>>,
+    /// Whole messages may stand in the place of their parts.
+    pub compacted: bool,
+    /// When somebody was attached to it first.
+    pub begun: u64,
+}
+
+/// Somebody's view of a session.
+#[derive(Debug)]
+pub struct Viewed<'a> {
+    /// Who.
+    pub process: &'a str,
+    /// The session.
+    pub session: &'a str,
+    /// Which life of it.
+    pub incarnation: &'a str,
+    /// The fold of everything below.
+    pub next: u64,
+    /// The view.
+    pub view: &'a View,
+}
+
+/// What the server said of a session when somebody attached.
+#[derive(Debug)]
+pub struct Attached<'a> {
+    /// Who.
+    pub process: &'a str,
+    /// The session.
+    pub session: &'a str,
+    /// Which life of it.
+    pub incarnation: &'a str,
+    /// Its tail.
+    pub tail: u64,
+    /// When it was asked for.
+    pub asked: u64,
+    /// The hash of the server's view there.
+    pub hash: &'a str,
+}
+
+/// A right, from when to when.
+#[derive(Debug)]
+pub struct Granted<'a> {
+    /// Who has it.
+    pub process: &'a str,
+    /// On what.
+    pub prefix: &'a str,
+    /// To do what.
+    pub operations: &'a [String],
+    /// From when.
+    pub from: u64,
+    /// Until when.
+    pub until: u64,
+}
+
+/// One life of a session, by name and incarnation.
+pub type LifeKey<'a> = (&'a str, &'a str);
+
+/// A history in order.
+#[derive(Debug, Default)]
+pub struct Evidence<'a> {
+    /// By when they were asked for.
+    pub operations: Vec<Operation<'a>>,
+    /// By name.
+    pub subscriptions: BTreeMap<u64, Subscription<'a>>,
+    /// Every life of every session that anybody read.
+    pub lives: BTreeMap<LifeKey<'a>, Life<'a>>,
+    /// In the order of the history.
+    pub views: Vec<Viewed<'a>>,
+    /// In the order of the history.
+    pub attached: Vec<Attached<'a>>,
+    /// Rights. A process of which there are none may do everything.
+    pub grants: Vec<Granted<'a>>,
+    /// When processes died.
+    pub gone: BTreeMap<&'a str, u64>,
+    /// The tail of each session when everybody had had time after the last fault.
+    pub quiet: BTreeMap<&'a str, u64>,
+}
+
+/// The end of time.
+pub const NEVER: u64 = u64::MAX;
+
+impl<'a> Evidence<'a> {
+    /// Puts a history, whose entries are in the order of time, in order. What contradicts itself is reported.
+    pub fn gather(entries: &'a [Entry], verdict: &mut Verdict) -> Self {
+        let mut this = Self::default();
+        let mut asked = BTreeMap::new();
+        for Entry { at, process, event } in entries {
+            match event {
+                Event::Invoke { op, call } => {
+                    let index = this.operations.len();
+                    if asked.insert(*op, index).is_some() {
+                        verdict
+                            .report(Class::Malformed, call.session(), || format!("operation {op} is asked for twice"));
+                    }
+                    let outcome = Outcome::Unknown;
+                    this.operations.push(Operation { op: *op, process, call, invoked: *at, returned: NEVER, outcome });
+                }
+                Event::Ok { op, .. } | Event::Fail { op, .. } | Event::Unknown { op } => {
+                    let outcome = match event {
+                        Event::Ok { seq, .. } => Outcome::Done(*seq),
+                        Event::Fail { code, .. } => Outcome::Failed(code),
+                        _ => Outcome::Unknown,
+                    };
+                    match asked.get(op).map(|index| &mut this.operations[*index]) {
+                        Some(operation) if operation.returned == NEVER => {
+                            operation.outcome = outcome;
+                            // What may have been done may yet happen.
+                            operation.returned = if outcome == Outcome::Unknown { NEVER } else { *at };
+                        }
+                        _ => verdict.report(Class::Malformed, "", || format!("an answer to no operation {op}")),
+                    }
+                }
+                Event::Attached { session, incarnation, tail, asked, hash } => {
+                    let (tail, asked) = (*tail, *asked);
+                    this.attached.push(Attached { process, session, incarnation, tail, asked, hash });
+                }
+                Event::Started { subscription, session, incarnation, asked, filter, .. } => {
+                    let life = this.lives.entry((session, incarnation)).or_default();
+                    if life.begun == 0 {
+                        life.begun = *at;
+                    }
+                    let new = Subscription { process, session, incarnation, filter, asked: *asked, events: Vec::new() };
+                    this.subscriptions.entry(*subscription).or_insert(new).events.push((*at, event));
+                }
+                Event::Records { subscription, .. }
+                | Event::Gap { subscription, .. }
+                | Event::Skipped { subscription, .. }
+                | Event::CaughtUp { subscription, .. }
+                | Event::Resumed { subscription, .. }
+                | Event::Compacted { subscription }
+                | Event::Left { subscription } => match this.subscriptions.get_mut(subscription) {
+                    Some(known) => known.events.push((*at, event)),
+                    None => {
+                        verdict.report(Class::Malformed, "", || format!("no subscription {subscription} has begun"))
+                    }
+                },
+                Event::View { session, incarnation, next, view } => {
+                    this.views.push(Viewed { process, session, incarnation, next: *next, view });
+                }
+                // Behind everything that clients saw: see below.
+                Event::Final { .. } => {}
+                Event::Granted { prefix, operations } => {
+                    this.grants.push(Granted { process, prefix, operations, from: *at, until: NEVER });
+                }
+                Event::Revoked {} => {
+                    let theirs = this.grants.iter_mut().filter(|granted| granted.process == process);
+                    theirs.filter(|granted| granted.until == NEVER).for_each(|granted| granted.until = *at);
+                }
+                Event::Gone {} => drop(this.gone.entry(process).or_insert(*at)),
+                Event::Provoked { what, count } => verdict.count(what, *count),
+                Event::Quiet { session, tail } => drop(this.quiet.insert(session, *tail)),
+            }
+        }
+        this.see(entries, verdict);
+        this
+    }
+
+    /// What was seen where.
+    fn see(&mut self, entries: &'a [Entry], verdict: &mut Verdict) {
+        let mut delivered = 0;
+        for (number, subscription) in &self.subscriptions {
+            let life = self.lives.entry((subscription.session, subscription.incarnation)).or_default();
+            for (at, event) in &subscription.events {
+                match event {
+                    Event::Records { records, .. } => {
+                        delivered += records.len() as u64;
+                        for record in records {
+                            life.note(
+                                Seen { record, at: *at, subscription: Some(*number) },
+                                subscription.session,
+                                verdict,
+                            );
+                        }
+                    }
+                    Event::Compacted { .. } => life.compacted = true,
+                    _ => {}
+                }
+            }
+        }
+        verdict.count("delivered", delivered);
+        verdict.count("subscriptions", self.subscriptions.len() as u64);
+        for Entry { event, .. } in entries {
+            let Event::Final { session, incarnation, first, tail, compacted, records } = event else { continue };
+            verdict.count("complete-reads", 1);
+            let mut incarnation = incarnation.as_str();
+            if incarnation.is_empty() {
+                // A dump: of the last life that anybody saw.
+                let lives = self.lives.iter().filter(|((name, _), _)| name == session);
+                incarnation = lives.max_by_key(|(_, life)| life.begun).map_or("", |((_, incarnation), _)| incarnation);
+            }
+            let life = self.lives.entry((session, incarnation)).or_default();
+            for record in records {
+                life.note(Seen { record, at: NEVER, subscription: None }, session, verdict);
+            }
+            life.compacted |= *compacted;
+            life.complete.push(Complete { first: *first, tail: *tail, records });
+        }
+    }
+
+    /// The lives of a session.
+    pub fn lives_of(&self, session: &str) -> impl Iterator<Item = (&LifeKey<'a>, &Life<'a>)> {
+        self.lives.iter().filter(move |((name, _), _)| *name == session)
+    }
+
+    /// The latest seq below which somebody asked that everything be given up, and may have been heard.
+    pub fn given_up(&self, session: &str) -> u64 {
+        let trims = self.operations.iter().filter(|operation| !operation.has_failed()).filter_map(|operation| {
+            let Call::Trim { session: of, before } = operation.call else { return None };
+            (of == session).then_some(*before)
+        });
+        trims.max().unwrap_or(0)
+    }
+
+    /// Sessions that somebody may have deleted.
+    pub fn deletions(&self) -> impl Iterator<Item = &'a str> {
+        self.operations.iter().filter(|operation| !operation.has_failed()).filter_map(|operation| {
+            match operation.call {
+                Call::DeleteSession { session } => Some(session.as_str()),
+                _ => None,
+            }
+        })
+    }
+}
+
+/// True for kinds of records that may be put together in storage: the same message comes out, in other records.
+pub fn is_part(kind: &str) -> bool {
+    matches!(kind, "message.append" | "message.replace")
+}
+
+impl<'a> Life<'a> {
+    fn note(&mut self, seen: Seen<'a>, session: &str, verdict: &mut Verdict) {
+        let Some(known) = self.seen.get_mut(&seen.record.seq) else {
+            self.seen.insert(seen.record.seq, seen);
+            return;
+        };
+        let put_together = is_part(&known.record.kind) && is_part(&seen.record.kind);
+        if known.record != seen.record && !put_together {
+            verdict.report(Class::InconsistentSeq, session, || format!("{:?} and {:?}", known.record, seen.record));
+        }
+        if seen.at < known.at {
+            *known = seen;
+        }
+    }
+}

@@ -1,0 +1,455 @@
+//! What a history holds: one JSON object a line.
+//!
+//! ```text
+//! {"at":1200,"process":"writer-1","event":"invoke","op":7,"call":{"do":"append","session":"s","producer":"p","records":["a","b"]}}
+//! {"at":1950,"process":"writer-1","event":"ok","op":7,"seq":40}
+//! {"at":2000,"process":"reader-1","event":"records","subscription":3,"from":40,"next":42,"records":[{"seq":40,"kind":"data","data":"a"},…]}
+//! ```
+//!
+//! `at` is in nanoseconds of one clock that all processes share. An operation that has no `ok` and no `fail` at the end, or an `unknown`,
+//! may have happened at any time after it was asked for, or never.
+
+use std::collections::BTreeMap;
+use std::io::{self, BufRead};
+
+use serde::{Deserialize, Serialize};
+
+/// One thing that one process did or saw.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Entry {
+    /// When, in nanoseconds of the clock of the history.
+    pub at: u64,
+    /// Who: a name that one sequential actor has for itself.
+    pub process: String,
+    /// What.
+    #[serde(flatten)]
+    pub event: Event,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// Something was asked for.
+    Invoke {
+        /// Names the operation in this history.
+        op: u64,
+        /// What was asked for.
+        call: Call,
+    },
+    /// It was done.
+    Ok {
+        /// The operation.
+        op: u64,
+        /// The seq of what was stored, or what the call says that it is.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        seq: Option<u64>,
+    },
+    /// It was not done and never will be.
+    Fail {
+        /// The operation.
+        op: u64,
+        /// The registry name of the error.
+        code: String,
+    },
+    /// It may have been done.
+    Unknown {
+        /// The operation.
+        op: u64,
+    },
+    /// A session was attached to.
+    Attached {
+        /// The session.
+        session: String,
+        /// Which life of it.
+        incarnation: String,
+        /// The tail that the server told.
+        tail: u64,
+        /// When it was asked for.
+        asked: u64,
+        /// The hash of the server's view at the tail.
+        hash: String,
+    },
+    /// A subscription has begun.
+    Started {
+        /// Names the subscription in this history.
+        subscription: u64,
+        /// What it reads.
+        session: String,
+        /// Which life of the session.
+        incarnation: String,
+        /// The first seq that it will cover.
+        next: u64,
+        /// The tail that the server told.
+        tail: u64,
+        /// When it was asked for.
+        asked: u64,
+        /// What is left out of it.
+        #[serde(default)]
+        filter: Filter,
+    },
+    /// Records were delivered, and everything else from `from` to `next` does not pass the filter.
+    Records {
+        /// The subscription.
+        subscription: u64,
+        /// First seq covered.
+        from: u64,
+        /// First seq not covered.
+        next: u64,
+        /// The records.
+        records: Vec<Record>,
+    },
+    /// The server said that these seqs are gone.
+    Gap {
+        /// The subscription.
+        subscription: u64,
+        /// First seq missing.
+        from: u64,
+        /// First seq that follows.
+        to: u64,
+    },
+    /// The subscription goes on from a view.
+    Skipped {
+        /// The subscription.
+        subscription: u64,
+        /// Where the view is.
+        next: u64,
+    },
+    /// The server said that everything below `tail` was delivered.
+    CaughtUp {
+        /// The subscription.
+        subscription: u64,
+        /// The tail.
+        tail: u64,
+    },
+    /// The connection was lost and the subscription goes on.
+    Resumed {
+        /// The subscription.
+        subscription: u64,
+        /// What the server said of its position.
+        verdict: String,
+        /// The next seq.
+        next: u64,
+    },
+    /// Whole messages may come in the place of their parts from here on.
+    Compacted {
+        /// The subscription.
+        subscription: u64,
+    },
+    /// The subscription is not read any more.
+    Left {
+        /// The subscription.
+        subscription: u64,
+    },
+    /// What a client or the server takes the session to be at a seq.
+    View {
+        /// The session.
+        session: String,
+        /// Which life of it.
+        incarnation: String,
+        /// The fold of everything below.
+        next: u64,
+        /// Its parts.
+        #[serde(flatten)]
+        view: View,
+    },
+    /// A complete read of a session at the end, when nobody writes any more: online or from disk.
+    Final {
+        /// The session.
+        session: String,
+        /// Which life of it; empty for a dump, which is of the only one.
+        #[serde(default)]
+        incarnation: String,
+        /// First seq kept.
+        first: u64,
+        /// The tail.
+        tail: u64,
+        /// Whole messages may stand in the place of their parts.
+        #[serde(default)]
+        compacted: bool,
+        /// Every record.
+        records: Vec<Record>,
+    },
+    /// The process has a right from now on.
+    Granted {
+        /// On sessions under this prefix.
+        prefix: String,
+        /// To do this: the words of tokens.
+        operations: Vec<String>,
+    },
+    /// All rights of the process end now.
+    Revoked {},
+    /// The process is dead from now on and does nothing any more: its memberships have to end.
+    Gone {},
+    /// Something was done to the system under test.
+    Provoked {
+        /// What: `kill`, `loss`, `resume`, `duplicate`, …
+        what: String,
+        /// How often.
+        #[serde(default = "one")]
+        count: u64,
+    },
+    /// No faults any more, everybody had time: who follows the session must have reached this tail.
+    Quiet {
+        /// The session.
+        session: String,
+        /// The tail.
+        tail: u64,
+    },
+}
+
+fn one() -> u64 {
+    1
+}
+
+/// What is asked for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "snake_case")]
+pub enum Call {
+    /// Become the only one that writes under this name. `ok.seq` is the epoch.
+    OpenProducer {
+        /// The session.
+        session: String,
+        /// The producer's name.
+        producer: String,
+    },
+    /// Append records as one batch: all or none, together. `ok.seq` is that of the first.
+    Append {
+        /// The session.
+        session: String,
+        /// The producer's name.
+        producer: String,
+        /// The epoch under which it writes.
+        epoch: u64,
+        /// The place among what this process appends through the producer.
+        sequence: u64,
+        /// What the records hold: texts that no other record of the history has.
+        records: Vec<String>,
+        /// The run that they are part of.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        run: Option<String>,
+    },
+    /// Give a key a value.
+    Put {
+        /// The session.
+        session: String,
+        /// The key.
+        key: String,
+        /// The value.
+        value: String,
+        /// Only if this is the key's revision plus one; 0 for only if it has no value.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        expected: Option<u64>,
+    },
+    /// Take a key's value away.
+    Delete {
+        /// The session.
+        session: String,
+        /// The key.
+        key: String,
+        /// As in `Put`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        expected: Option<u64>,
+    },
+    /// Add to a number; a key without a value is 0.
+    Increment {
+        /// The session.
+        session: String,
+        /// The key.
+        key: String,
+        /// How much.
+        by: i64,
+    },
+    /// Be a member. `ok.seq` is the generation.
+    Join {
+        /// The session.
+        session: String,
+        /// The author under which records of the member are stored.
+        author: String,
+    },
+    /// Be no member any more.
+    Leave {
+        /// The session.
+        session: String,
+        /// The author.
+        author: String,
+    },
+    /// Begin a run. `ok.seq` is its epoch.
+    StartRun {
+        /// The session.
+        session: String,
+        /// Its id.
+        run: String,
+    },
+    /// Go on with a run that was lost. `ok.seq` is the epoch.
+    TakeRun {
+        /// The session.
+        session: String,
+        /// Its id.
+        run: String,
+    },
+    /// End a run.
+    EndRun {
+        /// The session.
+        session: String,
+        /// Its id.
+        run: String,
+    },
+    /// Give up everything below a seq.
+    Trim {
+        /// The session.
+        session: String,
+        /// The seq.
+        before: u64,
+    },
+    /// Delete the session.
+    DeleteSession {
+        /// The session.
+        session: String,
+    },
+}
+
+impl Call {
+    /// The session that it is about.
+    pub fn session(&self) -> &str {
+        match self {
+            Self::OpenProducer { session, .. }
+            | Self::Append { session, .. }
+            | Self::Put { session, .. }
+            | Self::Delete { session, .. }
+            | Self::Increment { session, .. }
+            | Self::Join { session, .. }
+            | Self::Leave { session, .. }
+            | Self::StartRun { session, .. }
+            | Self::TakeRun { session, .. }
+            | Self::EndRun { session, .. }
+            | Self::Trim { session, .. }
+            | Self::DeleteSession { session } => session,
+        }
+    }
+
+    /// The word of the right that it needs.
+    pub fn needs(&self) -> &'static str {
+        match self {
+            Self::Join { .. } | Self::Leave { .. } => "join",
+            Self::StartRun { .. } | Self::TakeRun { .. } | Self::EndRun { .. } => "run",
+            Self::Trim { .. } | Self::DeleteSession { .. } => "manage",
+            _ => "append",
+        }
+    }
+}
+
+/// What of a session a subscription delivers. Nothing in it means everything.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Filter {
+    /// Records of one of these streams.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub streams: Vec<String>,
+    /// Records of one of these kinds.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kinds: Vec<String>,
+}
+
+impl Filter {
+    /// True if it lets everything pass.
+    pub fn is_open(&self) -> bool {
+        self.streams.is_empty() && self.kinds.is_empty()
+    }
+
+    /// True if the record passes.
+    pub fn passes(&self, record: &Record) -> bool {
+        (self.streams.is_empty() || self.streams.contains(&record.stream))
+            && (self.kinds.is_empty() || self.kinds.contains(&record.kind))
+    }
+}
+
+/// One stored record: of `tail --json` and `verify --dump` what is checked. Other fields are not looked at.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Its place.
+    pub seq: u64,
+    /// The name of its kind.
+    pub kind: String,
+    /// The name of its stream.
+    #[serde(default)]
+    pub stream: String,
+    /// Who wrote it.
+    #[serde(default)]
+    pub author: String,
+    /// The run that it is part of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<String>,
+    /// The message that it is part of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// What it holds, where its kind has no fields.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<String>,
+    /// `state.*`: the key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    /// `state.put`: the value.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value: Option<String>,
+    /// `presence.left`: who.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub member: Option<String>,
+    /// `presence.left`: which life of the membership.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<u64>,
+    /// `run.lost`: which one was lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<u64>,
+    /// `run.start`: the epoch that was lost before, of one that goes on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost_epoch: Option<u64>,
+}
+
+/// What the records below a seq add up to.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct View {
+    /// Value and revision of each key.
+    pub state: BTreeMap<String, (String, u64)>,
+    /// Generation of each member, by author.
+    pub members: BTreeMap<String, u64>,
+    /// Text of each message that is kept, by id.
+    pub messages: BTreeMap<String, String>,
+    /// The hash of the whole, where it was told: the same for everybody at the same seq.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hash: Option<String>,
+}
+
+/// Reads a history. Errors: it cannot be read; a line is no entry.
+pub fn read(from: impl BufRead) -> io::Result<Vec<Entry>> {
+    let mut entries = Vec::new();
+    for (number, line) in from.lines().enumerate() {
+        let line = line?;
+        let wrong = |error| io::Error::new(io::ErrorKind::InvalidData, format!("line {}: {error}", number + 1));
+        entries.push(serde_json::from_str(&line).map_err(wrong)?);
+    }
+    Ok(entries)
+}
+
+/// Reads what `verify --dump` prints as complete reads of its sessions, one each. Errors: it cannot be read; a line is no record.
+pub fn read_dump(from: impl BufRead) -> io::Result<Vec<Event>> {
+    #[derive(Deserialize)]
+    struct Row {
+        session: String,
+        #[serde(flatten)]
+        record: Record,
+    }
+    let mut sessions: BTreeMap<String, Vec<Record>> = BTreeMap::new();
+    for (number, line) in from.lines().enumerate() {
+        let wrong = |error| io::Error::new(io::ErrorKind::InvalidData, format!("line {}: {error}", number + 1));
+        let row: Row = serde_json::from_str(&line?).map_err(wrong)?;
+        sessions.entry(row.session).or_default().push(row.record);
+    }
+    let complete = |(session, records): (String, Vec<Record>)| {
+        let first = records.first().map_or(0, |record| record.seq);
+        let tail = records.last().map_or(0, |record| record.seq + 1);
+        // Of one that is compacted nothing else says so.
+        let compacted = true;
+        Event::Final { session, incarnation: String::new(), first, tail, compacted, records }
+    };
+    Ok(sessions.into_iter().map(complete).collect())
+}

@@ -1,0 +1,197 @@
+//! L1–L9: what is stored.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::evidence::{Evidence, Life, NEVER, Operation, Outcome, is_part};
+use crate::history::Call;
+use crate::verdict::{Class, Verdict};
+
+/// An append.
+struct Append<'a> {
+    operation: &'a Operation<'a>,
+    producer: &'a str,
+    sequence: u64,
+    records: &'a [String],
+}
+
+/// Checks all appends and all that was seen of them.
+pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
+    let mut appends: BTreeMap<&str, Vec<Append<'_>>> = BTreeMap::new();
+    for operation in &evidence.operations {
+        if let Call::Append { session, producer, sequence, records, .. } = operation.call {
+            let append = Append { operation, producer, sequence: *sequence, records };
+            appends.entry(session).or_default().push(append);
+        }
+    }
+    let deleted: BTreeSet<&str> = evidence.deletions().collect();
+    let sessions: BTreeSet<&str> =
+        appends.keys().copied().chain(evidence.lives.keys().map(|(name, _)| *name)).collect();
+    for session in sessions {
+        let appends = appends.get(session).map_or(&[][..], Vec::as_slice);
+        stored(evidence, session, appends, deleted.contains(session), verdict);
+        realtime(session, appends, deleted.contains(session), verdict);
+        for (_, life) in evidence.lives_of(session) {
+            complete(evidence, session, life, verdict);
+        }
+    }
+}
+
+/// Where each text is stored, in which life.
+type Places<'a> = BTreeMap<&'a str, Vec<(&'a str, u64, u64)>>;
+
+/// L1, L2, L3, L6, L8: what is stored is what was appended.
+fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], deleted: bool, verdict: &mut Verdict) {
+    let mut places: Places<'_> = BTreeMap::new();
+    for ((_, incarnation), life) in evidence.lives_of(session) {
+        for (seq, seen) in &life.seen {
+            if let (Some(text), "data") = (&seen.record.data, seen.record.kind.as_str()) {
+                places.entry(text).or_default().push((incarnation, *seq, seen.at));
+            }
+        }
+    }
+    let read = evidence.lives_of(session).any(|(_, life)| !life.complete.is_empty());
+    let first = evidence.lives_of(session).flat_map(|(_, life)| &life.complete).map(|complete| complete.first).max();
+    let mut invoked: BTreeSet<&str> = BTreeSet::new();
+    let mut order: BTreeMap<(&str, &str), Vec<(u64, u64)>> = BTreeMap::new();
+    for append in appends {
+        let Append { operation, producer, sequence, records } = append;
+        let texts = || format!("operation {} of {}: {records:?}", operation.op, operation.process);
+        let found: Vec<Option<(&str, u64, u64)>> =
+            records.iter().map(|text| places.get(text.as_str()).and_then(|all| all.first().copied())).collect();
+        invoked.extend(records.iter().map(String::as_str));
+        for (text, all) in records.iter().filter_map(|text| Some((text, places.get(text.as_str())?))) {
+            if all.len() > 1 {
+                verdict.report(Class::Duplicate, session, || format!("{text:?} is stored at {all:?}"));
+            }
+            if all.iter().any(|(.., at)| *at < operation.invoked) {
+                verdict.report(Class::PrecommittedRead, session, || format!("{text:?}: {}", texts()));
+            }
+        }
+        match operation.outcome {
+            Outcome::Done(seq) => {
+                verdict.count("acknowledged", records.len() as u64);
+                let Some(seq) = seq else {
+                    verdict.report(Class::Malformed, session, || format!("{} has no seq", texts()));
+                    continue;
+                };
+                // Of a session that was deleted, or in a part that was given up, nothing has to be there.
+                for (index, found) in found.iter().enumerate() {
+                    let place = seq + index as u64;
+                    match found {
+                        None if read && !deleted && first.is_none_or(|first| place >= first) => {
+                            verdict.report(Class::LostWrite, session, || format!("seq {place}: {}", texts()));
+                        }
+                        Some((_, at, _)) if *at != place => {
+                            verdict.report(Class::LostWrite, session, || {
+                                format!("acknowledged as seq {place}, stored at {at}: {}", texts())
+                            });
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            Outcome::Failed(code) => {
+                verdict.count("refused", 1);
+                if found.iter().any(Option::is_some) {
+                    verdict.report(Class::AbortedRead, session, || format!("refused with {code}: {}", texts()));
+                }
+            }
+            Outcome::Unknown => {
+                verdict.count("unknown", 1);
+                verdict.count("unknown-stored", u64::from(found.iter().any(Option::is_some)));
+            }
+        }
+        let there: Vec<(&str, u64, u64)> = found.iter().copied().flatten().collect();
+        let whole = found.len() == there.len()
+            && there.windows(2).all(|pair| pair[1].1 == pair[0].1 + 1 && pair[1].0 == pair[0].0);
+        // Its beginning may have been given up.
+        let cut = deleted || first.is_some_and(|first| first > 0 && there.iter().any(|(_, seq, _)| *seq <= first));
+        if records.len() > 1 {
+            verdict.count("batches", 1);
+            // One that was lost whole is told above; of one that a reader had begun to read nothing is known behind.
+            if read && !there.is_empty() && !whole && !cut {
+                verdict.report(Class::TornBatch, session, || format!("at {there:?}: {}", texts()));
+            }
+        }
+        if let Some((_, seq, _)) = there.first().filter(|_| !deleted) {
+            order.entry((producer, operation.process)).or_default().push((*sequence, *seq));
+        }
+    }
+    for ((producer, process), mut batches) in order {
+        batches.sort_unstable();
+        for pair in batches.windows(2) {
+            if pair[1].1 <= pair[0].1 {
+                verdict.report(Class::Reorder, session, || {
+                    format!("{process} through {producer}: sequences and seqs {:?} before {:?}", pair[0], pair[1])
+                });
+            }
+        }
+    }
+    for (text, all) in &places {
+        if !invoked.contains(text) {
+            verdict.report(Class::Phantom, session, || format!("{text:?} at {all:?}"));
+        }
+    }
+}
+
+/// L5: what was asked for after something was acknowledged is behind it.
+fn realtime(session: &str, appends: &[Append<'_>], deleted: bool, verdict: &mut Verdict) {
+    // Each life counts anew.
+    if deleted {
+        return;
+    }
+    let mut answered: Vec<(u64, u64, u64)> = appends
+        .iter()
+        .filter_map(|append| Some((append.operation.returned, append.operation.seq()?, append.operation.op)))
+        .collect();
+    answered.sort_unstable();
+    let mut answered = answered.into_iter().peekable();
+    let mut latest = None;
+    for append in appends {
+        while let Some((_, seq, op)) = answered.next_if(|(returned, ..)| *returned < append.operation.invoked) {
+            latest = latest.max(Some((seq, op)));
+        }
+        let Some(seq) = append.operation.seq() else { continue };
+        if let Some((before, op)) = latest.filter(|(before, _)| *before > seq) {
+            verdict.report(Class::RealtimeLag, session, || {
+                format!(
+                    "operation {} is at {seq}, and {op}, answered before it was asked for, at {before}",
+                    append.operation.op
+                )
+            });
+        }
+    }
+}
+
+/// L4, L7: no holes, and what was delivered stays.
+fn complete(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &mut Verdict) {
+    let given_up = evidence.given_up(session);
+    for complete in &life.complete {
+        if complete.first > given_up {
+            verdict.report(Class::Hole, session, || {
+                format!("kept from {} on, and nobody gave up more than what is below {given_up}", complete.first)
+            });
+        }
+        let mut next = complete.first;
+        for record in complete.records {
+            // A part that was put together is in another one.
+            let passed = |seq: u64| life.compacted && life.seen.get(&seq).is_none_or(|seen| is_part(&seen.record.kind));
+            if record.seq < next || (next..record.seq).any(|seq| !passed(seq)) {
+                verdict.report(Class::Hole, session, || format!("{} follows where {next} is due", record.seq));
+            }
+            next = record.seq + 1;
+        }
+        if next < complete.tail && !life.compacted {
+            verdict.report(Class::Hole, session, || format!("nothing from {next} to the tail {}", complete.tail));
+        }
+        let there: BTreeSet<u64> = complete.records.iter().map(|record| record.seq).collect();
+        for (seq, seen) in life.seen.range(complete.first..).filter(|(_, seen)| seen.at != NEVER) {
+            let put_together = is_part(&seen.record.kind);
+            if !there.contains(seq) && !put_together {
+                verdict.report(Class::Vanished, session, || {
+                    format!("{:?}, seen in subscription {:?}", seen.record, seen.subscription)
+                });
+            }
+        }
+    }
+}

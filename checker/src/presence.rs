@@ -1,0 +1,66 @@
+//! P1–P3: who is there.
+
+use std::collections::BTreeMap;
+
+use crate::evidence::{Evidence, Life, Operation, Outcome};
+use crate::fold::Fold;
+use crate::history::Call;
+use crate::verdict::{Class, Verdict};
+
+/// Checks who joined and left, and who is there at the end.
+pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
+    for ((session, _), life) in &evidence.lives {
+        let Some(complete) = life.complete.iter().find(|complete| complete.first == 0) else { continue };
+        let mut fold = Fold::default();
+        for record in complete.records {
+            if let ("presence.left", Some(member)) = (record.kind.as_str(), &record.member) {
+                verdict.count("departures", 1);
+                let there = fold.members.get(member).copied();
+                if there.is_none() || there != record.generation {
+                    verdict.report(Class::LateLeave, session, || {
+                        format!(
+                            "seq {}: {member} left as {:?}, and is there as {there:?}",
+                            record.seq, record.generation
+                        )
+                    });
+                }
+            }
+            fold.add(record);
+        }
+        if evidence.quiet.contains_key(session) && evidence.lives_of(session).count() == 1 {
+            at_the_end(evidence, session, life, &fold, verdict);
+        }
+    }
+}
+
+/// Who is there, where nobody comes or goes any more.
+fn at_the_end(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, fold: &Fold, verdict: &mut Verdict) {
+    // The last thing that was asked for under each author, and who asked.
+    let mut last: BTreeMap<&str, &Operation<'_>> = BTreeMap::new();
+    for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
+        if let Call::Join { author, .. } | Call::Leave { author, .. } = operation.call
+            && !operation.has_failed()
+        {
+            last.insert(author, operation);
+        }
+    }
+    for (author, operation) in &last {
+        let there = fold.members.contains_key(*author);
+        let joined = matches!(operation.call, Call::Join { .. });
+        let gone = evidence.gone.get(operation.process);
+        let certain = matches!(operation.outcome, Outcome::Done(_));
+        if joined {
+            verdict.count("members", 1);
+        }
+        if there && (gone.is_some() || !joined && certain) {
+            verdict.report(Class::Ghost, session, || format!("{author}: {:?}, gone {gone:?}", operation.call));
+        }
+        if !there && joined && certain && gone.is_none() {
+            verdict.report(Class::MissingMember, session, || format!("{author}: {:?}", operation.call));
+        }
+    }
+    for author in fold.members.keys().filter(|author| !last.contains_key(author.as_str())) {
+        let seen = life.seen.values().find(|seen| seen.record.author == *author);
+        verdict.report(Class::Ghost, session, || format!("{author} never asked to be there; {seen:?}"));
+    }
+}

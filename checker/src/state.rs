@@ -1,0 +1,191 @@
+//! K1–K4: keys, and views of them.
+
+use std::collections::BTreeMap;
+
+use crate::evidence::{Complete, Evidence, Life, Operation, Outcome, Viewed};
+use crate::fold::Fold;
+use crate::history::{Call, Record};
+use crate::verdict::{Class, Verdict};
+
+/// Checks changes of keys, and every view.
+pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
+    for ((session, incarnation), life) in &evidence.lives {
+        // What was given up cannot be folded again.
+        let Some(complete) = life.complete.iter().find(|complete| complete.first == 0) else { continue };
+        if evidence.lives_of(session).count() == 1 {
+            changes(evidence, session, complete, verdict);
+        }
+        let views = evidence.views.iter().filter(|view| view.session == *session && view.incarnation == *incarnation);
+        let mut hashes = BTreeMap::new();
+        for attached in &evidence.attached {
+            if (attached.session, attached.incarnation) == (*session, *incarnation) {
+                same_hash(&mut hashes, session, attached.tail, attached.hash, attached.process, verdict);
+            }
+        }
+        compare(session, life, views.collect(), hashes, verdict);
+    }
+}
+
+/// Hash and whose it is, by seq.
+type Hashes<'a> = BTreeMap<u64, (&'a str, &'a str)>;
+
+/// K4: whoever has a view at a seq has the same.
+fn same_hash<'a>(
+    hashes: &mut Hashes<'a>,
+    session: &str,
+    at: u64,
+    hash: &'a str,
+    process: &'a str,
+    verdict: &mut Verdict,
+) {
+    let (known, whose) = *hashes.entry(at).or_insert((hash, process));
+    if whose != process {
+        verdict.count("hashes-compared", 1);
+    }
+    if known != hash {
+        verdict
+            .report(Class::HashDivergence, session, || format!("at {at}: {process} has {hash}, and {whose} {known}"));
+    }
+}
+
+/// What a key was, from which seq on.
+type Versions = Vec<(u64, Option<(String, u64)>)>;
+
+/// The versions of every key.
+fn versions(records: &[Record]) -> BTreeMap<&str, Versions> {
+    let mut keys: BTreeMap<&str, Versions> = BTreeMap::new();
+    let mut fold = Fold::default();
+    for record in records {
+        fold.add(record);
+        if let Some(key) = record.key.as_deref().filter(|_| record.kind.starts_with("state.")) {
+            keys.entry(key).or_default().push((record.seq, fold.state.get(key).cloned()));
+        }
+    }
+    keys
+}
+
+/// The version in force before `seq`.
+fn before(versions: &Versions, seq: u64) -> Option<&(String, u64)> {
+    let count = versions.partition_point(|(from, _)| *from < seq);
+    versions[..count].last().and_then(|(_, version)| version.as_ref())
+}
+
+/// K1, K2: each change is stored as it was answered, and its condition held.
+fn changes(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verdict: &mut Verdict) {
+    let records: BTreeMap<u64, &Record> = complete.records.iter().map(|record| (record.seq, record)).collect();
+    let keys = versions(complete.records);
+    let none = Versions::new();
+    for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
+        let (key, expected) = match operation.call {
+            Call::Put { key, expected, .. } | Call::Delete { key, expected, .. } => (key, *expected),
+            Call::Increment { key, .. } => (key, None),
+            _ => continue,
+        };
+        let versions = keys.get(key.as_str()).unwrap_or(&none);
+        let wrong = |what: String| format!("operation {} {:?}: {what}", operation.op, operation.call);
+        match operation.outcome {
+            Outcome::Done(Some(seq)) => {
+                verdict.count("changes", 1);
+                let old = before(versions, seq);
+                let revision = old.map_or(0, |(_, revision)| *revision + 1);
+                if let Some(expected) = expected.filter(|expected| *expected != revision) {
+                    let what = wrong(format!("done at {seq}, where {revision} was to be expected and not {expected}"));
+                    verdict.report(Class::WrongChange, session, || what);
+                }
+                let stored = records.get(&seq);
+                let (kind, value) = match operation.call {
+                    Call::Put { value, .. } => ("state.put", Some(value.clone())),
+                    Call::Increment { by, .. } => {
+                        let old = old.map_or(Some(0), |(value, _)| value.parse::<i64>().ok());
+                        ("state.put", old.map(|old| (old + by).to_string()))
+                    }
+                    _ => ("state.deleted", None),
+                };
+                let is = stored.is_some_and(|record| {
+                    record.kind == kind
+                        && record.key.as_ref() == Some(key)
+                        && (kind != "state.put" || record.value == value)
+                });
+                if !is {
+                    verdict.report(Class::WrongChange, session, || wrong(format!("stored as {stored:?}")));
+                }
+            }
+            Outcome::Failed("CONFLICT") => {
+                verdict.count("conflicts", 1);
+                if let Some(expected) = expected
+                    && held_all_the_time(evidence, operation, versions, complete.tail, expected)
+                {
+                    verdict.report(Class::FalseConflict, session, || wrong("its condition held all the time".into()));
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// True if this was to be expected of the key at every seq at which the operation can have been decided.
+fn held_all_the_time(
+    evidence: &Evidence<'_>,
+    operation: &Operation<'_>,
+    versions: &Versions,
+    tail: u64,
+    expected: u64,
+) -> bool {
+    let others = || evidence.operations.iter().filter(|other| other.call.session() == operation.call.session());
+    let stored = |other: &Operation<'_>| other.seq().filter(|_| is_record(other.call));
+    let low =
+        others().filter(|other| other.returned < operation.invoked).filter_map(stored).max().map_or(0, |seq| seq + 1);
+    let high = others().filter(|other| other.invoked > operation.returned).filter_map(stored).min().unwrap_or(tail);
+    // From just behind what was there before it was asked for, to just before what came after it was answered.
+    (low..=high).all(|seq| before(versions, seq).map_or(0, |(_, revision)| *revision + 1) == expected)
+}
+
+/// True if what the answer tells is the seq of a record.
+fn is_record(call: &Call) -> bool {
+    !matches!(call, Call::OpenProducer { .. } | Call::Leave { .. } | Call::Trim { .. } | Call::DeleteSession { .. })
+}
+
+/// K3, P1: each view is the fold of its log.
+fn compare<'a>(
+    session: &str,
+    life: &Life<'_>,
+    mut views: Vec<&Viewed<'a>>,
+    mut hashes: Hashes<'a>,
+    verdict: &mut Verdict,
+) {
+    views.sort_by_key(|view| view.next);
+    let mut fold = Fold::default();
+    let mut records = life.seen.values().map(|seen| seen.record).peekable();
+    // The next seq, and whether parts are missing that nobody saw before they were put together: then texts are known again behind the whole.
+    let (mut due, mut apart) = (0, false);
+    for Viewed { process, next, view, .. } in views {
+        while let Some(record) = records.next_if(|record| record.seq < *next) {
+            apart |= record.seq > due;
+            apart &= record.kind != "message.replace";
+            due = record.seq + 1;
+            fold.add(record);
+        }
+        verdict.count("views", 1);
+        let at = |what: String| format!("the view of {process} at {next}: {what}");
+        if view.state != fold.state {
+            verdict.report(Class::StateDivergence, session, || at(format!("{:?}, not {:?}", view.state, fold.state)));
+        }
+        if view.members != fold.members {
+            verdict.report(Class::PresenceDivergence, session, || {
+                at(format!("{:?}, not {:?}", view.members, fold.members))
+            });
+        }
+        // Old ones are let go of.
+        for (id, text) in view.messages.iter().filter(|_| !apart && due == *next) {
+            verdict.count("messages-compared", 1);
+            if fold.messages.get(id) != Some(text) {
+                verdict.report(Class::MessageDivergence, session, || {
+                    at(format!("{id}: {text:?}, not {:?}", fold.messages.get(id)))
+                });
+            }
+        }
+        if let Some(hash) = &view.hash {
+            same_hash(&mut hashes, session, *next, hash, process, verdict);
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! S1–S10: what is delivered.
+
+use std::collections::BTreeMap;
+
+use crate::evidence::{Evidence, Life, Operation, Subscription, is_part};
+use crate::history::Event;
+use crate::verdict::{Class, Verdict};
+
+/// Checks all subscriptions.
+pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
+    let acknowledged = Acknowledged::of(evidence);
+    for attached in &evidence.attached {
+        let known = acknowledged.before(attached.session, attached.asked);
+        if let Some(known) = known.filter(|known| attached.tail <= *known) {
+            verdict.report(Class::StaleRead, attached.session, || {
+                format!(
+                    "{} was told the tail {}, and seq {known} was acknowledged before",
+                    attached.process, attached.tail
+                )
+            });
+        }
+    }
+    for (number, subscription) in &evidence.subscriptions {
+        let Some(life) = evidence.lives.get(&(subscription.session, subscription.incarnation)) else { continue };
+        Following { number: *number, subscription, life, next: None, left: false, restarted: true }.follow(
+            evidence,
+            &acknowledged,
+            verdict,
+        );
+    }
+}
+
+/// How far sessions were acknowledged, and when.
+struct Acknowledged<'a>(BTreeMap<&'a str, Vec<(u64, u64)>>);
+
+impl<'a> Acknowledged<'a> {
+    fn of(evidence: &Evidence<'a>) -> Self {
+        let deleted: Vec<&str> = evidence.deletions().collect();
+        let mut sessions: BTreeMap<&str, Vec<(u64, u64)>> = BTreeMap::new();
+        let stored = |operation: &Operation<'_>| Some((operation.returned, operation.seq()?));
+        for operation in &evidence.operations {
+            let session = operation.call.session();
+            let crate::history::Call::Append { .. } = operation.call else { continue };
+            if let (Some(answer), false) = (stored(operation), deleted.contains(&session)) {
+                sessions.entry(session).or_default().push(answer);
+            }
+        }
+        for answers in sessions.values_mut() {
+            answers.sort_unstable();
+            let mut latest = 0;
+            for (_, seq) in answers {
+                latest = latest.max(*seq);
+                *seq = latest;
+            }
+        }
+        Self(sessions)
+    }
+
+    /// The latest seq that was acknowledged before this moment.
+    fn before(&self, session: &str, at: u64) -> Option<u64> {
+        let answers = self.0.get(session)?;
+        let count = answers.partition_point(|(returned, _)| *returned < at);
+        Some(answers[..count].last()?.1)
+    }
+}
+
+/// One subscription, followed from event to event.
+struct Following<'e, 'a> {
+    number: u64,
+    subscription: &'e Subscription<'a>,
+    life: &'e Life<'a>,
+    /// The next seq; `None` before it has begun.
+    next: Option<u64>,
+    left: bool,
+    /// Nothing was delivered since it began.
+    restarted: bool,
+}
+
+impl Following<'_, '_> {
+    fn follow(mut self, evidence: &Evidence<'_>, acknowledged: &Acknowledged<'_>, verdict: &mut Verdict) {
+        for (at, event) in &self.subscription.events {
+            self.event(*at, event, acknowledged, verdict);
+        }
+        let end = evidence.quiet.get(self.subscription.session);
+        if let (Some(end), false) = (end, self.left)
+            && !evidence.gone.contains_key(self.subscription.process)
+            && self.next.is_some_and(|next| next < *end)
+        {
+            self.report(Class::Lagging, verdict, || format!("at {:?} of {end}", self.next));
+        }
+    }
+
+    fn report(&self, class: Class, verdict: &mut Verdict, what: impl FnOnce() -> String) {
+        let (number, process) = (self.number, self.subscription.process);
+        verdict.report(class, self.subscription.session, || format!("subscription {number} of {process}: {}", what()));
+    }
+
+    fn event(&mut self, at: u64, event: &Event, acknowledged: &Acknowledged<'_>, verdict: &mut Verdict) {
+        let next = self.next.unwrap_or_default();
+        match event {
+            Event::Started { next: begins, tail, incarnation, .. } => {
+                if !self.restarted {
+                    self.report(Class::NonmonotonicDelivery, verdict, || "began again behind deliveries".into());
+                }
+                if incarnation != self.subscription.incarnation {
+                    self.report(Class::MixedTimelines, verdict, || format!("began again in {incarnation}"));
+                }
+                let known = acknowledged.before(self.subscription.session, self.subscription.asked);
+                if let Some(known) = known.filter(|known| *tail <= *known) {
+                    self.report(Class::StaleRead, verdict, || {
+                        format!("tail {tail}, and seq {known} was acknowledged before")
+                    });
+                }
+                self.next = Some(*begins);
+            }
+            Event::Records { from, next: to, records, .. } => {
+                if *from < next {
+                    self.report(Class::NonmonotonicDelivery, verdict, || format!("from {from} where {next} is due"));
+                } else if *from > next {
+                    self.report(Class::SkippedDelivery, verdict, || format!("from {from} where {next} is due"));
+                }
+                self.records(*from, *to, records, verdict);
+                self.next = Some(next.max(*to));
+                self.restarted = false;
+            }
+            Event::Gap { from, to, .. } => {
+                verdict.count("gaps", 1);
+                if *from > next {
+                    self.report(Class::SkippedDelivery, verdict, || format!("gap from {from} where {next} is due"));
+                }
+                self.next = Some(next.max(*to));
+            }
+            Event::Skipped { next: to, .. } => {
+                verdict.count("snapshots", 1);
+                if *to < next {
+                    self.report(Class::NonmonotonicDelivery, verdict, || format!("a view at {to} where {next} is due"));
+                }
+                self.next = Some(*to);
+            }
+            Event::CaughtUp { tail, .. } => {
+                verdict.count("caught-up", 1);
+                if next < *tail {
+                    self.report(Class::FalseCaughtUp, verdict, || format!("tail {tail}, delivered up to {next}"));
+                }
+            }
+            Event::Resumed { verdict: said, next: to, .. } => {
+                verdict.count("resumes", 1);
+                verdict.count(&format!("resumes-{said}"), 1);
+                if said == "exact" && *to != next {
+                    self.report(Class::WrongResume, verdict, || format!("exact at {to}, was at {next} at {at}"));
+                }
+                if *to < next {
+                    self.report(Class::NonmonotonicDelivery, verdict, || format!("resumed at {to}, was at {next}"));
+                }
+                self.next = Some(*to);
+            }
+            Event::Left { .. } => self.left = true,
+            _ => {}
+        }
+    }
+
+    fn records(&self, from: u64, to: u64, records: &[crate::history::Record], verdict: &mut Verdict) {
+        let filter = self.subscription.filter;
+        let mut due = from;
+        for record in records {
+            if record.seq < due {
+                let class = if record.seq < from { Class::NonmonotonicDelivery } else { Class::Redelivered };
+                self.report(class, verdict, || format!("seq {} where {due} is due", record.seq));
+                continue;
+            }
+            if !filter.passes(record) {
+                self.report(Class::FilterLeaked, verdict, || format!("{record:?}"));
+            }
+            self.passed_over(due, record.seq, verdict);
+            due = record.seq + 1;
+        }
+        if due > to {
+            self.report(Class::NonmonotonicDelivery, verdict, || format!("seq {} behind its end {to}", due - 1));
+        }
+        self.passed_over(due, to, verdict);
+    }
+
+    /// Nothing was delivered of these seqs, though they were covered.
+    fn passed_over(&self, from: u64, to: u64, verdict: &mut Verdict) {
+        if from >= to {
+            return;
+        }
+        let filter = self.subscription.filter;
+        for (seq, seen) in self.life.seen.range(from..to) {
+            let put_together = self.life.compacted && is_part(&seen.record.kind);
+            if filter.passes(seen.record) && !put_together {
+                let class = if filter.is_open() { Class::SkippedDelivery } else { Class::FilterMissed };
+                self.report(class, verdict, || format!("seq {seq} was covered and not delivered: {:?}", seen.record));
+            }
+        }
+    }
+}

@@ -1,0 +1,728 @@
+//! Histories of a service that does everything right pass; each with one thing changed fails, for the right reason.
+
+mod legal;
+
+use std::collections::BTreeMap;
+
+use mainstay_checker::check;
+use mainstay_checker::history::{Call, Entry, Event, Record, read, read_dump};
+use mainstay_checker::verdict::Class;
+
+use legal::{Random, TICK, history};
+
+/// Changes one thing. False if the history has nothing to change.
+type Mutation = fn(&mut Vec<Entry>, &mut Random) -> bool;
+
+/// Every record of a session, wherever it was seen.
+fn everywhere(entries: &mut [Entry], mut change: impl FnMut(&mut Record)) {
+    for entry in entries {
+        if let Event::Records { records, .. } | Event::Final { records, .. } = &mut entry.event {
+            records.iter_mut().for_each(&mut change);
+        }
+    }
+}
+
+/// The indices of the entries that this holds for.
+fn indices(entries: &[Entry], holds: impl Fn(&Event) -> bool) -> Vec<usize> {
+    entries.iter().enumerate().filter(|(_, entry)| holds(&entry.event)).map(|(index, _)| index).collect()
+}
+
+/// One of them.
+fn pick(entries: &[Entry], random: &mut Random, holds: impl Fn(&Event) -> bool) -> Option<usize> {
+    random.pick(&indices(entries, holds))
+}
+
+fn complete(entries: &[Entry]) -> (u64, Vec<Record>) {
+    let found = entries.iter().find_map(|entry| match &entry.event {
+        Event::Final { tail, records, .. } => Some((*tail, records.clone())),
+        _ => None,
+    });
+    found.expect("a complete read")
+}
+
+/// Appends that were answered: index of the answer, operation, seq, texts.
+fn acknowledged(entries: &[Entry]) -> Vec<(usize, u64, u64, Call)> {
+    let mut found = Vec::new();
+    for (index, entry) in entries.iter().enumerate() {
+        let Event::Ok { op, seq: Some(seq) } = entry.event else { continue };
+        let asked = entries.iter().find_map(|entry| match &entry.event {
+            Event::Invoke { op: asked, call: call @ Call::Append { .. } } if *asked == op => Some(call.clone()),
+            _ => None,
+        });
+        if let Some(call) = asked {
+            found.push((index, op, seq, call));
+        }
+    }
+    found
+}
+
+/// Operations of this sort that were done, and the seqs that were answered.
+fn answered(entries: &[Entry], sort: impl Fn(&Call) -> bool) -> Vec<(u64, u64)> {
+    let mut asked = Vec::new();
+    let mut found = Vec::new();
+    for entry in entries {
+        match &entry.event {
+            Event::Invoke { op, call } if sort(call) => asked.push(*op),
+            Event::Ok { op, seq: Some(seq) } if asked.contains(op) => found.push((*op, *seq)),
+            _ => {}
+        }
+    }
+    found
+}
+
+fn texts(call: &Call) -> &[String] {
+    match call {
+        Call::Append { records, .. } => records,
+        _ => &[],
+    }
+}
+
+fn invoked(entries: &[Entry], op: u64) -> usize {
+    let is = |event: &Event| matches!(event, Event::Invoke { op: asked, .. } if *asked == op);
+    indices(entries, is)[0]
+}
+
+/// Takes the last record away from everything.
+fn forget_the_last(entries: &mut Vec<Entry>, _: &mut Random) -> bool {
+    let (tail, records) = complete(entries);
+    let last = records.last().expect("records");
+    if last.kind != "data"
+        || !acknowledged(entries).iter().any(|(.., call)| texts(call).contains(last.data.as_ref().expect("text")))
+    {
+        return false;
+    }
+    for entry in entries {
+        match &mut entry.event {
+            Event::Records { next, records, .. } => {
+                records.retain(|record| record.seq + 1 < tail);
+                *next = (*next).min(tail - 1);
+            }
+            Event::Final { tail: end, records, .. } => {
+                records.pop();
+                *end -= 1;
+            }
+            Event::CaughtUp { tail: told, .. } => *told = (*told).min(tail - 1),
+            Event::View { next, .. } => *next = (*next).min(tail - 1),
+            _ => {}
+        }
+    }
+    true
+}
+
+/// Lets one text be stored in the place of another.
+fn store_twice(entries: &mut Vec<Entry>, random: &mut Random) -> bool {
+    let (_, records) = complete(entries);
+    let data: Vec<&Record> = records.iter().filter(|record| record.kind == "data").collect();
+    let (Some(one), Some(other)) = (random.pick(&data), random.pick(&data)) else { return false };
+    if one.seq == other.seq {
+        return false;
+    }
+    everywhere(entries, |record| {
+        if record.seq == one.seq {
+            record.data.clone_from(&other.data);
+        }
+    });
+    true
+}
+
+/// Lets two appends of one record each, one answered before the other was asked for, change their places. Of one producer or of two.
+fn change_places(entries: &mut [Entry], random: &mut Random, same: bool) -> bool {
+    let acked: Vec<_> = acknowledged(entries).into_iter().filter(|(.., call)| texts(call).len() == 1).collect();
+    let mut pairs = Vec::new();
+    for (first, op, seq, call) in &acked {
+        for (second, other, later, behind) in &acked {
+            let asked = entries[invoked(entries, *other)].at;
+            let of = |index: usize, call: &Call| match call {
+                Call::Append { producer, .. } => (entries[index].process.clone(), producer.clone()),
+                _ => unreachable!("an append"),
+            };
+            if entries[*first].at < asked && (of(*first, call) == of(*second, behind)) == same {
+                pairs.push((*first, *second, *seq, *later, texts(call)[0].clone(), texts(behind)[0].clone(), *op));
+            }
+        }
+    }
+    let Some((first, second, seq, later, text, behind, _)) = random.pick(&pairs) else { return false };
+    for (index, place) in [(first, later), (second, seq)] {
+        let Event::Ok { seq, .. } = &mut entries[index].event else { unreachable!("an answer") };
+        *seq = Some(place);
+    }
+    let authors: Vec<(u64, String, Option<String>)> =
+        complete(entries).1.into_iter().map(|record| (record.seq, record.author, record.run)).collect();
+    let of = |seq: u64| authors.iter().find(|(at, ..)| *at == seq).cloned().expect("a record");
+    everywhere(entries, |record| {
+        let other = if record.seq == seq { (later, &behind) } else { (seq, &text) };
+        if record.seq == seq || record.seq == later {
+            (_, record.author, record.run) = of(other.0);
+            record.data = Some(other.1.clone());
+        }
+    });
+    true
+}
+
+/// Puts an entry behind another one.
+fn behind(entries: &mut Vec<Entry>, index: usize, event: Event) {
+    let Entry { at, process, .. } = entries[index].clone();
+    entries.insert(index + 1, Entry { at, process, event });
+}
+
+/// Changes the records of one delivery.
+fn deliveries(entries: &[Entry], of: impl Fn(u64) -> bool, len: usize) -> Vec<usize> {
+    indices(
+        entries,
+        |event| matches!(event, Event::Records { subscription, records, .. } if of(*subscription) && records.len() >= len),
+    )
+}
+
+/// The subscription that an event is of.
+fn of_subscription(event: &Event) -> Option<u64> {
+    match event {
+        Event::Started { subscription, .. }
+        | Event::Records { subscription, .. }
+        | Event::CaughtUp { subscription, .. }
+        | Event::Resumed { subscription, .. } => Some(*subscription),
+        _ => None,
+    }
+}
+
+fn is_filtered(entries: &[Entry], subscription: u64) -> bool {
+    entries.iter().any(|entry| {
+        matches!(&entry.event, Event::Started { subscription: of, filter, .. } if *of == subscription && !filter.is_open())
+    })
+}
+
+const MUTATIONS: &[(&str, Class, Mutation)] = &[
+    ("an acknowledged record is nowhere", Class::LostWrite, forget_the_last),
+    ("an acknowledgement tells another place", Class::LostWrite, |entries, random| {
+        let Some((index, ..)) = random.pick(&acknowledged(entries)) else { return false };
+        let Event::Ok { seq: Some(seq), .. } = &mut entries[index].event else { return false };
+        *seq += 1;
+        true
+    }),
+    ("a record is stored twice", Class::Duplicate, store_twice),
+    ("two appends of a producer change places", Class::Reorder, |entries, random| change_places(entries, random, true)),
+    ("two appends of two producers change places", Class::RealtimeLag, |entries, random| {
+        change_places(entries, random, false)
+    }),
+    ("a complete read has a hole", Class::Hole, |entries, random| {
+        for entry in entries {
+            if let Event::Final { records, .. } = &mut entry.event {
+                let at = random.below(records.len() as u64 - 1) as usize;
+                records.remove(at);
+                return true;
+            }
+        }
+        false
+    }),
+    ("the beginning is gone", Class::Hole, |entries, _| {
+        for entry in entries {
+            if let Event::Final { records, first, .. } = &mut entry.event {
+                records.remove(0);
+                *first = 1;
+            }
+        }
+        true
+    }),
+    ("one reader was given another record", Class::InconsistentSeq, |entries, random| {
+        let Some(index) = random.pick(&deliveries(entries, |_| true, 1)) else { return false };
+        let Event::Records { records, .. } = &mut entries[index].event else { return false };
+        records[0].author = "somebody else".into();
+        true
+    }),
+    ("the disk has another record", Class::InconsistentSeq, |entries, _| {
+        let (tail, mut records) = complete(entries);
+        records[0].stream = "elsewhere".into();
+        let (process, session) = ("disk".to_owned(), "s".to_owned());
+        let at = entries.last().expect("entries").at;
+        let event = Event::Final { session, incarnation: String::new(), first: 0, tail, compacted: false, records };
+        entries.push(Entry { at, process, event });
+        true
+    }),
+    ("a record that nobody appended", Class::Phantom, |entries, random| {
+        let (_, records) = complete(entries);
+        let data: Vec<u64> = records.iter().filter(|record| record.kind == "data").map(|record| record.seq).collect();
+        let Some(seq) = random.pick(&data) else { return false };
+        everywhere(entries, |record| {
+            if record.seq == seq {
+                record.data = Some("nobody's".into());
+            }
+        });
+        true
+    }),
+    ("what failed is stored", Class::AbortedRead, |entries, random| {
+        let Some((index, op, ..)) = random.pick(&acknowledged(entries)) else { return false };
+        entries[index].event = Event::Fail { op, code: "OVERLOADED".into() };
+        true
+    }),
+    ("a record is read before it is appended", Class::PrecommittedRead, |entries, random| {
+        let delivered: Vec<String> = entries
+            .iter()
+            .filter_map(|entry| match &entry.event {
+                Event::Records { records, .. } => Some(records.iter().filter_map(|record| record.data.clone())),
+                _ => None,
+            })
+            .flatten()
+            .collect();
+        let seen = |call: &Call| texts(call).iter().any(|text| delivered.contains(text));
+        let acked: Vec<_> = acknowledged(entries).into_iter().filter(|(.., call)| seen(call)).collect();
+        let Some((_, op, ..)) = random.pick(&acked) else { return false };
+        let (last, index) = (entries.last().expect("entries").at, invoked(entries, op));
+        entries[index].at = last;
+        true
+    }),
+    ("what was delivered is gone", Class::Vanished, |entries, _| {
+        let delivered = entries.iter().filter_map(|entry| match &entry.event {
+            Event::Records { next, records, .. } if !records.is_empty() => Some(*next),
+            _ => None,
+        });
+        let (tail, _) = complete(entries);
+        if delivered.max() != Some(tail) {
+            return false;
+        }
+        for entry in entries {
+            if let Event::Final { records, tail, .. } = &mut entry.event {
+                records.pop();
+                *tail -= 1;
+            }
+        }
+        true
+    }),
+    ("a batch has another record inside", Class::TornBatch, |entries, random| {
+        let acked: Vec<_> = acknowledged(entries).into_iter().filter(|(.., call)| texts(call).len() > 2).collect();
+        let Some((.., seq, _)) = random.pick(&acked) else { return false };
+        everywhere(entries, |record| {
+            if record.seq == seq + 1 {
+                record.data = Some("somebody's".into());
+            }
+        });
+        true
+    }),
+    ("a reader goes on in another life", Class::MixedTimelines, |entries, random| {
+        let Some(index) = pick(entries, random, |event| matches!(event, Event::Started { .. })) else { return false };
+        let mut again = entries[index].event.clone();
+        if let Event::Started { incarnation, .. } = &mut again {
+            *incarnation = "another".into();
+        }
+        behind(entries, index, again);
+        true
+    }),
+    ("a delivery comes again", Class::NonmonotonicDelivery, |entries, random| {
+        let Some(index) = random.pick(&deliveries(entries, |_| true, 1)) else { return false };
+        let again = entries[index].event.clone();
+        behind(entries, index, again);
+        true
+    }),
+    ("a record comes twice in a delivery", Class::Redelivered, |entries, random| {
+        let Some(index) = random.pick(&deliveries(entries, |_| true, 1)) else { return false };
+        let Event::Records { records, .. } = &mut entries[index].event else { return false };
+        let again = records[0].clone();
+        records.insert(1, again);
+        true
+    }),
+    ("a delivery is left out", Class::SkippedDelivery, |entries, random| {
+        // Followed by another one: the last one's loss is a lag, and one before a resume makes that wrong.
+        let followed = |index: &usize| {
+            let Event::Records { subscription, .. } = entries[*index].event else { return false };
+            let later = entries[index + 1..].iter().find(|entry| of_subscription(&entry.event) == Some(subscription));
+            matches!(later, Some(Entry { event: Event::Records { .. }, .. }))
+        };
+        let mut open = deliveries(entries, |subscription| !is_filtered(entries, subscription), 1);
+        open.retain(followed);
+        let Some(index) = random.pick(&open) else { return false };
+        entries.remove(index);
+        true
+    }),
+    ("a record is left out of a delivery", Class::SkippedDelivery, |entries, random| {
+        let open = deliveries(entries, |subscription| !is_filtered(entries, subscription), 2);
+        let Some(index) = random.pick(&open) else { return false };
+        let Event::Records { records, .. } = &mut entries[index].event else { return false };
+        records.remove(1);
+        true
+    }),
+    ("a subscription goes on one further", Class::WrongResume, |entries, random| {
+        let Some(index) = random.pick(&deliveries(entries, |_| true, 1)) else { return false };
+        let Event::Records { subscription, next, .. } = entries[index].event else { return false };
+        behind(entries, index, Event::Resumed { subscription, verdict: "exact".into(), next: next + 1 });
+        true
+    }),
+    ("a filter keeps back what passes", Class::FilterMissed, |entries, random| {
+        let filtered = deliveries(entries, |subscription| is_filtered(entries, subscription), 1);
+        let Some(index) = random.pick(&filtered) else { return false };
+        let Event::Records { records, .. } = &mut entries[index].event else { return false };
+        records.pop();
+        true
+    }),
+    ("a filter lets through what does not pass", Class::FilterLeaked, |entries, random| {
+        let filtered = deliveries(entries, |subscription| is_filtered(entries, subscription), 0);
+        let Some(index) = random.pick(&filtered) else { return false };
+        let (_, all) = complete(entries);
+        let Event::Records { from, next, records, .. } = &mut entries[index].event else { return false };
+        let others = all.iter().filter(|record| (*from..*next).contains(&record.seq) && !records.contains(record));
+        let Some(other) = random.pick(&others.collect::<Vec<_>>()) else { return false };
+        records.push(other.clone());
+        records.sort_by_key(|record| record.seq);
+        true
+    }),
+    ("somebody is said to have caught up too early", Class::FalseCaughtUp, |entries, random| {
+        let Some(index) = pick(entries, random, |event| matches!(event, Event::CaughtUp { .. })) else { return false };
+        let Event::CaughtUp { tail, .. } = &mut entries[index].event else { return false };
+        *tail += 1;
+        true
+    }),
+    ("a tail is told that is long over", Class::StaleRead, |entries, random| {
+        let first = acknowledged(entries).first().map(|(index, ..)| entries[*index].at);
+        let late =
+            |event: &Event| matches!(event, Event::Started { asked, .. } if first.is_some_and(|first| *asked > first));
+        let Some(index) = pick(entries, random, late) else { return false };
+        let Event::Started { tail, .. } = &mut entries[index].event else { return false };
+        *tail = 0;
+        true
+    }),
+    ("a reader does not reach the end", Class::Lagging, |entries, random| {
+        let (end, _) = complete(entries);
+        let last = |event: &Event| matches!(event, Event::Records { next, .. } if *next == end);
+        let Some(index) = pick(entries, random, last) else { return false };
+        let subscription = of_subscription(&entries[index].event);
+        let mut at = 0;
+        entries.retain(|entry| {
+            at += 1;
+            at <= index || of_subscription(&entry.event) != subscription
+        });
+        true
+    }),
+    ("a fenced producer writes", Class::UnfencedWrite, |entries, random| {
+        let opened = openings(entries);
+        let late: Vec<_> = acknowledged(entries)
+            .into_iter()
+            .filter(|(_, op, _, call)| {
+                let asked = entries[invoked(entries, *op)].at;
+                let Call::Append { producer, epoch, .. } = call else { return false };
+                *epoch > 1
+                    && opened.iter().any(|(at, name, granted)| *at < asked && name == producer && granted >= epoch)
+            })
+            .collect();
+        let Some((_, op, ..)) = random.pick(&late) else { return false };
+        let index = invoked(entries, op);
+        let Event::Invoke { call: Call::Append { epoch, .. }, .. } = &mut entries[index].event else { return false };
+        *epoch -= 1;
+        true
+    }),
+    ("an epoch is granted twice", Class::EpochReused, |entries, random| {
+        let all = openings(entries);
+        let follows = |(_, name, epoch): &(u64, String, u64)| {
+            all.iter().any(|(_, other, before)| other == name && before + 1 == *epoch)
+        };
+        let second: Vec<_> = all.iter().filter(|opening| follows(opening)).cloned().collect();
+        let Some((at, ..)) = random.pick(&second) else { return false };
+        let answer = entries.iter_mut().find(|entry| entry.at == at).expect("the answer");
+        let Event::Ok { seq: Some(epoch), .. } = &mut answer.event else { return false };
+        *epoch -= 1;
+        true
+    }),
+    ("a change is stored as another", Class::WrongChange, |entries, random| {
+        let answered: Vec<u64> = answered(entries, |call| matches!(call, Call::Put { .. } | Call::Increment { .. }))
+            .iter()
+            .map(|(_, seq)| *seq)
+            .collect();
+        let (_, records) = complete(entries);
+        let puts = records.iter().filter(|record| record.kind == "state.put" && answered.contains(&record.seq));
+        let Some(seq) = random.pick(&puts.collect::<Vec<_>>()).map(|record| record.seq) else { return false };
+        everywhere(entries, |record| {
+            if record.seq == seq {
+                record.value = Some("666".into());
+            }
+        });
+        true
+    }),
+    ("a condition did not hold", Class::WrongChange, |entries, random| {
+        let answered: Vec<u64> = entries
+            .iter()
+            .filter_map(|entry| if let Event::Ok { op, seq: Some(_) } = entry.event { Some(op) } else { None })
+            .collect();
+        let conditional = |event: &Event| matches!(event, Event::Invoke { op, call: Call::Put { expected: Some(_), .. } } if answered.contains(op));
+        let Some(index) = pick(entries, random, conditional) else { return false };
+        let Event::Invoke { call: Call::Put { expected, .. }, .. } = &mut entries[index].event else { return false };
+        *expected = Some(expected.unwrap_or(0) + 1000);
+        true
+    }),
+    ("a condition that held is refused", Class::FalseConflict, |entries, _| {
+        let (_, records) = complete(entries);
+        let Some(last) = records.iter().rfind(|record| record.kind == "state.put") else { return false };
+        let key = last.key.clone().expect("a key");
+        let changes = answered(entries, |call| matches!(call, Call::Put { .. } | Call::Increment { .. }));
+        if !changes.iter().any(|(_, seq)| *seq == last.seq) {
+            return false;
+        }
+        if records.iter().any(|record| record.seq > last.seq && record.key.as_ref() == Some(&key)) {
+            return false;
+        }
+        let at = entries.last().expect("entries").at + TICK;
+        let call = Call::Put { session: "s".into(), key, value: "late".into(), expected: Some(last.seq + 1) };
+        // Whatever may still happen would be a reason.
+        entries.retain(|entry| !matches!(entry.event, Event::Unknown { .. }));
+        let process = "late".to_owned();
+        entries.push(Entry { at, process: process.clone(), event: Event::Invoke { op: 1 << 40, call } });
+        let event = Event::Fail { op: 1 << 40, code: "CONFLICT".into() };
+        entries.push(Entry { at: at + TICK, process, event });
+        true
+    }),
+    ("a view has another value", Class::StateDivergence, |entries, random| {
+        let Some(index) = pick(entries, random, |event| matches!(event, Event::View { .. })) else { return false };
+        let Event::View { view, .. } = &mut entries[index].event else { return false };
+        view.state.insert("a".into(), ("other".into(), 7));
+        true
+    }),
+    ("a view has another member", Class::PresenceDivergence, |entries, random| {
+        let Some(index) = pick(entries, random, |event| matches!(event, Event::View { .. })) else { return false };
+        let Event::View { view, .. } = &mut entries[index].event else { return false };
+        view.members.insert("nobody".into(), 3);
+        true
+    }),
+    ("a view has another text", Class::MessageDivergence, |entries, random| {
+        let Some(index) = pick(entries, random, |event| matches!(event, Event::View { .. })) else { return false };
+        let Event::View { view, .. } = &mut entries[index].event else { return false };
+        view.messages.insert("m0".into(), "never said".into());
+        true
+    }),
+    ("two views at one seq have two hashes", Class::HashDivergence, |entries, random| {
+        let Some(index) = pick(entries, random, |event| matches!(event, Event::View { .. })) else { return false };
+        let mut again = entries[index].event.clone();
+        if let Event::View { view, .. } = &mut again {
+            view.hash = Some("other".into());
+        }
+        behind(entries, index, again);
+        true
+    }),
+    ("a member is there whose process is dead", Class::Ghost, |entries, random| {
+        let (_, records) = complete(entries);
+        let joined: Vec<&Record> = records
+            .iter()
+            .filter(|record| record.kind == "presence.joined")
+            .filter(|record| {
+                !records.iter().any(|left| left.member.as_ref() == Some(&record.author) && left.seq > record.seq)
+            })
+            .collect();
+        let Some(author) = random.pick(&joined).map(|record| record.author.clone()) else { return false };
+        let joining =
+            |event: &Event| matches!(event, Event::Invoke { call: Call::Join { author: of, .. }, .. } if *of == author);
+        let index = *indices(entries, joining).last().expect("somebody joined");
+        behind(entries, index, Event::Gone {});
+        true
+    }),
+    ("a member is not there that never left", Class::MissingMember, |entries, random| {
+        // The last thing that it did, behind a join that was answered.
+        let joined = answered(entries, |call| matches!(call, Call::Join { .. }));
+        let mut last: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+        for entry in &*entries {
+            if let Event::Invoke { op, call: Call::Join { author, .. } | Call::Leave { author, .. } } = &entry.event {
+                last.entry(author.clone()).or_default().push(*op);
+            }
+        }
+        let left = answered(entries, |call| matches!(call, Call::Leave { .. }));
+        let is = |ops: &[(u64, u64)], op: u64| ops.iter().any(|(of, _)| *of == op);
+        let left: Vec<u64> = last
+            .values()
+            .filter_map(|ops| match ops[..] {
+                [.., before, leave] if is(&joined, before) && is(&left, leave) => Some(leave),
+                _ => None,
+            })
+            .collect();
+        let Some(op) = random.pick(&left) else { return false };
+        entries.retain(
+            |entry| !matches!(&entry.event, Event::Invoke { op: of, .. } | Event::Ok { op: of, .. } if *of == op),
+        );
+        true
+    }),
+    ("a member left under an older generation", Class::LateLeave, |entries, random| {
+        let (_, records) = complete(entries);
+        let left: Vec<u64> =
+            records.iter().filter(|record| record.kind == "presence.left").map(|record| record.seq).collect();
+        let Some(seq) = random.pick(&left) else { return false };
+        everywhere(entries, |record| {
+            if record.seq == seq {
+                record.generation = Some(1 << 30);
+            }
+        });
+        true
+    }),
+    ("another one writes for a run", Class::ZombieWrite, |entries, random| {
+        let (_, records) = complete(entries);
+        let parts: Vec<u64> = records
+            .iter()
+            .filter(|record| record.kind == "data" && record.run.is_some())
+            .map(|record| record.seq)
+            .collect();
+        let Some(seq) = random.pick(&parts) else { return false };
+        everywhere(entries, |record| {
+            if record.seq == seq {
+                record.author = "zombie".into();
+            }
+        });
+        true
+    }),
+    ("a run is taken over from its holder", Class::TwoHolders, |entries, random| {
+        let (_, records) = complete(entries);
+        let lost: Vec<u64> =
+            records.iter().filter(|record| record.kind == "run.lost").map(|record| record.seq).collect();
+        let Some(seq) = random.pick(&lost) else { return false };
+        everywhere(entries, |record| {
+            if record.seq == seq {
+                record.epoch = Some(1 << 30);
+            }
+        });
+        true
+    }),
+    ("a run goes on behind its end", Class::EndedTwice, |entries, random| {
+        let (_, records) = complete(entries);
+        let ends: Vec<&Record> = records.iter().filter(|record| record.kind == "run.end").collect();
+        let Some(end) = random.pick(&ends) else { return false };
+        let later: Vec<&Record> =
+            records.iter().filter(|record| record.seq > end.seq && record.kind == "data").collect();
+        let Some(seq) = random.pick(&later).map(|record| record.seq) else { return false };
+        everywhere(entries, |record| {
+            if record.seq == seq {
+                record.run.clone_from(&end.run);
+            }
+        });
+        true
+    }),
+    ("a process does what it has no right to", Class::Unauthorized, |entries, random| {
+        let Some((index, ..)) = random.pick(&acknowledged(entries)) else { return false };
+        let process = entries[index].process.clone();
+        let event = Event::Granted { prefix: "ss".into(), operations: vec!["append".into()] };
+        entries.insert(0, Entry { at: 0, process, event });
+        true
+    }),
+    ("a reader reads long after it may", Class::RevokedDelivery, |entries, random| {
+        let delivered = deliveries(entries, |_| true, 1);
+        let Some(index) = random.pick(&delivered).filter(|index| entries[*index].at > 20 * TICK) else { return false };
+        let process = entries[index].process.clone();
+        let event = Event::Granted { prefix: "s".into(), operations: vec!["read".into()] };
+        entries.insert(0, Entry { at: 0, process: process.clone(), event });
+        entries.insert(1, Entry { at: 1, process, event: Event::Revoked {} });
+        true
+    }),
+    ("a process is refused what it has a right to", Class::WronglyRefused, |entries, _| {
+        let process = "refused".to_owned();
+        let event = Event::Granted { prefix: String::new(), operations: vec!["manage".into()] };
+        entries.insert(0, Entry { at: 0, process: process.clone(), event });
+        let call = Call::Trim { session: "s".into(), before: 0 };
+        entries.push(Entry { at: 2, process: process.clone(), event: Event::Invoke { op: 1 << 40, call } });
+        let event = Event::Fail { op: 1 << 40, code: "FORBIDDEN".into() };
+        entries.push(Entry { at: 3, process, event });
+        true
+    }),
+    ("an operation is asked for twice", Class::Malformed, |entries, random| {
+        let Some(index) = pick(entries, random, |event| matches!(event, Event::Invoke { .. })) else { return false };
+        let again = entries[index].event.clone();
+        behind(entries, index, again);
+        true
+    }),
+    ("nothing was read at the end", Class::NothingProvoked, |entries, _| {
+        entries.retain(|entry| !matches!(entry.event, Event::Final { .. }));
+        true
+    }),
+];
+
+/// When which producer was opened anew, as answered, and under which epoch.
+fn openings(entries: &[Entry]) -> Vec<(u64, String, u64)> {
+    let mut found = Vec::new();
+    for entry in entries {
+        let Event::Invoke { op, call: Call::OpenProducer { producer, .. } } = &entry.event else { continue };
+        for answer in entries {
+            if let Event::Ok { op: of, seq: Some(epoch) } = answer.event
+                && of == *op
+            {
+                found.push((answer.at, producer.clone(), epoch));
+            }
+        }
+    }
+    found
+}
+
+fn seed() -> u64 {
+    let given = std::env::var("MAINSTAY_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = given.unwrap_or_else(|| u64::from(std::process::id()) << 20 ^ 0x5eed);
+    println!("repeat with MAINSTAY_SEED={seed} cargo nextest run -p mainstay-checker");
+    seed
+}
+
+#[test]
+fn what_a_faultless_service_does_is_sound() {
+    let mut random = Random(seed());
+    for round in 0..300 {
+        let entries = history(&mut random);
+        let verdict = check(entries, &["fenced", "conflicts", "takeovers", "members"].map(str::to_owned));
+        let missing = |class: &Class| *class == Class::NothingProvoked;
+        let broken: Vec<_> = verdict.violations.iter().filter(|violation| !missing(&violation.class)).collect();
+        assert!(broken.is_empty(), "round {round}: {broken:#?}");
+    }
+}
+
+#[test]
+fn each_change_of_a_sound_history_is_found_for_what_it_is() {
+    let mut random = Random(seed());
+    for (what, class, mutation) in MUTATIONS {
+        let mut done = 0;
+        for _ in 0..400 {
+            let mut entries = history(&mut random);
+            if !mutation(&mut entries, &mut random) {
+                continue;
+            }
+            done += 1;
+            let verdict = check(entries, &[]);
+            assert!(
+                verdict.broken.contains_key(class),
+                "{what}: not found as {class:?}, but as {:#?}",
+                verdict.violations
+            );
+            if done == 20 {
+                break;
+            }
+        }
+        assert!(done >= 5, "{what}: only {done} histories had something to change");
+    }
+}
+
+#[test]
+fn each_class_has_a_mutation() {
+    // A class that is added and has none would be one that nothing shows to be found.
+    for class in Class::ALL {
+        assert!(MUTATIONS.iter().any(|(_, of, _)| of == class), "{class:?}");
+    }
+}
+
+#[test]
+fn a_history_in_which_nothing_happened_fails() {
+    assert!(!check(Vec::new(), &[]).is_sound());
+    let mut random = Random(seed());
+    // A short one may have nothing that was acknowledged.
+    let acknowledges = |entries: &Vec<Entry>| !acknowledged(entries).is_empty();
+    let sound = std::iter::repeat_with(|| history(&mut random)).find(acknowledges).expect("a history");
+    assert!(check(sound.clone(), &[]).is_sound());
+    assert_eq!(check(sound, &["earthquakes".to_owned()]).broken.keys().collect::<Vec<_>>(), [&Class::NothingProvoked]);
+}
+
+#[test]
+fn a_history_reads_as_it_was_written() {
+    let entries = history(&mut Random(1));
+    let lines: Vec<String> = entries.iter().map(|entry| serde_json::to_string(entry).expect("JSON")).collect();
+    assert_eq!(read(lines.join("\n").as_bytes()).expect("a history"), entries);
+    let wrong = read(format!("{}\n{{}}", lines[0]).as_bytes()).expect_err("no entry");
+    assert!(wrong.to_string().starts_with("line 2: "), "{wrong}");
+}
+
+#[test]
+fn a_dump_is_a_complete_read_of_each_session() {
+    let dump = r#"{"event":"record","seq":3,"time":"2026-01-01T00:00:00Z","stream":"main","kind":"data","author":"a","data":"x","session":"one"}
+{"event":"record","seq":4,"time":"2026-01-01T00:00:00Z","stream":"main","kind":"data","author":"a","data":"y","session":"one"}
+{"event":"record","seq":0,"time":"2026-01-01T00:00:00Z","stream":"main","kind":"data","author":"a","data":"z","session":"two"}"#;
+    let events = read_dump(dump.as_bytes()).expect("a dump");
+    let reach: Vec<(&str, u64, u64, usize)> = events
+        .iter()
+        .map(|event| match event {
+            Event::Final { session, first, tail, records, .. } => (session.as_str(), *first, *tail, records.len()),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(reach, [("one", 3, 5, 2), ("two", 0, 1, 1)]);
+}

@@ -1,0 +1,8 @@
+//! Proof by experiment: one [`workload`] over a simulated world or the real binary, disasters from a seed, and the checker's verdict.
+//!
+//! - [`simulation`]: the real client and server over links in memory and a simulated disk, in one thread and in tokio's paused time. The
+//!   same seed is the same history, byte for byte.
+
+pub mod history;
+pub mod simulation;
+pub mod workload;

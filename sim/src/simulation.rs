@@ -1,0 +1,275 @@
+//! One seed, one world: real clients and a real server over links in memory, a simulated disk and a simulated clock.
+//!
+//! First everything goes wrong that the seed says; then everything is repaired, and all have to come to the same end.
+
+use core::any::Any;
+use core::cell::Cell;
+use core::time::Duration;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::thread;
+
+use mainstay_checker::history::Entry;
+use mainstay_checker::verdict::Verdict;
+use mainstay_client::{Client, Config as ClientConfig};
+use mainstay_protocol::session::{Grant, Grants, Operation};
+use mainstay_protocol::wire::Subject;
+use mainstay_server::auth::{Claims, Keyring, SigningKey};
+use mainstay_server::{Config, ResumeKeys, Server};
+use mainstay_store::testing::{SimulatedDisk, Wear};
+use mainstay_transport::entropy;
+use mainstay_transport::memory::{MemoryListener, MemoryNetwork, Weather};
+use mainstay_transport::sim::Random;
+use tokio::runtime::Builder;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::history::Recorder;
+use crate::workload::{Size, Workload};
+
+/// What came of a seed.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The seed.
+    pub seed: u64,
+    /// What happened.
+    pub entries: Vec<Entry>,
+    /// What the checker says of it.
+    pub verdict: Verdict,
+    /// Somebody panicked, or did not come to an end.
+    pub failed: Option<String>,
+}
+
+impl Outcome {
+    /// True if every promise was kept and everybody came to his end.
+    pub fn is_sound(&self) -> bool {
+        self.failed.is_none() && self.verdict.is_sound()
+    }
+
+    /// The history, one line an entry: the same for the same seed.
+    pub fn trace(&self) -> String {
+        let lines = self.entries.iter().map(|entry| serde_json::to_string(entry).expect("an entry is JSON"));
+        lines.collect::<Vec<_>>().join("\n")
+    }
+}
+
+thread_local! {
+    /// What the wall clock of this thread's world shows beside the time that has passed, in milliseconds.
+    static SKEW: Cell<i64> = const { Cell::new(0) };
+    static BEGUN: Cell<Option<Instant>> = const { Cell::new(None) };
+}
+
+/// When every world begins, in milliseconds since the Unix epoch.
+const EPOCH: i64 = 1_767_225_600_000;
+
+/// The wall clock of this thread's world.
+fn clock() -> u64 {
+    let passed = BEGUN.get().map_or(Duration::ZERO, |begun| begun.elapsed());
+    (EPOCH + SKEW.get() + passed.as_millis() as i64) as u64
+}
+
+/// A seed's world is over after so much of its own time, whatever happens in it.
+const LIFETIME: Duration = Duration::from_secs(3600);
+
+/// Runs the world of a seed.
+///
+/// # Panics
+///
+/// If the system gives no thread.
+pub fn simulate(seed: u64) -> Outcome {
+    // A thread of its own: randomness and clock are the thread's.
+    let world = thread::Builder::new().name(format!("seed-{seed}")).spawn(move || run(seed));
+    let (entries, failed) =
+        world.expect("a thread").join().unwrap_or_else(|_| (Vec::new(), Some("it panicked".into())));
+    let verdict = mainstay_checker::check(entries.clone(), &[]);
+    Outcome { seed, entries, verdict, failed }
+}
+
+fn run(seed: u64) -> (Vec<Entry>, Option<String>) {
+    entropy::seed(seed);
+    SKEW.set(0);
+    let mut builder = Builder::new_current_thread();
+    builder.enable_time().start_paused(true);
+    #[cfg(tokio_unstable)]
+    builder.rng_seed(tokio::runtime::RngSeed::from_bytes(&seed.to_be_bytes()));
+    let runtime = builder.build().expect("a runtime");
+    let recorder = runtime.block_on(async {
+        BEGUN.set(Some(Instant::now()));
+        Recorder::default()
+    });
+    let live = AssertUnwindSafe(|| runtime.block_on(async { timeout(LIFETIME, live(seed, &recorder)).await }));
+    let failed = match catch_unwind(live) {
+        Ok(Ok(())) => None,
+        Ok(Err(_)) => Some("it did not come to an end".to_owned()),
+        Err(panic) => Some(said(panic.as_ref())),
+    };
+    (recorder.entries(), failed)
+}
+
+/// What a panic said.
+fn said(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it panicked").to_owned()
+}
+
+/// A world: the machine of the server, and the network before it.
+struct World {
+    disk: SimulatedDisk,
+    network: Arc<MemoryNetwork>,
+    key: Arc<SigningKey>,
+    resume: ResumeKeys,
+    server: JoinHandle<()>,
+    random: Random,
+    recorder: Recorder,
+}
+
+impl World {
+    fn new(random: &mut Random, recorder: &Recorder) -> (Self, Weather) {
+        let config = ClientConfig::default();
+        let (network, listener) =
+            MemoryNetwork::with_seed(Config::default().transport_limits(), config.transport_limits(), random.bits());
+        let weather = Weather {
+            delay: Duration::from_micros(random.below(40_000)),
+            jitter: Duration::from_micros(random.below(30_000)),
+            unnoticed: Duration::from_millis(random.below(8000)),
+            down: false,
+        };
+        network.set_weather(weather);
+        let disk = SimulatedDisk::new(random.bits());
+        let mut this = Self {
+            disk,
+            network,
+            key: Arc::new(SigningKey::generate().expect("a key")),
+            resume: ResumeKeys::generate().expect("a key"),
+            server: tokio::spawn(async {}),
+            random: random.fork(),
+            recorder: recorder.clone(),
+        };
+        this.serve(listener);
+        (this, weather)
+    }
+
+    fn serve(&mut self, listener: MemoryListener) {
+        let keyring = Keyring::new([self.key.verifying_key()]);
+        let store = Arc::new(self.disk.clone());
+        let server = Server::with_clock(store, keyring, self.resume.clone(), Config::default(), clock);
+        self.server = tokio::spawn(async move { server.serve(listener, std::future::pending()).await });
+    }
+
+    /// The server dies without a word, at whatever it is doing, and another process takes its place.
+    fn crash(&mut self) {
+        self.recorder.provoked("crash");
+        self.network.cut();
+        self.server.abort();
+        self.disk = self.disk.crash();
+        let listener = self.network.listen();
+        self.serve(listener);
+    }
+
+    fn client(&self) -> Client {
+        let mut config = ClientConfig::default();
+        config.give_up_after = None;
+        let now = (clock() / 1000) as i64;
+        let grant = Grant { prefix: String::new(), operations: Operation::ALL.into_iter().collect() };
+        let claims = Claims {
+            subject: Subject::new("tester").expect("a subject"),
+            device: None,
+            grants: Grants(vec![grant]),
+            // Clocks jump.
+            issued: now - 1_000_000,
+            expires: now + 100_000_000,
+        };
+        config.token = Some(self.key.mint(&claims).expect("a token"));
+        Client::new(self.network.clone(), config)
+    }
+
+    /// Something goes wrong.
+    async fn trouble(&mut self, weather: Weather) {
+        let pause = Duration::from_millis(self.random.below(1500));
+        sleep(pause).await;
+        match self.random.below(10) {
+            0 | 1 => self.crash(),
+            2 => {
+                // And once more, while the one before looks at what it found.
+                self.crash();
+                sleep(Duration::from_micros(self.random.below(30_000))).await;
+                self.recorder.provoked("crash-in-recovery");
+                self.crash();
+            }
+            3 | 4 => {
+                if self.network.cut_one() {
+                    self.recorder.provoked("loss");
+                }
+            }
+            5 => {
+                self.recorder.provoked("outage");
+                self.network.set_weather(Weather { down: true, ..weather });
+                self.network.cut();
+                sleep(Duration::from_millis(self.random.below(6000))).await;
+                self.network.set_weather(weather);
+            }
+            6 => {
+                self.recorder.provoked("full-disk");
+                self.disk.set_wear(Wear { full: true, ..Wear::default() });
+                sleep(Duration::from_millis(self.random.below(3000))).await;
+                self.disk.set_wear(Wear::default());
+            }
+            7 => {
+                self.recorder.provoked("worn-disk");
+                let wear = Wear { stalls: 50, unknown: 100, overloaded: 50, ..Wear::default() };
+                self.disk.set_wear(wear);
+                sleep(Duration::from_millis(self.random.below(2000))).await;
+                self.disk.set_wear(Wear::default());
+            }
+            8 => {
+                // A server whose disk fails ends; here somebody ends it.
+                self.recorder.provoked("failed-disk");
+                self.disk.fail();
+                sleep(Duration::from_millis(self.random.below(200))).await;
+                self.crash();
+            }
+            _ => {
+                self.recorder.provoked("clock-jump");
+                let jump = self.random.below(240_000) as i64 - 120_000;
+                SKEW.set(SKEW.get() + jump);
+            }
+        }
+    }
+}
+
+/// Lets the world of a seed go by.
+///
+/// # Panics
+///
+/// If somebody does not come to his end.
+async fn live(seed: u64, recorder: &Recorder) {
+    let mut random = Random::new(seed);
+    let (mut world, weather) = World::new(&mut random, recorder);
+    let size = Size {
+        writers: 1 + random.below(4),
+        appends: 10 + random.below(40),
+        readers: 1 + random.below(4),
+        changers: random.below(3),
+        changes: 15,
+        members: random.below(3),
+        agents: random.below(3),
+        pause: Duration::from_millis(5 + random.below(200)),
+        rest: Duration::from_secs(30),
+        patience: Duration::from_secs(300),
+    };
+    let observer = world.client();
+    let mut work = Workload::begin("s", &size, recorder, &mut random, || world.client());
+    let troubles = random.below(12);
+    for _ in 0..troubles {
+        tokio::select! {
+            biased;
+            () = world.trouble(weather) => {}
+            () = work.worked() => break,
+        }
+    }
+    // Everything is repaired.
+    world.network.set_weather(Weather { down: false, ..weather });
+    world.disk.set_wear(Wear::default());
+    work.settle(&observer).await;
+    world.server.abort();
+}

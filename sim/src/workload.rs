@@ -1,0 +1,594 @@
+//! Everything at once: writers that fence each other, readers that come and go, changes of keys, messages, members and runs, all of it
+//! written down for the checker. The same over every transport, store and disaster.
+
+use core::time::Duration;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use mainstay_checker::history::{Call, Event, Filter};
+use mainstay_client::{
+    AppendError, Change, Client, ClientError, Doing, Event as Seen, Expected, Key, Kind, LiveView, MessageWriter,
+    Producer, Run, RunId, Session, Start, StateChange, Status, StreamId, Ticket, Update,
+};
+use mainstay_transport::sim::Random;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::history::{Reading, Recorder};
+
+/// How much of what.
+#[derive(Debug, Clone)]
+pub struct Size {
+    /// Writers of plain records. They share two producers' names per three of them.
+    pub writers: u64,
+    /// Appends of each.
+    pub appends: u64,
+    /// Readers; every third one has a filter, and every second one comes and goes.
+    pub readers: u64,
+    /// Those that change keys, and changes of each.
+    pub changers: u64,
+    /// Changes of each.
+    pub changes: u64,
+    /// Members.
+    pub members: u64,
+    /// Agents that hold runs.
+    pub agents: u64,
+    /// Longest pause between two things that somebody does.
+    pub pause: Duration,
+    /// How long everything rests before who follows has to be at the end: so that members and leases that were lost are.
+    pub rest: Duration,
+    /// Longest wait for anything after the faults are over.
+    pub patience: Duration,
+}
+
+impl Default for Size {
+    fn default() -> Self {
+        Self {
+            writers: 3,
+            appends: 40,
+            readers: 3,
+            changers: 2,
+            changes: 15,
+            members: 2,
+            agents: 2,
+            pause: Duration::from_millis(40),
+            rest: Duration::ZERO,
+            patience: Duration::from_secs(60),
+        }
+    }
+}
+
+/// Somebody who takes part, and what he needs for that.
+struct Actor {
+    name: String,
+    client: Client,
+    recorder: Recorder,
+    session: String,
+    size: Size,
+    random: Random,
+    /// True once nothing new is to be begun; the tail once everything is stored.
+    end: watch::Receiver<Option<u64>>,
+    _busy: Busy,
+}
+
+/// Somebody is at work until it is dropped.
+struct Busy(String, Arc<Mutex<BTreeSet<String>>>);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.1.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0);
+    }
+}
+
+/// Everybody, at work.
+pub struct Workload {
+    recorder: Recorder,
+    session: String,
+    size: Size,
+    end: watch::Sender<Option<u64>>,
+    working: JoinSet<()>,
+    watching: JoinSet<()>,
+    /// Who has not come to his end.
+    busy: Arc<Mutex<BTreeSet<String>>>,
+    clients: Vec<Client>,
+}
+
+impl Workload {
+    /// Everybody begins to use `session` over clients that `client` makes: one each.
+    pub fn begin(
+        session: &str,
+        size: &Size,
+        recorder: &Recorder,
+        random: &mut Random,
+        mut client: impl FnMut() -> Client,
+    ) -> Self {
+        let mut this = Self {
+            recorder: recorder.clone(),
+            session: session.to_owned(),
+            size: size.clone(),
+            end: watch::channel(None).0,
+            working: JoinSet::new(),
+            watching: JoinSet::new(),
+            busy: Arc::default(),
+            clients: Vec::new(),
+        };
+        for n in 0..size.writers {
+            let actor = this.actor("writer", n, client(), random);
+            this.working.spawn(actor.write(format!("p{}", n * 2 / 3)));
+        }
+        for n in 0..size.changers {
+            let actor = this.actor("changer", n, client(), random);
+            this.working.spawn(actor.change(format!("changer-{n}")));
+        }
+        for n in 0..size.members {
+            let actor = this.actor("member", n, client(), random);
+            this.working.spawn(actor.belong());
+        }
+        for n in 0..size.agents {
+            let actor = this.actor("agent", n, client(), random);
+            this.working.spawn(actor.serve(format!("agent-{n}")));
+        }
+        for n in 0..size.readers {
+            let actor = this.actor("reader", n, client(), random);
+            let filter = match n % 3 {
+                1 => Filter { streams: vec!["side".into()], kinds: Vec::new() },
+                2 => Filter { streams: Vec::new(), kinds: vec!["data".into(), "state.put".into()] },
+                _ => Filter::default(),
+            };
+            this.watching.spawn(actor.read(filter, n % 2 == 1));
+        }
+        let viewer = this.actor("viewer", 0, client(), random);
+        this.watching.spawn(viewer.view());
+        this
+    }
+
+    fn actor(&mut self, role: &str, n: u64, client: Client, random: &mut Random) -> Actor {
+        self.clients.push(client.clone());
+        let name = format!("{role}-{n}");
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
+        Actor {
+            name: name.clone(),
+            _busy: Busy(name, self.busy.clone()),
+            client,
+            recorder: self.recorder.clone(),
+            session: self.session.clone(),
+            size: self.size.clone(),
+            random: random.fork(),
+            end: self.end.subscribe(),
+        }
+    }
+
+    /// The clients that are used, for whoever moves them about.
+    pub fn clients(&self) -> &[Client] {
+        &self.clients
+    }
+
+    /// Waits until everybody who changes something has done what he had to. Cancellation-safe.
+    ///
+    /// # Panics
+    ///
+    /// If one of them does.
+    pub async fn worked(&mut self) {
+        while let Some(done) = self.working.join_next().await {
+            done.expect("an actor");
+        }
+    }
+
+    /// The faults are over. Waits until everybody is done and has seen everything, and writes the session down as complete. `observer` is
+    /// of a client that took no part. Who does not come to the end is for the checker to see.
+    ///
+    /// # Panics
+    ///
+    /// If somebody does, or is not done in time.
+    pub async fn settle(mut self, observer: &Client) -> Recorder {
+        let patience = self.size.patience;
+        if timeout(patience, self.worked()).await.is_err() {
+            let busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+            let workers: Vec<_> =
+                busy.iter().filter(|name| !name.starts_with("reader") && !name.starts_with("viewer")).collect();
+            panic!("not done in time: {workers:?}");
+        }
+        sleep(self.size.rest).await;
+        let session = observer.session(&self.session).expect("a name").attach();
+        let tail = timeout(patience, session).await.expect("in time").expect("attach").info().tail;
+        self.end.send_replace(Some(tail));
+        while let Some(done) = self.watching.join_next().await {
+            done.expect("an actor");
+        }
+        self.recorder.say("world", Event::Quiet { session: self.session.clone(), tail });
+        self.recorder.complete(observer, &self.session).await;
+        self.recorder
+    }
+}
+
+/// Seen by whoever has nothing to do with it any more.
+const GONE: &str = "the recorder reads as long as somebody writes";
+
+impl Actor {
+    async fn pause(&mut self) {
+        sleep(self.size.pause.mul_f64(self.random.below(1 << 16) as f64 / f64::from(1 << 16))).await;
+    }
+
+    /// Attaches, however long it takes.
+    async fn attach(&mut self) -> Session {
+        loop {
+            let asked = self.recorder.moment();
+            match self.client.session(&self.session).expect("a name").create().attach().await {
+                Ok(session) => {
+                    self.recorder.attached(&self.name, asked, &session);
+                    return session;
+                }
+                Err(error) if error.is_retryable() => self.pause().await,
+                Err(error) => panic!("{}: attach: {error}", self.name),
+            }
+        }
+    }
+
+    /// Finds a stream, however long it takes.
+    async fn stream(&mut self, session: &Session, name: &str) -> StreamId {
+        loop {
+            match session.stream(name).await {
+                Ok(stream) => return stream,
+                Err(error) if error.is_retryable() => self.pause().await,
+                Err(error) => panic!("{}: stream: {error}", self.name),
+            }
+        }
+    }
+
+    /// Opens a producer, however long it takes.
+    async fn open(&mut self, session: &Session, producer: &str) -> Producer {
+        loop {
+            let call = Call::OpenProducer { session: self.session.clone(), producer: producer.to_owned() };
+            let op = self.recorder.invoke(&self.name, call);
+            let opened = session.producer(producer).await;
+            self.recorder.answered(&self.name, op, &opened.as_ref().map(Producer::epoch).map_err(Clone::clone));
+            match opened {
+                Ok(opened) => return opened,
+                Err(error) if error.is_retryable() => self.pause().await,
+                Err(error) => panic!("{}: producer: {error}", self.name),
+            }
+        }
+    }
+
+    /// Takes down what becomes of appends, in their order. It ends with the last of them.
+    fn acknowledgements(&self) -> (mpsc::Sender<(u64, Ticket)>, tokio::task::JoinHandle<()>) {
+        let (tell, mut tickets) = mpsc::channel::<(u64, Ticket)>(64);
+        let (recorder, name) = (self.recorder.clone(), self.name.clone());
+        let reading = tokio::spawn(async move {
+            while let Some((op, ticket)) = tickets.recv().await {
+                recorder.stored(&name, op, &ticket.wait().await);
+            }
+        });
+        (tell, reading)
+    }
+
+    fn append(&self, producer: &str, epoch: u64, sequence: u64, records: Vec<String>, run: Option<RunId>) -> u64 {
+        let (session, producer) = (self.session.clone(), producer.to_owned());
+        let run = run.map(|run| run.to_string());
+        self.recorder.invoke(&self.name, Call::Append { session, producer, epoch, sequence, records, run })
+    }
+
+    /// Appends records and batches, pipelined; opens its producer anew now and then, and when another one took its name.
+    async fn write(mut self, name: String) {
+        let session = self.attach().await;
+        let side = self.stream(&session, "side").await;
+        let mut producer = self.open(&session, &name).await;
+        let (tell, acknowledged) = self.acknowledgements();
+        // Each attempt is another append, with texts of its own.
+        let mut sequence = 0;
+        for _ in 0..self.size.appends {
+            let count = [1, 1, 2, 5][self.random.below(4) as usize];
+            let stream = if self.random.chance(0.3) { side } else { session.main() };
+            loop {
+                sequence += 1;
+                let texts: Vec<String> = (0..count).map(|n| format!("{}/{sequence}/{n}", self.name)).collect();
+                let op = self.append(&name, producer.epoch(), sequence, texts.clone(), None);
+                let batch: Vec<_> = texts.into_iter().map(|text| stream.data(text)).collect();
+                match producer.append_batch(&batch).await {
+                    Ok(ticket) => break tell.send((op, ticket)).await.expect(GONE),
+                    // It has ended: nothing was queued.
+                    Err(error) => {
+                        self.recorder.stored(&self.name, op, &Err(error));
+                        producer = self.open(&session, &name).await;
+                    }
+                }
+            }
+            self.pause().await;
+            if self.random.chance(0.03) {
+                producer = self.open(&session, &name).await;
+            }
+        }
+        // What is on its way goes on without its handle.
+        drop((tell, producer));
+        acknowledged.await.expect("acknowledgements");
+    }
+
+    /// Changes keys, with and without conditions. What others do it sees in the view.
+    async fn change(mut self, name: String) {
+        let session = self.attach().await;
+        let mut producer = self.open(&session, &name).await;
+        let mut live = self.live(&session).await;
+        for turn in 0..self.size.changes {
+            let key = ["a", "b", "n"][self.random.below(3) as usize];
+            let known = live.view().state().get(key).map_or(0, |entry| entry.revision + 1);
+            let expected = self.random.chance(0.6).then_some(known).filter(|_| key != "n");
+            let (session_name, key_name) = (self.session.clone(), key.to_owned());
+            let value = format!("{}/{turn}", self.name);
+            let (call, change) = match self.random.below(4) {
+                _ if key == "n" => {
+                    (Call::Increment { session: session_name, key: key_name, by: 3 }, Change::Increment(3))
+                }
+                0 => (Call::Delete { session: session_name, key: key_name, expected }, Change::Delete),
+                _ => {
+                    let put = Change::Put { value: value.clone().into(), lasts: 0 };
+                    (Call::Put { session: session_name, key: key_name, value, expected }, put)
+                }
+            };
+            let expected = match expected {
+                None => Expected::Any,
+                Some(0) => Expected::Absent,
+                Some(next) => Expected::Revision(next - 1),
+            };
+            let op = self.recorder.invoke(&self.name, call);
+            let record = session.main().record(&StateChange { key: Key::new(key).expect("a key"), expected, change });
+            let result = match producer.append_record(record).await {
+                Ok(ticket) => ticket.wait().await,
+                Err(error) => Err(error),
+            };
+            self.recorder.stored(&self.name, op, &result);
+            if producer_has_ended(&result) {
+                producer = self.open(&session, &name).await;
+            }
+            self.pause().await;
+            self.catch_up(&mut live).await;
+        }
+    }
+
+    async fn live(&mut self, session: &Session) -> LiveView {
+        let mut live = session.live().await.expect("live");
+        live.current().await.expect("the view");
+        live
+    }
+
+    /// Folds what is there, without waiting for more.
+    async fn catch_up(&mut self, live: &mut LiveView) {
+        while let Ok(Some(update)) = timeout(Duration::from_millis(1), live.next()).await {
+            update.expect("an update");
+        }
+    }
+
+    /// Is a member, leaves, is one again; every second one dies in the end, and the others stay.
+    async fn belong(mut self) {
+        let session = self.attach().await;
+        let author = format!("tester/{}", self.client.instance());
+        for turn in 0..3 {
+            let join = Call::Join { session: self.session.clone(), author: author.clone() };
+            let op = self.recorder.invoke(&self.name, join);
+            let doing = Doing::new("idle").expect("a word");
+            let joined = session.join(&self.name, Duration::from_secs(5), doing).await;
+            let generation = joined.as_ref().map(|member| member.generation()).map_err(Clone::clone);
+            self.recorder.answered(&self.name, op, &generation);
+            let member = joined.expect("joined");
+            for step in 0..3 {
+                self.pause().await;
+                let doing = Doing::new(&format!("step-{step}")).expect("a word");
+                member.update(doing).await.expect("an update");
+            }
+            if turn == 2 {
+                // Held until the process ends, by nobody who could let it go earlier.
+                let mut end = self.end.clone();
+                tokio::spawn(async move {
+                    let ended = async { end.wait_for(Option::is_some).await.is_ok() }.await;
+                    // Until everybody has gone.
+                    if ended {
+                        let _ = end.changed().await;
+                    }
+                    drop(member);
+                });
+                return;
+            }
+            let leave = Call::Leave { session: self.session.clone(), author: author.clone() };
+            let op = self.recorder.invoke(&self.name, leave);
+            let left = member.leave().await.map(|()| 0);
+            self.recorder.answered(&self.name, op, &left);
+        }
+    }
+
+    /// Holds runs: starts one, or takes over what others lost; writes a message for it, and ends it or lets it be lost.
+    async fn serve(mut self, name: String) {
+        let session = self.attach().await;
+        let mut producer = self.open(&session, &name).await;
+        let lease = Duration::from_secs(1);
+        for turn in 0..4 {
+            let id = RunId(self.random.array());
+            let (session_name, run_name) = (self.session.clone(), id.to_string());
+            let op = self.recorder.invoke(&self.name, Call::StartRun { session: session_name, run: run_name });
+            let started = session.start_run_as(id, lease, None).await;
+            self.recorder.answered(&self.name, op, &started.as_ref().map(Run::epoch).map_err(Clone::clone));
+            // Another agent may hold the only one.
+            let Ok(mut run) = started else {
+                self.pause().await;
+                continue;
+            };
+            if turn % 2 == 1 {
+                // Let go, it is lost; whoever stands by goes on with it.
+                self.speak(&session, &producer, &run, &name, turn * 100).await;
+                let epoch = run.epoch();
+                run.release().await.expect("released");
+                let (session_name, run_name) = (self.session.clone(), id.to_string());
+                let op = self.recorder.invoke(&self.name, Call::TakeRun { session: session_name, run: run_name });
+                let taken = session.take_run(Some(id), lease).await;
+                self.recorder.answered(&self.name, op, &taken.as_ref().map(Run::epoch).map_err(Clone::clone));
+                match taken {
+                    Ok(taken) => run = taken,
+                    Err(error) => {
+                        tracing::debug!(%error, epoch, "not taken over");
+                        continue;
+                    }
+                }
+            }
+            let alive = self.speak(&session, &producer, &run, &name, turn * 100 + 50).await;
+            if alive {
+                let (session_name, run_name) = (self.session.clone(), id.to_string());
+                let op = self.recorder.invoke(&self.name, Call::EndRun { session: session_name, run: run_name });
+                let ended = match run.end(&producer, Status::Complete, "").await {
+                    Ok(ticket) => ticket.wait().await,
+                    Err(error) => Err(error),
+                };
+                self.recorder.stored(&self.name, op, &ended);
+            }
+            if !alive {
+                producer = self.open(&session, &name).await;
+            }
+            self.pause().await;
+        }
+    }
+
+    /// Says something for a run: records of its own and a message. False once its producer has ended.
+    async fn speak(&mut self, session: &Session, producer: &Producer, run: &Run, name: &str, from: u64) -> bool {
+        let for_run = producer.of_run(run);
+        for sequence in from..from + 3 {
+            let text = format!("{}/{sequence}", self.name);
+            let op = self.append(name, producer.epoch(), sequence, vec![text.clone()], Some(run.id()));
+            let result = match for_run.append_batch(&[session.main().data(text)]).await {
+                Ok(ticket) => ticket.wait().await,
+                Err(error) => Err(error),
+            };
+            self.recorder.stored(&self.name, op, &result);
+            if producer_has_ended(&result) {
+                return false;
+            }
+            self.pause().await;
+        }
+        let said = async {
+            let writer = MessageWriter::begin(&for_run, session.main(), "assistant", "text/plain").await?;
+            for n in 0..4 {
+                writer.append(format!("{from}.{n} ")).await?;
+            }
+            writer.end(Status::Complete, "").await?.wait().await
+        };
+        !producer_has_ended(&said.await)
+    }
+
+    /// Reads from somewhere on; one that comes and goes begins again where it was, or elsewhere.
+    async fn read(mut self, filter: Filter, comes_and_goes: bool) {
+        let session = self.attach().await;
+        let mut start = Start::Earliest;
+        loop {
+            let subscription = self.recorder.subscription();
+            let asked = self.recorder.moment();
+            let of = Reading { session: self.session.clone(), filter: filter.clone(), asked };
+            let mut wanted = session.subscribe(start);
+            for stream in &filter.streams {
+                wanted = wanted.stream(stream.clone());
+            }
+            for kind in &filter.kinds {
+                wanted = wanted.kind(kind_of(kind));
+            }
+            let mut reading = wanted.open().await.expect("subscribe");
+            let events = if comes_and_goes { 1 + self.random.below(12) } else { u64::MAX };
+            let next = self.follow(&mut reading, subscription, &of, events).await;
+            let Some(next) = next else { return };
+            self.recorder.say(&self.name, Event::Left { subscription });
+            drop(reading);
+            self.pause().await;
+            start = match self.random.below(3) {
+                0 => Start::Latest,
+                1 => Start::Last(self.random.below(20)),
+                _ => Start::Seq(next),
+            };
+        }
+    }
+
+    /// Takes down what a subscription tells, so many events of it or until everything was seen. `None` at the end.
+    async fn follow(
+        &mut self,
+        reading: &mut mainstay_client::Subscription,
+        subscription: u64,
+        of: &Reading,
+        events: u64,
+    ) -> Option<u64> {
+        let (mut next, mut told) = (0, 0);
+        let mut end = self.end.clone();
+        loop {
+            let tail = *end.borrow_and_update();
+            if tail.is_some_and(|tail| next >= tail) {
+                return None;
+            }
+            if told >= events && tail.is_none() {
+                return Some(next);
+            }
+            let event = match tail {
+                // Who does not come to the end now never does.
+                Some(_) => match timeout(self.size.patience, reading.next()).await {
+                    Ok(event) => event,
+                    Err(_) => return None,
+                },
+                None => tokio::select! {
+                    biased;
+                    event = reading.next() => event,
+                    _ = end.changed() => continue,
+                },
+            };
+            let event = match event {
+                Some(Ok(event)) => event,
+                other => panic!("{}: subscription {subscription} ended: {other:?}", self.name),
+            };
+            self.recorder.saw(&self.name, subscription, of, &event);
+            told += 1;
+            match &event {
+                Seen::Records(batch) => next = batch.next(),
+                Seen::Started { next: begins, .. } => next = *begins,
+                Seen::Gap { to, .. } => next = *to,
+                Seen::Snapshot(view) => next = view.next(),
+                _ => {}
+            }
+        }
+    }
+
+    /// Follows the view and writes it down now and then, and at the end.
+    async fn view(mut self) {
+        let session = self.attach().await;
+        let incarnation = session.info().incarnation;
+        let mut live = self.live(&session).await;
+        let mut end = self.end.clone();
+        loop {
+            let tail = *end.borrow_and_update();
+            if tail.is_some_and(|tail| live.view().next() >= tail) {
+                break;
+            }
+            let update = match tail {
+                Some(_) => match timeout(self.size.patience, live.next()).await {
+                    Ok(update) => update,
+                    Err(_) => break,
+                },
+                None => tokio::select! {
+                    biased;
+                    update = live.next() => update,
+                    _ = end.changed() => continue,
+                },
+            };
+            let update = update.expect("an update").expect("no error");
+            if matches!(update, Update::CaughtUp { .. }) || self.random.chance(0.05) {
+                self.recorder.view(&self.name, &self.session, incarnation, live.view());
+            }
+        }
+        self.recorder.view(&self.name, &self.session, incarnation, live.view());
+    }
+}
+
+/// True if nothing more comes of the producer that this was appended through.
+fn producer_has_ended(result: &Result<u64, AppendError>) -> bool {
+    let Err(AppendError { error, .. }) = result else { return false };
+    let fatal = ["FENCED", "PRODUCER_UNKNOWN", "CLOSED", "GONE"];
+    fatal.contains(&error.name().as_str()) || matches!(error, ClientError::Unreachable { .. })
+}
+
+fn kind_of(name: &str) -> Kind {
+    match name {
+        "data" => Kind::DATA,
+        "state.put" => Kind::STATE_PUT,
+        other => panic!("no filter by {other}"),
+    }
+}

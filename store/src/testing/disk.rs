@@ -1,0 +1,349 @@
+//! A store whose disk takes its time, fills up, fails, rots, and loses at a crash what it had not said to be durable.
+
+use core::time::Duration;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use mainstay_protocol::session::{Chunk, Compaction, Incarnation, SessionName};
+use tokio::sync::oneshot;
+use tokio::time::sleep;
+
+use super::random::SplitMix;
+use crate::contract::{
+    Committing, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store, StoreError,
+    Writer,
+};
+use crate::memory::MemoryStore;
+
+/// What a disk does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wear {
+    /// How long a request takes at most.
+    pub latency: Duration,
+    /// In thousandths: a request that takes a hundred times as long.
+    pub stalls: u32,
+    /// In thousandths: an append of which it is not known what became.
+    pub unknown: u32,
+    /// In thousandths: a request that is refused because there is too much to do.
+    pub overloaded: u32,
+    /// No space: what writes is refused.
+    pub full: bool,
+}
+
+impl Default for Wear {
+    fn default() -> Self {
+        Self { latency: Duration::from_millis(2), stalls: 0, unknown: 0, overloaded: 0, full: false }
+    }
+}
+
+/// The model of the contract on a simulated disk, as one process uses it, in tokio's time and from a seed. Clones are the same process.
+///
+/// A request takes effect before the time is over that it takes, or behind it: so what a crash finds on its way is there afterwards or is
+/// not, and only what was answered is certain. Torn writes are lost ones here, as the contract wants it; that an engine makes them so is
+/// for its own tests.
+#[derive(Debug, Clone)]
+pub struct SimulatedDisk {
+    durable: MemoryStore,
+    disk: Arc<Mutex<Disk>>,
+    /// Which of the processes that had the disk one after the other.
+    life: u64,
+}
+
+#[derive(Debug)]
+struct Disk {
+    wear: Wear,
+    random: SplitMix,
+    /// The process that has the disk.
+    life: u64,
+    failed: bool,
+    /// Chunks that do not read any more, by incarnation and number.
+    rotten: BTreeSet<([u8; 16], u64)>,
+    /// Where those that are dead would be answered.
+    unanswered: Vec<oneshot::Sender<Outcome>>,
+}
+
+/// When a request takes effect.
+struct Fate {
+    /// Before its time is over.
+    early: bool,
+    takes: Duration,
+    refused: Option<StoreError>,
+}
+
+impl SimulatedDisk {
+    /// An empty disk whose wear is decided by `seed`.
+    pub fn new(seed: u64) -> Self {
+        let (wear, random) = (Wear::default(), SplitMix(seed));
+        let (rotten, unanswered) = (BTreeSet::new(), Vec::new());
+        let disk = Disk { wear, random, life: 0, failed: false, rotten, unanswered };
+        Self { durable: MemoryStore::new(), disk: Arc::new(Mutex::new(disk)), life: 0 }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Disk> {
+        self.disk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes what the disk does from now on.
+    pub fn set_wear(&self, wear: Wear) {
+        self.lock().wear = wear;
+    }
+
+    /// The process that has the disk is dead: what is on its way and has not taken effect never will, and whatever is left of the process
+    /// is never answered again. The next process, which finds a disk that works, has what this returns.
+    pub fn crash(&self) -> Self {
+        let mut disk = self.lock();
+        disk.life += 1;
+        disk.failed = false;
+        Self { life: disk.life, ..self.clone() }
+    }
+
+    /// The disk fails: nothing is answered any more but errors, until the next crash.
+    pub fn fail(&self) {
+        self.lock().failed = true;
+    }
+
+    /// A chunk of the session does not read any more.
+    pub fn rot(&self, incarnation: Incarnation, number: u64) {
+        self.lock().rotten.insert((incarnation.0, number));
+    }
+
+    fn fate(&self, writes: bool) -> Fate {
+        let mut disk = self.lock();
+        let Wear { latency, stalls, overloaded, full, .. } = disk.wear;
+        let (early, stalled) = (disk.random.below(2) == 0, disk.random.below(1000) < u64::from(stalls));
+        let takes = Duration::from_micros(disk.random.below(latency.as_micros() as u64 + 1));
+        let takes = if stalled { takes * 100 } else { takes };
+        let busy = disk.random.below(1000) < u64::from(overloaded);
+        let refused = match () {
+            () if disk.failed => Some(StoreError::Failed { what: "the simulated disk failed".into() }),
+            () if writes && full => Some(StoreError::NoSpace),
+            () if writes && busy => Some(StoreError::Overloaded),
+            () => None,
+        };
+        Fate { early, takes, refused }
+    }
+
+    /// True while the process lives and its disk works.
+    fn works(&self) -> bool {
+        let disk = self.lock();
+        disk.life == self.life && !disk.failed
+    }
+
+    /// True once the process is dead.
+    fn is_over(&self) -> bool {
+        self.lock().life != self.life
+    }
+
+    fn is_rotten(&self, chunk: &Chunk) -> bool {
+        let header = chunk.header();
+        self.lock().rotten.contains(&(header.incarnation.0, header.number))
+    }
+
+    /// A request that reads.
+    fn read_with<T: Send + 'static>(
+        &self,
+        ask: impl FnOnce(&MemoryStore) -> Pending<T> + Send + 'static,
+    ) -> Pending<T> {
+        if self.is_over() {
+            return Box::pin(std::future::pending());
+        }
+        let (this, fate) = (self.clone(), self.fate(false));
+        Box::pin(async move {
+            sleep(fate.takes).await;
+            if this.is_over() {
+                std::future::pending::<()>().await;
+            }
+            match fate.refused {
+                Some(error) => Err(error),
+                None => ask(&this.durable).await,
+            }
+        })
+    }
+
+    /// A request that writes. It is on its way whether or not somebody waits for the answer.
+    fn write_with<T: Send + 'static>(
+        &self,
+        ask: impl FnOnce(&MemoryStore) -> Pending<T> + Send + 'static,
+    ) -> Pending<T> {
+        if self.is_over() {
+            return Box::pin(std::future::pending());
+        }
+        let (this, fate) = (self.clone(), self.fate(true));
+        if let Some(error) = fate.refused {
+            return Box::pin(async move {
+                sleep(fate.takes).await;
+                Err(error)
+            });
+        }
+        let (answer, answered) = oneshot::channel();
+        // The model does at once what it is asked for.
+        let (early, late) = if fate.early { (Some(ask(&self.durable)), None) } else { (None, Some(ask)) };
+        tokio::spawn(async move {
+            sleep(fate.takes).await;
+            let done = match (early, late) {
+                (Some(done), _) => done.await,
+                (None, Some(ask)) if this.works() => ask(&this.durable).await,
+                _ => return,
+            };
+            if this.works() {
+                // Nobody has to wait for it.
+                let _ = answer.send(done);
+            }
+        });
+        let this = self.clone();
+        Box::pin(async move {
+            match answered.await {
+                Ok(done) => done,
+                Err(_) if this.is_over() => std::future::pending().await,
+                Err(_) => Err(StoreError::Failed { what: "the disk failed before it answered".into() }),
+            }
+        })
+    }
+}
+
+impl Store for SimulatedDisk {
+    fn create(&self, session: SessionId, created: u64, expire_after: u64) -> Pending<Created> {
+        self.write_with(move |store| store.create(session, created, expire_after))
+    }
+
+    fn stat(&self, name: SessionName) -> Pending<Option<SessionStat>> {
+        self.read_with(move |store| store.stat(name))
+    }
+
+    fn open_writer(&self, session: SessionId) -> Pending<Writer> {
+        self.write_with(move |store| store.open_writer(session))
+    }
+
+    fn close_writer(&self, writer: Writer) {
+        self.durable.close_writer(writer);
+    }
+
+    fn append(&self, writer: &Writer, chunk: Arc<Chunk>, wake: Option<u64>) -> Committing {
+        if self.is_over() {
+            let (answer, committing) = Committing::channel();
+            self.lock().unanswered.push(answer);
+            return committing;
+        }
+        let fate = self.fate(true);
+        if let Some(error) = fate.refused {
+            let certain = matches!(error, StoreError::NoSpace | StoreError::Overloaded);
+            return Committing::ready(if certain { Outcome::NotCommitted(error) } else { Outcome::Unknown(error) });
+        }
+        let unknown = {
+            let mut disk = self.lock();
+            let often = disk.wear.unknown;
+            (disk.random.below(1000) < u64::from(often)).then(|| disk.random.below(2) == 0)
+        };
+        if let Some(stored) = unknown {
+            if stored {
+                drop(self.durable.append(writer, chunk, wake));
+            }
+            return Committing::ready(Outcome::Unknown(StoreError::Overloaded));
+        }
+        let (answer, committing) = Committing::channel();
+        let (this, writer) = (self.clone(), Writer { session: writer.session.clone(), epoch: writer.epoch });
+        let early = fate.early.then(|| self.durable.append(&writer, chunk.clone(), wake));
+        // It is on its way, whether or not somebody waits.
+        tokio::spawn(async move {
+            sleep(fate.takes).await;
+            let outcome = match early {
+                Some(done) => Some(done.await),
+                None if this.works() => Some(this.durable.append(&writer, chunk, wake).await),
+                None => None,
+            };
+            match outcome {
+                Some(outcome) if this.works() => {
+                    // Nobody has to wait for it.
+                    let _ = answer.send(outcome);
+                }
+                // Of a disk that fails it is not known what became of it; of a process that is dead nobody is told.
+                _ if this.is_over() => this.lock().unanswered.push(answer),
+                _ => {}
+            }
+        });
+        committing
+    }
+
+    fn resolve(&self, writer: &Writer, chunk: Arc<Chunk>) -> Pending<bool> {
+        let writer = Writer { session: writer.session.clone(), epoch: writer.epoch };
+        self.read_with(move |store| store.resolve(&writer, chunk))
+    }
+
+    fn read(&self, session: SessionId, from: ReadFrom, budget: usize) -> Pending<Page> {
+        let this = self.clone();
+        self.read_with(move |store| {
+            let read = store.read(session, from, budget);
+            Box::pin(async move {
+                let mut page = read.await?;
+                let good = page.chunks.iter().position(|chunk| this.is_rotten(chunk)).unwrap_or(page.chunks.len());
+                if let (0, Some(chunk)) = (good, page.chunks.first()) {
+                    return Err(StoreError::Damaged { seq: chunk.first(), what: "it does not read any more".into() });
+                }
+                page.chunks.truncate(good);
+                Ok(page)
+            })
+        })
+    }
+
+    fn put_snapshot(&self, writer: &Writer, state: Bytes) -> Pending<()> {
+        let writer = Writer { session: writer.session.clone(), epoch: writer.epoch };
+        self.write_with(move |store| store.put_snapshot(&writer, state))
+    }
+
+    fn snapshot(&self, session: SessionId) -> Pending<Option<Bytes>> {
+        self.read_with(move |store| store.snapshot(session))
+    }
+
+    fn trim(&self, writer: &Writer, before: u64) -> Pending<()> {
+        let writer = Writer { session: writer.session.clone(), epoch: writer.epoch };
+        self.write_with(move |store| store.trim(&writer, before))
+    }
+
+    fn compact(&self, writer: &Writer, chunk: Arc<Chunk>) -> Pending<()> {
+        let writer = Writer { session: writer.session.clone(), epoch: writer.epoch };
+        self.write_with(move |store| store.compact(&writer, chunk))
+    }
+
+    fn set_compaction(&self, writer: &Writer, compaction: Compaction) -> Pending<()> {
+        let writer = Writer { session: writer.session.clone(), epoch: writer.epoch };
+        self.write_with(move |store| store.set_compaction(&writer, compaction))
+    }
+
+    fn delete(&self, session: SessionId) -> Pending<()> {
+        self.write_with(move |store| store.delete(session))
+    }
+
+    fn due(&self, now: u64, limit: usize) -> Pending<Vec<SessionStat>> {
+        self.read_with(move |store| store.due(now, limit))
+    }
+
+    fn postpone(&self, session: SessionId, until: u64) -> Pending<()> {
+        self.write_with(move |store| store.postpone(session, until))
+    }
+
+    fn expire(&self, session: SessionId, now: u64) -> Pending<bool> {
+        self.write_with(move |store| store.expire(session, now))
+    }
+
+    fn set_wake(&self, session: SessionId, wake: Option<u64>) -> Pending<()> {
+        self.write_with(move |store| store.set_wake(session, wake))
+    }
+
+    fn waking(&self, until: u64, after: Option<(u64, Incarnation)>, limit: usize) -> Pending<Vec<SessionStat>> {
+        self.read_with(move |store| store.waking(until, after, limit))
+    }
+
+    fn list(&self, prefix: Vec<u8>, after: Vec<u8>, limit: usize) -> Pending<ListPage> {
+        self.read_with(move |store| store.list(prefix, after, limit))
+    }
+
+    fn health(&self) -> Health {
+        let disk = self.lock();
+        match (disk.failed, disk.wear.full) {
+            (true, _) => Health::Failed { what: "the simulated disk failed".into() },
+            (_, true) => Health::NoSpace,
+            _ => Health::Serving,
+        }
+    }
+}
