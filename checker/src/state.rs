@@ -140,9 +140,9 @@ fn held_all_the_time(
     (low..=high).all(|seq| before(versions, seq).map_or(0, |(_, revision)| *revision + 1) == expected)
 }
 
-/// True if what the answer tells is the seq of a record.
+/// True if what the answer tells is the seq of a record that was stored for it: who is a member, or holds a run, already is told since when.
 fn is_record(call: &Call) -> bool {
-    !matches!(call, Call::OpenProducer { .. } | Call::Leave { .. } | Call::Trim { .. } | Call::DeleteSession { .. })
+    matches!(call, Call::Append { .. } | Call::Put { .. } | Call::Delete { .. } | Call::Increment { .. })
 }
 
 /// K3, P1: each view is the fold of its log.

@@ -925,6 +925,11 @@ impl<C: Connection> Driver<C> {
         while let Some(ask) = self.asks.pop_front_if(late) {
             ask.answer(Err(ClientError::Expired));
         }
+        // Asked for again by itself, and let go of meanwhile.
+        let member = self.member.as_ref().map(|member| member.number);
+        let unwanted =
+            |ask: &mut Ask| matches!(ask, Ask::Join { wanted, answer: None } if Some(wanted.number) != member);
+        while self.asks.pop_front_if(unwanted).is_some() {}
         let Some(ask) = self.asks.front() else { return };
         let (frame, holds) = (ask.frame(), matches!(ask, Ask::Join { .. } | Ask::Leave { .. } | Ask::StartRun { .. }));
         if holds {
@@ -941,6 +946,8 @@ impl<C: Connection> Driver<C> {
                 Ask::Join { wanted, answer } => self.joined(wanted, answer, result, outbox),
                 Ask::Leave { number, answer } => {
                     self.member.take_if(|member| member.number == number);
+                    let again = |joining: &mut Joining| matches!(&joining.waiting, Some((Ask::Join { wanted, answer: None }, _)) if wanted.number == number);
+                    self.joining.take_if(again);
                     Some((Ask::Leave { number, answer }, result))
                 }
                 ask => Some((ask, result)),
