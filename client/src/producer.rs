@@ -117,18 +117,20 @@ struct Flight {
 }
 
 impl Flight {
-    /// What a final refusal says about the batch. One for a reason that the server looks at before it looks for the batch
-    /// says nothing about an earlier sending (spec PROD-8).
+    /// What a refusal says about the batch. One for a reason that the server looks at before it looks for the batch, as it does where it
+    /// cannot answer now, says nothing about an earlier sending (spec PROD-8).
     fn stored(&self, code: Code) -> Stored {
-        let unseen = matches!(
-            code,
-            Code::FENCED
-                | Code::PRODUCER_UNKNOWN
-                | Code::UNAUTHENTICATED
-                | Code::TOKEN_EXPIRED
-                | Code::TOKEN_INVALID
-                | Code::FORBIDDEN
-        );
+        let unanswerable = code.is_retryable() && code != Code::SEQ_GAP;
+        let unseen = unanswerable
+            || matches!(
+                code,
+                Code::FENCED
+                    | Code::PRODUCER_UNKNOWN
+                    | Code::UNAUTHENTICATED
+                    | Code::TOKEN_EXPIRED
+                    | Code::TOKEN_INVALID
+                    | Code::FORBIDDEN
+            );
         if code == Code::DUPLICATE || self.earlier && unseen { Stored::Unknown } else { Stored::NotCommitted }
     }
 }
@@ -997,5 +999,34 @@ mod tests {
         gather(&shared, 5, &mut Writer::new());
         shared.not_opened(5);
         assert!(!shared.is_uploading() && shared.lock().flight[0].earlier);
+    }
+
+    /// Found by simulation (seed 6450 of the first simulator): a batch that was stored without an answer was sent again, refused by a server
+    /// that could not look for it, and then fenced: the application was told that it is not stored.
+    #[tokio::test]
+    async fn a_server_that_cannot_answer_now_says_nothing_of_an_earlier_sending() {
+        let refused = |code| Refused { producer: 1, sequence: 0, code, value: 0, detail: Default::default() };
+        for (code, expected) in [
+            (Code::UNAVAILABLE, Stored::Unknown),
+            (Code::OVERLOADED, Stored::Unknown),
+            // It was looked for, and is not there.
+            (Code::SEQ_GAP, Stored::NotCommitted),
+        ] {
+            let shared = Shared::new(Label::new("p").unwrap(), Arc::default(), None);
+            shared.opened(1, &Granted { id: 1, epoch: 1, next: 0, begun: 1 }).unwrap();
+            let (done, records) = (Arc::new(Done::default()), region(&[Record::data(0, "once")]).unwrap());
+            let batch =
+                Batch { count: 1, records, group: Group::Data, run: None, valid_until: None, done: done.clone() };
+            shared.lock().ready.push_back(batch);
+            gather(&shared, 1, &mut Writer::new());
+            shared.unlinked();
+            shared.linked(2);
+            gather(&shared, 2, &mut Writer::new());
+            shared.refused(2, &refused(code));
+            // Fenced, without another word about it.
+            shared.end(&ClientError::refused(Code::FENCED, "a newer one"));
+            let Some(Err(error)) = done.result.get() else { panic!("{code} left it open") };
+            assert_eq!(error.stored, expected, "{code}");
+        }
     }
 }

@@ -17,6 +17,7 @@ use mainstay_protocol::wire::Subject;
 use mainstay_server::auth::{Claims, Keyring, SigningKey};
 use mainstay_server::{Config, ResumeKeys, Server};
 use mainstay_store::testing::{SimulatedDisk, Wear};
+use mainstay_store::{Health, Store};
 use mainstay_transport::entropy;
 use mainstay_transport::memory::{MemoryListener, MemoryNetwork, Weather};
 use mainstay_transport::sim::Random;
@@ -270,6 +271,9 @@ async fn live(seed: u64, recorder: &Recorder) {
     // Everything is repaired.
     world.network.set_weather(Weather { down: false, ..weather });
     world.disk.set_wear(Wear::default());
+    if matches!(world.disk.health(), Health::Failed { .. }) {
+        world.crash();
+    }
     work.settle(&observer).await;
     world.server.abort();
 }
