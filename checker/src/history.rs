@@ -206,6 +206,11 @@ fn one() -> u64 {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "snake_case")]
 pub enum Call {
+    /// Attach to a session. `ok.seq` is its tail.
+    Attach {
+        /// The session.
+        session: String,
+    },
     /// Become the only one that writes under this name. `ok.seq` is the epoch.
     OpenProducer {
         /// The session.
@@ -313,7 +318,8 @@ impl Call {
     /// The session that it is about.
     pub fn session(&self) -> &str {
         match self {
-            Self::OpenProducer { session, .. }
+            Self::Attach { session }
+            | Self::OpenProducer { session, .. }
             | Self::Append { session, .. }
             | Self::Put { session, .. }
             | Self::Delete { session, .. }
@@ -331,6 +337,7 @@ impl Call {
     /// The word of the right that it needs.
     pub fn needs(&self) -> &'static str {
         match self {
+            Self::Attach { .. } => "read",
             Self::Join { .. } | Self::Leave { .. } => "join",
             Self::StartRun { .. } | Self::TakeRun { .. } | Self::EndRun { .. } => "run",
             Self::Trim { .. } | Self::DeleteSession { .. } => "manage",

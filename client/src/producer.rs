@@ -18,6 +18,7 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::planted::{Bug, planted};
 use mainstay_protocol::registry::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_RECORD, PRODUCER_WINDOW};
 use mainstay_protocol::session::{Kind, MessageId, Record, RunId};
 use mainstay_protocol::wire::{Ack, Append, Label, Produce, Producer as Granted, Refused, Writer, put_frame};
@@ -131,7 +132,12 @@ impl Flight {
                     | Code::TOKEN_INVALID
                     | Code::FORBIDDEN
             );
-        if code == Code::DUPLICATE || self.earlier && unseen { Stored::Unknown } else { Stored::NotCommitted }
+        let told = planted(Bug::UnknownToldAsFailed);
+        if (code == Code::DUPLICATE || self.earlier && unseen) && !told {
+            Stored::Unknown
+        } else {
+            Stored::NotCommitted
+        }
     }
 }
 
@@ -240,9 +246,21 @@ impl Shared {
     pub(crate) fn linked(&self, link: u64) {
         let mut state = self.lock();
         state.link = Some(link);
+        let (end, kept) = (state.next, state.flight.len() as u64);
         for flight in &mut state.flight {
             flight.earlier |= flight.sent;
-            (flight.sent, flight.refused) = (false, false);
+            if planted(Bug::TakenForStored) && flight.sent {
+                flight.done.set(Ok(0));
+            }
+            if planted(Bug::SentUnderNewSequence) && flight.sent && flight.sequence < end {
+                flight.sequence += kept;
+            }
+            if !planted(Bug::NeverSentAgain) {
+                (flight.sent, flight.refused) = (false, false);
+            }
+        }
+        if planted(Bug::SentUnderNewSequence) {
+            state.next += kept;
         }
         self.settle(state);
     }

@@ -14,6 +14,7 @@
 //! `spec/registry.toml`, and a test holds this crate to it.
 
 pub mod error;
+pub mod planted;
 pub mod registry;
 pub mod session;
 #[cfg(feature = "testing")]

@@ -9,6 +9,7 @@ use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use mainstay_protocol::error::Code;
+use mainstay_protocol::planted::{Bug, planted};
 use mainstay_protocol::registry::{DEPARTED_LEASE, MAX_POSITIONS};
 use mainstay_protocol::session::Committed as Durable;
 use mainstay_protocol::session::{
@@ -324,6 +325,9 @@ impl Owner {
         let idle = self.sessions.config.idle;
         // Whoever was here before this server has its grace to come back.
         self.hold_leases();
+        if planted(Bug::MembersForgotten) {
+            self.leases = Leases::default();
+        }
         self.offer_jobs();
         self.owe().await;
         let mut commands = Vec::new();
@@ -521,10 +525,10 @@ impl Owner {
 
     /// Loses the members of whom nothing was heard. Returns when to look again.
     async fn lapse(&mut self) -> Option<Instant> {
-        let (begun, present) = (self.begun, &self.present);
-        let now = since(begun, Instant::now());
+        let (begun, present, skew) = (self.begun, &self.present, self.skew());
+        let now = since(begun, Instant::now()) + skew;
         if self.leases.deadline()? <= now {
-            let lapsed = self.leases.lapsed(now, |author, _| Some(since(begun, present.get(author)?.heard())));
+            let lapsed = self.leases.lapsed(now, |author, _| Some(since(begun, present.get(author)?.heard()) + skew));
             let wall = (self.sessions.clock)();
             for (author, generation) in lapsed {
                 match self.authority().await {
@@ -536,7 +540,15 @@ impl Owner {
                 }
             }
         }
-        Some(self.begun + Duration::from_millis(self.leases.deadline()?))
+        Some(self.begun + Duration::from_millis(self.leases.deadline()?.saturating_sub(skew)))
+    }
+
+    /// For [`Bug::LeaseOnWallClock`]: what a clock that jumps shows beside the time that has passed.
+    fn skew(&self) -> u64 {
+        if !planted(Bug::LeaseOnWallClock) {
+            return 0;
+        }
+        (self.sessions.clock)().saturating_sub(since(self.begun, Instant::now()))
     }
 
     /// Loses the runs whose holder was not heard for their lease. Returns when to look again.
@@ -591,6 +603,9 @@ impl Owner {
             let wake = self.upkeep.wake(authority.wake());
             self.wake = wake;
             self.commit = Commit::Running(self.sessions.store.append(writer, chunk.clone(), wake), chunk);
+            if planted(Bug::ShownBeforeDurable) {
+                self.finish_commit(Fate::Committed);
+            }
         }
     }
 
@@ -683,6 +698,7 @@ impl Owner {
     /// Holds those who are members now, and the runs that are active.
     fn hold_leases(&mut self) {
         let now = since(self.begun, Instant::now());
+        let skew = self.skew();
         let view = match &self.role {
             Some(Role::Reader(state)) => state.view(),
             Some(Role::Writer { authority, .. }) => authority.state().view(),
@@ -692,7 +708,7 @@ impl Owner {
         if self.seen_members != Some(view.members().changes()) {
             self.seen_members = Some(view.members().changes());
             let members = view.members().iter();
-            self.leases.follow(now, members.map(|(author, of)| (author.clone(), of.generation, of.grace)));
+            self.leases.follow(now + skew, members.map(|(author, of)| (author.clone(), of.generation, of.grace)));
             self.present.retain(|author, attachment| {
                 let here = view.members().get(author).is_some();
                 if !here {
@@ -1333,6 +1349,8 @@ async fn commit(commit: &mut Commit) -> Fate {
         Commit::Running(append, _) => match append.await {
             Committed::Committed => Fate::Committed,
             Committed::NotCommitted(error) => Fate::NotCommitted(error),
+            Committed::Unknown(_) if planted(Bug::UnknownIsLost) => Fate::NotCommitted(StoreError::Overloaded),
+            Committed::Unknown(_) if planted(Bug::UnknownIsStored) => Fate::Committed,
             Committed::Unknown(_) => Fate::Unknown,
         },
         Commit::Resolving(resolve, _) => match resolve.await {

@@ -4,5 +4,6 @@
 //!   same seed is the same history, byte for byte.
 
 pub mod history;
+pub mod seeds;
 pub mod simulation;
 pub mod workload;

@@ -167,11 +167,12 @@ impl World {
         self.serve(listener);
     }
 
-    fn client(&self) -> Client {
+    /// A client that may do everything with the sessions under `prefix`.
+    fn client(&self, prefix: &str) -> Client {
         let mut config = ClientConfig::default();
         config.give_up_after = None;
         let now = (clock() / 1000) as i64;
-        let grant = Grant { prefix: String::new(), operations: Operation::ALL.into_iter().collect() };
+        let grant = Grant { prefix: prefix.into(), operations: Operation::ALL.into_iter().collect() };
         let claims = Claims {
             subject: Subject::new("tester").expect("a subject"),
             device: None,
@@ -254,12 +255,13 @@ async fn live(seed: u64, recorder: &Recorder) {
         changes: 15,
         members: random.below(3),
         agents: random.below(3),
+        trimmers: random.below(2),
         pause: Duration::from_millis(5 + random.below(200)),
         rest: Duration::from_secs(30),
         patience: Duration::from_secs(300),
     };
-    let observer = world.client();
-    let mut work = Workload::begin("s", &size, recorder, &mut random, || world.client());
+    let observer = world.client("");
+    let mut work = Workload::begin("s", &size, recorder, &mut random, |prefix| world.client(prefix));
     let troubles = random.below(12);
     for _ in 0..troubles {
         tokio::select! {

@@ -34,6 +34,8 @@ pub struct Size {
     pub members: u64,
     /// Agents that hold runs.
     pub agents: u64,
+    /// Those that give up what is old, in a session beside, and as many guests who must not read there.
+    pub trimmers: u64,
     /// Longest pause between two things that somebody does.
     pub pause: Duration,
     /// How long everything rests before who follows has to be at the end: so that members and leases that were lost are.
@@ -52,6 +54,7 @@ impl Default for Size {
             changes: 15,
             members: 2,
             agents: 2,
+            trimmers: 1,
             pause: Duration::from_millis(40),
             rest: Duration::ZERO,
             patience: Duration::from_secs(60),
@@ -95,13 +98,13 @@ pub struct Workload {
 }
 
 impl Workload {
-    /// Everybody begins to use `session` over clients that `client` makes: one each.
+    /// Everybody begins to use `session` over clients that `client` makes: one each, which may do everything with the sessions under a prefix.
     pub fn begin(
         session: &str,
         size: &Size,
         recorder: &Recorder,
         random: &mut Random,
-        mut client: impl FnMut() -> Client,
+        mut client: impl FnMut(&str) -> Client,
     ) -> Self {
         let mut this = Self {
             recorder: recorder.clone(),
@@ -114,23 +117,29 @@ impl Workload {
             clients: Vec::new(),
         };
         for n in 0..size.writers {
-            let actor = this.actor("writer", n, client(), random);
+            let actor = this.actor("writer", n, client(""), random);
             this.working.spawn(actor.write(format!("p{}", n * 2 / 3)));
         }
         for n in 0..size.changers {
-            let actor = this.actor("changer", n, client(), random);
+            let actor = this.actor("changer", n, client(""), random);
             this.working.spawn(actor.change(format!("changer-{n}")));
         }
         for n in 0..size.members {
-            let actor = this.actor("member", n, client(), random);
+            let actor = this.actor("member", n, client(""), random);
             this.working.spawn(actor.belong());
         }
         for n in 0..size.agents {
-            let actor = this.actor("agent", n, client(), random);
+            let actor = this.actor("agent", n, client(""), random);
             this.working.spawn(actor.serve(format!("agent-{n}")));
         }
+        for n in 0..size.trimmers {
+            let actor = this.actor("trimmer", n, client(""), random);
+            this.working.spawn(actor.trim(format!("trimmer-{n}")));
+            let guest = this.actor("guest", n, client(session), random);
+            this.working.spawn(guest.visit());
+        }
         for n in 0..size.readers {
-            let actor = this.actor("reader", n, client(), random);
+            let actor = this.actor("reader", n, client(""), random);
             let filter = match n % 3 {
                 1 => Filter { streams: vec!["side".into()], kinds: Vec::new() },
                 2 => Filter { streams: Vec::new(), kinds: vec!["data".into(), "state.put".into()] },
@@ -138,7 +147,7 @@ impl Workload {
             };
             this.watching.spawn(actor.read(filter, n % 2 == 1));
         }
-        let viewer = this.actor("viewer", 0, client(), random);
+        let viewer = this.actor("viewer", 0, client(""), random);
         this.watching.spawn(viewer.view());
         this
     }
@@ -198,11 +207,18 @@ impl Workload {
         }
         self.recorder.say("world", Event::Quiet { session: self.session.clone(), tail });
         self.recorder.complete(observer, &self.session).await;
+        if self.size.trimmers > 0 {
+            self.recorder.complete(observer, &beside(&self.session)).await;
+        }
         self.recorder
     }
 }
 
-/// Seen by whoever has nothing to do with it any more.
+/// The session that is trimmed: its name begins as that of the other one.
+fn beside(session: &str) -> String {
+    format!("{session}x")
+}
+
 const GONE: &str = "the recorder reads as long as somebody writes";
 
 impl Actor {
@@ -376,14 +392,14 @@ impl Actor {
                 member.update(doing).await.expect("an update");
             }
             if turn == 2 {
-                // Held until the process ends, by nobody who could let it go earlier.
+                // Every second one dies now; the others stay until everything is over.
+                if self.name.ends_with(['1', '3', '5', '7', '9']) {
+                    self.client.close();
+                    self.recorder.say(&self.name, Event::Gone {});
+                }
                 let mut end = self.end.clone();
                 tokio::spawn(async move {
-                    let ended = async { end.wait_for(Option::is_some).await.is_ok() }.await;
-                    // Until everybody has gone.
-                    if ended {
-                        let _ = end.changed().await;
-                    }
+                    while end.changed().await.is_ok() {}
                     drop(member);
                 });
                 return;
@@ -392,6 +408,72 @@ impl Actor {
             let op = self.recorder.invoke(&self.name, leave);
             let left = member.leave().await.map(|()| 0);
             self.recorder.answered(&self.name, op, &left);
+        }
+    }
+
+    /// Appends, gives up what is old, and reads from somewhere on, in the session beside.
+    async fn trim(mut self, name: String) {
+        self.session = beside(&self.session);
+        let session = self.attach().await;
+        let mut producer = self.open(&session, &name).await;
+        let mut tail = 0;
+        for sequence in 1..12 {
+            let texts: Vec<String> = (0..3).map(|n| format!("{}/{sequence}/{n}", self.name)).collect();
+            let op = self.append(&name, producer.epoch(), sequence, texts.clone(), None);
+            let batch: Vec<_> = texts.into_iter().map(|text| session.main().data(text)).collect();
+            let stored = match producer.append_batch(&batch).await {
+                Ok(ticket) => ticket.wait().await,
+                Err(error) => Err(error),
+            };
+            self.recorder.stored(&self.name, op, &stored);
+            match stored {
+                Ok(first) => tail = first + 3,
+                Err(error) if producer_has_ended(&Err(error.clone())) => producer = self.open(&session, &name).await,
+                Err(_) => {}
+            }
+            if sequence % 3 == 0 {
+                let before = self.random.below(tail + 1);
+                let call = Call::Trim { session: self.session.clone(), before };
+                let op = self.recorder.invoke(&self.name, call);
+                self.recorder.answered(&self.name, op, &session.trim(before).await);
+            }
+            if sequence % 2 == 0 {
+                let start = Start::Seq(self.random.below(tail + 1));
+                self.read_through(&session, start).await;
+            }
+            self.pause().await;
+        }
+    }
+
+    /// Reads from `start` on until everything that is there was seen.
+    async fn read_through(&mut self, session: &Session, start: Start) {
+        let (subscription, asked) = (self.recorder.subscription(), self.recorder.moment());
+        let of = Reading { session: self.session.clone(), filter: Filter::default(), asked };
+        let mut reading = session.subscribe(start).open().await.expect("subscribe");
+        loop {
+            let event = match reading.next().await {
+                Some(Ok(event)) => event,
+                other => panic!("{}: subscription {subscription} ended: {other:?}", self.name),
+            };
+            self.recorder.saw(&self.name, subscription, &of, &event);
+            if matches!(event, Seen::CaughtUp { .. }) {
+                return self.recorder.say(&self.name, Event::Left { subscription });
+            }
+        }
+    }
+
+    /// May use the one session, and asks for the one beside.
+    async fn visit(mut self) {
+        let operations = ["read", "append", "create", "manage", "join", "run", "signal", "notify"];
+        let operations = operations.map(str::to_owned).to_vec();
+        self.recorder.say(&self.name, Event::Granted { prefix: self.session.clone(), operations });
+        let names = [self.session.clone(), beside(&self.session), format!("{}:below", self.session)];
+        for name in names.iter().cycle().take(9).cloned() {
+            let op = self.recorder.invoke(&self.name, Call::Attach { session: name.clone() });
+            let attached = self.client.session(&name).expect("a name").attach().await;
+            let tail = attached.map(|session| session.info().tail);
+            self.recorder.answered(&self.name, op, &tail);
+            self.pause().await;
         }
     }
 

@@ -284,7 +284,7 @@ impl World<'_> {
                 }
                 _ => return Err("RUN_FENCED"),
             },
-            Call::Trim { .. } | Call::DeleteSession { .. } => unreachable!("nobody asks for it"),
+            Call::Attach { .. } | Call::Trim { .. } | Call::DeleteSession { .. } => unreachable!("nobody asks for it"),
         };
         Ok(Some(seq))
     }

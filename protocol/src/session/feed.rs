@@ -13,6 +13,7 @@ use super::rollup::roll_up;
 use super::state::{StreamSet, Streams};
 use super::words::Verdict;
 use crate::error::ProtocolError;
+use crate::planted::{Bug, planted};
 use crate::registry::GAP_TRIMMED;
 use crate::wire::{
     Compacted, Delivery, Frame, Gap, Label, Reader, Span, Start, Stream, Subscribe, Subscribed, Tail, Writer,
@@ -35,7 +36,7 @@ impl Filter {
 
     pub(super) fn passes(&self, head: &Head, streams: &Streams) -> bool {
         let name = || streams.name(head.stream);
-        (self.kinds.is_empty() || self.kinds.contains(&head.kind.0))
+        (self.kinds.is_empty() || self.kinds.contains(&head.kind.0) || planted(Bug::KindsIgnored))
             && (self.streams.is_empty() || name().is_some_and(|name| self.streams.contains(name)))
     }
 }
@@ -106,7 +107,7 @@ impl Feed {
         let next = match request.start {
             Start::Earliest => first,
             Start::Latest | Start::Snapshot => tail,
-            Start::Seq(seq) => seq,
+            Start::Seq(seq) => seq + u64::from(planted(Bug::ResumeOffByOne)),
             Start::Last(count) => tail.saturating_sub(count).max(first),
         };
         let verdict = match request.start {
@@ -133,6 +134,7 @@ impl Feed {
 
     /// The SUBSCRIBED frame that opens the feed's QUIC stream.
     pub fn subscribed(&self, verdict: Verdict, tail: u64) -> Frame {
+        let tail = if planted(Bug::CaughtUpTooEarly) { self.next } else { tail };
         Subscribed { id: self.id, verdict, next: self.next, tail }.into()
     }
 
@@ -157,6 +159,9 @@ impl Feed {
 
     /// Skips what was trimmed. Appends a GAP frame to `out`.
     pub fn skip_trimmed(&mut self, first: u64, out: &mut Vec<Bytes>) {
+        if self.next < first && planted(Bug::SwallowedGap) {
+            self.next = first;
+        }
         if self.next < first {
             out.push(Frame::from(Gap { from: self.next, to: first, reason: GAP_TRIMMED }).to_bytes());
             self.next = first;
@@ -235,7 +240,8 @@ impl Feed {
             seq += span.skip;
             for _ in 0..span.count {
                 let record = walk.next_bytes().ok_or(ProtocolError::malformed("records do not add up"))??;
-                let wanted = seq >= self.next && {
+                let missed = planted(Bug::CatchUpOffByOne) && seq == self.next && seq > chunk.first();
+                let wanted = seq >= self.next && !missed && {
                     let head = Head::get(&mut Reader::new(&record))?;
                     self.filter.passes(&head, streams)
                 };

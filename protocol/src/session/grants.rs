@@ -1,5 +1,6 @@
 //! Grants: what the holder of a capability token may do where (spec AUTH).
 
+use crate::planted::{Bug, planted};
 use crate::wire::Frame;
 
 /// Something that needs a grant.
@@ -114,6 +115,7 @@ impl Grant {
         match session.strip_prefix(self.prefix.as_str()) {
             Some(rest) => {
                 self.prefix.is_empty()
+                    || planted(Bug::PrefixWithoutBorder)
                     || rest.is_empty()
                     || self.prefix.ends_with(SEPARATORS)
                     || rest.starts_with(SEPARATORS)

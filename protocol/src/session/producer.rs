@@ -8,6 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use crate::error::{Code, ProtocolError};
+use crate::planted::{Bug, planted};
 use crate::registry::{MAX_PRODUCERS, PRODUCER_WINDOW};
 use crate::wire::{Acked, Label, Reader, Subject, Writer};
 
@@ -152,6 +153,7 @@ impl Producers {
             return Admission::Refused(Code::PRODUCER_UNKNOWN, 0);
         };
         match epoch.cmp(&slot.durable.epoch) {
+            Ordering::Less if planted(Bug::LateFence) => {}
             Ordering::Less => return Admission::Refused(Code::FENCED, slot.durable.epoch),
             Ordering::Greater => return Admission::Refused(Code::PRODUCER_UNKNOWN, 0),
             // An epoch has one holder, the last that opened it.
@@ -202,6 +204,16 @@ impl Producers {
         let epoch = self.staged_epoch(&key).max(self.floor) + 1;
         self.granting.insert(key, epoch);
         epoch
+    }
+
+    /// For [`Bug::DedupForgotten`].
+    pub(super) fn forget_the_last(&mut self) {
+        for slot in &mut self.slots {
+            let forgotten = slot.window.len().min(4);
+            slot.window.truncate(slot.window.len() - forgotten);
+            slot.durable.next -= forgotten as u64;
+            slot.staged_next = slot.durable.next;
+        }
     }
 
     /// Takes back everything that is not durable.

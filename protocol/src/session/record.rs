@@ -224,6 +224,13 @@ pub struct CheckedBatch {
 }
 
 impl CheckedBatch {
+    /// For [`Bug::HalfBatch`](crate::planted::Bug::HalfBatch).
+    pub(super) fn without_the_last(&self) -> Self {
+        let mut walk = Records::new(&self.records);
+        let kept = (1..self.count).filter_map(|_| walk.next()).count() as u64;
+        Self { count: kept, records: self.records.slice(..walk.position()), ..self.clone() }
+    }
+
     /// Checks the region of an APPEND (spec PROD-3, KIND-2, KIND-3, KIND-5).
     ///
     /// Errors: `BATCH_TOO_LARGE` for no records, too many records or bytes; `RECORD_TOO_LARGE`; `RECORD_MALFORMED`,

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use fjall::PersistMode;
+use mainstay_protocol::planted::{Bug, planted};
 use mainstay_protocol::session::{Chunk, Compaction, Incarnation, SessionName, State};
 use mainstay_protocol::wire::MAX_VARINT;
 use mainstay_store::{Created, Outcome, SessionId, StoreError, Writer};
@@ -776,7 +777,8 @@ impl Committer {
         self.wait_for_flushes(&engine);
         let mut witness = self.witness;
         witness.commits += 1;
-        let mut batch = engine.db.batch().durability(Some(PersistMode::SyncData));
+        let durability = (!planted(Bug::AckBeforeSync)).then_some(PersistMode::SyncData);
+        let mut batch = engine.db.batch().durability(durability);
         let mut removed = 0;
         // Several edits of one row in a turn count against what the one before left.
         let mut pending: HashMap<(usize, Bytes), Option<Bytes>> = HashMap::new();
@@ -821,7 +823,14 @@ impl Committer {
             }
         }
         batch.insert(engine.meta(), WITNESS_KEY.clone(), witness.encode(&engine.id));
-        batch.commit().map_err(|error| self.failed(&error))?;
+        if planted(Bug::WitnessBeforeSync) {
+            // What goes wrong here shows later.
+            let _ = self.file.note(witness.commits).and_then(|()| self.file.sync());
+        }
+        match batch.commit() {
+            Err(_) if planted(Bug::SyncErrorIgnored) => {}
+            committed => committed.map_err(|error| self.failed(&error))?,
+        }
         self.witness = witness;
         self.reclaim.removed(removed);
         if let Err(error) = self.file.note(witness.commits) {

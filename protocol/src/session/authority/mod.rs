@@ -33,6 +33,7 @@ use super::resume::{Claimed, ResumeClaim};
 use super::state::{Damage, State};
 use super::words::{Author, ClientKey, RunId, SessionName, SignalId};
 use crate::error::Code;
+use crate::planted::{Bug, planted};
 use crate::registry::{MAX_GRACE, MAX_STREAMS, MIN_GRACE, STREAM_MAIN, TURN_BYTES};
 use crate::wire::Early;
 use crate::wire::{Acked, Label};
@@ -302,6 +303,9 @@ impl<T> Authority<T> {
             uncertain: false,
             standbys: Standbys::default(),
         };
+        if planted(Bug::DedupForgotten) {
+            this.state.producers.forget_the_last();
+        }
         if let Some((name, time)) = created {
             this.staged_time = this.staged_time.max(time);
             this.push(Work::Entry { entry: Control::Created { name, time } }, None);
@@ -463,6 +467,14 @@ impl<T> Authority<T> {
         }
         self.stamp(now);
         let epoch = self.state.producers.stage_grant(key.clone());
+        if planted(Bug::EpochInMemory) {
+            self.state.producers.granted(key.clone(), epoch);
+            if let Some(handle) = self.state.producers.hold(&key)
+                && let Some(position) = self.state.producers.durable(&handle)
+            {
+                return (Outcome::Done(Reply::Producer { handle, position }), Some(ticket));
+            }
+        }
         self.push(Work::Grant { key, epoch }, Some(ticket));
         (Outcome::Pending, None)
     }
@@ -517,6 +529,7 @@ impl<T> Authority<T> {
         if self.uncertain {
             return (Outcome::Refused(Self::uncertain()), None);
         }
+        let before = before + u64::from(planted(Bug::TrimTooFar));
         let first = before.min(self.state.tail());
         if first <= self.state.first() {
             return (Outcome::Done(Reply::Trimmed { first: self.state.first() }), Some(ticket));
@@ -679,6 +692,7 @@ impl<T> Authority<T> {
             return (Outcome::Pending, None);
         };
         let reason = Departure::Left;
+        let generation = if planted(Bug::LeaveWithoutGeneration) { 0 } else { generation };
         let left = PresenceLeft { member: (**author).clone(), generation, reason };
         self.ask(now, author, left.record(STREAM_MAIN), ticket)
     }
@@ -717,7 +731,7 @@ impl<T> Authority<T> {
                 | Code::ALREADY_RESOLVED
                 | Code::ID_IN_USE
         );
-        if !by_what_is_stored || self.overlay.is_empty() {
+        if !by_what_is_stored || self.overlay.is_empty() || planted(Bug::DirtyRefusal) {
             return Some((refusal, ticket));
         }
         // With the last of what was accepted; a chunk for its own sake would be one of nothing.
@@ -796,7 +810,8 @@ impl<T> Authority<T> {
             bytes += next.len();
             match &next {
                 Work::Batch { author, handle, epoch, sequence, time, batch } => {
-                    builder.batch(author, &handle.key().name, *epoch, *sequence, *time, batch);
+                    let half = (planted(Bug::HalfBatch) && batch.count > 2).then(|| batch.without_the_last());
+                    builder.batch(author, &handle.key().name, *epoch, *sequence, *time, half.as_ref().unwrap_or(batch));
                 }
                 Work::Record { author, time, record } => builder.record(author, *time, record),
                 Work::Grant { key, epoch } => {
@@ -911,7 +926,9 @@ impl<T> Authority<T> {
         self.waiting_bytes = 0;
         self.state.producers.roll_back();
         self.state.resumptions.roll_back();
-        self.overlay.roll_back();
+        if !planted(Bug::OverlayKept) {
+            self.overlay.roll_back();
+        }
         self.staged_tail = self.state.tail();
         self.staged_closed = self.state.view().closed().is_some();
         self.staged_time = self.state.time();

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::{Authority, Outcome, Refusal, Reply};
 use crate::error::Code;
+use crate::planted::{Bug, planted};
 use crate::registry::{MAX_LASTS, MAX_LEASE, MAX_STANDBYS, MIN_LEASE, STREAM_MAIN};
 use crate::session::kinds::{
     InputPolicy, Intent, Payload, RequestExpired, RunLost, RunMode, RunStart, SessionConfigured, Signal, SignalExpired,
@@ -150,13 +151,14 @@ impl<T> Authority<T> {
     fn lost_run(&self, run: Option<RunId>, lease: u64) -> Option<(RunId, RunStart)> {
         let view = self.state.view();
         let mode = self.overlay.configured(view).runs;
-        if mode == RunMode::Single && self.active().is_some() {
+        if mode == RunMode::Single && self.active().is_some() && !planted(Bug::TakenFromHolder) {
             return None;
         }
         let current = view.runs().current().iter().filter(|of| run.is_none_or(|id| of.id == id));
-        let lost = current.filter(|of| of.lost.is_some()).min_by_key(|of| of.lost)?;
+        let taken = planted(Bug::TakenFromHolder);
+        let lost = current.filter(|of| of.lost.is_some() || taken).min_by_key(|of| of.lost)?;
         let standing = self.overlay.run(view, lost.id);
-        matches!(standing, Some(RunStanding::Lost { .. })).then_some(())?;
+        (taken || matches!(standing, Some(RunStanding::Lost { .. }))).then_some(())?;
         let lease = if mode == RunMode::Open { 0 } else { lease };
         Some((lost.id, RunStart { lease, input: lost.input, lost: Some(lost.epoch) }))
     }

@@ -25,6 +25,7 @@ use super::record::{CheckedBatch, Record, Records};
 use super::view::{AT_ONCE, View};
 use super::words::{Author, Key, MessageId, RequestId, RunId, SignalId};
 use crate::error::Code;
+use crate::planted::{Bug, planted};
 use crate::registry::{
     MAX_BATCH_BYTES, MAX_LASTS, MAX_MEMBER_DATA, MAX_MEMBERS, MAX_MESSAGE, MAX_OPEN_BYTES, MAX_OPEN_MESSAGES,
     MAX_RECORD, MAX_RULES, MAX_STATE_BYTES, MAX_STATE_KEYS,
@@ -516,13 +517,15 @@ impl Draft<'_> {
             (Expected::Revision(revision), Some(held)) => held.revision == revision,
             _ => false,
         };
-        if !as_expected {
+        if !as_expected && !planted(Bug::ConditionIgnored) {
             let value = held.map_or(0, |held| held.revision + 1);
             return Err(Refusal { code: Code::CONFLICT, value, detail: "the key is not as expected" });
         }
         // What is computed from a value lasts as long as that.
         let left = held.as_ref().and_then(|held| held.expires).map_or(0, |at| at.saturating_sub(time).max(1));
-        let value = held.as_ref().map(|held| &held.value);
+        let durable = self.view.state().get(key.as_str()).map(|entry| &entry.value);
+        let stale = planted(Bug::IncrementOverDurable);
+        let value = if stale { durable } else { held.as_ref().map(|held| &held.value) };
         let (value, lasts) = match change {
             Change::Put { value, lasts } => (value, lasts),
             Change::Increment(by) => (increment(value, by)?, left),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::{Changes, Draft, Overlay, Standing};
 use crate::error::Code;
+use crate::planted::{Bug, planted};
 use crate::registry::{
     KEPT_LOST_RUNS, MAX_LASTS, MAX_REQUEST_BODY, MAX_REQUESTS, MAX_RUNS, MAX_SIGNAL_TEXT, MAX_SIGNALS, RESERVED_SIGNALS,
 };
@@ -70,6 +71,9 @@ impl Overlay {
         let id = durable.or_else(accepted)?;
         match self.run(view, id)? {
             RunStanding::Active { epoch: of, holder, .. } if of == epoch => Some((id, holder)),
+            RunStanding::Lost { epoch: of, .. } if of == epoch && planted(Bug::RunNeverFenced) => {
+                view.runs().get(id).map(|run| (id, run.holder.clone()))
+            }
             _ => None,
         }
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::changes::Changes;
 use crate::error::ProtocolError;
+use crate::planted::{Bug, planted};
 use crate::registry::MAX_MEMBERS;
 use crate::session::kinds::{Activity, PresenceJoined};
 use crate::session::words::{Author, Instance};
@@ -85,7 +86,10 @@ impl Members {
 
     /// False if it was not here.
     pub(super) fn leave(&mut self, author: &Author, generation: u64) -> bool {
-        let here = self.here.get(author).is_some_and(|member| member.generation == generation);
+        let here = self
+            .here
+            .get(author)
+            .is_some_and(|member| member.generation == generation || planted(Bug::LeaveWithoutGeneration));
         if here {
             self.here.remove(author);
             self.changes.add();

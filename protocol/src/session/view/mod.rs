@@ -25,6 +25,7 @@ use super::kinds::{Deed, Departure, Intent, Kind, PresenceJoined, Status};
 use super::record::{Head, Record};
 use super::words::{Author, RequestId, RunId, ViewHash};
 use crate::error::ProtocolError;
+use crate::planted::{Bug, planted};
 use crate::registry::{FOLD_VERSION, MAX_STREAMS};
 use crate::wire::{MAX_VARINT, Reader, Subject, Writer};
 
@@ -247,6 +248,7 @@ impl View {
                 let value = Bytes::copy_from_slice(&put.value);
                 self.entries.put(put.key, Entry { revision: seq, author: author.clone(), expires, value });
             }
+            Deed::StateDeleted(_) if planted(Bug::DeletionNotFolded) => {}
             Deed::StateDeleted(deleted) => self.entries.remove(&deleted.key),
             Deed::StateExpired(expired) => self.entries.remove(&expired.key),
             Deed::PresenceJoined(of) => {
