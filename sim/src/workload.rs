@@ -320,7 +320,7 @@ impl Actor {
         acknowledged.await.expect("acknowledgements");
     }
 
-    /// Changes keys, with and without conditions. What others do it sees in the view.
+    /// Changes keys, with and without conditions, now and then two at once. What others do it sees in the view.
     async fn change(mut self, name: String) {
         let session = self.attach().await;
         let mut producer = self.open(&session, &name).await;
@@ -328,37 +328,48 @@ impl Actor {
         for turn in 0..self.size.changes {
             let key = ["a", "b", "n"][self.random.below(3) as usize];
             let known = live.view().state().get(key).map_or(0, |entry| entry.revision + 1);
-            let expected = self.random.chance(0.6).then_some(known).filter(|_| key != "n");
-            let (session_name, key_name) = (self.session.clone(), key.to_owned());
-            let value = format!("{}/{turn}", self.name);
-            let (call, change) = match self.random.below(4) {
-                _ if key == "n" => {
-                    (Call::Increment { session: session_name, key: key_name, by: 3 }, Change::Increment(3))
+            let mut asked = Vec::new();
+            for half in 0..=u64::from(self.random.chance(0.3)) {
+                let (call, change) = self.some_change(key, known, turn * 2 + half);
+                let op = self.recorder.invoke(&self.name, call);
+                asked.push((op, producer.append_record(session.main().record(&change)).await));
+            }
+            for (op, ticket) in asked {
+                let result = match ticket {
+                    Ok(ticket) => ticket.wait().await,
+                    Err(error) => Err(error),
+                };
+                self.recorder.stored(&self.name, op, &result);
+                if producer_has_ended(&result) {
+                    producer = self.open(&session, &name).await;
                 }
-                0 => (Call::Delete { session: session_name, key: key_name, expected }, Change::Delete),
-                _ => {
-                    let put = Change::Put { value: value.clone().into(), lasts: 0 };
-                    (Call::Put { session: session_name, key: key_name, value, expected }, put)
-                }
-            };
-            let expected = match expected {
-                None => Expected::Any,
-                Some(0) => Expected::Absent,
-                Some(next) => Expected::Revision(next - 1),
-            };
-            let op = self.recorder.invoke(&self.name, call);
-            let record = session.main().record(&StateChange { key: Key::new(key).expect("a key"), expected, change });
-            let result = match producer.append_record(record).await {
-                Ok(ticket) => ticket.wait().await,
-                Err(error) => Err(error),
-            };
-            self.recorder.stored(&self.name, op, &result);
-            if producer_has_ended(&result) {
-                producer = self.open(&session, &name).await;
             }
             self.pause().await;
             self.catch_up(&mut live).await;
         }
+    }
+
+    /// A change of a key of which `known` is to be expected.
+    fn some_change(&mut self, key: &str, known: u64, number: u64) -> (Call, StateChange) {
+        let (session, key_name) = (self.session.clone(), key.to_owned());
+        let key = Key::new(key).expect("a key");
+        if key_name == "n" {
+            let change = StateChange { key, expected: Expected::Any, change: Change::Increment(3) };
+            return (Call::Increment { session, key: key_name, by: 3 }, change);
+        }
+        let expected = self.random.chance(0.6).then_some(known);
+        let condition = match expected {
+            None => Expected::Any,
+            Some(0) => Expected::Absent,
+            Some(next) => Expected::Revision(next - 1),
+        };
+        if self.random.chance(0.25) {
+            let change = StateChange { key, expected: condition, change: Change::Delete };
+            return (Call::Delete { session, key: key_name, expected }, change);
+        }
+        let value = format!("{}/{number}", self.name);
+        let put = Change::Put { value: value.clone().into(), lasts: 0 };
+        (Call::Put { session, key: key_name, value, expected }, StateChange { key, expected: condition, change: put })
     }
 
     async fn live(&mut self, session: &Session) -> LiveView {
