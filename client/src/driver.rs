@@ -165,6 +165,8 @@ struct ProducerEntry {
     shared: Arc<Shared>,
     /// Its id on the current connection.
     id: Option<u64>,
+    /// The id under which it was opened before, whose stream the server has ended. The answer to that may come later than its end.
+    before: Option<u64>,
     /// It was opened there for a new epoch: nothing is sent before it is granted.
     begins: bool,
     /// When to open it again after a refusal.
@@ -869,7 +871,7 @@ impl<C: Connection> Driver<C> {
     /// The QUIC stream of a producer has ended. One that is still to append is opened again: the server may not have known it in time.
     fn written(&mut self, id: u64) {
         if let Some(entry) = self.producer(id).filter(|entry| !entry.shared.is_finished()) {
-            (entry.id, entry.again) = (None, Some(Instant::now() + REOPEN_PAUSE));
+            (entry.id, entry.before, entry.again) = (None, entry.id, Some(Instant::now() + REOPEN_PAUSE));
             entry.shared.unlinked();
         }
     }
@@ -1024,7 +1026,14 @@ impl<C: Connection> Driver<C> {
                 self.producers.retain(|entry| !entry.shared.is_finished());
                 let shared = Arc::new(Shared::new(name, config, journalled));
                 let answer = Some(answer);
-                self.producers.push(ProducerEntry { shared, id: None, begins: true, again: None, answer });
+                self.producers.push(ProducerEntry {
+                    shared,
+                    id: None,
+                    before: None,
+                    begins: true,
+                    again: None,
+                    answer,
+                });
                 if let Some((_, link, outbox)) = on {
                     self.open_producer(self.producers.len() - 1, link, outbox);
                 }
@@ -1228,7 +1237,8 @@ impl<C: Connection> Driver<C> {
                 _ => return Err(Over::Failed(failure)),
             },
             OpenProducer::KIND => {
-                if let Some(at) = self.producers.iter().position(|entry| entry.id == Some(error.id)) {
+                let is = |entry: &ProducerEntry| [entry.id, entry.before].contains(&Some(error.id));
+                if let Some(at) = self.producers.iter().position(is) {
                     self.producers[at].shared.not_opened(error.id);
                     // An epoch that is not known any more never is again.
                     let passes = failure.is_retryable() && error.code != Code::PRODUCER_UNKNOWN;

@@ -8,8 +8,8 @@ use mainstay_protocol::Code;
 use mainstay_protocol::registry::{FOLD_VERSION, MAX_FRAME};
 use mainstay_protocol::session::{Incarnation, ViewHash};
 use mainstay_protocol::wire::{
-    Ack, Acked, Attached, Body, Detail, Error, Frame, Hello, Joined, Left, Ping, Pong, Producer, Snapshot, Subscribe,
-    Subscribed, Update,
+    Ack, Acked, Attached, Body, Detail, Error, Frame, Hello, Joined, Left, OpenProducer, Ping, Pong, Producer,
+    Snapshot, Subscribe, Subscribed, Update,
 };
 use mainstay_server::Config;
 use mainstay_transport::memory::{MemoryConnection, MemoryListener, MemoryNetwork};
@@ -224,4 +224,48 @@ async fn an_update_that_is_said_again_does_not_bring_back_who_left() {
     member.leave().await.expect("left");
     let _member = join().await.expect("joined again");
     assert_eq!(serving.await.expect("the server"), ["join", "update", "leave", "join"]);
+}
+
+/// Found by simulation (seed 3625 of the second simulator): a server that refuses to open a producer ends the stream that came ahead of the
+/// answer. Where the end arrived first, the client opened the producer anew, took the answer for somebody else's, and so on for ever.
+#[tokio::test]
+async fn a_refusal_that_comes_behind_the_end_of_the_stream_is_heard() {
+    let (network, listener) = network();
+    let serving = tokio::spawn(async move {
+        let (connection, _control, _unread) = greet(&listener).await;
+        let (mut send, recv) = connection.accept_bi().await.expect("an attachment");
+        let mut frames = FrameReader::new(recv, MAX_FRAME);
+        assert!(matches!(frames.next().await, Ok(Some(Frame::Attach(_)))));
+        send.write(&mut [Frame::from(attached()).to_bytes()]).await.expect("write");
+        let mut last = 0;
+        for turn in 0..2 {
+            let open = loop {
+                match timeout(PATIENCE, frames.next()).await.expect("in time") {
+                    Ok(Some(Frame::OpenProducer(open))) => break open,
+                    Ok(Some(Frame::Resume(_))) => {}
+                    other => panic!("{other:?}"),
+                }
+            };
+            last = open.id;
+            if turn == 0 {
+                let granted = Producer { id: open.id, epoch: 1, next: 0, begun: 1 };
+                send.write(&mut [Frame::from(granted).to_bytes()]).await.expect("write");
+            }
+            let mut batches = FrameReader::new(connection.accept_uni().await.expect("batches"), MAX_FRAME);
+            assert!(matches!(batches.next().await, Ok(Some(Frame::Produce(produce))) if produce.producer == open.id));
+            batches.stop(Code::PRODUCER_UNKNOWN.0);
+            // The client has heard of it once its stream is at its end.
+            while let Ok(Some(_)) = batches.next().await {}
+        }
+        let detail = Detail::new("a newer epoch of this producer was granted");
+        let fenced = Error { about: OpenProducer::KIND, id: last, code: Code::FENCED, value: 2, detail };
+        send.write(&mut [Frame::from(fenced).to_bytes()]).await.expect("write");
+        (connection, send, frames)
+    });
+    let client = Client::new(network, ClientConfig::default());
+    let session = client.session("s").expect("a name").attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let ended = timeout(PATIENCE, producer.ended()).await.expect("it does not open it for ever");
+    assert_eq!(ended.name(), "FENCED");
+    serving.await.expect("the server");
 }
