@@ -75,6 +75,7 @@ fn changes(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verd
     let records: BTreeMap<u64, &Record> = complete.records.iter().map(|record| (record.seq, record)).collect();
     let keys = versions(complete.records);
     let none = Versions::new();
+    let bounds = Bounds::of(evidence, session, complete.tail);
     for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
         let (key, expected) = match operation.call {
             Call::Put { key, expected, .. } | Call::Delete { key, expected, .. } => (key, *expected),
@@ -113,7 +114,7 @@ fn changes(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verd
             Outcome::Failed("CONFLICT") => {
                 verdict.count("conflicts", 1);
                 if let Some(expected) = expected
-                    && held_all_the_time(evidence, operation, versions, complete.tail, expected)
+                    && held_all_the_time(&bounds, operation, versions, expected)
                 {
                     verdict.report(Class::FalseConflict, session, || wrong("its condition held all the time".into()));
                 }
@@ -123,21 +124,53 @@ fn changes(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verd
     }
 }
 
-/// True if this was to be expected of the key at every seq at which the operation can have been decided.
-fn held_all_the_time(
-    evidence: &Evidence<'_>,
-    operation: &Operation<'_>,
-    versions: &Versions,
+/// Between which seqs an operation can have been decided.
+struct Bounds {
+    /// When something was answered, and the latest seq that was until then.
+    answered: Vec<(u64, u64)>,
+    /// When something was asked for, and the earliest seq of what was from then on.
+    asked: Vec<(u64, u64)>,
     tail: u64,
-    expected: u64,
-) -> bool {
-    let others = || evidence.operations.iter().filter(|other| other.call.session() == operation.call.session());
-    let stored = |other: &Operation<'_>| other.seq().filter(|_| is_record(other.call));
-    let low =
-        others().filter(|other| other.returned < operation.invoked).filter_map(stored).max().map_or(0, |seq| seq + 1);
-    let high = others().filter(|other| other.invoked > operation.returned).filter_map(stored).min().unwrap_or(tail);
-    // From just behind what was there before it was asked for, to just before what came after it was answered.
-    (low..=high).all(|seq| before(versions, seq).map_or(0, |(_, revision)| *revision + 1) == expected)
+}
+
+impl Bounds {
+    fn of(evidence: &Evidence<'_>, session: &str, tail: u64) -> Self {
+        let records =
+            evidence.operations.iter().filter(|other| other.call.session() == session && is_record(other.call));
+        let done: Vec<_> = records.filter_map(|other| Some((other.invoked, other.returned, other.seq()?))).collect();
+        let mut answered: Vec<(u64, u64)> = done.iter().map(|(_, returned, seq)| (*returned, *seq)).collect();
+        let mut asked: Vec<(u64, u64)> = done.iter().map(|(invoked, _, seq)| (*invoked, *seq)).collect();
+        answered.sort_unstable();
+        asked.sort_unstable();
+        let mut latest = 0;
+        for (_, seq) in &mut answered {
+            latest = latest.max(*seq);
+            *seq = latest;
+        }
+        let mut earliest = tail;
+        for (_, seq) in asked.iter_mut().rev() {
+            earliest = earliest.min(*seq);
+            *seq = earliest;
+        }
+        Self { answered, asked, tail }
+    }
+
+    /// From just behind what was there before it was asked for, to just before what was asked for after it was answered.
+    fn decided(&self, operation: &Operation<'_>) -> (u64, u64) {
+        let before = self.answered.partition_point(|(returned, _)| *returned < operation.invoked);
+        let after = self.asked.partition_point(|(invoked, _)| *invoked <= operation.returned);
+        let low = self.answered[..before].last().map_or(0, |(_, seq)| seq + 1);
+        (low, self.asked.get(after).map_or(self.tail, |(_, seq)| *seq))
+    }
+}
+
+/// True if this was to be expected of the key at every seq at which the operation can have been decided.
+fn held_all_the_time(bounds: &Bounds, operation: &Operation<'_>, versions: &Versions, expected: u64) -> bool {
+    let (low, high) = bounds.decided(operation);
+    let to_expect = |version: Option<&(String, u64)>| version.map_or(0, |(_, revision)| *revision + 1) == expected;
+    let from = versions.partition_point(|(seq, _)| *seq < low);
+    let to = versions.partition_point(|(seq, _)| *seq < high);
+    to_expect(before(versions, low)) && versions[from..to].iter().all(|(_, version)| to_expect(version.as_ref()))
 }
 
 /// True if what the answer tells is the seq of a record that was stored for it: who is a member, or holds a run, already is told since when.

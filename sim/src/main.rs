@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use mainstay_sim::crashes::{self, Campaign, How};
 use mainstay_sim::seeds::{self, Seeds};
 
 /// Simulated worlds, one for each seed: what goes wrong in them, and whether every promise was kept.
@@ -34,6 +35,16 @@ enum What {
         #[arg(long, value_name = "BUG")]
         planted: Option<mainstay_protocol::planted::Bug>,
     },
+    /// Kill the real server again and again, at random moments and system calls, also while it starts, and check what is left.
+    Kill {
+        #[command(flatten)]
+        campaign: Crashes,
+    },
+    /// Cut the power under the real server again and again, and check what is left. Needs root, loop devices, mkfs.ext4 and perl.
+    Power {
+        #[command(flatten)]
+        campaign: Crashes,
+    },
     /// Make each mistake on purpose, and look which seed finds it.
     #[cfg(feature = "planted")]
     Planted {
@@ -43,10 +54,30 @@ enum What {
     },
 }
 
+#[derive(clap::Args)]
+struct Crashes {
+    /// How often.
+    #[arg(long, default_value_t = 100)]
+    cycles: u64,
+    /// Decides everything random; a new one if there is none.
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+impl Crashes {
+    fn run(&self, how: How) -> bool {
+        let seed = self.seed.unwrap_or_else(mainstay_tests::random::seed);
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        runtime.block_on(crashes::run(Campaign { how, cycles: self.cycles, seed }))
+    }
+}
+
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "off".into());
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
     let sound = match Args::parse().what {
+        What::Kill { campaign } => campaign.run(How::Kill),
+        What::Power { campaign } => campaign.run(How::Power),
         #[cfg(feature = "planted")]
         What::Planted { seeds } => seeds::hunt(seeds),
         What::Run {

@@ -3,6 +3,7 @@
 
 use core::time::Duration;
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use mainstay_checker::history::{Call, Event, Filter};
@@ -30,12 +31,16 @@ pub struct Size {
     pub changers: u64,
     /// Changes of each.
     pub changes: u64,
+    /// How often members come and go, and agents hold a run.
+    pub turns: u64,
     /// Members.
     pub members: u64,
     /// Agents that hold runs.
     pub agents: u64,
     /// Those that give up what is old, in a session beside, and as many guests who must not read there.
     pub trimmers: u64,
+    /// The chance that a view that has caught up is written down.
+    pub looks: f64,
     /// Longest pause between two things that somebody does.
     pub pause: Duration,
     /// How long everything rests before who follows has to be at the end: so that members and leases that were lost are.
@@ -52,9 +57,11 @@ impl Default for Size {
             readers: 3,
             changers: 2,
             changes: 15,
+            turns: 3,
             members: 2,
             agents: 2,
             trimmers: 1,
+            looks: 0.5,
             pause: Duration::from_millis(40),
             rest: Duration::ZERO,
             patience: Duration::from_secs(60),
@@ -70,8 +77,10 @@ struct Actor {
     session: String,
     size: Size,
     random: Random,
-    /// True once nothing new is to be begun; the tail once everything is stored.
+    /// The tail once everything is stored.
     end: watch::Receiver<Option<u64>>,
+    /// Nothing new is to be begun.
+    over: Arc<AtomicBool>,
     _busy: Busy,
 }
 
@@ -92,6 +101,7 @@ pub struct Workload {
     end: watch::Sender<Option<u64>>,
     working: JoinSet<()>,
     watching: JoinSet<()>,
+    over: Arc<AtomicBool>,
     /// Who has not come to his end.
     busy: Arc<Mutex<BTreeSet<String>>>,
     clients: Vec<Client>,
@@ -113,6 +123,7 @@ impl Workload {
             end: watch::channel(None).0,
             working: JoinSet::new(),
             watching: JoinSet::new(),
+            over: Arc::default(),
             busy: Arc::default(),
             clients: Vec::new(),
         };
@@ -165,12 +176,18 @@ impl Workload {
             size: self.size.clone(),
             random: random.fork(),
             end: self.end.subscribe(),
+            over: self.over.clone(),
         }
     }
 
     /// The clients that are used, for whoever moves them about.
     pub fn clients(&self) -> &[Client] {
         &self.clients
+    }
+
+    /// Nobody begins anything new from now on.
+    pub fn wind_down(&self) {
+        self.over.store(true, Ordering::Relaxed);
     }
 
     /// Waits until everybody who changes something has done what he had to. Cancellation-safe.
@@ -222,6 +239,10 @@ fn beside(session: &str) -> String {
 const GONE: &str = "the recorder reads as long as somebody writes";
 
 impl Actor {
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
+    }
+
     async fn pause(&mut self) {
         sleep(self.size.pause.mul_f64(self.random.below(1 << 16) as f64 / f64::from(1 << 16))).await;
     }
@@ -294,6 +315,9 @@ impl Actor {
         // Each attempt is another append, with texts of its own.
         let mut sequence = 0;
         for _ in 0..self.size.appends {
+            if self.is_over() {
+                break;
+            }
             let count = [1, 1, 2, 5][self.random.below(4) as usize];
             let stream = if self.random.chance(0.3) { side } else { session.main() };
             loop {
@@ -326,6 +350,9 @@ impl Actor {
         let mut producer = self.open(&session, &name).await;
         let mut live = self.live(&session).await;
         for turn in 0..self.size.changes {
+            if self.is_over() {
+                break;
+            }
             let key = ["a", "b", "n"][self.random.below(3) as usize];
             let known = live.view().state().get(key).map_or(0, |entry| entry.revision + 1);
             let mut asked = Vec::new();
@@ -389,7 +416,8 @@ impl Actor {
     async fn belong(mut self) {
         let session = self.attach().await;
         let author = format!("tester/{}", self.client.instance());
-        for turn in 0..3 {
+        let turns = self.size.turns;
+        for turn in 0..turns {
             let join = Call::Join { session: self.session.clone(), author: author.clone() };
             let op = self.recorder.invoke(&self.name, join);
             let doing = Doing::new("idle").expect("a word");
@@ -402,7 +430,7 @@ impl Actor {
                 let doing = Doing::new(&format!("step-{step}")).expect("a word");
                 member.update(doing).await.expect("an update");
             }
-            if turn == 2 {
+            if turn + 1 == turns || self.is_over() {
                 // Every second one dies now; the others stay until everything is over.
                 if self.name.ends_with(['1', '3', '5', '7', '9']) {
                     self.client.close();
@@ -493,7 +521,10 @@ impl Actor {
         let session = self.attach().await;
         let mut producer = self.open(&session, &name).await;
         let lease = Duration::from_secs(1);
-        for turn in 0..4 {
+        for turn in 0..self.size.turns {
+            if self.is_over() {
+                break;
+            }
             let id = RunId(self.random.array());
             let (session_name, run_name) = (self.session.clone(), id.to_string());
             let op = self.recorder.invoke(&self.name, Call::StartRun { session: session_name, run: run_name });
@@ -663,7 +694,9 @@ impl Actor {
                 },
             };
             let update = update.expect("an update").expect("no error");
-            if matches!(update, Update::CaughtUp { .. }) || self.random.chance(0.05) {
+            let often =
+                if matches!(update, Update::CaughtUp { .. }) { self.size.looks } else { self.size.looks / 10.0 };
+            if self.random.chance(often) {
                 self.recorder.view(&self.name, &self.session, incarnation, live.view());
             }
         }

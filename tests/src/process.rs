@@ -38,9 +38,13 @@ pub fn binary() -> PathBuf {
     if this.file_name().is_some_and(|name| name == "mainstay") {
         return this;
     }
-    let path = this.ancestors().nth(2).expect("a target directory").join("mainstay");
-    assert!(path.exists(), "{} is missing; run `cargo build -p mainstay` or `cargo xtask test`", path.display());
-    path
+    // Beside it, or beside the directory of test binaries.
+    let places = this.ancestors().skip(1).take(2).map(|dir| dir.join("mainstay"));
+    let path = places.clone().find(|path| path.exists());
+    path.unwrap_or_else(|| {
+        let missing: Vec<_> = places.map(|path| path.display().to_string()).collect();
+        panic!("{} is missing; run `cargo build -p mainstay` or `cargo xtask test`", missing.join(" or "))
+    })
 }
 
 /// Nothing in a test takes longer than this.
@@ -57,6 +61,8 @@ pub struct Server {
     /// What it says after it listens.
     said: Option<mpsc::Receiver<Value>>,
     extra: Vec<String>,
+    /// What the next process runs under.
+    under: Vec<String>,
     /// Goes after the process.
     _temp: Option<TempDir>,
 }
@@ -78,8 +84,16 @@ impl Server {
     pub async fn start_in(dir: &Path, extra: &[&str]) -> Self {
         let extra = extra.iter().map(|text| (*text).to_owned()).collect();
         let any = ([127, 0, 0, 1], 0).into();
-        let mut this =
-            Self { dir: dir.to_owned(), _temp: None, addr: any, child: None, network: None, said: None, extra };
+        let mut this = Self {
+            dir: dir.to_owned(),
+            _temp: None,
+            addr: any,
+            child: None,
+            network: None,
+            said: None,
+            extra,
+            under: Vec::new(),
+        };
         this.restart().await;
         this
     }
@@ -102,6 +116,19 @@ impl Server {
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.as_ref().and_then(Child::id).expect("a running server")
+    }
+
+    /// Stops all that it does, until it is killed.
+    pub async fn freeze(&self) {
+        let pid = self.pid().to_string();
+        let stopped = Command::new("kill").args(["-STOP", &pid]).status().await.expect("kill");
+        assert!(stopped.success());
+        let stat = format!("/proc/{pid}/stat");
+        crate::until("it is stopped", async || {
+            let stat = std::fs::read_to_string(&stat).expect("/proc");
+            stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
+        })
+        .await;
     }
 
     /// Kills it with SIGKILL.
@@ -127,6 +154,11 @@ impl Server {
             self.connect_file_at(proxy.addr(), "through-network.json");
             self.network = Some(proxy);
         }
+    }
+
+    /// The next process that is started runs under this command, which starts it as itself, as `strace -D` does.
+    pub fn run_under(&mut self, command: Vec<String>) {
+        self.under = command;
     }
 
     /// As [`Server::restart`]; tells the exit code and output of a server that refuses to start.
@@ -162,7 +194,16 @@ impl Server {
     }
 
     async fn begin(&mut self, args: &[&str]) -> Result<(), (Option<i32>, String)> {
-        let mut child = Command::new(binary())
+        let mut under = std::mem::take(&mut self.under).into_iter();
+        let mut command = match under.next() {
+            Some(program) => {
+                let mut command = Command::new(program);
+                command.args(under).arg(binary());
+                command
+            }
+            None => Command::new(binary()),
+        };
+        let mut child = command
             .args(["serve", "--dev", "--json", "--data"])
             .arg(&self.dir)
             .args(args)
@@ -209,6 +250,15 @@ impl Server {
                 return event["allocated"].as_u64().expect("a number");
             }
         }
+    }
+
+    /// True if it has ended. Then it is not the one that runs any more.
+    pub fn has_ended(&mut self) -> bool {
+        let ended = self.child.as_mut().is_none_or(|child| matches!(child.try_wait(), Ok(Some(_))));
+        if ended {
+            self.child = None;
+        }
+        ended
     }
 
     /// Waits until it ends by itself and returns its exit code.

@@ -1,0 +1,301 @@
+//! Campaigns that kill the real server, and the machine under it, again and again, and have the checker look at what is left.
+//!
+//! ```text
+//! round:  begin a workload on a session of its own
+//!         cycle:  let it work ─▶ kill, or cut the power ─▶ start again         (many times)
+//!         settle, read everything, kill, `verify --dump`, check all three
+//! ```
+
+use core::time::Duration;
+use std::fmt::Write as _;
+use std::io;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use mainstay_checker::history::{Entry, Event, read_dump};
+use mainstay_checker::verdict::Verdict;
+use mainstay_client::Config;
+use mainstay_protocol::session::Operation;
+use mainstay_server::auth::SigningKey;
+use mainstay_tests::harness::claims;
+use mainstay_tests::process::{Server, binary};
+use mainstay_transport::sim::Random;
+use tokio::time::{Instant, sleep};
+
+use crate::history::Recorder;
+use crate::power::Disk;
+use crate::workload::{Size, Workload};
+
+/// What kills the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum How {
+    /// SIGKILL, at a random moment or at a random system call.
+    Kill,
+    /// The power of its machine.
+    Power,
+}
+
+/// A campaign.
+#[derive(Debug, Clone, Copy)]
+pub struct Campaign {
+    /// What it does.
+    pub how: How,
+    /// How often.
+    pub cycles: u64,
+    /// Decides everything random.
+    pub seed: u64,
+}
+
+/// Cycles of one round: then the history is checked, and another one begins.
+const ROUND: u64 = 20;
+/// Rounds on one data directory.
+const ROUNDS: u64 = 5;
+
+/// Everything that was seen, over all rounds.
+#[derive(Debug, Default)]
+struct Total {
+    acknowledged: u64,
+    starts: Vec<Duration>,
+    provoked: std::collections::BTreeMap<String, u64>,
+}
+
+/// Runs a campaign and tells what it saw. False if a promise was broken.
+///
+/// # Panics
+///
+/// If a server refuses to start, or somebody does not come to his end.
+pub async fn run(campaign: Campaign) -> bool {
+    let mut random = Random::new(campaign.seed);
+    let what = match campaign.how {
+        How::Kill => "kill",
+        How::Power => "power",
+    };
+    println!("repeat with cargo xtask campaign {what} --seed {} --cycles {}", campaign.seed, campaign.cycles);
+    let begun = Instant::now();
+    let (mut total, mut done, mut sound) = (Total::default(), 0, true);
+    while done < campaign.cycles && sound {
+        let temp = tempfile::tempdir().expect("a directory");
+        let disk = match campaign.how {
+            How::Kill => None,
+            How::Power => match Disk::make(temp.path()) {
+                Ok(disk) => Some(disk),
+                Err(why) => {
+                    mainstay_tests::skipped("power cuts", &why);
+                    return true;
+                }
+            },
+        };
+        let data = disk.as_ref().map_or_else(|| temp.path().join("data"), |disk| disk.root().join("data"));
+        let mut server = Server::start_in(&data, &[]).await;
+        for round in 0..ROUNDS {
+            let cycles = ROUND.min(campaign.cycles - done);
+            if cycles == 0 || !sound {
+                break;
+            }
+            let session = format!("round-{}-{round}", done);
+            let (entries, crashes) =
+                self::round(&mut server, disk.as_ref(), &session, cycles, &mut random, &mut total).await;
+            done += cycles;
+            let required = ["acknowledged", "resumes"].map(str::to_owned);
+            let verdict = mainstay_checker::check(entries.clone(), &required);
+            sound = verdict.is_sound();
+            tell(&verdict, &session, done, crashes);
+            total.add(&verdict);
+            if !sound {
+                keep(&entries, &session);
+            }
+        }
+        server.kill().await;
+    }
+    total.tell(done, begun.elapsed());
+    sound
+}
+
+/// One round: a workload on a session of its own, and so many crashes under it.
+async fn round(
+    server: &mut Server,
+    disk: Option<&Disk>,
+    session: &str,
+    cycles: u64,
+    random: &mut Random,
+    total: &mut Total,
+) -> (Vec<Entry>, u64) {
+    let recorder = Recorder::default();
+    let size = Size {
+        writers: 10,
+        appends: u64::MAX,
+        readers: 3,
+        changers: 2,
+        changes: u64::MAX,
+        turns: 40,
+        members: 1,
+        agents: 1,
+        trimmers: 1,
+        looks: 0.01,
+        pause: Duration::from_millis(3),
+        rest: Duration::from_millis(1500),
+        patience: Duration::from_secs(60),
+    };
+    let client = |server: &Server, prefix: &str| {
+        let mut config = Config::default();
+        config.give_up_after = None;
+        config.token = Some(token(server.dir(), prefix));
+        server.client(config)
+    };
+    let work = Workload::begin(session, &size, &recorder, random, |prefix| client(server, prefix));
+    for _ in 0..cycles {
+        sleep(Duration::from_micros(20_000 + random.below(120_000))).await;
+        crash(server, disk, random, &recorder).await;
+        start(server, random, disk.is_none(), &recorder, total).await;
+    }
+    sleep(Duration::from_millis(300)).await;
+    work.wind_down();
+    let observer = client(server, "");
+    let recorder = work.settle(&observer).await;
+    let mut entries = recorder.entries();
+    server.kill().await;
+    let at = entries.last().map_or(0, |entry| entry.at);
+    for event in dump(server.dir()).expect("the data directory is whole") {
+        if matches!(&event, Event::Final { session: of, .. } if of == session || *of == format!("{session}x")) {
+            entries.push(Entry { at, process: "disk".into(), event });
+        }
+    }
+    start(server, random, false, &recorder, total).await;
+    (entries, cycles)
+}
+
+/// A token of the development server for everything under a prefix.
+fn token(data: &Path, prefix: &str) -> String {
+    let key = std::fs::read_to_string(data.join("keys").join("signing")).expect("the key of a development server");
+    let key = SigningKey::from_paserk(&key).expect("a key");
+    let mut claims = claims("tester", prefix, Operation::ALL);
+    claims.expires += 24 * 3600;
+    key.mint(&claims).expect("a token")
+}
+
+/// What the data directory holds.
+fn dump(data: &Path) -> io::Result<Vec<Event>> {
+    let output = Command::new(binary()).args(["verify", "--dump", "--data"]).arg(data).output()?;
+    if !output.status.success() {
+        return Err(io::Error::other(String::from_utf8_lossy(&output.stderr).into_owned()));
+    }
+    read_dump(&output.stdout[..])
+}
+
+/// System calls that change files.
+const CALLS: &str = "write,pwrite64,writev,fdatasync,fsync,ftruncate,openat,rename,renameat,renameat2,unlink,unlinkat";
+
+/// The same, which strace has to be told once more.
+const TRACE: &str =
+    "trace=write,pwrite64,writev,fdatasync,fsync,ftruncate,openat,rename,renameat,renameat2,unlink,unlinkat";
+
+async fn crash(server: &mut Server, disk: Option<&Disk>, random: &mut Random, recorder: &Recorder) {
+    if let Some(disk) = disk {
+        // It answers nobody any more when the power goes: whatever it has said was true before.
+        server.freeze().await;
+        disk.cut().expect("the power goes");
+        recorder.provoked("power-cut");
+        server.kill().await;
+        return disk.remount().expect("the disk comes back");
+    }
+    // At a system call of its own, or whenever it is.
+    if random.chance(0.3) && strace_is_there() {
+        let when = 1 + random.below(60);
+        let inject = format!("inject={CALLS}:signal=SIGKILL:when={when}");
+        let pid = server.pid().to_string();
+        let args = ["-f", "-qq", "-o", "/dev/null", "-e", TRACE, "-e", &inject, "-p", &pid];
+        let strace = tokio::process::Command::new("strace").args(args).stderr(Stdio::null()).kill_on_drop(true).spawn();
+        let mut strace = strace.expect("strace");
+        // It ends with the server.
+        let ended = tokio::time::timeout(Duration::from_secs(5), strace.wait()).await;
+        if ended.is_ok() && server.has_ended() {
+            return recorder.provoked("kill-at-call");
+        }
+        drop(strace);
+    }
+    recorder.provoked("kill");
+    server.kill().await;
+}
+
+fn strace_is_there() -> bool {
+    static THERE: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *THERE.get_or_init(|| {
+        let there = Command::new("strace").arg("-V").output().is_ok_and(|output| output.status.success());
+        if !there {
+            mainstay_tests::skipped("crashes at system calls", "strace is not installed");
+        }
+        there
+    })
+}
+
+/// Starts the server again; now and then it is killed while it looks at what it finds.
+async fn start(server: &mut Server, random: &mut Random, disturbed: bool, recorder: &Recorder, total: &mut Total) {
+    if disturbed && random.chance(0.2) && strace_is_there() {
+        let when = 1 + random.below(120);
+        let inject = format!("inject={CALLS}:signal=SIGKILL:when={when}");
+        let under = ["strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e", TRACE, "-e", &inject];
+        server.run_under(under.map(str::to_owned).to_vec());
+        match server.try_restart().await {
+            Ok(()) => {
+                // Later than that it is killed as well, by what it does.
+                return;
+            }
+            Err((None, _)) => recorder.provoked("kill-in-recovery"),
+            Err((code, said)) => panic!("the server refused to start, exit code {code:?}: {said}"),
+        }
+    }
+    let begun = Instant::now();
+    match server.try_restart().await {
+        Ok(()) => total.starts.push(begun.elapsed()),
+        Err((code, said)) => panic!("the server refused to start, exit code {code:?}: {said}"),
+    }
+}
+
+fn tell(verdict: &Verdict, session: &str, done: u64, crashes: u64) {
+    let count = |what: &str| verdict.counts.get(what).copied().unwrap_or(0);
+    let said = if verdict.is_sound() { "every promise kept" } else { "BROKEN" };
+    println!(
+        "{session}: {crashes} crashes, {} acknowledged, {} delivered, {} unknown of which {} stored: {said} ({done} so far)",
+        count("acknowledged"),
+        count("delivered"),
+        count("unknown"),
+        count("unknown-stored"),
+    );
+    for violation in &verdict.violations {
+        println!("  {} {}: {}", violation.property, violation.class.name(), violation.what);
+    }
+}
+
+/// Keeps a history for whoever looks for the reason.
+fn keep(entries: &[Entry], session: &str) {
+    let mut text = String::new();
+    for entry in entries {
+        let line = serde_json::to_string(entry).expect("an entry is JSON");
+        writeln!(text, "{line}").expect("a string takes it");
+    }
+    let path = std::env::temp_dir().join(format!("mainstay-{session}.jsonl"));
+    match std::fs::write(&path, text) {
+        Ok(()) => println!("the history is in {}; look again with mainstay-checker", path.display()),
+        Err(error) => println!("the history cannot be kept in {}: {error}", path.display()),
+    }
+}
+
+impl Total {
+    fn add(&mut self, verdict: &Verdict) {
+        self.acknowledged += verdict.counts.get("acknowledged").copied().unwrap_or(0);
+        for (what, count) in &verdict.counts {
+            *self.provoked.entry(what.clone()).or_default() += count;
+        }
+    }
+
+    fn tell(&mut self, cycles: u64, took: Duration) {
+        self.starts.sort();
+        let counts: Vec<String> = self.provoked.iter().map(|(what, count)| format!("{what} {count}")).collect();
+        println!("{cycles} crashes, {} records acknowledged, {:.0} s", self.acknowledged, took.as_secs_f64());
+        if !self.starts.is_empty() {
+            let (half, last) = (self.starts[self.starts.len() / 2], self.starts[self.starts.len() - 1]);
+            println!("from start to serving: median {half:?}, longest {last:?}");
+        }
+        println!("{}", counts.join(", "));
+    }
+}
