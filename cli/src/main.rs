@@ -20,7 +20,20 @@ use crate::output::Output;
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
+/// Makes the mistake that the environment names.
+#[cfg(feature = "planted")]
+fn plant() {
+    if let Ok(name) = std::env::var("MAINSTAY_PLANTED") {
+        match name.parse() {
+            Ok(bug) => mainstay_protocol::planted::plant(Some(bug)),
+            Err(error) => eprintln!("mainstay: {error}"),
+        }
+    }
+}
+
 fn main() -> ExitCode {
+    #[cfg(feature = "planted")]
+    plant();
     let args = match Args::try_parse() {
         Ok(args) => args,
         Err(error) => return usage(&error),

@@ -90,8 +90,6 @@ bugs! {
     WitnessIgnored = "witness-ignored",
     /// The witness is told of a commit before that is synced.
     WitnessBeforeSync = "witness-before-sync",
-    /// What a journal holds behind damage is taken for a torn tail.
-    DamageTakenForTorn = "damage-taken-for-torn",
     /// A sync that failed counts as done.
     SyncErrorIgnored = "sync-error-ignored",
 }

@@ -20,6 +20,7 @@ use mainstay_server::auth::SigningKey;
 use mainstay_tests::harness::claims;
 use mainstay_tests::process::{Server, binary};
 use mainstay_transport::sim::Random;
+use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::time::{Instant, sleep};
 
 use crate::history::Recorder;
@@ -36,7 +37,7 @@ pub enum How {
 }
 
 /// A campaign.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Campaign {
     /// What it does.
     pub how: How,
@@ -44,6 +45,8 @@ pub struct Campaign {
     pub cycles: u64,
     /// Decides everything random.
     pub seed: u64,
+    /// The mistake that the server makes on purpose.
+    pub planted: Option<&'static str>,
 }
 
 /// Cycles of one round: then the history is checked, and another one begins.
@@ -93,8 +96,8 @@ pub async fn run(campaign: Campaign) -> bool {
                 break;
             }
             let session = format!("round-{}-{round}", done);
-            let (entries, crashes) =
-                self::round(&mut server, disk.as_ref(), &session, cycles, &mut random, &mut total).await;
+            let under = Under { disk: disk.as_ref(), planted: campaign.planted };
+            let (entries, crashes) = self::round(&mut server, &under, &session, cycles, &mut random, &mut total).await;
             done += cycles;
             let required = ["acknowledged", "resumes"].map(str::to_owned);
             let verdict = mainstay_checker::check(entries.clone(), &required);
@@ -114,7 +117,7 @@ pub async fn run(campaign: Campaign) -> bool {
 /// One round: a workload on a session of its own, and so many crashes under it.
 async fn round(
     server: &mut Server,
-    disk: Option<&Disk>,
+    under: &Under<'_>,
     session: &str,
     cycles: u64,
     random: &mut Random,
@@ -145,8 +148,8 @@ async fn round(
     let work = Workload::begin(session, &size, &recorder, random, |prefix| client(server, prefix));
     for _ in 0..cycles {
         sleep(Duration::from_micros(20_000 + random.below(120_000))).await;
-        crash(server, disk, random, &recorder).await;
-        start(server, random, disk.is_none(), &recorder, total).await;
+        crash(server, under.disk, random, &recorder).await;
+        start(server, random, under, &recorder, total).await;
     }
     sleep(Duration::from_millis(300)).await;
     work.wind_down();
@@ -160,7 +163,7 @@ async fn round(
             entries.push(Entry { at, process: "disk".into(), event });
         }
     }
-    start(server, random, false, &recorder, total).await;
+    start(server, random, &Under { planted: Some(""), ..*under }, &recorder, total).await;
     (entries, cycles)
 }
 
@@ -228,18 +231,27 @@ fn strace_is_there() -> bool {
     })
 }
 
+/// What is under a server.
+#[derive(Debug, Clone, Copy)]
+struct Under<'a> {
+    /// The disk whose power is cut.
+    disk: Option<&'a Disk>,
+    /// The mistake that it makes.
+    planted: Option<&'static str>,
+}
+
 /// Starts the server again; now and then it is killed while it looks at what it finds.
-async fn start(server: &mut Server, random: &mut Random, disturbed: bool, recorder: &Recorder, total: &mut Total) {
-    if disturbed && random.chance(0.2) && strace_is_there() {
+async fn start(server: &mut Server, random: &mut Random, under: &Under<'_>, recorder: &Recorder, total: &mut Total) {
+    if let Some(bug) = under.planted {
+        server.run_under(vec!["env".into(), format!("MAINSTAY_PLANTED={bug}")]);
+    } else if under.disk.is_none() && random.chance(0.2) && strace_is_there() {
         let when = 1 + random.below(120);
         let inject = format!("inject={CALLS}:signal=SIGKILL:when={when}");
-        let under = ["strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e", TRACE, "-e", &inject];
-        server.run_under(under.map(str::to_owned).to_vec());
+        let strace = ["strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e", TRACE, "-e", &inject];
+        server.run_under(strace.map(str::to_owned).to_vec());
         match server.try_restart().await {
-            Ok(()) => {
-                // Later than that it is killed as well, by what it does.
-                return;
-            }
+            // Later than that it is killed as well, by what it does.
+            Ok(()) => return,
             Err((None, _)) => recorder.provoked("kill-in-recovery"),
             Err((code, said)) => panic!("the server refused to start, exit code {code:?}: {said}"),
         }
@@ -298,4 +310,66 @@ impl Total {
         }
         println!("{}", counts.join(", "));
     }
+}
+
+/// Lets every sync of a server fail from some moment on: it has to end with the code for a failed store, and what it had not answered is
+/// stored once after the next start.
+///
+/// # Errors
+///
+/// What it did instead; that it cannot be tried here, for lack of strace.
+pub async fn failed_sync(planted: Option<&'static str>) -> Result<(), String> {
+    let temp = tempfile::tempdir().map_err(|error| error.to_string())?;
+    let mut server = Server::start_in(&temp.path().join("data"), &[]).await;
+    if let Some(bug) = planted {
+        server.kill().await;
+        server.run_under(vec!["env".into(), format!("MAINSTAY_PLANTED={bug}")]);
+        server.restart().await;
+    }
+    let mut config = Config::default();
+    config.give_up_after = None;
+    let client = server.client(config);
+    let session = client.session("s").expect("a name").create().attach().await.map_err(|error| error.to_string())?;
+    let producer = session.producer("p").await.map_err(|error| error.to_string())?;
+    for n in 0..10 {
+        let ticket = producer.append(session.main(), format!("{n}")).await.map_err(|error| error.to_string())?;
+        ticket.await.map_err(|error| error.to_string())?;
+    }
+    let trace = temp.path().join("trace");
+    let args = ["-f", "-e", "trace=fdatasync,fsync", "-e", "inject=fdatasync,fsync:error=EIO"];
+    let strace = tokio::process::Command::new("strace")
+        .args(args)
+        .arg("-o")
+        .arg(&trace)
+        .args(["-p", &server.pid().to_string()])
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn();
+    let mut strace = strace.map_err(|error| format!("strace: {error}"))?;
+    let mut said = BufReader::new(strace.stderr.take().expect("messages")).lines();
+    let attached = said.next_line().await.map_err(|error| format!("strace: {error}"))?.unwrap_or_default();
+    if !attached.contains("attached") {
+        return Err(format!("strace may not trace here: {attached}"));
+    }
+    // Whatever is synced when nothing happens was synced before: the next sync is that of the next append.
+    sleep(Duration::from_millis(400)).await;
+    let late = producer.append(session.main(), "late").await.map_err(|error| error.to_string())?;
+    match tokio::time::timeout(Duration::from_secs(20), server.ended()).await {
+        Ok(Some(5)) => {}
+        Ok(code) => return Err(format!("it ended with exit code {code:?}")),
+        Err(_) => return Err("it goes on behind a failed sync".into()),
+    }
+    if let Some(Ok(seq)) = late.outcome() {
+        return Err(format!("seq {seq} was acknowledged, and its sync had failed"));
+    }
+    server.restart().await;
+    late.await.map_err(|error| error.to_string())?;
+    let recorder = Recorder::default();
+    let tail = recorder.complete(&client, "s").await;
+    let texts = recorder.entries().into_iter().filter_map(|entry| match entry.event {
+        Event::Final { records, .. } => Some(records.into_iter().filter_map(|record| record.data)),
+        _ => None,
+    });
+    let texts: std::collections::BTreeSet<String> = texts.flatten().collect();
+    if texts.len() as u64 == tail { Ok(()) } else { Err(format!("{} different records below {tail}", texts.len())) }
 }

@@ -2,10 +2,14 @@
 //!
 //! - [`simulation`]: the real client and server over links in memory and a simulated disk, in one thread and in tokio's paused time. The
 //!   same seed is the same history, byte for byte.
+//! - [`damage`]: data directories with flipped bits, torn, missing, stale and exchanged pages and files.
 //! - [`crashes`]: the real binary, killed at random moments and system calls, and with the power cut under it.
 
 pub mod crashes;
+pub mod damage;
 pub mod history;
+#[cfg(feature = "planted")]
+pub mod planted;
 pub mod power;
 pub mod seeds;
 pub mod simulation;

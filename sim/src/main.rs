@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use mainstay_sim::crashes::{self, Campaign, How};
+use mainstay_sim::damage;
 use mainstay_sim::seeds::{self, Seeds};
 
 /// Simulated worlds, one for each seed: what goes wrong in them, and whether every promise was kept.
@@ -45,12 +46,24 @@ enum What {
         #[command(flatten)]
         campaign: Crashes,
     },
+    /// Damage copies of a data directory, and look whether it is reported or harmless.
+    Damage {
+        /// How many.
+        #[arg(long, default_value_t = 2000)]
+        images: u64,
+        /// Decides everything random; a new one if there is none.
+        #[arg(long)]
+        seed: Option<u64>,
+    },
     /// Make each mistake on purpose, and look which seed finds it.
     #[cfg(feature = "planted")]
     Planted {
         /// At most so many seeds for each.
-        #[arg(long, default_value_t = 2000)]
+        #[arg(long, default_value_t = 4000)]
         seeds: u64,
+        /// This one alone.
+        #[arg(long)]
+        bug: Option<mainstay_protocol::planted::Bug>,
     },
 }
 
@@ -68,7 +81,7 @@ impl Crashes {
     fn run(&self, how: How) -> bool {
         let seed = self.seed.unwrap_or_else(mainstay_tests::random::seed);
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-        runtime.block_on(crashes::run(Campaign { how, cycles: self.cycles, seed }))
+        runtime.block_on(crashes::run(Campaign { how, cycles: self.cycles, seed, planted: None }))
     }
 }
 
@@ -77,9 +90,10 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
     let sound = match Args::parse().what {
         What::Kill { campaign } => campaign.run(How::Kill),
+        What::Damage { images, seed } => damage::run(images, seed.unwrap_or_else(mainstay_tests::random::seed)),
         What::Power { campaign } => campaign.run(How::Power),
         #[cfg(feature = "planted")]
-        What::Planted { seeds } => seeds::hunt(seeds),
+        What::Planted { seeds, bug } => mainstay_sim::planted::hunt(seeds, bug),
         What::Run {
             seeds,
             first,

@@ -1,4 +1,4 @@
-//! Many seeds, one, and the seeds that find a planted bug.
+//! Many seeds, and one.
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write, stderr};
@@ -19,7 +19,7 @@ pub struct Seeds {
 }
 
 /// Runs seeds on all cores until they are over or `each` says no.
-fn run_each(seeds: Seeds, each: impl Fn(Outcome) -> bool + Sync) {
+pub(crate) fn run_each(seeds: Seeds, each: impl Fn(Outcome) -> bool + Sync) {
     let (next, over) = (AtomicU64::new(seeds.first), AtomicBool::new(false));
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
@@ -141,46 +141,4 @@ fn tell(outcome: &Outcome) {
     for violation in &outcome.verdict.violations {
         println!("  {} {}: {}", violation.property, violation.class.name(), violation.what);
     }
-}
-
-/// What found a planted bug: the seed, and how.
-#[cfg(feature = "planted")]
-pub type Found = Option<(u64, String)>;
-
-/// Looks for a seed that finds a bug.
-#[cfg(feature = "planted")]
-pub fn hunt_one(bug: mainstay_protocol::planted::Bug, seeds: u64) -> Found {
-    let found: Mutex<Found> = Mutex::default();
-    mainstay_protocol::planted::plant(Some(bug));
-    run_each(Seeds { first: 0, count: seeds }, |outcome| {
-        let sound = outcome.is_sound();
-        if !sound {
-            let classes = outcome.verdict.broken.keys().map(|class| class.name());
-            let how = outcome.failed.into_iter().map(|failed| failed.lines().next().unwrap_or_default().to_owned());
-            let how: Vec<String> = how.chain(classes.filter(|class| class != "nothing-provoked")).collect();
-            let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
-            if found.as_ref().is_none_or(|(seed, _)| outcome.seed < *seed) {
-                *found = Some((outcome.seed, how.join(", ")));
-            }
-        }
-        sound
-    });
-    mainstay_protocol::planted::plant(None);
-    found.into_inner().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Plants every bug that a simulated disk can have, one after the other. True if each was found.
-#[cfg(feature = "planted")]
-pub fn hunt(seeds: u64) -> bool {
-    let mut all = true;
-    for bug in mainstay_protocol::planted::Bug::ALL {
-        match hunt_one(*bug, seeds) {
-            Some((seed, how)) => println!("{:<26} seed {seed:<5} {how}", bug.name()),
-            None => {
-                println!("{:<26} NOT FOUND by {seeds} seeds", bug.name());
-                all = false;
-            }
-        }
-    }
-    all
 }

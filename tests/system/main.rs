@@ -6,7 +6,6 @@ mod broken;
 mod cli;
 mod compaction;
 mod crash;
-mod damage;
 mod deploy;
 mod disk;
 mod early;

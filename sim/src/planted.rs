@@ -1,0 +1,121 @@
+//! Mistakes on purpose: each has to be found by the campaign that is there for its like.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Mutex, PoisonError};
+
+use mainstay_protocol::planted::{Bug, plant};
+
+use crate::crashes::{self, Campaign, How};
+use crate::seeds::{Seeds, run_each};
+use crate::simulation::said;
+use crate::{damage, power};
+
+/// What is to find a bug.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hunter {
+    Simulator,
+    Power,
+    Damage,
+    FailedSync,
+}
+
+impl Hunter {
+    /// A simulated disk has none of the mistakes of a real engine.
+    fn of(bug: Bug) -> Self {
+        match bug {
+            Bug::AckBeforeSync | Bug::WitnessBeforeSync => Self::Power,
+            Bug::WitnessIgnored => Self::Damage,
+            Bug::SyncErrorIgnored => Self::FailedSync,
+            _ => Self::Simulator,
+        }
+    }
+}
+
+/// How a bug was found.
+enum Found {
+    By(String),
+    Nothing,
+    /// It cannot be looked for here.
+    Skipped(String),
+}
+
+/// The first of so many seeds that finds a bug, and what it finds.
+fn simulate(bug: Bug, seeds: u64) -> Found {
+    let found: Mutex<Option<(u64, String)>> = Mutex::default();
+    plant(Some(bug));
+    run_each(Seeds { first: 0, count: seeds }, |outcome| {
+        let sound = outcome.is_sound();
+        if !sound {
+            let classes = outcome.verdict.broken.keys().map(|class| class.name());
+            let failed = outcome.failed.iter().map(|failed| failed.lines().next().unwrap_or_default().to_owned());
+            let how: Vec<String> = classes.filter(|class| class != "nothing-provoked").chain(failed).collect();
+            let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
+            if found.as_ref().is_none_or(|(seed, _)| outcome.seed < *seed) {
+                *found = Some((outcome.seed, how.join(", ")));
+            }
+        }
+        sound
+    });
+    plant(None);
+    match found.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some((seed, how)) => {
+            Found::By(format!("simulator, seed {seed}: {}", how.chars().take(120).collect::<String>()))
+        }
+        None => Found::Nothing,
+    }
+}
+
+fn cut_power(bug: Bug) -> Found {
+    let temp = tempfile::tempdir().expect("a directory");
+    if let Err(why) = power::Disk::make(temp.path()) {
+        return Found::Skipped(why);
+    }
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let campaign = Campaign { how: How::Power, cycles: 60, seed: 1, planted: Some(bug.name()) };
+    // A server that refuses to start makes it panic.
+    match catch_unwind(AssertUnwindSafe(|| runtime.block_on(crashes::run(campaign)))) {
+        Ok(true) => Found::Nothing,
+        Ok(false) => Found::By("power cuts: the checker".into()),
+        Err(panic) => Found::By(format!("power cuts: {}", said(panic.as_ref()))),
+    }
+}
+
+/// Plants every bug, one after the other, with at most so many seeds for each. True if each was found.
+pub fn hunt(seeds: u64, only: Option<Bug>) -> bool {
+    let mut missed = 0;
+    let bugs = Bug::ALL.iter().filter(|bug| only.is_none_or(|only| only == **bug));
+    for bug in bugs {
+        let found = match Hunter::of(*bug) {
+            Hunter::Simulator => simulate(*bug, seeds),
+            Hunter::Power => cut_power(*bug),
+            Hunter::Damage => {
+                plant(Some(*bug));
+                let silent = !damage::run(2000, 1);
+                plant(None);
+                if silent {
+                    Found::By("damaged files: acknowledged data is missing in silence".into())
+                } else {
+                    Found::Nothing
+                }
+            }
+            Hunter::FailedSync => {
+                let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+                match runtime.block_on(crashes::failed_sync(Some(bug.name()))) {
+                    Ok(()) => Found::Nothing,
+                    Err(why) if why.starts_with("strace") => Found::Skipped(why),
+                    Err(why) => Found::By(format!("a failed sync: {why}")),
+                }
+            }
+        };
+        match found {
+            Found::By(how) => println!("{:<26} {how}", bug.name()),
+            Found::Nothing => {
+                println!("{:<26} NOT FOUND", bug.name());
+                missed += 1;
+            }
+            Found::Skipped(why) => mainstay_tests::skipped(&format!("planted bug {}", bug.name()), &why),
+        }
+    }
+    println!("{} planted, {missed} not found", Bug::ALL.len());
+    missed == 0
+}
