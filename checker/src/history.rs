@@ -453,7 +453,7 @@ pub fn read_dump(from: impl BufRead) -> io::Result<Vec<Event>> {
     }
     let complete = |(session, records): (String, Vec<Record>)| {
         let first = records.first().map_or(0, |record| record.seq);
-        let tail = records.last().map_or(0, |record| record.seq + 1);
+        let tail = records.last().map_or(0, |record| record.seq.saturating_add(1));
         // Of one that is compacted nothing else says so.
         let compacted = true;
         Event::Final { session, incarnation: String::new(), first, tail, compacted, records }

@@ -76,7 +76,7 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
                 };
                 // Of a session that was deleted, or in a part that was given up, nothing has to be there.
                 for (index, found) in found.iter().enumerate() {
-                    let place = seq + index as u64;
+                    let place = seq.saturating_add(index as u64);
                     match found {
                         None if read && !deleted && first.is_none_or(|first| place >= first) => {
                             verdict.report(Class::LostWrite, session, || format!("seq {place}: {}", texts()));
@@ -103,7 +103,7 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
         }
         let there: Vec<(&str, u64, u64)> = found.iter().copied().flatten().collect();
         let whole = found.len() == there.len()
-            && there.windows(2).all(|pair| pair[1].1 == pair[0].1 + 1 && pair[1].0 == pair[0].0);
+            && there.windows(2).all(|pair| pair[1].1 == pair[0].1.saturating_add(1) && pair[1].0 == pair[0].0);
         // Its beginning may have been given up.
         let cut = deleted || first.is_some_and(|first| first > 0 && there.iter().any(|(_, seq, _)| *seq <= first));
         if records.len() > 1 {
@@ -179,7 +179,7 @@ fn complete(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &m
             if record.seq < next || (next..record.seq).any(|seq| !passed(seq)) {
                 verdict.report(Class::Hole, session, || format!("{} follows where {next} is due", record.seq));
             }
-            next = record.seq + 1;
+            next = record.seq.saturating_add(1);
         }
         if next < complete.tail && !life.compacted {
             verdict.report(Class::Hole, session, || format!("nothing from {next} to the tail {}", complete.tail));

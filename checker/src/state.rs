@@ -88,7 +88,7 @@ fn changes(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verd
             Outcome::Done(Some(seq)) => {
                 verdict.count("changes", 1);
                 let old = before(versions, seq);
-                let revision = old.map_or(0, |(_, revision)| *revision + 1);
+                let revision = old.map_or(0, |(_, revision)| revision.saturating_add(1));
                 if let Some(expected) = expected.filter(|expected| *expected != revision) {
                     let what = wrong(format!("done at {seq}, where {revision} was to be expected and not {expected}"));
                     verdict.report(Class::WrongChange, session, || what);
@@ -98,7 +98,7 @@ fn changes(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verd
                     Call::Put { value, .. } => ("state.put", Some(value.clone())),
                     Call::Increment { by, .. } => {
                         let old = old.map_or(Some(0), |(value, _)| value.parse::<i64>().ok());
-                        ("state.put", old.map(|old| (old + by).to_string()))
+                        ("state.put", old.and_then(|old| old.checked_add(*by)).map(|sum| sum.to_string()))
                     }
                     _ => ("state.deleted", None),
                 };
@@ -159,7 +159,7 @@ impl Bounds {
     fn decided(&self, operation: &Operation<'_>) -> (u64, u64) {
         let before = self.answered.partition_point(|(returned, _)| *returned < operation.invoked);
         let after = self.asked.partition_point(|(invoked, _)| *invoked <= operation.returned);
-        let low = self.answered[..before].last().map_or(0, |(_, seq)| seq + 1);
+        let low = self.answered[..before].last().map_or(0, |(_, seq)| seq.saturating_add(1));
         (low, self.asked.get(after).map_or(self.tail, |(_, seq)| *seq))
     }
 }
@@ -167,9 +167,11 @@ impl Bounds {
 /// True if this was to be expected of the key at every seq at which the operation can have been decided.
 fn held_all_the_time(bounds: &Bounds, operation: &Operation<'_>, versions: &Versions, expected: u64) -> bool {
     let (low, high) = bounds.decided(operation);
-    let to_expect = |version: Option<&(String, u64)>| version.map_or(0, |(_, revision)| *revision + 1) == expected;
+    let to_expect =
+        |version: Option<&(String, u64)>| version.map_or(0, |(_, revision)| revision.saturating_add(1)) == expected;
     let from = versions.partition_point(|(seq, _)| *seq < low);
-    let to = versions.partition_point(|(seq, _)| *seq < high);
+    // Of a history that contradicts itself nothing is between.
+    let to = versions.partition_point(|(seq, _)| *seq < high).max(from);
     to_expect(before(versions, low)) && versions[from..to].iter().all(|(_, version)| to_expect(version.as_ref()))
 }
 
@@ -195,7 +197,7 @@ fn compare<'a>(
         while let Some(record) = records.next_if(|record| record.seq < *next) {
             apart |= record.seq > due;
             apart &= record.kind != "message.replace";
-            due = record.seq + 1;
+            due = record.seq.saturating_add(1);
             fold.add(record);
         }
         verdict.count("views", 1);

@@ -172,7 +172,7 @@ impl Following<'_, '_> {
                 self.report(Class::FilterLeaked, verdict, || format!("{record:?}"));
             }
             self.passed_over(due, record.seq, verdict);
-            due = record.seq + 1;
+            due = record.seq.saturating_add(1);
         }
         if due > to {
             self.report(Class::NonmonotonicDelivery, verdict, || format!("seq {} behind its end {to}", due - 1));

@@ -110,7 +110,7 @@ fn forget_the_last(entries: &mut Vec<Entry>, _: &mut Random) -> bool {
 }
 
 /// Lets one text be stored in the place of another.
-fn store_twice(entries: &mut Vec<Entry>, random: &mut Random) -> bool {
+fn store_twice(entries: &mut [Entry], random: &mut Random) -> bool {
     let (_, records) = complete(entries);
     let data: Vec<&Record> = records.iter().filter(|record| record.kind == "data").collect();
     let (Some(one), Some(other)) = (random.pick(&data), random.pick(&data)) else { return false };
@@ -198,7 +198,7 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         *seq += 1;
         true
     }),
-    ("a record is stored twice", Class::Duplicate, store_twice),
+    ("a record is stored twice", Class::Duplicate, |entries, random| store_twice(entries, random)),
     ("two appends of a producer change places", Class::Reorder, |entries, random| change_places(entries, random, true)),
     ("two appends of two producers change places", Class::RealtimeLag, |entries, random| {
         change_places(entries, random, false)

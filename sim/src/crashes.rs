@@ -335,6 +335,8 @@ pub async fn failed_sync(planted: Option<&'static str>) -> Result<(), String> {
         let ticket = producer.append(session.main(), format!("{n}")).await.map_err(|error| error.to_string())?;
         ticket.await.map_err(|error| error.to_string())?;
     }
+    // What is synced when nothing happens is, so that the next sync is that of the next append.
+    sleep(Duration::from_millis(400)).await;
     let trace = temp.path().join("trace");
     let args = ["-f", "-e", "trace=fdatasync,fsync", "-e", "inject=fdatasync,fsync:error=EIO"];
     let strace = tokio::process::Command::new("strace")
@@ -351,8 +353,6 @@ pub async fn failed_sync(planted: Option<&'static str>) -> Result<(), String> {
     if !attached.contains("attached") {
         return Err(format!("strace may not trace here: {attached}"));
     }
-    // Whatever is synced when nothing happens was synced before: the next sync is that of the next append.
-    sleep(Duration::from_millis(400)).await;
     let late = producer.append(session.main(), "late").await.map_err(|error| error.to_string())?;
     match tokio::time::timeout(Duration::from_secs(20), server.ended()).await {
         Ok(Some(5)) => {}

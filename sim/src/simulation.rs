@@ -6,7 +6,7 @@ use core::any::Any;
 use core::cell::Cell;
 use core::time::Duration;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 
 use mainstay_checker::history::Entry;
@@ -78,13 +78,24 @@ const LIFETIME: Duration = Duration::from_secs(3600);
 ///
 /// If the system gives no thread.
 pub fn simulate(seed: u64) -> Outcome {
+    let (tell, told) = mpsc::channel();
     // A thread of its own: randomness and clock are the thread's.
-    let world = thread::Builder::new().name(format!("seed-{seed}")).spawn(move || run(seed));
-    let (entries, failed) =
-        world.expect("a thread").join().unwrap_or_else(|_| (Vec::new(), Some("it panicked".into())));
+    let world = thread::Builder::new().name(format!("seed-{seed}"));
+    let world = world.spawn(move || {
+        // Nobody listens any more to a world that is stuck.
+        let _ = tell.send(run(seed));
+    });
+    drop(world.expect("a thread"));
+    let (entries, failed) = told.recv_timeout(STUCK).unwrap_or_else(|_| {
+        // It goes on turning until the process ends; there is no other way to end a thread.
+        (Vec::new(), Some("it turns in circles without that time passes".into()))
+    });
     let verdict = mainstay_checker::check(entries.clone(), &[]);
     Outcome { seed, entries, verdict, failed }
 }
+
+/// A world in which time does not pass any more is stuck. Most take milliseconds.
+const STUCK: Duration = Duration::from_secs(60);
 
 fn run(seed: u64) -> (Vec<Entry>, Option<String>) {
     entropy::seed(seed);

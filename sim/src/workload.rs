@@ -507,9 +507,9 @@ impl Actor {
         let operations = operations.map(str::to_owned).to_vec();
         self.recorder.say(&self.name, Event::Granted { prefix: self.session.clone(), operations });
         let names = [self.session.clone(), beside(&self.session), format!("{}:below", self.session)];
-        for name in names.iter().cycle().take(9).cloned() {
+        for name in names.iter().cycle().take(9) {
             let op = self.recorder.invoke(&self.name, Call::Attach { session: name.clone() });
-            let attached = self.client.session(&name).expect("a name").attach().await;
+            let attached = self.client.session(name).expect("a name").attach().await;
             let tail = attached.map(|session| session.info().tail);
             self.recorder.answered(&self.name, op, &tail);
             self.pause().await;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use mainstay_store::testing::{CASES, Faults, FaultyStore};
+use mainstay_store::testing::{CASES, Faults, FaultyStore, SimulatedDisk, Wear};
 use mainstay_store::{MemoryStore, Store};
 
 #[tokio::test]
@@ -28,6 +28,18 @@ async fn a_driver_that_repeats_and_resolves_gets_the_contract_from_a_faulty_stor
             println!("{name} with seed {seed}");
             let store: Arc<dyn Store> = Arc::new(FaultyStore::new(MemoryStore::new(), faults, seed));
             case(store).await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_simulated_disk_keeps_the_contract() {
+    for seed in 0..20 {
+        for (name, case) in CASES {
+            println!("{name} with seed {seed}");
+            let disk = SimulatedDisk::new(seed);
+            disk.set_wear(Wear { stalls: 20, unknown: 100, overloaded: 100, ..Wear::default() });
+            case(Arc::new(disk)).await;
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! No dependencies, so that it builds in a moment.
 
+mod campaign;
 mod fuzz;
 mod tidy;
 
@@ -10,13 +11,19 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
-const USAGE: &str = "\
+pub(crate) const USAGE: &str = "\
 Tasks:
   cargo xtask test                 everything that CI runs: format, lints, docs, every test, a short fuzz
   cargo xtask fuzz [TARGET] [SECS] fuzz one target, or all in turn, for so long (default 60 s each)
   cargo xtask fuzz --smoke         every target for a few seconds, as in `test`
   cargo xtask bench [ARGS…]        the load generator in release mode; without arguments the whole table
-  cargo xtask campaign [SECS]      the crash, damage and network tests over and over with new seeds (default 1800 s)
+  cargo xtask sim [--seeds N]      simulated worlds, each from a seed (default 500); --seed S runs one again
+  cargo xtask campaign WHAT [--short] [--seed S]
+                 kill              the real server killed again and again, at random moments and system calls
+                 power             the power cut under it (root)
+                 damage            damaged data directories
+                 planted           mistakes on purpose: each has to be found
+                 tests [SECS]      the random tests over and over with new seeds (default 1800 s)
 ";
 
 type Outcome = Result<(), String>;
@@ -28,7 +35,8 @@ fn main() -> ExitCode {
         ["test"] => test(),
         ["fuzz", rest @ ..] => fuzz::run(rest),
         ["bench", rest @ ..] => bench(rest),
-        ["campaign", rest @ ..] => campaign(rest),
+        ["sim", rest @ ..] => campaign::sim(rest),
+        ["campaign", rest @ ..] => campaign::run(rest),
         _ => Err(format!("unknown task\n\n{USAGE}")),
     };
     match outcome {
@@ -134,6 +142,7 @@ fn test() -> Outcome {
     let mut doc = cargo(&["doc", "--workspace", "--no-deps", "--locked"]);
     step("documentation", doc.env("RUSTDOCFLAGS", "-D warnings"))?;
     step("demo", &mut cargo(&["run", "--quiet", "--locked", "-p", "mainstay", "--", "demo"]))?;
+    campaign::short()?;
     deny()?;
     fuzz::run(&["--smoke"])
 }
@@ -162,27 +171,4 @@ fn deny() -> Outcome {
 fn bench(args: &[&str]) -> Outcome {
     let mut command = cargo(&["run", "--release", "--quiet", "--locked", "-p", "mainstay", "--", "bench"]);
     step("bench", command.args(if args.is_empty() { &["all"] } else { args }))
-}
-
-/// Repeats the randomized tests with new seeds until the time is over.
-fn campaign(args: &[&str]) -> Outcome {
-    let seconds: u64 = match args {
-        [] => 1800,
-        [seconds] => seconds.parse().map_err(|_| format!("{seconds} is not a number of seconds"))?,
-        _ => return Err(format!("too many arguments\n\n{USAGE}")),
-    };
-    need("nextest", "cargo-nextest")?;
-    step("build", &mut cargo(&["build", "--workspace", "--all-targets", "--locked"]))?;
-    let begun = Instant::now();
-    let mut seed = u64::from(std::process::id()) << 32;
-    let mut rounds = 0;
-    while begun.elapsed().as_secs() < seconds {
-        seed += 1;
-        let mut command =
-            cargo(&["nextest", "run", "--workspace", "--locked", "-E", "test(/random|crash|damage|network|tail::/)"]);
-        step(&format!("round with MAINSTAY_SEED={seed}"), command.env("MAINSTAY_SEED", seed.to_string()))?;
-        rounds += 1;
-    }
-    eprintln!("== {rounds} rounds without a failure");
-    Ok(())
 }

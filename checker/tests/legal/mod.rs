@@ -94,7 +94,7 @@ impl World<'_> {
             0..4 => self.ask(),
             4..7 => self.decide(),
             7..9 => self.answer(),
-            9 if self.readers.len() < 5 && step % 7 == 0 => self.subscribe(),
+            9 if self.readers.len() < 5 && step.is_multiple_of(7) => self.subscribe(),
             9..11 => self.deliver(),
             _ => self.look(),
         }
@@ -131,7 +131,7 @@ impl World<'_> {
                 let records = (0..count).map(|n| format!("{writer}/{sequence}/{n}")).collect();
                 let of_run =
                     self.fold.runs.iter().find(|(_, run)| !run.over && run.holder.as_deref() == Some(writer.as_str()));
-                let run = of_run.map(|(id, _)| id.clone()).filter(|_| sequence % 2 == 0);
+                let run = of_run.map(|(id, _)| id.clone()).filter(|_| sequence.is_multiple_of(2));
                 self.invoke(&writer, Call::Append { session, producer, epoch, sequence, records, run });
             }
             6 => {
