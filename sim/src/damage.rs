@@ -214,7 +214,12 @@ const PAGE: usize = 4096;
 ///
 /// Those of the file system.
 pub fn damage(image: &Image, dir: &Path, files: &[PathBuf], random: &mut Random) -> io::Result<Option<String>> {
-    let file = &files[random.below(files.len() as u64) as usize];
+    // One time in four a journal: what was written last is nowhere else.
+    let journals: Vec<&PathBuf> = files.iter().filter(|file| file.extension().is_some_and(|of| of == "jnl")).collect();
+    let file = match random.chance(0.25) && !journals.is_empty() {
+        true => journals[random.below(journals.len() as u64) as usize],
+        false => &files[random.below(files.len() as u64) as usize],
+    };
     let target = dir.join(file);
     let mut bytes = fs::read(&target)?;
     // A journal is mostly unused space; damage there is not interesting.

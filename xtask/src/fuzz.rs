@@ -1,12 +1,14 @@
 //! Fuzzing with cargo-fuzz, which needs a nightly toolchain.
 
 use std::fs;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::{Outcome, has, need, root, skipped, step};
 
 /// Seconds for each target in the smoke run.
-const SMOKE: &str = "10";
+const SMOKE: &str = "30";
+/// Targets that run at once there.
+const AT_ONCE: usize = 2;
 
 /// Runs the targets as the arguments say.
 pub(crate) fn run(args: &[&str]) -> Outcome {
@@ -30,26 +32,54 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
     }
     need("fuzz", "cargo-fuzz")?;
     seeds()?;
-    for target in chosen {
-        let mut command = Command::new("cargo");
-        command.current_dir(root()).args(["+nightly", "fuzz", "run", &target]);
-        // New inputs go into the first.
-        command.arg(corpus(&target)?);
-        let kept = root().join("fuzz").join("seeds").join(&target);
-        if kept.is_dir() {
-            command.arg(kept);
+    // Built once: two that run at once would wait for each other.
+    step("build the fuzz targets", nightly_cargo().args(["fuzz", "build"]))?;
+    if args == ["--smoke"] {
+        return chosen.chunks(AT_ONCE).try_for_each(|targets| at_once(targets, seconds));
+    }
+    chosen.iter().try_for_each(|target| step(&format!("fuzz {target} for {seconds} s"), &mut fuzz(target, seconds)?))
+}
+
+/// Runs targets beside each other, and shows what one said that failed.
+fn at_once(targets: &[String], seconds: &str) -> Outcome {
+    let begun = targets.iter().map(|target| {
+        let running = fuzz(target, seconds)?.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        let running = running.map_err(|error| format!("fuzz {target}: {error}"))?;
+        Ok((target, std::thread::spawn(move || running.wait_with_output())))
+    });
+    let begun: Result<Vec<_>, String> = begun.collect();
+    for (target, running) in begun? {
+        let output = running.join().map_err(|_| format!("fuzz {target}: cannot be waited for"))?;
+        let output = output.map_err(|error| format!("fuzz {target}: {error}"))?;
+        if !output.status.success() {
+            eprintln!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+            return Err(format!("fuzz {target} failed ({})", output.status));
         }
-        command
-            .args(["--", "-rss_limit_mb=1024", "-timeout=10"])
-            .arg(format!("-max_total_time={seconds}"))
-            // The nightly of the command line counts, not the toolchain of this repository.
-            .env_remove("CARGO")
-            .env_remove("RUSTC")
-            .env_remove("RUSTDOC")
-            .env("RUSTUP_TOOLCHAIN", "nightly");
-        step(&format!("fuzz {target} for {seconds} s"), &mut command)?;
+        eprintln!("== fuzz {target} for {seconds} s: ok");
     }
     Ok(())
+}
+
+/// Cargo of the nightly toolchain.
+fn nightly_cargo() -> Command {
+    let mut command = Command::new("cargo");
+    command.current_dir(root()).arg("+nightly");
+    // The nightly of the command line counts, not the toolchain of this repository.
+    command.env_remove("CARGO").env_remove("RUSTC").env_remove("RUSTDOC").env("RUSTUP_TOOLCHAIN", "nightly");
+    command
+}
+
+/// Runs a target for so long.
+fn fuzz(target: &str, seconds: &str) -> Result<Command, String> {
+    let mut command = nightly_cargo();
+    // New inputs go into the first.
+    command.args(["fuzz", "run", target]).arg(corpus(target)?);
+    let kept = root().join("fuzz").join("seeds").join(target);
+    if kept.is_dir() {
+        command.arg(kept);
+    }
+    command.args(["--", "-rss_limit_mb=1024", "-timeout=10"]).arg(format!("-max_total_time={seconds}"));
+    Ok(command)
 }
 
 fn known(target: &str, targets: &[String]) -> Result<String, String> {
