@@ -80,6 +80,8 @@ pub struct Complete<'a> {
     pub tail: u64,
     /// Every record.
     pub records: &'a [Record],
+    /// Of what is on the disk: where it begins is not told apart from what was put together.
+    pub dump: bool,
 }
 
 /// When and by whom a record was seen first.
@@ -171,6 +173,8 @@ pub struct Evidence<'a> {
     pub attached: Vec<Attached<'a>>,
     /// Rights. A process of which there are none may do everything.
     pub grants: Vec<Granted<'a>>,
+    /// When something was done to the system.
+    pub provoked: Vec<u64>,
     /// When processes died.
     pub gone: BTreeMap<&'a str, u64>,
     /// The tail of each session when everybody had had time after the last fault.
@@ -248,7 +252,10 @@ impl<'a> Evidence<'a> {
                     theirs.filter(|granted| granted.until == NEVER).for_each(|granted| granted.until = *at);
                 }
                 Event::Gone {} => drop(this.gone.entry(process).or_insert(*at)),
-                Event::Provoked { what, count } => verdict.count(what, *count),
+                Event::Provoked { what, count } => {
+                    verdict.count(what, *count);
+                    this.provoked.push(*at);
+                }
                 Event::Quiet { session, tail } => drop(this.quiet.insert(session, *tail)),
             }
         }
@@ -284,6 +291,7 @@ impl<'a> Evidence<'a> {
             let Event::Final { session, incarnation, first, tail, compacted, records } = event else { continue };
             verdict.count("complete-reads", 1);
             let mut incarnation = incarnation.as_str();
+            let dump = incarnation.is_empty();
             if incarnation.is_empty() {
                 // A dump: of the last life that anybody saw.
                 let lives = self.lives.iter().filter(|((name, _), _)| name == session);
@@ -294,7 +302,7 @@ impl<'a> Evidence<'a> {
                 life.note(Seen { record, at: NEVER, subscription: None }, session, verdict);
             }
             life.compacted |= *compacted;
-            life.complete.push(Complete { first: *first, tail: *tail, records });
+            life.complete.push(Complete { first: *first, tail: *tail, records, dump });
         }
     }
 

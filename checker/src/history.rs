@@ -84,6 +84,9 @@ pub enum Event {
         tail: u64,
         /// When it was asked for.
         asked: u64,
+        /// The seq that was asked for, where it was one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        from: Option<u64>,
         /// What is left out of it.
         #[serde(default)]
         filter: Filter,
@@ -332,6 +335,12 @@ impl Call {
             | Self::Trim { session, .. }
             | Self::DeleteSession { session } => session,
         }
+    }
+
+    /// True if what its answer tells is the seq of a record that was stored for it: who is a member, or holds a run, already is told since
+    /// when.
+    pub fn is_record(&self) -> bool {
+        matches!(self, Self::Append { .. } | Self::Put { .. } | Self::Delete { .. } | Self::Increment { .. })
     }
 
     /// The word of the right that it needs.

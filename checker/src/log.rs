@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::evidence::{Evidence, Life, NEVER, Operation, Outcome, is_part};
+use crate::evidence::{Evidence, Life, Operation, Outcome, is_part};
 use crate::history::Call;
 use crate::verdict::{Class, Verdict};
 
@@ -29,7 +29,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     for session in sessions {
         let appends = appends.get(session).map_or(&[][..], Vec::as_slice);
         stored(evidence, session, appends, deleted.contains(session), verdict);
-        realtime(session, appends, deleted.contains(session), verdict);
+        realtime(evidence, session, deleted.contains(session), verdict);
         for (_, life) in evidence.lives_of(session) {
             complete(evidence, session, life, verdict);
         }
@@ -70,6 +70,12 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
         match operation.outcome {
             Outcome::Done(seq) => {
                 verdict.count("acknowledged", records.len() as u64);
+                // Somebody read it, then something happened, and then it was acknowledged: it was sent twice, and is there once.
+                if let Some((_, _, seen)) = found.iter().flatten().next() {
+                    let between = evidence.provoked.partition_point(|at| at <= seen);
+                    let twice = evidence.provoked.get(between).is_some_and(|at| *at < operation.returned);
+                    verdict.count("deduplicated", u64::from(twice));
+                }
                 let Some(seq) = seq else {
                     verdict.report(Class::Malformed, session, || format!("{} has no seq", texts()));
                     continue;
@@ -134,29 +140,29 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
     }
 }
 
-/// L5: what was asked for after something was acknowledged is behind it.
-fn realtime(session: &str, appends: &[Append<'_>], deleted: bool, verdict: &mut Verdict) {
+/// L5, K1: what was asked for after something was acknowledged is behind it.
+fn realtime(evidence: &Evidence<'_>, session: &str, deleted: bool, verdict: &mut Verdict) {
     // Each life counts anew.
     if deleted {
         return;
     }
-    let mut answered: Vec<(u64, u64, u64)> = appends
-        .iter()
-        .filter_map(|append| Some((append.operation.returned, append.operation.seq()?, append.operation.op)))
-        .collect();
+    let stored = |operation: &&Operation<'_>| operation.call.session() == session && operation.call.is_record();
+    let operations: Vec<&Operation<'_>> = evidence.operations.iter().filter(stored).collect();
+    let mut answered: Vec<(u64, u64, u64)> =
+        operations.iter().filter_map(|operation| Some((operation.returned, operation.seq()?, operation.op))).collect();
     answered.sort_unstable();
     let mut answered = answered.into_iter().peekable();
     let mut latest = None;
-    for append in appends {
-        while let Some((_, seq, op)) = answered.next_if(|(returned, ..)| *returned < append.operation.invoked) {
+    for operation in operations {
+        while let Some((_, seq, op)) = answered.next_if(|(returned, ..)| *returned < operation.invoked) {
             latest = latest.max(Some((seq, op)));
         }
-        let Some(seq) = append.operation.seq() else { continue };
-        if let Some((before, op)) = latest.filter(|(before, _)| *before > seq) {
+        let Some(seq) = operation.seq() else { continue };
+        if let Some((before, op)) = latest.filter(|(before, _)| *before >= seq) {
             verdict.report(Class::RealtimeLag, session, || {
                 format!(
                     "operation {} is at {seq}, and {op}, answered before it was asked for, at {before}",
-                    append.operation.op
+                    operation.op
                 )
             });
         }
@@ -167,7 +173,7 @@ fn realtime(session: &str, appends: &[Append<'_>], deleted: bool, verdict: &mut 
 fn complete(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &mut Verdict) {
     let given_up = evidence.given_up(session);
     for complete in &life.complete {
-        if complete.first > given_up {
+        if complete.first > given_up && !complete.dump {
             verdict.report(Class::Hole, session, || {
                 format!("kept from {} on, and nobody gave up more than what is below {given_up}", complete.first)
             });
@@ -185,7 +191,8 @@ fn complete(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &m
             verdict.report(Class::Hole, session, || format!("nothing from {next} to the tail {}", complete.tail));
         }
         let there: BTreeSet<u64> = complete.records.iter().map(|record| record.seq).collect();
-        for (seq, seen) in life.seen.range(complete.first..).filter(|(_, seen)| seen.at != NEVER) {
+        // What any complete read has, every other has too.
+        for (seq, seen) in life.seen.range(complete.first..) {
             let put_together = is_part(&seen.record.kind);
             if !there.contains(seq) && !put_together {
                 verdict.report(Class::Vanished, session, || {

@@ -14,6 +14,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         let Some(complete) = life.complete.iter().find(|complete| complete.first == 0) else { continue };
         if evidence.lives_of(session).count() == 1 {
             changes(evidence, session, complete, verdict);
+            accounted(evidence, session, complete, verdict);
         }
         let views = evidence.views.iter().filter(|view| view.session == *session && view.incarnation == *incarnation);
         let mut hashes = BTreeMap::new();
@@ -113,13 +114,84 @@ fn changes(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verd
             }
             Outcome::Failed("CONFLICT") => {
                 verdict.count("conflicts", 1);
-                if let Some(expected) = expected
-                    && held_all_the_time(&bounds, operation, versions, expected)
-                {
+                if expected.is_none_or(|expected| held_all_the_time(&bounds, operation, versions, expected)) {
                     verdict.report(Class::FalseConflict, session, || wrong("its condition held all the time".into()));
                 }
             }
             _ => {}
+        }
+    }
+}
+
+/// What changes of a key account for.
+#[derive(Default)]
+struct Account<'a> {
+    /// Values that were asked for, and whether each certainly was not given.
+    puts: BTreeMap<&'a str, bool>,
+    /// How often something else may have been done at least, and at most.
+    increments: (u64, u64),
+    deletions: (u64, u64),
+}
+
+/// K1: each stored change is one that was asked for, once, and did not fail.
+fn accounted(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verdict: &mut Verdict) {
+    let mut keys: BTreeMap<&str, Account<'_>> = BTreeMap::new();
+    for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
+        let (done, may) = (u64::from(operation.is_done()), u64::from(!operation.has_failed()));
+        match operation.call {
+            Call::Put { key, value, .. } => {
+                keys.entry(key).or_default().puts.insert(value, operation.has_failed());
+            }
+            Call::Increment { key, .. } => {
+                let (least, most) = &mut keys.entry(key).or_default().increments;
+                (*least, *most) = (*least + done, *most + may);
+            }
+            Call::Delete { key, .. } => {
+                let (least, most) = &mut keys.entry(key).or_default().deletions;
+                (*least, *most) = (*least + done, *most + may);
+            }
+            _ => {}
+        }
+    }
+    let mut given: BTreeMap<(&str, &str), u64> = BTreeMap::new();
+    let mut counted: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
+    for record in complete.records {
+        let Some(key) = record.key.as_deref() else { continue };
+        let account = keys.get(key);
+        let (increments, deletions) = counted.entry(key).or_default();
+        match (record.kind.as_str(), record.value.as_deref()) {
+            ("state.put", Some(value)) => match account.and_then(|account| account.puts.get(value)) {
+                Some(failed) => {
+                    let times = given.entry((key, value)).or_default();
+                    *times += 1;
+                    if *times > 1 {
+                        verdict.report(Class::Duplicate, session, || format!("{record:?} is there once more"));
+                    }
+                    if *failed {
+                        verdict.report(Class::AbortedRead, session, || format!("{record:?} failed"));
+                    }
+                }
+                None if account.is_some_and(|account| account.increments.1 > 0) => *increments += 1,
+                None => verdict.report(Class::Phantom, session, || format!("{record:?}")),
+            },
+            ("state.deleted", _) => *deletions += 1,
+            _ => {}
+        }
+    }
+    for (key, account) in &keys {
+        let (increments, deletions) = counted.get(key).copied().unwrap_or_default();
+        for (what, times, (least, most)) in
+            [("increments", increments, account.increments), ("deletions", deletions, account.deletions)]
+        {
+            if times > most {
+                verdict.report(Class::Duplicate, session, || {
+                    format!("{what} of {key}: {times}, and at most {most} were done")
+                });
+            }
+            if times < least {
+                verdict
+                    .report(Class::LostWrite, session, || format!("{what} of {key}: {times}, and {least} were done"));
+            }
         }
     }
 }
@@ -136,7 +208,7 @@ struct Bounds {
 impl Bounds {
     fn of(evidence: &Evidence<'_>, session: &str, tail: u64) -> Self {
         let records =
-            evidence.operations.iter().filter(|other| other.call.session() == session && is_record(other.call));
+            evidence.operations.iter().filter(|other| other.call.session() == session && other.call.is_record());
         let done: Vec<_> = records.filter_map(|other| Some((other.invoked, other.returned, other.seq()?))).collect();
         let mut answered: Vec<(u64, u64)> = done.iter().map(|(_, returned, seq)| (*returned, *seq)).collect();
         let mut asked: Vec<(u64, u64)> = done.iter().map(|(invoked, _, seq)| (*invoked, *seq)).collect();
@@ -173,11 +245,6 @@ fn held_all_the_time(bounds: &Bounds, operation: &Operation<'_>, versions: &Vers
     // Of a history that contradicts itself nothing is between.
     let to = versions.partition_point(|(seq, _)| *seq < high).max(from);
     to_expect(before(versions, low)) && versions[from..to].iter().all(|(_, version)| to_expect(version.as_ref()))
-}
-
-/// True if what the answer tells is the seq of a record that was stored for it: who is a member, or holds a run, already is told since when.
-fn is_record(call: &Call) -> bool {
-    matches!(call, Call::Append { .. } | Call::Put { .. } | Call::Delete { .. } | Call::Increment { .. })
 }
 
 /// K3, P1: each view is the fold of its log.

@@ -22,7 +22,8 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     }
     for (number, subscription) in &evidence.subscriptions {
         let Some(life) = evidence.lives.get(&(subscription.session, subscription.incarnation)) else { continue };
-        Following { number: *number, subscription, life, next: None, left: false, restarted: true }.follow(
+        let given_up = evidence.given_up(subscription.session);
+        Following { number: *number, subscription, life, next: None, left: false, restarted: true, given_up }.follow(
             evidence,
             &acknowledged,
             verdict,
@@ -74,6 +75,8 @@ struct Following<'e, 'a> {
     left: bool,
     /// Nothing was delivered since it began.
     restarted: bool,
+    /// What is below this may be gone.
+    given_up: u64,
 }
 
 impl Following<'_, '_> {
@@ -98,7 +101,12 @@ impl Following<'_, '_> {
     fn event(&mut self, at: u64, event: &Event, acknowledged: &Acknowledged<'_>, verdict: &mut Verdict) {
         let next = self.next.unwrap_or_default();
         match event {
-            Event::Started { next: begins, tail, incarnation, .. } => {
+            Event::Started { next: begins, tail, incarnation, from, .. } => {
+                if let Some(from) = from.filter(|from| from != begins) {
+                    self.report(Class::WrongResume, verdict, || {
+                        format!("begins at {begins}, and {from} was asked for")
+                    });
+                }
                 if !self.restarted {
                     self.report(Class::NonmonotonicDelivery, verdict, || "began again behind deliveries".into());
                 }
@@ -125,6 +133,11 @@ impl Following<'_, '_> {
             }
             Event::Gap { from, to, .. } => {
                 verdict.count("gaps", 1);
+                if *to > self.given_up {
+                    self.report(Class::SkippedDelivery, verdict, || {
+                        format!("a gap up to {to}, and nobody gave up more than what is below {}", self.given_up)
+                    });
+                }
                 if *from > next {
                     self.report(Class::SkippedDelivery, verdict, || format!("gap from {from} where {next} is due"));
                 }
@@ -148,6 +161,10 @@ impl Following<'_, '_> {
                 verdict.count(&format!("resumes-{said}"), 1);
                 if said == "exact" && *to != next {
                     self.report(Class::WrongResume, verdict, || format!("exact at {to}, was at {next} at {at}"));
+                }
+                // What was given up comes as a gap, what was put together as records.
+                if *to > next {
+                    self.report(Class::SkippedDelivery, verdict, || format!("resumed at {to} ({said}), was at {next}"));
                 }
                 if *to < next {
                     self.report(Class::NonmonotonicDelivery, verdict, || format!("resumed at {to}, was at {next}"));

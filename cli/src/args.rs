@@ -862,6 +862,9 @@ pub(crate) enum TokenAction {
 /// Checks everything that a server has stored in a data directory: journals, checksums, links, chain, views, and that no row is
 /// missing. Changes nothing; works on a copy of what is not linked, beside the store, and takes it away. Names session and seq
 /// of the first damage and exits with 5. The keys in the directory are checked by `serve`.
+///
+/// With --online it asks the server that runs: reads every session from the beginning, folds it, and compares what comes of that
+/// with what the server says. The token has to grant `read`.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Verify {
     /// Data directory of a stopped server.
@@ -870,6 +873,15 @@ pub(crate) struct Verify {
     /// Print every record as a JSON line, and nothing else.
     #[arg(long)]
     pub(crate) dump: bool,
+    /// Ask the server that runs.
+    #[arg(long, conflicts_with_all = ["data", "dump"])]
+    pub(crate) online: bool,
+    /// Only sessions whose names begin so.
+    #[arg(long, value_name = "PREFIX", requires = "online", default_value = "")]
+    pub(crate) prefix: String,
+    /// Connection file of the server. [default: the one that `serve --dev` wrote on this machine]
+    #[arg(long, value_name = "FILE", env = "MAINSTAY_CONNECT")]
+    pub(crate) connect: Option<PathBuf>,
     /// Print JSON lines.
     #[arg(long)]
     pub(crate) json: bool,

@@ -104,6 +104,7 @@ async fn run(command: Command, output: Output) -> Result<(), Failure> {
         Command::State(args) => commands::state::run(args, output).await,
         Command::Session(args) => commands::session::run(args, output).await,
         Command::Token(args) => commands::token::run(args, output),
+        Command::Verify(args) if args.online => interruptible(commands::online::run(args, output)).await,
         Command::Verify(args) => commands::verify::run(&args, output),
         Command::Bench(args) => interruptible(commands::bench::run(args, output)).await,
         Command::Completions(args) => commands::manual::completions(&args),

@@ -931,7 +931,9 @@ impl<C: Connection> Driver<C> {
         let member = self.member.as_ref().map(|member| member.number);
         let unwanted =
             |ask: &mut Ask| matches!(ask, Ask::Join { wanted, answer: None } if Some(wanted.number) != member);
-        while self.asks.pop_front_if(unwanted).is_some() {}
+        while self.asks.pop_front_if(unwanted).is_some() {
+            self.joining.take_if(|joining| joining.waiting.is_none());
+        }
         let Some(ask) = self.asks.front() else { return };
         let (frame, holds) = (ask.frame(), matches!(ask, Ask::Join { .. } | Ask::Leave { .. } | Ask::StartRun { .. }));
         if holds {

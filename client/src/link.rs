@@ -361,8 +361,7 @@ impl<C: Connection> Link<C> {
     /// A new id for a producer or subscription, unique in this process: tasks of a lost connection that still end can
     /// never be mistaken for those of the next.
     pub(crate) fn new_id(&self) -> u64 {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        NEXT.fetch_add(1, Ordering::Relaxed)
+        entropy::unique()
     }
 
     /// The stream of subscription `id` goes to `to`.

@@ -1,12 +1,12 @@
 //! Being present in a session.
 
 use core::time::Duration;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use mainstay_protocol::registry::{MAX_GRACE, MIN_GRACE};
 use mainstay_protocol::session::Activity;
 use mainstay_protocol::wire::{Join, Label};
+use mainstay_transport::entropy;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::driver::{Ask, SessionCommand};
@@ -86,13 +86,12 @@ impl Membership {
         grace: Duration,
         doing: Doing,
     ) -> Result<Self, ClientError> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
         let grace = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
         if !(MIN_GRACE..=MAX_GRACE).contains(&grace) {
             return Err(ClientError::Invalid("the grace of a member is from one second to two minutes".into()));
         }
         let held = Arc::new(());
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let number = entropy::unique();
         let request = Join { name: Label::new(name)?, grace, activity: doing.0 };
         let wanted = Wanted { number, request, held: Arc::downgrade(&held) };
         let (answer, joined) = oneshot::channel();

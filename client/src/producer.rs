@@ -435,7 +435,12 @@ impl Shared {
         state.refusing = true;
         // A batch of which nobody knows whether it is stored may hold the sequence that the next one would get.
         let ends = matches!(refused.code, Code::FENCED | Code::PRODUCER_UNKNOWN | Code::SESSION_CLOSED) || unknown;
-        if ends && !state.flight.iter().any(|flight| flight.sent && flight.sequence < refused.sequence) {
+        let answered = !state.flight.iter().any(|flight| flight.sent && flight.sequence < refused.sequence);
+        if ends && !answered {
+            // Those before it get their answers first.
+            state.fenced.get_or_insert(error.clone());
+        }
+        if ends && answered {
             // What is behind it would be refused for the same reason, and was not stored.
             for flight in &mut state.flight {
                 flight.done.set(Err(AppendError { stored: flight.stored(refused.code), error: error.clone() }));
@@ -505,8 +510,9 @@ impl Shared {
             self.expire(&mut state);
         }
         if state.refusing || self.journalled.is_some() {
-            let first = state.flight.iter().position(|flight| flight.refused || flight.dead);
-            let open = first.is_some_and(|at| state.flight.iter().skip(at).any(|flight| flight.sent));
+            let refused = state.flight.iter().any(|flight| flight.refused || flight.dead);
+            // Of those before it too: the reason why one is ahead of its sequence may be told later than that it is.
+            let open = refused && state.flight.iter().any(|flight| flight.sent);
             if !open && state.withheld == 0 {
                 renumber(&mut state);
                 state.refusing = false;
@@ -981,6 +987,8 @@ mod tests {
 
     use core::time::Duration;
 
+    use mainstay_protocol::wire::Acked;
+
     use super::*;
 
     /// Opening a producer for a new epoch is refused while a batch is on its way over the connection before, and is too late by then: it may be
@@ -1046,5 +1054,60 @@ mod tests {
             let Some(Err(error)) = done.result.get() else { panic!("{code} left it open") };
             assert_eq!(error.stored, expected, "{code}");
         }
+    }
+
+    /// What was sent over one connection, and nothing of it answered.
+    fn two_batches() -> (Shared, [Arc<Done>; 2]) {
+        let shared = Shared::new(Label::new("p").unwrap(), Arc::default(), None);
+        shared.opened(1, &Granted { id: 1, epoch: 1, next: 0, begun: 1 }).unwrap();
+        let done = [Arc::new(Done::default()), Arc::new(Done::default())];
+        for done in &done {
+            let records = region(&[Record::data(0, "once")]).unwrap();
+            let batch = Batch {
+                count: 1,
+                records,
+                group: Group::Alone(None),
+                run: None,
+                valid_until: None,
+                done: done.clone(),
+            };
+            shared.lock().ready.push_back(batch);
+        }
+        gather(&shared, 1, &mut Writer::new());
+        (shared, done)
+    }
+
+    fn refusal(sequence: u64, code: Code) -> Refused {
+        Refused { producer: 1, sequence, code, value: 0, detail: Default::default() }
+    }
+
+    /// The first one's refusal waits for what it contradicts; the second one is ahead of its sequence until then, however often it comes.
+    #[tokio::test]
+    async fn nothing_is_sent_again_before_everything_is_answered() {
+        let (shared, done) = two_batches();
+        shared.refused(1, &refusal(1, Code::SEQ_GAP));
+        let mut out = Writer::new();
+        gather(&shared, 1, &mut out);
+        assert!(out.is_empty(), "sent again while the one before it is not answered");
+        shared.refused(1, &refusal(0, Code::CONFLICT));
+        gather(&shared, 1, &mut out);
+        assert!(!out.is_empty(), "its turn has come");
+        assert!(matches!(done[0].result.get(), Some(Err(error)) if error.stored == Stored::NotCommitted));
+        assert_eq!(shared.lock().flight[0].sequence, 0);
+    }
+
+    /// A batch that may be stored holds the sequence that the next one would get (spec PROD-8).
+    #[tokio::test]
+    async fn the_sequence_of_a_batch_that_may_be_stored_is_given_to_no_other() {
+        let (shared, done) = two_batches();
+        shared.unlinked();
+        shared.linked(2);
+        gather(&shared, 2, &mut Writer::new());
+        shared.refused(2, &refusal(1, Code::TOKEN_EXPIRED));
+        assert!(matches!(done[1].result.get(), Some(Err(error)) if error.stored == Stored::Unknown));
+        assert!(shared.lock().ended.is_none(), "the one before it gets its answer");
+        shared.acked(&Ack { producer: 1, sequence: 0, batches: vec![Acked { first: 7, count: 1 }] }).unwrap();
+        assert_eq!(done[0].result.get(), Some(&Ok(7)));
+        assert!(shared.lock().ended.is_some(), "and then nothing more is sent under its sequence");
     }
 }

@@ -357,3 +357,18 @@ fn what_contradicts_a_change_that_is_not_durable_is_refused_once_that_is() {
     let Outcome::Refused(refusal) = append(&mut session, sequence + 1, &change("fifth")) else { panic!("two values") };
     assert!(session.authority.refuse(refusal, ()).is_some());
 }
+
+/// Spec STATE-3, DUR-2: a batch that contradicts itself is refused with what the key is, not with what it would have made of it.
+#[test]
+fn a_batch_that_contradicts_itself_tells_no_revision_of_its_own() {
+    let mut session = Session::new();
+    let change = |expected| {
+        let change = Change::Put { value: "v".into(), lasts: 0 };
+        StateChange { key: Key::new("k").expect("a key"), expected, change }.record(0)
+    };
+    let refused = session.append(&[change(Expected::Absent), change(Expected::Absent)]).expect_err("refused");
+    assert_eq!((refused.code, refused.value), (Code::CONFLICT, 0), "the key has no value");
+    session.append(&[change(Expected::Absent)]).expect("stored");
+    let refused = session.append(&[change(Expected::Revision(0)), change(Expected::Absent)]).expect_err("refused");
+    assert_eq!((refused.code, refused.value), (Code::CONFLICT, 1), "its revision is 0");
+}

@@ -1025,7 +1025,7 @@ impl Owner {
                     Err(refusal) => Err(refusal),
                 };
                 if let Err(refusal) = updated {
-                    attachment.refuse(Update::KIND, 0, &refusal);
+                    self.turn_down(&attachment, Update::KIND, refusal);
                 }
             }
             Command::Leave { attachment } => {

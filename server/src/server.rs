@@ -3,14 +3,13 @@
 use core::time::Duration;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use mainstay_protocol::error::Code;
 use mainstay_protocol::session::moved_reason;
 use mainstay_protocol::wire::{Detail, Frame, GoAway};
 use mainstay_store::Store;
-use mainstay_transport::Listener;
+use mainstay_transport::{Listener, entropy};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 
@@ -144,7 +143,6 @@ impl Server {
     /// Serves the connections of `listener` until `stop` is ready, then stops in good order: GOAWAY to every client, no new
     /// connections, everything accepted is committed and answered, then the connections are closed with `GOING_AWAY`.
     pub async fn serve<L: Listener>(&self, listener: L, stop: impl Future<Output = Stop>) {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
         let mut connections = JoinSet::new();
         tokio::pin!(stop);
         let expiring = self.shared.sessions.expire();
@@ -158,7 +156,7 @@ impl Server {
                 Some(_) = connections.join_next() => {}
                 connection = listener.accept() => match connection {
                     Some(connection) => {
-                        let id = NEXT.fetch_add(1, Ordering::Relaxed);
+                        let id = entropy::unique();
                         connections.spawn(connection::run(connection, self.shared.clone(), id));
                     }
                     None => break Stop::default(),

@@ -54,6 +54,12 @@ const ROUND: u64 = 20;
 /// Rounds on one data directory.
 const ROUNDS: u64 = 5;
 
+/// What has to happen in so many crashes.
+const ENOUGH: u64 = 20;
+const PROVOKED: &[&str] = &["acknowledged", "deduplicated", "fenced", "resumes", "unknown", "views", "gaps"];
+/// From start to serving, also behind a crash.
+const LONGEST_START: Duration = Duration::from_secs(2);
+
 /// Everything that was seen, over all rounds.
 #[derive(Debug, Default)]
 struct Total {
@@ -111,7 +117,7 @@ pub async fn run(campaign: Campaign) -> bool {
         server.kill().await;
     }
     total.tell(done, begun.elapsed());
-    sound
+    sound && total.is_enough(done)
 }
 
 /// One round: a workload on a session of its own, and so many crashes under it.
@@ -298,6 +304,20 @@ impl Total {
         for (what, count) in &verdict.counts {
             *self.provoked.entry(what.clone()).or_default() += count;
         }
+    }
+
+    /// True if what has to happen in so many crashes did, and no start took long.
+    fn is_enough(&self, cycles: u64) -> bool {
+        let missing = PROVOKED.iter().filter(|what| self.provoked.get(**what).copied().unwrap_or(0) == 0);
+        let missing: Vec<&&str> = missing.filter(|_| cycles >= ENOUGH).collect();
+        if !missing.is_empty() {
+            println!("nothing of this happened, so nothing was tested: {missing:?}");
+        }
+        let slow = self.starts.last().is_some_and(|longest| *longest > LONGEST_START);
+        if slow {
+            println!("a start took longer than {LONGEST_START:?}");
+        }
+        missing.is_empty() && !slow
     }
 
     fn tell(&mut self, cycles: u64, took: Duration) {

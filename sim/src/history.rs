@@ -116,6 +116,7 @@ impl Recorder {
                 next: *next,
                 tail: *tail,
                 asked: of.asked,
+                from: of.from,
                 filter: of.filter.clone(),
             },
             Seen::Snapshot(view) => Event::Skipped { subscription, next: view.next() },
@@ -201,6 +202,8 @@ pub struct Reading {
     pub filter: Filter,
     /// When it was asked for.
     pub asked: u64,
+    /// The seq that was asked for, where it was one.
+    pub from: Option<u64>,
 }
 
 /// What the checker looks at of a record.

@@ -104,6 +104,7 @@ const PROVOKED: &[&str] = &[
     "fenced",
     "unknown",
     "unknown-stored",
+    "deduplicated",
     "gaps",
     "conflicts",
     "changes",

@@ -487,7 +487,7 @@ impl Actor {
     /// Reads from `start` on until everything that is there was seen.
     async fn read_through(&mut self, session: &Session, start: Start) {
         let (subscription, asked) = (self.recorder.subscription(), self.recorder.moment());
-        let of = Reading { session: self.session.clone(), filter: Filter::default(), asked };
+        let of = Reading { session: self.session.clone(), filter: Filter::default(), asked, from: seq_of(&start) };
         let mut reading = session.subscribe(start).open().await.expect("subscribe");
         loop {
             let event = match reading.next().await {
@@ -602,7 +602,7 @@ impl Actor {
         loop {
             let subscription = self.recorder.subscription();
             let asked = self.recorder.moment();
-            let of = Reading { session: self.session.clone(), filter: filter.clone(), asked };
+            let of = Reading { session: self.session.clone(), filter: filter.clone(), asked, from: seq_of(&start) };
             let mut wanted = session.subscribe(start);
             for stream in &filter.streams {
                 wanted = wanted.stream(stream.clone());
@@ -709,6 +709,14 @@ fn producer_has_ended(result: &Result<u64, AppendError>) -> bool {
     let Err(AppendError { error, .. }) = result else { return false };
     let fatal = ["FENCED", "PRODUCER_UNKNOWN", "CLOSED", "GONE"];
     fatal.contains(&error.name().as_str()) || matches!(error, ClientError::Unreachable { .. })
+}
+
+/// The seq that a subscription is to begin at, where it is told.
+fn seq_of(start: &Start) -> Option<u64> {
+    match start {
+        Start::Seq(seq) => Some(*seq),
+        _ => None,
+    }
 }
 
 fn kind_of(name: &str) -> Kind {

@@ -171,3 +171,29 @@ async fn completions_and_manual_pages_are_made_from_the_command_line() {
     assert!(run(command).await.status.success());
     assert!(dir.path().join("mainstay-append.1").exists());
 }
+
+#[tokio::test]
+async fn verify_online_reads_every_session_and_compares_its_view() {
+    let server = Server::start().await;
+    assert_eq!(append(&server, &["one"], b"a\nb\nc\n").await, 0);
+    assert_eq!(append(&server, &["two"], b"d\n").await, 0);
+    let put = run(server.command(&["state", "put", "one", "k", "v"])).await;
+    assert!(put.status.success(), "{}", String::from_utf8_lossy(&put.stderr));
+    let trimmed = run(server.command(&["session", "trim", "one", "--before", "2"])).await;
+    assert!(trimmed.status.success());
+    let output = run(server.command(&["verify", "--online", "--json"])).await;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let rows = events(&output.stdout);
+    let sessions: Vec<_> = named(&rows, "session")
+        .iter()
+        .map(|row| (row["name"].as_str(), row["first"].as_u64(), row["tail"].as_u64(), row["view_compared"].as_bool()))
+        .collect();
+    assert_eq!(sessions, [(Some("one"), Some(2), Some(4), Some(true)), (Some("two"), Some(0), Some(1), Some(true))]);
+    let verified = named(&rows, "verified")[0];
+    assert_eq!((verified["records"].as_u64(), verified["views_compared"].as_u64()), (Some(3), Some(2)));
+    // Only what the token may read, and only what is asked for.
+    let output = run(server.command(&["verify", "--online", "--prefix", "two", "--json"])).await;
+    assert_eq!(named(&events(&output.stdout), "session").len(), 1);
+    let output = run(server.command(&["verify", "--online", "--dump"])).await;
+    assert_eq!(output.status.code(), Some(2), "what is stored is not dumped online");
+}

@@ -329,8 +329,10 @@ impl World<'_> {
             *next = if subscription.is_multiple_of(2) { 0 } else { tail };
             let (session, incarnation, filter, next) = ("s".to_owned(), "i".to_owned(), filter.clone(), *next);
             let asked = self.at;
-            return self
-                .say(&process, Event::Started { subscription, session, incarnation, next, tail, asked, filter });
+            return self.say(
+                &process,
+                Event::Started { subscription, session, incarnation, next, tail, asked, from: None, filter },
+            );
         }
         let (from, to) = (*next, (*next + most).min(tail));
         *next = to;

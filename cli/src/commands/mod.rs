@@ -6,6 +6,7 @@ pub(crate) mod conversation;
 pub(crate) mod demo;
 pub(crate) mod manual;
 pub(crate) mod notify;
+pub(crate) mod online;
 pub(crate) mod outbox;
 pub(crate) mod presence;
 pub(crate) mod run;

@@ -1,7 +1,6 @@
 //! Leases: how long somebody counts as here, or a run as held, without a sign of life (spec PRES-4, RUN-4).
 
-use core::hash::Hash;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 #[derive(Debug)]
 struct Lease {
@@ -17,19 +16,19 @@ struct Lease {
 /// starts gives everybody a whole lease to come back.
 #[derive(Debug)]
 pub struct Leases<K> {
-    held: HashMap<K, Lease>,
+    held: BTreeMap<K, Lease>,
 }
 
 impl<K> Default for Leases<K> {
     fn default() -> Self {
-        Self { held: HashMap::new() }
+        Self { held: BTreeMap::new() }
     }
 }
 
 /// How long a loss may take to become durable before it is asked for again, in milliseconds.
 const AGAIN: u64 = 1000;
 
-impl<K: Hash + Eq + Clone> Leases<K> {
+impl<K: Ord + Clone> Leases<K> {
     /// Holds exactly `held`, each with its generation and how long its lease lasts; what is new, or of another generation, from
     /// `now` on.
     pub fn follow(&mut self, now: u64, held: impl Iterator<Item = (K, u64, u64)>) {

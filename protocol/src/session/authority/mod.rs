@@ -240,6 +240,10 @@ struct Flight<T> {
     work: Vec<(Work, Option<T>)>,
 }
 
+/// Refusals that wait for what they contradict to be durable: more than one for each of what a chunk can hold are not asked for by anybody
+/// who waits for answers.
+const MAX_DEFERRED: usize = 1024;
+
 /// Values that expire in one step: a turn must not be all of them.
 const EXPIRED_AT_ONCE: usize = 64;
 
@@ -278,6 +282,8 @@ pub struct Authority<T> {
     /// [`Authority::try_again`].
     held_back: bool,
     uncertain: bool,
+    /// Refusals that wait.
+    deferred: usize,
     standbys: Standbys<T>,
 }
 
@@ -301,6 +307,7 @@ impl<T> Authority<T> {
             server: Arc::new(Author::server()),
             held_back: false,
             uncertain: false,
+            deferred: 0,
             standbys: Standbys::default(),
         };
         if planted(Bug::DedupForgotten) {
@@ -730,11 +737,17 @@ impl<T> Authority<T> {
                 | Code::RUN_OVER
                 | Code::ALREADY_RESOLVED
                 | Code::ID_IN_USE
+                | Code::LIMIT_EXCEEDED
         );
         if !by_what_is_stored || self.overlay.is_empty() || planted(Bug::DirtyRefusal) {
             return Some((refusal, ticket));
         }
-        // With the last of what was accepted; a chunk for its own sake would be one of nothing.
+        if self.deferred == MAX_DEFERRED {
+            let detail = "too many requests wait for what they contradict to be durable";
+            return Some((Refusal::new(Code::OVERLOADED, detail), ticket));
+        }
+        self.deferred += 1;
+        // With the last of what was accepted: a chunk for its own sake would mostly be one of nothing.
         let work = (Work::Refused(refusal), Some(ticket));
         match (self.waiting.is_empty(), &mut self.prepared, &mut self.flight) {
             (true, Some(last), _) | (true, None, Some(last)) => last.work.push(work),
@@ -888,7 +901,10 @@ impl<T> Authority<T> {
             Work::Stream { id, name } => Reply::Stream { id, name },
             Work::Entry { .. } => Reply::Closed { seq: state.view().closed()? },
             Work::Left => Reply::Left,
-            Work::Refused(refusal) => Reply::Refused(refusal),
+            Work::Refused(refusal) => {
+                self.deferred -= 1;
+                Reply::Refused(refusal)
+            }
             Work::Trim { .. } => Reply::Trimmed { first: state.first() },
             Work::Resume { key, generation, .. } => Reply::Resumed { key, generation },
             Work::Record { author, record, .. } => match record.kind {
@@ -924,6 +940,7 @@ impl<T> Authority<T> {
         let (kept, tickets): (Vec<_>, Vec<_>) = dropped.partition(|(_, ticket)| ticket.is_none());
         self.waiting.clear();
         self.waiting_bytes = 0;
+        self.deferred = 0;
         self.state.producers.roll_back();
         self.state.resumptions.roll_back();
         if !planted(Bug::OverlayKept) {

@@ -314,7 +314,15 @@ impl Draft<'_> {
     }
 
     fn key(&self, key: &Key) -> Option<Held> {
-        if let Some((_, held)) = self.changes.keys.get(key).or_else(|| self.accepted.changes.keys.get(key)) {
+        match self.changes.keys.get(key) {
+            Some((_, held)) => held.clone(),
+            None => self.before(key),
+        }
+    }
+
+    /// The key as it is before the batch.
+    fn before(&self, key: &Key) -> Option<Held> {
+        if let Some((_, held)) = self.accepted.changes.keys.get(key) {
             return held.clone();
         }
         let entry = self.view.state().get(key.as_str())?;
@@ -518,7 +526,8 @@ impl Draft<'_> {
             _ => false,
         };
         if !as_expected && !planted(Bug::ConditionIgnored) {
-            let value = held.map_or(0, |held| held.revision + 1);
+            // What the batch itself would have made of it never is.
+            let value = self.before(&key).map_or(0, |held| held.revision + 1);
             return Err(Refusal { code: Code::CONFLICT, value, detail: "the key is not as expected" });
         }
         // What is computed from a value lasts as long as that.
