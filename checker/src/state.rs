@@ -128,6 +128,8 @@ fn changes(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verd
 struct Account<'a> {
     /// Values that were asked for, and whether each certainly was not given.
     puts: BTreeMap<&'a str, bool>,
+    /// Somebody asked for it to grow.
+    grows: bool,
     /// How often something else may have been done at least, and at most.
     increments: (u64, u64),
     deletions: (u64, u64),
@@ -143,7 +145,9 @@ fn accounted(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, ve
                 keys.entry(key).or_default().puts.insert(value, operation.has_failed());
             }
             Call::Increment { key, .. } => {
-                let (least, most) = &mut keys.entry(key).or_default().increments;
+                let account = keys.entry(key).or_default();
+                account.grows = true;
+                let (least, most) = &mut account.increments;
                 (*least, *most) = (*least + done, *most + may);
             }
             Call::Delete { key, .. } => {
@@ -171,7 +175,7 @@ fn accounted(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, ve
                         verdict.report(Class::AbortedRead, session, || format!("{record:?} failed"));
                     }
                 }
-                None if account.is_some_and(|account| account.increments.1 > 0) => *increments += 1,
+                None if account.is_some_and(|account| account.grows) => *increments += 1,
                 None => verdict.report(Class::Phantom, session, || format!("{record:?}")),
             },
             ("state.deleted", _) => *deletions += 1,

@@ -433,6 +433,80 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         });
         true
     }),
+    ("a change that failed is stored", Class::AbortedRead, |entries, random| {
+        let puts = answered(entries, |call| matches!(call, Call::Put { .. }));
+        let Some((op, _)) = random.pick(&puts) else { return false };
+        let answer = |event: &Event| matches!(event, Event::Ok { op: of, .. } if *of == op);
+        let index = indices(entries, answer)[0];
+        entries[index].event = Event::Fail { op, code: "OVERLOADED".into() };
+        true
+    }),
+    ("a change is stored that nobody asked for", Class::Phantom, |entries, random| {
+        let (_, records) = complete(entries);
+        let puts: Vec<&Record> =
+            records.iter().filter(|record| record.kind == "state.put" && record.key.as_deref() != Some("n")).collect();
+        let Some(seq) = random.pick(&puts).map(|record| record.seq) else { return false };
+        everywhere(entries, |record| {
+            if record.seq == seq {
+                record.value = Some("nobody's".into());
+            }
+        });
+        true
+    }),
+    ("a number grew once more than it was asked to", Class::Duplicate, |entries, random| {
+        let increments = answered(entries, |call| matches!(call, Call::Increment { .. }));
+        let Some((op, _)) = random.pick(&increments) else { return false };
+        let answer = |event: &Event| matches!(event, Event::Ok { op: of, .. } if *of == op);
+        let index = indices(entries, answer)[0];
+        entries[index].event = Event::Fail { op, code: "OVERLOADED".into() };
+        true
+    }),
+    ("a number did not grow", Class::LostWrite, |entries, random| {
+        // One that was asked for and answered, with the seq of another one.
+        let increments = answered(entries, |call| matches!(call, Call::Increment { .. }));
+        let Some((_, seq)) = random.pick(&increments) else { return false };
+        let at = entries.last().expect("entries").at;
+        let call = Call::Increment { session: "s".into(), key: "n".into(), by: 3 };
+        entries.retain(|entry| !matches!(entry.event, Event::Unknown { .. }));
+        for (n, event) in [
+            Event::Invoke { op: 1 << 40, call: call.clone() },
+            Event::Ok { op: 1 << 40, seq: Some(seq) },
+            Event::Invoke { op: 2 << 40, call },
+            Event::Ok { op: 2 << 40, seq: Some(seq) },
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            entries.push(Entry { at: at + n as u64, process: "late".into(), event });
+        }
+        // Those of which nobody knows whether they were done may be meant.
+        let asked =
+            entries.iter().filter(|entry| matches!(entry.event, Event::Invoke { call: Call::Increment { .. }, .. }));
+        let done = answered(entries, |call| matches!(call, Call::Increment { .. })).len();
+        asked.count() == done
+    }),
+    ("a gap where nothing was given up", Class::SkippedDelivery, |entries, random| {
+        let Some(index) = random.pick(&deliveries(entries, |_| true, 1)) else { return false };
+        let Event::Records { subscription, from, next, .. } = entries[index].event else { return false };
+        entries[index].event = Event::Gap { subscription, from, to: next };
+        true
+    }),
+    ("a subscription begins elsewhere than it was asked to", Class::WrongResume, |entries, random| {
+        let Some(index) = pick(entries, random, |event| matches!(event, Event::Started { .. })) else { return false };
+        let Event::Started { next, from, .. } = &mut entries[index].event else { return false };
+        *from = Some(*next + 1);
+        true
+    }),
+    ("the disk lacks what was read at the end", Class::Vanished, |entries, _| {
+        let (_, mut records) = complete(entries);
+        records.pop();
+        let tail = records.len() as u64;
+        let at = entries.last().expect("entries").at;
+        let (session, incarnation) = ("s".to_owned(), String::new());
+        let event = Event::Final { session, incarnation, first: 0, tail, compacted: false, records };
+        entries.push(Entry { at, process: "disk".into(), event });
+        true
+    }),
     ("a condition did not hold", Class::WrongChange, |entries, random| {
         let answered: Vec<u64> = entries
             .iter()

@@ -1,7 +1,7 @@
 //! Mistakes that are made on purpose, to see that the campaigns find them (see `sim/PLANTED.md`).
 //!
 //! They are compiled in with the feature `planted`, which no release has, and one of them is made once [`plant`] said which. Without the
-//! feature [`planted`] is `false` when the code is compiled, and nothing of them is left.
+//! feature [`planted`] is `false` when the code is compiled: none is ever made.
 
 macro_rules! bugs {
     ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {

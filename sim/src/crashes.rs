@@ -9,7 +9,8 @@
 use core::time::Duration;
 use std::fmt::Write as _;
 use std::io;
-use std::path::Path;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use mainstay_checker::history::{Entry, Event, read_dump};
@@ -55,7 +56,7 @@ const ROUND: u64 = 20;
 const ROUNDS: u64 = 5;
 
 /// What has to happen in so many crashes.
-const ENOUGH: u64 = 20;
+const ENOUGH: u64 = 100;
 const PROVOKED: &[&str] = &["acknowledged", "deduplicated", "fenced", "resumes", "unknown", "views", "gaps"];
 /// From start to serving, also behind a crash.
 const LONGEST_START: Duration = Duration::from_secs(2);
@@ -96,6 +97,8 @@ pub async fn run(campaign: Campaign) -> bool {
         };
         let data = disk.as_ref().map_or_else(|| temp.path().join("data"), |disk| disk.root().join("data"));
         let mut server = Server::start_in(&data, &[]).await;
+        let log = temp.path().join("log");
+        server.log_to(log.clone());
         for round in 0..ROUNDS {
             let cycles = ROUND.min(campaign.cycles - done);
             if cycles == 0 || !sound {
@@ -103,16 +106,16 @@ pub async fn run(campaign: Campaign) -> bool {
             }
             let session = format!("round-{}-{round}", done);
             let under = Under { disk: disk.as_ref(), planted: campaign.planted };
-            let (entries, crashes) = self::round(&mut server, &under, &session, cycles, &mut random, &mut total).await;
+            let (recorder, data) = (Recorder::default(), server.dir().to_owned());
+            let mut evidence = Evidence { recorder: recorder.clone(), data, session: session.clone(), sound: false };
+            let entries = self::round(&mut server, &under, &recorder, &session, cycles, &mut random, &mut total).await;
             done += cycles;
             let required = ["acknowledged", "resumes"].map(str::to_owned);
-            let verdict = mainstay_checker::check(entries.clone(), &required);
-            sound = verdict.is_sound();
-            tell(&verdict, &session, done, crashes);
+            let verdict = mainstay_checker::check(entries, &required);
+            sound = verdict.is_sound() && !panicked(&log);
+            tell(&verdict, &session, done, cycles);
             total.add(&verdict);
-            if !sound {
-                keep(&entries, &session);
-            }
+            evidence.sound = sound;
         }
         server.kill().await;
     }
@@ -124,12 +127,12 @@ pub async fn run(campaign: Campaign) -> bool {
 async fn round(
     server: &mut Server,
     under: &Under<'_>,
+    recorder: &Recorder,
     session: &str,
     cycles: u64,
     random: &mut Random,
     total: &mut Total,
-) -> (Vec<Entry>, u64) {
-    let recorder = Recorder::default();
+) -> Vec<Entry> {
     let size = Size {
         writers: 10,
         appends: u64::MAX,
@@ -151,26 +154,36 @@ async fn round(
         config.token = Some(token(server.dir(), prefix));
         server.client(config)
     };
-    let work = Workload::begin(session, &size, &recorder, random, |prefix| client(server, prefix));
+    let work = Workload::begin(session, &size, recorder, random, |prefix| client(server, prefix));
     for _ in 0..cycles {
-        sleep(Duration::from_micros(20_000 + random.below(120_000))).await;
-        crash(server, under.disk, random, &recorder).await;
-        start(server, random, under, &recorder, total).await;
+        sleep(Duration::from_micros(40_000 + random.below(140_000))).await;
+        crash(server, under.disk, random, recorder).await;
+        start(server, random, under, recorder, total).await;
     }
     sleep(Duration::from_millis(300)).await;
     work.wind_down();
     let observer = client(server, "");
-    let recorder = work.settle(&observer).await;
+    work.settle(&observer).await;
     let mut entries = recorder.entries();
     server.kill().await;
     let at = entries.last().map_or(0, |entry| entry.at);
-    for event in dump(server.dir()).expect("the data directory is whole") {
-        if matches!(&event, Event::Final { session: of, .. } if of == session || *of == format!("{session}x")) {
-            entries.push(Entry { at, process: "disk".into(), event });
-        }
+    let mut dumped = dump(server.dir()).expect("the data directory is whole");
+    for name in [session.to_owned(), format!("{session}x")] {
+        let is = |event: &mut Event| matches!(event, Event::Final { session, .. } if *session == name);
+        // One that is not there has no records, which the checker compares with what was read.
+        let empty = Event::Final {
+            session: name.clone(),
+            incarnation: String::new(),
+            first: 0,
+            tail: 0,
+            compacted: false,
+            records: Vec::new(),
+        };
+        let event = dumped.extract_if(.., is).next().unwrap_or(empty);
+        entries.push(Entry { at, process: "disk".into(), event });
     }
-    start(server, random, &Under { planted: Some(""), ..*under }, &recorder, total).await;
-    (entries, cycles)
+    start(server, random, &Under { planted: Some(""), ..*under }, recorder, total).await;
+    entries
 }
 
 /// A token of the development server for everything under a prefix.
@@ -216,15 +229,21 @@ async fn crash(server: &mut Server, disk: Option<&Disk>, random: &mut Random, re
         let strace = tokio::process::Command::new("strace").args(args).stderr(Stdio::null()).kill_on_drop(true).spawn();
         let mut strace = strace.expect("strace");
         // It ends with the server.
-        let ended = tokio::time::timeout(Duration::from_secs(5), strace.wait()).await;
-        if ended.is_ok() && server.has_ended() {
-            return recorder.provoked("kill-at-call");
+        let ended = tokio::time::timeout(Duration::from_secs(2), strace.wait()).await;
+        match server.has_ended() {
+            Some(status) if status.signal() == Some(SIGKILL) => return recorder.provoked("kill-at-call"),
+            Some(status) => panic!("the server ended by itself: {status}"),
+            None => drop((strace, ended)),
         }
-        drop(strace);
+    }
+    if let Some(status) = server.has_ended() {
+        panic!("the server ended by itself: {status}");
     }
     recorder.provoked("kill");
     server.kill().await;
 }
+
+const SIGKILL: i32 = 9;
 
 fn strace_is_there() -> bool {
     static THERE: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
@@ -269,6 +288,14 @@ async fn start(server: &mut Server, random: &mut Random, under: &Under<'_>, reco
     }
 }
 
+/// True, and says so, if a server said that something in it panicked.
+fn panicked(log: &Path) -> bool {
+    let said = std::fs::read_to_string(log).unwrap_or_default();
+    let panics: Vec<&str> = said.lines().filter(|line| line.contains("panicked at")).collect();
+    panics.iter().for_each(|line| println!("  {line}"));
+    !panics.is_empty()
+}
+
 fn tell(verdict: &Verdict, session: &str, done: u64, crashes: u64) {
     let count = |what: &str| verdict.counts.get(what).copied().unwrap_or(0);
     let said = if verdict.is_sound() { "every promise kept" } else { "BROKEN" };
@@ -284,7 +311,27 @@ fn tell(verdict: &Verdict, session: &str, done: u64, crashes: u64) {
     }
 }
 
-/// Keeps a history for whoever looks for the reason.
+/// Keeps what is left of a round that fails, whoever finds that out, for whoever looks for the reason.
+struct Evidence {
+    recorder: Recorder,
+    data: PathBuf,
+    session: String,
+    sound: bool,
+}
+
+impl Drop for Evidence {
+    fn drop(&mut self) {
+        if !self.sound {
+            keep(&self.recorder.entries(), &self.session);
+            let to = std::env::temp_dir().join(format!("mainstay-{}-data", self.session));
+            match crate::damage::copy(&self.data, &to) {
+                Ok(()) => println!("the data directory is in {}", to.display()),
+                Err(error) => println!("the data directory cannot be kept in {}: {error}", to.display()),
+            }
+        }
+    }
+}
+
 fn keep(entries: &[Entry], session: &str) {
     let mut text = String::new();
     for entry in entries {

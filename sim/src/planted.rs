@@ -3,6 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, PoisonError};
 
+use mainstay_checker::verdict::Class;
 use mainstay_protocol::planted::{Bug, plant};
 
 use crate::crashes::{self, Campaign, How};
@@ -37,6 +38,8 @@ enum Found {
     Nothing,
     /// It cannot be looked for here.
     Skipped(String),
+    /// Something else went wrong.
+    Failed(String),
 }
 
 /// The first of so many seeds that finds a bug, and what it finds.
@@ -44,7 +47,8 @@ fn simulate(bug: Bug, seeds: u64) -> Found {
     let found: Mutex<Option<(u64, String)>> = Mutex::default();
     plant(Some(bug));
     run_each(Seeds { first: 0, count: seeds }, |outcome| {
-        let sound = outcome.is_sound();
+        let nothing = outcome.verdict.broken.keys().all(|class| *class == Class::NothingProvoked);
+        let sound = outcome.failed.is_none() && nothing;
         if !sound {
             let classes = outcome.verdict.broken.keys().map(|class| class.name());
             let failed = outcome.failed.iter().map(|failed| failed.lines().next().unwrap_or_default().to_owned());
@@ -76,7 +80,10 @@ fn cut_power(bug: Bug) -> Found {
     match catch_unwind(AssertUnwindSafe(|| runtime.block_on(crashes::run(campaign)))) {
         Ok(true) => Found::Nothing,
         Ok(false) => Found::By("power cuts: the checker".into()),
-        Err(panic) => Found::By(format!("power cuts: {}", said(panic.as_ref()))),
+        Err(panic) => match said(panic.as_ref()) {
+            why if why.starts_with("the server refused to start") => Found::By(format!("power cuts: {why}")),
+            why => Found::Failed(why),
+        },
     }
 }
 
@@ -100,10 +107,13 @@ pub fn hunt(seeds: u64, only: Option<Bug>) -> bool {
             }
             Hunter::FailedSync => {
                 let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-                match runtime.block_on(crashes::failed_sync(Some(bug.name()))) {
-                    Ok(()) => Found::Nothing,
-                    Err(why) if why.starts_with("strace") => Found::Skipped(why),
-                    Err(why) => Found::By(format!("a failed sync: {why}")),
+                // It has to be the bug that is found.
+                let without = runtime.block_on(crashes::failed_sync(None));
+                match (without, runtime.block_on(crashes::failed_sync(Some(bug.name())))) {
+                    (Err(why), _) if why.starts_with("strace") => Found::Skipped(why),
+                    (Err(why), _) => Found::Failed(format!("a failed sync, without it: {why}")),
+                    (Ok(()), Ok(())) => Found::Nothing,
+                    (Ok(()), Err(why)) => Found::By(format!("a failed sync: {why}")),
                 }
             }
         };
@@ -111,6 +121,10 @@ pub fn hunt(seeds: u64, only: Option<Bug>) -> bool {
             Found::By(how) => println!("{:<26} {how}", bug.name()),
             Found::Nothing => {
                 println!("{:<26} NOT FOUND", bug.name());
+                missed += 1;
+            }
+            Found::Failed(why) => {
+                println!("{:<26} FAILED: {why}", bug.name());
                 missed += 1;
             }
             Found::Skipped(why) => mainstay_tests::skipped(&format!("planted bug {}", bug.name()), &why),

@@ -47,7 +47,7 @@ pub fn run(seeds: Seeds) -> bool {
     let differ = AtomicU64::new(0);
     run_each(seeds, |outcome| {
         if cfg!(tokio_unstable)
-            && outcome.seed - seeds.first < TWICE
+            && (outcome.seed - seeds.first < TWICE || outcome.seed.is_multiple_of(EACH))
             && simulate(outcome.seed).trace() != outcome.trace()
         {
             println!("seed {} is not the same twice", outcome.seed);
@@ -88,6 +88,8 @@ pub fn run(seeds: Seeds) -> bool {
 
 /// So many seeds are run twice, to see that they are the same.
 const TWICE: u64 = 50;
+/// And so is each one of so many.
+const EACH: u64 = 10;
 
 /// What has to happen in so many seeds.
 const ENOUGH: u64 = 200;

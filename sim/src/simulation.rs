@@ -3,10 +3,10 @@
 //! First everything goes wrong that the seed says; then everything is repaired, and all have to come to the same end.
 
 use core::any::Any;
-use core::cell::Cell;
+use core::cell::{Cell, RefCell};
 use core::time::Duration;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Once, mpsc};
 use std::thread;
 
 use mainstay_checker::history::Entry;
@@ -109,13 +109,36 @@ fn run(seed: u64) -> (Vec<Entry>, Option<String>) {
         BEGUN.set(Some(Instant::now()));
         Recorder::default()
     });
+    watch_for_panics();
     let live = AssertUnwindSafe(|| runtime.block_on(async { timeout(LIFETIME, live(seed, &recorder)).await }));
     let failed = match catch_unwind(live) {
         Ok(Ok(())) => None,
         Ok(Err(_)) => Some("it did not come to an end".to_owned()),
         Err(panic) => Some(said(panic.as_ref())),
     };
+    // A task that panics ends alone, and whoever waits for it takes it for a loss.
+    let failed = failed.or_else(|| PANICKED.take());
     (recorder.entries(), failed)
+}
+
+thread_local! {
+    /// What the first panic of this thread's world said.
+    static PANICKED: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// Notes from now on what panics in a thread say, for its world.
+fn watch_for_panics() {
+    static WATCHING: Once = Once::new();
+    WATCHING.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            PANICKED.with_borrow_mut(|first| {
+                first.get_or_insert_with(|| panic.to_string());
+            });
+            before(panic);
+        }));
+    });
+    PANICKED.set(None);
 }
 
 /// What a panic said.

@@ -63,6 +63,8 @@ pub struct Server {
     extra: Vec<String>,
     /// What the next process runs under.
     under: Vec<String>,
+    /// Where what processes say to people goes, if not to this one's standard error.
+    log: Option<PathBuf>,
     /// Goes after the process.
     _temp: Option<TempDir>,
 }
@@ -93,6 +95,7 @@ impl Server {
             said: None,
             extra,
             under: Vec::new(),
+            log: None,
         };
         this.restart().await;
         this
@@ -161,6 +164,11 @@ impl Server {
         self.under = command;
     }
 
+    /// What processes that are started from now on say to people goes to the end of this file.
+    pub fn log_to(&mut self, path: PathBuf) {
+        self.log = Some(path);
+    }
+
     /// As [`Server::restart`]; tells the exit code and output of a server that refuses to start.
     pub async fn try_restart(&mut self) -> Result<(), (Option<i32>, String)> {
         if self.child.is_some() {
@@ -203,6 +211,10 @@ impl Server {
             }
             None => Command::new(binary()),
         };
+        if let Some(log) = &self.log {
+            let log = std::fs::OpenOptions::new().append(true).create(true).open(log);
+            command.stderr(log.expect("a log"));
+        }
         let mut child = command
             .args(["serve", "--dev", "--json", "--data"])
             .arg(&self.dir)
@@ -252,13 +264,11 @@ impl Server {
         }
     }
 
-    /// True if it has ended. Then it is not the one that runs any more.
-    pub fn has_ended(&mut self) -> bool {
-        let ended = self.child.as_mut().is_none_or(|child| matches!(child.try_wait(), Ok(Some(_))));
-        if ended {
-            self.child = None;
-        }
-        ended
+    /// How it has ended, if it has. Then it is not the one that runs any more.
+    pub fn has_ended(&mut self) -> Option<std::process::ExitStatus> {
+        let status = self.child.as_mut()?.try_wait().expect("a status")?;
+        self.child = None;
+        Some(status)
     }
 
     /// Waits until it ends by itself and returns its exit code.

@@ -18,11 +18,11 @@ Tasks:
   cargo xtask fuzz --smoke         every target for a few seconds, as in `test`
   cargo xtask bench [ARGS…]        the load generator in release mode; without arguments the whole table
   cargo xtask sim [--seeds N]      simulated worlds, each from a seed (default 500); --seed S runs one again
-  cargo xtask campaign WHAT [--short] [--seed S]
-                 kill              the real server killed again and again, at random moments and system calls
-                 power             the power cut under it (root)
-                 damage            damaged data directories
-                 planted           mistakes on purpose: each has to be found
+  cargo xtask campaign WHAT [--short]
+                 kill [--seed S]   the real server killed again and again, at random moments and system calls
+                 power [--seed S]  the power cut under it (root)
+                 damage [--seed S] damaged data directories
+                 planted           mistakes on purpose: each has to be found, or its like is skipped, and that is said
                  tests [SECS]      the random tests over and over with new seeds (default 1800 s)
 ";
 
