@@ -1,6 +1,6 @@
 //! Mistakes that are made on purpose, to see that the campaigns find them (see `sim/PLANTED.md`).
 //!
-//! They are compiled in with the feature `planted`, which no release has, and one of them is made once [`plant`] said which. Without the
+//! They are compiled in with the feature `planted`, which no release has, and one of them is made once `plant` said which. Without the
 //! feature [`planted`] is `false` when the code is compiled: none is ever made.
 
 macro_rules! bugs {

@@ -4,7 +4,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use rand::distr::{Distribution, StandardUniform};
 
-/// A random value: from the system, or in a thread that [`seed`] was called in, from that seed.
+/// A random value: from the system, or in a thread that `seed` was called in, from that seed.
 pub fn random<T>() -> T
 where
     StandardUniform: Distribution<T>,
@@ -16,7 +16,7 @@ where
     rand::random()
 }
 
-/// A number that this process has not given before, from 1 on; in a thread that [`seed`] was called in, one that was not given since.
+/// A number that this process has not given before, from 1 on; in a thread that `seed` was called in, one that was not given since.
 pub fn unique() -> u64 {
     #[cfg(feature = "seeded")]
     if let Some(number) = seeded::unique() {
