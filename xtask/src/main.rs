@@ -91,13 +91,17 @@ fn need(subcommand: &str, package: &str) -> Outcome {
     step(&format!("install {package}"), &mut cargo(&["install", "--locked", package]))
 }
 
-/// Installs what the tests over network namespaces need, where that can be done.
-fn network_tools() -> Outcome {
-    let missing: Vec<&str> = [("ip", "iproute2"), ("nft", "nftables"), ("conntrack", "conntrack")]
-        .into_iter()
-        .filter(|(program, _)| !has(program, &["-V"]))
-        .map(|(_, package)| package)
-        .collect();
+/// Installs what the tests over network namespaces and the crash campaigns need, where that can be done.
+fn tools() -> Outcome {
+    let tools = [
+        ("ip", "iproute2"),
+        ("nft", "nftables"),
+        ("conntrack", "conntrack"),
+        ("strace", "strace"),
+        ("mkfs.ext4", "e2fsprogs"),
+    ];
+    let missing: Vec<&str> =
+        tools.into_iter().filter(|(program, _)| !has(program, &["-V"])).map(|(_, package)| package).collect();
     if missing.is_empty() || !has("apt-get", &["--version"]) || !has("sh", &["-c", "test $(id -u) = 0"]) {
         // What is not there is said by the tests that need it.
         return Ok(());
@@ -109,13 +113,13 @@ fn network_tools() -> Outcome {
     };
     let installed = install(&["update"]).and_then(|()| install(&[&["install"], missing.as_slice()].concat()));
     if installed.is_err() {
-        skipped("tests over network namespaces", "the packages cannot be installed");
+        skipped("tests over network namespaces and at system calls", "the packages cannot be installed");
     }
     Ok(())
 }
 
 fn test() -> Outcome {
-    network_tools()?;
+    tools()?;
     tidy::run(&root())?;
     step("format", &mut cargo(&["fmt", "--all", "--", "--check"]))?;
     step("build", &mut cargo(&["build", "--workspace", "--all-targets", "--locked"]))?;
