@@ -214,6 +214,13 @@ pub enum Call {
         /// The session.
         session: String,
     },
+    /// Go on in the life of the session that this is, from a seq.
+    AttachAt {
+        /// The session.
+        session: String,
+        /// Which life of it.
+        incarnation: String,
+    },
     /// Become the only one that writes under this name. `ok.seq` is the epoch.
     OpenProducer {
         /// The session.
@@ -322,6 +329,7 @@ impl Call {
     pub fn session(&self) -> &str {
         match self {
             Self::Attach { session }
+            | Self::AttachAt { session, .. }
             | Self::OpenProducer { session, .. }
             | Self::Append { session, .. }
             | Self::Put { session, .. }
@@ -346,7 +354,7 @@ impl Call {
     /// The word of the right that it needs.
     pub fn needs(&self) -> &'static str {
         match self {
-            Self::Attach { .. } => "read",
+            Self::Attach { .. } | Self::AttachAt { .. } => "read",
             Self::Join { .. } | Self::Leave { .. } => "join",
             Self::StartRun { .. } | Self::TakeRun { .. } | Self::EndRun { .. } => "run",
             Self::Trim { .. } | Self::DeleteSession { .. } => "manage",

@@ -24,6 +24,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         }
     }
     let deleted: BTreeSet<&str> = evidence.deletions().collect();
+    lives(evidence, verdict);
     let sessions: BTreeSet<&str> =
         appends.keys().copied().chain(evidence.lives.keys().map(|(name, _)| *name)).collect();
     for session in sessions {
@@ -32,6 +33,31 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         realtime(evidence, session, deleted.contains(session), verdict);
         for (_, life) in evidence.lives_of(session) {
             complete(evidence, session, life, verdict);
+        }
+    }
+}
+
+/// L9: nobody goes on in a life of a session that is over.
+fn lives(evidence: &Evidence<'_>, verdict: &mut Verdict) {
+    let over = |session: &str, incarnation: &str, before: u64| {
+        let begun = evidence.lives.get(&(session, incarnation)).map(|life| life.begun);
+        let mut deleted = evidence.operations.iter().filter(|operation| {
+            let is = matches!(operation.call, Call::DeleteSession { session: of } if of == session);
+            is && operation.is_done()
+                && begun.is_some_and(|begun| begun < operation.returned && operation.returned < before)
+        });
+        deleted.next().is_some()
+    };
+    for operation in &evidence.operations {
+        let Call::AttachAt { session, incarnation } = operation.call else { continue };
+        if !over(session, incarnation, operation.invoked) {
+            continue;
+        }
+        match operation.is_done() {
+            true => verdict.report(Class::MixedTimelines, session, || {
+                format!("operation {} goes on in {incarnation}, which was deleted before", operation.op)
+            }),
+            false => verdict.count("lives-over", 1),
         }
     }
 }

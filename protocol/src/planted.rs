@@ -86,6 +86,8 @@ bugs! {
     CompactionLosesPart = "compaction-loses-part",
     /// A session is trimmed one chunk too far.
     TrimTooFar = "trim-too-far",
+    /// Another life of a session goes on where the one before was.
+    IncarnationIgnored = "incarnation-ignored",
     /// A store that comes back is not held to what its witness says.
     WitnessIgnored = "witness-ignored",
     /// The witness is told of a commit before that is synced.

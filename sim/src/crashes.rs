@@ -142,6 +142,7 @@ async fn round(
         turns: 40,
         members: 1,
         agents: 1,
+        renewers: 1,
         trimmers: 1,
         looks: 0.01,
         pause: Duration::from_millis(3),

@@ -128,7 +128,7 @@ impl Recorder {
             Seen::Gap { from, to, .. } => Event::Gap { subscription, from: *from, to: *to },
             Seen::Compacted => Event::Compacted { subscription },
             Seen::Resumed { verdict, next } => {
-                Event::Resumed { subscription, verdict: format!("{verdict:?}").to_lowercase(), next: *next }
+                Event::Resumed { subscription, verdict: verdict.as_str().to_owned(), next: *next }
             }
             _ => return,
         };

@@ -114,6 +114,7 @@ const PROVOKED: &[&str] = &[
     "departures",
     "members",
     "forbidden",
+    "lives-over",
     "views",
     "hashes-compared",
     "messages-compared",

@@ -290,6 +290,7 @@ async fn live(seed: u64, recorder: &Recorder) {
         turns: 3,
         members: random.below(3),
         agents: random.below(3),
+        renewers: random.below(2),
         trimmers: random.below(2),
         looks: 0.5,
         pause: Duration::from_millis(5 + random.below(200)),

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use mainstay_checker::history::{Call, Event, Filter};
 use mainstay_client::{
-    AppendError, Change, Client, ClientError, Doing, Event as Seen, Expected, Key, Kind, LiveView, MessageWriter,
-    Producer, Run, RunId, Session, Start, StateChange, Status, StreamId, Ticket, Update,
+    AppendError, Change, Client, ClientError, Cursor, Doing, Event as Seen, Expected, Key, Kind, LiveView,
+    MessageWriter, Producer, Run, RunId, Session, Start, StateChange, Status, StreamId, Ticket, Update,
 };
 use mainstay_transport::sim::Random;
 use tokio::sync::{mpsc, watch};
@@ -37,6 +37,8 @@ pub struct Size {
     pub members: u64,
     /// Agents that hold runs.
     pub agents: u64,
+    /// Those that delete a session and make it again.
+    pub renewers: u64,
     /// Those that give up what is old, in a session beside, and as many guests who must not read there.
     pub trimmers: u64,
     /// The chance that a view that has caught up is written down.
@@ -60,6 +62,7 @@ impl Default for Size {
             turns: 3,
             members: 2,
             agents: 2,
+            renewers: 1,
             trimmers: 1,
             looks: 0.5,
             pause: Duration::from_millis(40),
@@ -142,6 +145,10 @@ impl Workload {
         for n in 0..size.agents {
             let actor = this.actor("agent", n, client(""), random);
             this.working.spawn(actor.serve(format!("agent-{n}")));
+        }
+        for n in 0..size.renewers {
+            let actor = this.actor("renewer", n, client(""), random);
+            this.working.spawn(actor.renew(format!("{session}-renewed-{n}")));
         }
         for n in 0..size.trimmers {
             let actor = this.actor("trimmer", n, client(""), random);
@@ -447,6 +454,48 @@ impl Actor {
             let op = self.recorder.invoke(&self.name, leave);
             let left = member.leave().await.map(|()| 0);
             self.recorder.answered(&self.name, op, &left);
+        }
+    }
+
+    /// Makes a session, deletes it and makes it again, and asks whether it can go on where it was in the life before.
+    async fn renew(mut self, name: String) {
+        self.session = name;
+        let mut before: Option<Cursor> = None;
+        for life in 0..3 {
+            let session = self.attach().await;
+            let incarnation = session.info().incarnation;
+            if let Some(cursor) = before.filter(|cursor| cursor.incarnation != incarnation) {
+                let call =
+                    Call::AttachAt { session: self.session.clone(), incarnation: cursor.incarnation.to_string() };
+                let op = self.recorder.invoke(&self.name, call);
+                let attached = self.client.session(&self.session).expect("a name").at(cursor).attach().await;
+                let answer = match attached {
+                    Ok(session) => Event::Ok { op, seq: Some(session.info().tail) },
+                    Err(ClientError::Gone) => Event::Fail { op, code: "GONE".into() },
+                    Err(_) => Event::Unknown { op },
+                };
+                self.recorder.say(&self.name, answer);
+            }
+            let producer = self.open(&session, "renewer").await;
+            for sequence in 0..3 {
+                let text = format!("{}/{life}/{sequence}", self.name);
+                let op = self.append("renewer", producer.epoch(), life * 10 + sequence, vec![text.clone()], None);
+                let stored = match producer.append_batch(&[session.main().data(text)]).await {
+                    Ok(ticket) => ticket.wait().await,
+                    Err(error) => Err(error),
+                };
+                self.recorder.stored(&self.name, op, &stored);
+                self.pause().await;
+            }
+            self.read_through(&session, Start::Earliest).await;
+            before = Some(Cursor { incarnation, next: 0 });
+            if life == 2 || self.is_over() {
+                return;
+            }
+            let op = self.recorder.invoke(&self.name, Call::DeleteSession { session: self.session.clone() });
+            let deleted = session.delete().await.map(|()| 0);
+            self.recorder.answered(&self.name, op, &deleted);
+            drop((producer, session));
         }
     }
 

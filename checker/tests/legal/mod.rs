@@ -284,7 +284,9 @@ impl World<'_> {
                 }
                 _ => return Err("RUN_FENCED"),
             },
-            Call::Attach { .. } | Call::Trim { .. } | Call::DeleteSession { .. } => unreachable!("nobody asks for it"),
+            Call::Attach { .. } | Call::AttachAt { .. } | Call::Trim { .. } | Call::DeleteSession { .. } => {
+                unreachable!("nobody asks for it")
+            }
         };
         Ok(Some(seq))
     }

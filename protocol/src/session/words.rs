@@ -4,6 +4,7 @@ use core::fmt;
 use core::str::FromStr;
 
 use crate::error::{Code, ProtocolError};
+use crate::planted::{Bug, planted};
 use crate::registry::{MAX_KEY, MAX_NAME};
 use crate::session::Refusal;
 use crate::wire::{Reader, Subject, Writer};
@@ -190,7 +191,7 @@ impl Verdict {
         (first, compacted, tail): (u64, u64, u64),
     ) -> Result<Self, Refusal> {
         match (held, next) {
-            (Some(held), _) if held != incarnation => Ok(Self::Gone),
+            (Some(held), _) if held != incarnation && !planted(Bug::IncarnationIgnored) => Ok(Self::Gone),
             (_, Some(next)) if next > tail => {
                 let detail = "the cursor is beyond the tail: records that were shown are missing";
                 Err(Refusal::new(Code::SESSION_DAMAGED, detail))
