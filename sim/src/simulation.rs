@@ -252,7 +252,7 @@ impl World {
             }
             7 => {
                 self.recorder.provoked("worn-disk");
-                let wear = Wear { stalls: 50, unknown: 100, overloaded: 50, ..Wear::default() };
+                let wear = Wear { stalls: 50, unknown: 100, overloaded: 300, ..Wear::default() };
                 self.disk.set_wear(wear);
                 sleep(Duration::from_millis(self.random.below(2000))).await;
                 self.disk.set_wear(Wear::default());

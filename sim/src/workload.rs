@@ -363,18 +363,25 @@ impl Actor {
             let key = ["a", "b", "n"][self.random.below(3) as usize];
             let known = live.view().state().get(key).map_or(0, |entry| entry.revision + 1);
             let mut asked = Vec::new();
-            for half in 0..=u64::from(self.random.chance(0.3)) {
+            for half in 0..=u64::from(self.random.chance(0.5)) {
                 let (call, change) = self.some_change(key, known, turn * 2 + half);
                 let op = self.recorder.invoke(&self.name, call);
                 asked.push((op, producer.append_record(session.main().record(&change)).await));
             }
-            for (op, ticket) in asked {
-                let result = match ticket {
-                    Ok(ticket) => ticket.wait().await,
-                    Err(error) => Err(error),
-                };
-                self.recorder.stored(&self.name, op, &result);
-                if producer_has_ended(&result) {
+            // Each is written down when it is answered, not when the one before it is.
+            let answered = asked.into_iter().map(|(op, ticket)| {
+                let (recorder, name) = (self.recorder.clone(), self.name.clone());
+                tokio::spawn(async move {
+                    let result = match ticket {
+                        Ok(ticket) => ticket.wait().await,
+                        Err(error) => Err(error),
+                    };
+                    recorder.stored(&name, op, &result);
+                    result
+                })
+            });
+            for answered in answered.collect::<Vec<_>>() {
+                if producer_has_ended(&answered.await.expect("an answer")) {
                     producer = self.open(&session, &name).await;
                 }
             }

@@ -8,7 +8,7 @@ use crate::{Outcome, has, need, root, skipped, step};
 /// Seconds for each target in the smoke run.
 const SMOKE: &str = "30";
 /// Targets that run at once there.
-const AT_ONCE: usize = 2;
+const AT_ONCE: usize = 4;
 
 /// Runs the targets as the arguments say.
 pub(crate) fn run(args: &[&str]) -> Outcome {

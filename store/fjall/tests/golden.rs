@@ -65,7 +65,10 @@ async fn stores_of_every_format_are_whole_and_open() {
         let report = report.unwrap_or_else(|error| panic!("format {format}: {error}"));
         assert_eq!(report.problems, [], "format {format}");
         seen.sort();
-        let expected: Vec<_> = SESSIONS.iter().map(|(name, first, tail, hash)| ((*name).to_owned(), *first, *tail, (*hash).to_owned())).collect();
+        let expected: Vec<_> = SESSIONS
+            .iter()
+            .map(|(name, first, tail, hash)| ((*name).to_owned(), *first, *tail, (*hash).to_owned()))
+            .collect();
         // Another fold makes other hashes of the same records.
         let known = |all: &[(String, u64, u64, String)]| -> Vec<(String, u64, u64, String)> {
             let hash = |hash: &String| if FOLD_VERSION == 5 { hash.clone() } else { String::new() };
@@ -73,7 +76,8 @@ async fn stores_of_every_format_are_whole_and_open() {
         };
         assert_eq!(known(&seen), known(&expected), "format {format}");
 
-        let store = FjallStore::open(&dir, Config::default()).unwrap_or_else(|error| panic!("format {format}: {error}"));
+        let store =
+            FjallStore::open(&dir, Config::default()).unwrap_or_else(|error| panic!("format {format}: {error}"));
         for (name, first, tail, _) in SESSIONS {
             let stat = store.stat(SessionName::new(name).expect("a name")).await.expect("stat").expect("the session");
             assert_eq!((stat.first, stat.tail), (*first, *tail), "format {format}, {name}");
