@@ -102,7 +102,7 @@ fn a_store_of_an_unknown_format_is_refused_by_name() {
     let (first, rest) = text.split_once('\n').expect("lines");
     fs::write(dir.join("format"), format!("mainstay store 99\n{rest}")).expect("write");
     let refused = [
-        FjallStore::open(&dir, Config::default()).err().expect("refused"),
+        FjallStore::open(&dir, Config::default()).map(drop).expect_err("refused"),
         verify(&dir, &mut |_, _| ControlFlow::Continue(())).expect_err("refused"),
     ];
     for error in refused {
