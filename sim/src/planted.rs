@@ -3,7 +3,6 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, PoisonError};
 
-use mainstay_checker::verdict::Class;
 use mainstay_protocol::planted::{Bug, plant};
 
 use crate::crashes::{self, Campaign, How};
@@ -47,8 +46,7 @@ fn simulate(bug: Bug, seeds: u64) -> Found {
     let found: Mutex<Option<(u64, String)>> = Mutex::default();
     plant(Some(bug));
     run_each(Seeds { first: 0, count: seeds }, |outcome| {
-        let nothing = outcome.verdict.broken.keys().all(|class| *class == Class::NothingProvoked);
-        let sound = outcome.failed.is_none() && nothing;
+        let sound = outcome.is_sound();
         if !sound {
             let classes = outcome.verdict.broken.keys().map(|class| class.name());
             let failed = outcome.failed.iter().map(|failed| failed.lines().next().unwrap_or_default().to_owned());

@@ -10,7 +10,7 @@ use std::sync::{Arc, Once, mpsc};
 use std::thread;
 
 use mainstay_checker::history::Entry;
-use mainstay_checker::verdict::Verdict;
+use mainstay_checker::verdict::{Class, Verdict};
 use mainstay_client::{Client, Config as ClientConfig};
 use mainstay_protocol::session::{Grant, Grants, Operation};
 use mainstay_protocol::wire::Subject;
@@ -42,9 +42,9 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// True if every promise was kept and everybody came to his end.
+    /// True if every promise was kept and everybody came to his end. In one world little may happen; over many that is looked at.
     pub fn is_sound(&self) -> bool {
-        self.failed.is_none() && self.verdict.is_sound()
+        self.failed.is_none() && self.verdict.broken.keys().all(|class| *class == Class::NothingProvoked)
     }
 
     /// The history, one line an entry: the same for the same seed.

@@ -282,13 +282,20 @@ impl Actor {
 
     /// Opens a producer, however long it takes.
     async fn open(&mut self, session: &Session, producer: &str) -> Producer {
+        let opened = self.open_unless_gone(session, producer).await;
+        opened.unwrap_or_else(|| panic!("{}: the session is gone", self.name))
+    }
+
+    /// The same, of a session that somebody may delete.
+    async fn open_unless_gone(&mut self, session: &Session, producer: &str) -> Option<Producer> {
         loop {
             let call = Call::OpenProducer { session: self.session.clone(), producer: producer.to_owned() };
             let op = self.recorder.invoke(&self.name, call);
             let opened = session.producer(producer).await;
             self.recorder.answered(&self.name, op, &opened.as_ref().map(Producer::epoch).map_err(Clone::clone));
             match opened {
-                Ok(opened) => return opened,
+                Ok(opened) => return Some(opened),
+                Err(ClientError::Gone) => return None,
                 Err(error) if error.is_retryable() => self.pause().await,
                 Err(error) => panic!("{}: producer: {error}", self.name),
             }
@@ -483,7 +490,8 @@ impl Actor {
                 };
                 self.recorder.say(&self.name, answer);
             }
-            let producer = self.open(&session, "renewer").await;
+            // A deletion of which nobody knows what became may come late.
+            let Some(producer) = self.open_unless_gone(&session, "renewer").await else { continue };
             for sequence in 0..3 {
                 let text = format!("{}/{life}/{sequence}", self.name);
                 let op = self.append("renewer", producer.epoch(), life * 10 + sequence, vec![text.clone()], None);
@@ -494,7 +502,9 @@ impl Actor {
                 self.recorder.stored(&self.name, op, &stored);
                 self.pause().await;
             }
-            self.read_through(&session, Start::Earliest).await;
+            if !self.read_through(&session, Start::Earliest).await {
+                continue;
+            }
             before = Some(Cursor { incarnation, next: 0 });
             if life == 2 || self.is_over() {
                 return;
@@ -534,25 +544,28 @@ impl Actor {
             }
             if sequence % 2 == 0 {
                 let start = Start::Seq(self.random.below(tail + 1));
-                self.read_through(&session, start).await;
+                assert!(self.read_through(&session, start).await, "{}: nobody deletes the session", self.name);
             }
             self.pause().await;
         }
     }
 
-    /// Reads from `start` on until everything that is there was seen.
-    async fn read_through(&mut self, session: &Session, start: Start) {
+    /// Reads from `start` on until everything that is there was seen. False if the session was deleted first.
+    async fn read_through(&mut self, session: &Session, start: Start) -> bool {
         let (subscription, asked) = (self.recorder.subscription(), self.recorder.moment());
-        let of = Reading { session: self.session.clone(), filter: Filter::default(), asked, from: seq_of(&start) };
-        let mut reading = session.subscribe(start).open().await.expect("subscribe");
+        let from = seq_of(&start);
+        let of = Reading { session: self.session.clone(), filter: Filter::default(), asked, from };
+        let Ok(mut reading) = session.subscribe(start).open().await else { return false };
         loop {
             let event = match reading.next().await {
                 Some(Ok(event)) => event,
+                Some(Err(ClientError::Gone)) => return false,
                 other => panic!("{}: subscription {subscription} ended: {other:?}", self.name),
             };
             self.recorder.saw(&self.name, subscription, &of, &event);
             if matches!(event, Seen::CaughtUp { .. }) {
-                return self.recorder.say(&self.name, Event::Left { subscription });
+                self.recorder.say(&self.name, Event::Left { subscription });
+                return true;
             }
         }
     }
