@@ -127,7 +127,8 @@ pub fn copy(from: &Path, to: &Path) -> io::Result<()> {
         let target = to.join(entry.file_name());
         if entry.path().is_dir() {
             copy(&entry.path(), &target)?;
-        } else {
+        } else if entry.file_type()?.is_file() {
+            // Sockets of a server that was killed are nobody's.
             fs::copy(entry.path(), target)?;
         }
     }
