@@ -50,15 +50,31 @@ fn attached() -> Attached {
     }
 }
 
-/// Answers an ATTACH and returns the SUBSCRIBE behind it.
-async fn attach(connection: &MemoryConnection) -> (Subscribe, Send, FrameReader<Recv>) {
+/// Answers an ATTACH.
+async fn attach(connection: &MemoryConnection) -> (Send, FrameReader<Recv>) {
     let (mut send, recv) = connection.accept_bi().await.expect("an attachment");
     let mut frames = FrameReader::new(recv, MAX_FRAME);
     assert!(matches!(frames.next().await, Ok(Some(Frame::Attach(_)))));
     send.write(&mut [Frame::from(attached()).to_bytes()]).await.expect("write");
+    (send, frames)
+}
+
+/// The SUBSCRIBE that comes first on an attachment.
+async fn subscribe(frames: &mut FrameReader<Recv>) -> Subscribe {
     match frames.next().await {
-        Ok(Some(Frame::Subscribe(subscribe))) => (subscribe, send, frames),
+        Ok(Some(Frame::Subscribe(subscribe))) => subscribe,
         other => panic!("not a SUBSCRIBE: {other:?}"),
+    }
+}
+
+/// The next OPEN_PRODUCER on an attachment.
+async fn open_producer(frames: &mut FrameReader<Recv>) -> OpenProducer {
+    loop {
+        match timeout(PATIENCE, frames.next()).await.expect("in time") {
+            Ok(Some(Frame::OpenProducer(open))) => break open,
+            Ok(Some(Frame::Resume(_))) => {}
+            other => panic!("{other:?}"),
+        }
     }
 }
 
@@ -76,7 +92,8 @@ async fn a_connection_that_is_lost_before_the_view_came_does_not_cost_the_view()
     let client = Client::new(network, ClientConfig::default());
     let serving = async {
         let (connection, _control, _frames) = greet(&listener).await;
-        let (request, _send, _rest) = attach(&connection).await;
+        let (_send, mut rest) = attach(&connection).await;
+        let request = subscribe(&mut rest).await;
         assert_eq!(request.start, Start::Snapshot);
         let _stream = subscribed(&connection, request.id, Verdict::Snapshot).await;
         // The client has read it once it asks for more; what it tells the application is looked at below.
@@ -84,7 +101,8 @@ async fn a_connection_that_is_lost_before_the_view_came_does_not_cost_the_view()
         connection.close(Code::NO_ERROR.0, "lost");
 
         let (connection, control, frames) = greet(&listener).await;
-        let (request, send, rest) = attach(&connection).await;
+        let (send, mut rest) = attach(&connection).await;
+        let request = subscribe(&mut rest).await;
         assert_eq!(request.start, Start::Snapshot, "the view is still owed");
         let mut stream = subscribed(&connection, request.id, Verdict::Snapshot).await;
         for frame in Snapshot::frames(0, FOLD_VERSION, &View::default().encode()) {
@@ -126,18 +144,9 @@ async fn a_producer_whose_stream_is_ended_goes_on() {
     let (network, listener) = network();
     let serving = tokio::spawn(async move {
         let (connection, _control, _unread) = greet(&listener).await;
-        let (mut send, recv) = connection.accept_bi().await.expect("an attachment");
-        let mut frames = FrameReader::new(recv, MAX_FRAME);
-        assert!(matches!(frames.next().await, Ok(Some(Frame::Attach(_)))));
-        send.write(&mut [Frame::from(attached()).to_bytes()]).await.expect("write");
+        let (mut send, mut frames) = attach(&connection).await;
         for (turn, epoch) in [0, 1, 1].into_iter().enumerate() {
-            let open = loop {
-                match timeout(PATIENCE, frames.next()).await.expect("in time") {
-                    Ok(Some(Frame::OpenProducer(open))) => break open,
-                    Ok(Some(Frame::Resume(_))) => {}
-                    other => panic!("{other:?}"),
-                }
-            };
+            let open = open_producer(&mut frames).await;
             assert_eq!(open.epoch, epoch);
             let granted = Producer { id: open.id, epoch: 1, next: 0, begun: 1 };
             send.write(&mut [Frame::from(granted).to_bytes()]).await.expect("write");
@@ -179,10 +188,7 @@ async fn an_update_that_is_said_again_does_not_bring_back_who_left() {
                 }
             }
         };
-        let (mut send, recv) = connection.accept_bi().await.expect("an attachment");
-        let mut asked = FrameReader::new(recv, MAX_FRAME);
-        assert!(matches!(asked.next().await, Ok(Some(Frame::Attach(_)))));
-        send.write(&mut [Frame::from(attached()).to_bytes()]).await.expect("write");
+        let (mut send, mut asked) = attach(&connection).await;
         let mut said = Vec::new();
         let telling = async {
             // Longer than anything waits that is asked again, and before the path is asked for a sign of life.
@@ -233,19 +239,10 @@ async fn a_refusal_that_comes_behind_the_end_of_the_stream_is_heard() {
     let (network, listener) = network();
     let serving = tokio::spawn(async move {
         let (connection, _control, _unread) = greet(&listener).await;
-        let (mut send, recv) = connection.accept_bi().await.expect("an attachment");
-        let mut frames = FrameReader::new(recv, MAX_FRAME);
-        assert!(matches!(frames.next().await, Ok(Some(Frame::Attach(_)))));
-        send.write(&mut [Frame::from(attached()).to_bytes()]).await.expect("write");
+        let (mut send, mut frames) = attach(&connection).await;
         let mut last = 0;
         for turn in 0..2 {
-            let open = loop {
-                match timeout(PATIENCE, frames.next()).await.expect("in time") {
-                    Ok(Some(Frame::OpenProducer(open))) => break open,
-                    Ok(Some(Frame::Resume(_))) => {}
-                    other => panic!("{other:?}"),
-                }
-            };
+            let open = open_producer(&mut frames).await;
             last = open.id;
             if turn == 0 {
                 let granted = Producer { id: open.id, epoch: 1, next: 0, begun: 1 };
