@@ -14,7 +14,7 @@ use core::pin::Pin;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -172,6 +172,16 @@ impl State {
     fn may_expire(&self) -> bool {
         self.epoch != 0 && self.next >= self.stored
     }
+
+    /// True if the producer needs no connection any more.
+    fn is_finished(&self) -> bool {
+        self.ended.is_some() || self.dropped && self.flight.is_empty() && self.ready.is_empty()
+    }
+
+    /// True if something may still be sent on connection `link`.
+    fn goes_on(&self, link: u64) -> bool {
+        self.link == Some(link) && !self.is_finished()
+    }
 }
 
 /// What a journal knows of a producer that goes on after a restart of its application.
@@ -238,8 +248,7 @@ impl Shared {
 
     /// True if the producer needs no connection any more.
     pub(crate) fn is_finished(&self) -> bool {
-        let state = self.lock();
-        state.ended.is_some() || state.dropped && state.flight.is_empty() && state.ready.is_empty()
+        self.lock().is_finished()
     }
 
     /// It goes on under its epoch over connection `link`: what is not answered is sent again.
@@ -504,6 +513,17 @@ impl Shared {
         self.withhold(state, given_up);
     }
 
+    /// Waits for so long, or until nothing is sent on connection `link` any more.
+    async fn pause(&self, link: u64, pause: Duration) {
+        let over = async {
+            while self.lock().goes_on(link) {
+                self.work.notified().await;
+            }
+        };
+        // An end that comes first is what the pause was for as well.
+        let _ = tokio::time::timeout(pause, over).await;
+    }
+
     /// Goes on after batches were given up or refused, once everything sent behind the first of them is answered and a journal knows.
     fn settle(&self, mut state: MutexGuard<'_, State>) {
         if self.journalled.is_some() {
@@ -595,7 +615,7 @@ pub(crate) async fn write<C: Connection>(shared: Arc<Shared>, link: Arc<Link<C>>
             if out.is_empty() {
                 match patience {
                     Next::Wait => shared.work.notified().await,
-                    Next::Pause(pause) => tokio::time::sleep(pause).await,
+                    Next::Pause(pause) => shared.pause(id, pause).await,
                     Next::End => return Ok::<_, StreamError>(()),
                 }
                 continue;
@@ -626,7 +646,7 @@ enum Next {
     /// Wait for work.
     Wait,
     /// Try again after a pause: the server asked for patience.
-    Pause(core::time::Duration),
+    Pause(Duration),
     /// The stream has served its purpose.
     End,
 }
@@ -634,17 +654,14 @@ enum Next {
 /// Takes what may be sent now and encodes it.
 fn gather(shared: &Shared, link: u64, out: &mut Writer) -> Next {
     let mut state = shared.lock();
-    if state.ended.is_some() || state.link != Some(link) {
-        return Next::End;
-    }
-    if state.dropped && state.flight.is_empty() && state.ready.is_empty() {
+    if !state.goes_on(link) {
         return Next::End;
     }
     if state.refusing || state.withheld > 0 || state.fenced.is_some() {
         return Next::Wait;
     }
     if state.patience > 0 && !state.paused && state.flight.iter().any(|flight| !flight.sent) {
-        let pause = core::time::Duration::from_millis(25 << state.patience.min(5));
+        let pause = Duration::from_millis(25 << state.patience.min(5));
         if !out.is_empty() {
             return Next::Wait;
         }
@@ -984,8 +1001,6 @@ impl IntoFuture for Ticket {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
-
-    use core::time::Duration;
 
     use mainstay_protocol::wire::Acked;
 

@@ -105,7 +105,7 @@ pub async fn run(campaign: Campaign) -> bool {
                 break;
             }
             let session = format!("round-{}-{round}", done);
-            let under = Under { disk: disk.as_ref(), planted: campaign.planted };
+            let under = Under { disk: disk.as_ref(), planted: campaign.planted, lives: false };
             let (recorder, data) = (Recorder::default(), server.dir().to_owned());
             let mut evidence = Evidence { recorder: recorder.clone(), data, session: session.clone(), sound: false };
             let entries = self::round(&mut server, &under, &recorder, &session, cycles, &mut random, &mut total).await;
@@ -156,10 +156,12 @@ async fn round(
         server.client(config)
     };
     let work = Workload::begin(session, &size, recorder, random, |prefix| client(server, prefix));
-    for _ in 0..cycles {
+    for cycle in 1..=cycles {
         sleep(Duration::from_micros(40_000 + random.below(140_000))).await;
         crash(server, under.disk, random, recorder).await;
-        start(server, random, under, recorder, total).await;
+        // Nobody is there to start it again behind the last one.
+        let lives = cycle == cycles;
+        start(server, random, &Under { lives, ..*under }, recorder, total).await;
     }
     sleep(Duration::from_millis(300)).await;
     work.wind_down();
@@ -183,7 +185,7 @@ async fn round(
         let event = dumped.extract_if(.., is).next().unwrap_or(empty);
         entries.push(Entry { at, process: "disk".into(), event });
     }
-    start(server, random, &Under { planted: Some(""), ..*under }, recorder, total).await;
+    start(server, random, &Under { planted: None, lives: true, ..*under }, recorder, total).await;
     entries
 }
 
@@ -268,13 +270,15 @@ struct Under<'a> {
     disk: Option<&'a Disk>,
     /// The mistake that it makes.
     planted: Option<&'static str>,
+    /// It is not killed by what it does itself.
+    lives: bool,
 }
 
 /// Starts the server again; now and then it is killed while it looks at what it finds.
 async fn start(server: &mut Server, random: &mut Random, under: &Under<'_>, recorder: &Recorder, total: &mut Total) {
     if let Some(bug) = under.planted {
         server.run_under(vec!["env".into(), format!("MAINSTAY_PLANTED={bug}")]);
-    } else if under.disk.is_none() && random.chance(0.2) && strace_is_there() {
+    } else if under.disk.is_none() && !under.lives && random.chance(0.2) && strace_is_there() {
         let when = 1 + random.below(120);
         let inject = format!("inject={CALLS}:signal=SIGKILL:when={when}");
         let strace = ["strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e", TRACE, "-e", &inject];

@@ -9,7 +9,7 @@ use mainstay_protocol::registry::{FOLD_VERSION, MAX_FRAME};
 use mainstay_protocol::session::{Incarnation, ViewHash};
 use mainstay_protocol::wire::{
     Ack, Acked, Attached, Body, Detail, Error, Frame, Hello, Joined, Left, OpenProducer, Ping, Pong, Producer,
-    Snapshot, Subscribe, Subscribed, Update,
+    Refused, Snapshot, Subscribe, Subscribed, Update,
 };
 use mainstay_server::Config;
 use mainstay_transport::memory::{MemoryConnection, MemoryListener, MemoryNetwork};
@@ -264,5 +264,41 @@ async fn a_refusal_that_comes_behind_the_end_of_the_stream_is_heard() {
     let producer = session.producer("p").await.expect("a producer");
     let ended = timeout(PATIENCE, producer.ended()).await.expect("it does not open it for ever");
     assert_eq!(ended.name(), "FENCED");
+    serving.await.expect("the server");
+}
+
+/// Found by a power campaign (seed 1101): a producer that was fenced while it waited to send again, because it had been told to, ended its
+/// stream only behind that wait. Whoever opened its name again and again meanwhile was refused in the end: each of them counted still.
+#[tokio::test(start_paused = true)]
+async fn a_producer_that_ends_while_it_waits_to_send_again_ends_its_stream_at_once() {
+    let (network, listener) = network();
+    let serving = tokio::spawn(async move {
+        let (connection, _control, _unread) = greet(&listener).await;
+        let (mut send, mut frames) = attach(&connection).await;
+        let open = open_producer(&mut frames).await;
+        let granted = Producer { id: open.id, epoch: 1, next: 0, begun: 1 };
+        send.write(&mut [Frame::from(granted).to_bytes()]).await.expect("write");
+        let mut batches = FrameReader::new(connection.accept_uni().await.expect("batches"), MAX_FRAME);
+        assert!(matches!(batches.next().await, Ok(Some(Frame::Produce(_)))));
+        assert!(matches!(batches.next().await, Ok(Some(Frame::Append(_)))));
+        let detail = Detail::new("in a moment");
+        let refused = Refused { producer: open.id, sequence: 0, code: Code::UNAVAILABLE, value: 0, detail };
+        send.write(&mut [Frame::from(refused).to_bytes()]).await.expect("write");
+        // It waits by now, for longer than this.
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        let detail = Detail::new("a newer epoch of this producer was granted");
+        let fenced = Error { about: Producer::KIND, id: open.id, code: Code::FENCED, value: 2, detail };
+        send.write(&mut [Frame::from(fenced).to_bytes()]).await.expect("write");
+        let told = tokio::time::Instant::now();
+        assert!(matches!(batches.next().await, Ok(None)));
+        assert!(told.elapsed() < Duration::from_millis(5), "{:?}", told.elapsed());
+        (connection, send, frames)
+    });
+    let client = Client::new(network, ClientConfig::default());
+    let session = client.session("s").expect("a name").attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let ticket = producer.append(session.main(), "never").await.expect("append");
+    assert_eq!(timeout(PATIENCE, producer.ended()).await.expect("in time").name(), "FENCED");
+    assert!(ticket.wait().await.is_err());
     serving.await.expect("the server");
 }
