@@ -411,7 +411,8 @@ async fn a_producer_that_is_forgotten_during_an_outage_is_followed_by_another() 
     host.move_to(Some([10, 0, 6, 1].into()));
     client.network_changed();
     assert!(is_unknown(&on_its_way.settled().await));
-    assert!(matches!(later.settled().await, EntryState::Durable { .. }));
+    let settled = later.settled().await;
+    assert!(matches!(settled, EntryState::Durable { .. }), "{settled:?}");
     // Nor this one, whose first sending is refused.
     forget_producers(&other).await;
     let last = outbox.queue(line("last")).await.expect("queued").settled().await;
