@@ -35,6 +35,7 @@
 //! [`MemoryStore`] is the executable model of this text; the `testing` feature holds the suite that every engine
 //! passes, and `FaultyStore`, which makes any engine fail on purpose.
 
+pub mod backup;
 mod contract;
 mod memory;
 #[cfg(feature = "testing")]

@@ -8,8 +8,8 @@ use mainstay_protocol::Code;
 use mainstay_protocol::registry::{FOLD_VERSION, MAX_FRAME};
 use mainstay_protocol::session::{Incarnation, ViewHash};
 use mainstay_protocol::wire::{
-    Ack, Acked, Attached, Body, Detail, Error, Frame, Hello, Joined, Left, OpenProducer, Ping, Pong, Producer,
-    Refused, Snapshot, Subscribe, Subscribed, Update,
+    Ack, Acked, Attached, Body, Detail, Error, Frame, Hello, Joined, Left, OpenProducer, Ping, Pong, Producer, Refused,
+    Snapshot, Subscribe, Subscribed, Update,
 };
 use mainstay_server::Config;
 use mainstay_transport::memory::{MemoryConnection, MemoryListener, MemoryNetwork};

@@ -36,6 +36,11 @@ impl Chain {
         self.0 = *blake3::hash(&input).as_bytes();
     }
 
+    /// Adds what the chain of a life before said, where the entries behind it are not there any more (spec BACKUP-4).
+    pub(super) fn inherit(&mut self, said: Self) {
+        self.step(&said.0);
+    }
+
     /// Adds a control entry in its encoding (spec CHAIN-3).
     pub(super) fn control(&mut self, entry: &[u8]) {
         let mut input = Vec::with_capacity(entry.len() + 1);

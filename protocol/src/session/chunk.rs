@@ -632,6 +632,23 @@ impl Chunk {
         Ok(chain)
     }
 
+    /// The same records as a chunk of another life, behind the chain `before` (spec BACKUP-4). Errors: those of [`Chunk::decode`].
+    pub(super) fn reborn(&self, incarnation: Incarnation, before: Chain) -> Result<Self, ProtocolError> {
+        let mut header = self.header.clone();
+        // A token of the life before says nothing in this one (spec RES-4): no binding may ask for one.
+        header.controls.retain(|entry| !matches!(entry, Control::Resume { .. }));
+        (header.incarnation, header.link, header.chain) = (incarnation, before.link(), before);
+        let (records, streams) = (self.records.clone(), self.streams);
+        let mut chunk = Self { header, bytes: Bytes::new(), records, streams, frame: OnceLock::new() };
+        match chunk.header.compacted {
+            Some(_) => chunk.header.chain.inherit(self.header.chain),
+            None => chunk.header.chain = chunk.chain_after(before)?,
+        }
+        let (bytes, region) = chunk.header.encode(&chunk.records);
+        (chunk.records, chunk.bytes) = (bytes.slice(region..), bytes);
+        Ok(chunk)
+    }
+
     /// The DELIVERY frame that covers exactly this chunk without a filter, as one piece or as head and records. It is
     /// made once and shared by everyone who reads the chunk from memory. Empty for a chunk without records.
     pub fn frame(&self) -> &[Bytes] {

@@ -17,6 +17,7 @@ mod leases;
 mod overlay;
 mod producer;
 mod progress;
+mod rebirth;
 mod record;
 mod resume;
 mod roaming;
@@ -46,6 +47,7 @@ pub use kinds::{
 pub use leases::Leases;
 pub use producer::{Admission, ProducerHandle, ProducerKey, ProducerPosition, Producers};
 pub use progress::Progress;
+pub use rebirth::Rebirth;
 pub use record::{CheckedBatch, Record, Records};
 pub use resume::{RESUME_EXPORTER, ResumeClaim, ResumeToken, Resumptions, is_held, resume_context, resume_text};
 pub use roaming::{Manners, PathFacts, Roaming, RoamingStep, moved_reason, moved_to, sent_on_to};

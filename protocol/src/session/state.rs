@@ -221,6 +221,11 @@ impl State {
         &self.resumptions
     }
 
+    /// The same state in another life, behind the chain `chain`: nobody is bound to a key in it.
+    pub(crate) fn reborn(self, incarnation: Incarnation, chain: Chain) -> Self {
+        Self { incarnation, chain, resumptions: Resumptions::default(), ..self }
+    }
+
     /// Adds the next chunk, whose chain value is believed: for a chunk that was just made, or read back from a store
     /// that checked it. Errors: as [`State::verify`], but for the chain.
     pub fn apply(&mut self, chunk: &Chunk) -> Result<(), Damage> {

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::counts::counts;
+use super::{counts::counts, rebirth};
 use crate::registry::MAX_FRAME;
 use crate::session::{Chunk, Compaction, Feed, Kind, Record, Records, State, Survey, View};
 use crate::wire::{Deframer, Delivery, Frame, Span, Start, Subscribe};
@@ -98,6 +98,10 @@ pub fn check(chunks: &[Arc<Chunk>], seed: u64) -> Counts {
         assert_eq!(fold(&empty, &stored[..below]).snapshot(), at.snapshot());
         assert_eq!(fold(&empty, &stored).snapshot(), fold(&empty, chunks).snapshot());
     }
+    rebirth::check(&stored, 0, 0);
+    // What is put together is below a snapshot.
+    let kept = draw.below(stored.len() as u64) as usize;
+    rebirth::check(&stored, kept, kept + draw.below((stored.len() - kept + 1) as u64) as usize);
     counts
 }
 

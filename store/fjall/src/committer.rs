@@ -43,6 +43,9 @@ pub(crate) enum Request {
     SetCompaction { session: SessionId, epoch: u64, compaction: Compaction, answer: Answer<()> },
     Delete { session: SessionId, answer: Answer<()> },
     Quarantine { incarnation: Incarnation },
+    Stage { incarnation: Incarnation, chunks: Vec<Arc<Chunk>>, answer: Answer<()> },
+    Install { session: SessionId, row: Box<SessionRow>, snapshot: Bytes, answer: Answer<bool> },
+    Abandon { incarnation: Incarnation, answer: Answer<()> },
     Stop,
 }
 
@@ -85,6 +88,14 @@ struct Open {
     stale: bool,
 }
 
+/// Chunks of a session that is brought back. Until it is installed their segments are dead: a start removes what is left of them.
+#[derive(Default)]
+struct Staged {
+    segments: Vec<Segment>,
+    /// In the last of them.
+    bytes: u64,
+}
+
 /// One change of one row.
 struct Edit {
     keyspace: usize,
@@ -118,6 +129,7 @@ pub(crate) struct Committer {
     writers: HashMap<Incarnation, Open>,
     next_segment: u64,
     dead: Vec<u64>,
+    staged: HashMap<Incarnation, Staged>,
     last_sync: Instant,
     last_sweep: Instant,
     reclaim: Reclaim,
@@ -164,6 +176,7 @@ impl Committer {
             writers: HashMap::new(),
             next_segment,
             dead,
+            staged: HashMap::new(),
             last_sync: Instant::now(),
             last_sweep: Instant::now(),
             reclaim: Reclaim::default(),
@@ -316,6 +329,20 @@ impl Committer {
                 if self.need_engine().is_ok() {
                     turn.put(3, keys::quarantined(incarnation).to_vec(), Bytes::new());
                 }
+            }
+            Request::Stage { incarnation, chunks, answer } => {
+                let result = self.stage(incarnation, &chunks, turn);
+                turn.answer(result, answer);
+            }
+            Request::Install { session, row, snapshot, answer } => {
+                match self.install(&session, *row, &snapshot, turn) {
+                    Ok(true) => turn.tell(move |result| drop(answer.send(result.map(|()| true)))),
+                    other => drop(answer.send(other)),
+                }
+            }
+            Request::Abandon { incarnation, answer } => {
+                self.abandon(incarnation);
+                drop(answer.send(Ok(())));
             }
             Request::Stop => {}
         }
@@ -712,6 +739,64 @@ impl Committer {
         Ok(())
     }
 
+    /// Adds chunks to a session that is brought back, which nobody sees yet.
+    fn stage(&mut self, incarnation: Incarnation, chunks: &[Arc<Chunk>], turn: &mut Turn) -> Result<(), StoreError> {
+        self.need_space()?;
+        let limit = self.shared.config.segment_bytes;
+        let staged = self.staged.entry(incarnation).or_default();
+        for chunk in chunks {
+            let header = chunk.header();
+            if staged.segments.is_empty() || staged.bytes >= limit {
+                let id = self.next_segment;
+                self.next_segment += 1;
+                staged.segments.push(Segment { id, first: header.first, number: header.number });
+                staged.bytes = 0;
+                turn.put(3, keys::dead(id).to_vec(), keys::encode_dead(u64::MAX));
+            }
+            let segment = staged.segments.last().map_or(0, |segment| segment.id);
+            staged.bytes += chunk.bytes().len() as u64;
+            turn.bytes += chunk.bytes().len();
+            turn.put_new(keys::chunk(segment, header.first, header.number).to_vec(), chunk.bytes().clone());
+        }
+        Ok(())
+    }
+
+    /// Lets everybody see a session that is brought back. False if its name is taken.
+    fn install(
+        &mut self,
+        id: &SessionId,
+        row: SessionRow,
+        snapshot: &Bytes,
+        turn: &mut Turn,
+    ) -> Result<bool, StoreError> {
+        self.need_space()?;
+        let engine = self.engine()?;
+        let is_taken = match turn.rows.get(&id.name) {
+            Some(row) => row.is_some(),
+            None => Reader::new(&engine).row(&id.name)?.is_some(),
+        };
+        if is_taken {
+            self.abandon(id.incarnation);
+            return Ok(false);
+        }
+        let segments = self.staged.remove(&id.incarnation).unwrap_or_default().segments;
+        segments.iter().for_each(|segment| turn.remove(3, keys::dead(segment.id).to_vec()));
+        let row = SessionRow { segments, ..row };
+        turn.put(2, id.incarnation.0.to_vec(), keys::encode_snapshot(snapshot));
+        if row.due > 0 {
+            turn.put_due(&id.name, &row);
+        }
+        turn.put_wake(&id.name, None, &row);
+        turn.put_row(id.name.clone(), row);
+        Ok(true)
+    }
+
+    /// Gives up a session that was to be brought back.
+    fn abandon(&mut self, incarnation: Incarnation) {
+        let staged = self.staged.remove(&incarnation).unwrap_or_default();
+        self.dead.extend(staged.segments.iter().map(|segment| segment.id));
+    }
+
     /// Removes some chunks of dead segments. Small steps: appends that arrive wait for one of them at most.
     fn sweep(&mut self, turn: &mut Turn) {
         let (Ok(engine), Some(&segment)) = (self.engine(), self.dead.last()) else { return };
@@ -931,7 +1016,11 @@ impl Committer {
             Ok(engine) => {
                 self.witness = engine.witness;
                 match dead_segments(&engine) {
-                    Ok(dead) => self.dead = dead,
+                    Ok(mut dead) => {
+                        let staged = |id: &u64| self.staged.values().any(|of| of.segments.iter().any(|s| s.id == *id));
+                        dead.retain(|segment| !staged(segment));
+                        self.dead = dead;
+                    }
                     Err(error) => tracing::warn!(%error, "what was removed keeps its space until the next start"),
                 }
                 self.shared.put_engine(engine);

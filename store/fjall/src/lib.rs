@@ -27,6 +27,7 @@
 //! read checks. The witness row counts commits and sums up a digest of every row, so that [`verify`] notices a row that
 //! vanished anywhere.
 
+pub mod backup;
 mod behind;
 mod check;
 mod committer;

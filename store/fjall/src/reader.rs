@@ -51,6 +51,18 @@ impl<'a> Reader<'a> {
         row.map(|row| SessionRow::decode(&Bytes::from(row)).map_err(|error| damaged(0, error))).transpose()
     }
 
+    /// Every session's name and row, by name; or why the row cannot be read.
+    pub(crate) fn rows(
+        &self,
+    ) -> impl Iterator<Item = Result<(SessionName, Result<SessionRow, StoreError>), StoreError>> {
+        self.snapshot.iter(self.engine.sessions()).map(|guard| {
+            let (key, value) = guard.into_inner().map_err(|error| read_error(0, &error))?;
+            let name = core::str::from_utf8(&key).ok().and_then(|name| SessionName::new(name).ok());
+            let name = name.ok_or_else(|| damaged(0, "a session has a name that no session has"))?;
+            Ok((name, SessionRow::decode(&value.into()).map_err(|error| damaged(0, error))))
+        })
+    }
+
     /// The row of this very session. Errors: `NotFound`, `Damaged`, also if it is quarantined.
     pub(crate) fn row_of(&self, id: &SessionId) -> Result<SessionRow, StoreError> {
         match self.row(&id.name)? {

@@ -51,6 +51,11 @@ impl Shared {
         })
     }
 
+    /// True while this is the engine in use.
+    pub(crate) fn is_current(&self, engine: &Arc<Engine>) -> bool {
+        self.engine().is_ok_and(|current| Arc::ptr_eq(&current, engine))
+    }
+
     pub(crate) fn put_engine(&self, engine: Engine) {
         *self.engine.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(engine));
     }
@@ -170,6 +175,18 @@ impl FjallStore {
             sent.map_err(|_| stopped())?;
             asked.await.map_err(|_| stopped())?
         })
+    }
+
+    /// The same for a thread that may block.
+    pub(crate) fn ask_blocking<T>(&self, request: impl FnOnce(Answer<T>) -> Request) -> Result<T, StoreError> {
+        let (answer, asked) = oneshot::channel();
+        let stopped = || StoreError::Failed { what: "the store is closed".into() };
+        self.requests.send(request(answer)).map_err(|_| stopped())?;
+        asked.blocking_recv().map_err(|_| stopped())?
+    }
+
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
     }
 
     /// Runs a read on a thread that may block. Damage that it finds puts the session into quarantine.
