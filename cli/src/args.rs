@@ -52,6 +52,10 @@ pub(crate) enum Command {
     Token(Token),
     /// Check a data directory offline.
     Verify(Verify),
+    /// Save everything that a server stores, while it serves.
+    Backup(Backup),
+    /// Bring sessions back from a backup, while the server serves.
+    Restore(Restore),
     /// Measure a server.
     Bench(Bench),
     /// Print a completion script for a shell.
@@ -77,6 +81,8 @@ impl Args {
             Command::Session(args) => args.json,
             Command::Token(args) => args.json,
             Command::Verify(args) => args.json || args.dump,
+            Command::Backup(args) => args.json,
+            Command::Restore(args) => args.json,
             Command::Bench(args) => args.json,
             Command::DemoAgent(_) | Command::Completions(_) | Command::Man(_) => false,
         }
@@ -882,6 +888,55 @@ pub(crate) struct Verify {
     /// Connection file of the server. [default: the one that `serve --dev` wrote on this machine]
     #[arg(long, value_name = "FILE", env = "MAINSTAY_CONNECT")]
     pub(crate) connect: Option<PathBuf>,
+    /// Print JSON lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Saves all sessions of a data directory as they are at one moment. The server that serves it does that while it goes on; where none does,
+/// this command opens the store itself. The file is in its place once it is whole, also where there was another one.
+///
+/// What is not saved: the keys in DIR/keys. Keep a copy of them apart: without them, tokens of before are as good as those of a stranger.
+#[derive(Debug, ClapArgs)]
+#[command(after_long_help = "\
+Look at it with `mainstay restore --check FILE`. It does not depend on the version or the engine that wrote it.
+
+Exit codes: 0 saved; 5 saved, but some sessions are damaged and are not in it, or nothing is saved because the store failed; 2 wrong
+arguments; 1 anything else.")]
+pub(crate) struct Backup {
+    /// File to write.
+    pub(crate) file: PathBuf,
+    /// Data directory of the server. [default: the one of `serve`]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
+    /// Print JSON lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Brings sessions back from a backup: each whole or not at all, under its name, if that is free. The server that serves the data directory
+/// does that while it goes on; where none does, this command opens the store itself, and makes one if there is none.
+///
+/// A session that comes back is another life of its name: clients may have seen more of the one before than the backup has. Their cursors,
+/// resume tokens and outboxes are told so, and begin anew.
+#[derive(Debug, ClapArgs)]
+#[command(after_long_help = "\
+The whole file is looked at before anything is taken from it.
+
+Exit codes: 0 done; 3 a session named with --session is not in the backup, or its name is taken; 5 the backup is cut short or damaged, or
+some of its sessions are not whole; 2 wrong arguments; 1 anything else.")]
+pub(crate) struct Restore {
+    /// Backup to read.
+    pub(crate) file: PathBuf,
+    /// Data directory of the server. [default: the one of `serve`]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
+    /// This session alone; may be given several times. [default: all of them]
+    #[arg(long = "session", value_name = "NAME")]
+    pub(crate) sessions: Vec<String>,
+    /// Only look whether the backup is whole.
+    #[arg(long, conflicts_with_all = ["data", "sessions"])]
+    pub(crate) check: bool,
     /// Print JSON lines.
     #[arg(long)]
     pub(crate) json: bool,

@@ -44,9 +44,9 @@ impl Data {
         self.dir.join("tickets")
     }
 
-    /// Where a next server asks for the place of the one that runs.
-    pub(crate) fn takeover(&self) -> PathBuf {
-        self.dir.join("takeover.sock")
+    /// Where other processes of this machine ask the server that runs.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.dir.join("server.sock")
     }
 
     /// The file that clients on this machine read.

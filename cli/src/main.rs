@@ -4,9 +4,11 @@ mod args;
 mod commands;
 mod data;
 mod failure;
+mod local;
 mod output;
 mod rows;
 mod takeover;
+mod transfer;
 
 use std::process::ExitCode;
 
@@ -106,6 +108,8 @@ async fn run(command: Command, output: Output) -> Result<(), Failure> {
         Command::Token(args) => commands::token::run(args, output),
         Command::Verify(args) if args.online => interruptible(commands::online::run(args, output)).await,
         Command::Verify(args) => commands::verify::run(&args, output),
+        Command::Backup(args) => commands::backup::backup(args, output).await,
+        Command::Restore(args) => commands::backup::restore(args, output).await,
         Command::Bench(args) => interruptible(commands::bench::run(args, output)).await,
         Command::Completions(args) => commands::manual::completions(&args),
         Command::Man(args) => commands::manual::man(&args),

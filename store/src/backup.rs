@@ -252,9 +252,9 @@ impl<R: Read> BackupReader<R> {
     /// Begins to read. Errors: `NotABackup`, `Version`, `Io`.
     pub fn new(from: R) -> Result<Self, BackupError> {
         let mut this = Self { from, hash: blake3::Hasher::new(), totals: Totals::default(), place: Place::Between };
-        let head = this.read(HEAD.len()).or_else(|error| match error {
-            BackupError::Cut(_) => Err(BackupError::NotABackup),
-            error => Err(error),
+        let head = this.read(HEAD.len()).map_err(|error| match error {
+            BackupError::Cut(_) => BackupError::NotABackup,
+            error => error,
         })?;
         this.hash.update(&head);
         match head.as_slice() {

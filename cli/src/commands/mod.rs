@@ -1,6 +1,7 @@
 //! One module per command.
 
 pub(crate) mod append;
+pub(crate) mod backup;
 pub(crate) mod bench;
 pub(crate) mod conversation;
 pub(crate) mod demo;

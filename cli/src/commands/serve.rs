@@ -3,7 +3,8 @@
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mainstay_client::ConnectFile;
@@ -18,12 +19,15 @@ use mainstay_transport::quic::{Identity, QuicListener, TicketStore, bind};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
 
 use crate::args;
 use crate::data::{Data, write_secret};
 use crate::failure::Failure;
+use crate::local::{Asked, Local};
 use crate::output::Output;
-use crate::takeover::{self, Place, Successor, Takeover};
+use crate::takeover::{self, Place, Successor};
+use crate::transfer::Transfer;
 
 /// The configuration file.
 #[derive(Debug, Default, Deserialize)]
@@ -117,11 +121,11 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
     let socket = socket(args.takeover, args.listen.or(file.listen), &data).await?;
     let addr = socket.local_addr().map_err(|error| Failure::io("the socket", &error))?;
     let store = store(&data, store_config, args.takeover).await?;
-    let path = data.takeover();
-    let takeover = Takeover::listen(&path, addr)
+    let path = data.socket();
+    let local = Local::listen(&path, addr)
         .inspect_err(|error| {
             let path = path.display();
-            tracing::warn!(%path, %error, "no other process can take the place of this one with --takeover");
+            tracing::warn!(%path, %error, "no other process can ask this one for its place or for a backup");
         })
         .ok();
     let kept = socket.try_clone().map_err(|error| Failure::io("the socket", &error))?;
@@ -153,6 +157,7 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
     let asked = tokio::spawn(tell_memory(output));
     let server = Server::new(store.clone(), Keyring::new(keys), resume_keys, config);
     let (mut failed, mut successor) = (None, None);
+    let transfers = Transfers::new(store.clone());
     let stop = async {
         let stop = tokio::select! {
             () = signalled() => {
@@ -163,7 +168,7 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
                 failed = Some(what);
                 Stop::default()
             }
-            next = asked_for(takeover.as_ref()) => {
+            next = asked_for(local.as_ref(), &transfers) => {
                 tracing::info!("another process takes the place of this one");
                 let stop = Stop::for_successor(next.address);
                 successor = Some(next);
@@ -180,7 +185,8 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
         }
     }
     asked.abort();
-    drop((server, takeover));
+    transfers.end().await;
+    drop((server, local));
     if let Some(successor) = successor {
         hand_over(store, &successor, &kept, output).await?;
         return Ok(());
@@ -193,11 +199,48 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
     Ok(())
 }
 
-/// Waits for a process that wants the place.
-async fn asked_for(takeover: Option<&Takeover>) -> Successor {
-    match takeover {
-        Some(takeover) => takeover.asked().await,
-        None => core::future::pending().await,
+/// Waits for a process that wants the place, and does meanwhile what others ask for.
+async fn asked_for(local: Option<&Local>, transfers: &Transfers) -> Successor {
+    let Some(local) = local else { return core::future::pending().await };
+    loop {
+        match local.asked().await {
+            Asked::Successor(successor) => return successor,
+            Asked::Transfer(transfer) => transfers.begin(transfer),
+        }
+    }
+}
+
+/// Backups and restorations that other processes ask for, one at a time.
+struct Transfers {
+    store: Arc<FjallStore>,
+    is_ending: Arc<AtomicBool>,
+    running: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Transfers {
+    fn new(store: Arc<FjallStore>) -> Self {
+        Self { store, is_ending: Arc::default(), running: Mutex::default() }
+    }
+
+    fn begin(&self, transfer: Transfer) {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        if running.as_ref().is_some_and(|running| !running.is_finished()) {
+            return transfer.refuse();
+        }
+        let (store, is_ending) = (self.store.clone(), self.is_ending.clone());
+        let work = move || transfer.serve(&store, || is_ending.load(Ordering::Relaxed));
+        *running = Some(tokio::task::spawn_blocking(work));
+    }
+
+    /// Ends what is being done, so that the store can be closed.
+    async fn end(self) {
+        self.is_ending.store(true, Ordering::Relaxed);
+        let running = self.running.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Some(running) = running
+            && let Err(error) = running.await
+        {
+            tracing::error!(%error, "a backup or restoration ended by a panic");
+        }
     }
 }
 
@@ -259,7 +302,7 @@ async fn socket(take: bool, listen: Option<SocketAddr>, data: &Data) -> Result<U
     };
     let address = own.as_ref().map(UdpSocket::local_addr).transpose();
     let address = address.map_err(|error| Failure::io("the socket", &error))?;
-    let path = data.takeover();
+    let path = data.socket();
     let asked = tokio::task::spawn_blocking(move || takeover::ask(&path, address, listen)).await;
     let place = asked.map_err(|error| Failure::failed("INTERNAL", error.to_string()))?;
     let place = place.map_err(|error| {

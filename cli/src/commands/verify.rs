@@ -17,9 +17,9 @@ use crate::failure::{Exit, Failure};
 use crate::output::Output;
 use crate::rows;
 
-/// Says from now on whether Ctrl-C or SIGTERM came: verification takes its copy of the store away before it ends. The second
-/// signal ends the process at once.
-fn interruption() -> impl Fn() -> bool {
+/// Says from now on whether Ctrl-C or SIGTERM came: verification takes its copy of the store away before it ends, and a backup its file.
+/// The second signal ends the process at once.
+pub(crate) fn interruption() -> impl Fn() -> bool {
     let told = Arc::new(AtomicBool::new(false));
     let tell = told.clone();
     tokio::spawn(async move {

@@ -1,0 +1,146 @@
+//! `backup` and `restore`, while the server serves or while it does not.
+
+use core::ops::ControlFlow;
+use std::fs::{File, OpenOptions};
+use std::io::{BufReader, IsTerminal, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use mainstay_store::backup::{BackupReader, Totals};
+use mainstay_store_fjall::backup::{TransferError, check};
+use serde_json::{Value, json};
+
+use super::verify::interruption;
+use crate::args;
+use crate::data::{Data, beside};
+use crate::failure::{Exit, Failure};
+use crate::output::Output;
+use crate::transfer::{self, Done, Progress, What};
+
+/// Shows how far it is to whoever looks at a terminal, and says whether to go on.
+fn shown(what: &'static str) -> impl FnMut(Progress) -> bool {
+    let interrupted = interruption();
+    let looks = std::io::stderr().is_terminal();
+    move |progress| {
+        if looks {
+            // Nobody is helped by an error about that.
+            let _ =
+                write!(std::io::stderr(), "\r{what}: {} sessions, {} MiB ", progress.sessions, progress.bytes >> 20);
+        }
+        !interrupted()
+    }
+}
+
+/// Does what blocks on a thread that may.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Failure> + Send + 'static) -> Result<T, Failure> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| Failure::failed("INTERNAL", error.to_string()))?
+}
+
+pub(crate) async fn backup(args: args::Backup, output: Output) -> Result<(), Failure> {
+    let data = Data::new(args.data.as_deref())?;
+    let path = args.file.clone();
+    let go_on = shown("saved");
+    let done = blocking(move || save(&data, &args.file, go_on)).await?;
+    let event = json!({
+        "event": "saved", "file": path.display().to_string(), "sessions": done.sessions, "chunks": done.chunks,
+        "bytes": done.bytes, "left_out": names(&done),
+    });
+    output.event(&event, || format!("{}: {} sessions, {} bytes", path.display(), done.sessions, done.bytes))?;
+    left_out(&done, output)?;
+    match done.left_out.first() {
+        None => Ok(()),
+        Some((session, why)) => Err(Failure::integrity(format!(
+            "the backup is written, without {} damaged sessions: {session}: {why}; `mainstay verify` says more",
+            done.broken
+        ))),
+    }
+}
+
+/// Writes it beside, and puts it in its place once it is whole.
+fn save(data: &Data, path: &Path, mut go_on: impl FnMut(Progress) -> bool) -> Result<Done, Failure> {
+    let failed = |error: std::io::Error| Failure::io(path.display(), &error);
+    let new = beside(path);
+    // Left by a process that was killed.
+    let _ = std::fs::remove_file(&new);
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new).map_err(failed)?;
+    let done = transfer::ask(data, &What::Backup, &file, &mut go_on).and_then(|done| {
+        std::fs::rename(&new, path).map_err(failed)?;
+        let dir = path.parent().filter(|dir| *dir != Path::new("")).unwrap_or(Path::new("."));
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
+        Ok(done)
+    });
+    if done.is_err() {
+        // It is of no use; why it failed is what matters.
+        let _ = std::fs::remove_file(&new);
+    }
+    done
+}
+
+pub(crate) async fn restore(args: args::Restore, output: Output) -> Result<(), Failure> {
+    let path = args.file.clone();
+    let open = move || -> Result<(File, Totals), Failure> {
+        let failed = |error: std::io::Error| Failure::io(args.file.display(), &error);
+        let file = File::open(&args.file).map_err(failed)?;
+        let mut go_on = shown("looked at");
+        let mut tell = |totals: Totals| {
+            let on = go_on(Progress { sessions: totals.sessions, bytes: totals.bytes });
+            if on { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        };
+        let looked = BackupReader::new(BufReader::with_capacity(1 << 20, &file))
+            .map_err(TransferError::from)
+            .and_then(|reader| check(reader, &mut tell));
+        let totals = looked.map_err(|error| {
+            let failure = Failure::from(error);
+            Failure { message: format!("{}: {}", args.file.display(), failure.message), ..failure }
+        })?;
+        // It is read once more from its beginning.
+        std::io::Seek::rewind(&mut &file).map_err(failed)?;
+        Ok((file, totals))
+    };
+    let (file, totals) = blocking(open).await?;
+    if args.check {
+        let event = json!({
+            "event": "checked", "file": path.display().to_string(), "sessions": totals.sessions, "broken": totals.broken,
+            "chunks": totals.chunks, "bytes": totals.bytes,
+        });
+        return output.event(&event, || {
+            let (sessions, bytes) = (totals.sessions, totals.bytes);
+            format!("{}: {sessions} sessions, {bytes} bytes, whole", path.display())
+        });
+    }
+    let data = Data::new(args.data.as_deref())?;
+    let (what, mut go_on) = (What::Restore(args.sessions.clone()), shown("read"));
+    let done = blocking(move || transfer::ask(&data, &what, &file, &mut go_on)).await?;
+    let event = json!({
+        "event": "restored", "file": path.display().to_string(), "sessions": done.sessions, "records": done.records,
+        "taken": done.taken, "left_out": names(&done),
+    });
+    output.event(&event, || format!("{} sessions with {} records are there again", done.sessions, done.records))?;
+    left_out(&done, output)?;
+    if done.broken > 0 {
+        return Err(Failure::integrity(format!("{} sessions of the backup are not whole", done.broken)));
+    }
+    let refused = |code: &str, message: String| {
+        Err(Failure { exit: Exit::Refused, code: code.into(), message, retryable: false })
+    };
+    let wanted = args.sessions.len() as u64;
+    if wanted > 0 && done.taken > 0 {
+        let message = "a session that was named is there; delete it first, if what the backup has is to take its place";
+        return refused("SESSION_EXISTS", message.into());
+    }
+    if done.sessions < wanted {
+        return refused("SESSION_NOT_FOUND", format!("the backup has {} of the {wanted} sessions", done.sessions));
+    }
+    Ok(())
+}
+
+fn names(done: &Done) -> Vec<Value> {
+    done.left_out.iter().map(|(session, why)| json!({"session": session, "why": why})).collect()
+}
+
+/// Tells people which sessions were left out; for scripts the event has them.
+fn left_out(done: &Done, output: Output) -> Result<(), Failure> {
+    let each = done.left_out.iter().map(|(session, why)| format!("left out: {session}: {why}\n"));
+    output.text(&each.collect::<String>())
+}
