@@ -174,8 +174,12 @@ fn greet(mut stream: UnixStream, listening: SocketAddr) -> io::Result<Asked> {
         Request::TakeOver(address) => Asked::Successor(Successor { stream, address }),
         Request::Transfer(what) => {
             let (_, file) = take(&stream, &mut [0])?;
-            let file = file.ok_or_else(|| io::Error::other("a transfer without a file"))?;
-            Asked::Transfer(Transfer { stream, what, file: file.into() })
+            let file = File::from(file.ok_or_else(|| io::Error::other("a transfer without a file"))?);
+            // Anything else may keep whoever reads or writes it waiting for ever.
+            if !file.metadata()?.is_file() {
+                return Err(io::Error::other("a transfer with something that is not a file"));
+            }
+            Asked::Transfer(Transfer { stream, what, file })
         }
     })
 }

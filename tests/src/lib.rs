@@ -8,6 +8,7 @@ pub mod process;
 pub mod proxy;
 pub mod random;
 pub mod recording;
+pub mod tmpfs;
 pub mod watched;
 pub mod world;
 

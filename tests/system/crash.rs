@@ -92,6 +92,16 @@ async fn a_server_that_is_told_to_stop_answers_everything_and_exits_zero() {
     assert_eq!(appending.finish().await.0, 20_000);
 }
 
+/// Found by a test that failed under load: a signal that came right behind `listening` ended the server without a word.
+#[tokio::test]
+async fn a_server_that_is_told_to_stop_as_soon_as_it_listens_exits_zero() {
+    let mut server = Server::start().await;
+    for round in 0..10 {
+        assert_eq!(server.terminate().await, Some(0), "round {round}");
+        server.restart().await;
+    }
+}
+
 #[tokio::test]
 async fn verify_dump_and_tail_agree_record_by_record() {
     let mut server = Server::start().await;

@@ -1,39 +1,13 @@
 //! A full disk: refused by name, reads go on, service resumes by itself. A disk that fails: nothing more is believed.
 
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use mainstay_tests::appending::{AT_ONCE, Appending};
 use mainstay_tests::process::{PATIENCE, Server, events, named, run};
 use mainstay_tests::skipped;
+use mainstay_tests::tmpfs::Tmpfs;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::time::timeout;
-
-/// A small file system in memory, unmounted when dropped.
-struct Tmpfs(tempfile::TempDir);
-
-impl Tmpfs {
-    fn mount(megabytes: u64) -> Option<Self> {
-        let dir = tempfile::tempdir().expect("a directory");
-        let size = format!("size={megabytes}m");
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(dir.path()).output();
-        mounted.is_ok_and(|output| output.status.success()).then_some(Self(dir))
-    }
-
-    /// Takes all space that is left, and returns the file that holds it.
-    fn fill(&self) -> std::path::PathBuf {
-        let filler = self.0.path().join("filler");
-        let block = vec![0u8; 64 << 10];
-        let mut file = std::fs::File::create(&filler).expect("a file");
-        while std::io::Write::write_all(&mut file, &block).is_ok() {}
-        filler
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
-    }
-}
 
 #[tokio::test]
 async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
@@ -41,7 +15,7 @@ async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
         skipped("a full disk", "mounting a tmpfs needs root");
         return;
     };
-    let data = disk.0.path().join("data");
+    let data = disk.path().join("data");
     let mut server = Server::start_in(&data, &[]).await;
     let mut appending = Appending::to(&server);
     for n in 0..100u64 {
@@ -75,9 +49,9 @@ async fn a_write_that_finds_no_space_is_taken_back_and_the_engine_opened_anew() 
         skipped("a write without space", "mounting a tmpfs needs root");
         return;
     };
-    let data = disk.0.path().join("data");
+    let data = disk.path().join("data");
     // Without a reserve nothing is refused before the disk itself refuses.
-    let config = disk.0.path().join("config.toml");
+    let config = disk.path().join("config.toml");
     std::fs::write(&config, "[store]\nreserve_bytes = 0\n").expect("write");
     let config = config.to_str().expect("text").to_owned();
     let mut server = Server::start_in(&data, &["--config", &config]).await;

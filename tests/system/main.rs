@@ -1,6 +1,7 @@
 //! Whole-system tests, in one binary.
 
 mod auth;
+mod backup;
 mod basics;
 mod broken;
 mod cli;

@@ -19,6 +19,7 @@ use mainstay_transport::quic::{Identity, QuicListener, TicketStore, bind};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::args;
@@ -117,6 +118,9 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
         QuicListener::new(socket, identity, &server_keys, None, &config.transport_limits(), ALPN).map_err(internal)?;
         FjallStore::check_version(&data.store())?;
     }
+    // Before anybody is told that it serves: what comes right behind that is no reason to end without a word.
+    let mut signals = count_signals().map_err(|error| Failure::io("signals", &error))?;
+    let mut second = signals.clone();
     // Before the store, which the one that has it closes first.
     let socket = socket(args.takeover, args.listen.or(file.listen), &data).await?;
     let addr = socket.local_addr().map_err(|error| Failure::io("the socket", &error))?;
@@ -160,7 +164,8 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
     let transfers = Transfers::new(store.clone());
     let stop = async {
         let stop = tokio::select! {
-            () = signalled() => {
+            // The sender lives as long as the process.
+            _ = signals.wait_for(|count| *count > 0) => {
                 tracing::info!("stopping; a second signal stops at once");
                 Stop::default()
             }
@@ -180,7 +185,7 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
     };
     tokio::select! {
         () = server.serve(listener, stop) => {}
-        () = async { signalled().await; signalled().await } => {
+        _ = second.wait_for(|count| *count > 1) => {
             return Err(Failure::failed("INTERRUPTED", "stopped at once by a second signal"));
         }
     }
@@ -420,6 +425,22 @@ fn memory() -> Option<(usize, usize)> {
     None
 }
 
+/// Counts Ctrl-C and SIGTERM from now on.
+fn count_signals() -> io::Result<watch::Receiver<u32>> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (count, counted) = watch::channel(0);
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            count.send_modify(|count| *count += 1);
+        }
+    });
+    Ok(counted)
+}
+
 /// Waits for Ctrl-C or SIGTERM.
 pub(crate) async fn signalled() {
     match signal(SignalKind::terminate()) {
@@ -441,5 +462,44 @@ async fn store_failed(store: &FjallStore) -> String {
             return what;
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use serde_json::Value;
+
+    use super::*;
+    use crate::local::hear;
+    use crate::transfer::What;
+
+    #[tokio::test]
+    async fn one_backup_is_made_at_a_time_and_one_that_is_made_is_waited_for() {
+        let temp = tempfile::tempdir().expect("a directory");
+        let store = FjallStore::open(&temp.path().join("store"), StoreConfig::default()).expect("a store");
+        let transfers = Transfers::new(Arc::new(store));
+        let ask = || {
+            let (ours, theirs) = UnixStream::pair().expect("a socket");
+            let file = tempfile::tempfile().expect("a file");
+            transfers.begin(Transfer { stream: theirs, what: What::Backup, file });
+            let answer = move || {
+                let mut ours = ours;
+                hear::<Value>(&mut ours).expect("an answer")
+            };
+            tokio::task::spawn_blocking(answer)
+        };
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let running = tokio::task::spawn_blocking(move || assert!(ended.recv().is_err()));
+        *transfers.running.lock().expect("no panic") = Some(running);
+        assert_eq!(ask().await.expect("heard")["failed"]["code"], "BUSY");
+        drop(end);
+        let is_finished = || transfers.running.lock().expect("no panic").as_ref().is_none_or(JoinHandle::is_finished);
+        while !is_finished() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(ask().await.expect("heard")["done"]["sessions"], 0);
+        transfers.end().await;
     }
 }

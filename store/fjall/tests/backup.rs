@@ -113,7 +113,7 @@ async fn what_is_saved_comes_back_as_other_lives_of_the_same_sessions() {
     assert_eq!((stat.first, stat.tail), (40, 80));
     let state = State::restore(&again.snapshot(stat.session.clone()).await.unwrap().unwrap()).unwrap();
     let mut log = Log::open(&again, stat.session, state).await.unwrap();
-    assert_eq!(log.writer.epoch, 2);
+    assert_eq!((log.id.name.as_str(), log.writer.epoch), ("trimmed", 2));
     assert_eq!(log.append(&again, noise(0, 100)).await, Outcome::Committed);
     drop(again);
     let (was, mut is) = (look(&old), look(&new));
