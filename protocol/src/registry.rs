@@ -13,6 +13,9 @@ pub const COMPACTED_VERSION: u8 = 2;
 /// Version byte of a state snapshot (spec DUR-9).
 pub const SNAPSHOT_VERSION: u8 = 3;
 
+/// The oldest version of a state snapshot that is read (spec DUR-9).
+pub const OLDEST_SNAPSHOT_VERSION: u8 = 1;
+
 /// Version of the fold and of the view encoding (spec FOLD-1).
 pub const FOLD_VERSION: u64 = 5;
 

@@ -202,6 +202,7 @@ fn limits_and_versions_are_those_of_the_registry() {
     assert_eq!(integer("compacted_version"), Some(i64::from(numbers::COMPACTED_VERSION)));
     assert_eq!(integer("fold_version"), Some(numbers::FOLD_VERSION as i64));
     assert_eq!(integer("snapshot_version"), Some(i64::from(numbers::SNAPSHOT_VERSION)));
+    assert_eq!(integer("oldest_snapshot_version"), Some(i64::from(numbers::OLDEST_SNAPSHOT_VERSION)));
     let grease = table(&registry, "grease");
     let (base, step) = (&grease["base"], &grease["step"]);
     assert_eq!(*base, Value::Integer(numbers::grease(0) as i64));

@@ -324,12 +324,20 @@ impl Producers {
         }
     }
 
-    /// Reads what [`Producers::put`] wrote.
-    pub(super) fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
+    /// Reads what [`Producers::put`] wrote, or what older snapshots have, which do not say under which epoch a sequence `begun`.
+    pub(super) fn get(r: &mut Reader<'_>, begun: bool) -> Result<Self, ProtocolError> {
         let mut this = Self { floor: r.varint()?, ..Self::default() };
         for _ in 0..r.count(MAX_PRODUCERS)? {
             let key = ProducerKey { subject: Subject::get(r)?, name: Label::get(r)? };
-            let position = ProducerPosition { epoch: r.varint()?, next: r.varint()?, begun: r.varint()? };
+            let (epoch, next) = (r.varint()?, r.varint()?);
+            let begun = match begun {
+                true => r.varint()?,
+                // Where nobody was ever evicted, under the first one; else at the latest now: then whoever was granted an earlier one
+                // does not know what became of what it sent (spec PROD-4), which is the safe side.
+                false if this.floor == 0 => 1,
+                false => epoch,
+            };
+            let position = ProducerPosition { epoch, next, begun };
             let count = r.count(PRODUCER_WINDOW)?;
             if count as u64 > position.next || !(1..=position.epoch).contains(&position.begun) {
                 return Err(ProtocolError::malformed("producer position is not consistent"));

@@ -13,7 +13,7 @@ use super::resume::Resumptions;
 use super::view::View;
 use super::words::Incarnation;
 use crate::error::ProtocolError;
-use crate::registry::{MAX_STREAMS, SNAPSHOT_VERSION, STREAM_MAIN_NAME};
+use crate::registry::{MAX_STREAMS, OLDEST_SNAPSHOT_VERSION, SNAPSHOT_VERSION, STREAM_MAIN_NAME};
 use crate::wire::{Label, Reader, Writer};
 
 /// Names of a session's streams; the stream id is the position.
@@ -107,6 +107,17 @@ impl core::fmt::Display for Damage {
 }
 
 impl std::error::Error for Damage {}
+
+/// Since when snapshots hold the instances that are bound to keys, and under which epoch a producer's sequence began.
+const RESUMPTIONS_SINCE: u8 = 2;
+const BEGUN_SINCE: u8 = 3;
+
+/// The version of a snapshot. Errors: one that is not known.
+fn version(r: &mut Reader<'_>) -> Result<u8, ProtocolError> {
+    let version = r.u8()?;
+    let known = (OLDEST_SNAPSHOT_VERSION..=SNAPSHOT_VERSION).contains(&version);
+    known.then_some(version).ok_or(ProtocolError::malformed("snapshot is of another version"))
+}
 
 /// Everything that the chunks of a session say.
 #[derive(Debug)]
@@ -340,20 +351,21 @@ impl State {
     /// The number of the next chunk that a snapshot says, without reading more of it. Errors: `FRAME_MALFORMED`.
     pub fn number_of(snapshot: &Bytes) -> Result<u64, ProtocolError> {
         let mut r = Reader::new(snapshot);
-        if r.u8()? != SNAPSHOT_VERSION {
-            return Err(ProtocolError::malformed("snapshot is of another version"));
-        }
+        version(&mut r)?;
         Incarnation::get(&mut r)?;
         r.skip(32)?;
         r.varint()
     }
 
-    /// Reads a snapshot. Errors: `FRAME_MALFORMED`; the chunks must then be read from the first one.
+    /// True if a snapshot is of the version in force: then the same state has the same bytes.
+    pub fn is_current(snapshot: &Bytes) -> bool {
+        snapshot.first() == Some(&SNAPSHOT_VERSION)
+    }
+
+    /// Reads a snapshot, also one of an older version (spec DUR-9). Errors: `FRAME_MALFORMED`; the chunks must then be read from the first one.
     pub fn restore(bytes: &Bytes) -> Result<Self, ProtocolError> {
         let mut r = Reader::new(bytes);
-        if r.u8()? != SNAPSHOT_VERSION {
-            return Err(ProtocolError::malformed("snapshot is of another version"));
-        }
+        let version = version(&mut r)?;
         let incarnation = Incarnation::get(&mut r)?;
         let chain = Chain(r.array()?);
         let (number, first, created) = (r.varint()?, r.varint()?, r.varint()?);
@@ -363,8 +375,8 @@ impl State {
         if names.first().map(Label::as_str) != Some(STREAM_MAIN_NAME) {
             return Err(ProtocolError::malformed("stream main is missing"));
         }
-        let producers = Producers::get(&mut r)?;
-        let resumptions = Resumptions::get(&mut r)?;
+        let producers = Producers::get(&mut r, version >= BEGUN_SINCE)?;
+        let resumptions = if version >= RESUMPTIONS_SINCE { Resumptions::get(&mut r)? } else { Resumptions::default() };
         r.finish()?;
         let streams = Streams(names);
         Ok(Self {

@@ -594,7 +594,33 @@ fn golden_states() -> Vec<Golden> {
             bytes: state.snapshot(),
             value: format!("chain {:?}, view hash {}", state.chain(), state.view().hash()),
         },
+        Golden {
+            name: "older snapshot",
+            note: "the same as version 2 had it",
+            bytes: older_snapshot(&state, 2),
+            value: "the same".into(),
+        },
+        Golden {
+            name: "older snapshot",
+            note: "the same as version 1 had it",
+            bytes: older_snapshot(&state, 1),
+            value: "the same, and nobody is bound to a key".into(),
+        },
     ]
+}
+
+/// A snapshot of the same state as an older version wrote it: without what it did not have.
+fn older_snapshot(state: &State, version: u8) -> Bytes {
+    let newest = state.snapshot();
+    // One instance that is bound stands at the end; before it the one producer, under epoch 1 and begun under epoch 1.
+    assert_eq!(state.resumptions().len(), 1);
+    let (before, bound) = newest.split_at(newest.len() - (1 + 6 + 16 + 32 + 1));
+    let producer = b"\x05alice\x05agent";
+    let at = before.windows(producer.len()).rposition(|bytes| bytes == producer).expect("the producer");
+    let (epoch, begun) = (at + producer.len(), at + producer.len() + 2);
+    assert_eq!((before[epoch], before[begun]), (1, 1));
+    let bound = if version >= 2 { bound } else { &[] };
+    [&[version][..], &before[1..begun], &before[begun + 1..], bound].concat().into()
 }
 
 /// Bodies that are wrong in a way that every frame shares, and some that are wrong in their own.
@@ -986,6 +1012,18 @@ fn golden_chunks_decode_follow_each_other_and_malformed_ones_do_not_decode() {
         let bytes = Bytes::from(bytes);
         match name.as_str() {
             "view" => assert_eq!(View::decode(&bytes).expect("a view").encode(), bytes, "{note}"),
+            "older snapshot" => {
+                let read = State::restore(&bytes).expect("a snapshot");
+                assert_eq!(State::number_of(&bytes), Ok(state.number()));
+                assert!(!State::is_current(&bytes) && State::is_current(&read.snapshot()));
+                let (newest, again) = (state.snapshot(), read.snapshot());
+                match bytes[0] {
+                    // But for the list of those that are bound, which is empty.
+                    1 => assert_eq!(again[..again.len() - 1], newest[..again.len() - 1]),
+                    _ => assert_eq!(again, newest),
+                }
+                assert_eq!(read.resumptions().is_empty(), bytes[0] == 1);
+            }
             _ => {
                 assert_eq!(State::restore(&bytes).expect("a snapshot").snapshot(), bytes, "{note}");
                 assert_eq!(state.snapshot(), bytes, "{note}");

@@ -103,7 +103,7 @@ fn seal(w: Writer) -> Bytes {
 }
 
 /// Checks and removes the checksum of a row.
-fn unseal(row: &Bytes) -> Result<Bytes, ProtocolError> {
+pub(crate) fn unseal(row: &Bytes) -> Result<Bytes, ProtocolError> {
     let mut r = Reader::new(row);
     let checksum = u64::from_be_bytes(r.array()?);
     let body = r.rest_bytes();
@@ -195,12 +195,17 @@ impl SessionRow {
         let (writer_epoch, released) = (r.varint()?, r.varint()?);
         let compaction = Compaction { before: r.varint()?, next: r.varint()?, looked: r.varint()? };
         let base = Base { first: r.varint()?, number: r.varint()?, chain: Chain(r.array()?) };
-        let segments = (0..r.count(MAX_SEGMENTS)?)
-            .map(|_| Ok(Segment { id: r.varint()?, first: r.varint()?, number: r.varint()? }))
-            .collect::<Result<_, ProtocolError>>()?;
+        let segments = segments(&mut r)?;
         r.finish()?;
         Ok(Self { incarnation, created, expire_after, due, wake, writer_epoch, released, compaction, base, segments })
     }
+}
+
+/// Reads the segments of a session's row.
+pub(crate) fn segments(r: &mut Reader<'_>) -> Result<Vec<Segment>, ProtocolError> {
+    (0..r.count(MAX_SEGMENTS)?)
+        .map(|_| Ok(Segment { id: r.varint()?, first: r.varint()?, number: r.varint()? }))
+        .collect()
 }
 
 /// The row of a dead segment: chunks with a number below `before` are to be removed; all of them if the segment is dead as

@@ -14,6 +14,8 @@
 //! snapshot of a session; `meta` the witness row, dead segments and quarantined sessions. Segments belong to one session,
 //! have ascending ids and are never reused, so that writes cluster and whole segments die together.
 //!
+//! A store of an older layout is brought to this one when it is opened: one commit, whose number the format file says first (`upgrade`).
+//!
 //! # One thread writes
 //!
 //! fjall has no group commit. Every change goes through one committer thread, which takes what all sessions have ready, at
@@ -39,6 +41,7 @@ mod reader;
 mod reclaim;
 mod store;
 mod tickets;
+mod upgrade;
 pub mod verify;
 mod witness;
 

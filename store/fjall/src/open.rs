@@ -13,6 +13,7 @@ use rand::RngCore;
 
 use crate::check;
 use crate::keys::{KEYSPACES, WITNESS};
+use crate::upgrade;
 use crate::witness::{StoreId, Witness, WitnessFile};
 use mainstay_protocol::planted::{Bug, planted};
 
@@ -76,12 +77,12 @@ impl fmt::Display for OpenError {
 
 impl std::error::Error for OpenError {}
 
-fn io_at(path: &Path) -> impl Fn(io::Error) -> OpenError {
+pub(crate) fn io_at(path: &Path) -> impl Fn(io::Error) -> OpenError {
     let path = path.to_owned();
     move |error| OpenError::Io(path.clone(), error)
 }
 
-fn engine(error: fjall::Error) -> OpenError {
+pub(crate) fn engine(error: fjall::Error) -> OpenError {
     OpenError::Engine(error.to_string())
 }
 
@@ -152,18 +153,26 @@ pub(crate) fn lock(layout: &Layout, create: bool) -> Result<File, OpenError> {
 /// What the format file says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Format {
+    /// The version of the directory: what it has, or is being brought to.
+    pub(crate) version: u32,
     pub(crate) id: StoreId,
     /// fjall's numbers of the keyspaces, in the order of [`KEYSPACES`].
     pub(crate) keyspaces: [u64; KEYSPACES.len()],
+    /// A step from an older version that may not have been taken yet: that version, and the commit that it follows.
+    pub(crate) step: Option<(u32, u64)>,
 }
 
-const FORMAT: &str = "mainstay store 3";
+/// The version in force, and the oldest that can be brought to it.
+pub(crate) const FORMAT: u32 = 3;
+const OLDEST: u32 = 2;
+const FORMAT_NAME: &str = "mainstay store ";
 
 impl Format {
     fn encode(&self) -> String {
         let id: String = self.id.iter().map(|byte| format!("{byte:02x}")).collect();
         let keyspaces: Vec<String> = self.keyspaces.iter().map(u64::to_string).collect();
-        let body = format!("{FORMAT}\nid {id}\nkeyspaces {}\n", keyspaces.join(" "));
+        let step = self.step.map_or_else(String::new, |(from, commit)| format!("from {from} behind {commit}\n"));
+        let body = format!("{FORMAT_NAME}{}\nid {id}\nkeyspaces {}\n{step}", self.version, keyspaces.join(" "));
         let checksum = xxhash_rust::xxh3::xxh3_64(body.as_bytes());
         format!("{body}checksum {checksum:016x}\n")
     }
@@ -175,23 +184,37 @@ impl Format {
         let damaged = || OpenError::Damaged(format!("{} is not what was written to it", path.display()));
         let text = String::from_utf8(text).map_err(|_| damaged())?;
         let mut lines = text.lines();
-        match lines.next() {
-            Some(FORMAT) => {}
-            Some(first) if first.starts_with("mainstay store ") && first.len() < 40 => {
-                return Err(OpenError::Version(format!(
-                    "{} says {first:?}, this engine knows {FORMAT:?}",
-                    path.display()
-                )));
-            }
-            _ => return Err(damaged()),
-        }
+        let first = lines.next().filter(|first| first.len() < 40).ok_or_else(damaged)?;
+        let version = first.strip_prefix(FORMAT_NAME).ok_or_else(damaged)?;
+        let known = version.parse().ok().filter(|version| (OLDEST..=FORMAT).contains(version));
+        let version = known.ok_or_else(|| {
+            let known = format!("{FORMAT_NAME}{OLDEST} to {FORMAT}");
+            OpenError::Version(format!("{} says {first:?}, this engine knows {known}", path.display()))
+        })?;
         let id = lines.next().and_then(|line| line.strip_prefix("id ")).ok_or_else(damaged)?;
         let id: mainstay_protocol::session::Incarnation = id.parse().map_err(|_| damaged())?;
         let numbers = lines.next().and_then(|line| line.strip_prefix("keyspaces ")).ok_or_else(damaged)?;
         let numbers: Result<Vec<u64>, _> = numbers.split(' ').map(str::parse).collect();
         let keyspaces = numbers.ok().and_then(|numbers| numbers.try_into().ok()).ok_or_else(damaged)?;
-        let format = Self { id: id.0, keyspaces };
+        let step = lines.next().and_then(|line| {
+            let (from, commit) = line.strip_prefix("from ")?.split_once(" behind ")?;
+            Some((from.parse().ok()?, commit.parse().ok()?))
+        });
+        let format = Self { version, id: id.0, keyspaces, step };
         if format.encode() == text { Ok(format) } else { Err(damaged()) }
+    }
+
+    /// Puts the file in its place, durably.
+    pub(crate) fn write(&self, layout: &Layout) -> Result<(), OpenError> {
+        let (path, new) = (layout.format(), layout.format().with_extension("new"));
+        let write = || -> io::Result<()> {
+            let mut file = File::create(&new)?;
+            file.write_all(self.encode().as_bytes())?;
+            file.sync_all()
+        };
+        write().map_err(io_at(&new))?;
+        fs::rename(&new, &path).map_err(io_at(&path))?;
+        sync_dir(&layout.dir)
     }
 }
 
@@ -206,7 +229,8 @@ pub(crate) fn open(layout: &Layout, config: &Config) -> Result<(Engine, WitnessF
         _ => OpenError::Io(layout.witness(), error),
     })?;
     let seen = seen.ok_or_else(|| OpenError::Damaged("no slot of the witness file is valid".into()))?;
-    let engine = open_checked(layout, config, &format, seen)?;
+    let mut engine = open_checked(layout, config, &format, seen)?;
+    upgrade::in_place(layout, &format, &mut engine, &file)?;
     Ok((engine, file))
 }
 
@@ -365,7 +389,7 @@ fn create(layout: &Layout, config: &Config) -> Result<(), OpenError> {
     WitnessFile::create(&layout.witness(), id).map_err(io_at(&layout.witness()))?;
     let write = || -> io::Result<()> {
         let mut file = File::create(&new)?;
-        file.write_all(Format { id, keyspaces: numbers }.encode().as_bytes())?;
+        file.write_all(Format { version: FORMAT, id, keyspaces: numbers, step: None }.encode().as_bytes())?;
         file.sync_all()
     };
     write().map_err(io_at(&new))?;

@@ -18,6 +18,7 @@ use crate::check::{self, CheckError, Hole};
 use crate::keys::{self, KEYSPACES, SessionRow};
 use crate::open::{self, Config, Engine, Format, Layout, OpenError};
 use crate::reader;
+use crate::upgrade;
 use crate::witness::WitnessFile;
 
 /// Damage that was found.
@@ -131,7 +132,8 @@ fn name_what_is_gone(layout: &Layout, hole: &Hole, report: &mut Report) {
         let at = |error: CheckError| error.at(&layout.log());
         behind::cut(&copy.layout.log(), hole).map_err(at)?;
         open::check_keyspaces(&copy.layout.log(), &format)?;
-        let before = open::open_database(&copy.layout.log(), &Config::default(), format.id)?;
+        let mut before = open::open_database(&copy.layout.log(), &Config::default(), format.id)?;
+        upgrade::rows(&format, &mut before)?;
         behind::lost(&layout.log(), hole, format.keyspaces[0], &before).map_err(at)
     };
     match lost() {
@@ -170,8 +172,9 @@ fn check_and_open(layout: &Layout, report: &mut Report, hole: &mut Option<Hole>)
     let copy = Copy::of(layout)?;
     // The copy is readable and nobody else has it: what keeps it from opening is damage.
     let damaged = |error: OpenError| OpenError::Damaged(error.to_string());
-    let engine = open::open_checked(&copy.layout, &Config::default(), &format, seen).map_err(damaged)?;
+    let mut engine = open::open_checked(&copy.layout, &Config::default(), &format, seen).map_err(damaged)?;
     report.commits = engine.witness.commits;
+    upgrade::rows(&format, &mut engine).map_err(damaged)?;
     Ok((copy, engine))
 }
 
@@ -416,7 +419,10 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
                 report.interrupted = true;
                 return;
             }
-            let compares = snapshot.as_ref().filter(|(_, saved)| fold_from == 0 && saved.number() == state.number());
+            // What an older version did not have it does not say.
+            let compares = snapshot.as_ref().filter(|(bytes, saved)| {
+                fold_from == 0 && saved.number() == state.number() && State::is_current(bytes)
+            });
             if compares.is_some_and(|(bytes, _)| *bytes != state.snapshot()) {
                 return report.problem(Some(name), Some(next.0), "the snapshot is not what the records fold to");
             }

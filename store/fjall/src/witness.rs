@@ -45,7 +45,7 @@ impl Witness {
         w.freeze()
     }
 
-    /// Reads a witness row of the store `id`.
+    /// Reads a witness row of the store `id`. One of format 2 does not say how many bytes all chunks have.
     pub(crate) fn decode(id: &StoreId, row: &Bytes) -> Option<Self> {
         let body = row.get(..row.len().checked_sub(8)?)?;
         let mut r = Reader::new(row);
@@ -53,7 +53,7 @@ impl Witness {
         let commits = u64::from_be_bytes(r.array().ok()?);
         let rows = u64::from_be_bytes(r.array().ok()?);
         let sum = u128::from_be_bytes(r.array().ok()?);
-        let log = u64::from_be_bytes(r.array().ok()?);
+        let log = if r.remaining() > 8 { u64::from_be_bytes(r.array().ok()?) } else { 0 };
         let checksum = u64::from_be_bytes(r.array().ok()?);
         (r.is_empty() && store == *id && checksum == xxh3_64(body)).then_some(Self { commits, rows, sum, log })
     }

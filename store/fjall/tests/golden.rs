@@ -2,7 +2,7 @@
 //!
 //! A directory of `golden` is called as the format is (`mainstay store 3`), and was written by the version that wrote that format, with
 //! plain records, streams, messages, state, a trim, a closed session and a deleted one. A new format brings a directory of its own and the
-//! step from the one before; none is ever changed.
+//! step from the one before; none is ever changed. Format 1 was in force for a day of development, and is not read.
 
 use std::fs;
 use std::ops::ControlFlow;
@@ -11,17 +11,35 @@ use std::path::{Path, PathBuf};
 use mainstay_protocol::registry::FOLD_VERSION;
 use mainstay_protocol::session::SessionName;
 use mainstay_store::{ReadFrom, Store};
-use mainstay_store_fjall::verify::{Found, verify};
+use mainstay_store_fjall::verify::{Found, Problem, verify};
 use mainstay_store_fjall::{Config, FjallStore, OpenError};
 
 /// Name, first seq, tail and view hash, under fold version 5.
-const SESSIONS: &[(&str, u64, u64, &str)] = &[
+type Sessions = &'static [(&'static str, u64, u64, &'static str)];
+
+const OF_2: Sessions = &[
+    ("chat", 0, 7, "a723fa92e95fa72fc95402596bde74266e089a687d9e4db134baab57cae1135a"),
+    ("closed", 0, 3, "178a00ba0d8114fe3cc43d5ee0398de8aa9988194bba2527297853cd1d4391c6"),
+    ("plain", 0, 202, "97430bab1185d5630c38c670534efaf3297deb28d626caa23209cca477d624dc"),
+    ("shared", 0, 3, "8b33dbddd1761eb041cfb908f7ce2f6efa116a3347aa13d337cc4eb7f6c138cf"),
+    ("trimmed", 20, 50, "850d5b9831f0af46d2b0b338b9f64cfd8e750390c04b40774590502ee83ed583"),
+];
+const OF_3: Sessions = &[
     ("chat", 0, 6, "7a3fcb9a3cfd9d31fd95509c14aa1b53b8a94dfb6449a90053f82898ae500eb4"),
     ("closed", 0, 2, "4af03221c6280e3235e5f73d90cb983d9627a911b4e0123f67af371d5b1b330b"),
     ("plain", 0, 202, "92de66e609a2e6c0d378f79211dc8f6315894809f3e3b05a6dcbd657929370ee"),
     ("shared", 0, 3, "bcca35ed83c81c88d85baebe0c45e7e9bc8a6140675cba68cb7e2c1f4fd96492"),
     ("trimmed", 20, 50, "29faefa3a1d843cc56a0379a9715082ba85ad1f409e79328b9f3f6e5254c1b5c"),
 ];
+
+/// What the store of a format holds, as the version that wrote it said.
+fn sessions(format: &str) -> Sessions {
+    match format {
+        "2" => OF_2,
+        "3" => OF_3,
+        other => panic!("it is not known what the store of format {other} holds"),
+    }
+}
 
 fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).expect("a directory");
@@ -65,7 +83,7 @@ async fn stores_of_every_format_are_whole_and_open() {
         let report = report.unwrap_or_else(|error| panic!("format {format}: {error}"));
         assert_eq!(report.problems, [], "format {format}");
         seen.sort();
-        let expected: Vec<_> = SESSIONS
+        let expected: Vec<_> = sessions(&format)
             .iter()
             .map(|(name, first, tail, hash)| ((*name).to_owned(), *first, *tail, (*hash).to_owned()))
             .collect();
@@ -78,7 +96,7 @@ async fn stores_of_every_format_are_whole_and_open() {
 
         let store =
             FjallStore::open(&dir, Config::default()).unwrap_or_else(|error| panic!("format {format}: {error}"));
-        for (name, first, tail, _) in SESSIONS {
+        for (name, first, tail, _) in sessions(&format) {
             let stat = store.stat(SessionName::new(name).expect("a name")).await.expect("stat").expect("the session");
             assert_eq!((stat.first, stat.tail), (*first, *tail), "format {format}, {name}");
             let (mut next, mut records) = (*first, 0);
@@ -92,6 +110,43 @@ async fn stores_of_every_format_are_whole_and_open() {
         }
         let deleted = store.stat(SessionName::new("deleted").expect("a name")).await.expect("stat");
         assert_eq!(deleted, None, "format {format}");
+        drop(store);
+        let text = fs::read_to_string(dir.join("format")).expect("the format file");
+        assert_eq!(text.lines().next(), Some("mainstay store 3"), "format {format}");
+        assert_eq!(problems(&dir), [], "format {format}");
+    }
+}
+
+fn problems(dir: &Path) -> Vec<Problem> {
+    verify(dir, &mut |_, _| ControlFlow::Continue(())).expect("a report").problems
+}
+
+/// A crash before or behind the step leaves what the next start goes on from.
+#[test]
+fn a_step_that_a_crash_cut_short_is_taken_once() {
+    let (_, _temp, old) = golden().into_iter().find(|(format, ..)| format == "2").expect("the fixture");
+    let commits = verify(&old, &mut |_, _| ControlFlow::Continue(())).expect("a report").commits;
+    let begun = {
+        let text = fs::read_to_string(old.join("format")).expect("the format file");
+        let lines: Vec<&str> = text.lines().collect();
+        let body = format!("mainstay store 3\n{}\n{}\nfrom 2 behind {commits}\n", lines[1], lines[2]);
+        format!("{body}checksum {:016x}\n", xxhash_rust::xxh3::xxh3_64(body.as_bytes()))
+    };
+    let temp = tempfile::tempdir().expect("a directory");
+    // It was said that it is taken, and it was not; it was taken, and not said.
+    let (before, behind) = (temp.path().join("before"), temp.path().join("behind"));
+    copy(&old, &before);
+    drop(FjallStore::open(&old, Config::default()).expect("it opens"));
+    copy(&old, &behind);
+    for dir in [&before, &behind] {
+        fs::write(dir.join("format"), &begun).expect("write");
+        assert_eq!(problems(dir), []);
+        drop(FjallStore::open(dir, Config::default()).expect("it opens"));
+        assert_eq!(problems(dir), []);
+        let text = fs::read_to_string(dir.join("format")).expect("the format file");
+        assert!(text.starts_with("mainstay store 3\n") && !text.contains("from 2"), "{text}");
+        let report = verify(dir, &mut |_, _| ControlFlow::Continue(())).expect("a report");
+        assert_eq!((report.commits, report.sessions, report.records), (commits + 1, 5, 245));
     }
 }
 
