@@ -2,7 +2,7 @@
 
 use core::convert::Infallible;
 use core::future::Future;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
@@ -58,7 +58,7 @@ struct Opened {
     awaited: HashMap<u64, oneshot::Sender<Arc<ProducerLink>>>,
     subscriptions: HashMap<u64, Arc<SubscriptionCredit>>,
     /// Sessions with runs that are held over this connection.
-    runs: HashMap<Incarnation, Weak<Session>>,
+    runs: BTreeMap<Incarnation, Weak<Session>>,
 }
 
 type Task = core::pin::Pin<Box<dyn Future<Output = ()> + Send>>;

@@ -1,7 +1,7 @@
 //! The sessions that are in memory: found by name, loaded on demand, let go when idle.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -107,7 +107,9 @@ pub(crate) fn refusal(error: &StoreError) -> Refusal {
         StoreError::Failed { .. } => (Code::UNAVAILABLE, "the server's store failed"),
         _ => (Code::INTERNAL, "the server's store refused"),
     };
-    Refusal::new(code, detail)
+    // From where on nothing can be trusted (spec DUR-7).
+    let value = if let StoreError::Damaged { seq, .. } = error { *seq } else { 0 };
+    Refusal { value, ..Refusal::new(code, detail) }
 }
 
 /// Sessions that expire, or are woken, in one step.
@@ -128,7 +130,8 @@ pub(crate) struct Sessions {
     pub(crate) resume_keys: ResumeKeys,
     pub(crate) clock: fn() -> u64,
     ring_total: Arc<AtomicUsize>,
-    hot: Mutex<HashMap<SessionName, Cell>>,
+    /// By name, so that whatever is done to all of them comes in one order.
+    hot: Mutex<BTreeMap<SessionName, Cell>>,
     /// The tasks of owners, also of those that have let their session go and still write a snapshot.
     owners: Mutex<JoinSet<()>>,
     /// Nothing is loaded any more. Set under the lock of `hot`.
@@ -163,7 +166,7 @@ impl Sessions {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<SessionName, Cell>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<SessionName, Cell>> {
         self.hot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -315,7 +318,7 @@ impl Sessions {
         self.remove(&mut self.lock(), session);
     }
 
-    fn remove(&self, hot: &mut HashMap<SessionName, Cell>, session: &Arc<Session>) {
+    fn remove(&self, hot: &mut BTreeMap<SessionName, Cell>, session: &Arc<Session>) {
         let name = &session.id.name;
         if hot.get(name).and_then(|cell| cell.get()).is_some_and(|current| Arc::ptr_eq(current, session)) {
             hot.remove(name);

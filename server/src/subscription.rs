@@ -235,7 +235,8 @@ async fn deliver<S: SendStream>(
                 })?;
                 if page.chunks.is_empty() && page.first <= feed.next() {
                     let detail = "records below the tail are missing";
-                    return Err(End::Refused(Refusal::new(Code::SESSION_DAMAGED, detail)));
+                    let refusal = Refusal::new(Code::SESSION_DAMAGED, detail);
+                    return Err(End::Refused(Refusal { value: feed.next(), ..refusal }));
                 }
                 chunks = page.chunks;
                 // The store may be ahead of what was shown to anyone.

@@ -144,6 +144,7 @@ async fn round(
         agents: 1,
         renewers: 1,
         trimmers: 1,
+        askers: 1,
         looks: 0.01,
         pause: Duration::from_millis(3),
         rest: Duration::from_millis(1500),

@@ -11,17 +11,18 @@ use std::thread;
 
 use mainstay_checker::history::Entry;
 use mainstay_checker::verdict::{Class, Verdict};
-use mainstay_client::{Client, Config as ClientConfig};
+use mainstay_client::{Client, ClientError, Code, Config as ClientConfig, Event, Start};
 use mainstay_protocol::session::{Grant, Grants, Operation};
 use mainstay_protocol::wire::Subject;
 use mainstay_server::auth::{Claims, Keyring, SigningKey};
-use mainstay_server::{Config, ResumeKeys, Server};
+use mainstay_server::{Config, ResumeKeys, Server, Stop};
 use mainstay_store::testing::{SimulatedDisk, Wear};
 use mainstay_store::{Health, Store};
 use mainstay_transport::entropy;
 use mainstay_transport::memory::{MemoryListener, MemoryNetwork, Weather};
 use mainstay_transport::sim::Random;
 use tokio::runtime::Builder;
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -147,6 +148,9 @@ pub(crate) fn said(panic: &(dyn Any + Send)) -> String {
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it panicked").to_owned()
 }
 
+/// A server that stops in good order waits for its last answers no longer than this.
+const GOODBYE: Duration = Duration::from_secs(60);
+
 /// A world: the machine of the server, and the network before it.
 struct World {
     disk: SimulatedDisk,
@@ -154,6 +158,8 @@ struct World {
     key: Arc<SigningKey>,
     resume: ResumeKeys,
     server: JoinHandle<()>,
+    /// Tells the server to stop in good order.
+    stop: Option<oneshot::Sender<Stop>>,
     random: Random,
     recorder: Recorder,
 }
@@ -177,6 +183,7 @@ impl World {
             key: Arc::new(SigningKey::generate().expect("a key")),
             resume: ResumeKeys::generate().expect("a key"),
             server: tokio::spawn(async {}),
+            stop: None,
             random: random.fork(),
             recorder: recorder.clone(),
         };
@@ -188,7 +195,28 @@ impl World {
         let keyring = Keyring::new([self.key.verifying_key()]);
         let store = Arc::new(self.disk.clone());
         let server = Server::with_clock(store, keyring, self.resume.clone(), Config::default(), clock);
-        self.server = tokio::spawn(async move { server.serve(listener, std::future::pending()).await });
+        let (stop, stopped) = oneshot::channel();
+        self.stop = Some(stop);
+        let stopped = async move {
+            match stopped.await {
+                Ok(stop) => stop,
+                // It dies without a word.
+                Err(_) => std::future::pending().await,
+            }
+        };
+        self.server = tokio::spawn(async move { server.serve(listener, stopped).await });
+    }
+
+    /// The server stops in good order, for another one that takes its place.
+    async fn deploy(&mut self) {
+        self.recorder.provoked("deploy");
+        let stop = if self.random.chance(0.5) { Stop::for_successor(None) } else { Stop::default() };
+        let told = self.stop.take().is_some_and(|tell| tell.send(stop).is_ok());
+        assert!(told && timeout(GOODBYE, &mut self.server).await.is_ok(), "the server does not stop");
+        // What it acknowledged is durable, and nothing is on its way.
+        self.disk = self.disk.crash();
+        let listener = self.network.listen();
+        self.serve(listener);
     }
 
     /// The server dies without a word, at whatever it is doing, and another process takes its place.
@@ -223,8 +251,9 @@ impl World {
     async fn trouble(&mut self, weather: Weather) {
         let pause = Duration::from_millis(self.random.below(1500));
         sleep(pause).await;
-        match self.random.below(10) {
+        match self.random.below(11) {
             0 | 1 => self.crash(),
+            10 => self.deploy().await,
             2 => {
                 // And once more, while the one before looks at what it found.
                 self.crash();
@@ -292,6 +321,7 @@ async fn live(seed: u64, recorder: &Recorder) {
         agents: random.below(3),
         renewers: random.below(2),
         trimmers: random.below(2),
+        askers: random.below(2),
         looks: 0.5,
         pause: Duration::from_millis(5 + random.below(200)),
         rest: Duration::from_secs(30),
@@ -310,9 +340,72 @@ async fn live(seed: u64, recorder: &Recorder) {
     // Everything is repaired.
     world.network.set_weather(Weather { down: false, ..weather });
     world.disk.set_wear(Wear::default());
-    if matches!(world.disk.health(), Health::Failed { .. }) {
+    // A disk that failed, and a server that nobody waited for until it had stopped.
+    if matches!(world.disk.health(), Health::Failed { .. }) || world.stop.is_none() {
         world.crash();
     }
     work.settle(&observer).await;
+    if random.chance(0.3) {
+        world.rot(&observer, &mut random).await;
+    }
     world.server.abort();
+}
+
+impl World {
+    /// A chunk of the session does not read any more: whoever reads from the beginning gets what is before it as it was, and is told then;
+    /// the sessions beside it are as they were.
+    async fn rot(&mut self, observer: &Client, random: &mut Random) {
+        let read = async |client: &Client, name: &str| -> (Vec<(u64, String)>, Result<u64, ClientError>) {
+            let mut seen = Vec::new();
+            let session = match client.session(name).expect("a name").attach().await {
+                Ok(session) => session,
+                Err(error) => return (seen, Err(error)),
+            };
+            let mut subscription = match session.subscribe(Start::Earliest).open().await {
+                Ok(subscription) => subscription,
+                Err(error) => return (seen, Err(error)),
+            };
+            loop {
+                match timeout(Duration::from_secs(300), subscription.next()).await.expect("in time") {
+                    Some(Ok(Event::Records(batch))) => {
+                        let texts = batch.iter().map(|read| {
+                            let read = read.expect("a record");
+                            (read.seq, String::from_utf8_lossy(&read.record.payload).into_owned())
+                        });
+                        seen.extend(texts);
+                    }
+                    Some(Ok(Event::CaughtUp { tail })) => return (seen, Ok(tail)),
+                    Some(Ok(_)) => {}
+                    Some(Err(error)) => return (seen, Err(error)),
+                    None => return (seen, Err(ClientError::Closed)),
+                }
+            }
+        };
+        let (whole, tail) = read(observer, "s").await;
+        tail.expect("it is whole");
+        let session = observer.session("s").expect("a name").attach().await.expect("attach");
+        let stat = self.disk.stat(session.info().name.clone()).await.expect("a stat").expect("the session");
+        // The newest chunks may be in memory; after a crash nothing is.
+        let number = random.below(stat.chunks);
+        self.recorder.provoked("rot");
+        self.disk.rot(stat.session.incarnation, number);
+        drop(session);
+        self.crash();
+        let client = self.client("");
+        let (part, ended) = read(&client, "s").await;
+        assert!(whole.starts_with(&part), "what is read of a rotten session is not what it was");
+        match ended {
+            Err(ClientError::Refused { code: Code::SESSION_DAMAGED, value, .. }) => {
+                // 0 says that it is not known where it begins.
+                let beyond = part.iter().any(|(seq, _)| value > 0 && *seq >= value);
+                assert!(!beyond, "records beyond the damage at {value}");
+            }
+            // The chunk was trimmed, or put together with others.
+            Ok(_) => assert_eq!(part, whole, "a hole is passed over"),
+            Err(error) => panic!("a rotten session is not told as such: {error}"),
+        }
+        let beside = client.session("beside").expect("a name").create().attach().await.expect("others go on");
+        let producer = beside.producer("p").await.expect("others go on");
+        producer.append(beside.main(), "x").await.expect("append").wait().await.expect("others go on");
+    }
 }

@@ -11,6 +11,9 @@ use mainstay_client::{
     AppendError, Change, Client, ClientError, Cursor, Doing, Event as Seen, Expected, Key, Kind, LiveView,
     MessageWriter, Producer, Run, RunId, Session, Start, StateChange, Status, StreamId, Ticket, Update,
 };
+use mainstay_protocol::session::{Intent, RequestId, RequestOpened, RequestOutcome};
+use mainstay_protocol::wire::Label;
+use mainstay_transport::entropy;
 use mainstay_transport::sim::Random;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -41,6 +44,8 @@ pub struct Size {
     pub renewers: u64,
     /// Those that give up what is old, in a session beside, and as many guests who must not read there.
     pub trimmers: u64,
+    /// Those that ask people for something, which is answered or expires.
+    pub askers: u64,
     /// The chance that a view that has caught up is written down.
     pub looks: f64,
     /// Longest pause between two things that somebody does.
@@ -64,6 +69,7 @@ impl Default for Size {
             agents: 2,
             renewers: 1,
             trimmers: 1,
+            askers: 1,
             looks: 0.5,
             pause: Duration::from_millis(40),
             rest: Duration::ZERO,
@@ -149,6 +155,10 @@ impl Workload {
         for n in 0..size.renewers {
             let actor = this.actor("renewer", n, client(""), random);
             this.working.spawn(actor.renew(format!("{session}-renewed-{n}")));
+        }
+        for n in 0..size.askers {
+            let actor = this.actor("asker", n, client(""), random);
+            this.working.spawn(actor.ask(format!("asker-{n}")));
         }
         for n in 0..size.trimmers {
             let actor = this.actor("trimmer", n, client(""), random);
@@ -416,7 +426,9 @@ impl Actor {
             return (Call::Delete { session, key: key_name, expected }, change);
         }
         let value = format!("{}/{number}", self.name);
-        let put = Change::Put { value: value.clone().into(), lasts: 0 };
+        // Some values are gone soon.
+        let lasts = if self.random.chance(0.2) { 1 + self.random.below(2000) } else { 0 };
+        let put = Change::Put { value: value.clone().into(), lasts };
         (Call::Put { session, key: key_name, value, expected }, StateChange { key, expected: condition, change: put })
     }
 
@@ -468,6 +480,57 @@ impl Actor {
             let op = self.recorder.invoke(&self.name, leave);
             let left = member.leave().await.map(|()| 0);
             self.recorder.answered(&self.name, op, &left);
+        }
+    }
+
+    /// Asks people for something, is answered now and then, twice at once as well, and sees that each request comes to one end.
+    async fn ask(mut self, name: String) {
+        let session = self.attach().await;
+        let mut producer = self.open(&session, &name).await;
+        let mut live = self.live(&session).await;
+        for _ in 0..self.size.turns {
+            let (request, lasts) = (RequestId(entropy::random()), 200 + self.random.below(4000));
+            let needs = Label::new("approval").expect("a label");
+            let opened = RequestOpened { request, needs, lasts, body: "?".into() };
+            let stored = match producer.append_record(session.main().record(&opened)).await {
+                Ok(ticket) => ticket.wait().await,
+                Err(error) => Err(error),
+            };
+            if stored.is_err() {
+                // Whether it is there or not, it asks for something else.
+                producer = self.open(&session, &name).await;
+                continue;
+            }
+            self.recorder.provoked("request");
+            self.pause().await;
+            let answer = |intent| session.signal(intent).request(request).send();
+            let answered = match self.random.below(4) {
+                0 => vec![],
+                1 => vec![answer(Intent::Deny).await],
+                _ => {
+                    let (one, other) = tokio::join!(answer(Intent::Approve), answer(Intent::Deny));
+                    vec![one, other]
+                }
+            };
+            let taken: Vec<u64> = answered.iter().filter_map(|result| result.as_ref().ok()).copied().collect();
+            assert!(taken.len() <= 1, "{}: {request} is answered twice: {taken:?}", self.name);
+            let resolved = loop {
+                if let Some(resolved) = live.view().signals().answer(request) {
+                    break resolved.clone();
+                }
+                // It expires, whatever happens, once everything works again.
+                let update = timeout(self.size.patience, live.next()).await.expect("it comes to an end");
+                update.expect("it goes on").expect("an update");
+            };
+            let expired = resolved.outcome == RequestOutcome::Expired;
+            self.recorder.provoked(if expired { "request-expired" } else { "request-answered" });
+            match taken.first() {
+                Some(seq) => assert!(!expired && resolved.by == *seq, "{}: {resolved:?}, and not by {seq}", self.name),
+                None => assert!(expired, "{}: {resolved:?}, and nobody was told so", self.name),
+            }
+            if self.is_over() {
+                break;
+            }
         }
     }
 
