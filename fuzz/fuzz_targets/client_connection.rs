@@ -59,7 +59,8 @@ async fn server(listener: MemoryListener, data: Vec<u8>) {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().expect("a runtime");
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().expect("a runtime");
     runtime.block_on(async {
         let mut config = Config::default();
         config.give_up_after = Some(Duration::from_secs(1));
@@ -75,11 +76,13 @@ fuzz_target!(|data: &[u8]| {
                 let producer = session.producer("p").await.ok()?;
                 producer.append(session.main(), "x").await.ok()?.await.ok()
             };
-            let reading = async { while let Some(Ok(event)) = subscription.next().await {
-                if let mainstay_client::Event::Records(batch) = event {
-                    batch.iter().for_each(drop);
+            let reading = async {
+                while let Some(Ok(event)) = subscription.next().await {
+                    if let mainstay_client::Event::Records(batch) = event {
+                        batch.iter().for_each(drop);
+                    }
                 }
-            } };
+            };
             tokio::join!(producing, reading);
             Some(())
         };

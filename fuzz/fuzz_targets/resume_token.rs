@@ -12,8 +12,7 @@ fuzz_target!(|data: &[u8]| {
     let (keys, sealed) = SEALED.get_or_init(|| {
         let keys = ResumeKeys::generate().expect("a key");
         let author = Author { subject: Subject::new("somebody").expect("a subject"), instance: Instance([1; 16]) };
-        let token =
-            ResumeToken { incarnation: Incarnation([2; 16]), author, key: ClientKey([3; 32]), generation: 4 };
+        let token = ResumeToken { incarnation: Incarnation([2; 16]), author, key: ClientKey([3; 32]), generation: 4 };
         let sealed = keys.seal(&token).expect("sealed").into_bytes();
         (keys, sealed)
     });

@@ -32,7 +32,8 @@ fn key() -> &'static (SigningKey, String) {
 
 fn attach(name: &str) -> Bytes {
     let session = name.parse().expect("a valid name");
-    Frame::from(Attach { mode: AttachMode::Create, session, incarnation: None, next: None, expire_after: None }).to_bytes()
+    Frame::from(Attach { mode: AttachMode::Create, session, incarnation: None, next: None, expire_after: None })
+        .to_bytes()
 }
 
 async fn open(connection: &MemoryConnection, first: Bytes) -> Option<<MemoryConnection as Connection>::Send> {
@@ -76,7 +77,8 @@ async fn hostile(network: Arc<MemoryNetwork>, data: Vec<u8>) -> Option<()> {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().expect("a runtime");
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().expect("a runtime");
     runtime.block_on(async {
         let config = Config::default();
         let limits = ClientConfig::default().transport_limits();

@@ -1,6 +1,7 @@
 //! Fuzzing with cargo-fuzz, which needs a nightly toolchain.
 
 use std::fs;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use crate::{Outcome, has, need, root, skipped, step};
@@ -15,6 +16,8 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
     let targets = targets()?;
     let (chosen, seconds): (Vec<String>, &str) = match args {
         ["--smoke"] => (targets, SMOKE),
+        ["--coverage" | "--minimise"] => (targets, ""),
+        ["--coverage" | "--minimise", target] => (vec![known(target, &targets)?], ""),
         [] => (targets, "60"),
         [target] => (vec![known(target, &targets)?], "60"),
         [target, seconds] => (vec![known(target, &targets)?], *seconds),
@@ -32,6 +35,13 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
     }
     need("fuzz", "cargo-fuzz")?;
     seeds()?;
+    unpack(&chosen)?;
+    dictionary()?;
+    match args.first() {
+        Some(&"--coverage") => return coverage(&chosen),
+        Some(&"--minimise") => return chosen.iter().try_for_each(|target| minimise(target)),
+        _ => {}
+    }
     // Built once: two that run at once would wait for each other.
     step("build the fuzz targets", nightly_cargo().args(["fuzz", "build"]))?;
     if args == ["--smoke"] {
@@ -73,13 +83,138 @@ fn nightly_cargo() -> Command {
 fn fuzz(target: &str, seconds: &str) -> Result<Command, String> {
     let mut command = nightly_cargo();
     // New inputs go into the first.
-    command.args(["fuzz", "run", target]).arg(corpus(target)?);
-    let kept = root().join("fuzz").join("seeds").join(target);
-    if kept.is_dir() {
-        command.arg(kept);
-    }
+    command.args(["fuzz", "run", target]).arg(corpus(target)?).args(kept(target));
     command.args(["--", "-rss_limit_mb=1024", "-timeout=10"]).arg(format!("-max_total_time={seconds}"));
+    let own = root().join("fuzz").join("dictionaries").join(format!("{target}.dict"));
+    let words = if READS_NUMBERS.contains(&target) { numbers() } else { own };
+    if words.is_file() {
+        command.arg(format!("-dict={}", words.display()));
+    }
     Ok(command)
+}
+
+/// The inputs of a target that are in the repository one by one, if there are some.
+fn kept(target: &str) -> Option<PathBuf> {
+    Some(root().join("fuzz").join("seeds").join(target)).filter(|dir| dir.is_dir())
+}
+
+/// The dictionary of the registry's numbers.
+fn numbers() -> PathBuf {
+    root().join("fuzz").join("corpus").join("numbers.dict")
+}
+
+/// Targets that read bytes with such numbers in them.
+const READS_NUMBERS: &[&str] = &[
+    "chunk_decode",
+    "client_connection",
+    "deframer",
+    "frame_decode",
+    "frame_roundtrip",
+    "records",
+    "server_connection",
+];
+
+/// Makes a dictionary of the registry: the type of each frame, the kind of each record, the id of each parameter and the code of each
+/// error, as varints.
+fn dictionary() -> Outcome {
+    let path = root().join("spec").join("registry.toml");
+    let registry = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let mut words = String::new();
+    for line in registry.lines() {
+        let Some((name, value)) = line.split_once('=') else { continue };
+        let Some(digits) = value.split("0x").nth(1) else { continue };
+        let digits = digits.split(|digit: char| !digit.is_ascii_hexdigit()).next().unwrap_or_default();
+        let Ok(number) = u64::from_str_radix(digits, 16) else { continue };
+        // Of one byte, or of two.
+        let varint = if number < 0x40 {
+            format!("\\x{number:02x}")
+        } else {
+            format!("\\x{:02x}\\x{:02x}", 0x40 | number >> 8, number & 0xff)
+        };
+        let name: String =
+            name.trim().chars().map(|letter| if letter.is_ascii_alphanumeric() { letter } else { '_' }).collect();
+        words.push_str(&format!("{name}=\"{varint}\"\n"));
+    }
+    let path = numbers();
+    fs::write(&path, words).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+/// Says how many lines of the core the inputs of targets reach.
+fn coverage(targets: &[String]) -> Outcome {
+    let mut objects = Vec::new();
+    let mut profiles = Vec::new();
+    for target in targets {
+        let mut command = nightly_cargo();
+        command.args(["fuzz", "coverage", target]).arg(corpus(target)?).args(kept(target));
+        step(&format!("coverage of {target}"), &mut command)?;
+        let fuzz = root().join("fuzz");
+        profiles.push(fuzz.join("coverage").join(target).join("coverage.profdata"));
+        let triple = host()?;
+        objects.push(fuzz.join("target").join(&triple).join("coverage").join(&triple).join("release").join(target));
+    }
+    let merged = root().join("target").join("fuzz.profdata");
+    let mut merge = Command::new(llvm("llvm-profdata")?);
+    step("merge", merge.arg("merge").arg("-sparse").args(&profiles).arg("-o").arg(&merged))?;
+    let mut report = Command::new(llvm("llvm-cov")?);
+    report.arg("report").arg(format!("-instr-profile={}", merged.display()));
+    report.arg("-ignore-filename-regex=(protocol/src/(testing|planted)|/rustc/|/registry/)");
+    for (at, object) in objects.iter().enumerate() {
+        if at > 0 {
+            report.arg("-object");
+        }
+        report.arg(object);
+    }
+    step("report", report.arg("-sources").arg(root().join("protocol").join("src")))
+}
+
+/// Keeps of all inputs that a target has those that reach something that no other one does: in the repository, as one archive.
+fn minimise(target: &str) -> Outcome {
+    let less = root().join("fuzz").join("corpus").join(format!("{target}-less"));
+    let _ = fs::remove_dir_all(&less);
+    fs::create_dir_all(&less).map_err(|error| format!("{}: {error}", less.display()))?;
+    let mut merge = nightly_cargo();
+    merge.args(["fuzz", "run", target]).arg(&less).arg(corpus(target)?).args(kept(target));
+    step(&format!("minimise {target}"), merge.args(["--", "-set_cover_merge=1", "-max_len=1024"]))?;
+    let mut pack = Command::new("tar");
+    pack.args(["--sort=name", "--mtime=@0", "--owner=0", "--group=0", "--numeric-owner", "-czf"]);
+    step(&format!("keep {target}"), pack.arg(archive(target)).arg("-C").arg(&less).arg("."))
+}
+
+/// What long campaigns found, minimised.
+fn archive(target: &str) -> PathBuf {
+    root().join("fuzz").join("seeds").join(format!("{target}.tar.gz"))
+}
+
+/// Puts what was kept of each target into its corpus.
+fn unpack(targets: &[String]) -> Outcome {
+    for target in targets.iter().filter(|target| archive(target).is_file()) {
+        let mut tar = Command::new("tar");
+        let status = tar.arg("-xzf").arg(archive(target)).arg("-C").arg(corpus(target)?).status();
+        if !status.is_ok_and(|status| status.success()) {
+            return Err(format!("{} cannot be unpacked", archive(target).display()));
+        }
+    }
+    Ok(())
+}
+
+/// A tool of the nightly toolchain.
+fn llvm(name: &str) -> Result<PathBuf, String> {
+    let output = Command::new("rustc").args(["+nightly", "--print", "sysroot"]).output();
+    let output = output.map_err(|error| format!("rustc: {error}"))?;
+    let sysroot = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
+    let tool = sysroot.join("lib").join("rustlib").join(host()?).join("bin").join(name);
+    if tool.is_file() {
+        return Ok(tool);
+    }
+    Err(format!("{} is missing; `rustup component add llvm-tools --toolchain nightly` installs it", tool.display()))
+}
+
+/// The triple of this machine.
+fn host() -> Result<String, String> {
+    let output = Command::new("rustc").args(["+nightly", "-vV"]).output().map_err(|error| format!("rustc: {error}"))?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let host = said.lines().find_map(|line| line.strip_prefix("host: ")).map(str::to_owned);
+    host.ok_or_else(|| "rustc does not say what machine this is".to_owned())
 }
 
 fn known(target: &str, targets: &[String]) -> Result<String, String> {
@@ -105,7 +240,7 @@ type Uses = &'static [(&'static str, &'static [u8])];
 /// Makes seeds of the vectors: each `hex` of a file is one input of the targets that read such bytes, or several: with each
 /// first byte that says where the bytes go. What no vector can be a seed of has some in `fuzz/seeds`.
 fn seeds() -> Outcome {
-    let uses: [(&str, Uses); 4] = [
+    let uses: [(&str, Uses); 5] = [
         (
             "frames.toml",
             &[
@@ -119,6 +254,7 @@ fn seeds() -> Outcome {
         ("records.toml", &[("records", &[])]),
         ("chunks.toml", &[("chunk_decode", &[])]),
         ("states.toml", &[("chunk_decode", &[])]),
+        ("backups.toml", &[("backup_read", &[])]),
     ];
     for (file, targets) in uses {
         let path = root().join("spec").join("vectors").join(file);
@@ -147,7 +283,7 @@ fn seeds() -> Outcome {
 }
 
 /// The corpus of a target, which lives as long as the checkout.
-fn corpus(target: &str) -> Result<std::path::PathBuf, String> {
+fn corpus(target: &str) -> Result<PathBuf, String> {
     let dir = root().join("fuzz").join("corpus").join(target);
     fs::create_dir_all(&dir).map_err(|error| format!("{}: {error}", dir.display()))?;
     Ok(dir)

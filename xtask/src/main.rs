@@ -16,6 +16,9 @@ Tasks:
   cargo xtask test                 everything that CI runs: format, lints, docs, every test, a short fuzz
   cargo xtask fuzz [TARGET] [SECS] fuzz one target, or all in turn, for so long (default 60 s each)
   cargo xtask fuzz --smoke         every target for a few seconds, as in `test`
+  cargo xtask fuzz --coverage [TARGET]  how many lines of the core their inputs reach
+  cargo xtask fuzz --minimise [TARGET]  keep those inputs in fuzz/seeds that reach something that no other does
+  cargo xtask mutants [ARGS]       change the codec and the core in every way, and see whether a test of theirs notices
   cargo xtask bench [ARGS…]        the load generator in release mode; without arguments the whole table
   cargo xtask sim [--seeds N]      simulated worlds, each from a seed (default 500); --seed S runs one again
   cargo xtask campaign WHAT [--short]
@@ -34,6 +37,7 @@ fn main() -> ExitCode {
     let outcome = match words.as_slice() {
         ["test"] => test(),
         ["fuzz", rest @ ..] => fuzz::run(rest),
+        ["mutants", rest @ ..] => mutants(rest),
         ["bench", rest @ ..] => bench(rest),
         ["sim", rest @ ..] => campaign::sim(rest),
         ["campaign", rest @ ..] => campaign::run(rest),
@@ -176,6 +180,15 @@ fn deny() -> Outcome {
     // The policy is about the whole lock file, also what only other platforms need; a build did not download that.
     step("fetch", &mut cargo(&["fetch", "--locked"]))?;
     step("dependency policy", &mut cargo(&["deny", "--offline", "check", "bans", "licenses", "sources"]))
+}
+
+/// Changes the codec and the core in one way after the other, and runs their tests each time: hours, or less with `--shard 0/50`.
+fn mutants(args: &[&str]) -> Outcome {
+    need("nextest", "cargo-nextest")?;
+    need("mutants", "cargo-mutants")?;
+    let mut command = cargo(&["mutants", "-p", "mainstay-protocol", "--test-tool", "nextest", "--timeout", "60"]);
+    // What tests draw does not change between two of them.
+    step("mutants", command.args(args).env("MAINSTAY_SEED", "7").current_dir(root()))
 }
 
 fn bench(args: &[&str]) -> Outcome {
