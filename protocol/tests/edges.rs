@@ -1,0 +1,298 @@
+//! Values exactly at their limits, moments at which something is due, and what accessors say: where a rule turns from one side to the other.
+
+use core::time::Duration;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use mainstay_protocol::Code;
+use mainstay_protocol::registry::{MAX_LASTS, MAX_SIGNAL_TEXT, MAX_STREAMS};
+use mainstay_protocol::session::{
+    Activity, Author, Authority, Chain, Change, CheckedBatch, Chunk, ChunkBuilder, Control, CreditSent, Expected, Feed,
+    Filter, Incarnation, Instance, Intent, Key, Kind, Manners, NotifyRule, Operation, Outcome, Payload, PresenceJoined,
+    ProducerHandle, ProducerKey, Record, Refusal, RequestId, RequestOpened, Roaming, RunId, SignalId, State,
+    StateChange, Step, Streams, Target, Triggers, View,
+};
+use mainstay_protocol::wire::{
+    Body, Deframer, Frame, Label, Ping, Pong, Start, Subject, Subscribe, Writer, prefix_len, put_frame,
+};
+
+const LIFE: Incarnation = Incarnation([1; 16]);
+
+fn label(text: &str) -> Label {
+    Label::new(text).expect("a label")
+}
+
+fn alice() -> Arc<Author> {
+    Arc::new(Author { subject: Subject::new("alice").expect("a subject"), instance: Instance([1; 16]) })
+}
+
+/// A session with one producer.
+struct Session {
+    authority: Authority<()>,
+    handle: ProducerHandle,
+    sequence: u64,
+}
+
+fn commit(authority: &mut Authority<()>) {
+    while let Step::Commit(_) = authority.next_chunk() {
+        authority.committed().expect("follows");
+    }
+}
+
+impl Session {
+    fn new() -> Self {
+        let key = ProducerKey { subject: alice().subject.clone(), name: label("p") };
+        let mut authority = Authority::new(State::new(LIFE), 1, None);
+        authority.open_producer(1, key.clone(), None, ());
+        commit(&mut authority);
+        let handle = authority.state().producers().find(&key).expect("granted");
+        Self { authority, handle, sequence: 0 }
+    }
+
+    fn commit(&mut self) {
+        commit(&mut self.authority);
+    }
+
+    fn append(&mut self, now: u64, record: Record) -> Result<(), Refusal> {
+        let mut w = Writer::new();
+        record.put(&mut w);
+        let batch = CheckedBatch::new(1, w.freeze()).expect("a valid batch");
+        match self.authority.append(now, &alice(), (&self.handle, 1, self.sequence), None, batch, ()).0 {
+            Outcome::Refused(refusal) => Err(refusal),
+            _ => {
+                self.sequence += 1;
+                self.commit();
+                Ok(())
+            }
+        }
+    }
+
+    fn view(&self) -> &View {
+        self.authority.state().view()
+    }
+
+    fn deadline(&self) -> Option<u64> {
+        self.authority.state().deadline()
+    }
+}
+
+/// Spec STATE-6, SIG-5, SIG-8, NOTE-1: what is due first is when the server has something to write, and nothing is when nothing waits.
+#[test]
+fn a_session_is_due_when_the_first_thing_in_it_is() {
+    let mut session = Session::new();
+    assert_eq!(session.deadline(), None);
+    let put = |value: &'static str, lasts| {
+        let key = Key::new("k").expect("a key");
+        let change = Change::Put { value: Bytes::from_static(value.as_bytes()), lasts };
+        StateChange { key, expected: Expected::Any, change }.record(0)
+    };
+    session.append(1000, put("for good", 0)).expect("stored");
+    assert_eq!(session.deadline(), None);
+    session.append(1000, put("a while", 500)).expect("stored");
+    assert_eq!((session.deadline(), session.view().time()), (Some(1500), 1000));
+    let request = RequestOpened { request: RequestId([7; 16]), needs: label("approval"), lasts: 300, body: "?".into() };
+    session.append(1100, request.record(0)).expect("stored");
+    assert_eq!((session.deadline(), session.view().time()), (Some(1400), 1100));
+    let answer = (SignalId([9; 16]), Intent::Approve, Some(Target::Request(RequestId([7; 16]))));
+    let (outcome, _) = session.authority.signal(1200, &alice(), answer, (0, Bytes::new()), ());
+    assert!(matches!(outcome, Outcome::Pending), "{outcome:?}");
+    session.commit();
+    assert_eq!(session.deadline(), Some(1500), "what is answered is not due");
+    session.append(1300, put("for good again", 0)).expect("stored");
+    assert_eq!(session.deadline(), None);
+    // A job waits for its delay.
+    let changes = session.view().notifications().changes();
+    session.authority.set_rule(1400, &alice(), rule(700), ());
+    session.commit();
+    session.append(1400, RequestOpened { request: RequestId([8; 16]), ..request }.record(0)).expect("stored");
+    assert_eq!(session.deadline(), Some(1700));
+    assert_ne!(session.view().notifications().changes(), changes, "a job came");
+    let changes = session.view().notifications().changes();
+    session.append(1401, put("else", 0)).expect("stored");
+    assert_eq!(session.view().notifications().changes(), changes, "nothing became of it");
+}
+
+fn rule(delay: u64) -> NotifyRule {
+    let kinds = vec![Kind::REQUEST_OPENED];
+    let triggers = Triggers::new(kinds).expect("triggers");
+    let principal = Subject::new("bob").expect("a subject");
+    NotifyRule { name: label("rule"), principal, triggers, delay, collapse: None }
+}
+
+/// Spec SIG-3, NOTE-1: exactly the limit is allowed.
+#[test]
+fn what_is_exactly_at_a_limit_is_accepted_and_one_more_is_not() {
+    let mut session = Session::new();
+    let run = RunId([3; 16]);
+    let (outcome, _) = session.authority.start_run(1, &alice(), run, (5000, None), ());
+    assert!(matches!(outcome, Outcome::Pending), "{outcome:?}");
+    session.commit();
+    let mut steer = |id: u8, lasts: u64, text: usize| {
+        let signal = (SignalId([id; 16]), Intent::Steer, Some(Target::Run(run)));
+        let (outcome, _) = session.authority.signal(1, &alice(), signal, (lasts, vec![b'x'; text].into()), ());
+        match outcome {
+            Outcome::Refused(refusal) => Some(refusal.code),
+            _ => None,
+        }
+    };
+    assert_eq!(steer(1, MAX_LASTS, MAX_SIGNAL_TEXT), None);
+    assert_eq!(steer(2, MAX_LASTS, MAX_SIGNAL_TEXT + 1), Some(Code::LIMIT_EXCEEDED));
+    assert_eq!(steer(3, MAX_LASTS + 1, 0), Some(Code::LIMIT_EXCEEDED));
+    let set = |session: &mut Session, delay| session.authority.set_rule(1, &alice(), rule(delay), ()).0;
+    assert!(matches!(set(&mut session, MAX_LASTS), Outcome::Pending));
+    let refused = set(&mut session, MAX_LASTS + 1);
+    assert!(matches!(refused, Outcome::Refused(Refusal { code: Code::LIMIT_EXCEEDED, .. })), "{refused:?}");
+    // Credit for all that was sent, and for one byte that was not.
+    let mut credit = CreditSent::new(10_000, 1, 10_000);
+    assert_eq!(credit.window(), 10_000);
+    credit.sent(4000);
+    assert_eq!((credit.available(), credit.credited(4000)), (6000, Ok(())));
+    assert_eq!(
+        (credit.available(), credit.credited(4001).map_err(|error| error.code)),
+        (10_000, Err(Code::CREDIT_EXCEEDED))
+    );
+}
+
+/// What follows from records that come, go or are changed is told by counters, and what is empty says so.
+#[test]
+fn views_say_what_changed_and_what_is_empty() {
+    let mut session = Session::new();
+    assert!(session.view().members().is_empty());
+    let (members, runs) = (session.view().members().changes(), session.view().runs().changes());
+    let activity = Activity { status: label("idle"), progress: None, data: Bytes::new() };
+    let joined = PresenceJoined { name: label("phone"), grace: 1000, activity };
+    let (outcome, _) = session.authority.join(1, &alice(), joined, ());
+    assert!(matches!(outcome, Outcome::Pending), "{outcome:?}");
+    session.commit();
+    assert!(!session.view().members().is_empty());
+    assert_ne!(session.view().members().changes(), members);
+    assert_eq!(session.view().runs().changes(), runs);
+    session.authority.start_run(2, &alice(), RunId([3; 16]), (5000, None), ());
+    session.commit();
+    assert_ne!(session.view().runs().changes(), runs);
+    // The same again is nothing new.
+    let activity = Activity { status: label("idle"), progress: None, data: Bytes::new() };
+    let joined = PresenceJoined { name: label("phone"), grace: 1000, activity };
+    let (tail, members) = (session.view().next(), session.view().members().changes());
+    let (outcome, _) = session.authority.join(3, &alice(), joined, ());
+    assert!(matches!(outcome, Outcome::Done(_)), "{outcome:?}");
+    assert_eq!((session.view().next(), session.view().members().changes()), (tail, members));
+}
+
+fn chunk(first: u64, number: u64, chain: Chain, controls: Vec<Control>, records: &[Record]) -> Chunk {
+    let mut builder = ChunkBuilder::new(LIFE, first, number, 1, 1000, chain);
+    assert!(builder.is_empty());
+    controls.into_iter().for_each(|entry| builder.control(entry));
+    for record in records {
+        builder.record(&alice(), 1000, record);
+    }
+    assert_eq!(builder.end(), first + records.len() as u64);
+    builder.finish().expect("a chunk")
+}
+
+/// Spec SESS-13: a session has so many streams, and no chunk gives it more.
+#[test]
+fn a_state_has_no_more_streams_than_there_may_be() {
+    let mut state = State::new(LIFE);
+    let define = |id: u64| Control::Stream { id, name: label(&format!("s{id}")) };
+    let controls = (1..=MAX_STREAMS as u64).map(define).collect();
+    state.apply(&chunk(0, 0, state.chain(), controls, &[])).expect("it follows");
+    assert_eq!(state.streams().len(), MAX_STREAMS as u64);
+    assert!(
+        state.streams().name(MAX_STREAMS as u64 - 1).is_some() && state.streams().name(MAX_STREAMS as u64).is_none()
+    );
+}
+
+fn frames(pieces: &[Bytes]) -> Vec<Frame> {
+    let mut frames = Deframer::new(1 << 20);
+    frames.push(pieces.concat().into());
+    core::iter::from_fn(|| frames.next_frame().expect("frames"))
+        .filter_map(|raw| Frame::decode(&raw).expect("a frame"))
+        .collect()
+}
+
+/// Spec SUB-9, SUB-11: streams are told of once, before their first record; gaps and the tail where there is something to tell.
+#[test]
+fn a_feed_tells_what_is_new_and_nothing_twice() {
+    let request =
+        Subscribe { id: 1, start: Start::Earliest, streams: vec![], kinds: vec![], window: None, folded: false };
+    assert!(Filter::default().is_open());
+    assert!(!Filter { streams: vec![label("a")], kinds: vec![] }.is_open());
+    assert!(!Filter { streams: vec![], kinds: vec![0] }.is_open());
+    let (mut feed, _) = Feed::new(request, (0, 0), 0);
+    let mut streams = State::new(LIFE);
+    let define = |id: u64| Control::Stream { id, name: label(&format!("s{id}")) };
+    let first = chunk(
+        0,
+        0,
+        streams.chain(),
+        vec![define(1), define(2), define(3)],
+        &[Record::data(1, "a"), Record::data(2, "b")],
+    );
+    streams.apply(&first).expect("it follows");
+    let second =
+        chunk(2, 1, streams.chain(), vec![], &[Record::data(2, "c"), Record::data(3, "d"), Record::data(1, "e")]);
+    let told = |feed: &mut Feed, chunk: &Chunk, names: &Streams| -> Vec<u64> {
+        let mut out = Vec::new();
+        feed.deliver(chunk, names, &mut out).expect("it delivers");
+        let streams = frames(&out).into_iter().filter_map(|frame| match frame {
+            Frame::Stream(stream) => Some(stream.id),
+            _ => None,
+        });
+        streams.collect()
+    };
+    assert_eq!(told(&mut feed, &first, streams.streams()), [1, 2]);
+    assert_eq!(told(&mut feed, &second, streams.streams()), [3]);
+    let mut out = Vec::new();
+    feed.skip_trimmed(5, &mut out);
+    feed.announce_tail(5, &mut out);
+    assert!(out.is_empty(), "it is there, and knows it: {out:?}");
+    feed.announce_tail(6, &mut out);
+    feed.announce_tail(6, &mut out);
+    feed.skip_trimmed(6, &mut out);
+    assert!(matches!(frames(&out)[..], [Frame::Tail(_), Frame::Gap(_)]), "{:?}", frames(&out));
+}
+
+/// Words of the command line and of tokens, and those of the registry.
+#[test]
+fn words_and_what_they_are_for_find_each_other() {
+    for intent in Intent::ALL {
+        assert_eq!(intent.kind().name(), Some(format!("signal.{}", intent.as_str()).as_str()));
+        assert_eq!(Intent::of_kind(intent.kind()), Some(intent));
+    }
+    for operation in Operation::ALL {
+        assert_eq!(Operation::from_name(operation.as_str()), Some(operation));
+    }
+    assert_eq!(Operation::from_name("none"), None);
+}
+
+/// Lengths that are said before something is written are those that it has.
+#[test]
+fn lengths_and_borders_are_those_of_the_bytes() {
+    let mut region = Writer::new();
+    (0..3).for_each(|_| Record::data(0, "x").put(&mut region));
+    let region = region.freeze();
+    let batch = CheckedBatch::new(3, region.clone()).expect("a batch");
+    assert_eq!((batch.count(), batch.len()), (3, region.len()));
+    let mut w = Writer::new();
+    put_frame(&Ping { nonce: 5, padding: None }, &mut w);
+    let mut deframer = Deframer::new(100);
+    assert!(deframer.is_at_border());
+    let bytes = w.freeze();
+    deframer.push(bytes.slice(..1));
+    assert!(!deframer.is_at_border() && deframer.next_frame() == Ok(None) && !deframer.is_at_border());
+    deframer.push(bytes.slice(1..));
+    assert!(deframer.next_frame().expect("frames").is_some() && deframer.is_at_border());
+    for (kind, len, expected) in [(Pong::KIND, 5, 2), (Pong::KIND, 100, 3), (0x70, 5, 3), (0x70, 20_000, 6)] {
+        assert_eq!(prefix_len(kind, len), expected, "{kind} with {len}");
+    }
+}
+
+/// Spec ROAM-7: a client is on its way from a server that goes away until it has another connection.
+#[test]
+fn who_was_told_that_the_server_goes_away_is_leaving() {
+    let mut roaming = Roaming::new(Manners::foreground(Duration::from_secs(5)), Duration::ZERO);
+    assert!(!roaming.is_leaving());
+    roaming.going_away(Duration::from_secs(1), Duration::ZERO, 0);
+    assert!(roaming.is_leaving());
+}
