@@ -9,7 +9,7 @@ mod report;
 mod target;
 pub mod yardstick;
 
-pub use load::{Options, append, compact, fanout, idle, live, reconnect, replay};
+pub use load::{Options, append, compact, fanout, idle, live, reconnect, replay, start};
 pub use mainstay_tests::process::use_binary;
 pub use report::{Figure, Report, Spread};
 pub use target::Target;

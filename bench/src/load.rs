@@ -562,6 +562,54 @@ pub async fn idle(target: &mut Target, options: &Options) -> Outcome {
     Ok(report)
 }
 
+/// Bytes that are stored before a start is measured.
+const STORED: usize = 1 << 30;
+/// Bytes that are written before each kill: what the last flush did not have.
+const BEHIND: usize = 32 << 20;
+/// Records of that: large ones are written faster.
+const LARGE: usize = 16 << 10;
+/// Starts that are measured.
+const STARTS: usize = 5;
+
+/// A start over a gibibyte, of a server that was killed while it was written to, beside one over nothing.
+pub async fn start(target: &mut Target, options: &Options) -> Outcome {
+    let sessions = options.sessions;
+    let mut report = Report::new(format!("start over 1 GiB in {sessions} sessions"));
+    let mut nothing = Vec::new();
+    for _ in 0..STARTS {
+        let begun = Instant::now();
+        drop(Target::start().await);
+        nothing.push(begun.elapsed().as_secs_f64() * 1000.0);
+    }
+    let write = async |target: &Target, round: usize, bytes: usize| -> Result<(), String> {
+        let mut writing = JoinSet::new();
+        for (n, client) in clients(target, sessions).await?.into_iter().enumerate() {
+            let records = (bytes / LARGE / sessions) as u64;
+            writing.spawn(async move { fill(&client, &format!("s{n}-{round}"), records, LARGE).await });
+        }
+        join(writing).await.map(drop)
+    };
+    write(target, 0, STORED).await?;
+    let mut starts = Vec::new();
+    for round in 1..=STARTS {
+        write(target, round, BEHIND).await?;
+        let server = target.server().ok_or("start needs a server of its own")?;
+        server.kill().await;
+        let begun = Instant::now();
+        server.restart().await;
+        starts.push(begun.elapsed().as_secs_f64() * 1000.0);
+    }
+    for ([median, longest], mut times) in [
+        (["start over nothing, median", "start over nothing, longest"], nothing),
+        (["start after a kill, median", "start after a kill, longest"], starts),
+    ] {
+        times.sort_by(f64::total_cmp);
+        report.add(median, "ms", times[times.len() / 2]);
+        report.add(longest, "ms", times[times.len() - 1]);
+    }
+    Ok(report)
+}
+
 /// A cold attach over a long path: connect, attach, subscribe, first record.
 pub async fn reconnect(target: &mut Target, options: &Options) -> Outcome {
     let Options { rtt, .. } = *options;

@@ -1002,6 +1002,8 @@ pub(crate) enum Scenario {
     Idle,
     /// Connect, attach, first record over a long path.
     Reconnect,
+    /// A start over a gibibyte, after a kill.
+    Start,
     /// What compaction costs others.
     Compact,
     /// The whole table.

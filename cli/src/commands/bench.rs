@@ -86,6 +86,7 @@ async fn measure(scenario: Scenario, options: &Options, args: &args::Bench) -> R
         Scenario::Fanout => mainstay_bench::fanout(&target, options).await,
         Scenario::Replay => mainstay_bench::replay(&target, options).await,
         Scenario::Idle => mainstay_bench::idle(&mut target, options).await,
+        Scenario::Start => mainstay_bench::start(&mut target, options).await,
         Scenario::Reconnect | Scenario::Compact | Scenario::All => {
             mainstay_bench::reconnect(&mut target, options).await
         }
@@ -114,6 +115,7 @@ fn plan(args: &args::Bench) -> Vec<(Scenario, Options)> {
         Scenario::Fanout => vec![(Scenario::Fanout, base(1, 1, 0, 100))],
         Scenario::Replay => vec![(Scenario::Replay, base(1, 1, 0, 0))],
         Scenario::Idle => vec![(Scenario::Idle, base(1000, 0, 0, 0))],
+        Scenario::Start => vec![(Scenario::Start, base(8, 8, 0, 0))],
         Scenario::Reconnect => vec![(Scenario::Reconnect, base(1, 1, 0, 0))],
         Scenario::Compact => vec![(Scenario::Compact, base(20, 20, 0, 50))],
         Scenario::All => vec![
@@ -127,6 +129,7 @@ fn plan(args: &args::Bench) -> Vec<(Scenario, Options)> {
             (Scenario::Replay, base(1, 1, 0, 0)),
             (Scenario::Idle, base(1000, 10_000, 0, 0)),
             (Scenario::Reconnect, base(1, 1, 0, 0)),
+            (Scenario::Start, base(8, 8, 0, 0)),
             (Scenario::Compact, base(20, 20, 0, 50)),
         ],
     }
