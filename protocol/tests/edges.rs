@@ -5,15 +5,17 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use mainstay_protocol::Code;
-use mainstay_protocol::registry::{MAX_LASTS, MAX_SIGNAL_TEXT, MAX_STREAMS};
+use mainstay_protocol::registry::{COMPACTED_VERSION, MAX_LASTS, MAX_SIGNAL_TEXT, MAX_STREAMS};
 use mainstay_protocol::session::{
-    Activity, Author, Authority, Chain, Change, CheckedBatch, Chunk, ChunkBuilder, Control, CreditSent, Expected, Feed,
-    Filter, Incarnation, Instance, Intent, Key, Kind, Manners, NotifyRule, Operation, Outcome, Payload, PresenceJoined,
-    ProducerHandle, ProducerKey, Record, Refusal, RequestId, RequestOpened, Roaming, RunId, SignalId, State,
-    StateChange, Step, Streams, Target, Triggers, View,
+    Activity, Author, Authority, Chain, Change, CheckedBatch, Chunk, ChunkBuilder, ChunkCount, ChunkHeader,
+    ChunkPosition, ChunkProducer, Compacted, Control, CreditSent, Expected, Feed, Filter, Incarnation, Instance,
+    Intent, Key, Kind, Manners, NotifyRule, Operation, Outcome, Payload, PresenceJoined, ProducerHandle, ProducerKey,
+    Record, Refusal, RequestId, RequestOpened, Roaming, RunId, SignalId, State, StateChange, Step, Streams, Target,
+    Triggers, View,
 };
 use mainstay_protocol::wire::{
-    Body, Deframer, Frame, Label, Ping, Pong, Start, Subject, Subscribe, Writer, prefix_len, put_frame,
+    Body, Deframer, Frame, Label, MAX_VARINT, Ping, Pong, Span, Start, Subject, Subscribe, Writer, prefix_len,
+    put_frame,
 };
 
 const LIFE: Incarnation = Incarnation([1; 16]);
@@ -295,4 +297,105 @@ fn who_was_told_that_the_server_goes_away_is_leaving() {
     assert!(!roaming.is_leaving());
     roaming.going_away(Duration::from_secs(1), Duration::ZERO, 0);
     assert!(roaming.is_leaving());
+}
+
+/// A chunk that was put together, in the encoding of spec CHUNK-8.
+fn encode(header: &ChunkHeader, records: &[u8]) -> Bytes {
+    let compacted = header.compacted.as_ref().expect("put together");
+    let mut w = Writer::new();
+    let put = |w: &mut Writer, fields: &[u64]| fields.iter().for_each(|field| w.varint(*field));
+    w.u8(COMPACTED_VERSION);
+    w.raw(&header.incarnation.0);
+    put(&mut w, &[header.first, header.count, header.number, header.writer_epoch, header.base_time]);
+    w.raw(&header.link);
+    w.raw(&header.chain.0);
+    w.varint(0);
+    w.varint(header.authors.len() as u64);
+    for author in &header.authors {
+        w.bytes(author.subject.as_str().as_bytes());
+        w.raw(&author.instance.0);
+    }
+    w.varint(header.producers.len() as u64);
+    for producer in &header.producers {
+        w.varint(producer.author);
+        w.bytes(producer.name.as_str().as_bytes());
+        w.varint(producer.epoch);
+    }
+    put(&mut w, &[compacted.chunks, compacted.time, compacted.positions.len() as u64]);
+    for of in &compacted.positions {
+        put(&mut w, &[of.producer, of.sequence, of.first.saturating_sub(header.first), of.count]);
+    }
+    w.varint(compacted.counts.len() as u64);
+    compacted.counts.iter().for_each(|of| put(&mut w, &[of.stream, of.records, of.bytes]));
+    w.varint(compacted.spans.len() as u64);
+    compacted.spans.iter().for_each(|of| put(&mut w, &[of.skip, of.count, of.author, of.time]));
+    w.bytes(records);
+    let body = w.freeze();
+    [&Chunk::checksum(&body).to_be_bytes()[..], &body].concat().into()
+}
+
+/// Spec CHUNK-8: all parts of a chunk that was put together fit together, each on its own.
+#[test]
+fn a_chunk_that_was_put_together_is_refused_for_each_part_that_does_not_fit() {
+    let mut region = Writer::new();
+    [Record::data(0, "a"), Record::data(1, "b")].iter().for_each(|record| record.put(&mut region));
+    let region = region.freeze();
+    let position = |sequence, first, count| ChunkPosition { producer: 0, sequence, first, count };
+    let good = ChunkHeader {
+        incarnation: LIFE,
+        first: 10,
+        count: 6,
+        number: 4,
+        writer_epoch: 1,
+        base_time: 1000,
+        link: [2; 8],
+        chain: Chain([3; 32]),
+        controls: vec![],
+        authors: vec![alice()],
+        producers: vec![ChunkProducer { author: 0, name: label("p"), epoch: 1 }],
+        batches: vec![],
+        compacted: Some(Box::new(Compacted {
+            chunks: 3,
+            time: 9,
+            positions: vec![position(0, 10, 2), position(1, 12, 4)],
+            counts: vec![
+                ChunkCount { stream: 0, records: 5, bytes: 5 },
+                ChunkCount { stream: 1, records: 1, bytes: 1 },
+            ],
+            spans: vec![Span { skip: 1, count: 1, author: 0, time: 0 }, Span { skip: 3, count: 1, author: 0, time: 9 }],
+        })),
+    };
+    let chunk = Chunk::decode(encode(&good, &region)).expect("a good one");
+    assert_eq!((chunk.header(), chunk.header().next_number(), chunk.end(), chunk.time()), (&good, 7, 16, 1009));
+    let refused = |what: &str, change: &dyn Fn(&mut ChunkHeader, &mut Compacted)| {
+        let mut header = good.clone();
+        let mut compacted = header.compacted.take().expect("put together");
+        change(&mut header, &mut compacted);
+        header.compacted = Some(compacted);
+        let decoded = Chunk::decode(encode(&header, &region)).map(|chunk| chunk.header().clone());
+        assert_eq!(decoded.map_err(|error| error.code), Err(Code::FRAME_MALFORMED), "{what}");
+    };
+    refused("of no chunk", &|_, of| of.chunks = 0);
+    refused("beyond the last number", &|header, of| (header.number, of.chunks) = (MAX_VARINT, 1));
+    refused("a position that begins in the one before", &|_, of| of.positions[1].first = 11);
+    refused("a position of nothing", &|_, of| of.positions[1].count = 0);
+    refused("a position that ends behind the chunk", &|_, of| of.positions[1].count = 5);
+    refused("a position of nobody", &|_, of| of.positions[0].producer = 1);
+    refused("nothing was counted", &|_, of| (of.counts[1].records, of.counts[0].records) = (0, 6));
+    refused("streams that do not ascend", &|_, of| of.counts.swap(0, 1));
+    refused("a stream twice", &|_, of| of.counts[1].stream = 0);
+    refused("a stream that none may have", &|_, of| of.counts[1].stream = MAX_STREAMS as u64);
+    refused("more was counted than there is", &|_, of| of.counts[0].records = 6);
+    refused("less was counted than there is", &|_, of| of.counts[0].records = 4);
+    refused("spans beyond the chunk", &|_, of| of.spans[1].skip = 4);
+    refused("a span of nothing", &|_, of| of.spans[1].count = 0);
+    refused("a span of nobody", &|_, of| of.spans[1].author = 1);
+    refused("a span behind the last moment", &|_, of| of.time = 8);
+    refused("records of a stream that was not counted", &|_, of| {
+        of.counts.truncate(1);
+        of.counts[0].records = 6;
+    });
+    refused("fewer records than spans say", &|_, of| of.spans[1] = Span { skip: 2, count: 2, author: 0, time: 9 });
+    refused("a producer of nobody", &|header, _| header.producers[0].author = 1);
+    refused("seqs beyond the last", &|header, _| header.first = MAX_VARINT - 2);
 }
