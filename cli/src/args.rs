@@ -899,7 +899,8 @@ pub(crate) struct Verify {
 /// What is not saved: the keys in DIR/keys. Keep a copy of them apart: without them, tokens of before are as good as those of a stranger.
 #[derive(Debug, ClapArgs)]
 #[command(after_long_help = "\
-Look at it with `mainstay restore --check FILE`. It does not depend on the version or the engine that wrote it.
+Look at it with `mainstay restore --check FILE`. It does not depend on the version or the engine that wrote it. Where no server runs, a
+store of an older format is brought to the one in force first, as by `serve`.
 
 Exit codes: 0 saved; 5 saved, but some sessions are damaged and are not in it, or nothing is saved because the store failed; 2 wrong
 arguments; 1 anything else.")]

@@ -15,7 +15,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
@@ -45,10 +45,10 @@ pub(crate) enum Request {
     Transfer(What),
 }
 
-/// How long a line may take.
+/// How long an answer may take to begin, and a line to end.
 const ANSWER: Duration = Duration::from_secs(2);
 /// Longest line: it may name sessions.
-const LONGEST: usize = 64 << 10;
+const LONGEST: usize = 1 << 20;
 /// Names of sockets are shorter than those of other files.
 const SHORT: usize = 100;
 
@@ -74,9 +74,12 @@ pub(crate) fn say(stream: &mut UnixStream, word: &impl Serialize) -> io::Result<
 
 /// Hears a line, and reads nothing of what follows it.
 pub(crate) fn hear<T: DeserializeOwned>(stream: &mut UnixStream) -> io::Result<T> {
-    let (mut line, mut byte) = (Vec::new(), [0]);
+    let (mut line, mut byte, mut begun) = (Vec::new(), [0], None);
     while line.len() < LONGEST && stream.read(&mut byte)? == 1 && byte[0] != b'\n' {
         line.push(byte[0]);
+        if begun.get_or_insert_with(Instant::now).elapsed() > ANSWER {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
     }
     if line.is_empty() {
         return Err(io::ErrorKind::UnexpectedEof.into());

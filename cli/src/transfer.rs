@@ -14,7 +14,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mainstay_protocol::session::SessionName;
-use mainstay_store::backup::{BackupReader, Totals};
+use mainstay_store::backup::{BackupError, BackupReader, Totals};
 use mainstay_store_fjall::backup::{LeftOut, TransferError};
 use mainstay_store_fjall::{Config, FjallStore};
 use serde::{Deserialize, Serialize};
@@ -77,6 +77,8 @@ impl From<TransferError> for Failure {
         let retryable = matches!(&error, TransferError::Store(error) if error.is_retryable());
         let (exit, code) = match &error {
             TransferError::Interrupted => (Exit::Failed, "INTERRUPTED"),
+            TransferError::Backup(BackupError::Io(_)) => (Exit::Failed, "IO"),
+            TransferError::Backup(BackupError::Version(_)) => (Exit::Failed, "VERSION"),
             TransferError::Backup(_) => (Exit::Integrity, "BACKUP_DAMAGED"),
             TransferError::Store(_) if retryable => (Exit::Failed, "UNAVAILABLE"),
             TransferError::Store(_) => (Exit::Integrity, "DAMAGED"),
@@ -110,11 +112,9 @@ fn work(
         What::Backup => {
             let mut out = BufWriter::with_capacity(1 << 20, file);
             let saved = store.backup(&mut out, &mut tell)?;
+            // Whoever asked sees to it that it is on the disk: that may take long, and keeps nobody else here.
             out.flush()?;
-            drop(out);
-            file.sync_all()?;
-            let Totals { sessions, chunks, bytes, .. } = saved.totals;
-            let broken = saved.left_out.len() as u64;
+            let Totals { sessions, chunks, bytes, broken } = saved.totals;
             Ok(Done { sessions, chunks, bytes, broken, left_out: listed(saved.left_out), ..Done::default() })
         }
         What::Restore(names) => {

@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
-use mainstay_client::{Client, ClientError, Config, Cursor, Session};
+use mainstay_client::{Client, ClientError, Config, Cursor, Doing, Session};
+use mainstay_store::backup::{BackupReader, BackupWriter, Item};
 use mainstay_tests::live::{attach, records};
 use mainstay_tests::process::{PATIENCE, Server, events, run};
 use mainstay_tests::tmpfs::Tmpfs;
@@ -131,7 +133,47 @@ async fn what_cannot_be_brought_back_is_told_by_name() {
     refused(&["restore", path], 5, "BACKUP_DAMAGED").await;
     let nowhere = server.dir().join("no").join("backup");
     refused(&["backup", nowhere.to_str().expect("text")], 1, "IO").await;
+    refused(&["backup", "/dev/null"], 2, "USAGE").await;
+    refused(&["restore", "/dev"], 1, "IO").await;
+    std::fs::write(&file, b"mainstay backup 9\n").expect("write");
+    refused(&["restore", path], 1, "VERSION").await;
+    // A link stays one.
+    let link = server.dir().join("link");
+    std::os::unix::fs::symlink(&file, &link).expect("a link");
+    assert_eq!(on(&server, &["backup", link.to_str().expect("text")]).await.0, Some(0));
+    assert!(link.is_symlink());
+    assert_eq!(std::fs::read(&file).expect("the backup").len(), whole.len());
+    // One that has a session that could not be read says so.
+    let mut reader = BackupReader::new(&whole[..]).expect("a backup");
+    let Ok(Some(Item::Session(saved))) = reader.next() else { panic!("no session") };
+    let mut writer = BackupWriter::new(Vec::new()).expect("memory");
+    writer.session(&saved).expect("memory");
+    writer.broken(0, "stored data is damaged").expect("memory");
+    std::fs::write(&file, writer.finish().expect("memory").0).expect("write");
+    let output = run(server.command(&["restore", path, "--check"])).await;
+    assert_eq!(output.status.code(), Some(5));
     assert_eq!(texts(&client, "there").await, numbers(10));
+}
+
+/// Spec BACKUP-4, PRES-4: whoever was a member when it was saved is heard of, or is not one any more, also where nobody asks.
+#[tokio::test]
+async fn a_session_that_comes_back_to_an_idle_server_is_looked_after() {
+    let mut before = Server::start().await;
+    let client = before.client(Config::default());
+    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+    let doing = Doing::new("idle").expect("a word");
+    let _member = session.join("phone", Duration::from_secs(1), doing).await.expect("joined");
+    let file = before.dir().join("backup");
+    let file = file.to_str().expect("text");
+    assert_eq!(on(&before, &["backup", file]).await.0, Some(0));
+    before.kill().await;
+    let server = Server::start().await;
+    let idle = server.client(Config::default());
+    assert!(idle.list("").await.expect("a list").is_empty());
+    let (code, said) = on(&server, &["restore", file]).await;
+    assert_eq!((code, said[0]["records"].as_u64()), (Some(0), Some(1)), "{said:?}");
+    // A list loads no session.
+    until("the member is lost", async || idle.list("s").await.expect("a list")[0].tail == 2).await;
 }
 
 #[tokio::test]

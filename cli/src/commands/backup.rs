@@ -1,9 +1,9 @@
 //! `backup` and `restore`, while the server serves or while it does not.
 
 use core::ops::ControlFlow;
-use std::fs::{File, OpenOptions};
+use std::collections::BTreeSet;
+use std::fs::File;
 use std::io::{BufReader, IsTerminal, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use mainstay_store::backup::{BackupReader, Totals};
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::verify::interruption;
 use crate::args;
-use crate::data::{Data, beside};
+use crate::data::Data;
 use crate::failure::{Exit, Failure};
 use crate::output::Output;
 use crate::transfer::{self, Done, Progress, What};
@@ -60,21 +60,20 @@ pub(crate) async fn backup(args: args::Backup, output: Output) -> Result<(), Fai
 /// Writes it beside, and puts it in its place once it is whole.
 fn save(data: &Data, path: &Path, mut go_on: impl FnMut(Progress) -> bool) -> Result<Done, Failure> {
     let failed = |error: std::io::Error| Failure::io(path.display(), &error);
-    let new = beside(path);
-    // Left by a process that was killed.
-    let _ = std::fs::remove_file(&new);
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new).map_err(failed)?;
-    let done = transfer::ask(data, &What::Backup, &file, &mut go_on).and_then(|done| {
-        std::fs::rename(&new, path).map_err(failed)?;
-        let dir = path.parent().filter(|dir| *dir != Path::new("")).unwrap_or(Path::new("."));
-        File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
-        Ok(done)
-    });
-    if done.is_err() {
-        // It is of no use; why it failed is what matters.
-        let _ = std::fs::remove_file(&new);
-    }
-    done
+    // A link stays one, and what is no file is not made one.
+    let path = match std::fs::canonicalize(path) {
+        Ok(there) if there.is_file() => there,
+        Ok(there) => return Err(Failure::usage(format!("{} is there, and is not a file", there.display()))),
+        Err(_) => path.to_owned(),
+    };
+    let dir = path.parent().filter(|dir| *dir != Path::new("")).unwrap_or(Path::new("."));
+    // Of a name of its own, gone when dropped, and read by its owner only.
+    let new = tempfile::Builder::new().prefix(".backup-").tempfile_in(dir).map_err(failed)?;
+    let done = transfer::ask(data, &What::Backup, new.as_file(), &mut go_on)?;
+    new.as_file().sync_all().map_err(failed)?;
+    new.persist(&path).map_err(|error| failed(error.error))?;
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
+    Ok(done)
 }
 
 pub(crate) async fn restore(args: args::Restore, output: Output) -> Result<(), Failure> {
@@ -94,8 +93,10 @@ pub(crate) async fn restore(args: args::Restore, output: Output) -> Result<(), F
             let failure = Failure::from(error);
             Failure { message: format!("{}: {}", args.file.display(), failure.message), ..failure }
         })?;
-        // It is read once more from its beginning.
-        std::io::Seek::rewind(&mut &file).map_err(failed)?;
+        if !args.check {
+            // It is read once more from its beginning.
+            std::io::Seek::rewind(&mut &file).map_err(failed)?;
+        }
         Ok((file, totals))
     };
     let (file, totals) = blocking(open).await?;
@@ -104,10 +105,14 @@ pub(crate) async fn restore(args: args::Restore, output: Output) -> Result<(), F
             "event": "checked", "file": path.display().to_string(), "sessions": totals.sessions, "broken": totals.broken,
             "chunks": totals.chunks, "bytes": totals.bytes,
         });
-        return output.event(&event, || {
+        output.event(&event, || {
             let (sessions, bytes) = (totals.sessions, totals.bytes);
             format!("{}: {sessions} sessions, {bytes} bytes, whole", path.display())
-        });
+        })?;
+        return match totals.broken {
+            0 => Ok(()),
+            broken => Err(Failure::integrity(format!("it has {broken} sessions that were damaged when it was made"))),
+        };
     }
     let data = Data::new(args.data.as_deref())?;
     let (what, mut go_on) = (What::Restore(args.sessions.clone()), shown("read"));
@@ -124,7 +129,7 @@ pub(crate) async fn restore(args: args::Restore, output: Output) -> Result<(), F
     let refused = |code: &str, message: String| {
         Err(Failure { exit: Exit::Refused, code: code.into(), message, retryable: false })
     };
-    let wanted = args.sessions.len() as u64;
+    let wanted = args.sessions.iter().collect::<BTreeSet<_>>().len() as u64;
     if wanted > 0 && done.taken > 0 {
         let message = "a session that was named is there; delete it first, if what the backup has is to take its place";
         return refused("SESSION_EXISTS", message.into());

@@ -118,9 +118,6 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
         QuicListener::new(socket, identity, &server_keys, None, &config.transport_limits(), ALPN).map_err(internal)?;
         FjallStore::check_version(&data.store())?;
     }
-    // Before anybody is told that it serves: what comes right behind that is no reason to end without a word.
-    let mut signals = count_signals().map_err(|error| Failure::io("signals", &error))?;
-    let mut second = signals.clone();
     // Before the store, which the one that has it closes first.
     let socket = socket(args.takeover, args.listen.or(file.listen), &data).await?;
     let addr = socket.local_addr().map_err(|error| Failure::io("the socket", &error))?;
@@ -149,6 +146,9 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
         "connect": connect.as_ref().map(|path| path.display().to_string()),
         "pin": pin.to_hex(),
     });
+    // Before anybody is told that it serves: what comes right behind that is no reason to end without a word. Until here a signal ends it.
+    let mut signals = count_signals().map_err(|error| Failure::io("signals", &error))?;
+    let mut second = signals.clone();
     output.event(&event, || {
         let known = connect.as_ref().map_or_else(String::new, |path| {
             format!("\nclients on this machine find it by {}; try `mainstay tail demo`", path.display())
@@ -181,17 +181,21 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
             }
         };
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        transfers.is_ending.store(true, Ordering::Relaxed);
         stop
     };
+    let served = async {
+        server.serve(listener, stop).await;
+        transfers.end().await;
+    };
     tokio::select! {
-        () = server.serve(listener, stop) => {}
+        () = served => {}
         _ = second.wait_for(|count| *count > 1) => {
             return Err(Failure::failed("INTERRUPTED", "stopped at once by a second signal"));
         }
     }
     asked.abort();
-    transfers.end().await;
-    drop((server, local));
+    drop((server, local, transfers));
     if let Some(successor) = successor {
         hand_over(store, &successor, &kept, output).await?;
         return Ok(());
@@ -238,9 +242,9 @@ impl Transfers {
     }
 
     /// Ends what is being done, so that the store can be closed.
-    async fn end(self) {
+    async fn end(&self) {
         self.is_ending.store(true, Ordering::Relaxed);
-        let running = self.running.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(running) = running
             && let Err(error) = running.await
         {

@@ -332,10 +332,9 @@ impl Producers {
             let (epoch, next) = (r.varint()?, r.varint()?);
             let begun = match begun {
                 true => r.varint()?,
-                // Where nobody was ever evicted, under the first one; else at the latest now: then whoever was granted an earlier one
-                // does not know what became of what it sent (spec PROD-4), which is the safe side.
+                // Where nobody was ever evicted, under the first one.
                 false if this.floor == 0 => 1,
-                false => epoch,
+                false => return Err(ProtocolError::malformed("an older snapshot does not say when a producer began")),
             };
             let position = ProducerPosition { epoch, next, begun };
             let count = r.count(PRODUCER_WINDOW)?;

@@ -25,7 +25,8 @@ impl Rebirth {
     /// Brings a life back as `to`. Its first chunk that is kept has the seq and number `first`, behind the chain `before`; `snapshot` is
     /// needed where that is not the first one of all.
     pub fn new(from: Incarnation, to: Incarnation, first: (u64, u64), before: Chain, snapshot: Option<State>) -> Self {
-        let state = (first.1 == 0).then(|| State::new(to));
+        // Below the first chunk of all is nothing.
+        let state = (first == (0, 0)).then(|| State::new(to));
         Self { from, to, next: first, before, after: Chain::start(to), state, snapshot }
     }
 

@@ -124,6 +124,9 @@ impl FjallStore {
                 Ok(row) => row,
                 // There is nothing to say of it but its name.
                 Err(error) => {
+                    let row = SessionRow::new(Incarnation([0; 16]), 0, 0);
+                    out.session(&saved(&name, &row))?;
+                    out.broken(0, &error.to_string())?;
                     name_left_out(&mut left_out, &name, error);
                     continue;
                 }
@@ -138,6 +141,8 @@ impl FjallStore {
             match self.save(&reader, &name, &row, &mut out, &mut step) {
                 Ok((seq, number)) => out.whole(seq, number)?,
                 Err(TransferError::Store(StoreError::Damaged { seq, what })) => {
+                    let id = SessionId { name: name.clone(), incarnation: row.incarnation };
+                    self.quarantine(&id, seq, &what);
                     name_left_out(&mut left_out, &name, &what);
                     out.broken(seq, &what)?;
                 }
@@ -214,14 +219,15 @@ impl FjallStore {
                 return Err(TransferError::Interrupted);
             }
             match item {
-                Item::Session(saved) if wants(&saved.name) => {
-                    if self.reads(|reader| reader.row(&saved.name))?.is_some() {
+                Item::Session(saved) if wants(&saved.name) => match self.reads(|reader| reader.row(&saved.name)) {
+                    Ok(None) => *returning = Some(Returning::new(saved)),
+                    // Also by one whose row cannot be read.
+                    Ok(Some(_)) | Err(StoreError::Damaged { .. }) => {
                         restored.taken += 1;
                         name_left_out(&mut restored.left_out, &saved.name, TAKEN);
-                    } else {
-                        *returning = Some(Returning::new(saved));
                     }
-                }
+                    Err(error) => return Err(error.into()),
+                },
                 Item::Session(_) | Item::End(..) => {}
                 item => {
                     let Some(current) = returning else { continue };
@@ -232,7 +238,8 @@ impl FjallStore {
                             self.stage(current)?;
                             if self.install(current, &state, now)? {
                                 restored.sessions += 1;
-                                restored.records += state.tail() - state.first().max(current.saved.first.0);
+                                restored.records +=
+                                    state.tail().saturating_sub(state.first().max(current.saved.first.0));
                             } else {
                                 restored.taken += 1;
                                 name_left_out(&mut restored.left_out, &current.saved.name, TAKEN);
@@ -344,7 +351,13 @@ impl Returning {
             Item::Whole(seq, number) => {
                 let ends = |state: &State| (state.tail(), state.number()) == (seq, number);
                 let state = self.rebirth.take().map(Rebirth::finish).transpose()?.filter(ends);
-                state.map(Some).ok_or(Damage { seq, what: "chunks are missing at the end" })
+                let state = state.ok_or(Damage { seq, what: "chunks are missing at the end" })?;
+                let SavedSession { released, compaction, writer_epoch, .. } = self.saved;
+                let within = [released, compaction.before, compaction.next, state.first()].iter().all(|at| *at <= seq);
+                if !within || writer_epoch >= MAX_VARINT {
+                    return Err(Damage { seq, what: "what is said of it is not of a session of this length" });
+                }
+                Ok(Some(state))
             }
             _ => Err(Damage { seq: first.0, what: "the backup does not have it whole" }),
         }
@@ -359,7 +372,8 @@ impl Returning {
             created,
             expire_after,
             due,
-            wake: state.wake(),
+            // Whatever it has to do by itself: a server that looks for what is due finds it, and knows better then.
+            wake: state.wake().map(|at| at.max(now)),
             writer_epoch: writer_epoch.max(state.writer_epoch()),
             released,
             compaction,

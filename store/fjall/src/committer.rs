@@ -116,6 +116,8 @@ struct Turn {
     rows: HashMap<SessionName, Option<SessionRow>>,
     /// Sessions that do not exist any more once the turn is durable.
     deleted: Vec<Incarnation>,
+    /// Sessions that were brought back once it is.
+    installed: Vec<Incarnation>,
     told: Vec<Told>,
     bytes: usize,
 }
@@ -779,7 +781,8 @@ impl Committer {
             self.abandon(id.incarnation);
             return Ok(false);
         }
-        let segments = self.staged.remove(&id.incarnation).unwrap_or_default().segments;
+        let segments = self.staged.get(&id.incarnation).map_or_else(Vec::new, |staged| staged.segments.clone());
+        turn.installed.push(id.incarnation);
         segments.iter().for_each(|segment| turn.remove(3, keys::dead(segment.id).to_vec()));
         let row = SessionRow { segments, ..row };
         turn.put(2, id.incarnation.0.to_vec(), keys::encode_snapshot(snapshot));
@@ -839,7 +842,7 @@ impl Committer {
 
     /// Commits a turn and answers. Nobody is answered before the batch is synced and noted.
     fn commit(&mut self, turn: Turn) {
-        let Turn { edits, told, deleted, .. } = turn;
+        let Turn { edits, told, deleted, installed, .. } = turn;
         if edits.is_empty() {
             return told.into_iter().for_each(|tell| tell(Ok(())));
         }
@@ -851,6 +854,8 @@ impl Committer {
                     self.writers.remove(&incarnation);
                     quarantined.remove(&incarnation);
                 }
+                drop(quarantined);
+                installed.iter().for_each(|incarnation| drop(self.staged.remove(incarnation)));
             }
             Err(_) => self.writers.values_mut().for_each(|open| open.stale = true),
         }

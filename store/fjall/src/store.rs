@@ -86,6 +86,15 @@ impl Shared {
         self.quarantined.read().unwrap_or_else(PoisonError::into_inner).contains(&incarnation)
     }
 
+    fn quarantine(&self, id: &SessionId, seq: u64, what: &str, requests: &Sender<Request>) {
+        let new = self.quarantined.write().unwrap_or_else(PoisonError::into_inner).insert(id.incarnation);
+        if new {
+            tracing::error!(session = %id, seq, what, "stored data is damaged; the session is quarantined");
+            // A store that is closing remembers nothing more.
+            let _ = requests.send(Request::Quarantine { incarnation: id.incarnation });
+        }
+    }
+
     /// Free bytes on the file system; a file system that cannot be asked counts as empty.
     pub(crate) fn free(&self) -> u64 {
         rustix::fs::statvfs(&self.layout.dir).map_or(0, |fs| fs.f_bavail.saturating_mul(fs.f_frsize))
@@ -185,6 +194,11 @@ impl FjallStore {
         asked.blocking_recv().map_err(|_| stopped())?
     }
 
+    /// Puts a session into quarantine: something of it was found damaged.
+    pub(crate) fn quarantine(&self, id: &SessionId, seq: u64, what: &str) {
+        self.shared.quarantine(id, seq, what, &self.requests);
+    }
+
     pub(crate) fn shared(&self) -> &Shared {
         &self.shared
     }
@@ -206,12 +220,7 @@ impl FjallStore {
                 let engine = shared.engine()?;
                 let result = read(&Reader::new(&engine));
                 if let (Err(StoreError::Damaged { seq, what }), Some(id)) = (&result, &session) {
-                    let new = shared.quarantined.write().unwrap_or_else(PoisonError::into_inner).insert(id.incarnation);
-                    if new {
-                        tracing::error!(session = %id, seq, what, "stored data is damaged; the session is quarantined");
-                        // A store that is closing remembers nothing more.
-                        let _ = requests.send(Request::Quarantine { incarnation: id.incarnation });
-                    }
+                    shared.quarantine(id, *seq, what, &requests);
                 }
                 result
             });

@@ -4,14 +4,14 @@
 //! known whether the step was taken: the number of the last commit says so.
 
 use bytes::Bytes;
-use fjall::PersistMode;
+use fjall::{OwnedWriteBatch as WriteBatch, PersistMode};
 use mainstay_protocol::ProtocolError;
 use mainstay_protocol::session::{Chain, Compaction, Incarnation};
 use mainstay_protocol::wire::Reader;
 
 use crate::keys::{self, Base, SessionRow};
 use crate::open::{self, Engine, FORMAT, Format, Layout, OpenError};
-use crate::witness::WitnessFile;
+use crate::witness::{Witness, WitnessFile};
 
 /// Takes the step that the format file asks for, and says in it that it was taken.
 pub(crate) fn in_place(
@@ -25,11 +25,17 @@ pub(crate) fn in_place(
         return Ok(());
     }
     let from = format.step.map_or(format.version, |(from, _)| from);
+    // What cannot be read is found before anything says that it is of another version.
+    let step = prepare(format, engine)?;
     if format.step.is_none() {
+        // The commit that the step follows must not be lost once it is named.
+        engine.db.persist(PersistMode::SyncAll).map_err(open::engine)?;
         Format { step: Some((from, engine.witness.commits)), ..now.clone() }.write(layout)?;
     }
     tracing::info!(from, to = FORMAT, "bringing the store to the format in force");
-    rows(format, engine)?;
+    if let Some(step) = step {
+        step.take(engine)?;
+    }
     let noted = file.note(engine.witness.commits).and_then(|()| file.sync());
     noted.map_err(open::io_at(&layout.witness()))?;
     now.write(layout)
@@ -37,12 +43,33 @@ pub(crate) fn in_place(
 
 /// Writes the rows of an older version anew in an engine that is open, and counts what it did not, unless that was done.
 pub(crate) fn rows(format: &Format, engine: &mut Engine) -> Result<(), OpenError> {
+    match prepare(format, engine)? {
+        Some(step) => step.take(engine),
+        None => Ok(()),
+    }
+}
+
+/// A step that is to be taken: one batch with every session's row, which is small.
+struct Prepared {
+    batch: WriteBatch,
+    witness: Witness,
+}
+
+impl Prepared {
+    fn take(self, engine: &mut Engine) -> Result<(), OpenError> {
+        self.batch.commit().map_err(open::engine)?;
+        engine.witness = self.witness;
+        Ok(())
+    }
+}
+
+fn prepare(format: &Format, engine: &Engine) -> Result<Option<Prepared>, OpenError> {
     let is_done = match format.step {
         Some((_, commit)) => engine.witness.commits > commit,
         None => format.version == FORMAT,
     };
     if is_done {
-        return Ok(());
+        return Ok(None);
     }
     let damaged = |name: &[u8], why: &str| {
         OpenError::Damaged(format!("session {}: its row cannot be read: {why}", String::from_utf8_lossy(name)))
@@ -62,9 +89,7 @@ pub(crate) fn rows(format: &Format, engine: &mut Engine) -> Result<(), OpenError
         batch.insert(engine.sessions(), name, row);
     }
     batch.insert(engine.meta(), keys::WITNESS, witness.encode(&engine.id));
-    batch.commit().map_err(open::engine)?;
-    engine.witness = witness;
-    Ok(())
+    Ok(Some(Prepared { batch, witness }))
 }
 
 /// The row of a session as version 2 has it: it knows nothing of compaction.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use mainstay_protocol::session::{Incarnation, SessionName, State};
-use mainstay_store::backup::{BackupError, BackupReader};
+use mainstay_store::backup::{BackupError, BackupReader, SavedSession};
 use mainstay_store::{Outcome, SessionId, Store};
 use mainstay_store_fjall::backup::{LeftOut, Restored, TransferError, check};
 use mainstay_store_fjall::{Config, FjallStore, verify};
@@ -290,7 +290,7 @@ async fn a_session_that_is_damaged_is_left_out_and_named() {
     assert_eq!(log.append(&store, noise(1, 30)).await, Outcome::Committed);
     let mut whole = Vec::new();
     let mut broken = mainstay_store::backup::BackupWriter::new(&mut whole).unwrap();
-    let saved = mainstay_store::backup::SavedSession {
+    let saved = SavedSession {
         name: SessionName::new("broken").unwrap(),
         incarnation: Incarnation([60; 16]),
         created: 1,
@@ -310,6 +310,15 @@ async fn a_session_that_is_damaged_is_left_out_and_named() {
     broken.whole(1, 1).unwrap();
     broken.session(&saved).unwrap();
     broken.whole(1, 1).unwrap();
+    // Says of itself what cannot be.
+    for strange in [
+        SavedSession { first: (5, 0), ..saved.clone() },
+        SavedSession { released: 1, ..saved.clone() },
+        SavedSession { writer_epoch: mainstay_protocol::wire::MAX_VARINT, ..saved.clone() },
+    ] {
+        broken.session(&strange).unwrap();
+        broken.whole(strange.first.0, 0).unwrap();
+    }
     // And is whole.
     broken.session(&saved).unwrap();
     broken.whole(0, 0).unwrap();
@@ -323,8 +332,11 @@ async fn a_session_that_is_damaged_is_left_out_and_named() {
             why("damaged at seq 0: the backup does not have it whole"),
             why("damaged at seq 1: chunk belongs to another incarnation"),
             why("damaged at seq 1: chunks are missing at the end"),
+            why("damaged at seq 5: the snapshot behind a trim is missing"),
+            why("damaged at seq 0: what is said of it is not of a session of this length"),
+            why("damaged at seq 0: what is said of it is not of a session of this length"),
         ]
     );
-    assert_eq!((restored.sessions, restored.broken), (1, 3));
+    assert_eq!((restored.sessions, restored.broken), (1, 6));
     assert_eq!(look(&new).len(), 1);
 }
