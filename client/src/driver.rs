@@ -1242,8 +1242,9 @@ impl<C: Connection> Driver<C> {
                 let is = |entry: &ProducerEntry| [entry.id, entry.before].contains(&Some(error.id));
                 if let Some(at) = self.producers.iter().position(is) {
                     self.producers[at].shared.not_opened(error.id);
+                    let crowded = error.code == Code::LIMIT_EXCEEDED && link.may_have_more_producers();
                     // An epoch that is not known any more never is again.
-                    let passes = failure.is_retryable() && error.code != Code::PRODUCER_UNKNOWN;
+                    let passes = (failure.is_retryable() || crowded) && error.code != Code::PRODUCER_UNKNOWN;
                     if passes && self.producers[at].shared.reopen(&failure) {
                         tracing::warn!(code = %error.code, detail = %error.detail, "opening the producer again");
                         (self.producers[at].id, self.producers[at].again) = (None, Some(Instant::now() + REOPEN_PAUSE));

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
-use mainstay_protocol::registry::{DEFAULT_BULK_WINDOW, MAX_FRAME};
+use mainstay_protocol::registry::{DEFAULT_BULK_STREAMS, DEFAULT_BULK_WINDOW, MAX_FRAME};
 use mainstay_protocol::session::{CreditSent, PathFacts};
 use mainstay_protocol::wire::{
     Body, Credit, Frame, GoAway, Hello, Ping, Pong, Subscribe, Subscribed, Token, put_grease,
@@ -412,6 +412,13 @@ impl<C: Connection> Link<C> {
         let credit = Arc::new(ProducerCredit { credit, changed: Notify::new(), shared });
         self.producers.lock().unwrap_or_else(PoisonError::into_inner).insert(id, credit.clone());
         credit
+    }
+
+    /// True if the server allows more producers than have a stream here: those that ended count there until it has seen that they did.
+    pub(crate) fn may_have_more_producers(&self) -> bool {
+        let hello = self.server.borrow();
+        let allowed = hello.as_ref().and_then(|hello| hello.bulk_streams).unwrap_or(DEFAULT_BULK_STREAMS);
+        (self.producers.lock().unwrap_or_else(PoisonError::into_inner).len() as u64) < allowed
     }
 
     /// Producer `id` has no stream any more.

@@ -516,7 +516,7 @@ impl Actor {
             assert!(taken.len() <= 1, "{}: {request} is answered twice: {taken:?}", self.name);
             let resolved = loop {
                 if let Some(resolved) = live.view().signals().answer(request) {
-                    break resolved.clone();
+                    break *resolved;
                 }
                 // It expires, whatever happens, once everything works again.
                 let update = timeout(self.size.patience, live.next()).await.expect("it comes to an end");

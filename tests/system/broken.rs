@@ -302,3 +302,27 @@ async fn a_producer_that_ends_while_it_waits_to_send_again_ends_its_stream_at_on
     assert!(ticket.wait().await.is_err());
     serving.await.expect("the server");
 }
+
+/// Found by a power campaign: a server that had not seen yet that others ended refused one more producer, and the application was told that
+/// there are too many where there was none.
+#[tokio::test(start_paused = true)]
+async fn a_producer_that_others_leave_no_room_for_yet_is_opened_once_they_do() {
+    let (network, listener) = network();
+    let serving = tokio::spawn(async move {
+        let (connection, _control, _unread) = greet(&listener).await;
+        let (mut send, mut frames) = attach(&connection).await;
+        let detail = Detail::new("the connection has too many producers");
+        let crowded = open_producer(&mut frames).await;
+        let refused = Error { about: OpenProducer::KIND, id: crowded.id, code: Code::LIMIT_EXCEEDED, value: 0, detail };
+        send.write(&mut [Frame::from(refused).to_bytes()]).await.expect("write");
+        let open = open_producer(&mut frames).await;
+        let granted = Producer { id: open.id, epoch: 1, next: 0, begun: 1 };
+        send.write(&mut [Frame::from(granted).to_bytes()]).await.expect("write");
+        (connection, send, frames)
+    });
+    let client = Client::new(network, ClientConfig::default());
+    let session = client.session("s").expect("a name").attach().await.expect("attach");
+    let producer = timeout(PATIENCE, session.producer("p")).await.expect("in time");
+    assert_eq!(producer.expect("a producer").epoch(), 1);
+    serving.await.expect("the server");
+}
