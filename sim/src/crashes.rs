@@ -147,7 +147,7 @@ async fn round(
         askers: 1,
         looks: 0.01,
         pause: Duration::from_millis(3),
-        rest: Duration::from_millis(1500),
+        rest: Duration::from_millis(2400),
         patience: Duration::from_secs(60),
     };
     let client = |server: &Server, prefix: &str| {

@@ -426,8 +426,9 @@ impl Actor {
             return (Call::Delete { session, key: key_name, expected }, change);
         }
         let value = format!("{}/{number}", self.name);
-        // Some values are gone soon.
-        let lasts = if self.random.chance(0.2) { 1 + self.random.below(2000) } else { 0 };
+        // Some values are gone soon: before everybody has rested, or what is complete would change behind that.
+        let soon = (self.size.rest / 3).as_millis().min(1000) as u64;
+        let lasts = if self.random.chance(0.2) { self.random.below(soon + 1) } else { 0 };
         let put = Change::Put { value: value.clone().into(), lasts };
         (Call::Put { session, key: key_name, value, expected }, StateChange { key, expected: condition, change: put })
     }
