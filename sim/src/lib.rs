@@ -11,6 +11,7 @@ pub mod history;
 #[cfg(feature = "planted")]
 pub mod planted;
 pub mod power;
+pub mod rotten;
 pub mod seeds;
 pub mod simulation;
 pub mod workload;
