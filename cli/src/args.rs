@@ -50,6 +50,10 @@ pub(crate) enum Command {
     Session(Session),
     /// Make and read capability tokens.
     Token(Token),
+    /// Say in words what is wrong with a server, its configuration or the way to it, and what to do.
+    Doctor(Doctor),
+    /// Show what the server of this machine is doing: sessions, connections, and who is slow and why.
+    Top(Top),
     /// Check a data directory offline.
     Verify(Verify),
     /// Save everything that a server stores, while it serves.
@@ -80,6 +84,8 @@ impl Args {
             Command::Notify(args) => args.json,
             Command::Session(args) => args.json,
             Command::Token(args) => args.json,
+            Command::Doctor(args) => args.json,
+            Command::Top(args) => args.json,
             Command::Verify(args) => args.json || args.dump,
             Command::Backup(args) => args.json,
             Command::Restore(args) => args.json,
@@ -93,18 +99,18 @@ impl Args {
 /// memory is in use.
 #[derive(Debug, ClapArgs)]
 #[command(after_long_help = "\
-Configuration file, every entry optional; entries that are not known are refused:
+Settings come from a file, then MAINSTAY_SECTION__NAME variables of the environment, then --set, then flags of their own; what is not
+known is refused. `mainstay serve --print-config` prints every setting with what it means and what is done without it. Usually:
 
-  data = \"/var/lib/mainstay\"     # as --data
-  listen = \"0.0.0.0:4433\"        # as --listen
+  listen = \"0.0.0.0:4433\"
+  admin = \"127.0.0.1:9433\"        # metrics, health and status over HTTP
   [tls]
   cert = \"chain.pem\"             # certificate chain, leaf first; needed without --dev
   key = \"key.pem\"
   [auth]
   keys = [\"k4.public.…\"]         # verification keys, as `mainstay token keygen` prints them; several while one is replaced
-  [store]
-  reserve_bytes = 67108864        # free space below which appends are refused
 
+SIGHUP reads the settings again: keys, issuers and the certificate change at once, everything else at the next start.
 Under systemd it takes its socket from a .socket unit (ListenDatagram=) if there is one, and says when it is ready (Type=notify).
 
 Exit codes: 0 stopped when told to, or handed over; 2 wrong arguments or configuration; 5 stored data is damaged, or the disk failed; 1 anything else.")]
@@ -124,11 +130,23 @@ pub(crate) struct Serve {
     pub(crate) takeover: bool,
     /// How long after the end of a message its parts are put together in storage, or `never`. Readers that lag so long behind get the
     /// whole text in their place. [default: 60]
-    #[arg(long, value_name = "SECS", value_parser = compact_after)]
-    pub(crate) compact_after: Option<CompactAfter>,
-    /// Configuration file (TOML); flags go before it.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "SECS", value_parser = compact_after_text)]
+    pub(crate) compact_after: Option<String>,
+    /// TCP address for the operator: metrics, health and status over HTTP, without authentication. [default: none]
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) admin: Option<SocketAddr>,
+    /// Configuration file (TOML).
+    #[arg(long, value_name = "FILE", env = "MAINSTAY_CONFIG")]
     pub(crate) config: Option<PathBuf>,
+    /// A setting, for example limits.connections=1000. May be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Say whether the configuration is good, and start nothing.
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// Print every setting, and start nothing.
+    #[arg(long)]
+    pub(crate) print_config: bool,
     /// Print JSON lines.
     #[arg(long)]
     pub(crate) json: bool,
@@ -478,6 +496,11 @@ pub(crate) fn compact_after(text: &str) -> Result<CompactAfter, String> {
         true => Ok(CompactAfter(Some(std::time::Duration::from_secs_f64(seconds)))),
         false => Err("not between 0 seconds and a year".into()),
     }
+}
+
+/// The same, as it was written.
+fn compact_after_text(text: &str) -> Result<String, String> {
+    compact_after(text).map(|_| text.to_owned())
 }
 
 /// A number of seconds up to a day.
@@ -845,7 +868,7 @@ pub(crate) enum TokenAction {
         #[arg(long, value_name = "NAME")]
         subject: String,
         /// What it allows: PREFIX=OPERATIONS, for example agent:=read,append. Operations are read, append, create, manage, join,
-        /// run, signal, notify and all. An empty prefix is every session. May be repeated.
+        /// run, signal, notify, mint and all. An empty prefix is every session. May be repeated.
         #[arg(long, value_name = "PREFIX=OPS", required = true)]
         grant: Vec<String>,
         /// Seconds until it expires.
@@ -854,15 +877,103 @@ pub(crate) enum TokenAction {
         /// Bind it to one client instance (32 hexadecimal digits).
         #[arg(long, value_name = "ID")]
         device: Option<String>,
+        /// Bind it to the client certificate in this PEM file: it is good only for who has the key.
+        #[arg(long, value_name = "FILE")]
+        certificate: Option<PathBuf>,
+        /// A name by which it can be revoked. [default: a hash of it]
+        #[arg(long, value_name = "ID")]
+        id: Option<String>,
         /// Signing key file. [default: the one of `serve --dev` on this machine]
         #[arg(long, value_name = "FILE")]
         key: Option<PathBuf>,
+    },
+    /// Have the server make a narrower token out of the one in the connection file, for a sub-agent or a tool. Prints it, or a connection
+    /// file with it.
+    Delegate {
+        /// Who holds it, below the subject of the one that it is made from: `tool` of `alice` is `alice/tool`.
+        name: String,
+        /// What it allows, as for `mint`: nothing that the other one does not, and only where that grants `mint`. May be repeated.
+        #[arg(long, value_name = "PREFIX=OPS", required = true)]
+        grant: Vec<String>,
+        /// Seconds until it expires, and never later than the other one.
+        #[arg(long, value_name = "SECS", default_value_t = 3600)]
+        ttl: u32,
+        /// Bind it to one client instance (32 hexadecimal digits).
+        #[arg(long, value_name = "ID")]
+        device: Option<String>,
+        /// Write a connection file with it.
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+        #[command(flatten)]
+        connect: Connect,
+    },
+    /// Believe a token, a subject's tokens or a key no more. Acts at once on the server that serves the data directory, on connections that
+    /// exist too; where none does, from the next start on.
+    #[command(group = clap::ArgGroup::new("what").required(true))]
+    Revoke {
+        /// The token, or - to read it from standard input; what was made from it is revoked with it.
+        #[arg(group = "what")]
+        token: Option<String>,
+        /// The id of a token, as `inspect` prints it.
+        #[arg(long, value_name = "ID", group = "what")]
+        id: Option<String>,
+        /// Every token of this subject, and of those below it, that was issued until now.
+        #[arg(long, value_name = "NAME", group = "what")]
+        subject: Option<String>,
+        /// Every token that this key signed: its id, k4.pid.….
+        #[arg(long, value_name = "ID", group = "what")]
+        key: Option<String>,
+        /// The namespace.
+        #[arg(long, value_name = "NAME", default_value = "default")]
+        namespace: String,
+        /// Data directory of the server.
+        #[arg(long, value_name = "DIR")]
+        data: Option<PathBuf>,
     },
     /// Print what a token says, without verifying it.
     Inspect {
         /// The token, or - to read it from standard input.
         token: String,
     },
+}
+
+/// Looks at everything between a client and what it wants: the configuration, the data directory, keys and certificates, the disk, the system's
+/// buffers, the server that runs, the way to it, the token. Each line says what is wrong, and what to do.
+#[derive(Debug, ClapArgs)]
+#[command(after_long_help = "Exit codes: 0 nothing is wrong, though there may be warnings; 1 something is.")]
+pub(crate) struct Doctor {
+    /// Configuration file of the server.
+    #[arg(long, value_name = "FILE", env = "MAINSTAY_CONFIG")]
+    pub(crate) config: Option<PathBuf>,
+    /// Data directory of the server.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) connect: Connect,
+    /// Print JSON lines: one for each thing that was looked at.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Asks the server that serves the data directory what it is doing, again and again, and shows it: load, memory, the sessions that are
+/// followed most, and the connections that lag most, each with what it waits for.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Top {
+    /// Data directory of the server.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
+    /// Seconds between two looks.
+    #[arg(long, value_name = "SECS", value_parser = seconds, default_value = "2")]
+    pub(crate) every: f64,
+    /// Look once.
+    #[arg(long)]
+    pub(crate) once: bool,
+    /// Sessions and connections to show.
+    #[arg(long, value_name = "N", default_value_t = 15)]
+    pub(crate) rows: usize,
+    /// Print one JSON line for each look.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Checks everything that a server has stored in a data directory: journals, checksums, links, chain, views, and that no row is

@@ -4,15 +4,21 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mainstay_client::{Client, ClientError, Config, ConnectFile, PathEvent};
 use mainstay_server::ResumeKeys;
-use mainstay_server::auth::SigningKey;
+use mainstay_server::auth::{Revocations, SigningKey};
 use mainstay_transport::quic::{Identity, ServerKeys};
 
 use crate::failure::Failure;
 use crate::output::Output;
+
+/// Seconds since the Unix epoch.
+pub(crate) fn now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
 
 /// A data directory.
 #[derive(Debug, Clone)]
@@ -32,6 +38,37 @@ impl Data {
 
     pub(crate) fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// The data directory of a namespace of this server.
+    pub(crate) fn namespace(&self, name: &str) -> Self {
+        Self { dir: self.dir.join("namespaces").join(name) }
+    }
+
+    /// What was revoked (spec AUTH-8).
+    pub(crate) fn revocations_file(&self) -> PathBuf {
+        self.dir.join("revoked.json")
+    }
+
+    /// What was revoked. Errors: the file cannot be read, or is damaged: a server that started without it would believe what it must not.
+    pub(crate) fn revocations(&self) -> Result<Revocations, Failure> {
+        let path = self.revocations_file();
+        match fs::read(&path) {
+            Ok(text) => serde_json::from_slice(&text)
+                .map_err(|error| Failure::integrity(format!("{}: {error}; restore it from a copy", path.display()))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Revocations::default()),
+            Err(error) => Err(Failure::io(path.display(), &error)),
+        }
+    }
+
+    /// Keeps what was revoked.
+    pub(crate) fn write_revocations(&self, revocations: &Revocations) -> io::Result<()> {
+        write_secret(&self.revocations_file(), &serde_json::to_vec(revocations)?)
+    }
+
+    /// The key that signs the narrower tokens that clients ask for.
+    pub(crate) fn minting_key(&self) -> Result<SigningKey, Failure> {
+        self.signing_key_at(&self.dir.join("keys").join("minting"))
     }
 
     /// The engine's directory.
@@ -102,8 +139,11 @@ impl Data {
 
     /// The key that signs development tokens.
     pub(crate) fn signing_key(&self) -> Result<SigningKey, Failure> {
-        let path = self.signing_key_file();
-        let text = self.secret(&path, || {
+        self.signing_key_at(&self.signing_key_file())
+    }
+
+    fn signing_key_at(&self, path: &Path) -> Result<SigningKey, Failure> {
+        let text = self.secret(path, || {
             let key = SigningKey::generate().map_err(|error| Failure::failed("INTERNAL", error))?;
             Ok(key.to_paserk() + "\n")
         })?;
@@ -153,7 +193,12 @@ pub(crate) fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
     file.write_all(bytes)?;
     file.sync_all()?;
-    fs::rename(&new, path)
+    fs::rename(&new, path)?;
+    // The name is as durable as what is behind it.
+    match path.parent() {
+        Some(dir) => fs::File::open(dir)?.sync_all(),
+        None => Ok(()),
+    }
 }
 
 fn default_dir() -> Result<PathBuf, Failure> {
@@ -254,6 +299,11 @@ pub(crate) async fn patiently<T>(
 }
 
 fn client(connect: Option<&Path>, config: Config) -> Result<Client, Failure> {
+    Ok(Client::connect_quic(&connect_file(connect)?, config)?)
+}
+
+/// The connection file that was named, or the one that `serve --dev` wrote.
+pub(crate) fn connect_file(connect: Option<&Path>) -> Result<ConnectFile, Failure> {
     let path = match connect {
         Some(path) => path.to_owned(),
         None => Data::new(None)?.connect_file(),
@@ -270,6 +320,5 @@ fn client(connect: Option<&Path>, config: Config) -> Result<Client, Failure> {
             retryable: true,
         });
     }
-    let file = ConnectFile::read(&path)?;
-    Ok(Client::connect_quic(&file, config)?)
+    Ok(ConnectFile::read(&path)?)
 }

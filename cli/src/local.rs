@@ -6,6 +6,7 @@
 //!  │ ◀──────────────── {"listening": …} │
 //!  │ {"take_over": …} ────────────────▶ │  see `takeover`
 //!  │ {"transfer": …} + file ──────────▶ │  see `transfer`
+//!  │ {"ask": …} ──────────────────────▶ │  see `serve::questions`
 //! ```
 
 use core::mem::MaybeUninit;
@@ -25,6 +26,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixListener;
 
+use crate::serve::questions::Question;
 use crate::takeover::Successor;
 use crate::transfer::{Transfer, What};
 
@@ -43,6 +45,8 @@ pub(crate) enum Request {
     TakeOver(Option<SocketAddr>),
     /// Something with a file, which comes behind it.
     Transfer(What),
+    /// Something that is answered by one line.
+    Ask(Question),
 }
 
 /// How long an answer may take to begin, and a line to end.
@@ -128,6 +132,8 @@ pub(crate) enum Asked {
     Successor(Successor),
     /// For a backup, or for sessions to be brought back.
     Transfer(Transfer),
+    /// For something that is answered by one line.
+    Question(UnixStream, Question),
 }
 
 impl Local {
@@ -175,6 +181,7 @@ fn greet(mut stream: UnixStream, listening: SocketAddr) -> io::Result<Asked> {
     say(&mut stream, &Greeting { listening })?;
     Ok(match hear(&mut stream)? {
         Request::TakeOver(address) => Asked::Successor(Successor { stream, address }),
+        Request::Ask(question) => Asked::Question(stream, question),
         Request::Transfer(what) => {
             let (_, file) = take(&stream, &mut [0])?;
             let file = File::from(file.ok_or_else(|| io::Error::other("a transfer without a file"))?);

@@ -5,8 +5,11 @@ mod commands;
 mod data;
 mod failure;
 mod local;
+mod memory;
 mod output;
 mod rows;
+mod serve;
+mod settings;
 mod takeover;
 mod transfer;
 
@@ -17,6 +20,7 @@ use clap::Parser;
 use crate::args::{Args, Command};
 use crate::failure::{Exit, Failure};
 use crate::output::Output;
+use crate::settings::{LogFormat, LogSettings};
 
 #[cfg(not(target_env = "msvc"))]
 #[global_allocator]
@@ -79,21 +83,29 @@ fn usage(error: &clap::Error) -> ExitCode {
     if error.use_stderr() { Exit::Usage.into() } else { ExitCode::SUCCESS }
 }
 
-/// Logs go to standard error; `MAINSTAY_LOG` sets what is logged.
+/// Logs go to standard error; `MAINSTAY_LOG` sets what is logged, for a server also its settings.
 fn logging(args: &Args) {
-    let default = if matches!(args.command, Command::Serve(_)) { "info" } else { "error" };
+    let (default, log) = match &args.command {
+        // What is wrong with the settings is told by the command.
+        Command::Serve(args) => ("info", serve::layers(args).read(std::env::vars()).unwrap_or_default().log),
+        _ => ("error", LogSettings::default()),
+    };
     let filter = tracing_subscriber::EnvFilter::try_from_env("MAINSTAY_LOG")
+        .or_else(|_| tracing_subscriber::EnvFilter::try_new(log.filter.as_deref().unwrap_or(default)))
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
-    tracing_subscriber::fmt()
+    let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .init();
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
+    match log.format {
+        Some(LogFormat::Json) => logs.json().flatten_event(true).init(),
+        _ => logs.init(),
+    }
 }
 
 async fn run(command: Command, output: Output) -> Result<(), Failure> {
     match command {
-        Command::Serve(args) => commands::serve::run(args, output).await,
+        Command::Serve(args) => serve::run(args, output).await,
         Command::Demo(args) => interruptible(commands::demo::run(args, output)).await,
         Command::DemoAgent(args) => commands::demo::agent(args).await,
         Command::Append(args) => commands::append::run(args, output).await,
@@ -105,7 +117,9 @@ async fn run(command: Command, output: Output) -> Result<(), Failure> {
         Command::Signal(args) => commands::signal::run(args, output).await,
         Command::State(args) => commands::state::run(args, output).await,
         Command::Session(args) => commands::session::run(args, output).await,
-        Command::Token(args) => commands::token::run(args, output),
+        Command::Token(args) => commands::token::run(args, output).await,
+        Command::Doctor(args) => interruptible(commands::doctor::run(args, output)).await,
+        Command::Top(args) => commands::top::run(args, output).await,
         Command::Verify(args) if args.online => interruptible(commands::online::run(args, output)).await,
         Command::Verify(args) => commands::verify::run(&args, output),
         Command::Backup(args) => commands::backup::backup(args, output).await,
@@ -120,6 +134,6 @@ async fn run(command: Command, output: Output) -> Result<(), Failure> {
 async fn interruptible(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
     tokio::select! {
         result = command => result,
-        () = commands::serve::signalled() => Err(Failure::failed("INTERRUPTED", "interrupted")),
+        () = serve::signalled() => Err(Failure::failed("INTERRUPTED", "interrupted")),
     }
 }

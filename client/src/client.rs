@@ -2,14 +2,15 @@
 
 use core::future::Future;
 use core::pin::Pin;
-use std::sync::Arc;
+use core::time::Duration;
+use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::{ALPN, MAX_FRAME, MAX_LISTED};
-use mainstay_protocol::session::{Instance, SessionName};
-use mainstay_protocol::wire::{Frame, List, ListedSession};
-use mainstay_transport::quic::QuicConnector;
+use mainstay_protocol::session::{Grants, Instance, SessionName};
+use mainstay_protocol::wire::{Frame, Label, List, ListedSession, Mint};
+use mainstay_transport::quic::{Identity, QuicConnector};
 use mainstay_transport::{Connection, Connector, FrameReader, SendStream};
 use tokio::sync::{mpsc, watch};
 
@@ -20,7 +21,7 @@ use crate::jobs::{self, Jobs};
 use crate::link::Link;
 use crate::roam::{Links, Nudge, PathEvent, Paths, Status, Supervised, supervise, up};
 use crate::session::Attaching;
-use crate::tokens::{Judged, Tokens};
+use crate::tokens::{Judged, Renewal, Tokens};
 
 pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -37,6 +38,8 @@ pub(crate) trait Core: Send + Sync {
     fn connected(&self) -> BoxFuture<'_, Result<(), ClientError>>;
     /// One page of sessions and where the next starts.
     fn list(&self, request: List) -> BoxFuture<'_, Result<(Vec<ListedSession>, Bytes), ClientError>>;
+    /// Asks for a narrower token.
+    fn mint(&self, request: Mint) -> BoxFuture<'_, Result<MintedToken, ClientError>>;
     /// Takes jobs.
     fn jobs(&self, prefix: &str, limit: usize) -> Jobs;
     /// Uses another token from now on.
@@ -83,8 +86,15 @@ impl<C: Connection> Core for Wired<C> {
     fn connected(&self) -> BoxFuture<'_, Result<(), ClientError>> {
         let mut links = self.links.clone();
         Box::pin(async move {
-            let link = up(&mut links).await?;
-            link.server().await.map(drop).ok_or(ClientError::Closed)
+            loop {
+                let link = up(&mut links).await?;
+                if link.server().await.is_some() {
+                    return Ok(());
+                }
+                // Lost before the server said a word: it is tried again, for as long as it may be.
+                let lost = links.wait_for(|links| !links.is_up(&link)).await;
+                lost.map_err(|_| ClientError::Closed)?;
+            }
         })
     }
 
@@ -100,6 +110,28 @@ impl<C: Connection> Core for Wired<C> {
                 // The connection was lost before the answer came; asking again changes nothing.
                 if links.changed().await.is_err() {
                     return Err(ClientError::Closed);
+                }
+            }
+        })
+    }
+
+    fn mint(&self, request: Mint) -> BoxFuture<'_, Result<MintedToken, ClientError>> {
+        let mut links = self.links.clone();
+        Box::pin(async move {
+            loop {
+                let link = up(&mut links).await?;
+                let _expecting = link.expect_answer();
+                match ask(&link, request.clone()).await {
+                    Some(Frame::Minted(minted)) => {
+                        let token = String::from_utf8(minted.token.to_vec());
+                        let token = token.map_err(|_| ProtocolError::malformed("the token is not text"))?;
+                        return Ok(MintedToken { token, expires: minted.expires });
+                    }
+                    Some(Frame::Error(error)) => return Err(ClientError::answered(&error)),
+                    Some(_) => return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not an answer to MINT").into()),
+                    // Another token of the same is not worse than one.
+                    None if links.changed().await.is_err() => return Err(ClientError::Closed),
+                    None => {}
                 }
             }
         })
@@ -175,14 +207,34 @@ async fn list<C: Connection>(
     link: &Link<C>,
     request: List,
 ) -> Option<Result<(Vec<ListedSession>, Bytes), ClientError>> {
-    let (mut send, recv) = link.transport.open_bi().await.ok()?;
-    send.write(&mut [Frame::from(request).to_bytes()]).await.ok()?;
-    send.finish();
-    Some(match FrameReader::new(recv, MAX_FRAME).next().await.ok()?? {
+    Some(match ask(link, request).await? {
         Frame::Listed(listed) => Ok((listed.sessions, listed.next)),
-        Frame::Error(error) => Err(ClientError::refused(error.code, error.detail.as_str())),
+        Frame::Error(error) => Err(ClientError::answered(&error)),
         _ => Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not an answer to LIST").into()),
     })
+}
+
+/// Sends a request that has a stream of its own, and returns its one answer.
+async fn ask<C: Connection>(link: &Link<C>, request: impl Into<Frame>) -> Option<Frame> {
+    let (mut send, recv) = link.transport.open_bi().await.ok()?;
+    send.write(&mut [request.into().to_bytes()]).await.ok()?;
+    send.finish();
+    FrameReader::new(recv, MAX_FRAME).next().await.ok()?
+}
+
+/// A token that the server made from the client's own.
+#[derive(Clone, PartialEq, Eq)]
+pub struct MintedToken {
+    /// The token. It is a secret.
+    pub token: String,
+    /// When it expires, in seconds since the Unix epoch.
+    pub expires: u64,
+}
+
+impl core::fmt::Debug for MintedToken {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("MintedToken").field("expires", &self.expires).finish_non_exhaustive()
+    }
 }
 
 /// A client of one server. Clones share its connection, which is closed when the last clone and everything made from it
@@ -222,7 +274,12 @@ impl Client {
             nudges: nudged,
         };
         tokio::spawn(supervise(connector, supervised, stopping));
-        Self { core: Arc::new(Wired { links, config, connected, stop, finished, tokens, paths, trouble, nudges }) }
+        let renewal = config.renewal.clone();
+        let wired = Arc::new(Wired { links, config, connected, stop, finished, tokens, paths, trouble, nudges });
+        if let Some(renewal) = renewal {
+            tokio::spawn(renew(renewal, wired.tokens.clone(), wired.finished.clone(), Arc::downgrade(&wired)));
+        }
+        Self { core: wired }
     }
 
     /// A client over QUIC of the server that a connection file names. Errors: `Invalid`.
@@ -230,7 +287,14 @@ impl Client {
         if config.token.is_none() {
             config.token = Some(file.token.clone());
         }
-        let connector = QuicConnector::new(file.addr.clone(), &file.trust()?, &config.transport_limits(), ALPN);
+        let (limits, trust) = (config.transport_limits(), file.trust()?);
+        let connector = match &config.certificate {
+            None => QuicConnector::new(file.addr.clone(), &trust, &limits, ALPN),
+            Some((chain, key)) => {
+                let identity = Identity::from_pem_files(chain, key).map_err(ClientError::Invalid)?;
+                QuicConnector::showing(identity, file.addr.clone(), &trust, &limits, ALPN)
+            }
+        };
         Ok(Self::new(connector.map_err(ClientError::Invalid)?, config))
     }
 
@@ -241,6 +305,22 @@ impl Client {
     /// on later connections too.
     pub async fn renew_token(&self, token: impl Into<String>) -> Result<(), ClientError> {
         self.core.renew(token.into()).await
+    }
+
+    /// Asks the server for a narrower token, for a sub-agent or a tool: its subject is this client's with `/name` behind it, it is good for at
+    /// most `lasts` seconds and never longer than this client's own, for one instance where `device` names it, and for nothing but `grants`.
+    ///
+    /// Errors: `Refused` with `FORBIDDEN` for what this client's token does not allow, or may not pass on (`mint`), `LIMIT_EXCEEDED` where too
+    /// many were made from each other, `RATE_LIMITED`; `Unreachable`.
+    pub async fn mint(
+        &self,
+        name: &str,
+        grants: Grants,
+        lasts: u64,
+        device: Option<Instance>,
+    ) -> Result<MintedToken, ClientError> {
+        let name = Label::new(name)?;
+        self.core.mint(Mint { name, lasts, device, grants }).await
     }
 
     /// Waits until the server has answered. Errors: `Unreachable`, `Closed`.
@@ -328,6 +408,39 @@ impl Client {
         self.core.closed().await;
     }
 }
+
+/// Presents another token whenever one is needed, until the client is closed.
+async fn renew<C: Connection>(
+    renewal: Renewal,
+    tokens: Arc<Tokens>,
+    mut finished: watch::Receiver<bool>,
+    client: Weak<Wired<C>>,
+) {
+    let work = async {
+        loop {
+            tokens.needed.notified().await;
+            while let Some(client) = client.upgrade() {
+                let Some(token) = renewal.ask().await else {
+                    drop(client);
+                    tokio::time::sleep(ASK_AGAIN).await;
+                    continue;
+                };
+                if let Err(error) = client.renew(token).await {
+                    tracing::warn!(%error, "the other token was not taken");
+                }
+                break;
+            }
+        }
+    };
+    tokio::select! {
+        () = work => {}
+        // The other end of it says so too.
+        _ = finished.wait_for(|finished| *finished) => {}
+    }
+}
+
+/// How soon a source of tokens that failed is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
 
 /// Tells when the connection is lost and when it is back.
 #[derive(Debug, Clone)]

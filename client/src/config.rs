@@ -2,7 +2,7 @@
 
 use core::fmt;
 use core::time::Duration;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use mainstay_protocol::session::Manners;
 use mainstay_transport::Limits;
@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::continuity::Continuity;
 use crate::error::ClientError;
+use crate::tokens::Renewal;
 
 /// Limits and delays of a client. `Default` suits an application with a few sessions.
 #[derive(Debug, Clone)]
@@ -18,6 +19,10 @@ use crate::error::ClientError;
 pub struct Config {
     /// Capability token; `None` uses the one of the connection file.
     pub token: Option<String>,
+    /// Where the next token comes from before this one expires; `None`: the application renews it itself, or what needs it fails.
+    pub renewal: Option<Renewal>,
+    /// Certificate and key to show to a server that asks for one, as PEM files.
+    pub certificate: Option<(PathBuf, PathBuf)>,
     /// Which installation or tab this is. A client that is to go on with what it held before a restart has to be the same one.
     pub continuity: Continuity,
     /// How long the server may be out of reach before requests fail with `Unreachable`. `None` never gives up.
@@ -43,6 +48,8 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             token: None,
+            renewal: None,
+            certificate: None,
             continuity: Continuity::default(),
             give_up_after: Some(Duration::from_secs(60)),
             subscriptions: 8,

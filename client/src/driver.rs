@@ -295,6 +295,8 @@ pub(crate) struct Driver<C: Connection> {
     on: Option<Arc<Link<C>>>,
     /// How long refusals that may pass are borne.
     give_up_after: Option<Duration>,
+    /// There is a source of tokens.
+    renews: bool,
     /// Since when attaching is refused.
     refused_since: Option<Instant>,
 }
@@ -309,6 +311,7 @@ impl<C: Connection> Driver<C> {
     ) -> Self {
         Self {
             give_up_after: config.give_up_after,
+            renews: config.renewal.is_some(),
             continuity: config.continuity.clone(),
             resuming: false,
             resume_again: None,
@@ -1094,7 +1097,13 @@ impl<C: Connection> Driver<C> {
                         tracing::warn!(%code, detail = %error.detail, "attaching again");
                         Over::Again
                     }
-                    code => Over::Failed(ClientError::refused(code, error.detail.as_str())),
+                    // Another token is on its way.
+                    code if is_renewable(code) && self.renews && self.may_attach_again() => {
+                        tracing::warn!(%code, detail = %error.detail, "attaching again with another token");
+                        link.outlived();
+                        Over::Again
+                    }
+                    _ => Over::Failed(ClientError::answered(&error)),
                 });
             }
             _ if !attached => {}
@@ -1306,4 +1315,9 @@ impl<C: Connection> Driver<C> {
     fn producer(&mut self, id: u64) -> Option<&mut ProducerEntry> {
         self.producers.iter_mut().find(|entry| entry.id == Some(id))
     }
+}
+
+/// True where another token of the same kind helps.
+fn is_renewable(code: Code) -> bool {
+    matches!(code, Code::TOKEN_EXPIRED | Code::TOKEN_REVOKED)
 }

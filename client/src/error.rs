@@ -1,8 +1,10 @@
 //! What can go wrong, and whether trying again can help.
 
 use core::fmt;
+use core::time::Duration;
 
 use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::wire::Error;
 use mainstay_transport::ConnectionError;
 
 /// Why a request failed.
@@ -59,6 +61,19 @@ impl ClientError {
             Self::Expired => "EXPIRED".into(),
             Self::Invalid(_) => "INVALID".into(),
         }
+    }
+
+    /// After how long the server asks to try again, where it does (spec ERR-6).
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Refused { code, value, .. } => Some(code.retry_after(*value)).filter(|after| !after.is_zero()),
+            _ => None,
+        }
+    }
+
+    /// What an ERROR frame says.
+    pub(crate) fn answered(error: &Error) -> Self {
+        Self::Refused { code: error.code, value: error.value, message: error.detail.as_str().to_owned() }
     }
 
     pub(crate) fn refused(code: Code, message: impl Into<String>) -> Self {

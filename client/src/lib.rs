@@ -46,7 +46,7 @@ mod signal;
 mod subscription;
 mod tokens;
 
-pub use client::{Client, ConnectionWatch, PathWatch};
+pub use client::{Client, ConnectionWatch, MintedToken, PathWatch};
 pub use config::{Config, ConnectFile};
 pub use continuity::Continuity;
 pub use error::{AppendError, ClientError, Stored};
@@ -73,3 +73,4 @@ pub use run::Run;
 pub use session::{Attaching, Session, SessionInfo, StreamId};
 pub use signal::{Signalling, Signals};
 pub use subscription::{Event, ReadRecord, RecordBatch, Subscribing, Subscription};
+pub use tokens::Renewal;

@@ -223,11 +223,15 @@ impl<C: Connection> Link<C> {
                 }
                 Frame::Authenticated(auth) => {
                     tracing::debug!(subject = %auth.subject, "authenticated");
-                    self.answer_token(Ok(()));
+                    self.answer_token(Ok(auth.expires));
+                }
+                Frame::Expiring(expiring) => {
+                    tracing::info!(millis = expiring.left, "the token expires soon");
+                    self.tokens.needed.notify_one();
                 }
                 Frame::Error(error) if error.about == Token::KIND => {
                     tracing::warn!(code = %error.code, detail = %error.detail, "token refused");
-                    self.answer_token(Err(ClientError::refused(error.code, error.detail.as_str())));
+                    self.answer_token(Err(ClientError::answered(&error)));
                 }
                 Frame::GoAway(goaway) => {
                     tracing::info!(detail = %goaway.detail, "the server is going away");
@@ -291,13 +295,18 @@ impl<C: Connection> Link<C> {
         self.presented.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn answer_token(&self, answer: Result<(), ClientError>) {
+    fn answer_token(&self, answer: Result<u64, ClientError>) {
         let presented = self.lock_presented().pop_front();
         if let Some(Presented { token, waiting }) = presented {
             // Also where nobody waits any more: the next connection must know.
             self.tokens.judge(&token, &answer);
-            let _ = waiting.send(answer);
+            let _ = waiting.send(answer.map(drop));
         }
+    }
+
+    /// A request was refused for want of a token that is believed.
+    pub(crate) fn outlived(&self) {
+        self.tokens.outlived();
     }
 
     /// True once the server said that it stops: nothing new can be begun on this connection.

@@ -160,6 +160,8 @@ struct State {
     /// Refusals in a row that ask for patience, whether the pause was taken, and since when.
     patience: u32,
     paused: bool,
+    /// How long the server asked to wait.
+    retry_after: Duration,
     refused_since: Option<Instant>,
     /// Its handle is gone: the stream ends once everything is acknowledged.
     dropped: bool,
@@ -462,6 +464,7 @@ impl Shared {
         if refused.code.is_retryable() && refused.code != Code::SEQ_GAP {
             state.patience = state.patience.saturating_add(1);
             state.paused = false;
+            state.retry_after = refused.code.retry_after(refused.value);
             let since = *state.refused_since.get_or_insert_with(Instant::now);
             self.trouble.send_replace(Some(error.clone()));
             if self.config.give_up_after.is_some_and(|limit| since.elapsed() >= limit) {
@@ -663,7 +666,7 @@ fn gather(shared: &Shared, link: u64, out: &mut Writer) -> Next {
         return Next::Wait;
     }
     if state.patience > 0 && !state.paused && state.flight.iter().any(|flight| !flight.sent) {
-        let pause = Duration::from_millis(25 << state.patience.min(5));
+        let pause = Duration::from_millis(25 << state.patience.min(5)).max(state.retry_after);
         if !out.is_empty() {
             return Next::Wait;
         }

@@ -193,6 +193,7 @@ async fn challenge<T: Connector>(
     tell: mpsc::Sender<Told<T::Connection>>,
 ) {
     let attempt = async {
+        tokens.refresh(config.renewal.as_ref()).await;
         let transport = connector.connect(hopeful).await?;
         let mut unused = Unused(Some(transport.clone()));
         let mut early = !transport.is_confirmed();

@@ -1,8 +1,56 @@
 //! The capability tokens of a client: the one that a server took, and the one that the application wants.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use core::fmt;
+use core::future::Future;
+use core::pin::Pin;
+use core::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use tokio::sync::Notify;
 
 use crate::error::ClientError;
+
+type Asking = Pin<Box<dyn Future<Output = Result<String, String>> + Send>>;
+
+/// Where a client gets its next capability token when the one that it has is about to expire, or is not taken any more.
+#[derive(Clone)]
+pub struct Renewal(Arc<dyn Fn() -> Asking + Send + Sync>);
+
+impl fmt::Debug for Renewal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Renewal")
+    }
+}
+
+impl Renewal {
+    /// Asks `source`: for example a backend of the application. It is asked about a minute before a token expires, and again after five
+    /// seconds if it fails, which it says for people. It may take ten seconds.
+    pub fn new<F>(source: impl Fn() -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = Result<String, String>> + Send + 'static,
+    {
+        Self(Arc::new(move || Box::pin(source())))
+    }
+
+    /// The next token, if there is one now.
+    pub(crate) async fn ask(&self) -> Option<String> {
+        match tokio::time::timeout(PATIENCE, (self.0)()).await {
+            Ok(Ok(token)) => Some(token),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "no other token");
+                None
+            }
+            Err(_) => {
+                tracing::warn!("no other token came in time");
+                None
+            }
+        }
+    }
+}
+
+/// How long the source of tokens may take.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Default)]
 struct Held {
@@ -12,11 +60,19 @@ struct Held {
     wanted: Option<String>,
     /// The last one that was refused.
     refused: Option<(String, ClientError)>,
+    /// When the one that was taken expires, in seconds since the Unix epoch.
+    expires: Option<u64>,
+    /// The one that was taken is not any more.
+    stale: bool,
 }
 
 /// Shared by the client and its connections. A token that is refused is never used again, and what was taken before it stays.
 #[derive(Debug)]
-pub(crate) struct Tokens(Mutex<Held>);
+pub(crate) struct Tokens {
+    held: Mutex<Held>,
+    /// Another token is needed soon.
+    pub(crate) needed: Notify,
+}
 
 /// What is known of a token.
 pub(crate) enum Judged {
@@ -30,11 +86,11 @@ pub(crate) enum Judged {
 
 impl Tokens {
     pub(crate) fn new(first: Option<String>) -> Self {
-        Self(Mutex::new(Held { taken: first, ..Held::default() }))
+        Self { held: Mutex::new(Held { taken: first, ..Held::default() }), needed: Notify::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Held> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The token that a connection begins with.
@@ -52,15 +108,43 @@ impl Tokens {
         self.lock().wanted = Some(token);
     }
 
-    /// A server judged a token.
-    pub(crate) fn judge(&self, token: &str, verdict: &Result<(), ClientError>) {
+    /// The token that was taken is not any more: another one is needed.
+    pub(crate) fn outlived(&self) {
+        self.lock().stale = true;
+        self.needed.notify_one();
+    }
+
+    /// Before a connection is made: gets another token where the one that was taken would be refused.
+    pub(crate) async fn refresh(&self, renewal: Option<&Renewal>) {
+        let Some(renewal) = renewal else { return };
+        let stale = {
+            let held = self.lock();
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+            held.stale || held.taken.is_none() || held.expires.is_some_and(|expires| expires < now)
+        };
+        if stale && let Some(token) = renewal.ask().await {
+            let mut held = self.lock();
+            (held.taken, held.expires, held.stale) = (Some(token), None, false);
+        }
+    }
+
+    /// A server judged a token; one that it took expires then.
+    pub(crate) fn judge(&self, token: &str, verdict: &Result<u64, ClientError>) {
         let mut held = self.lock();
         if held.wanted.as_deref() == Some(token) {
             held.wanted = None;
         }
         match verdict {
-            Ok(()) => held.taken = Some(token.to_owned()),
-            Err(error) => held.refused = Some((token.to_owned(), error.clone())),
+            Ok(expires) => {
+                (held.taken, held.expires, held.stale) = (Some(token.to_owned()), Some(*expires), false);
+            }
+            Err(error) => {
+                if held.taken.as_deref() == Some(token) {
+                    held.stale = true;
+                    self.needed.notify_one();
+                }
+                held.refused = Some((token.to_owned(), error.clone()));
+            }
         }
     }
 

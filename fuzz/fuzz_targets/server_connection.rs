@@ -24,7 +24,7 @@ fn key() -> &'static (SigningKey, String) {
         let key = SigningKey::generate().expect("a key");
         let grant = Grant { prefix: String::new(), operations: Operations::all() };
         let subject = Subject::new("fuzzer").expect("a valid subject");
-        let claims = Claims { subject, device: None, grants: Grants(vec![grant]), issued: 0, expires: 1 << 34 };
+        let claims = Claims::new(subject, Grants(vec![grant]), 0, 1 << 34);
         let token = key.mint(&claims).expect("a token");
         (key, token)
     })

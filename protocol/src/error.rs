@@ -1,6 +1,9 @@
 //! Error codes: the one table of what can go wrong, what it ends, and what to do about it (spec `ERR`).
 
 use core::fmt;
+use core::time::Duration;
+
+use crate::registry::MAX_RETRY_AFTER;
 
 /// What an error ends (spec ERR-2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,6 +93,8 @@ codes! {
     TOKEN_INVALID = 0x12, Request, Reauthenticate;
     /// The capability token does not grant this operation on this session.
     FORBIDDEN = 0x13, Request, Reauthenticate;
+    /// The capability token, what it was made from, its subject or its key was revoked.
+    TOKEN_REVOKED = 0x14, Request, Reauthenticate;
     /// No session has this name.
     SESSION_NOT_FOUND = 0x20, Stream, Fix;
     /// A session of this name exists already.
@@ -126,12 +131,16 @@ codes! {
     PRODUCER_UNKNOWN = 0x39, Stream, Reattach;
     /// What was sent may be stored or not, and nobody can tell any more. Never sent: what a client says of what it kept (spec OUT-7).
     OUTCOME_UNKNOWN = 0x3a, Request, GiveUp;
-    /// The server cannot do this now: no disk space, a failing store.
+    /// The server cannot do this now: no disk space, a failing store; `value` is after how many milliseconds to try again, or 0.
     UNAVAILABLE = 0x40, Request, Retry;
-    /// The server has too much to do.
+    /// The server has too much to do; `value` is after how many milliseconds to try again, or 0.
     OVERLOADED = 0x41, Request, Retry;
     /// The server is shutting down.
     GOING_AWAY = 0x42, Connection, Retry;
+    /// More in a time than is allowed; `value` is after how many milliseconds it will be again.
+    RATE_LIMITED = 0x43, Request, Retry;
+    /// More of something than is allowed at once; `value` is how much is.
+    QUOTA_EXCEEDED = 0x44, Request, Retry;
     /// A message with this id was begun before.
     MESSAGE_EXISTS = 0x50, Request, Fix;
     /// No message with this id is open.
@@ -163,6 +172,17 @@ codes! {
 }
 
 impl Code {
+    /// After how long the same request should be tried again, from the `value` that came with the code; zero where that is not said (spec
+    /// ERR-6).
+    pub const fn retry_after(self, value: u64) -> Duration {
+        match self {
+            Self::RATE_LIMITED | Self::OVERLOADED | Self::UNAVAILABLE => {
+                Duration::from_millis(if value < MAX_RETRY_AFTER { value } else { MAX_RETRY_AFTER })
+            }
+            _ => Duration::ZERO,
+        }
+    }
+
     /// True if the same request may succeed later without being changed.
     pub const fn is_retryable(self) -> bool {
         matches!(self.advice(), Advice::Retry | Advice::Reattach)

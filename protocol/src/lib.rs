@@ -14,6 +14,7 @@
 //! `spec/registry.toml`, and a test holds this crate to it.
 
 pub mod error;
+mod kept;
 pub mod planted;
 pub mod registry;
 pub mod session;

@@ -27,6 +27,14 @@ pub const MAX_LABEL: usize = 128;
 pub const MAX_SUBJECT: usize = 256;
 /// Longest capability token in bytes (spec AUTH-2).
 pub const MAX_TOKEN: usize = 3072;
+/// Grants of one token (spec AUTH-2).
+pub const MAX_GRANTS: usize = 32;
+/// Longest id of a token in bytes of UTF-8 (spec AUTH-8).
+pub const MAX_TOKEN_ID: usize = 64;
+/// Tokens that one may have been made from, one after the other (spec AUTH-9).
+pub const MAX_DELEGATIONS: usize = 8;
+/// The longest time in milliseconds after which a server asks to try again (spec ERR-6).
+pub const MAX_RETRY_AFTER: u64 = 60_000;
 /// Longest record in bytes of record encoding (spec REC-2).
 pub const MAX_RECORD: usize = 256 * 1024;
 /// Most headers of one record (spec REC-5).

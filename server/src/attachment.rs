@@ -13,11 +13,15 @@ use mainstay_protocol::wire::{
     Resume, Subscribe, Trim, Update,
 };
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream, SendStream, priority};
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::Instant;
 
 use crate::connection::{Conn, handshake};
+use crate::load::Work;
+use crate::metrics::Limit;
 use crate::owner::{Command, Standing};
+use crate::quota::{Cost, too_much};
 use crate::server::LAST_WORDS;
 use crate::sessions::{Session, SessionUse};
 use crate::{resume, subscription};
@@ -160,6 +164,7 @@ pub(crate) async fn run<C: Connection>(
         }
     };
     send.set_priority(priority::CONTROL);
+    let _open = conn.sessions().ok().map(|sessions| Counted::new(&sessions.metrics.attachments));
     let mut code = Code::NO_ERROR;
     let served = async {
         let gone = async {
@@ -174,6 +179,11 @@ pub(crate) async fn run<C: Connection>(
             ended = gone => {
                 code = ended;
                 attachment.refuse(Attach::KIND, 0, &Refusal::new(code, "the session is no longer served here"));
+            }
+            // What was attached under a token that is not believed any more is not held on to (spec AUTH-8).
+            refusal = conn.disowned() => {
+                code = refusal.code;
+                attachment.refuse(Attach::KIND, 0, &refusal);
             }
             result = read(&transport, &conn, &attachment, &session, &mut frames) => {
                 if let Err(FrameError::Violation(error)) = &result {
@@ -223,15 +233,25 @@ async fn refuse_attach<R: RecvStream>(
 async fn attach(conn: &Conn, attachment: &Attachment, request: &Attach) -> Result<Option<SessionUse>, Refusal> {
     let name = &request.session;
     conn.allow(Operation::Read, name).or_else(|_| conn.allow(Operation::Append, name))?;
-    let sessions = conn.server.sessions();
+    conn.charge(Cost::Attach)?;
+    let sessions = conn.sessions()?;
+    if !sessions.is_hot(name) {
+        conn.server.load.admit(Work::Session)?;
+    }
     let create = (request.mode != AttachMode::Attach).then_some(request.expire_after.unwrap_or(0));
     let (session, new) = match sessions.get(name, None).await {
         Err(refusal) if refusal.code == Code::SESSION_NOT_FOUND && create.is_some() => {
             conn.allow(Operation::Create, name)?;
+            conn.charge(Cost::Create)?;
             sessions.get(name, create).await?
         }
         other => other?,
     };
+    let most = sessions.config.quotas.session.attachments;
+    if session.users() > most {
+        sessions.metrics.refused(Limit::SessionAttachments);
+        return Err(too_much(most as u64, "the session has too many attachments"));
+    }
     if request.mode == AttachMode::CreateNew && !new {
         return Err(Refusal::new(Code::SESSION_EXISTS, "a session of this name exists already"));
     }
@@ -239,6 +259,7 @@ async fn attach(conn: &Conn, attachment: &Attachment, request: &Attach) -> Resul
         ask(&session, |answer| Command::Stand { subject: attachment.author.subject.clone(), answer }).await?;
     let incarnation = session.id.incarnation;
     let verdict = Verdict::of_attach((request.incarnation, request.next), incarnation, (first, compacted, tail))?;
+    sessions.metrics.verdict(verdict);
     attachment.outbox.push(Attached {
         verdict,
         incarnation,
@@ -268,6 +289,31 @@ pub(crate) async fn ask<T>(
     })
 }
 
+/// Whether a request is done now, its grant aside. Refusals: `OVERLOADED`, `RATE_LIMITED`.
+fn admit(conn: &Conn, request: &Frame) -> Result<(), Refusal> {
+    let Some(cost) = Cost::of(request) else { return Ok(()) };
+    if cost == Cost::Presence {
+        conn.server.load.admit(Work::Presence)?;
+    }
+    conn.charge(cost)
+}
+
+/// Counts something for as long as it lives.
+pub(crate) struct Counted(Gauge);
+
+impl Counted {
+    pub(crate) fn new(gauge: &Gauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
 /// What a RESUME proves (spec RES-3). Refusals: `RESUME_INVALID`, `RESUME_GONE`.
 fn proved<C: Connection>(
     transport: &C,
@@ -285,7 +331,7 @@ fn proved<C: Connection>(
     if request.token.is_empty() {
         return Ok(ResumeClaim::first(request.key));
     }
-    let token = conn.server.sessions().resume_keys.open(&request.token)?;
+    let token = conn.sessions()?.resume_keys.open(&request.token)?;
     ResumeClaim::of(&token, session.id.incarnation, &attachment.author, request.key)
 }
 
@@ -302,7 +348,7 @@ async fn read<C: Connection>(
         if !may_be_early(&frame) {
             handshake(transport).await?;
         }
-        let allowed = conn.allow_any(Operation::needed_by(&frame), name);
+        let allowed = conn.allow_any(Operation::needed_by(&frame), name).and_then(|()| admit(conn, &frame));
         let request = match frame {
             Frame::OpenProducer(request) => {
                 if let Err(refusal) = allowed.and_then(|()| conn.reserve_producer(request.id, attachment)) {
@@ -314,7 +360,7 @@ async fn read<C: Connection>(
             }
             Frame::Subscribe(request) => {
                 let id = request.id;
-                match allowed.and_then(|()| conn.open_subscription(id)) {
+                match allowed.and_then(|()| conn.open_subscription(id, session)) {
                     Ok(credit) => {
                         subscription::spawn(transport, conn, session, request, credit);
                     }

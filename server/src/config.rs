@@ -2,6 +2,7 @@
 
 use core::time::Duration;
 
+use mainstay_protocol::session::Bounds;
 use mainstay_transport::Limits;
 use mainstay_transport::quic::IDLE;
 
@@ -40,6 +41,14 @@ pub struct Config {
     pub compact_after: Option<Duration>,
     /// Chunk bytes after which a snapshot of a session is kept, so that loading it reads at most about this much.
     pub snapshot_bytes: usize,
+    /// Connections of the whole server. Beyond them handshakes are refused.
+    pub connections: usize,
+    /// How long a connection may be without a token in force. Who has none can do nothing, and costs memory.
+    pub unauthenticated: Duration,
+    /// Bytes of memory from which on load is shed, and never reached (see [`Load`](crate::Load)); `None` for no bound.
+    pub memory: Option<usize>,
+    /// Who may have and do how much.
+    pub quotas: Quotas,
 }
 
 impl Default for Config {
@@ -59,6 +68,158 @@ impl Default for Config {
             idle_timeout: IDLE,
             compact_after: Some(Duration::from_secs(60)),
             snapshot_bytes: 8 << 20,
+            connections: 16_384,
+            unauthenticated: Duration::from_secs(10),
+            memory: None,
+            quotas: Quotas::default(),
+        }
+    }
+}
+
+/// So many at once, and so many a second behind that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rate {
+    /// A second.
+    pub per_second: u32,
+    /// At once.
+    pub burst: u32,
+}
+
+impl Rate {
+    /// After how long at the latest a rate that nobody uses is at rest: the longest that a burst may last.
+    pub const REST: Duration = Duration::from_secs(60);
+
+    /// A rate of so many a second, and as many as in `seconds` at once. `None` for 0 of either, and for a burst that is more than a minute's.
+    pub fn new(per_second: u32, burst: u32) -> Option<Self> {
+        let rests = u64::from(burst) <= u64::from(per_second) * Self::REST.as_secs();
+        (per_second > 0 && burst > 0 && rests).then_some(Self { per_second, burst })
+    }
+}
+
+/// Who may have and do how much, beside what each connection may (spec, section 22). `Default` is for one application that trusts its
+/// users: as much as the machine can do. [`Quotas::public`] is for users who are strangers to each other.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct Quotas {
+    /// Of one subject of a token.
+    pub subject: SubjectQuotas,
+    /// Of one session.
+    pub session: SessionQuotas,
+    /// Of all sessions under some prefix; the empty one stands for the namespace.
+    pub prefixes: Vec<PrefixQuotas>,
+}
+
+/// What one subject may have and do, over all of its connections. `None` is no limit.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct SubjectQuotas {
+    /// Connections at once.
+    pub connections: usize,
+    /// Records appended.
+    pub appends: Option<Rate>,
+    /// Bytes of records appended.
+    pub append_bytes: Option<Rate>,
+    /// Attachments made.
+    pub attaches: Option<Rate>,
+    /// Sessions created.
+    pub creates: Option<Rate>,
+    /// Pages of lists, and tokens made.
+    pub lookups: Option<Rate>,
+    /// Joins and updates of members.
+    pub presence: Option<Rate>,
+    /// Signals.
+    pub signals: Option<Rate>,
+    /// Other requests that have an effect.
+    pub requests: Option<Rate>,
+}
+
+impl Default for SubjectQuotas {
+    fn default() -> Self {
+        Self {
+            connections: usize::MAX,
+            appends: None,
+            append_bytes: None,
+            attaches: None,
+            creates: None,
+            lookups: None,
+            presence: None,
+            signals: None,
+            requests: None,
+        }
+    }
+}
+
+/// What one session may have.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct SessionQuotas {
+    /// Attachments at once.
+    pub attachments: usize,
+    /// Subscriptions at once.
+    pub subscriptions: usize,
+    /// Members, keys of state and bytes of state; never more than the protocol allows.
+    pub bounds: Bounds,
+    /// Records appended.
+    pub appends: Option<Rate>,
+    /// Bytes of records appended.
+    pub append_bytes: Option<Rate>,
+    /// Bytes stored. To know them, the server reads a session that it loads once more in the background.
+    pub stored_bytes: Option<u64>,
+}
+
+impl Default for SessionQuotas {
+    fn default() -> Self {
+        Self {
+            attachments: usize::MAX,
+            subscriptions: usize::MAX,
+            bounds: Bounds::default(),
+            appends: None,
+            append_bytes: None,
+            stored_bytes: None,
+        }
+    }
+}
+
+/// What the sessions under one prefix may have together.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct PrefixQuotas {
+    /// Which sessions: as the prefix of a grant covers them (spec AUTH-7).
+    pub prefix: String,
+    /// How many there may be.
+    pub sessions: Option<u64>,
+    /// Bytes stored. To know them, the server reads all of these sessions once after its start, in the background.
+    pub stored_bytes: Option<u64>,
+    /// Records appended.
+    pub appends: Option<Rate>,
+    /// Bytes of records appended.
+    pub append_bytes: Option<Rate>,
+}
+
+impl Quotas {
+    /// For users who are strangers to each other. The reason of each number is in the specification (section 22).
+    pub fn public() -> Self {
+        let rate = |per_second, burst| Some(Rate { per_second, burst });
+        Self {
+            subject: SubjectQuotas {
+                connections: 64,
+                appends: rate(20_000, 200_000),
+                append_bytes: rate(8 << 20, 64 << 20),
+                attaches: rate(50, 1000),
+                creates: rate(10, 300),
+                lookups: rate(20, 200),
+                presence: rate(50, 500),
+                signals: rate(20, 100),
+                requests: rate(200, 2000),
+            },
+            session: SessionQuotas {
+                attachments: 8192,
+                subscriptions: 8192,
+                appends: rate(50_000, 500_000),
+                append_bytes: rate(16 << 20, 128 << 20),
+                ..SessionQuotas::default()
+            },
+            prefixes: Vec::new(),
         }
     }
 }

@@ -1,10 +1,9 @@
 //! One connection: its control stream, who is at the other end, and the streams that the peer opens.
 
-use core::convert::Infallible;
 use core::future::Future;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::{
@@ -14,7 +13,9 @@ use mainstay_protocol::registry::{
 use mainstay_protocol::session::{
     Author, CreditSent, Grants, Incarnation, Instance, Operation, Refusal, SessionName, may_be_early,
 };
-use mainstay_protocol::wire::{Authenticated, Body, Detail, Error, Frame, Hello, Pong, Produce, Token, put_grease};
+use mainstay_protocol::wire::{
+    Authenticated, Body, Detail, Error, Expiring, Frame, Hello, Pong, Produce, Token, put_grease,
+};
 use mainstay_transport::entropy;
 use mainstay_transport::{
     Connection, ConnectionError, FrameError, FrameReader, Outbox, RecvStream, SendStream, StreamError, priority,
@@ -23,10 +24,14 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use crate::auth::{AuthError, CertificatePin, Verified};
+use crate::namespace::Space;
 use crate::owner::Command;
 use crate::producer::{self, ProducerLink};
+use crate::quota::{Cost, SubjectConnection};
 use crate::server::Shared;
-use crate::sessions::Session;
+use crate::sessions::{Session, Sessions};
+use crate::status::ConnectionStatus;
 use crate::subscription::SubscriptionCredit;
 use crate::{
     attachment::{self, Attachment},
@@ -39,7 +44,16 @@ enum Identity {
     /// Nobody that a token was verified for, and why.
     Nobody(Code, &'static str),
     /// The holder of a verified token.
-    Known { author: Arc<Author>, grants: Grants, expires: i64 },
+    Known { author: Arc<Author>, verified: Arc<Verified>, subject: Arc<SubjectConnection> },
+}
+
+/// What the transport knows of the peer.
+struct Peer {
+    remote: String,
+    rtt: core::time::Duration,
+    path_changes: u64,
+    /// Of the certificate that it proved to have.
+    certificate: Option<CertificatePin>,
 }
 
 /// What the peer allows this side.
@@ -71,6 +85,10 @@ pub(crate) struct Conn {
     hello: watch::Sender<Option<PeerLimits>>,
     instance: RwLock<Option<Instance>>,
     identity: watch::Sender<Identity>,
+    /// The namespace of the first token that was believed: a connection never changes it.
+    space: OnceLock<Arc<Space>>,
+    peer: Box<dyn Fn() -> Peer + Send + Sync>,
+    begun: Instant,
     /// Bytes that subscriptions may hold while they wait for credit.
     pub(crate) held: Semaphore,
     opened: Mutex<Opened>,
@@ -85,6 +103,9 @@ impl core::fmt::Debug for Conn {
         write!(f, "Conn({})", self.id)
     }
 }
+
+/// How many seconds before a token expires that is told (spec AUTH-10), if it does not last for less than four times as long.
+const NOTICE: i64 = 60;
 
 /// How long a token that has not expired is taken for granted.
 const RECHECK: core::time::Duration = core::time::Duration::from_secs(60);
@@ -120,6 +141,7 @@ impl Conn {
                 Operation::Run => "the token does not grant `run` on this session",
                 Operation::Signal => "the token does not grant `signal` on this session",
                 Operation::Notify => "the token does not grant `notify` on this session",
+                Operation::Mint => "the token does not grant `mint` on this session",
             };
             Err(Refusal::new(Code::FORBIDDEN, detail))
         })
@@ -146,11 +168,36 @@ impl Conn {
     fn with_identity<T>(&self, f: impl FnOnce(&Arc<Author>, &Grants) -> Result<T, Refusal>) -> Result<T, Refusal> {
         match &*self.identity.borrow() {
             Identity::Nobody(code, detail) => Err(Refusal::new(*code, detail)),
-            Identity::Known { expires, .. } if *expires < self.server.now_seconds() => {
+            Identity::Known { verified, .. } if verified.claims.expires < self.server.now_seconds() => {
                 Err(Refusal::new(Code::TOKEN_EXPIRED, "the token has expired; present a new one"))
             }
-            Identity::Known { author, grants, .. } => f(author, grants),
+            Identity::Known { author, verified, .. } => f(author, &verified.claims.grants),
         }
+    }
+
+    /// The namespace of the connection. Refusals: `UNAUTHENTICATED` before a token was believed.
+    pub(crate) fn space(&self) -> Result<&Arc<Space>, Refusal> {
+        self.space.get().ok_or(Refusal::new(Code::UNAUTHENTICATED, "no token was presented"))
+    }
+
+    /// The sessions of its namespace. Refusals: as [`Conn::space`].
+    pub(crate) fn sessions(&self) -> Result<&Arc<Sessions>, Refusal> {
+        self.space().map(|space| &space.sessions)
+    }
+
+    /// The token in force, and what its subject does. Refusals: those of [`Conn::author`].
+    pub(crate) fn verified(&self) -> Result<(Arc<Verified>, Arc<SubjectConnection>), Refusal> {
+        self.author()?;
+        match &*self.identity.borrow() {
+            Identity::Nobody(code, detail) => Err(Refusal::new(*code, detail)),
+            Identity::Known { verified, subject, .. } => Ok((verified.clone(), subject.clone())),
+        }
+    }
+
+    /// Counts a request against what its subject may do. Refusals: those of [`Conn::author`], `RATE_LIMITED`.
+    pub(crate) fn charge(&self, cost: Cost) -> Result<(), Refusal> {
+        let metrics = &self.sessions()?.metrics;
+        self.verified()?.1.request(cost, metrics)
     }
 
     /// Waits until the token in force does not allow `operation` on `session` any more, and says why.
@@ -166,31 +213,119 @@ impl Conn {
         }
     }
 
-    /// Wakes whoever waits in [`Conn::forbidden`] when the token in force expires: one clock for all of them.
-    async fn watch_expiry(&self) -> Infallible {
+    /// Waits until the connection has no token any more that is believed, whatever it allowed, and says why.
+    pub(crate) async fn disowned(&self) -> Refusal {
         let mut changed = self.identity.subscribe();
         loop {
-            let left = match &*changed.borrow_and_update() {
-                Identity::Known { expires, .. } => expires.saturating_sub(self.server.now_seconds()).saturating_add(1),
-                Identity::Nobody(..) => i64::MAX,
-            };
-            let left = core::time::Duration::from_secs(u64::try_from(left).unwrap_or(0));
-            if left.is_zero() {
-                self.identity.send_modify(|_| ());
-                changed.mark_unchanged();
+            if let Identity::Nobody(code, detail) = &*changed.borrow_and_update() {
+                return Refusal::new(*code, detail);
             }
+            // The sender lives in `self`.
+            let _ = changed.changed().await;
+        }
+    }
+
+    /// Looks after the token in force: asks for another one before it expires, and wakes whoever waits in [`Conn::forbidden`] when it has or is
+    /// not believed any more: one clock for all of them. Returns once the connection was without one for too long, and why.
+    async fn watch_token(&self) -> Refusal {
+        let mut changed = self.identity.subscribe();
+        let mut told: Option<Arc<Verified>> = None;
+        let mut without: Option<Instant> = None;
+        let mut trust = None;
+        loop {
+            let now = self.server.now_seconds();
+            let known = match &*changed.borrow_and_update() {
+                Identity::Known { verified, .. } => Ok(verified.clone()),
+                Identity::Nobody(code, detail) => Err(Refusal::new(*code, detail)),
+            };
+            let wait = match &known {
+                Ok(verified) if verified.claims.expires >= now => {
+                    without = None;
+                    let left = verified.claims.expires - now + 1;
+                    let life = verified.claims.expires.saturating_sub(verified.claims.issued).max(0);
+                    let notice = NOTICE.min(life / 4);
+                    let is_told = told.as_ref().is_some_and(|told| Arc::ptr_eq(told, verified));
+                    if left <= notice && !is_told {
+                        self.control.push(Expiring { left: (left.max(0) as u64).saturating_mul(1000) });
+                        told = Some(verified.clone());
+                    }
+                    let wait = if left > notice { left - notice } else { left };
+                    core::time::Duration::from_secs(u64::try_from(wait).unwrap_or(0)).min(RECHECK)
+                }
+                _ => {
+                    let since = *without.get_or_insert_with(|| {
+                        // Those who wait look for themselves.
+                        self.identity.send_modify(|_| ());
+                        changed.mark_unchanged();
+                        Instant::now()
+                    });
+                    let most = self.server.config().unauthenticated;
+                    if since.elapsed() >= most {
+                        let expired = Refusal::new(Code::TOKEN_EXPIRED, "the token has expired and no other one came");
+                        return known.err().unwrap_or(expired);
+                    }
+                    most - since.elapsed()
+                }
+            };
+            let anchors = async {
+                match (&mut trust, self.space.get()) {
+                    // The sender lives in the namespace.
+                    (Some(trust), _) => {
+                        let trust: &mut watch::Receiver<_> = trust;
+                        drop(trust.changed().await);
+                    }
+                    // What changed before is looked at once.
+                    (trust, Some(space)) => *trust = Some(space.trust.changes()),
+                    (None, None) => core::future::pending().await,
+                }
+            };
             tokio::select! {
                 // The clock may be set meanwhile: it is looked at from time to time.
-                () = tokio::time::sleep(left.min(RECHECK)), if !left.is_zero() => {}
+                () = tokio::time::sleep(wait) => {}
                 // The sender lives in `self`.
                 _ = changed.changed() => {}
+                () = anchors => {}
             }
+            self.believe_still();
         }
+    }
+
+    /// Puts the token in force out of it if it is not believed any more.
+    fn believe_still(&self) {
+        let Some(space) = self.space.get() else { return };
+        self.identity.send_if_modified(|identity| {
+            let Identity::Known { verified, author, .. } = identity else { return false };
+            let Err(error) = space.trust.anchors().still(verified) else { return false };
+            tracing::info!(conn = self.id, subject = %author.subject, code = %error.code, "token put out of force");
+            *identity = Identity::Nobody(error.code, error.detail);
+            true
+        });
     }
 
     /// When a frame came on control last: the sign of life of members (spec PRES-4).
     pub(crate) fn heard(&self) -> Arc<Mutex<Instant>> {
         self.heard.clone()
+    }
+
+    /// What its operator sees of it.
+    pub(crate) fn status(&self) -> ConnectionStatus {
+        let Peer { remote, rtt, path_changes, .. } = (self.peer)();
+        let (producers, subscriptions) = {
+            let opened = self.opened();
+            (opened.producers.len(), opened.subscriptions.values().filter_map(|one| one.status()).collect())
+        };
+        ConnectionStatus {
+            id: self.id,
+            remote,
+            namespace: self.space.get().map(|space| space.name.clone()),
+            subject: self.author().ok().map(|author| author.subject.as_str().to_owned()),
+            rtt_ms: rtt.as_secs_f64() * 1000.0,
+            age_s: self.begun.elapsed().as_secs(),
+            path_changes,
+            attachments: self.attachments.load(Ordering::Relaxed),
+            producers,
+            subscriptions,
+        }
     }
 
     fn is_authenticated(&self) -> bool {
@@ -199,25 +334,19 @@ impl Conn {
 
     /// Takes a token: says AUTHENTICATED, or why not. A bad token leaves what was granted before in force.
     fn authenticate(&self, token: &[u8]) {
-        let now = self.server.now_seconds();
-        let verified = self.server.keyring().verify(token, now);
-        let instance = *self.instance.read().unwrap_or_else(PoisonError::into_inner);
-        let verified = verified.and_then(|claims| match (claims.device, instance) {
-            (_, None) => Err(crate::auth::AuthError { code: Code::TOKEN_INVALID, detail: "HELLO states no instance" }),
-            (Some(device), Some(instance)) if device != instance => Err(crate::auth::AuthError {
-                code: Code::TOKEN_INVALID,
-                detail: "the token is bound to another device",
-            }),
-            (_, Some(instance)) => Ok((claims, instance)),
-        });
-        match verified {
-            Ok((claims, instance)) => {
-                let author = Arc::new(Author { subject: claims.subject.clone(), instance });
-                let expires = claims.expires;
-                self.identity.send_replace(Identity::Known { author, grants: claims.grants, expires });
-                self.control.push(Authenticated { subject: claims.subject, expires: expires.max(0) as u64 });
+        match self.judge(token) {
+            Ok((space, verified, instance, subject)) => {
+                let _ = self.space.set(space.clone());
+                let author = Arc::new(Author { subject: verified.claims.subject.clone(), instance });
+                let (name, expires) = (verified.claims.subject.clone(), verified.claims.expires);
+                let verified = Arc::new(verified);
+                self.identity.send_replace(Identity::Known { author, verified, subject });
+                // It may have been revoked in between, before anybody here listened.
+                self.believe_still();
+                self.control.push(Authenticated { subject: name, expires: expires.max(0) as u64 });
             }
             Err(error) => {
+                tracing::debug!(conn = self.id, code = %error.code, "token refused: {}", error.detail);
                 self.identity.send_if_modified(|identity| {
                     let nobody = matches!(identity, Identity::Nobody(..));
                     if nobody {
@@ -229,11 +358,46 @@ impl Conn {
                     about: Token::KIND,
                     id: 0,
                     code: error.code,
-                    value: 0,
+                    value: error.value,
                     detail: Detail::new(error.detail),
                 });
             }
         }
+    }
+
+    /// Whether a token is believed on this connection. Errors: `TOKEN_INVALID`, `TOKEN_EXPIRED`, `TOKEN_REVOKED`, `QUOTA_EXCEEDED` where the
+    /// subject has too many connections.
+    fn judge(&self, token: &[u8]) -> Result<(Arc<Space>, Verified, Instance, Arc<SubjectConnection>), AuthError> {
+        let now = self.server.now_seconds();
+        let (space, verified) = self.server.verify(self.space.get(), token, now)?;
+        let judged = self.fits(space, &verified);
+        space.sessions.metrics.token(judged.as_ref().err().map_or(Code::NO_ERROR, |error| error.code));
+        let (instance, subject) = judged?;
+        Ok((space.clone(), verified, instance, subject))
+    }
+
+    /// Whether a token that is believed is good for this client. Errors: as [`Conn::judge`].
+    fn fits(&self, space: &Space, verified: &Verified) -> Result<(Instance, Arc<SubjectConnection>), AuthError> {
+        let claims = &verified.claims;
+        let instance = *self.instance.read().unwrap_or_else(PoisonError::into_inner);
+        let instance = instance.ok_or(AuthError::invalid("HELLO states no instance"))?;
+        if claims.device.is_some_and(|device| device != instance) {
+            return Err(AuthError::invalid("the token is bound to another device"));
+        }
+        if claims.certificate.is_some() && claims.certificate != (self.peer)().certificate {
+            return Err(AuthError::invalid("the token is bound to a certificate that the client did not show"));
+        }
+        if let Identity::Known { author, subject, .. } = &*self.identity.borrow()
+            && author.subject == claims.subject
+        {
+            return Ok((instance, subject.clone()));
+        }
+        let subject = space.subjects.connect(&claims.subject, &space.sessions.metrics);
+        let Refusal { code, value, detail } = match subject {
+            Ok(subject) => return Ok((instance, Arc::new(subject))),
+            Err(refusal) => refusal,
+        };
+        Err(AuthError { code, value, detail })
     }
 
     /// Waits until the peer said HELLO.
@@ -333,8 +497,13 @@ impl Conn {
         }
     }
 
-    /// Makes room for a subscription. Refusals: `LIMIT_EXCEEDED` beyond what the client allows, `ID_IN_USE`.
-    pub(crate) fn open_subscription(&self, id: u64) -> Result<Arc<SubscriptionCredit>, Refusal> {
+    /// Makes room for a subscription. Refusals: `LIMIT_EXCEEDED` beyond what the client allows, `ID_IN_USE`, `QUOTA_EXCEEDED` beyond what the
+    /// session allows.
+    pub(crate) fn open_subscription(
+        &self,
+        id: u64,
+        session: &Arc<Session>,
+    ) -> Result<Arc<SubscriptionCredit>, Refusal> {
         let limits = (*self.hello.borrow())
             .unwrap_or(PeerLimits { bulk_window: DEFAULT_BULK_WINDOW, bulk_streams: DEFAULT_BULK_STREAMS });
         let mut opened = self.opened();
@@ -347,7 +516,9 @@ impl Conn {
         }
         let budget = self.server.config().delivery_budget;
         let credit = CreditSent::new(limits.bulk_window, limits.bulk_streams, budget);
-        let credit = Arc::new(SubscriptionCredit::new(credit));
+        let sessions = self.sessions()?;
+        session.used.subscribe(sessions.config.quotas.session.subscriptions, &sessions.metrics)?;
+        let credit = Arc::new(SubscriptionCredit::new(credit, session));
         opened.subscriptions.insert(id, credit.clone());
         Ok(credit)
     }
@@ -384,6 +555,22 @@ impl Conn {
     }
 }
 
+/// A connection that its operator sees, for as long as it lives.
+struct Listed(Arc<Conn>);
+
+impl Listed {
+    fn new(conn: &Arc<Conn>) -> Self {
+        conn.server.connections.add(conn);
+        Self(conn.clone())
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        self.0.server.connections.remove(self.0.id);
+    }
+}
+
 /// One of a connection's attachments.
 struct Attached(Arc<Conn>);
 
@@ -404,6 +591,17 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
         hello: watch::channel(None).0,
         instance: RwLock::new(None),
         identity: watch::channel(Identity::Nobody(Code::UNAUTHENTICATED, "no token was presented")).0,
+        space: OnceLock::new(),
+        peer: {
+            let transport = transport.clone();
+            Box::new(move || Peer {
+                remote: transport.remote(),
+                rtt: transport.rtt(),
+                path_changes: transport.path_changes(),
+                certificate: transport.certificate(),
+            })
+        },
+        begun: Instant::now(),
         held: Semaphore::new(usize::try_from(server.config().delivery_budget).unwrap_or(Semaphore::MAX_PERMITS)),
         opened: Mutex::default(),
         attachments: AtomicUsize::new(0),
@@ -412,6 +610,7 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
     });
     tracing::debug!(conn = id, remote = %transport.remote(), "connected");
     let mut running = JoinSet::new();
+    let _listed = Listed::new(&conn);
     let late = async {
         // How long the handshake may take is the transport's business.
         let _ = transport.confirmed().await;
@@ -427,7 +626,7 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
     let deadline = Instant::now() + server.config().hello_timeout;
     running.spawn(Box::pin(control_stream(transport.clone(), conn.clone(), control, deadline)) as Task);
     let mut goaway = server.goaway();
-    let mut expiry = core::pin::pin!(conn.watch_expiry());
+    let mut token = core::pin::pin!(conn.watch_token());
     loop {
         tokio::select! {
             stream = transport.accept_bi() => match stream {
@@ -451,7 +650,11 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
                     conn.control.push(frame);
                 }
             }
-            never = &mut expiry => match never {},
+            // It can do nothing, and costs memory.
+            refusal = &mut token => {
+                transport.close(refusal.code.0, refusal.detail);
+                break;
+            }
         }
     }
     // Nothing of it is left when this returns.
@@ -630,6 +833,7 @@ async fn bidirectional<C: Connection>(transport: C, conn: Arc<Conn>, mut send: C
             }
             Err(refusal) => ProtocolError::new(refusal.code, refusal.detail),
         },
+        Ok(Some(Frame::Mint(request))) => return requests::mint(&conn, request, &mut send).await,
         Ok(Some(Frame::Pull(request))) => match conn.attached() {
             // Counted among the attachments: both stay open.
             Ok(_attached) => {

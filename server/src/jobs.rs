@@ -16,7 +16,8 @@ use tokio::time::Instant;
 use crate::attachment::ask;
 use crate::connection::Conn;
 use crate::owner::Command;
-use crate::sessions::{SessionUse, refusal};
+use crate::quota::Cost;
+use crate::sessions::{SessionUse, Sessions, refusal};
 
 /// The sessions in memory that have jobs for workers.
 #[derive(Debug)]
@@ -114,6 +115,7 @@ pub(crate) async fn pull<S: SendStream, R: RecvStream>(
 /// The jobs that a worker has in hand.
 struct Hands<'a> {
     conn: &'a Conn,
+    sessions: Arc<Sessions>,
     outbox: &'a Outbox,
     worker: Arc<Worker>,
     prefix: Vec<u8>,
@@ -139,6 +141,7 @@ async fn work<R: RecvStream>(
     let limit = usize::try_from(request.limit).unwrap_or(MAX_PULLED).clamp(1, MAX_PULLED);
     let mut hands = Hands {
         conn,
+        sessions: conn.sessions()?.clone(),
         outbox,
         worker: Arc::new(Worker { author, withdrawn: withdraw }),
         prefix: request.prefix.to_vec(),
@@ -149,7 +152,8 @@ async fn work<R: RecvStream>(
         cold: None,
         pass: Instant::now(),
     };
-    let sessions = conn.server.sessions();
+    conn.charge(Cost::Attach)?;
+    let sessions = conn.sessions()?;
     let mut more = sessions.offers.more.subscribe();
     let mut goaway = conn.server.goaway();
     let pause = sessions.config.due_pause;
@@ -183,6 +187,7 @@ async fn work<R: RecvStream>(
             // The sender lives in the sessions.
             Ok(()) = more.changed(), if hands.room() > 0 => {}
             () = tokio::time::sleep_until(look) => {}
+            refusal = conn.disowned() => return Err(refusal),
             () = async { drop(goaway.wait_for(Option::is_some).await) } => {
                 return Err(Refusal::new(Code::GOING_AWAY, "the server stops"));
             }
@@ -206,7 +211,7 @@ impl Hands<'_> {
         let first = self.after.clone();
         let mut wrapped = false;
         while self.room() > 0 {
-            match self.conn.server.sessions().offers.next(&self.prefix, &self.after, any) {
+            match self.sessions.offers.next(&self.prefix, &self.after, any) {
                 Some(name) if wrapped && name.as_str().as_bytes() > first.as_slice() => return,
                 Some(name) => {
                     self.after = name.as_str().into();
@@ -231,7 +236,7 @@ impl Hands<'_> {
             self.pass = Instant::now();
         }
         let after = self.cold.or(Some((FOR_WORKERS - 1, Incarnation([0xff; 16]))));
-        let waking = match self.conn.server.sessions().store.waking(FOR_WORKERS, after, STEP).await {
+        let waking = match self.sessions.store.waking(FOR_WORKERS, after, STEP).await {
             Ok(waking) => waking,
             Err(error) => {
                 tracing::debug!(code = %refusal(&error).code, "cannot look for jobs now");
@@ -246,7 +251,7 @@ impl Hands<'_> {
             self.cold = Some((FOR_WORKERS, stat.session.incarnation));
             let name = stat.session.name;
             // Those in memory are known, and are not kept there by being asked.
-            if name.as_str().as_bytes().starts_with(&self.prefix) && !self.conn.server.sessions().is_hot(&name) {
+            if name.as_str().as_bytes().starts_with(&self.prefix) && !self.sessions.is_hot(&name) {
                 self.take(&name).await;
             }
         }
@@ -261,7 +266,7 @@ impl Hands<'_> {
         if self.conn.allow(Operation::Notify, name).is_err() {
             return;
         }
-        let session = match self.conn.server.sessions().get(name, None).await {
+        let session = match self.sessions.get(name, None).await {
             Ok((session, _)) => session,
             Err(refusal) => {
                 tracing::debug!(session = %name, code = %refusal.code, "cannot be asked for jobs now");

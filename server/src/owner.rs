@@ -181,7 +181,7 @@ enum Role {
 enum Commit {
     None,
     /// The store has it.
-    Running(Committing, Arc<Chunk>),
+    Running(Committing, Arc<Chunk>, Instant),
     /// Its outcome is unknown and asked for.
     Resolving(Pending<bool>, Arc<Chunk>),
     /// The store could not tell yet; it is asked again after the pause.
@@ -602,7 +602,8 @@ impl Owner {
         {
             let wake = self.upkeep.wake(authority.wake());
             self.wake = wake;
-            self.commit = Commit::Running(self.sessions.store.append(writer, chunk.clone(), wake), chunk);
+            let committing = self.sessions.store.append(writer, chunk.clone(), wake);
+            self.commit = Commit::Running(committing, chunk, Instant::now());
             if planted(Bug::ShownBeforeDurable) {
                 self.finish_commit(Fate::Committed);
             }
@@ -611,10 +612,14 @@ impl Owner {
 
     /// Applies what is known of the chunk in flight. False if the session cannot be served any more.
     fn finish_commit(&mut self, fate: Fate) -> bool {
-        let (Commit::Running(_, chunk) | Commit::Resolving(_, chunk) | Commit::Waiting(_, chunk)) =
-            core::mem::replace(&mut self.commit, Commit::None)
-        else {
-            return true;
+        let metrics = &self.sessions.metrics;
+        let chunk = match core::mem::replace(&mut self.commit, Commit::None) {
+            Commit::None => return true,
+            Commit::Running(_, chunk, since) => {
+                metrics.commit.observe(since.elapsed().as_secs_f64());
+                chunk
+            }
+            Commit::Resolving(_, chunk) | Commit::Waiting(_, chunk) => chunk,
         };
         let Some(Role::Writer { authority, writer }) = &mut self.role else {
             return true;
@@ -632,6 +637,7 @@ impl Owner {
                 }
             },
             Fate::NotCommitted(error) => {
+                metrics.not_committed.inc();
                 let refusal = refusal(&error);
                 for ticket in authority.not_committed() {
                     refuse(&ticket, &refusal);
@@ -644,6 +650,7 @@ impl Owner {
             }
             Fate::Unknown => {
                 if !authority.is_uncertain() {
+                    metrics.unknown.inc();
                     tracing::warn!(session = %self.session.id, "outcome of a commit is unknown; reading it back");
                 }
                 authority.unknown();
@@ -668,6 +675,12 @@ impl Owner {
     fn publish(&mut self, Durable { chunk, replies, early }: Durable<Ticket>) {
         let Some(state) = self.state() else { return };
         let header = chunk.header();
+        let (metrics, bytes) = (&self.sessions.metrics, chunk.bytes().len() as u64);
+        metrics.chunks.inc();
+        metrics.records.inc_by(chunk.end() - header.first);
+        metrics.bytes.inc_by(bytes);
+        self.session.used.stored(bytes);
+        self.session.prefixes.iter().for_each(|prefix| prefix.stored(bytes));
         if !header.controls.is_empty() && self.session.streams().len() != state.streams().len() {
             self.session.set_streams(state.streams());
         }
@@ -1175,7 +1188,8 @@ impl Owner {
             let writer = self.sessions.store.open_writer(self.session.id.clone()).await.map_err(|e| refusal(&e))?;
             if let Some(Role::Reader(state)) = self.role.take() {
                 let created = (state.number() == 0).then(|| (self.session.id.name.clone(), self.created));
-                let authority = Box::new(Authority::new(*state, writer.epoch, created));
+                let bounds = self.sessions.config.quotas.session.bounds;
+                let authority = Box::new(Authority::new(*state, writer.epoch, created).bounded(bounds));
                 self.role = Some(Role::Writer { authority, writer: Arc::new(writer) });
             }
         }
@@ -1268,8 +1282,8 @@ impl Owner {
         // Let what is in flight land first, so that its answers are honest.
         match core::mem::replace(&mut self.commit, Commit::None) {
             Commit::None => {}
-            Commit::Running(append, chunk) => {
-                self.commit = Commit::Running(append, chunk);
+            running @ Commit::Running(..) => {
+                self.commit = running;
                 let fate = commit(&mut self.commit).await;
                 if !self.finish_commit(fate) {
                     return;
@@ -1283,6 +1297,7 @@ impl Owner {
         }
         match self.sessions.store.delete(self.session.id.clone()).await {
             Ok(()) => {
+                self.sessions.deleted(&self.session.id.name);
                 attachment.outbox.push(Deleted {});
                 if let Some(Role::Writer { authority, .. }) = &mut self.role {
                     let refusal = Refusal::new(Code::SESSION_GONE, "the session was deleted");
@@ -1346,7 +1361,7 @@ fn refuse_batch(link: &ProducerLink, sequence: u64, refusal: &Refusal) {
 async fn commit(commit: &mut Commit) -> Fate {
     match commit {
         Commit::None => core::future::pending().await,
-        Commit::Running(append, _) => match append.await {
+        Commit::Running(append, ..) => match append.await {
             Committed::Committed => Fate::Committed,
             Committed::NotCommitted(error) => Fate::NotCommitted(error),
             Committed::Unknown(_) if planted(Bug::UnknownIsLost) => Fate::NotCommitted(StoreError::Overloaded),

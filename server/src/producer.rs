@@ -10,7 +10,9 @@ use mainstay_transport::{FrameError, FrameReader, RecvStream};
 
 use crate::attachment::Attachment;
 use crate::connection::Conn;
+use crate::load::Work;
 use crate::owner::{Command, Sent};
+use crate::quota;
 use crate::sessions::Session;
 
 /// A producer that was opened on this connection.
@@ -26,6 +28,11 @@ pub(crate) struct ProducerLink {
 
 impl ProducerLink {
     fn refuse(&self, sequence: u64, refusal: &Refusal) {
+        if let Some(conn) = self.attachment.conn.upgrade()
+            && let Ok(sessions) = conn.sessions()
+        {
+            sessions.metrics.batch_refused(refusal.code);
+        }
         self.attachment.outbox.push(Refused {
             producer: self.id,
             sequence,
@@ -59,20 +66,18 @@ async fn pump<R: RecvStream>(
                 return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "only APPEND may follow PRODUCE").into());
             };
             let Append { sequence, count, records, run_epoch: run } = append;
-            if let Err(refusal) = conn.allow(Operation::Append, &link.session.id.name) {
-                flush(conn, link, &mut batches, &mut bytes).await?;
-                link.refuse(sequence, &refusal);
-                continue;
-            }
-            match CheckedBatch::new(count, records) {
+            let checked = conn.allow(Operation::Append, &link.session.id.name).and_then(|()| {
+                CheckedBatch::new(count, records).map_err(|error| Refusal::new(error.code, error.detail))
+            });
+            match checked.and_then(|batch| may_append(conn, link, &batch).map(|()| batch)) {
                 Ok(batch) => {
                     bytes += batch.len();
                     batches.push(Sent { sequence, run, batch });
                 }
-                Err(error) => {
+                Err(refusal) => {
                     // What came before is answered first, so that answers keep the order of the batches.
                     flush(conn, link, &mut batches, &mut bytes).await?;
-                    link.refuse(sequence, &Refusal::new(error.code, error.detail));
+                    link.refuse(sequence, &refusal);
                 }
             }
             if batches.len() >= PRODUCER_WINDOW {
@@ -98,6 +103,16 @@ async fn pump<R: RecvStream>(
     }
 }
 
+/// Refusals: `OVERLOADED`, `RATE_LIMITED`, `QUOTA_EXCEEDED`.
+fn may_append(conn: &Conn, link: &ProducerLink, batch: &CheckedBatch) -> Result<(), Refusal> {
+    conn.server.load.admit(Work::Append)?;
+    let sessions = conn.sessions()?;
+    let (_, subject) = conn.verified()?;
+    let (quotas, size) = (&sessions.config.quotas, (batch.count(), batch.len()));
+    let (used, prefixes) = (&link.session.used, &link.session.prefixes);
+    quota::append(&subject, used, prefixes, quotas, size, &sessions.metrics)
+}
+
 /// Hands batches to the owner; waits while the server or the session has too much.
 async fn flush(
     conn: &Conn,
@@ -108,7 +123,8 @@ async fn flush(
     if batches.is_empty() {
         return Ok(());
     }
-    let permit = conn.server.ingest(core::mem::take(bytes)).await;
+    let gone = |refusal: Refusal| ProtocolError::new(refusal.code, refusal.detail);
+    let permit = conn.space().map_err(gone)?.ingest(core::mem::take(bytes)).await;
     let command = Command::Append { link: link.clone(), batches: core::mem::take(batches), permit: Arc::new(permit) };
     link.session.commands.send(command).await.map_err(|_| {
         let code = link.session.extent.borrow().gone.unwrap_or(Code::GOING_AWAY);

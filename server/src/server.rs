@@ -10,21 +10,27 @@ use mainstay_protocol::session::moved_reason;
 use mainstay_protocol::wire::{Detail, Frame, GoAway};
 use mainstay_store::Store;
 use mainstay_transport::{Listener, entropy};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use prometheus_client::registry::Registry;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::auth::Keyring;
+use crate::auth::{AuthError, Trust, Verified};
 use crate::config::Config;
 use crate::connection;
+use crate::load::{Load, Work};
+use crate::metrics::ServerMetrics;
+use crate::namespace::{Namespace, Space};
 use crate::owner::Command;
 use crate::resume::ResumeKeys;
-use crate::sessions::Sessions;
+use crate::status::{Connections, Status};
 
 /// What all connections share.
 pub(crate) struct Shared {
-    sessions: Arc<Sessions>,
-    keyring: Keyring,
-    ingest: Arc<Semaphore>,
+    config: Config,
+    spaces: Vec<Arc<Space>>,
+    clock: fn() -> u64,
+    pub(crate) load: Arc<Load>,
+    pub(crate) connections: Connections,
     goaway: watch::Sender<Option<Frame>>,
     /// Attachments that may still have something to say.
     attachments: watch::Sender<usize>,
@@ -32,19 +38,40 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn config(&self) -> &Config {
-        &self.sessions.config
+        &self.config
     }
 
-    pub(crate) fn sessions(&self) -> &Arc<Sessions> {
-        &self.sessions
-    }
-
-    pub(crate) fn keyring(&self) -> &Keyring {
-        &self.keyring
+    /// Verifies a token at `now`, for a namespace if it is known, else for the first one that believes its key.
+    ///
+    /// Errors: `TOKEN_INVALID`, `TOKEN_EXPIRED`, `TOKEN_REVOKED`.
+    pub(crate) fn verify(
+        &self,
+        space: Option<&Arc<Space>>,
+        token: &[u8],
+        now: i64,
+    ) -> Result<(&Arc<Space>, Verified), AuthError> {
+        let mut refused = AuthError::invalid("no namespace is served");
+        let mut known = false;
+        for one in &self.spaces {
+            match one.trust.anchors().verify(token, now) {
+                Ok(verified) if space.is_none_or(|space| Arc::ptr_eq(space, one)) => return Ok((one, verified)),
+                Ok(_) => return Err(AuthError::invalid("the token is for another namespace than the connection")),
+                // What the namespace that knows its key says counts.
+                Err(error) if !known => {
+                    known = error.code != Code::TOKEN_INVALID;
+                    refused = error;
+                }
+                Err(_) => {}
+            }
+        }
+        if let Some(space) = space.or(self.spaces.first()) {
+            space.sessions.metrics.token(refused.code);
+        }
+        Err(refused)
     }
 
     pub(crate) fn now_seconds(&self) -> i64 {
-        ((self.sessions.clock)() / 1000) as i64
+        ((self.clock)() / 1000) as i64
     }
 
     pub(crate) fn goaway(&self) -> watch::Receiver<Option<Frame>> {
@@ -59,16 +86,6 @@ impl Shared {
     /// One less: its last answer was received, or nobody is there to receive it.
     pub(crate) fn detached(&self) {
         self.attachments.send_modify(|count| *count -= 1);
-    }
-
-    /// Room for `bytes` of batches; waits until there is. Given back when the permit is dropped.
-    pub(crate) async fn ingest(&self, bytes: usize) -> OwnedSemaphorePermit {
-        let most = self.config().ingest_budget;
-        let bytes = u32::try_from(bytes.min(most)).unwrap_or(u32::MAX);
-        match self.ingest.clone().acquire_many_owned(bytes).await {
-            Ok(permit) => permit,
-            Err(_) => unreachable!("the semaphore is never closed"),
-        }
     }
 }
 
@@ -110,34 +127,68 @@ impl Stop {
 /// ```
 pub struct Server {
     shared: Arc<Shared>,
+    metrics: Arc<ServerMetrics>,
+    /// Bytes of memory in use.
+    memory: Option<fn() -> Option<usize>>,
 }
 
 impl Server {
-    /// A server of the sessions in `store` for the holders of tokens that `keyring` verifies. What `resume` sealed it opens, also in another
+    /// A server of the sessions in `store` for the holders of tokens that `trust` believes. What `resume` sealed it opens, also in another
     /// process.
-    pub fn new(store: Arc<dyn Store>, keyring: Keyring, resume: ResumeKeys, config: Config) -> Self {
-        Self::with_clock(store, keyring, resume, config, wall_clock)
+    pub fn new(store: Arc<dyn Store>, trust: impl Into<Trust>, resume: ResumeKeys, config: Config) -> Self {
+        Self::with_clock(store, trust, resume, config, wall_clock)
     }
 
     /// The same, which reads the time off `clock`: milliseconds since the Unix epoch. It may jump, as clocks of machines do.
     pub fn with_clock(
         store: Arc<dyn Store>,
-        keyring: Keyring,
+        trust: impl Into<Trust>,
         resume: ResumeKeys,
         config: Config,
         clock: fn() -> u64,
     ) -> Self {
-        let ingest = Arc::new(Semaphore::new(config.ingest_budget));
-        let sessions = Arc::new(Sessions::new(store, resume, config, clock));
-        Self {
-            shared: Arc::new(Shared {
-                sessions,
-                keyring,
-                ingest,
-                goaway: watch::channel(None).0,
-                attachments: watch::channel(0).0,
-            }),
+        let (trust, quotas) = (trust.into(), config.quotas.clone());
+        Self::of(vec![Namespace { name: "default".into(), store, trust, resume, quotas }], config, clock)
+    }
+
+    /// A server of several namespaces, each with sessions, tokens and quotas of its own; of `config` the quotas are not used.
+    pub fn with_namespaces(namespaces: Vec<Namespace>, config: Config) -> Self {
+        Self::of(namespaces, config, wall_clock)
+    }
+
+    fn of(namespaces: Vec<Namespace>, config: Config, clock: fn() -> u64) -> Self {
+        let metrics = Arc::new(ServerMetrics::default());
+        let spaces = namespaces.into_iter().map(|one| Arc::new(Space::new(one, &config, clock))).collect();
+        let shared = Shared {
+            config,
+            spaces,
+            clock,
+            load: Arc::new(Load::new(metrics.clone())),
+            connections: Connections::default(),
+            goaway: watch::channel(None).0,
+            attachments: watch::channel(0).0,
+        };
+        Self { shared: Arc::new(shared), metrics, memory: None }
+    }
+
+    /// Reads the memory in use off `memory`, in bytes, so that load is shed before [`Config::memory`] is reached.
+    #[must_use]
+    pub fn measuring(mut self, memory: fn() -> Option<usize>) -> Self {
+        self.memory = Some(memory);
+        self
+    }
+
+    /// Makes what it counts part of what `registry` shows.
+    pub fn register(&self, registry: &mut Registry) {
+        self.metrics.register(registry);
+        for space in &self.shared.spaces {
+            space.sessions.metrics.register(registry, &space.name);
         }
+    }
+
+    /// What it is doing now; more than `most` sessions and connections are only counted.
+    pub fn status(&self, most: usize) -> Status {
+        Status::of(&self.shared.spaces, &self.shared.connections, &self.shared.load, most)
     }
 
     /// Serves the connections of `listener` until `stop` is ready, then stops in good order: GOAWAY to every client, no new
@@ -145,28 +196,44 @@ impl Server {
     pub async fn serve<L: Listener>(&self, listener: L, stop: impl Future<Output = Stop>) {
         let mut connections = JoinSet::new();
         tokio::pin!(stop);
-        let expiring = self.shared.sessions.expire();
-        let waking = self.shared.sessions.wake();
-        tokio::pin!(expiring, waking);
+        // What is done for each namespace as long as it is served.
+        let mut chores = JoinSet::new();
+        for space in &self.shared.spaces {
+            let (expiring, waking, counting) = (space.sessions.clone(), space.sessions.clone(), space.clone());
+            chores.spawn(async move { expiring.expire().await });
+            chores.spawn(async move { waking.wake().await });
+            chores.spawn(async move { counting.count().await });
+        }
+        let load = self.shared.load.clone();
+        let memory = self.memory.zip(self.shared.config.memory);
+        let watching = load.watch(memory);
+        tokio::pin!(watching);
         let stop = loop {
+            let room = connections.len() < self.shared.config.connections && load.takes(Work::Connection);
+            listener.admit(room);
             tokio::select! {
                 stop = &mut stop => break stop,
-                () = &mut expiring => {}
-                () = &mut waking => {}
-                Some(_) = connections.join_next() => {}
+                () = &mut watching => {}
+                Some(_) = connections.join_next() => {
+                    self.metrics.connections.set(connections.len() as i64);
+                }
                 connection = listener.accept() => match connection {
                     Some(connection) => {
                         let id = entropy::unique();
                         connections.spawn(connection::run(connection, self.shared.clone(), id));
+                        self.metrics.accepted.inc();
+                        self.metrics.connections.set(connections.len() as i64);
                     }
                     None => break Stop::default(),
                 },
+                () = load.changed() => {}
             }
         };
-        listener.refuse_new();
+        drop(chores);
+        listener.admit(false);
         let deadline = tokio::time::Instant::now() + GRACE;
         // Before anyone is told: who comes back on the same connection must find that it stops.
-        self.shared.sessions.stop();
+        self.shared.spaces.iter().for_each(|space| space.sessions.stop());
         let frame = GoAway {
             deadline: GRACE.as_millis() as u64,
             spread: (connections.len() as u64).min(MAX_SPREAD) * SPREAD,
@@ -189,7 +256,16 @@ impl Server {
 
     /// Lets every session commit and answer what it accepted, until the deadline.
     async fn commit_all(&self, deadline: tokio::time::Instant) {
-        let sessions = &self.shared.sessions;
+        // At once, so that one whose store does not answer takes no time from the others.
+        let mut all = JoinSet::new();
+        for space in self.shared.spaces.clone() {
+            all.spawn(async move { Self::commit_all_of(&space, deadline).await });
+        }
+        while all.join_next().await.is_some() {}
+    }
+
+    async fn commit_all_of(space: &Space, deadline: tokio::time::Instant) {
+        let sessions = &space.sessions;
         loop {
             let left = sessions.left.notified();
             let (hot, loading) = sessions.all();

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use mainstay_protocol::error::Code;
+use mainstay_protocol::registry::MAX_LISTED;
 use mainstay_protocol::session::{Compaction, FOR_WORKERS, Incarnation, Refusal, SessionName, State, Streams};
 use mainstay_store::{Created, ReadFrom, SessionId, SessionStat, Store, StoreError};
 use mainstay_transport::entropy;
@@ -14,7 +15,9 @@ use tokio::task::JoinSet;
 
 use crate::config::Config;
 use crate::jobs::Offers;
+use crate::metrics::Metrics;
 use crate::owner::{Command, Owner};
+use crate::quota::{self, PrefixUsage};
 use crate::resume::ResumeKeys;
 use crate::ring::Ring;
 
@@ -41,6 +44,10 @@ pub(crate) struct Session {
     pub(crate) extent: watch::Sender<Extent>,
     pub(crate) ring: Mutex<Ring>,
     pub(crate) streams: RwLock<Arc<Streams>>,
+    /// What is appended to it and who follows it.
+    pub(crate) used: quota::SessionUsage,
+    /// The prefixes with quotas that it is under.
+    pub(crate) prefixes: Vec<Arc<PrefixUsage>>,
     users: AtomicUsize,
     /// Told when the last user is gone.
     unused: Notify,
@@ -50,6 +57,11 @@ impl Session {
     /// True if nobody uses it now.
     pub(crate) fn is_unused(&self) -> bool {
         self.users.load(Ordering::Relaxed) == 0
+    }
+
+    /// How many use it now.
+    pub(crate) fn users(&self) -> usize {
+        self.users.load(Ordering::Relaxed)
     }
 
     /// Waits until the last user is gone, or returns at once if that was so since it was asked last. For its owner only.
@@ -144,11 +156,15 @@ pub(crate) struct Sessions {
     pub(crate) compactions: Arc<Semaphore>,
     /// Woken when a session left memory.
     pub(crate) left: Notify,
+    pub(crate) metrics: Arc<Metrics>,
+    /// The prefixes that have quotas.
+    prefixes: Vec<Arc<PrefixUsage>>,
 }
 
 impl Sessions {
     pub(crate) fn new(store: Arc<dyn Store>, resume_keys: ResumeKeys, config: Config, clock: fn() -> u64) -> Self {
         let hot = Mutex::default();
+        let prefixes = config.quotas.prefixes.iter().map(|quotas| Arc::new(PrefixUsage::new(quotas.clone()))).collect();
         let (stopping, forsaken, left) = (AtomicBool::new(false), AtomicBool::new(false), Notify::new());
         Self {
             store,
@@ -163,6 +179,98 @@ impl Sessions {
             offers: Offers::default(),
             compactions: Arc::new(Semaphore::new(PASSES)),
             left,
+            metrics: Arc::default(),
+            prefixes,
+        }
+    }
+
+    /// The prefixes with quotas that a session is under.
+    fn prefixes_of(&self, name: &SessionName) -> Vec<Arc<PrefixUsage>> {
+        self.prefixes.iter().filter(|prefix| prefix.covers(name)).cloned().collect()
+    }
+
+    /// Creates a session, within the quotas of the prefixes that it is under.
+    async fn create(&self, id: &SessionId, created: u64, expire_after: u64) -> Result<Created, Refusal> {
+        let prefixes = self.prefixes_of(&id.name);
+        for (at, prefix) in prefixes.iter().enumerate() {
+            if let Err(refusal) = prefix.create(&self.metrics) {
+                prefixes[..at].iter().for_each(|prefix| prefix.delete());
+                return Err(refusal);
+            }
+        }
+        let result = self.store.create(id.clone(), created, expire_after).await;
+        if !matches!(result, Ok(Created::New)) {
+            prefixes.iter().for_each(|prefix| prefix.delete());
+        }
+        result.map_err(|error| self.refused(&id.name, &error))
+    }
+
+    /// A session was deleted.
+    pub(crate) fn deleted(&self, name: &SessionName) {
+        self.prefixes_of(name).iter().for_each(|prefix| prefix.delete());
+    }
+
+    /// What a store error that keeps a session from being loaded means to a client.
+    fn refused(&self, name: &SessionName, error: &StoreError) -> Refusal {
+        // What passes is told to those who ask, again and again; the operator sees it once, in the store's own words.
+        match error.is_retryable() {
+            true => tracing::debug!(session = %name, %error, "cannot load or create the session now"),
+            false => tracing::warn!(session = %name, %error, "cannot load or create the session"),
+        }
+        refusal(error)
+    }
+
+    /// True if it must be known how many bytes of a session are stored.
+    fn counts_bytes(&self, prefixes: &[Arc<PrefixUsage>]) -> bool {
+        self.config.quotas.session.stored_bytes.is_some() || prefixes.iter().any(|prefix| prefix.counts_bytes())
+    }
+
+    /// Finds out how many bytes of a session are stored, in the background.
+    fn measure(self: &Arc<Self>, session: &Arc<Session>) {
+        let (this, session) = (self.clone(), session.clone());
+        tokio::spawn(async move {
+            // A session whose size cannot be read is refused for that as soon as somebody reads it.
+            if let Ok(size) = this.store.size(session.id.clone()).await {
+                session.used.measured(size);
+            }
+        });
+    }
+
+    /// Counts anew what is under each prefix that has quotas, and what is stored of the sessions in memory that have reached theirs: what was
+    /// trimmed or compacted makes room again.
+    pub(crate) async fn count_prefixes(self: &Arc<Self>) {
+        if let Some(limit) = self.config.quotas.session.stored_bytes {
+            let (hot, _) = self.all();
+            hot.iter().filter(|session| session.used.bytes() >= limit).for_each(|session| self.measure(session));
+        }
+        for prefix in &self.prefixes {
+            match self.count_one(prefix).await {
+                Ok((sessions, bytes)) => prefix.found(sessions, bytes),
+                Err(error) => {
+                    tracing::warn!(prefix = prefix.prefix(), %error, "cannot count what is stored under a prefix");
+                }
+            }
+        }
+    }
+
+    async fn count_one(&self, prefix: &PrefixUsage) -> Result<(u64, u64), StoreError> {
+        let (mut sessions, mut bytes, mut after) = (0, 0, Vec::new());
+        loop {
+            let page = self.store.list(prefix.prefix().into(), after, MAX_LISTED).await?;
+            for stat in page.sessions {
+                if !prefix.covers(&stat.session.name) {
+                    continue;
+                }
+                sessions += 1;
+                if prefix.counts_bytes() {
+                    // One that was deleted meanwhile has none; one that is damaged has as many as nobody knows.
+                    bytes += self.store.size(stat.session).await.unwrap_or(0);
+                }
+            }
+            if !page.more {
+                return Ok((sessions, bytes));
+            }
+            after = page.after;
         }
     }
 
@@ -212,20 +320,13 @@ impl Sessions {
         create: Option<u64>,
         new: &mut bool,
     ) -> Result<Arc<Session>, Refusal> {
-        let refused = |error: StoreError| {
-            // What passes is told to those who ask, again and again; the operator sees it once, in the store's own words.
-            match error.is_retryable() {
-                true => tracing::debug!(session = %name, %error, "cannot load or create the session now"),
-                false => tracing::warn!(session = %name, %error, "cannot load or create the session"),
-            }
-            refusal(&error)
-        };
+        let refused = |error: StoreError| self.refused(name, &error);
         let stat = match (self.store.stat(name.clone()).await.map_err(refused)?, create) {
             (Some(stat), _) => stat,
             (None, Some(expire_after)) => {
                 let id = SessionId { name: name.clone(), incarnation: Incarnation(entropy::random()) };
                 let created = (self.clock)();
-                match self.store.create(id.clone(), created, expire_after).await.map_err(refused)? {
+                match self.create(&id, created, expire_after).await? {
                     Created::New => {
                         *new = true;
                         SessionStat {
@@ -260,9 +361,15 @@ impl Sessions {
             extent,
             ring: Mutex::new(ring),
             streams: RwLock::new(Arc::new(state.streams().clone())),
+            used: quota::SessionUsage::new(&self.config.quotas),
+            prefixes: self.prefixes_of(name),
             users: AtomicUsize::new(0),
             unused: Notify::new(),
         });
+        if self.counts_bytes(&session.prefixes) {
+            self.measure(&session);
+        }
+        self.metrics.sessions.inc();
         let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
         while owners.try_join_next().is_some() {}
         owners.spawn(Owner::new(self.clone(), session.clone(), mailbox, state, stat).run());
@@ -322,6 +429,7 @@ impl Sessions {
         let name = &session.id.name;
         if hot.get(name).and_then(|cell| cell.get()).is_some_and(|current| Arc::ptr_eq(current, session)) {
             hot.remove(name);
+            self.metrics.sessions.dec();
             // While nobody else can have loaded it again.
             self.offers.remove(name);
         }
@@ -420,6 +528,7 @@ impl Sessions {
         };
         self.remove_empty(&id.name, cell);
         if result == Ok(true) {
+            self.deleted(&id.name);
             tracing::info!(session = %id, "expired");
         }
         result

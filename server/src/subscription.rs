@@ -1,7 +1,7 @@
 //! One subscription: a QUIC stream that the server opens and feeds from the ring or the store, as far as credit goes.
 
 use core::time::Duration;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -13,10 +13,12 @@ use mainstay_transport::{Connection, SendStream, StreamError, priority};
 use tokio::sync::{Notify, SemaphorePermit};
 use tokio::time::Instant;
 
-use crate::attachment::ask;
+use crate::attachment::{Counted, ask};
 use crate::connection::Conn;
+use crate::load::Work;
 use crate::owner::Command;
 use crate::sessions::{Session, SessionUse, refusal};
+use crate::status::{Doing, Following, SubscriptionStatus};
 
 /// What the client credited, shared with the control stream's reader.
 #[derive(Debug)]
@@ -24,11 +26,26 @@ pub(crate) struct SubscriptionCredit {
     credit: Mutex<CreditSent>,
     changed: Notify,
     ended: Notify,
+    /// How it is getting on.
+    pub(crate) following: Following,
+    /// What it follows.
+    session: Weak<Session>,
 }
 
 impl SubscriptionCredit {
-    pub(crate) fn new(credit: CreditSent) -> Self {
-        Self { credit: Mutex::new(credit), changed: Notify::new(), ended: Notify::new() }
+    pub(crate) fn new(credit: CreditSent, session: &Arc<Session>) -> Self {
+        Self {
+            credit: Mutex::new(credit),
+            changed: Notify::new(),
+            ended: Notify::new(),
+            following: Following::default(),
+            session: Arc::downgrade(session),
+        }
+    }
+
+    /// How it is getting on, if its session is in memory still.
+    pub(crate) fn status(&self) -> Option<SubscriptionStatus> {
+        Some(self.following.status(&*self.session.upgrade()?))
     }
 
     fn lock(&self) -> MutexGuard<'_, CreditSent> {
@@ -53,6 +70,9 @@ const BURST: usize = 256 * 1024;
 
 /// Bytes that wait for a reader that wants the newest state only, from which on it gets the view instead, if that is no more.
 const FOLDED: u64 = 32 * 1024;
+
+/// How soon a reader of history looks again whether the server has time for it.
+const SHED: Duration = Duration::from_millis(250);
 
 /// How long a client that gives no credit may keep the server from saying why a subscription ends.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -79,6 +99,7 @@ pub(crate) fn spawn<C: Connection>(
     request: Subscribe,
     credit: Arc<SubscriptionCredit>,
 ) {
+    let counted = Open::new(session, conn);
     let session = session.clone();
     let conn = conn.clone();
     let transport = transport.clone();
@@ -89,7 +110,27 @@ pub(crate) fn spawn<C: Connection>(
             Box::pin(run(&conn, session, request, credit, send)).await;
         }
         conn.forget_subscription(id);
+        drop(counted);
     });
+}
+
+/// Counts a subscription of a session that was admitted, until it ends however it does.
+struct Open {
+    session: Arc<Session>,
+    _counted: Option<Counted>,
+}
+
+impl Open {
+    fn new(session: &Arc<Session>, conn: &Conn) -> Self {
+        let counted = conn.sessions().ok().map(|sessions| Counted::new(&sessions.metrics.subscriptions));
+        Self { session: session.clone(), _counted: counted }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.session.used.unsubscribe();
+    }
 }
 
 async fn run<S: SendStream>(
@@ -147,7 +188,9 @@ async fn deliver<S: SendStream>(
     request: Subscribe,
     out: &mut Sender<'_, S>,
 ) -> Result<(), End> {
-    let store = &conn.server.sessions().store;
+    let sessions = conn.sessions().map_err(End::Refused)?;
+    let (store, metrics) = (&sessions.store, &sessions.metrics);
+    let following = &out.credit.following;
     let budget = conn.server.config().delivery_budget;
     let mut changed = session.extent.subscribe();
     let mut extent = *changed.borrow_and_update();
@@ -160,6 +203,7 @@ async fn deliver<S: SendStream>(
     let mut sent = Instant::now();
     let mut held = None;
     let mut feed = if start == Start::Snapshot {
+        conn.server.load.admit(Work::History).map_err(End::Refused)?;
         let (next, view);
         (next, view, held) = snapshot(conn, session).await.map_err(End::Refused)?;
         view_len = view.len() as u64;
@@ -182,7 +226,9 @@ async fn deliver<S: SendStream>(
     let mut room: Option<SemaphorePermit<'_>> = None;
     loop {
         // Where the ring begins does not matter for whether there is anything.
+        following.reached(feed.next());
         if feed.place(extent.first, extent.tail, extent.tail) == Place::AtTail {
+            following.does(Doing::Live);
             if extent.closed {
                 return Ok(());
             }
@@ -217,7 +263,15 @@ async fn deliver<S: SendStream>(
         let mark = feed.mark();
         let mut chunks = Vec::new();
         let memory = session.ring().start();
-        let wanted = match feed.place(extent.first, memory, extent.tail) {
+        let place = feed.place(extent.first, memory, extent.tail);
+        if place == Place::Store && !conn.server.load.takes(Work::History) {
+            // The log waits, and so does whoever reads it: nothing is lost by that.
+            following.does(Doing::Shed);
+            tokio::time::sleep(SHED).await;
+            extent = *changed.borrow_and_update();
+            continue;
+        }
+        let wanted = match place {
             Place::AtTail => continue,
             Place::Trimmed(first) => {
                 feed.skip_trimmed(first, &mut pieces);
@@ -228,6 +282,8 @@ async fn deliver<S: SendStream>(
                 priority::LIVE
             }
             Place::Store => {
+                following.does(Doing::History);
+                metrics.history_reads.inc();
                 let page = store.read(session.id.clone(), ReadFrom::Seq(feed.next()), burst).await;
                 let page = page.map_err(|error| {
                     tracing::warn!(session = %session.id, %error, "cannot read for a subscription");
@@ -267,6 +323,7 @@ async fn deliver<S: SendStream>(
                 Err(_) => {
                     feed.rewind(mark);
                     pieces.clear();
+                    following.does(Doing::Budget);
                     room = conn.held.acquire_many(rest).await.ok();
                     extent = *changed.borrow_and_update();
                     continue;
@@ -275,6 +332,7 @@ async fn deliver<S: SendStream>(
             kept => kept,
         };
         out.write(&mut pieces).await?;
+        metrics.delivered.inc_by(total as u64);
         sent = Instant::now();
         extent = *changed.borrow_and_update();
     }
@@ -319,6 +377,7 @@ impl<'a, S: SendStream> Sender<'a, S> {
             if available > 0 {
                 return available;
             }
+            self.credit.following.does(Doing::Credit);
             self.credit.changed.notified().await;
         }
     }
@@ -336,6 +395,7 @@ impl<'a, S: SendStream> Sender<'a, S> {
             fits
         };
         if fits {
+            self.credit.following.does(Doing::Network);
             self.send.write(pieces).await?;
             pieces.clear();
             self.inside = false;

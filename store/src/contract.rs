@@ -304,6 +304,10 @@ pub trait Store: Send + Sync + 'static {
     /// Sessions whose name starts with `prefix` and sorts after `after`, at most `limit`. Errors: `Failed`.
     fn list(&self, prefix: Vec<u8>, after: Vec<u8>, limit: usize) -> Pending<ListPage>;
 
+    /// Bytes of the chunks of a session that are stored. Parts that were trimmed or compacted away may still count until their space is back.
+    /// Reads all of them: not for a path on which somebody waits. Errors: `NotFound`, `Damaged`, `Failed`.
+    fn size(&self, session: SessionId) -> Pending<u64>;
+
     /// How the store is doing.
     fn health(&self) -> Health;
 }

@@ -293,6 +293,10 @@ impl Store for MemoryStore {
         ready(Ok(ListPage { sessions: page, more: matching.next().is_some(), after }))
     }
 
+    fn size(&self, id: SessionId) -> Pending<u64> {
+        ready(self.with(&id, |session| Ok(session.chunks.iter().map(|chunk| chunk.bytes().len() as u64).sum())))
+    }
+
     fn health(&self) -> Health {
         Health::Serving
     }

@@ -8,7 +8,7 @@ use mainstay_client::{Client, Config as ClientConfig};
 use mainstay_protocol::registry::ALPN;
 use mainstay_protocol::session::{Grant, Grants, Operation, Operations};
 use mainstay_protocol::wire::Subject;
-use mainstay_server::auth::{Claims, Keyring, SigningKey};
+use mainstay_server::auth::{Anchors, Claims, Keyring, SigningKey, Trust as ServerTrust};
 use mainstay_server::{Config, ResumeKeys, Server, Stop};
 use mainstay_store::Store;
 use mainstay_transport::memory::MemoryNetwork;
@@ -26,19 +26,21 @@ pub fn now() -> i64 {
 /// Claims of `subject` for one hour: `operations` on sessions under `prefix`.
 pub fn claims(subject: &str, prefix: &str, operations: impl IntoIterator<Item = Operation>) -> Claims {
     let grant = Grant { prefix: prefix.into(), operations: operations.into_iter().collect::<Operations>() };
-    Claims {
-        subject: Subject::new(subject).expect("a valid subject"),
-        device: None,
-        grants: Grants(vec![grant]),
-        issued: now(),
-        expires: now() + 3600,
-    }
+    Claims::new(Subject::new(subject).expect("a valid subject"), Grants(vec![grant]), now(), now() + 3600)
+}
+
+/// Believes what `key` signs, and makes narrower tokens.
+pub fn trusting(key: &SigningKey) -> ServerTrust {
+    let minting = SigningKey::generate().expect("a key");
+    ServerTrust::new(Anchors::new(Keyring::new([key.verifying_key()])).minting_with(minting))
 }
 
 /// A server over links in memory.
 pub struct MemoryServer {
     /// Signs the tokens that the server believes.
     pub key: SigningKey,
+    /// Whom the server believes.
+    pub trust: ServerTrust,
     network: Arc<MemoryNetwork>,
     stop: Option<oneshot::Sender<()>>,
     running: JoinHandle<()>,
@@ -51,7 +53,8 @@ impl MemoryServer {
         let (network, listener) =
             MemoryNetwork::new(config.transport_limits(), ClientConfig::default().transport_limits());
         let resume = ResumeKeys::generate().expect("a key");
-        let server = Server::new(store, Keyring::new([key.verifying_key()]), resume, config);
+        let trust = trusting(&key);
+        let server = Server::new(store, trust.clone(), resume, config);
         let (stop, stopped) = oneshot::channel::<()>();
         let running = tokio::spawn(async move {
             let stop = async {
@@ -60,7 +63,7 @@ impl MemoryServer {
             };
             server.serve(listener, stop).await;
         });
-        Self { key, network, stop: Some(stop), running }
+        Self { key, trust, network, stop: Some(stop), running }
     }
 
     /// A client that may do everything.
@@ -92,6 +95,8 @@ pub struct QuicServer {
     pub addr: SocketAddr,
     /// Signs the tokens that the server believes.
     pub key: Arc<SigningKey>,
+    /// Whom the server believes.
+    pub believes: ServerTrust,
     trust: Trust,
     _network: Option<Proxy>,
     stop: Option<oneshot::Sender<()>>,
@@ -111,7 +116,8 @@ impl QuicServer {
         let listener =
             QuicListener::new(socket, identity, &ServerKeys::generate(), None, &limits, ALPN).expect("a listener");
         let resume = ResumeKeys::generate().expect("a key");
-        let server = Server::new(store, Keyring::new([key.verifying_key()]), resume, config);
+        let believes = trusting(&key);
+        let server = Server::new(store, believes.clone(), resume, config);
         let (stop, stopped) = oneshot::channel::<()>();
         let running = tokio::spawn(async move {
             let stop = async {
@@ -122,7 +128,7 @@ impl QuicServer {
         });
         let network = before(addr);
         let addr = network.as_ref().map_or(addr, Proxy::addr);
-        Self { addr, key, trust, _network: network, stop: Some(stop), running }
+        Self { addr, key, believes, trust, _network: network, stop: Some(stop), running }
     }
 
     /// How clients know the server.

@@ -7,6 +7,7 @@ pub mod namespaces;
 pub mod process;
 pub mod proxy;
 pub mod random;
+pub mod raw;
 pub mod recording;
 pub mod tmpfs;
 pub mod watched;

@@ -4,108 +4,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use mainstay_client::{Client, Config as ClientConfig};
+use mainstay_client::Client;
 use mainstay_protocol::Code;
-use mainstay_protocol::registry::{ALPN, MAX_FRAME, PRODUCER_WINDOW};
-use mainstay_protocol::session::{Instance, JobOutcome, Operation, Record};
+use mainstay_protocol::registry::{MAX_FRAME, PRODUCER_WINDOW};
+use mainstay_protocol::session::{Instance, JobOutcome, Record};
 use mainstay_protocol::wire::{
     Append, Attach, AttachMode, Credit, DeleteSession, Detail, Done, Frame, Hello, OpenProducer, Ping, Produce, Pull,
     Start, Subscribe, Writer, put_grease,
 };
 use mainstay_server::Config;
 use mainstay_store::MemoryStore;
-use mainstay_tests::harness::{QuicServer, claims};
-use mainstay_transport::quic::{QuicConnection, QuicConnector};
-use mainstay_transport::{Connection, ConnectionError, Connector, FrameReader, SendStream, StreamError};
+use mainstay_tests::harness::QuicServer;
+use mainstay_tests::raw::{PATIENCE, Raw, attach, error};
+use mainstay_transport::{Connection, ConnectionError, FrameReader, SendStream, StreamError};
 use tokio::time::timeout;
-
-const PATIENCE: Duration = Duration::from_secs(10);
-
-type Send = <QuicConnection as Connection>::Send;
-type Recv = <QuicConnection as Connection>::Recv;
-
-/// A connection on which nothing is said that the test does not say.
-struct Raw {
-    connection: QuicConnection,
-    control: (Send, FrameReader<Recv>),
-}
 
 fn server() -> QuicServer {
     QuicServer::start(Arc::new(MemoryStore::new()), Config::default())
-}
-
-impl Raw {
-    /// Connects and sends `first` on the control stream.
-    async fn connect(server: &QuicServer, first: &[u8]) -> Self {
-        let limits = ClientConfig::default().transport_limits();
-        let connector = QuicConnector::new(server.addr, server.trust(), &limits, ALPN).expect("a connector");
-        let connection = connector.connect(true).await.expect("a connection");
-        let (mut send, recv) = connection.open_bi().await.expect("a stream");
-        send.write(&mut [Bytes::copy_from_slice(first)]).await.expect("write");
-        Self { connection, control: (send, FrameReader::new(recv, MAX_FRAME)) }
-    }
-
-    /// Connects and says HELLO with a token that allows everything.
-    async fn hello(server: &QuicServer) -> Self {
-        let token = server.key.mint(&claims("mallory", "", Operation::ALL)).expect("a token");
-        let hello = Hello { instance: Some(Instance([3; 16])), token: Some(token.into()), ..Hello::default() };
-        Self::connect(server, &Frame::from(hello).to_bytes()).await
-    }
-
-    async fn open(&self, first: &[u8]) -> (Send, FrameReader<Recv>) {
-        self.try_open(first).await.expect("a stream")
-    }
-
-    /// The same; `None` if the server closed the connection.
-    async fn try_open(&self, first: &[u8]) -> Option<(Send, FrameReader<Recv>)> {
-        let (mut send, recv) = self.connection.open_bi().await.ok()?;
-        // A server that refused what came before may have stopped the stream already.
-        let _ = send.write(&mut [Bytes::copy_from_slice(first)]).await;
-        Some((send, FrameReader::new(recv, MAX_FRAME)))
-    }
-
-    /// Attaches to session `name`.
-    async fn attach(&self, name: &str) -> (Send, FrameReader<Recv>) {
-        let (send, mut frames) = self.open(&attach(name)).await;
-        assert!(matches!(frames.next().await, Ok(Some(Frame::Attached(_)))));
-        (send, frames)
-    }
-
-    /// Opens producer `id` of an attachment, with a QUIC stream for its batches.
-    async fn producer(&self, (send, frames): &mut (Send, FrameReader<Recv>), id: u64) -> Send {
-        let open = OpenProducer { id, name: "p".parse().expect("a name"), epoch: 0 };
-        send.write(&mut [Frame::from(open).to_bytes()]).await.expect("write");
-        assert!(matches!(frames.next().await, Ok(Some(Frame::Producer(_)))));
-        let mut batches = self.connection.open_uni().await.expect("a stream");
-        batches.write(&mut [Frame::from(Produce { producer: id }).to_bytes()]).await.expect("write");
-        batches
-    }
-
-    /// The code with which the server closes the connection.
-    async fn closed(&self) -> Code {
-        match timeout(PATIENCE, self.connection.closed()).await.expect("the server closes") {
-            ConnectionError::Closed { code, .. } => Code(code),
-            other => panic!("not closed by the server: {other}"),
-        }
-    }
-}
-
-/// The code of the ERROR that the server answers with, passing over other frames.
-async fn error(frames: &mut FrameReader<Recv>) -> Code {
-    loop {
-        match timeout(PATIENCE, frames.next()).await.expect("an answer") {
-            Ok(Some(Frame::Error(error))) => return error.code,
-            Ok(Some(Frame::Refused(refused))) => return refused.code,
-            Ok(Some(_)) => {}
-            other => panic!("no error came: {other:?}"),
-        }
-    }
-}
-
-fn attach(name: &str) -> Bytes {
-    let session = name.parse().expect("a valid name");
-    Frame::from(Attach { mode: AttachMode::Create, session, incarnation: None, next: None, expire_after: None })
-        .to_bytes()
 }
 
 /// An honest client is served.

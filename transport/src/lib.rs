@@ -191,6 +191,16 @@ pub trait Connection: Clone + Send + Sync + 'static {
     /// The current estimate of the round-trip time.
     fn rtt(&self) -> Duration;
 
+    /// SHA-256 of the public key of the certificate that the peer proved to have, if it showed one.
+    fn certificate(&self) -> Option<[u8; 32]> {
+        None
+    }
+
+    /// How often the peer came from another address.
+    fn path_changes(&self) -> u64 {
+        0
+    }
+
     /// Datagrams that came from the peer so far, where there are such.
     fn heard(&self) -> Option<u64> {
         None
@@ -208,8 +218,8 @@ pub trait Listener: Send + Sync + 'static {
     /// Where it listens, if that is a socket address.
     fn local_addr(&self) -> Option<SocketAddr>;
 
-    /// Takes no more connections; those that exist go on.
-    fn refuse_new(&self);
+    /// Takes new connections from now on, or refuses them at once; those that exist go on.
+    fn admit(&self, new: bool);
 
     /// Closes every connection with a code, tells the peers, and waits until they know or `patience` has passed.
     fn close(&self, code: u64, reason: &str, patience: Duration) -> impl Future<Output = ()> + Send;

@@ -5,7 +5,7 @@
 
 use core::time::Duration;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex as Lock, MutexGuard, OnceLock, PoisonError, Weak};
 
 use bytes::{Buf, Bytes};
@@ -40,6 +40,8 @@ pub struct MemoryNetwork {
 #[derive(Debug)]
 struct Inner {
     incoming: mpsc::Sender<MemoryConnection>,
+    /// The listener takes no new connections now.
+    refusing: Arc<AtomicBool>,
     weather: Weather,
     random: Random,
     links: Vec<Weak<Line>>,
@@ -54,14 +56,17 @@ impl MemoryNetwork {
     /// The same, whose [`Weather`] decides from a seed.
     pub fn with_seed(server: Limits, client: Limits, seed: u64) -> (Arc<Self>, MemoryListener) {
         let (incoming, listener) = listener();
-        let inner = Inner { incoming, weather: Weather::default(), random: Random::new(seed), links: Vec::new() };
+        let (weather, random, refusing) = (Weather::default(), Random::new(seed), listener.refusing.clone());
+        let inner = Inner { incoming, refusing, weather, random, links: Vec::new() };
         (Arc::new(Self { server, client, inner: Lock::new(inner) }), listener)
     }
 
     /// Another listener takes the place of the one before: it gets the connections that are made from now on.
     pub fn listen(&self) -> MemoryListener {
         let (incoming, listener) = listener();
-        self.lock().incoming = incoming;
+        let mut inner = self.lock();
+        (inner.incoming, inner.refusing) = (incoming, listener.refusing.clone());
+        drop(inner);
         listener
     }
 
@@ -122,7 +127,7 @@ impl MemoryNetwork {
 
 fn listener() -> (mpsc::Sender<MemoryConnection>, MemoryListener) {
     let (incoming, ready) = mpsc::channel(64);
-    (incoming, MemoryListener { ready: Mutex::new(ready) })
+    (incoming, MemoryListener { ready: Mutex::new(ready), refusing: Arc::default() })
 }
 
 /// How long it takes to find out that no connection can be made.
@@ -135,13 +140,16 @@ impl Connector for Arc<MemoryNetwork> {
         if let Some(takes) = self.takes() {
             sleep(takes).await;
         }
-        let (down, incoming) = {
+        let (down, refusing, incoming) = {
             let inner = self.lock();
-            (inner.weather.down, inner.incoming.clone())
+            (inner.weather.down, inner.refusing.clone(), inner.incoming.clone())
         };
         if down {
             sleep(UNREACHABLE).await;
             return Err(ConnectionError::TimedOut);
+        }
+        if refusing.load(Ordering::Relaxed) {
+            return Err(ConnectionError::Failed("the server takes no connections".into()));
         }
         let line = Arc::new(Line::new(self.clone()));
         let inboxes = [Inboxes::new(), Inboxes::new()];
@@ -163,6 +171,8 @@ impl Connector for Arc<MemoryNetwork> {
 #[derive(Debug)]
 pub struct MemoryListener {
     ready: Mutex<mpsc::Receiver<MemoryConnection>>,
+    /// It takes no new connections now.
+    refusing: Arc<AtomicBool>,
 }
 
 impl Listener for MemoryListener {
@@ -176,14 +186,15 @@ impl Listener for MemoryListener {
         None
     }
 
-    fn refuse_new(&self) {
-        if let Ok(mut ready) = self.ready.try_lock() {
-            ready.close();
-        }
+    fn admit(&self, new: bool) {
+        self.refusing.store(!new, Ordering::Relaxed);
     }
 
     async fn close(&self, _code: u64, _reason: &str, _patience: Duration) {
-        self.refuse_new();
+        self.admit(false);
+        if let Ok(mut ready) = self.ready.try_lock() {
+            ready.close();
+        }
     }
 }
 

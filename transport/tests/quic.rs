@@ -201,6 +201,8 @@ async fn the_client_of_a_server_that_died_knows_with_its_next_packet() {
     assert!(say(&connection).await.is_err());
     assert_eq!(connection.closed().await, ConnectionError::Reset);
     assert!(begun.elapsed() < RTT + Duration::from_millis(5), "{:?}", begun.elapsed());
+    listener.admit(true);
+    timeout(Duration::from_secs(5), connector.connect(true)).await.expect("in time").expect("taken again");
 }
 
 #[tokio::test(start_paused = true)]
@@ -246,7 +248,7 @@ async fn a_stream_that_is_dropped_has_no_orderly_end() {
 async fn who_comes_to_a_server_that_takes_no_more_is_told_at_once() {
     let world = World::new();
     let (listener, connector) = (world.listen(&limits()), world.connector());
-    listener.refuse_new();
+    listener.admit(false);
     let begun = Instant::now();
     let refused = timeout(Duration::from_secs(5), connector.connect(true)).await.expect("an answer");
     assert!(matches!(refused, Err(ConnectionError::Failed(_))), "{refused:?}");

@@ -12,11 +12,11 @@ use tokio::io::{AsyncBufReadExt, BufReader, Stdin};
 use tokio::sync::{mpsc, oneshot};
 
 use super::outbox;
-use super::serve::signalled;
 use crate::args;
 use crate::data::{patiently, with_client};
 use crate::failure::Failure;
 use crate::output::{Output, room};
+use crate::serve::signalled;
 
 /// Lines on their way that the printing task may lag behind.
 const LAG: usize = 64 * 1024;

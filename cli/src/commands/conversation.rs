@@ -9,12 +9,12 @@ use mainstay_client::{
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep_until};
 
-use super::serve::signalled;
 use crate::args;
 use crate::data::{PATH_CHANGED, patiently};
 use crate::failure::Failure;
 use crate::output::{Output, Screen, time};
 use crate::rows;
+use crate::serve::signalled;
 
 /// What is shown.
 struct Conversation {

@@ -12,11 +12,11 @@ use serde_json::{Value, json};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
-use super::serve::signalled;
 use crate::args::{self, NotifyAction};
 use crate::data::{patiently, with_client};
 use crate::failure::Failure;
 use crate::output::{Output, time};
+use crate::serve::signalled;
 
 pub(crate) async fn run(args: args::Notify, output: Output) -> Result<(), Failure> {
     let mut config = Config::default();

@@ -8,9 +8,9 @@ use mainstay_client::{Attaching, Client, Code, EntryState, Kept, Outbox, OutboxE
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::serve::signalled;
 use crate::failure::{Exit, Failure};
 use crate::output::Output;
+use crate::serve::signalled;
 
 /// How long a server may be out of reach once nothing more is queued.
 const PATIENCE: Duration = Duration::from_secs(60);

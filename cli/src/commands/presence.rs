@@ -8,13 +8,13 @@ use mainstay_client::{
 };
 use serde_json::{Value, json};
 
-use super::serve::signalled;
 use super::watch::watch;
 use crate::args;
 use crate::data::{patiently, with_client};
 use crate::failure::{Exit, Failure};
 use crate::output::{Output, Screen, time};
 use crate::rows;
+use crate::serve::signalled;
 
 pub(crate) async fn run(args: args::Presence, output: Output) -> Result<(), Failure> {
     let mut config = Config::default();

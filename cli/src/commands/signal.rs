@@ -7,11 +7,11 @@ use mainstay_client::{Client, Config, EntryState, Intent, Item, LiveView, Signal
 use serde_json::json;
 
 use super::outbox;
-use super::serve::signalled;
 use crate::args;
 use crate::data::{patiently, with_client};
 use crate::failure::{Exit, Failure};
 use crate::output::Output;
+use crate::serve::signalled;
 
 pub(crate) async fn run(args: args::Signal, output: Output) -> Result<(), Failure> {
     if let Some(dir) = &args.outbox {

@@ -25,12 +25,12 @@ use serde_json::json;
 use tokio::time::{Instant, sleep_until};
 
 use super::conversation;
-use super::serve::signalled;
 use crate::args;
 use crate::data::{PATH_CHANGED, beside, patiently, with_client};
 use crate::failure::Failure;
 use crate::output::{AT_ONCE, Output, room, stdout};
 use crate::rows;
+use crate::serve::signalled;
 
 /// What the cursor file holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

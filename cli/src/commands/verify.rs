@@ -10,12 +10,12 @@ use mainstay_protocol::session::{Chunk, SessionName, Streams};
 use mainstay_store_fjall::verify::{self, Found};
 use serde_json::json;
 
-use super::serve::signalled;
 use crate::args;
 use crate::data::Data;
 use crate::failure::{Exit, Failure};
 use crate::output::Output;
 use crate::rows;
+use crate::serve::signalled;
 
 /// Says from now on whether Ctrl-C or SIGTERM came: verification takes its copy of the store away before it ends, and a backup its file.
 /// The second signal ends the process at once.

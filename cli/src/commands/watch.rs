@@ -5,10 +5,10 @@ use core::ops::ControlFlow;
 use mainstay_client::{Client, LiveView, Update};
 use serde_json::json;
 
-use super::serve::signalled;
 use crate::data::patiently;
 use crate::failure::Failure;
 use crate::output::{Output, Screen};
+use crate::serve::signalled;
 
 /// Follows the view of a session, for which it waits if it is told to, and shows what `tell` says of it at first and of each change.
 /// Ends with the session, at a signal, or when `tell` says so.

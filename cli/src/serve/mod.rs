@@ -1,127 +1,148 @@
 //! `serve`: a server on the embedded store.
+//!
+//! - `place`: where it listens, and the place of the server before it.
+//! - `transfers`, `questions`: what other processes of this machine ask it, over the socket of its data directory.
+//! - `admin`: what the operator sees over HTTP.
+//! - `reload`: what changes while it serves.
+
+mod admin;
+mod place;
+pub(crate) mod questions;
+mod reload;
+mod transfers;
 
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
-use std::path::{Path, PathBuf};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use mainstay_client::ConnectFile;
 use mainstay_protocol::registry::ALPN;
 use mainstay_protocol::session::{Grant, Grants, Operations};
 use mainstay_protocol::wire::Subject;
-use mainstay_server::auth::{Claims, Keyring, SigningKey, VerifyingKey};
-use mainstay_server::{Config as ServerConfig, Server, Stop};
+use mainstay_server::auth::{Claims, Keyring, SigningKey, Trust};
+use mainstay_server::{Namespace, Server, Stop};
 use mainstay_store::{Health, Store};
-use mainstay_store_fjall::{Config as StoreConfig, FjallStore, OpenError, Tickets};
-use mainstay_transport::quic::{Identity, QuicListener, TicketStore, bind};
-use serde::Deserialize;
-use serde_json::json;
+use mainstay_store_fjall::{FjallStore, Tickets};
+use mainstay_transport::quic::{QuicListener, TicketStore, bind};
+use prometheus_client::encoding::text::encode;
+use prometheus_client::registry::Registry;
+use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
 
 use crate::args;
-use crate::data::{Data, write_secret};
+use crate::data::{Data, now, write_secret};
 use crate::failure::Failure;
 use crate::local::{Asked, Local};
+use crate::memory;
 use crate::output::Output;
-use crate::takeover::{self, Place, Successor};
-use crate::transfer::Transfer;
+use crate::settings::{Layers, Namespaced, REFERENCE, Settings};
+use crate::takeover::Successor;
+use questions::Question;
+use reload::Reload;
+use transfers::Transfers;
 
-/// The configuration file.
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct File {
-    /// As --data.
-    data: Option<PathBuf>,
-    /// As --listen.
-    listen: Option<SocketAddr>,
-    tls: Tls,
-    auth: Auth,
-    store: StoreFile,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct Tls {
-    /// PEM file with the certificate chain, leaf first.
-    cert: Option<PathBuf>,
-    /// PEM file with the private key.
-    key: Option<PathBuf>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct Auth {
-    /// Verification keys (PASERK k4.public), one per signing key in use.
-    keys: Vec<String>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct StoreFile {
-    /// Free bytes on the file system below which appends are refused.
-    reserve_bytes: Option<u64>,
-    /// As --compact-after.
-    compact_after: Option<String>,
-}
-
-const DEFAULT_LISTEN: ([u8; 4], u16) = ([127, 0, 0, 1], 4433);
 /// How long a development token lasts; it is renewed at a start when less than half of it is left.
 const DEV_TOKEN: i64 = 365 * 24 * 3600;
 
-fn now() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+/// What the command line says of the settings.
+pub(crate) fn layers(args: &args::Serve) -> Layers {
+    let text = |path: &std::path::Path| toml::Value::String(path.display().to_string());
+    let flags = [
+        ("data", args.data.as_deref().map(text)),
+        ("listen", args.listen.map(|addr| toml::Value::String(addr.to_string()))),
+        ("admin", args.admin.map(|addr| toml::Value::String(addr.to_string()))),
+        ("store.compact_after", args.compact_after.clone().map(toml::Value::String)),
+    ];
+    let flags = flags.into_iter().filter_map(|(key, value)| Some((key, value?))).collect();
+    Layers { file: args.config.clone(), set: args.set.clone(), flags }
 }
 
 pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure> {
-    let file = match &args.config {
-        Some(path) => read_config(path)?,
-        None => File::default(),
-    };
-    let data = Data::new(args.data.as_deref().or(file.data.as_deref()))?;
-    data.create()?;
-    let mut keys = Vec::new();
-    for text in &file.auth.keys {
-        keys.push(VerifyingKey::from_paserk(text).map_err(Failure::usage)?);
+    if args.print_config {
+        return output.event(&json!({"event": "config", "text": REFERENCE}), || REFERENCE.trim_end().to_owned());
+    }
+    let layers = layers(&args);
+    let settings = layers.read(std::env::vars())?;
+    if args.check {
+        return check(&settings, args.dev, output);
+    }
+    serve(args, layers, settings, output).await
+}
+
+/// Says whether a server could be started, without starting one.
+fn check(settings: &Settings, dev: bool, output: Output) -> Result<(), Failure> {
+    let data = settings.data()?;
+    let config = settings.server(dev)?;
+    let namespaces = settings.namespaces(dev)?;
+    // A data directory is made by the first start, and so are the keys in it.
+    let exists = data.dir().exists();
+    if exists {
+        let key = if dev { Some(data.signing_key()?) } else { None };
+        settings.anchors(&namespaces, key.as_ref())?;
+        for Namespaced { data, .. } in &namespaces {
+            FjallStore::check_version(&data.store())?;
+        }
+    }
+    if !dev || exists {
+        let identity = settings.identity(dev, &data)?;
+        identity.pin().map_err(Failure::usage)?;
+    }
+    settings.client_certificates()?;
+    let event = json!({
+        "event": "checked",
+        "data": data.dir().display().to_string(),
+        "namespaces": namespaces.iter().map(|one| one.name.as_str()).collect::<Vec<_>>(),
+        "memory_bytes": config.memory,
+    });
+    output.event(&event, || format!("the configuration is good; data in {}", data.dir().display()))
+}
+
+/// A namespace that is served here.
+struct Served {
+    name: String,
+    data: Data,
+    store: Arc<FjallStore>,
+    trust: Trust,
+}
+
+async fn serve(args: args::Serve, layers: Layers, settings: Settings, output: Output) -> Result<(), Failure> {
+    let data = settings.data()?;
+    let config = settings.server(args.dev)?;
+    let namespaces = settings.namespaces(args.dev)?;
+    for Namespaced { data, .. } in &namespaces {
+        data.create()?;
     }
     let dev = if args.dev { Some(data.signing_key()?) } else { None };
-    keys.extend(dev.as_ref().map(SigningKey::verifying_key));
-    if keys.is_empty() {
-        return Err(Failure::usage(
-            "no key to verify tokens with: use --dev, or list verification keys under [auth] keys in --config (make one \
-             with `mainstay token keygen`)",
-        ));
-    }
-    let identity = identity(&file.tls, args.dev, &data)?;
+    let anchors = settings.anchors(&namespaces, dev.as_ref())?;
+    let identity = settings.identity(args.dev, &data)?;
+    let clients = settings.client_certificates()?;
     let pin = identity.pin().map_err(Failure::usage)?;
-
-    let mut store_config = StoreConfig::default();
-    if let Some(reserve) = file.store.reserve_bytes {
-        store_config.reserve = reserve;
-    }
-    let mut config = ServerConfig::default();
-    let set = file.store.compact_after.as_deref().map(args::compact_after).transpose();
-    let set = set.map_err(|error| Failure::usage(format!("[store] compact_after: {error}")))?;
-    if let Some(args::CompactAfter(after)) = args.compact_after.or(set) {
-        config.compact_after = after;
-    }
-    let (server_keys, resume_keys) = (data.server_keys()?, data.resume_keys()?);
+    let server_keys = data.server_keys()?;
     let internal = |error: String| Failure::failed("INTERNAL", error);
+    let limits = config.transport_limits();
     if args.takeover {
         // The server that runs must not give its place to one that cannot serve.
         let socket = bind(([127, 0, 0, 1], 0).into()).map_err(|error| Failure::io("a socket", &error))?;
-        let identity = self::identity(&file.tls, args.dev, &data)?;
-        QuicListener::new(socket, identity, &server_keys, None, &config.transport_limits(), ALPN).map_err(internal)?;
-        FjallStore::check_version(&data.store())?;
+        let identity = settings.identity(args.dev, &data)?;
+        QuicListener::asking(socket, identity, clients.clone(), &server_keys, None, &limits, ALPN).map_err(internal)?;
+        for Namespaced { data, .. } in &namespaces {
+            FjallStore::check_version(&data.store())?;
+        }
     }
-    // Before the store, which the one that has it closes first.
-    let socket = socket(args.takeover, args.listen.or(file.listen), &data).await?;
+    // Before the stores, which the one that has them closes first.
+    let socket = place::socket(args.takeover, settings.listen, &data).await?;
     let addr = socket.local_addr().map_err(|error| Failure::io("the socket", &error))?;
-    let store = store(&data, store_config, args.takeover).await?;
+    let (mut served, mut spaces) = (Vec::new(), Vec::new());
+    for (Namespaced { name, data, quotas, .. }, anchors) in namespaces.into_iter().zip(anchors) {
+        let store = place::store(&data, settings.store(), args.takeover).await?;
+        let (trust, resume) = (Trust::new(anchors), data.resume_keys()?);
+        spaces.push(Namespace { name: name.clone(), store: store.clone(), trust: trust.clone(), resume, quotas });
+        served.push(Served { name, data, store, trust });
+    }
     let path = data.socket();
     let local = Local::listen(&path, addr)
         .inspect_err(|error| {
@@ -134,10 +155,17 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
     let dir = data.tickets();
     let tickets = Tickets::open(&dir).map_err(|error| Failure::io(dir.display(), &error))?;
     let tickets = Arc::new(KeptTickets(tickets));
-    let listener = QuicListener::new(socket, identity, &server_keys, Some(tickets), &config.transport_limits(), ALPN)
-        .map_err(internal)?;
+    let listener = QuicListener::asking(socket, identity, clients, &server_keys, Some(tickets), &limits, ALPN);
+    let listener = listener.map_err(internal)?;
+    let showcase = listener.showcase();
     let connect = match &dev {
         Some(key) => Some(write_connect_file(&data, addr, &pin.to_hex(), key)?),
+        None => None,
+    };
+    let server = Server::with_namespaces(spaces, config.clone()).measuring(memory::allocated);
+    let seen = Arc::new(Seen::new(server, &served, config.memory));
+    let admin = match settings.admin {
+        Some(addr) => Some(admin::listen(addr, seen.clone()).await?),
         None => None,
     };
     let event = json!({
@@ -145,23 +173,32 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
         "addr": addr.to_string(),
         "connect": connect.as_ref().map(|path| path.display().to_string()),
         "pin": pin.to_hex(),
+        "admin": admin.as_ref().map(|(addr, _)| addr.to_string()),
     });
     // Before anybody is told that it serves: what comes right behind that is no reason to end without a word. Until here a signal ends it.
     let mut signals = count_signals().map_err(|error| Failure::io("signals", &error))?;
     let mut second = signals.clone();
+    let hangups = signal(SignalKind::hangup()).map_err(|error| Failure::io("signals", &error))?;
     output.event(&event, || {
         let known = connect.as_ref().map_or_else(String::new, |path| {
             format!("\nclients on this machine find it by {}; try `mainstay tail demo`", path.display())
         });
-        format!("listening on {addr}, data in {}, key pin {}{known}", data.dir().display(), pin.to_hex())
+        let shown = admin.as_ref().map_or_else(String::new, |(addr, _)| format!(", for its operator on http://{addr}"));
+        format!("listening on {addr}{shown}, data in {}, key pin {}{known}", data.dir().display(), pin.to_hex())
     })?;
 
     // Where no service manager listens, nobody is told.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    let asked = tokio::spawn(tell_memory(output));
-    let server = Server::new(store.clone(), Keyring::new(keys), resume_keys, config);
+    seen.is_ready.store(true, Ordering::Relaxed);
+    let mut beside = tokio::task::JoinSet::new();
+    beside.spawn(tell_memory(output));
+    beside.spawn(tell_watchdog());
+    if let Some((_, admin)) = admin {
+        beside.spawn(admin);
+    }
     let (mut failed, mut successor) = (None, None);
-    let transfers = Transfers::new(store.clone());
+    let transfers = Transfers::new(served[0].store.clone());
+    let mut reload = Reload::new(layers, &settings, args.dev, dev, showcase, hangups);
     let stop = async {
         let stop = tokio::select! {
             // The sender lives as long as the process.
@@ -169,35 +206,38 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
                 tracing::info!("stopping; a second signal stops at once");
                 Stop::default()
             }
-            what = store_failed(&store) => {
+            what = store_failed(&served) => {
                 failed = Some(what);
                 Stop::default()
             }
-            next = asked_for(local.as_ref(), &transfers) => {
+            next = asked_for(local.as_ref(), &transfers, &seen, &served) => {
                 tracing::info!("another process takes the place of this one");
                 let stop = Stop::for_successor(next.address);
                 successor = Some(next);
                 stop
             }
+            never = reload.watch(&served) => match never {},
         };
+        seen.is_ready.store(false, Ordering::Relaxed);
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-        transfers.is_ending.store(true, Ordering::Relaxed);
+        transfers.stop();
         stop
     };
-    let served = async {
-        server.serve(listener, stop).await;
+    let work = async {
+        seen.server.serve(listener, stop).await;
         transfers.end().await;
     };
     tokio::select! {
-        () = served => {}
+        () = work => {}
         _ = second.wait_for(|count| *count > 1) => {
             return Err(Failure::failed("INTERRUPTED", "stopped at once by a second signal"));
         }
     }
-    asked.abort();
-    drop((server, local, transfers));
+    beside.shutdown().await;
+    drop((seen, local, transfers));
     if let Some(successor) = successor {
-        hand_over(store, &successor, &kept, output).await?;
+        let stores = served.into_iter().map(|served| served.store).collect();
+        place::hand_over(stores, &successor, &kept, output).await?;
         return Ok(());
     }
     if let Some(what) = failed {
@@ -209,140 +249,143 @@ pub(crate) async fn run(args: args::Serve, output: Output) -> Result<(), Failure
 }
 
 /// Waits for a process that wants the place, and does meanwhile what others ask for.
-async fn asked_for(local: Option<&Local>, transfers: &Transfers) -> Successor {
+async fn asked_for(local: Option<&Local>, transfers: &Transfers, seen: &Seen, served: &[Served]) -> Successor {
     let Some(local) = local else { return core::future::pending().await };
     loop {
         match local.asked().await {
             Asked::Successor(successor) => return successor,
             Asked::Transfer(transfer) => transfers.begin(transfer),
-        }
-    }
-}
-
-/// Backups and restorations that other processes ask for, one at a time.
-struct Transfers {
-    store: Arc<FjallStore>,
-    is_ending: Arc<AtomicBool>,
-    running: Mutex<Option<JoinHandle<()>>>,
-}
-
-impl Transfers {
-    fn new(store: Arc<FjallStore>) -> Self {
-        Self { store, is_ending: Arc::default(), running: Mutex::default() }
-    }
-
-    fn begin(&self, transfer: Transfer) {
-        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        if running.as_ref().is_some_and(|running| !running.is_finished()) {
-            return transfer.refuse();
-        }
-        let (store, is_ending) = (self.store.clone(), self.is_ending.clone());
-        let work = move || transfer.serve(&store, || is_ending.load(Ordering::Relaxed));
-        *running = Some(tokio::task::spawn_blocking(work));
-    }
-
-    /// Ends what is being done, so that the store can be closed.
-    async fn end(&self) {
-        self.is_ending.store(true, Ordering::Relaxed);
-        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(running) = running
-            && let Err(error) = running.await
-        {
-            tracing::error!(%error, "a backup or restoration ended by a panic");
-        }
-    }
-}
-
-/// How long a server that is ending may still hold its address or its store.
-const ENDING: Duration = Duration::from_secs(5);
-
-/// Does something that fails while another server is ending, until that has ended or took too long.
-fn once_ended<T, E>(
-    ending: bool,
-    is_held: impl Fn(&E) -> bool,
-    mut work: impl FnMut() -> Result<T, E>,
-) -> Result<T, E> {
-    let late = std::time::Instant::now() + ENDING;
-    loop {
-        match work() {
-            Err(error) if ending && is_held(&error) && std::time::Instant::now() < late => {
-                std::thread::sleep(Duration::from_millis(20));
+            Asked::Question(stream, Question::Status(most)) => questions::answer(stream, Ok(seen.value(most))),
+            Asked::Question(stream, Question::Revoke { namespace, revocation }) => {
+                let revoked = match served.iter().find(|one| one.name == namespace) {
+                    Some(one) => revoke(one, revocation),
+                    None => Err(Failure::usage(format!("no namespace is called {namespace:?}"))),
+                };
+                questions::answer(stream, revoked);
             }
-            done => return done,
         }
     }
 }
 
-async fn store(data: &Data, config: StoreConfig, ending: bool) -> Result<Arc<FjallStore>, Failure> {
-    let dir = data.store();
-    let open = move || {
-        let locked = |error: &OpenError| matches!(error, OpenError::Locked(_));
-        once_ended(ending, locked, || FjallStore::open(&dir, config.clone()))
-    };
-    let store = tokio::task::spawn_blocking(open).await;
-    Ok(Arc::new(store.map_err(|error| Failure::failed("INTERNAL", error.to_string()))??))
-}
-
-/// The socket to listen on: from a service manager, from the server whose place is taken, or a new one.
-async fn socket(take: bool, listen: Option<SocketAddr>, data: &Data) -> Result<UdpSocket, Failure> {
-    let bound = |listen: SocketAddr, ending: bool| {
-        let taken = |error: &io::Error| error.kind() == io::ErrorKind::AddrInUse;
-        let bound = once_ended(ending, taken, || bind(listen));
-        bound.map_err(|error| Failure::io(format!("cannot listen on {listen}"), &error))
-    };
-    let given = listenfd::ListenFd::from_env().take_udp_socket(0);
-    let given = given.map_err(|error| Failure::io("the socket of the service manager", &error))?;
-    let default = DEFAULT_LISTEN.into();
-    if !take {
-        return match given {
-            Some(socket) => Ok(socket),
-            None => bound(listen.unwrap_or(default), false),
-        };
-    }
-    // Where the address is taken it should be the one of the server that runs.
-    let own = match (given, listen) {
-        (Some(socket), _) => Some(socket),
-        (None, Some(listen)) => match bind(listen) {
-            Ok(socket) => Some(socket),
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => None,
-            Err(error) => return Err(Failure::io(format!("cannot listen on {listen}"), &error)),
-        },
-        (None, None) => None,
-    };
-    let address = own.as_ref().map(UdpSocket::local_addr).transpose();
-    let address = address.map_err(|error| Failure::io("the socket", &error))?;
-    let path = data.socket();
-    let asked = tokio::task::spawn_blocking(move || takeover::ask(&path, address, listen)).await;
-    let place = asked.map_err(|error| Failure::failed("INTERNAL", error.to_string()))?;
-    let place = place.map_err(|error| {
-        Failure::io("the server that runs did not hand its place over; stop it and start this one again", &error)
+/// Believes something no more. It is kept before it is answered.
+fn revoke(served: &Served, revocation: mainstay_server::auth::Revocation) -> Result<Value, Failure> {
+    tracing::info!(namespace = served.name, ?revocation, "revoked");
+    let new = served.trust.revoke(revocation, now()).map_err(|error| Failure::failed("REFUSED", error))?;
+    let kept = served.data.write_revocations(&served.trust.anchors().revoked);
+    kept.map_err(|error| {
+        let path = served.data.revocations_file();
+        // In force it is, until the next start.
+        Failure::io(format!("{}: revoked, but not kept for the next start", path.display()), &error)
     })?;
-    match (own, place) {
-        // Clients are told where, and find this one listening already.
-        (Some(socket), _) | (None, Place::Handed(socket)) => Ok(socket),
-        (None, Place::Left(at)) => tokio::task::spawn_blocking(move || bound(listen.unwrap_or(at), true))
-            .await
-            .map_err(|error| Failure::failed("INTERNAL", error.to_string()))?,
-        (None, Place::Nobody) => bound(listen.unwrap_or(default), false),
+    Ok(json!({"new": new}))
+}
+
+/// What others see of the server.
+struct Seen {
+    server: Server,
+    registry: Registry,
+    stores: Vec<(String, Arc<FjallStore>)>,
+    begun: Instant,
+    bound: Option<usize>,
+    is_ready: AtomicBool,
+    gauges: Gauges,
+}
+
+/// What is read when somebody looks.
+#[derive(Default)]
+struct Gauges {
+    allocated: prometheus_client::metrics::gauge::Gauge,
+    resident: prometheus_client::metrics::gauge::Gauge,
+    bound: prometheus_client::metrics::gauge::Gauge,
+    uptime: prometheus_client::metrics::gauge::Gauge,
+    serving: prometheus_client::metrics::gauge::Gauge,
+}
+
+impl Seen {
+    fn new(server: Server, served: &[Served], bound: Option<usize>) -> Self {
+        let mut registry = Registry::with_prefix("mainstay");
+        let gauges = Gauges::default();
+        registry.register("allocated_bytes", "Bytes of memory handed out", gauges.allocated.clone());
+        registry.register("resident_bytes", "Bytes of memory held", gauges.resident.clone());
+        registry.register("memory_bound_bytes", "Bytes before which load is shed", gauges.bound.clone());
+        registry.register("uptime_seconds", "Since the start", gauges.uptime.clone());
+        registry.register("store_serving", "1 while every store takes appends", gauges.serving.clone());
+        let version = [("version", env!("CARGO_PKG_VERSION"))];
+        registry.register("build", "What runs", prometheus_client::metrics::info::Info::new(version));
+        server.register(&mut registry);
+        let stores = served.iter().map(|one| (one.name.clone(), one.store.clone())).collect();
+        let is_ready = AtomicBool::new(false);
+        Self { server, registry, stores, begun: Instant::now(), bound, is_ready, gauges }
+    }
+
+    /// What it is doing, with so many sessions and connections.
+    fn value(&self, most: usize) -> Value {
+        let memory = memory::in_use();
+        let stores: Vec<Value> = self
+            .stores
+            .iter()
+            .map(|(name, store)| {
+                let (health, what) = match store.health() {
+                    Health::Serving => ("serving", None),
+                    Health::NoSpace => ("no space", None),
+                    Health::Failed { what } => ("failed", Some(what)),
+                };
+                json!({"namespace": name, "health": health, "what": what})
+            })
+            .collect();
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "time": crate::output::time(u64::try_from(now()).unwrap_or(0).saturating_mul(1000)),
+            "uptime_s": self.begun.elapsed().as_secs(),
+            "ready": self.is_ready.load(Ordering::Relaxed),
+            "memory": {"allocated": memory.map(|(allocated, _)| allocated), "resident": memory.map(|(_, resident)| resident), "bound": self.bound},
+            "stores": stores,
+            "status": serde_json::to_value(self.server.status(most)).unwrap_or(Value::Null),
+        })
     }
 }
 
-/// Closes the store and hands the place over.
-async fn hand_over(
-    store: Arc<FjallStore>,
-    successor: &Successor,
-    socket: &UdpSocket,
-    output: Output,
-) -> Result<(), Failure> {
-    let Some(store) = Arc::into_inner(store) else {
-        return Err(Failure::failed("INTERNAL", "the store is still in use"));
-    };
-    let closed = tokio::task::spawn_blocking(move || drop(store)).await;
-    closed.map_err(|error| Failure::failed("INTERNAL", error.to_string()))?;
-    let handed = successor.hand(socket);
-    handed.map_err(|error| Failure::io("the process that asked for this server's place is gone", &error))?;
-    output.event(&json!({"event": "handed_over"}), || "another process took over".to_owned())
+impl admin::Shown for Seen {
+    fn metrics(&self) -> String {
+        let number = |bytes: usize| i64::try_from(bytes).unwrap_or(i64::MAX);
+        if let Some((allocated, resident)) = memory::in_use() {
+            self.gauges.allocated.set(number(allocated));
+            self.gauges.resident.set(number(resident));
+        }
+        self.gauges.bound.set(self.bound.map_or(0, number));
+        self.gauges.uptime.set(i64::try_from(self.begun.elapsed().as_secs()).unwrap_or(i64::MAX));
+        self.gauges.serving.set(i64::from(self.unready().is_none()));
+        let mut text = String::new();
+        // Writing to a string does not fail.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+
+    fn status(&self) -> String {
+        format!("{}\n", self.value(SHOWN))
+    }
+
+    fn unready(&self) -> Option<String> {
+        if !self.is_ready.load(Ordering::Relaxed) {
+            return Some("it starts, or stops".into());
+        }
+        self.stores.iter().find_map(|(name, store)| match store.health() {
+            Health::Serving => None,
+            Health::NoSpace => Some(format!("namespace {name}: the free disk space is below the reserve")),
+            Health::Failed { what } => Some(format!("namespace {name}: the store failed: {what}")),
+        })
+    }
+
+    fn unhealthy(&self) -> Option<String> {
+        self.stores.iter().find_map(|(name, store)| match store.health() {
+            Health::Failed { what } => Some(format!("namespace {name}: the store failed: {what}")),
+            _ => None,
+        })
+    }
 }
+
+/// Sessions and connections that the status lists.
+const SHOWN: usize = 100;
 
 /// The tickets of the data directory, as the listener wants them.
 #[derive(Debug)]
@@ -362,24 +405,6 @@ impl TicketStore for KeptTickets {
     }
 }
 
-fn read_config(path: &Path) -> Result<File, Failure> {
-    let text = std::fs::read_to_string(path);
-    let text = text.map_err(|error| Failure::usage(format!("{}: {error}", path.display())))?;
-    toml::from_str(&text).map_err(|error| Failure::usage(format!("{}: {error}", path.display())))
-}
-
-fn identity(tls: &Tls, dev: bool, data: &Data) -> Result<Identity, Failure> {
-    match (&tls.cert, &tls.key) {
-        (Some(cert), Some(key)) => Identity::from_pem_files(cert, key).map_err(Failure::usage),
-        (None, None) if dev => Identity::self_signed(&data.tls_key()?, now().unsigned_abs()).map_err(|error| {
-            let path = data.tls_key_file();
-            Failure::integrity(format!("{} is not the key that was written to it: {error}", path.display()))
-        }),
-        (None, None) => Err(Failure::usage("no certificate: use --dev, or set cert and key under [tls] in --config")),
-        _ => Err(Failure::usage("[tls] needs both cert and key")),
-    }
-}
-
 /// Writes the connection file, unless the one that is there is still right.
 fn write_connect_file(data: &Data, addr: SocketAddr, pin: &str, key: &SigningKey) -> Result<PathBuf, Failure> {
     let path = data.connect_file();
@@ -393,7 +418,7 @@ fn write_connect_file(data: &Data, addr: SocketAddr, pin: &str, key: &SigningKey
     let subject = Subject::new("dev").map_err(|error| Failure::failed("INTERNAL", error.to_string()))?;
     let grant = Grant { prefix: String::new(), operations: Operations::all() };
     let (issued, expires) = (now(), now() + DEV_TOKEN);
-    let claims = Claims { subject, device: None, grants: Grants(vec![grant]), issued, expires };
+    let claims = Claims::new(subject, Grants(vec![grant]), issued, expires);
     let token = key.mint(&claims).map_err(|error| Failure::failed("INTERNAL", error))?;
     let protocol = String::from_utf8_lossy(ALPN).into_owned();
     let file = ConnectFile { protocol, addr: addr.into(), pin: pin.to_owned(), token };
@@ -406,7 +431,7 @@ fn write_connect_file(data: &Data, addr: SocketAddr, pin: &str, key: &SigningKey
 async fn tell_memory(output: Output) {
     let Ok(mut asked) = signal(SignalKind::user_defined1()) else { return };
     while asked.recv().await.is_some() {
-        let Some((allocated, resident)) = memory() else { continue };
+        let Some((allocated, resident)) = memory::in_use() else { continue };
         let event = json!({"event": "memory", "allocated": allocated, "resident": resident});
         let told = output.event(&event, || format!("memory: {allocated} bytes allocated, {resident} resident"));
         if told.is_err() {
@@ -414,19 +439,6 @@ async fn tell_memory(output: Output) {
             return;
         }
     }
-}
-
-/// Bytes that the allocator has handed out, and bytes that it holds.
-#[cfg(not(target_env = "msvc"))]
-fn memory() -> Option<(usize, usize)> {
-    use tikv_jemalloc_ctl::{epoch, stats};
-    epoch::advance().ok()?;
-    Some((stats::allocated::read().ok()?, stats::resident::read().ok()?))
-}
-
-#[cfg(target_env = "msvc")]
-fn memory() -> Option<(usize, usize)> {
-    None
 }
 
 /// Counts Ctrl-C and SIGTERM from now on.
@@ -459,51 +471,26 @@ pub(crate) async fn signalled() {
     }
 }
 
-/// Waits until the store has failed for good.
-async fn store_failed(store: &FjallStore) -> String {
+/// Waits until a store has failed for good.
+async fn store_failed(served: &[Served]) -> String {
     loop {
-        if let Health::Failed { what } = store.health() {
+        let failed = served.iter().find_map(|one| match one.store.health() {
+            Health::Failed { what } if served.len() == 1 => Some(what),
+            Health::Failed { what } => Some(format!("namespace {}: {what}", one.name)),
+            _ => None,
+        });
+        if let Some(what) = failed {
             return what;
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::os::unix::net::UnixStream;
-
-    use serde_json::Value;
-
-    use super::*;
-    use crate::local::hear;
-    use crate::transfer::What;
-
-    #[tokio::test]
-    async fn one_backup_is_made_at_a_time_and_one_that_is_made_is_waited_for() {
-        let temp = tempfile::tempdir().expect("a directory");
-        let store = FjallStore::open(&temp.path().join("store"), StoreConfig::default()).expect("a store");
-        let transfers = Transfers::new(Arc::new(store));
-        let ask = || {
-            let (ours, theirs) = UnixStream::pair().expect("a socket");
-            let file = tempfile::tempfile().expect("a file");
-            transfers.begin(Transfer { stream: theirs, what: What::Backup, file });
-            let answer = move || {
-                let mut ours = ours;
-                hear::<Value>(&mut ours).expect("an answer")
-            };
-            tokio::task::spawn_blocking(answer)
-        };
-        let (end, ended) = std::sync::mpsc::channel::<()>();
-        let running = tokio::task::spawn_blocking(move || assert!(ended.recv().is_err()));
-        *transfers.running.lock().expect("no panic") = Some(running);
-        assert_eq!(ask().await.expect("heard")["failed"]["code"], "BUSY");
-        drop(end);
-        let is_finished = || transfers.running.lock().expect("no panic").as_ref().is_none_or(JoinHandle::is_finished);
-        while !is_finished() {
-            tokio::task::yield_now().await;
-        }
-        assert_eq!(ask().await.expect("heard")["done"]["sessions"], 0);
-        transfers.end().await;
+/// Tells the service manager that it is alive, as often as that wants to hear it.
+async fn tell_watchdog() {
+    let Some(patience) = sd_notify::watchdog_enabled() else { return };
+    loop {
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+        tokio::time::sleep(patience / 2).await;
     }
 }

@@ -248,7 +248,6 @@ pub struct ChunkHeader {
 }
 
 /// A chunk, decoded and still in its encoding.
-#[derive(Debug)]
 pub struct Chunk {
     header: ChunkHeader,
     bytes: Bytes,
@@ -256,6 +255,8 @@ pub struct Chunk {
     streams: StreamSet,
     frame: OnceLock<Vec<Bytes>>,
 }
+
+crate::kept::keeps!(Chunk, header streams, keeps bytes records);
 
 /// Fewest bytes of an author, a producer and a batch, to bound what a count may reserve.
 const MIN_AUTHOR: usize = 18;

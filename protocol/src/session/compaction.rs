@@ -142,13 +142,15 @@ struct Writing {
 }
 
 /// Parts with seqs `first..last`, which go, and the one at `last`, which holds the text.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 struct Planned {
     first: u64,
     last: u64,
     text: Bytes,
     records: Vec<(usize, usize)>,
 }
+
+crate::kept::keeps!(Planned, first last records, keeps text);
 
 /// What is put together, and how.
 #[derive(Debug)]

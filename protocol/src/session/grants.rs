@@ -1,7 +1,10 @@
 //! Grants: what the holder of a capability token may do where (spec AUTH).
 
+use crate::error::{Code, ProtocolError};
 use crate::planted::{Bug, planted};
-use crate::wire::Frame;
+use crate::registry::{MAX_DELEGATIONS, MAX_GRANTS, MAX_NAME, MAX_SUBJECT};
+use crate::session::Refusal;
+use crate::wire::{Field, Frame, Label, Reader, Subject, Writer};
 
 /// Something that needs a grant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,12 +25,23 @@ pub enum Operation {
     Signal,
     /// Take jobs of notification.
     Notify,
+    /// Make narrower tokens.
+    Mint,
 }
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 8] =
-        [Self::Read, Self::Append, Self::Create, Self::Manage, Self::Join, Self::Run, Self::Signal, Self::Notify];
+    pub const ALL: [Self; 9] = [
+        Self::Read,
+        Self::Append,
+        Self::Create,
+        Self::Manage,
+        Self::Join,
+        Self::Run,
+        Self::Signal,
+        Self::Notify,
+        Self::Mint,
+    ];
 
     /// The word in tokens.
     pub const fn as_str(self) -> &'static str {
@@ -40,6 +54,7 @@ impl Operation {
             Self::Run => "run",
             Self::Signal => "signal",
             Self::Notify => "notify",
+            Self::Mint => "mint",
         }
     }
 
@@ -71,7 +86,7 @@ impl Operation {
 
 /// A set of operations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Operations(u8);
+pub struct Operations(u16);
 
 impl Operations {
     /// The set with `operation` added.
@@ -82,6 +97,16 @@ impl Operations {
     /// Every operation.
     pub fn all() -> Self {
         Operation::ALL.into_iter().fold(Self::default(), Self::with)
+    }
+
+    /// True if nothing is in the set.
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The operations in the set, in the order of [`Operation::ALL`].
+    pub fn iter(self) -> impl Iterator<Item = Operation> {
+        Operation::ALL.into_iter().filter(move |operation| self.contains(*operation))
     }
 
     /// True if `operation` is in the set.
@@ -139,11 +164,195 @@ impl Grants {
     pub fn allow_somewhere(&self, operation: Operation) -> bool {
         self.0.iter().any(|grant| grant.operations.contains(operation))
     }
+
+    /// True if nothing is allowed by `narrower` that is not allowed by these, whatever sessions there are. A prefix covers what starts with it
+    /// as a whole, so it is covered itself exactly where its own text is.
+    pub fn include(&self, narrower: &Self) -> bool {
+        let includes = |grant: &Grant| {
+            let allowed = |operation| {
+                let mut own = self.0.iter().filter(|own| own.operations.contains(operation));
+                own.any(|own| own.covers(&grant.prefix))
+            };
+            grant.operations.iter().all(allowed)
+        };
+        narrower.0.iter().all(includes)
+    }
+}
+
+impl Field for Grants {
+    fn put(&self, w: &mut Writer) {
+        w.varint(self.0.len() as u64);
+        for grant in &self.0 {
+            w.bytes(grant.prefix.as_bytes());
+            w.varint(grant.operations.iter().count() as u64);
+            grant.operations.iter().for_each(|operation| w.bytes(operation.as_str().as_bytes()));
+        }
+    }
+
+    fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
+        let grants = (0..r.count(MAX_GRANTS)?).map(|_| {
+            let prefix = r.text(MAX_NAME)?.to_owned();
+            let mut operations = Operations::default();
+            let mut last = None;
+            for _ in 0..r.count(Operation::ALL.len())? {
+                let word = r.text(MAX_NAME)?;
+                let operation = Operation::from_name(word).ok_or(ProtocolError::malformed("operation is not known"))?;
+                if last.is_some_and(|last| last >= operation as u16) {
+                    return Err(ProtocolError::malformed("operations are not in their order"));
+                }
+                last = Some(operation as u16);
+                operations = operations.with(operation);
+            }
+            Ok(Grant { prefix, operations })
+        });
+        Ok(Self(grants.collect::<Result<_, ProtocolError>>()?))
+    }
+}
+
+/// What a token says that another one may be made from.
+#[derive(Debug, Clone, Copy)]
+pub struct Delegator<'a> {
+    /// Its subject.
+    pub subject: &'a Subject,
+    /// What it allows.
+    pub grants: &'a Grants,
+    /// When it expires, in seconds since the Unix epoch.
+    pub expires: i64,
+    /// How many tokens it was made from, one after the other.
+    pub depth: usize,
+}
+
+/// What a token that was made from another one says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Delegated {
+    /// Its subject.
+    pub subject: Subject,
+    /// When it expires, in seconds since the Unix epoch.
+    pub expires: i64,
+}
+
+impl Delegator<'_> {
+    /// Makes a token with `grants` for `name` out of this one at `now`, to last for `lasts` seconds (spec AUTH-9).
+    ///
+    /// Refusals: `FORBIDDEN` for a grant that is not within those of this one, for a token that would allow all that this one does for as
+    /// long as it does, and where this one may make none; `LIMIT_EXCEEDED` with the limit for one beyond `max_delegations`, and for a subject
+    /// or for grants that are too long.
+    pub fn delegate(self, name: &Label, grants: &Grants, lasts: u64, now: i64) -> Result<Delegated, Refusal> {
+        let forbidden = |detail| Err(Refusal::new(Code::FORBIDDEN, detail));
+        if !self.grants.allow_somewhere(Operation::Mint) {
+            return forbidden("the token does not grant `mint`");
+        }
+        if self.depth >= MAX_DELEGATIONS {
+            let refusal = Refusal::new(Code::LIMIT_EXCEEDED, "the token was made from too many others");
+            return Err(Refusal { value: MAX_DELEGATIONS as u64, ..refusal });
+        }
+        if grants.0.is_empty() || grants.0.iter().any(|grant| grant.operations.is_empty()) {
+            return forbidden("a token that grants nothing is of no use");
+        }
+        if !self.grants.include(grants) {
+            return forbidden("the token does not grant all of that itself");
+        }
+        // To make tokens is a grant on what they are for.
+        let own = |grant: &&Grant| grant.operations.contains(Operation::Mint);
+        let mintable = Self::mintable(self.grants.0.iter().filter(own));
+        if !mintable.include(grants) {
+            return forbidden("the token does not grant `mint` on all of that");
+        }
+        let lasts = i64::try_from(lasts).unwrap_or(i64::MAX);
+        let expires = now.saturating_add(lasts).min(self.expires);
+        if expires <= now {
+            return forbidden("the token would have expired");
+        }
+        if expires == self.expires && grants.include(self.grants) {
+            return forbidden("the token would be no narrower");
+        }
+        let subject = format!("{}/{name}", self.subject);
+        let too_long = Refusal::new(Code::LIMIT_EXCEEDED, "the subject has too many bytes");
+        let subject = Subject::new(&subject).map_err(|_| Refusal { value: MAX_SUBJECT as u64, ..too_long })?;
+        Ok(Delegated { subject, expires })
+    }
+
+    /// Everything, on the prefixes of these.
+    fn mintable<'a>(grants: impl Iterator<Item = &'a Grant>) -> Grants {
+        Grants(grants.map(|grant| Grant { prefix: grant.prefix.clone(), operations: Operations::all() }).collect())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn grants(all: &[(&str, &[Operation])]) -> Grants {
+        let grant = |(prefix, operations): &(&str, &[Operation])| Grant {
+            prefix: (*prefix).into(),
+            operations: operations.iter().copied().collect(),
+        };
+        Grants(all.iter().map(grant).collect())
+    }
+
+    const NAMES: [&str; 9] = ["a", "ab", "a/", "a/b", "a:b", "a/b/c", "b", "/", "a:"];
+
+    /// Against the meaning: whatever the narrower ones allow on a name the others do.
+    #[test]
+    fn grants_include_others_exactly_where_they_allow_whatever_those_do() {
+        let prefixes = ["", "a", "ab", "a/", "a/b", "a:", "b"];
+        let sets: Vec<Grants> = prefixes
+            .iter()
+            .flat_map(|one| prefixes.iter().map(move |two| (one, two)))
+            .map(|(one, two)| grants(&[(one, &[Operation::Read, Operation::Mint]), (two, &[Operation::Append])]))
+            .collect();
+        for wide in &sets {
+            for narrow in &sets {
+                let allows = |operation, name: &&str| !narrow.allow(operation, name) || wide.allow(operation, name);
+                // Every prefix is a name too, so the names tell all differences between these.
+                let meant = Operation::ALL.into_iter().all(|operation| {
+                    NAMES.iter().all(|name| allows(operation, name))
+                        // Names that only the empty prefix covers.
+                        && allows(operation, &"zzz")
+                });
+                assert_eq!(wide.include(narrow), meant, "{wide:?} {narrow:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_token_is_made_only_if_it_is_narrower_and_within_what_may_be_passed_on() {
+        use Operation::{Append, Mint, Read};
+        let subject = Subject::new("alice").expect("a subject");
+        let own = grants(&[("team", &[Read, Append]), ("team/a", &[Mint])]);
+        let delegator = Delegator { subject: &subject, grants: &own, expires: 1000, depth: 0 };
+        let name = Label::new("agent").expect("a name");
+        let make = |delegator: Delegator<'_>, wanted: &[(&str, &[Operation])], lasts| {
+            delegator.delegate(&name, &grants(wanted), lasts, 500).map_err(|refusal| refusal.code)
+        };
+        let made = make(delegator, &[("team/a/x", &[Read])], 100).expect("narrower");
+        assert_eq!((made.subject.as_str(), made.expires), ("alice/agent", 600));
+        let made = make(delegator, &[("team/a", &[Read, Append])], u64::MAX).expect("narrower");
+        assert_eq!(made.expires, 1000, "never longer than the one it is made from");
+        for (wanted, lasts) in [
+            (&[("team/b", &[Read][..])][..], 100),
+            (&[("team", &[Read])], 100),
+            (&[("team/a", &[Operation::Manage])], 100),
+            (&[("team/a", &[])], 100),
+            (&[], 100),
+            (&[("team/a", &[Read])], 0),
+        ] {
+            assert_eq!(make(delegator, wanted, lasts), Err(Code::FORBIDDEN), "{wanted:?} {lasts}");
+        }
+        let everything = grants(&[("team", &[Read, Mint])]);
+        let delegator = Delegator { grants: &everything, ..delegator };
+        assert_eq!(make(delegator, &[("team", &[Read, Mint])], 500), Err(Code::FORBIDDEN), "no narrower");
+        assert!(make(delegator, &[("team", &[Read, Mint])], 499).is_ok(), "it ends earlier");
+        assert!(make(delegator, &[("team", &[Read])], 500).is_ok(), "it allows less");
+        let deep = Delegator { depth: MAX_DELEGATIONS, ..delegator };
+        assert_eq!(make(deep, &[("team", &[Read])], 10), Err(Code::LIMIT_EXCEEDED));
+        let long = Subject::new(&"x".repeat(MAX_SUBJECT - 3)).expect("a subject");
+        let long = Delegator { subject: &long, ..delegator };
+        assert_eq!(make(long, &[("team", &[Read])], 10), Err(Code::LIMIT_EXCEEDED));
+        let none = grants(&[("team", &[Read])]);
+        let none = Delegator { grants: &none, ..delegator };
+        assert_eq!(make(none, &[("team", &[Read])], 10), Err(Code::FORBIDDEN));
+    }
 
     #[test]
     fn a_prefix_matches_whole_segments_only() {

@@ -36,7 +36,7 @@ pub use compaction::{ChunkStart, Compaction, Plan, PlanStep, Survey};
 pub use credit::{CreditReceived, CreditSent};
 pub use early::may_be_early;
 pub use feed::{Feed, Filter, Place};
-pub use grants::{Grant, Grants, Operation, Operations};
+pub use grants::{Delegated, Delegator, Grant, Grants, Operation, Operations};
 pub use kinds::{
     Activity, Change, Departure, Expected, InputPolicy, Intent, JobOutcome, Kind, MessageAppend, MessageEnd,
     MessageReplace, MessageStart, NotifyDone, NotifyEmitted, NotifyRule, Payload, PresenceJoined, PresenceLeft,
@@ -45,6 +45,7 @@ pub use kinds::{
     StateExpired, StatePut, Status, Target, Triggers, Writes,
 };
 pub use leases::Leases;
+pub use overlay::Bounds;
 pub use producer::{Admission, ProducerHandle, ProducerKey, ProducerPosition, Producers};
 pub use progress::Progress;
 pub use rebirth::Rebirth;

@@ -22,7 +22,7 @@ const HAS_RUN: u8 = 2;
 const HAS_HEADERS: u8 = 4;
 
 /// One record.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Record {
     /// What it is.
     pub kind: Kind,
@@ -37,6 +37,8 @@ pub struct Record {
     /// The payload.
     pub payload: Bytes,
 }
+
+crate::kept::keeps!(Record, kind stream message run, keeps headers payload);
 
 impl Record {
     /// A `data` record in `stream`.
@@ -212,7 +214,7 @@ impl Iterator for Records<'_> {
 }
 
 /// A batch from a client whose records were checked: whole, within the limits, of kinds that a client may write.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct CheckedBatch {
     pub(super) count: u64,
     pub(super) records: Bytes,
@@ -222,6 +224,8 @@ pub struct CheckedBatch {
     /// Some record is told early.
     pub(super) early: bool,
 }
+
+crate::kept::keeps!(CheckedBatch, count max_stream plain early, keeps records);
 
 impl CheckedBatch {
     /// For [`Bug::HalfBatch`](crate::planted::Bug::HalfBatch).

@@ -6,7 +6,7 @@ use super::varint::{self, Parsed};
 use crate::error::{Code, ProtocolError};
 
 /// A frame whose type and length were read and whose body was not.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct RawFrame {
     /// The frame type.
     pub kind: u64,
@@ -14,11 +14,12 @@ pub struct RawFrame {
     pub body: Bytes,
 }
 
+crate::kept::keeps!(RawFrame, kind, keeps body);
+
 /// Reassembles frames. The length of a frame is checked against the limit before anything is kept for it, and memory
 /// grows only with bytes that arrived: at most one frame is buffered.
 ///
 /// A frame that lies within one piece is returned without copying.
-#[derive(Debug)]
 pub struct Deframer {
     limit: usize,
     /// Start of a frame whose end has not arrived; complete up to `needed` when that is known.
@@ -26,6 +27,8 @@ pub struct Deframer {
     /// Bytes after `partial`, not looked at yet.
     input: Bytes,
 }
+
+crate::kept::keeps!(Deframer, limit, keeps partial input);
 
 /// Longest `type | length` prefix.
 const MAX_PREFIX: usize = 16;

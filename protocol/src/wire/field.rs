@@ -1,15 +1,31 @@
 //! Fields that frames and record payloads are made of: one encoding each.
 
+use core::fmt;
+
 use bytes::Bytes;
 
 use super::codec::{Detail, Label, Reader, Subject, Writer};
 use crate::error::{Code, ProtocolError};
+use crate::kept::Kept;
 use crate::session::{Author, Incarnation, Instance, Key, MessageId, RequestId, RunId, SessionName, SignalId, Verdict};
 
 /// A field that has one encoding.
-pub(crate) trait Field: Sized {
+pub(crate) trait Field: Sized + fmt::Debug {
     fn put(&self, w: &mut Writer);
     fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError>;
+    /// Shows it without what must not be seen.
+    fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// A field as it may be seen.
+pub(crate) struct Shown<'a, T>(pub(crate) &'a T);
+
+impl<T: Field> fmt::Debug for Shown<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.show(f)
+    }
 }
 
 impl Field for u64 {
@@ -53,6 +69,9 @@ impl Field for Bytes {
     }
     fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
         r.bytes(usize::MAX)
+    }
+    fn show(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.kept(), f)
     }
 }
 

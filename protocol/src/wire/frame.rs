@@ -25,9 +25,17 @@ pub trait Body: Sized {
 macro_rules! plain_frame {
     ($(#[$doc:meta])* $name:ident = $kind:expr, { $( $(#[$field_doc:meta])* $field:ident: $ty:ty, )* }) => {
         $(#[$doc])*
-        #[derive(Debug, Clone, PartialEq, Eq)]
+        #[derive(Clone, PartialEq, Eq)]
         pub struct $name {
             $( $(#[$field_doc])* pub $field: $ty, )*
+        }
+
+        impl core::fmt::Debug for $name {
+            fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+                f.debug_struct(stringify!($name))
+                    $( .field(stringify!($field), &$crate::wire::Shown(&self.$field)) )*
+                    .finish()
+            }
         }
 
         impl $crate::wire::Body for $name {
@@ -104,6 +112,7 @@ frames! {
     hello::Hello "HELLO",
     token::Token "TOKEN",
     authenticated::Authenticated "AUTHENTICATED",
+    expiring::Expiring "EXPIRING",
     ping::Ping "PING",
     pong::Pong "PONG",
     goaway::GoAway "GOAWAY",
@@ -156,6 +165,8 @@ frames! {
     job::Job "JOB",
     done::Done "DONE",
     withdrawn::Withdrawn "WITHDRAWN",
+    mint::Mint "MINT",
+    minted::Minted "MINTED",
     list::List "LIST",
     listed::Listed "LISTED",
 }

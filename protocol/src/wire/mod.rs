@@ -14,7 +14,7 @@ mod varint;
 pub(crate) use codec::text_type;
 pub use codec::{Detail, Label, Reader, Subject, Writer};
 pub use deframer::{Deframer, RawFrame};
-pub(crate) use field::Field;
+pub(crate) use field::{Field, Shown};
 pub use frame::*;
 pub use params::{Param, Params};
 pub use varint::{MAX_VARINT, varint_len};

@@ -8,13 +8,15 @@ use crate::error::{Code, ProtocolError};
 use crate::registry::is_ignorable;
 
 /// One parameter: `id | length | value`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Param {
     /// Its number; odd ids may be skipped by receivers that do not know them.
     pub id: u64,
     /// Its value; the id says how to read it.
     pub value: Bytes,
 }
+
+crate::kept::keeps!(Param, id, keeps value);
 
 /// The parameters of a frame: strictly ascending by id, to the end of the frame.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

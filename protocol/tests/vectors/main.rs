@@ -12,10 +12,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use mainstay_protocol::session::{
-    Author, Chain, CheckedBatch, Chunk, ChunkBuilder, ClientKey, Control, Incarnation, Instance, MessageAppend,
-    MessageEnd, MessageId, MessageStart, Payload, Record, SessionName, State, Status, Survey, Verdict, View, ViewHash,
+    Author, Chain, CheckedBatch, Chunk, ChunkBuilder, ClientKey, Control, Grant, Grants, Incarnation, Instance,
+    MessageAppend, MessageEnd, MessageId, MessageStart, Payload, Record, SessionName, State, Status, Survey, Verdict,
+    View, ViewHash,
 };
-use mainstay_protocol::session::{InputPolicy, Intent, JobOutcome, Kind, PresenceJoined, RunMode, Target};
+use mainstay_protocol::session::{InputPolicy, Intent, JobOutcome, Kind, Operation, PresenceJoined, RunMode, Target};
 use mainstay_protocol::wire::*;
 use mainstay_protocol::{Code, ProtocolError};
 use toml::Table;
@@ -88,6 +89,7 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
         ("HELLO", "without parameters", Hello::default().into()),
         ("TOKEN", "", Token { token: Bytes::from_static(b"v4.public.AAAA") }.into()),
         ("AUTHENTICATED", "", Authenticated { subject: author("alice", 0).subject, expires: 1_900_000_000 }.into()),
+        ("EXPIRING", "", Expiring { left: 60_000 }.into()),
         ("PING", "", Ping { nonce: 7, padding: None }.into()),
         ("PING", "padded", Ping { nonce: 8, padding: Some(Bytes::from_static(&[0; 3])) }.into()),
         ("PONG", "the largest varint", Pong { nonce: MAX_VARINT }.into()),
@@ -409,6 +411,21 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
             Resume { key: ClientKey([0x5c; 32]), signature: [0x51; 64], token: Bytes::new() }.into(),
         ),
         ("RESUMED", "", Resumed { token: Bytes::from_static(b"v4.local.x") }.into()),
+        (
+            "MINT",
+            "",
+            Mint {
+                name: label("tool"),
+                lasts: 600,
+                device: Some(Instance([7; 16])),
+                grants: Grants(vec![Grant {
+                    prefix: "agent:session123".into(),
+                    operations: [Operation::Read, Operation::Append].into_iter().collect(),
+                }]),
+            }
+            .into(),
+        ),
+        ("MINTED", "", Minted { token: Bytes::from_static(b"v4.public.AAAA"), expires: 1_900_000_000 }.into()),
         ("PULL", "", Pull { prefix: Bytes::from_static(b"agent:"), limit: 16 }.into()),
         (
             "JOB",

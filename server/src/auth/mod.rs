@@ -1,34 +1,41 @@
-//! Capability tokens: PASETO v4.public, signed with Ed25519 (spec AUTH).
+//! Who is at the other end, and what they may do where (spec AUTH).
 //!
-//! The claims are `sub`, `exp`, `iat`, `grants` and optionally `dev`, the instance that the token is bound to. The footer
-//! names the key (`kid`), so that keys can be rotated: a server verifies with every key it knows.
+//! - [`token`](Claims): capability tokens, PASETO v4.public.
+//! - [`jwt`](JwtIssuer): tokens of identity providers that exist already.
+//! - [`Trust`]: which keys and issuers a server believes at the moment, and what was revoked.
+
+mod jwt;
+mod revocation;
+mod token;
+mod trust;
 
 use core::fmt;
 
 use mainstay_protocol::error::Code;
-use mainstay_protocol::registry::MAX_TOKEN;
-use mainstay_protocol::session::{Grant, Grants, Instance, Operation, Operations};
+use mainstay_protocol::session::{Grants, Instance};
 use mainstay_protocol::wire::Subject;
-use pasetors::Public;
-use pasetors::keys::{AsymmetricKeyPair, AsymmetricPublicKey, AsymmetricSecretKey, Generate};
-use pasetors::paserk::{FormatAsPaserk, Id};
-use pasetors::token::UntrustedToken;
-use pasetors::version4::{PublicToken, V4};
-use serde::{Deserialize, Serialize};
 
-/// Binds tokens to this protocol: a token made for something else does not verify.
-const IMPLICIT: &[u8] = b"mainstay/1 capability";
+pub use jwt::{Algorithm, JwtIssuer};
+pub use revocation::{MAX_REVOCATIONS, Revocation, Revocations};
+pub use token::{Keyring, SigningKey, VerifyingKey, read};
+pub use trust::{Anchors, Trust, Verified};
 
-/// How far ahead of the server's clock an issuer's may be, in seconds. Expiry is by the server's clock alone.
-const LEEWAY: i64 = 60;
+/// SHA-256 of the SubjectPublicKeyInfo of a certificate.
+pub type CertificatePin = [u8; 32];
 
-/// What a capability token says.
+/// What a token says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Claims {
     /// Who.
     pub subject: Subject,
     /// The instance that alone may use it, if it is bound to one.
     pub device: Option<Instance>,
+    /// The client certificate that it is bound to, if it is: it is good only on connections that prove to have its key.
+    pub certificate: Option<CertificatePin>,
+    /// Its id, if its issuer gave it one: at most [`MAX_TOKEN_ID`](mainstay_protocol::registry::MAX_TOKEN_ID) bytes.
+    pub id: Option<String>,
+    /// Ids of the tokens that it was made from, the first one first (spec AUTH-9).
+    pub ancestors: Vec<String>,
     /// What may be done where.
     pub grants: Grants,
     /// When it was issued, in seconds since the Unix epoch.
@@ -37,41 +44,31 @@ pub struct Claims {
     pub expires: i64,
 }
 
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ClaimsText {
-    sub: String,
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    dev: Option<String>,
-    iat: String,
-    exp: String,
-    grants: Vec<GrantText>,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct GrantText {
-    prefix: String,
-    ops: Vec<String>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Footer {
-    kid: String,
+impl Claims {
+    /// Claims of a token that is bound to nothing and made from no other.
+    pub fn new(subject: Subject, grants: Grants, issued: i64, expires: i64) -> Self {
+        Self { subject, device: None, certificate: None, id: None, ancestors: Vec::new(), grants, issued, expires }
+    }
 }
 
 /// Why a token is refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AuthError {
-    /// `UNAUTHENTICATED`, `TOKEN_INVALID`, `TOKEN_EXPIRED` or `FORBIDDEN`.
+    /// `UNAUTHENTICATED`, `TOKEN_INVALID`, `TOKEN_EXPIRED`, `TOKEN_REVOKED` or `QUOTA_EXCEEDED`.
     pub code: Code,
+    /// The number that the code defines, else 0.
+    pub value: u64,
     /// Why, without anything from the token that was not verified.
     pub detail: &'static str,
 }
 
 impl AuthError {
-    const fn invalid(detail: &'static str) -> Self {
-        Self { code: Code::TOKEN_INVALID, detail }
+    pub(crate) const fn new(code: Code, detail: &'static str) -> Self {
+        Self { code, value: 0, detail }
+    }
+
+    pub(crate) const fn invalid(detail: &'static str) -> Self {
+        Self::new(Code::TOKEN_INVALID, detail)
     }
 }
 
@@ -83,173 +80,16 @@ impl fmt::Display for AuthError {
 
 impl std::error::Error for AuthError {}
 
-/// Signs tokens.
-pub struct SigningKey {
-    pair: AsymmetricKeyPair<V4>,
-}
+/// How far ahead of the server's clock an issuer's may be, in seconds. Expiry is by the server's clock alone.
+const LEEWAY: i64 = 60;
 
-impl fmt::Debug for SigningKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "SigningKey({})", self.verifying_key().id())
+/// Checks the times of verified claims at `now`.
+fn in_time(claims: &Claims, now: i64) -> Result<(), AuthError> {
+    if claims.expires < now {
+        return Err(AuthError::new(Code::TOKEN_EXPIRED, "the token has expired"));
     }
-}
-
-impl SigningKey {
-    /// A new random key. Errors: the random generator failed.
-    pub fn generate() -> Result<Self, String> {
-        AsymmetricKeyPair::generate().map(|pair| Self { pair }).map_err(|error| error.to_string())
+    if claims.issued > now.saturating_add(LEEWAY) {
+        return Err(AuthError::invalid("the token is from the future"));
     }
-
-    /// Reads a PASERK `k4.secret.…` text. Errors: it is something else.
-    pub fn from_paserk(text: &str) -> Result<Self, String> {
-        let secret = AsymmetricSecretKey::<V4>::try_from(text.trim())
-            .map_err(|_| "the signing key is not a PASERK k4.secret text".to_owned())?;
-        let public = AsymmetricPublicKey::<V4>::try_from(&secret).map_err(|error| error.to_string())?;
-        Ok(Self { pair: AsymmetricKeyPair { public, secret } })
-    }
-
-    /// The key as PASERK text. It is a secret.
-    pub fn to_paserk(&self) -> String {
-        let mut text = String::new();
-        // Writing to a string does not fail.
-        let _ = self.pair.secret.fmt(&mut text);
-        text
-    }
-
-    /// The key that verifies what this one signs.
-    pub fn verifying_key(&self) -> VerifyingKey {
-        VerifyingKey { key: self.pair.public.clone() }
-    }
-
-    /// Signs a token. Errors: the claims do not fit into a token.
-    pub fn mint(&self, claims: &Claims) -> Result<String, String> {
-        let time = |seconds| jiff::Timestamp::from_second(seconds).map(|time| time.to_string());
-        let grant = |grant: &Grant| GrantText {
-            prefix: grant.prefix.clone(),
-            ops: Operation::ALL
-                .into_iter()
-                .filter(|operation| grant.operations.contains(*operation))
-                .map(|operation| operation.as_str().to_owned())
-                .collect(),
-        };
-        let text = ClaimsText {
-            sub: claims.subject.as_str().to_owned(),
-            dev: claims.device.map(|device| device.to_string()),
-            iat: time(claims.issued).map_err(|error| error.to_string())?,
-            exp: time(claims.expires).map_err(|error| error.to_string())?,
-            grants: claims.grants.0.iter().map(grant).collect(),
-        };
-        let message = serde_json::to_vec(&text).map_err(|error| error.to_string())?;
-        let footer = Footer { kid: self.verifying_key().id() };
-        let footer = serde_json::to_vec(&footer).map_err(|error| error.to_string())?;
-        let token = PublicToken::sign(&self.pair.secret, &message, Some(&footer), Some(IMPLICIT))
-            .map_err(|error| error.to_string())?;
-        if token.len() > MAX_TOKEN {
-            return Err(format!("the token has {} bytes; at most {MAX_TOKEN} are allowed", token.len()));
-        }
-        Ok(token)
-    }
-}
-
-/// Verifies tokens.
-#[derive(Debug, Clone)]
-pub struct VerifyingKey {
-    key: AsymmetricPublicKey<V4>,
-}
-
-impl VerifyingKey {
-    /// Reads a PASERK `k4.public.…` text. Errors: it is something else.
-    pub fn from_paserk(text: &str) -> Result<Self, String> {
-        let key = AsymmetricPublicKey::<V4>::try_from(text.trim())
-            .map_err(|_| "the verification key is not a PASERK k4.public text".to_owned())?;
-        Ok(Self { key })
-    }
-
-    /// The key as PASERK text.
-    pub fn to_paserk(&self) -> String {
-        let mut text = String::new();
-        let _ = self.key.fmt(&mut text);
-        text
-    }
-
-    /// The key's id, its PASERK `k4.pid.…`.
-    pub fn id(&self) -> String {
-        let mut text = String::new();
-        let _ = Id::from(&self.key).fmt(&mut text);
-        text
-    }
-}
-
-/// The keys that a server trusts. Several, so that a new one can be introduced before the old one is retired.
-#[derive(Debug, Clone, Default)]
-pub struct Keyring {
-    keys: Vec<(String, VerifyingKey)>,
-}
-
-impl Keyring {
-    /// Trusts `keys`.
-    pub fn new(keys: impl IntoIterator<Item = VerifyingKey>) -> Self {
-        Self { keys: keys.into_iter().map(|key| (key.id(), key)).collect() }
-    }
-
-    /// Verifies a token at `now`, in seconds since the Unix epoch.
-    ///
-    /// Errors: `TOKEN_INVALID` for anything that is not a token of this protocol signed by a trusted key, `TOKEN_EXPIRED`.
-    pub fn verify(&self, token: &[u8], now: i64) -> Result<Claims, AuthError> {
-        let (claims, kid) = read(token)?;
-        let known = self.keys.iter().find(|(id, _)| *id == kid);
-        let (_, key) = known.ok_or(AuthError::invalid("the token is signed by a key that is not trusted here"))?;
-        let token = untrusted(token)?;
-        PublicToken::verify(&key.key, &token, Some(token.untrusted_footer()), Some(IMPLICIT))
-            .map_err(|_| AuthError::invalid("the token's signature does not verify"))?;
-        if claims.expires < now {
-            return Err(AuthError { code: Code::TOKEN_EXPIRED, detail: "the token has expired" });
-        }
-        if claims.issued > now + LEEWAY {
-            return Err(AuthError::invalid("the token is from the future"));
-        }
-        Ok(claims)
-    }
-}
-
-fn untrusted(token: &[u8]) -> Result<UntrustedToken<Public, V4>, AuthError> {
-    let text = core::str::from_utf8(token).map_err(|_| AuthError::invalid("the token is not text"))?;
-    if text.len() > MAX_TOKEN {
-        return Err(AuthError::invalid("the token is too long"));
-    }
-    UntrustedToken::<Public, V4>::try_from(text.trim()).map_err(|_| AuthError::invalid("not a PASETO v4.public token"))
-}
-
-/// Reads claims and key id without verifying anything: for `token inspect`, and to find the key.
-///
-/// Errors: `TOKEN_INVALID` for anything that is not a token of this protocol.
-pub fn read(token: &[u8]) -> Result<(Claims, String), AuthError> {
-    let token = untrusted(token)?;
-    let footer: Footer = serde_json::from_slice(token.untrusted_footer())
-        .map_err(|_| AuthError::invalid("the token's footer names no key"))?;
-    let text: ClaimsText = serde_json::from_slice(token.untrusted_payload())
-        .map_err(|_| AuthError::invalid("the token's claims are not those of a capability"))?;
-    let time = |text: &str| {
-        let time: Result<jiff::Timestamp, _> = text.parse();
-        time.map(jiff::Timestamp::as_second).map_err(|_| AuthError::invalid("a time in the token is not RFC 3339"))
-    };
-    let mut grants = Vec::with_capacity(text.grants.len());
-    for grant in text.grants {
-        let operations: Option<Operations> = grant.ops.iter().map(|name| Operation::from_name(name)).collect();
-        let operations = operations.ok_or(AuthError::invalid("the token grants an operation that is not known"))?;
-        grants.push(Grant { prefix: grant.prefix, operations });
-    }
-    let device = match text.dev {
-        Some(device) => {
-            Some(device.parse().map_err(|_| AuthError::invalid("the token's device is not an instance id"))?)
-        }
-        None => None,
-    };
-    let subject = Subject::new(&text.sub).map_err(|_| AuthError::invalid("the token's subject is not valid"))?;
-    if subject.as_str() == "server" {
-        return Err(AuthError::invalid("the subject `server` is reserved"));
-    }
-    let claims =
-        Claims { subject, device, grants: Grants(grants), issued: time(&text.iat)?, expires: time(&text.exp)? };
-    Ok((claims, footer.kid))
+    Ok(())
 }

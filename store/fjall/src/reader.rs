@@ -90,6 +90,18 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// Bytes of the chunks that are kept, as they are stored.
+    pub(crate) fn size(&self, row: &SessionRow) -> Result<u64, StoreError> {
+        let mut bytes = 0;
+        for segment in &row.segments {
+            let range = keys::chunk(segment.id, 0, row.base.number)..keys::chunk(segment.id + 1, 0, 0);
+            for guard in self.snapshot.range(self.engine.log(), range) {
+                bytes += u64::from(guard.size().map_err(|error| read_error(segment.first, &error))?);
+            }
+        }
+        Ok(bytes)
+    }
+
     /// Sessions whose expiry is due at `now`, at most `limit`, the longest due first.
     pub(crate) fn due(&self, now: u64, limit: usize) -> Result<Vec<SessionStat>, StoreError> {
         let rows = self.snapshot.prefix(self.engine.meta(), [keys::DUE]);

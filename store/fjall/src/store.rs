@@ -331,6 +331,10 @@ impl Store for FjallStore {
         self.read(None, move |reader| reader.list(&prefix, &after, limit))
     }
 
+    fn size(&self, session: SessionId) -> Pending<u64> {
+        self.read(Some(session.clone()), move |reader| reader.size(&reader.row_of(&session)?))
+    }
+
     fn health(&self) -> Health {
         match self.shared.condition() {
             Condition::Serving => Health::Serving,

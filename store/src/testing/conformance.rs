@@ -36,6 +36,7 @@ cases! {
     a_trim_needs_a_snapshot_and_keeps_the_rest_readable,
     one_chunk_takes_the_place_of_several,
     sessions_do_not_touch_each_other,
+    the_size_of_a_session_is_that_of_its_chunks,
     a_list_is_ordered_filtered_and_paged,
     a_session_that_expires_is_due_until_it_is_postponed_or_deleted,
     a_session_wakes_when_its_last_chunk_said_so,
@@ -497,6 +498,23 @@ async fn sessions_do_not_touch_each_other(store: Arc<dyn Store>) {
         let expected: Vec<String> = (0..5).map(|round| format!("{n}/{round}")).collect();
         assert_eq!(log.payloads(0).await, expected);
     }
+}
+
+async fn the_size_of_a_session_is_that_of_its_chunks(store: Arc<dyn Store>) {
+    let mut log = Log::create(&store, session_id("size:1", 1)).await;
+    let mut other = Log::create(&store, session_id("size:2", 2)).await;
+    assert_eq!(retry(|| store.size(log.id())).await, Ok(0));
+    let mut expected = 0;
+    for round in 0..3 {
+        let chunk = log.chunk(&[&"x".repeat(1000 * (round + 1))]);
+        expected += chunk.bytes().len() as u64;
+        log.commit(&chunk).await.expect("committed");
+        other.append(&["something else"]).await;
+    }
+    assert_eq!(store.size(log.id()).await, Ok(expected));
+    store.close_writer(log.writer);
+    retry(|| store.delete(session_id("size:1", 1))).await.expect("deleted");
+    assert_eq!(store.size(session_id("size:1", 1)).await, Err(StoreError::NotFound));
 }
 
 async fn a_list_is_ordered_filtered_and_paged(store: Arc<dyn Store>) {

@@ -338,6 +338,10 @@ impl Store for SimulatedDisk {
         self.read_with(move |store| store.list(prefix, after, limit))
     }
 
+    fn size(&self, session: SessionId) -> Pending<u64> {
+        self.read_with(move |store| store.size(session))
+    }
+
     fn health(&self) -> Health {
         let disk = self.lock();
         match (disk.failed, disk.wear.full) {

@@ -156,6 +156,10 @@ impl<S: Store> Store for FaultyStore<S> {
         self.inner.list(prefix, after, limit)
     }
 
+    fn size(&self, session: SessionId) -> Pending<u64> {
+        self.inner.size(session)
+    }
+
     fn health(&self) -> Health {
         self.inner.health()
     }

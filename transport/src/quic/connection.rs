@@ -6,9 +6,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use quinn::{Endpoint, VarInt, ZeroRttAccepted};
+use rustls::pki_types::CertificateDer;
 use tokio::sync::watch;
 
 use super::drivers::Drivers;
+use super::identity::Pin;
 use super::socket::{CountingSocket, Sent, Sockets};
 use super::{headroom, varint};
 use crate::{Connection, ConnectionError, RecvStream, SendStream, StreamError};
@@ -140,6 +142,11 @@ impl Connection for QuicConnection {
             None => home.endpoint.rebind_abstract(socket).map_err(failed),
             Some(ended) => Err(ended.into()),
         })
+    }
+
+    fn certificate(&self) -> Option<[u8; 32]> {
+        let shown = self.connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+        Pin::of(shown.first()?).ok().map(|pin| pin.0)
     }
 
     fn remote(&self) -> String {

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use super::connection::{Home, QuicConnection};
 use super::drivers::{DrivenRuntime, Drivers};
-use super::identity::{Pin, PinVerifier};
+use super::identity::{Identity, Pin, PinVerifier};
 use super::socket::{CountingSocket, Sent, Sockets, UdpSockets};
 use super::tickets::{Purse, Wallet};
 use super::{GatheringRuntime, Side, provider, transport_config};
@@ -124,6 +124,19 @@ impl QuicConnector {
         Self::over(Arc::new(UdpSockets), Arc::new(GatheringRuntime), address, trust, limits, alpn)
     }
 
+    /// The same, which shows a certificate to servers that ask for one.
+    ///
+    /// Errors: what is wrong with the trust or the identity.
+    pub fn showing(
+        identity: Identity,
+        address: impl Into<Address>,
+        trust: &Trust,
+        limits: &Limits,
+        alpn: &[u8],
+    ) -> Result<Self, String> {
+        Self::with(Arc::new(UdpSockets), Arc::new(GatheringRuntime), address, (trust, Some(identity)), limits, alpn)
+    }
+
     /// A connector over any sockets that quinn accepts.
     pub fn over(
         sockets: Arc<dyn Sockets>,
@@ -133,23 +146,39 @@ impl QuicConnector {
         limits: &Limits,
         alpn: &[u8],
     ) -> Result<Self, String> {
+        Self::with(sockets, runtime, address, (trust, None), limits, alpn)
+    }
+
+    fn with(
+        sockets: Arc<dyn Sockets>,
+        runtime: Arc<dyn Runtime>,
+        address: impl Into<Address>,
+        (trust, identity): (&Trust, Option<Identity>),
+        limits: &Limits,
+        alpn: &[u8],
+    ) -> Result<Self, String> {
         let builder = rustls::ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|error| error.to_string())?;
-        let (mut tls, name) = match trust {
+        let (builder, name) = match trust {
             Trust::Pin(pin) => {
                 let algorithms = provider().signature_verification_algorithms;
                 let verifier = Arc::new(PinVerifier { pin: *pin, algorithms });
-                let tls = builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth();
-                (tls, "localhost".to_owned())
+                (builder.dangerous().with_custom_certificate_verifier(verifier), "localhost".to_owned())
             }
             Trust::Roots { roots, name } => {
                 let mut store = rustls::RootCertStore::empty();
                 for root in roots {
                     store.add(root.clone()).map_err(|error| error.to_string())?;
                 }
-                (builder.with_root_certificates(store).with_no_client_auth(), name.clone())
+                (builder.with_root_certificates(store), name.clone())
             }
+        };
+        let mut tls = match identity {
+            Some(Identity { chain, key }) => {
+                builder.with_client_auth_cert(chain, key).map_err(|error| error.to_string())?
+            }
+            None => builder.with_no_client_auth(),
         };
         tls.alpn_protocols = vec![alpn.to_vec()];
         tls.enable_early_data = true;

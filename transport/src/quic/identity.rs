@@ -90,6 +90,13 @@ impl Identity {
     }
 }
 
+/// Reads the certificates of a PEM file. Errors: what is wrong with the file; also if there are none.
+pub fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let wrong = |error: rustls::pki_types::pem::Error| format!("{}: {error}", path.display());
+    let all: Vec<_> = CertificateDer::pem_file_iter(path).map_err(wrong)?.collect::<Result<_, _>>().map_err(wrong)?;
+    if all.is_empty() { Err(format!("{}: no certificate in it", path.display())) } else { Ok(all) }
+}
+
 /// Believes a certificate whose key has the pin, and checks that the peer holds that key.
 #[derive(Debug)]
 pub(super) struct PinVerifier {

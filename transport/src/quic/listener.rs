@@ -5,10 +5,15 @@ use core::time::Duration;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 
+use mainstay_protocol::error::Code;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, ServerConfig};
-use tokio::sync::{Mutex, Semaphore, mpsc};
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
+use rustls::server::WebPkiClientVerifier;
+use tokio::sync::{Mutex, mpsc};
 
+use super::admission::{Admission, Door, Verdict};
 use super::connection::QuicConnection;
 use super::identity::Identity;
 use super::keys::{ServerKeys, TaggedIds};
@@ -23,10 +28,73 @@ pub struct QuicListener {
     ready: Mutex<mpsc::Receiver<QuicConnection>>,
     refusing: Arc<AtomicBool>,
     acceptor: tokio::task::JoinHandle<()>,
+    terms: Terms,
 }
 
-/// Handshakes that may be under way at once; more wait in quinn's own bounded queue.
-const HANDSHAKES: usize = 256;
+/// Connections that wait to be taken; more wait with their handshakes.
+const READY: usize = 256;
+
+/// Whose certificates clients have to show.
+#[derive(Debug, Clone)]
+pub struct ClientCertificates {
+    /// Who may have signed them.
+    pub roots: Vec<CertificateDer<'static>>,
+    /// True if no client may come without.
+    pub required: bool,
+}
+
+/// What does not change while a listener listens.
+#[derive(Debug, Clone)]
+struct Terms {
+    keys: ServerKeys,
+    tickets: Option<Arc<dyn TicketStore>>,
+    limits: Limits,
+    clients: Option<ClientCertificates>,
+    alpn: Vec<u8>,
+}
+
+impl Terms {
+    fn config(&self, identity: Identity) -> Result<ServerConfig, String> {
+        let builder = rustls::ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(|error| error.to_string())?;
+        let builder = match &self.clients {
+            None => builder.with_no_client_auth(),
+            Some(clients) => {
+                let mut roots = RootCertStore::empty();
+                for root in &clients.roots {
+                    roots.add(root.clone()).map_err(|error| format!("a root of client certificates: {error}"))?;
+                }
+                let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
+                let verifier = if clients.required { verifier } else { verifier.allow_unauthenticated() };
+                builder.with_client_cert_verifier(verifier.build().map_err(|error| error.to_string())?)
+            }
+        };
+        let mut tls = builder.with_single_cert(identity.chain, identity.key).map_err(|error| error.to_string())?;
+        tls.alpn_protocols = vec![self.alpn.clone()];
+        match &self.tickets {
+            // Whose certificate it is has to be known before anything is done for a client.
+            _ if self.clients.is_some() => tls.send_tls13_tickets = 0,
+            // Stateful, never a ticketer: rustls takes early data only so, and each ticket is good once (spec EARLY-4).
+            Some(tickets) => {
+                tickets.keep_under(&remembered(&self.limits));
+                tls.session_storage = Arc::new(ServerSessions(tickets.clone()));
+                tls.max_early_data_size = u32::MAX;
+                tls.send_tls13_tickets = TICKETS;
+            }
+            None => tls.send_tls13_tickets = 0,
+        }
+        let crypto = QuicServerConfig::try_from(tls).map_err(|error| error.to_string())?;
+        let token_key = ring::hkdf::Salt::new(ring::hkdf::HKDF_SHA256, &[]).extract(&self.keys.token);
+        let mut config = ServerConfig::new(Arc::new(crypto), Arc::new(token_key));
+        config
+            .transport_config(Arc::new(transport_config(&self.limits, Side::Server)))
+            .max_incoming(1024)
+            .incoming_buffer_size(64 << 10)
+            .incoming_buffer_size_total(16 << 20);
+        Ok(config)
+    }
+}
 
 impl QuicListener {
     /// Listens on `socket` and shows `identity`. With `tickets` clients that were here before may send early data. Must be called inside a
@@ -41,8 +109,24 @@ impl QuicListener {
         limits: &Limits,
         alpn: &[u8],
     ) -> Result<Self, String> {
+        Self::asking(socket, identity, None, keys, tickets, limits, alpn)
+    }
+
+    /// The same, which asks clients for certificates. There is no early data then: whose certificate it is would not be known when it comes.
+    ///
+    /// Errors: what is wrong with the identity, the certificates or the socket.
+    pub fn asking(
+        socket: UdpSocket,
+        identity: Identity,
+        clients: Option<ClientCertificates>,
+        keys: &ServerKeys,
+        tickets: Option<Arc<dyn TicketStore>>,
+        limits: &Limits,
+        alpn: &[u8],
+    ) -> Result<Self, String> {
         let socket = GatheringRuntime.wrap_udp_socket(socket).map_err(|error| error.to_string())?;
-        Self::over(socket, Arc::new(GatheringRuntime), identity, keys, tickets, limits, alpn)
+        let terms = Terms { keys: keys.clone(), tickets, limits: *limits, clients, alpn: alpn.to_vec() };
+        Self::on(socket, Arc::new(GatheringRuntime), identity, terms)
     }
 
     /// Listens on any socket that quinn accepts.
@@ -55,35 +139,46 @@ impl QuicListener {
         limits: &Limits,
         alpn: &[u8],
     ) -> Result<Self, String> {
-        let mut tls = rustls::ServerConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .and_then(|builder| builder.with_no_client_auth().with_single_cert(identity.chain, identity.key))
+        let terms = Terms { keys: keys.clone(), tickets, limits: *limits, clients: None, alpn: alpn.to_vec() };
+        Self::on(socket, runtime, identity, terms)
+    }
+
+    fn on(
+        socket: Arc<dyn AsyncUdpSocket>,
+        runtime: Arc<dyn Runtime>,
+        identity: Identity,
+        terms: Terms,
+    ) -> Result<Self, String> {
+        let config = terms.config(identity)?;
+        let endpoint = Endpoint::new_with_abstract_socket(endpoint_config(&terms.keys), Some(config), socket, runtime)
             .map_err(|error| error.to_string())?;
-        tls.alpn_protocols = vec![alpn.to_vec()];
-        match tickets {
-            // Stateful, never a ticketer: rustls takes early data only so, and each ticket is good once (spec EARLY-4).
-            Some(tickets) => {
-                tickets.keep_under(&remembered(limits));
-                tls.session_storage = Arc::new(ServerSessions(tickets));
-                tls.max_early_data_size = u32::MAX;
-                tls.send_tls13_tickets = TICKETS;
-            }
-            None => tls.send_tls13_tickets = 0,
-        }
-        let crypto = QuicServerConfig::try_from(tls).map_err(|error| error.to_string())?;
-        let token_key = ring::hkdf::Salt::new(ring::hkdf::HKDF_SHA256, &[]).extract(&keys.token);
-        let mut config = ServerConfig::new(Arc::new(crypto), Arc::new(token_key));
-        config
-            .transport_config(Arc::new(transport_config(limits, Side::Server)))
-            .max_incoming(1024)
-            .incoming_buffer_size(64 << 10)
-            .incoming_buffer_size_total(16 << 20);
-        let endpoint = Endpoint::new_with_abstract_socket(endpoint_config(keys), Some(config), socket, runtime)
-            .map_err(|error| error.to_string())?;
-        let (connections, ready) = mpsc::channel(HANDSHAKES);
+        let (connections, ready) = mpsc::channel(READY);
         let refusing = Arc::new(AtomicBool::new(false));
-        let acceptor = tokio::spawn(accept(endpoint.clone(), refusing.clone(), connections));
-        Ok(Self { endpoint, ready: Mutex::new(ready), refusing, acceptor })
+        let door = Door::new(Admission::default());
+        let acceptor = tokio::spawn(accept(endpoint.clone(), refusing.clone(), door, connections));
+        Ok(Self { endpoint, ready: Mutex::new(ready), refusing, acceptor, terms })
+    }
+
+    /// Changes what certificate it shows, also while somebody else has it.
+    pub fn showcase(&self) -> Showcase {
+        Showcase { endpoint: self.endpoint.clone(), terms: self.terms.clone() }
+    }
+}
+
+/// The certificate that a listener shows.
+#[derive(Debug, Clone)]
+pub struct Showcase {
+    endpoint: Endpoint,
+    terms: Terms,
+}
+
+impl Showcase {
+    /// Shows another certificate from now on; connections that exist go on, and so do clients that come back to a TLS session.
+    ///
+    /// Errors: what is wrong with the identity; then the one before is shown still.
+    pub fn show(&self, identity: Identity) -> Result<(), String> {
+        self.endpoint.set_server_config(Some(self.terms.config(identity)?));
+        Ok(())
     }
 }
 
@@ -99,16 +194,30 @@ fn endpoint_config(keys: &ServerKeys) -> EndpointConfig {
 
 /// Runs handshakes beside each other, so that a slow one delays nobody. A connection is handed over with its first packet: what came with
 /// it as early data can be answered at once.
-async fn accept(endpoint: Endpoint, refusing: Arc<AtomicBool>, connections: mpsc::Sender<QuicConnection>) {
-    let slots = Arc::new(Semaphore::new(HANDSHAKES));
+async fn accept(
+    endpoint: Endpoint,
+    refusing: Arc<AtomicBool>,
+    door: Arc<Door>,
+    connections: mpsc::Sender<QuicConnection>,
+) {
     while let Some(incoming) = endpoint.accept().await {
         if refusing.load(Ordering::Relaxed) {
             // Said at once: whoever comes now finds the next process sooner.
             incoming.refuse();
             continue;
         }
-        let Ok(slot) = slots.clone().acquire_owned().await else {
-            return;
+        let validated = incoming.remote_address_validated() || !incoming.may_retry();
+        let slot = match door.knock(incoming.remote_address().ip(), validated) {
+            Verdict::Welcome(slot) => slot,
+            Verdict::Retry => {
+                // It is there again in a round trip if it is where it says.
+                let _ = incoming.retry();
+                continue;
+            }
+            Verdict::Refused => {
+                incoming.refuse();
+                continue;
+            }
         };
         let Ok(connecting) = incoming.accept() else {
             continue;
@@ -118,16 +227,24 @@ async fn accept(endpoint: Endpoint, refusing: Arc<AtomicBool>, connections: mpsc
             continue;
         };
         let connection = QuicConnection::early(connection, confirmed);
-        let connections = connections.clone();
+        let (connections, patience) = (connections.clone(), door.patience());
         tokio::spawn(async move {
-            if connections.send(connection.clone()).await.is_ok() {
-                // A handshake that fails concerns nobody else; quinn bounds how long it takes.
-                let _ = connection.confirmed().await;
+            let done = async {
+                if connections.send(connection.clone()).await.is_ok() {
+                    // A handshake that fails concerns nobody else.
+                    let _ = connection.confirmed().await;
+                }
+            };
+            if tokio::time::timeout(patience, done).await.is_err() {
+                connection.close(HANDSHAKE_TIMEOUT, "the handshake took too long");
             }
             drop(slot);
         });
     }
 }
+
+/// The code of HELLO_TIMEOUT: a peer that is so slow has not said HELLO either.
+const HANDSHAKE_TIMEOUT: u64 = Code::HELLO_TIMEOUT.0;
 
 impl Listener for QuicListener {
     type Connection = QuicConnection;
@@ -140,8 +257,8 @@ impl Listener for QuicListener {
         self.endpoint.local_addr().ok()
     }
 
-    fn refuse_new(&self) {
-        self.refusing.store(true, Ordering::Relaxed);
+    fn admit(&self, new: bool) {
+        self.refusing.store(!new, Ordering::Relaxed);
     }
 
     async fn close(&self, code: u64, reason: &str, patience: Duration) {

@@ -5,6 +5,7 @@
 //! - [`QuicConnector`] makes connections, each with a socket of its own, so that one can be moved to another network
 //!   ([`Connection::rebind`](crate::Connection::rebind)) while another one is tried beside it.
 
+mod admission;
 mod connection;
 mod connector;
 mod drivers;
@@ -23,11 +24,12 @@ use rustls::crypto::CryptoProvider;
 
 use crate::Limits;
 pub use crate::gather::GatheringRuntime;
+pub use admission::Admission;
 pub use connection::{QuicConnection, QuicRecv, QuicSend};
 pub use connector::{Address, QuicConnector, Reach, Trust, reach};
-pub use identity::{Identity, Pin};
+pub use identity::{Identity, Pin, read_certificates};
 pub use keys::ServerKeys;
-pub use listener::QuicListener;
+pub use listener::{ClientCertificates, QuicListener, Showcase};
 pub use socket::{Sockets, UdpSockets, bind};
 pub use tickets::{MemoryTickets, TicketStore};
 

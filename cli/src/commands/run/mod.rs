@@ -21,11 +21,11 @@ use tokio::time::{Duration, Instant, sleep_until};
 
 use self::agent::{Agent, Stopped, Way, fenced};
 use self::process::{About, Process, Taken};
-use super::serve::signalled;
 use crate::args;
 use crate::data::{patiently, with_client};
 use crate::failure::{Exit, Failure};
 use crate::output::Output;
+use crate::serve::signalled;
 
 /// Bytes taken from the process at once.
 const AT_ONCE: usize = 16 * 1024;

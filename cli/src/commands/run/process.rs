@@ -10,8 +10,8 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Duration, Instant, sleep_until};
 
-use crate::commands::serve::signalled;
 use crate::failure::Failure;
+use crate::serve::signalled;
 
 /// Lines that wait for a process that does not read them.
 const LINES: usize = 256;

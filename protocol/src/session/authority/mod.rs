@@ -26,7 +26,7 @@ use super::chunk::{Chunk, ChunkBuilder, Control};
 use super::kinds::{
     Departure, Intent, Kind, Payload, PresenceJoined, PresenceLeft, PresenceUpdated, RunStart, Signal, StateExpired,
 };
-use super::overlay::Overlay;
+use super::overlay::{Bounds, Overlay};
 use super::producer::{Admission, ProducerHandle, ProducerKey, ProducerPosition};
 use super::record::{CheckedBatch, Record, Records};
 use super::resume::{Claimed, ResumeClaim};
@@ -288,6 +288,13 @@ pub struct Authority<T> {
 }
 
 impl<T> Authority<T> {
+    /// Holds the session to these from now on.
+    #[must_use]
+    pub fn bounded(mut self, bounds: Bounds) -> Self {
+        self.overlay = Overlay::bounded(bounds);
+        self
+    }
+
     /// Takes over a session under `writer_epoch`, which must be newer than any that wrote to it. The first chunk carries
     /// the fence, and for a new session the creation.
     pub fn new(state: State, writer_epoch: u64, created: Option<(SessionName, u64)>) -> Self {
@@ -738,6 +745,7 @@ impl<T> Authority<T> {
                 | Code::ALREADY_RESOLVED
                 | Code::ID_IN_USE
                 | Code::LIMIT_EXCEEDED
+                | Code::QUOTA_EXCEEDED
         );
         if !by_what_is_stored || self.overlay.is_empty() || planted(Bug::DirtyRefusal) {
             return Some((refusal, ticket));

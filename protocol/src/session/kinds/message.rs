@@ -80,8 +80,14 @@ impl Field for Status {
 macro_rules! bytes_payload {
     ($(#[$doc:meta])* $name:ident = $kind:ident) => {
         $(#[$doc])*
-        #[derive(Debug, Clone, PartialEq, Eq)]
+        #[derive(Clone, PartialEq, Eq)]
         pub struct $name(pub Bytes);
+
+        impl core::fmt::Debug for $name {
+            fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+                f.debug_tuple(stringify!($name)).field(&crate::kept::Kept::kept(&self.0)).finish()
+            }
+        }
 
         impl Payload for $name {
             const KIND: Kind = Kind::$kind;

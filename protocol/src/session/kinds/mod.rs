@@ -207,9 +207,17 @@ pub trait Payload: Sized {
 macro_rules! payload {
     ($(#[$attribute:meta])* $name:ident = $kind:ident, { $( $(#[$field_doc:meta])* $field:ident: $ty:ty, )* }) => {
         $(#[$attribute])*
-        #[derive(Debug, Clone, PartialEq, Eq)]
+        #[derive(Clone, PartialEq, Eq)]
         pub struct $name {
             $( $(#[$field_doc])* pub $field: $ty, )*
+        }
+
+        impl core::fmt::Debug for $name {
+            fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+                f.debug_struct(stringify!($name))
+                    $( .field(stringify!($field), &$crate::wire::Shown(&self.$field)) )*
+                    .finish()
+            }
         }
 
         impl $crate::session::Payload for $name {

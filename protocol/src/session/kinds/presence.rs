@@ -41,7 +41,7 @@ payload! {
 }
 
 /// What a member is doing (spec PRES-2).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Activity {
     /// In a word: `idle`, `thinking`, `streaming`, `tool:NAME`, `waiting`, or the application's own.
     pub status: Label,
@@ -50,6 +50,8 @@ pub struct Activity {
     /// What else the application wants to say, at most `max_member_data` bytes.
     pub data: Bytes,
 }
+
+crate::kept::keeps!(Activity, status progress, keeps data);
 
 impl Activity {
     /// The same in memory of its own: a view outlives what it is read from.

@@ -136,7 +136,7 @@ impl Field for Target {
 
 /// Somebody wants something of a run (spec SIG-1). The kind of its record is the intent, the run of its record the run that it
 /// is for, where that is known.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Signal {
     /// Chosen at random by whoever sends it, so that it can be sent again.
     pub id: SignalId,
@@ -149,6 +149,8 @@ pub struct Signal {
     /// What is said with it.
     pub text: Bytes,
 }
+
+crate::kept::keeps!(Signal, id intent target lasts, keeps text);
 
 impl Signal {
     /// The record of this signal, in `stream`.

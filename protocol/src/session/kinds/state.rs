@@ -4,6 +4,7 @@ use bytes::Bytes;
 
 use super::payload;
 use crate::error::ProtocolError;
+use crate::kept::Kept;
 use crate::session::words::Key;
 use crate::wire::{Field, Reader, Writer};
 
@@ -76,7 +77,7 @@ impl Field for Expected {
 }
 
 /// What becomes of a key (spec STATE-3, STATE-4, STATE-5).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub enum Change {
     /// It gets a value.
     Put {
@@ -91,6 +92,19 @@ pub enum Change {
     Increment(i64),
     /// Its value, a JSON document, is changed by a JSON merge patch.
     Merge(Bytes),
+}
+
+impl core::fmt::Debug for Change {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Put { value, lasts } => {
+                f.debug_struct("Put").field("value", &value.kept()).field("lasts", lasts).finish()
+            }
+            Self::Delete => f.write_str("Delete"),
+            Self::Increment(by) => f.debug_tuple("Increment").field(by).finish(),
+            Self::Merge(patch) => f.debug_tuple("Merge").field(&patch.kept()).finish(),
+        }
+    }
 }
 
 impl Field for Change {

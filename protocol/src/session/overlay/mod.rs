@@ -45,12 +45,14 @@ enum Standing {
 }
 
 /// A key's value, as far as the rules need to know.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 struct Held {
     revision: u64,
     expires: Option<u64>,
     value: Bytes,
 }
+
+crate::kept::keeps!(Held, revision expires, keeps value);
 
 /// Sums that have limits.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -138,9 +140,41 @@ impl Changes {
     }
 }
 
+/// How much one session may have, where that is less than the protocol allows (spec LIM-4). More than the protocol allows means nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bounds {
+    /// Members that are here.
+    pub members: usize,
+    /// Keys of the shared state that have a value.
+    pub state_keys: usize,
+    /// Bytes of all keys and values of the shared state.
+    pub state_bytes: usize,
+}
+
+impl Default for Bounds {
+    /// As much as the protocol allows.
+    fn default() -> Self {
+        Self { members: MAX_MEMBERS, state_keys: MAX_STATE_KEYS, state_bytes: MAX_STATE_BYTES }
+    }
+}
+
+impl Bounds {
+    /// Holds `now` to the protocol's limit and to a bound.
+    fn hold(now: usize, limit: usize, bound: usize, detail: &'static str) -> Result<(), Refusal> {
+        if now > limit {
+            return Err(Refusal::new(Code::LIMIT_EXCEEDED, detail));
+        }
+        if now > bound {
+            return Err(Refusal { value: bound as u64, ..Refusal::new(Code::QUOTA_EXCEEDED, detail) });
+        }
+        Ok(())
+    }
+}
+
 /// What was accepted and is not durable yet. Bounded by what the authority's driver lets wait.
 #[derive(Debug, Default)]
 pub(super) struct Overlay {
+    bounds: Bounds,
     changes: Changes,
     /// Of the durable view and the changes; `None` while there are none.
     totals: Option<Totals>,
@@ -149,6 +183,10 @@ pub(super) struct Overlay {
 }
 
 impl Overlay {
+    pub(super) fn bounded(bounds: Bounds) -> Self {
+        Self { bounds, ..Self::default() }
+    }
+
     /// Everything below `tail` is durable.
     pub(super) fn durable(&mut self, tail: u64) {
         self.changes.since(tail);
@@ -164,7 +202,7 @@ impl Overlay {
 
     /// Nothing that was accepted will be durable.
     pub(super) fn roll_back(&mut self) {
-        *self = Self::default();
+        *self = Self::bounded(self.bounds);
     }
 
     /// Holds a batch whose first record gets the seq `first`, accepted at `time`, to the rules, over `view` and what was accepted
@@ -172,8 +210,8 @@ impl Overlay {
     ///
     /// `held` is the run whose epoch the batch carries. Refusals, each of the whole batch: `MESSAGE_EXISTS`, `MESSAGE_NOT_OPEN`,
     /// `CONFLICT` with the revision of the key plus one, or 0 where it has no value, `STATE_INVALID`, `NOT_A_MEMBER`, `RUN_FENCED`,
-    /// `RUN_OVER`, `RUN_ACTIVE`, `ALREADY_RESOLVED`, `ID_IN_USE`, `LIMIT_EXCEEDED`, `RECORD_MALFORMED`, `RECORD_TOO_LARGE`,
-    /// `BATCH_TOO_LARGE`.
+    /// `RUN_OVER`, `RUN_ACTIVE`, `ALREADY_RESOLVED`, `ID_IN_USE`, `LIMIT_EXCEEDED`, `QUOTA_EXCEEDED`, `RECORD_MALFORMED`,
+    /// `RECORD_TOO_LARGE`, `BATCH_TOO_LARGE`.
     pub(super) fn admit(
         &mut self,
         view: &View,
@@ -351,9 +389,8 @@ impl Draft<'_> {
                 of.activity.check()?;
                 if self.member(self.author).is_none() {
                     self.totals.members += 1;
-                    if self.totals.members > MAX_MEMBERS {
-                        return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the session has too many members"));
-                    }
+                    let (now, bound) = (self.totals.members, self.accepted.bounds.members);
+                    Bounds::hold(now, MAX_MEMBERS, bound, "the session has too many members")?;
                 }
                 self.changes.members.insert(self.author.clone(), (seq, Some(seq)));
                 self.wakes(AT_ONCE);
@@ -507,11 +544,14 @@ impl Draft<'_> {
         expires.into_iter().for_each(|at| self.wakes(at));
         let before = self.totals;
         self.set(seq, put.key.clone(), Some(Held { revision: seq, expires, value: put.value.clone() }));
-        if self.totals.keys > MAX_STATE_KEYS && self.totals.keys > before.keys {
-            return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the session's state has too many keys"));
+        let (now, bounds) = (self.totals, self.accepted.bounds);
+        // What is more already may become less.
+        if now.keys > before.keys {
+            Bounds::hold(now.keys, MAX_STATE_KEYS, bounds.state_keys, "the session's state has too many keys")?;
         }
-        if self.totals.state_bytes > MAX_STATE_BYTES && self.totals.state_bytes > before.state_bytes {
-            return Err(Refusal::new(Code::LIMIT_EXCEEDED, "the session's state has too many bytes"));
+        if now.state_bytes > before.state_bytes {
+            let detail = "the session's state has too many bytes";
+            Bounds::hold(now.state_bytes, MAX_STATE_BYTES, bounds.state_bytes, detail)?;
         }
         Ok(())
     }

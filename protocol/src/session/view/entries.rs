@@ -12,7 +12,7 @@ use crate::session::words::{Author, Key};
 use crate::wire::{Field, Reader, Writer};
 
 /// A key's value as it is at the view's seq.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Entry {
     /// Seq of the record that wrote it.
     pub revision: u64,
@@ -23,6 +23,8 @@ pub struct Entry {
     /// The value.
     pub value: Bytes,
 }
+
+crate::kept::keeps!(Entry, revision author expires, keeps value);
 
 /// The shared state of a session: keys that have a value.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use crate::session::words::{Author, MessageId, RunId};
 use crate::wire::{Field, Label, Reader, Writer};
 
 /// A message as it is at the view's seq.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Message {
     /// Its id, chosen by whoever began it.
     pub id: MessageId,
@@ -38,6 +38,8 @@ pub struct Message {
     /// Its bytes.
     pub text: Vec<u8>,
 }
+
+crate::kept::keeps!(Message, id stream author role content_type run start time through status, keeps text);
 
 /// What is left of a message whose bytes the view no longer keeps. They stay in the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -79,7 +79,7 @@ pub struct ResolvedSignal {
 }
 
 /// A request that nobody answered yet.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct OpenRequest {
     /// Its id.
     pub id: RequestId,
@@ -96,6 +96,8 @@ pub struct OpenRequest {
     /// What is asked.
     pub body: Bytes,
 }
+
+crate::kept::keeps!(OpenRequest, id run author seq needs expires, keeps body);
 
 words! {
     /// What became of a request (spec SIG-8).

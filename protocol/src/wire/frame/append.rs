@@ -7,7 +7,7 @@ use crate::registry::append;
 use crate::wire::{Body, Params, Reader, Writer};
 
 /// A batch of records: appended whole, contiguous and in order, or not at all.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Append {
     /// The producer's sequence of the batch.
     pub sequence: u64,
@@ -18,6 +18,8 @@ pub struct Append {
     /// Epoch of the run that the batch is part of (spec RUN-3).
     pub run_epoch: Option<u64>,
 }
+
+crate::kept::keeps!(Append, sequence count run_epoch, keeps records);
 
 impl Body for Append {
     const KIND: u64 = 0x3e;

@@ -34,7 +34,7 @@ impl Span {
 /// Every record with `from <= seq < to` that passes the filter. What the interval does not list, the filter left out.
 ///
 /// The bytes are the same for every subscriber of the same interval and filter, so that a server encodes them once.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Delivery {
     /// First seq covered.
     pub from: u64,
@@ -49,6 +49,8 @@ pub struct Delivery {
     /// The records, each as `length | record bytes`.
     pub records: Bytes,
 }
+
+crate::kept::keeps!(Delivery, from to base_time authors spans, keeps records);
 
 /// Fewest bytes that an author takes: two lengths, one character, the instance.
 const MIN_AUTHOR: usize = 18;

@@ -9,7 +9,7 @@ use crate::wire::{Body, Params, Reader, Writer};
 
 /// What each side says first, without waiting for the other. All fields are parameters; absent ones have the value
 /// that the registry names as default.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Hello {
     /// 128-bit random id of one client installation or tab. Clients must send it; servers do not.
     pub instance: Option<Instance>,
@@ -34,6 +34,8 @@ pub struct Hello {
     /// Attachments that one connection may have open.
     pub max_attachments: Option<u64>,
 }
+
+crate::kept::keeps!(Hello, instance agent bulk_window bulk_streams max_frame max_record max_batch_records max_batch_bytes producer_window max_attachments, keeps token);
 
 impl Body for Hello {
     const KIND: u64 = 0x00;

@@ -7,13 +7,15 @@ use crate::registry::ping;
 use crate::wire::{Body, Field, Params, Reader, Writer};
 
 /// Sent by either side on the control QUIC stream; answered by PONG with the same nonce.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Ping {
     /// Chosen by the sender.
     pub nonce: u64,
     /// Bytes that say nothing: over a path that the peer has not validated it may say only so much more than it heard (spec ROAM-2).
     pub padding: Option<Bytes>,
 }
+
+crate::kept::keeps!(Ping, nonce, keeps padding);
 
 impl Body for Ping {
     const KIND: u64 = 0x06;

@@ -8,7 +8,7 @@ use crate::session::ClientKey;
 use crate::wire::{Body, Params, Reader, Writer};
 
 /// Sent on the attachment, before anything that has an effect. Answered by RESUMED or by ERROR about RESUME.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Resume {
     /// The client's key.
     pub key: ClientKey,
@@ -17,6 +17,8 @@ pub struct Resume {
     /// The newest token that the client has of this session; empty if it has none.
     pub token: Bytes,
 }
+
+crate::kept::keeps!(Resume, key, keeps signature token);
 
 impl Body for Resume {
     const KIND: u64 = 0x70;

@@ -7,11 +7,13 @@ use crate::registry::MAX_RESUME_TOKEN;
 use crate::wire::{Body, Params, Reader, Writer};
 
 /// Sent on the attachment in answer to RESUME.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Resumed {
     /// The token to present the next time, in the place of the one before.
     pub token: Bytes,
 }
+
+crate::kept::keeps!(Resumed, , keeps token);
 
 impl Body for Resumed {
     const KIND: u64 = 0x72;

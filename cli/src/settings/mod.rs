@@ -1,0 +1,328 @@
+//! What a server can be told: one file, the environment and flags, each before the one it is named behind; what is not known is refused.
+
+mod layers;
+mod quotas;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mainstay_server::auth::{Algorithm, Anchors, JwtIssuer, Keyring, SigningKey, VerifyingKey};
+use mainstay_server::{Config, Quotas};
+use mainstay_store_fjall::Config as StoreConfig;
+use mainstay_transport::quic::{ClientCertificates, Identity};
+use serde::Deserialize;
+
+use crate::args::{self, CompactAfter};
+use crate::data::{Data, now};
+use crate::failure::Failure;
+
+pub(crate) use layers::Layers;
+use quotas::{PrefixSettings, SessionSettings, Setting, SubjectSettings};
+
+/// Everything that can be set, with what it means without: `mainstay serve --print-config`.
+pub(crate) const REFERENCE: &str = include_str!("reference.toml");
+
+/// The configuration as it is written.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Settings {
+    pub(crate) data: Option<PathBuf>,
+    pub(crate) listen: Option<SocketAddr>,
+    pub(crate) admin: Option<SocketAddr>,
+    users: Option<Users>,
+    tls: TlsSettings,
+    auth: AuthSettings,
+    store: StoreSettings,
+    pub(crate) log: LogSettings,
+    limits: LimitSettings,
+    namespaces: Vec<NamespaceSettings>,
+}
+
+/// Who the users are to each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Users {
+    /// Of one application, which keeps them in order itself.
+    Trusted,
+    /// Nobody answers for them.
+    Strangers,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct TlsSettings {
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    client_ca: Option<PathBuf>,
+    client_auth: Option<ClientAuth>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum ClientAuth {
+    Required,
+    Optional,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct AuthSettings {
+    keys: Vec<String>,
+    mint: Option<bool>,
+    issuers: Vec<IssuerSettings>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct IssuerSettings {
+    issuer: String,
+    audience: String,
+    algorithms: Vec<Algorithm>,
+    jwks: PathBuf,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct StoreSettings {
+    reserve_bytes: Option<u64>,
+    compact_after: Option<String>,
+}
+
+/// How logs are written.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct LogSettings {
+    pub(crate) format: Option<LogFormat>,
+    pub(crate) filter: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct LimitSettings {
+    connections: Option<usize>,
+    attachments: Option<usize>,
+    producers: Option<u64>,
+    memory_bytes: Option<Setting<usize>>,
+    unauthenticated_secs: Option<u64>,
+    hello_secs: Option<u64>,
+    idle_secs: Option<u64>,
+    ingest_bytes: Option<usize>,
+    subject: SubjectSettings,
+    session: SessionSettings,
+    prefixes: Vec<PrefixSettings>,
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct QuotaSettings {
+    subject: SubjectSettings,
+    session: SessionSettings,
+    prefixes: Vec<PrefixSettings>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NamespaceSettings {
+    name: String,
+    #[serde(default)]
+    auth: AuthSettings,
+    #[serde(default)]
+    limits: QuotaSettings,
+}
+
+/// One namespace as it is to be served.
+#[derive(Debug)]
+pub(crate) struct Namespaced {
+    pub(crate) name: String,
+    /// Where its store and its keys are.
+    pub(crate) data: Data,
+    auth: AuthSettings,
+    pub(crate) quotas: Quotas,
+}
+
+/// The name of the namespace that is there without being configured.
+pub(crate) const DEFAULT: &str = "default";
+/// Namespaces of one process: each has a store and a thread of its own.
+const MAX_NAMESPACES: usize = 64;
+
+fn usage(what: impl Into<String>) -> Failure {
+    Failure::usage(what)
+}
+
+impl Settings {
+    /// The data directory.
+    pub(crate) fn data(&self) -> Result<Data, Failure> {
+        Data::new(self.data.as_deref())
+    }
+
+    /// How the store is opened.
+    pub(crate) fn store(&self) -> StoreConfig {
+        let mut config = StoreConfig::default();
+        if let Some(reserve) = self.store.reserve_bytes {
+            config.reserve = reserve;
+        }
+        config
+    }
+
+    /// What the server is told. `dev`: its users are taken for trusted ones unless something else is said.
+    pub(crate) fn server(&self, dev: bool) -> Result<Config, Failure> {
+        let mut config = Config::default();
+        let limits = &self.limits;
+        let seconds = |secs: Option<u64>, default| secs.map_or(default, Duration::from_secs);
+        config.connections = limits.connections.unwrap_or(config.connections);
+        config.attachments = limits.attachments.unwrap_or(config.attachments);
+        config.producers = limits.producers.unwrap_or(config.producers);
+        config.unauthenticated = seconds(limits.unauthenticated_secs, config.unauthenticated);
+        config.hello_timeout = seconds(limits.hello_secs, config.hello_timeout);
+        config.idle_timeout = seconds(limits.idle_secs, config.idle_timeout);
+        config.ingest_budget = limits.ingest_bytes.unwrap_or(config.ingest_budget);
+        config.memory = match &limits.memory_bytes {
+            Some(set) => set.0,
+            None => crate::memory::of_machine().map(|bytes| bytes / 4 * 3),
+        };
+        if let Some(text) = &self.store.compact_after {
+            let CompactAfter(after) =
+                args::compact_after(text).map_err(|error| usage(format!("[store] compact_after: {error}")))?;
+            config.compact_after = after;
+        }
+        for (name, is_none) in [
+            ("limits.connections", config.connections == 0),
+            ("limits.attachments", config.attachments == 0),
+            ("limits.producers", config.producers == 0),
+            ("limits.ingest_bytes", config.ingest_budget < mainstay_protocol::registry::MAX_BATCH_BYTES),
+        ] {
+            if is_none {
+                return Err(usage(format!("{name} is too small for anything to be done")));
+            }
+        }
+        config.quotas = self.quotas(dev, &limits.subject, &limits.session, &limits.prefixes)?;
+        Ok(config)
+    }
+
+    fn quotas(
+        &self,
+        dev: bool,
+        subject: &SubjectSettings,
+        session: &SessionSettings,
+        prefixes: &[PrefixSettings],
+    ) -> Result<Quotas, Failure> {
+        let users = self.users.unwrap_or(if dev { Users::Trusted } else { Users::Strangers });
+        let mut quotas = if users == Users::Trusted { Quotas::default() } else { Quotas::public() };
+        subject.apply(&mut quotas.subject).map_err(usage)?;
+        session.apply(&mut quotas.session).map_err(usage)?;
+        quotas.prefixes = prefixes.iter().map(PrefixSettings::quotas).collect::<Result<_, _>>().map_err(usage)?;
+        Ok(quotas)
+    }
+
+    /// Every namespace, the default one first.
+    pub(crate) fn namespaces(&self, dev: bool) -> Result<Vec<Namespaced>, Failure> {
+        if self.namespaces.len() >= MAX_NAMESPACES {
+            return Err(usage(format!("at most {MAX_NAMESPACES} namespaces are served by one process")));
+        }
+        let data = self.data()?;
+        let quotas = self.server(dev)?.quotas;
+        let mut all = vec![Namespaced { name: DEFAULT.into(), data: data.clone(), auth: self.auth.clone(), quotas }];
+        for NamespaceSettings { name, auth, limits } in &self.namespaces {
+            let is_word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+            if name.is_empty() || name.len() > 64 || !name.chars().all(is_word) {
+                return Err(usage(format!("namespace {name:?}: a name is up to 64 of a to z, 0 to 9 and -")));
+            }
+            if all.iter().any(|other| other.name == *name) {
+                return Err(usage(format!("two namespaces are called {name:?}")));
+            }
+            let quotas = self.quotas(dev, &limits.subject, &limits.session, &limits.prefixes)?;
+            all.push(Namespaced { name: name.clone(), data: data.namespace(name), auth: auth.clone(), quotas });
+        }
+        Ok(all)
+    }
+
+    /// Whom each namespace believes. Errors: a key that cannot be read, one that two namespaces have, or a namespace that has none.
+    pub(crate) fn anchors(&self, namespaces: &[Namespaced], dev: Option<&SigningKey>) -> Result<Vec<Anchors>, Failure> {
+        let mut seen: Vec<(String, &str)> = Vec::new();
+        let mut all = Vec::new();
+        for namespace in namespaces {
+            let Namespaced { name, data, auth, .. } = namespace;
+            let of = |what: String| usage(format!("namespace {name}: {what}"));
+            let mut keys = Vec::new();
+            for text in &auth.keys {
+                keys.push(VerifyingKey::from_paserk(text).map_err(of)?);
+            }
+            if name == DEFAULT {
+                keys.extend(dev.map(SigningKey::verifying_key));
+            }
+            for key in &keys {
+                if let Some((_, other)) = seen.iter().find(|(id, other)| *id == key.id() && other != name) {
+                    return Err(of(format!("its key {} is one of namespace {other} too", key.id())));
+                }
+                seen.push((key.id(), name));
+            }
+            let mut issuers = Vec::new();
+            for IssuerSettings { issuer, audience, algorithms, jwks } in &auth.issuers {
+                let set = std::fs::read(jwks).map_err(|error| of(format!("{}: {error}", jwks.display())))?;
+                let read = JwtIssuer::new(issuer.clone(), audience.clone(), algorithms, &set);
+                issuers.push(Arc::new(read.map_err(|error| of(format!("{}: {error}", jwks.display())))?));
+                let id = format!("{issuer} for {audience}");
+                if let Some((_, other)) = seen.iter().find(|(known, _)| *known == id) {
+                    return Err(of(format!("the issuer {id} is one of namespace {other} too")));
+                }
+                seen.push((id, name));
+            }
+            if keys.is_empty() && issuers.is_empty() {
+                return Err(of(
+                    "no key to verify tokens with: use --dev, or list verification keys under [auth] keys in \
+                               --config (make one with `mainstay token keygen`), or issuers of JWTs"
+                        .into(),
+                ));
+            }
+            let mut anchors = Anchors::new(Keyring::new(keys));
+            anchors.issuers = issuers;
+            anchors.revoked = data.revocations()?;
+            if auth.mint.unwrap_or(true) {
+                anchors = anchors.minting_with(data.minting_key()?);
+            }
+            all.push(anchors);
+        }
+        Ok(all)
+    }
+
+    /// The certificate that is shown. Errors: there is none, or it cannot be read.
+    pub(crate) fn identity(&self, dev: bool, data: &Data) -> Result<Identity, Failure> {
+        match (&self.tls.cert, &self.tls.key) {
+            (Some(cert), Some(key)) => Identity::from_pem_files(cert, key).map_err(usage),
+            (None, None) if dev => Identity::self_signed(&data.tls_key()?, now().unsigned_abs()).map_err(|error| {
+                let path = data.tls_key_file();
+                Failure::integrity(format!("{} is not the key that was written to it: {error}", path.display()))
+            }),
+            (None, None) => Err(usage("no certificate: use --dev, or set cert and key under [tls] in --config")),
+            _ => Err(usage("[tls] needs both cert and key")),
+        }
+    }
+
+    /// The files of the certificate, to be watched.
+    pub(crate) fn identity_files(&self) -> Vec<&Path> {
+        [&self.tls.cert, &self.tls.key].into_iter().flatten().map(PathBuf::as_path).collect()
+    }
+
+    /// Whose certificates clients have to show.
+    pub(crate) fn client_certificates(&self) -> Result<Option<ClientCertificates>, Failure> {
+        match (&self.tls.client_ca, self.tls.client_auth) {
+            (None, None) => Ok(None),
+            (None, Some(_)) => {
+                Err(usage("[tls] client_auth needs client_ca: who may have signed the clients' certificates"))
+            }
+            (Some(path), auth) => {
+                let roots = mainstay_transport::quic::read_certificates(path).map_err(usage)?;
+                Ok(Some(ClientCertificates { roots, required: auth != Some(ClientAuth::Optional) }))
+            }
+        }
+    }
+}

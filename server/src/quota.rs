@@ -1,0 +1,415 @@
+//! How much a subject, a session and a prefix may have and do (spec, section 22).
+//!
+//! Counts are exact. Rates are those of the generic cell rate algorithm: so many at once, and so many a second after that. What is beyond
+//! is refused by name, at once: a server never makes anybody wait in a queue of its own.
+
+use core::num::NonZeroU32;
+use core::time::Duration;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use governor::clock::Clock;
+use governor::middleware::NoOpMiddleware;
+use governor::state::{InMemoryState, NotKeyed};
+use governor::{Quota, RateLimiter};
+use mainstay_protocol::error::Code;
+use mainstay_protocol::registry::MAX_RETRY_AFTER;
+use mainstay_protocol::session::{Grant, Operations, Refusal, SessionName};
+use mainstay_protocol::wire::{Frame, Subject};
+use tokio::time::Instant;
+
+use crate::config::{PrefixQuotas, Quotas, Rate, SubjectQuotas};
+use crate::metrics::{Limit, Metrics};
+
+/// Time as the runtime counts it, so that it stands still where that does.
+#[derive(Debug, Clone)]
+struct Ticks(Instant);
+
+impl Clock for Ticks {
+    type Instant = Duration;
+
+    fn now(&self) -> Duration {
+        self.0.elapsed()
+    }
+}
+
+/// A rate that is kept.
+#[derive(Debug)]
+pub(crate) struct Limiter {
+    limiter: RateLimiter<NotKeyed, InMemoryState, Ticks, NoOpMiddleware<Duration>>,
+    clock: Ticks,
+    burst: NonZeroU32,
+}
+
+impl Limiter {
+    /// `None` where there is no limit.
+    fn new(rate: Option<Rate>) -> Option<Self> {
+        let Rate { per_second, burst } = rate?;
+        // A configuration cannot say 0 of either.
+        let (per_second, burst) = (NonZeroU32::new(per_second)?, NonZeroU32::new(burst)?);
+        let clock = Ticks(Instant::now());
+        let quota = Quota::per_second(per_second).allow_burst(burst);
+        Some(Self { limiter: RateLimiter::direct_with_clock(quota, clock.clone()), clock, burst })
+    }
+
+    /// Takes `n` out of it; more than the burst count as the burst. Error: after how long there is room for them.
+    fn take(&self, n: usize) -> Result<(), Duration> {
+        let Some(n) = NonZeroU32::new(u32::try_from(n).unwrap_or(u32::MAX)) else { return Ok(()) };
+        match self.limiter.check_n(n.min(self.burst)) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(not_until)) => Err(not_until.wait_time_from(self.clock.now())),
+            // Never: it is not more than the burst.
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+/// Refuses what comes too often.
+fn too_often(after: Duration, detail: &'static str) -> Refusal {
+    let millis = u64::try_from(after.as_millis()).unwrap_or(u64::MAX).saturating_add(1).min(MAX_RETRY_AFTER);
+    Refusal { value: millis, ..Refusal::new(Code::RATE_LIMITED, detail) }
+}
+
+/// Refuses what is too much.
+pub(crate) fn too_much(limit: u64, detail: &'static str) -> Refusal {
+    Refusal { value: limit, ..Refusal::new(Code::QUOTA_EXCEEDED, detail) }
+}
+
+/// What a request costs its subject.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cost {
+    /// ATTACH, PULL: may bring a session into memory.
+    Attach,
+    /// ATTACH that creates.
+    Create,
+    /// LIST, MINT.
+    Lookup,
+    /// JOIN, UPDATE.
+    Presence,
+    /// SIGNAL.
+    Signal,
+    /// Whatever else has an effect or an answer of some size.
+    Request,
+}
+
+impl Cost {
+    /// What a request on an attachment costs; `None` for what ends something, or keeps it: refusing that would help nobody.
+    pub(crate) const fn of(request: &Frame) -> Option<Self> {
+        match request {
+            Frame::Leave(_) | Frame::Unsubscribe(_) | Frame::Renew(_) | Frame::Release(_) => None,
+            Frame::Join(_) | Frame::Update(_) => Some(Self::Presence),
+            Frame::Signal(_) => Some(Self::Signal),
+            _ => Some(Self::Request),
+        }
+    }
+}
+
+/// What one subject does, over all of its connections.
+#[derive(Debug)]
+pub(crate) struct SubjectUsage {
+    connections: AtomicUsize,
+    /// Kept until then after its last connection: by then every rate has come back to rest.
+    forget_after: Mutex<Option<Instant>>,
+    appends: Option<Limiter>,
+    append_bytes: Option<Limiter>,
+    attaches: Option<Limiter>,
+    creates: Option<Limiter>,
+    lookups: Option<Limiter>,
+    presence: Option<Limiter>,
+    signals: Option<Limiter>,
+    requests: Option<Limiter>,
+}
+
+impl SubjectUsage {
+    fn new(quotas: &SubjectQuotas) -> Self {
+        Self {
+            connections: AtomicUsize::new(0),
+            forget_after: Mutex::new(None),
+            appends: Limiter::new(quotas.appends),
+            append_bytes: Limiter::new(quotas.append_bytes),
+            attaches: Limiter::new(quotas.attaches),
+            creates: Limiter::new(quotas.creates),
+            lookups: Limiter::new(quotas.lookups),
+            presence: Limiter::new(quotas.presence),
+            signals: Limiter::new(quotas.signals),
+            requests: Limiter::new(quotas.requests),
+        }
+    }
+
+    /// Counts a request. Refusals: `RATE_LIMITED`.
+    pub(crate) fn request(&self, cost: Cost, metrics: &Metrics) -> Result<(), Refusal> {
+        let (limiter, limit, detail) = match cost {
+            Cost::Attach => (&self.attaches, Limit::SubjectAttaches, "the subject attaches too often"),
+            Cost::Create => (&self.creates, Limit::SubjectCreates, "the subject creates sessions too often"),
+            Cost::Lookup => {
+                (&self.lookups, Limit::SubjectLookups, "the subject lists sessions or makes tokens too often")
+            }
+            Cost::Presence => (&self.presence, Limit::SubjectPresence, "the subject's members change too often"),
+            Cost::Signal => (&self.signals, Limit::SubjectSignals, "the subject sends signals too often"),
+            Cost::Request => (&self.requests, Limit::SubjectRequests, "the subject sends requests too often"),
+        };
+        take(limiter.as_ref(), 1, limit, detail, metrics)
+    }
+}
+
+fn take(
+    limiter: Option<&Limiter>,
+    n: usize,
+    limit: Limit,
+    detail: &'static str,
+    metrics: &Metrics,
+) -> Result<(), Refusal> {
+    match limiter.map_or(Ok(()), |limiter| limiter.take(n)) {
+        Ok(()) => Ok(()),
+        Err(after) => {
+            metrics.refused(limit);
+            Err(too_often(after, detail))
+        }
+    }
+}
+
+/// One of a subject's connections, for as long as it lives.
+#[derive(Debug)]
+pub(crate) struct SubjectConnection {
+    subjects: Arc<Subjects>,
+    used: Arc<SubjectUsage>,
+}
+
+impl core::ops::Deref for SubjectConnection {
+    type Target = SubjectUsage;
+
+    fn deref(&self) -> &SubjectUsage {
+        &self.used
+    }
+}
+
+impl Drop for SubjectConnection {
+    fn drop(&mut self) {
+        // Under the lock under which they are counted.
+        let _all = self.subjects.lock();
+        if self.used.connections.fetch_sub(1, Ordering::Relaxed) == 1 {
+            *self.used.forget_after.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + Rate::REST);
+        }
+    }
+}
+
+/// All subjects that are connected, or were a minute ago.
+#[derive(Debug)]
+pub(crate) struct Subjects {
+    quotas: SubjectQuotas,
+    all: Mutex<HashMap<Subject, Arc<SubjectUsage>>>,
+}
+
+impl Subjects {
+    pub(crate) fn new(quotas: SubjectQuotas) -> Self {
+        Self { quotas, all: Mutex::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Subject, Arc<SubjectUsage>>> {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts a connection more. Refusals: `QUOTA_EXCEEDED`.
+    pub(crate) fn connect(
+        self: &Arc<Self>,
+        subject: &Subject,
+        metrics: &Metrics,
+    ) -> Result<SubjectConnection, Refusal> {
+        let mut all = self.lock();
+        if all.len() >= Self::SWEEP && !all.contains_key(subject) {
+            Self::forget(&mut all);
+        }
+        let used = all.entry(subject.clone()).or_insert_with(|| Arc::new(SubjectUsage::new(&self.quotas))).clone();
+        let limit = self.quotas.connections;
+        if used.connections.load(Ordering::Relaxed) >= limit {
+            metrics.refused(Limit::SubjectConnections);
+            return Err(too_much(limit as u64, "the subject has too many connections"));
+        }
+        used.connections.fetch_add(1, Ordering::Relaxed);
+        *used.forget_after.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        Ok(SubjectConnection { subjects: self.clone(), used: used.clone() })
+    }
+
+    /// From so many on those that rest are forgotten before one more is kept.
+    const SWEEP: usize = 1024;
+
+    fn forget(all: &mut HashMap<Subject, Arc<SubjectUsage>>) {
+        let now = Instant::now();
+        all.retain(|_, used| {
+            let after = *used.forget_after.lock().unwrap_or_else(PoisonError::into_inner);
+            after.is_none_or(|after| after > now)
+        });
+    }
+
+    /// Forgets those that rest.
+    pub(crate) fn sweep(&self) {
+        Self::forget(&mut self.lock());
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.lock().len()
+    }
+}
+
+/// What is appended to one session.
+#[derive(Debug)]
+pub(crate) struct SessionUsage {
+    appends: Option<Limiter>,
+    append_bytes: Option<Limiter>,
+    /// Bytes of its chunks, as far as they are known.
+    stored: AtomicU64,
+    subscriptions: AtomicUsize,
+}
+
+impl SessionUsage {
+    pub(crate) fn new(quotas: &Quotas) -> Self {
+        Self {
+            appends: Limiter::new(quotas.session.appends),
+            append_bytes: Limiter::new(quotas.session.append_bytes),
+            stored: AtomicU64::new(0),
+            subscriptions: AtomicUsize::new(0),
+        }
+    }
+
+    /// Bytes more are stored.
+    pub(crate) fn stored(&self, bytes: u64) {
+        self.stored.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// The store counted.
+    pub(crate) fn measured(&self, bytes: u64) {
+        self.stored.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that are stored, as far as they are known.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.stored.load(Ordering::Relaxed)
+    }
+
+    /// Counts a subscription for as long as the result lives. Refusals: `QUOTA_EXCEEDED`.
+    pub(crate) fn subscribe(&self, limit: usize, metrics: &Metrics) -> Result<(), Refusal> {
+        if self.subscriptions.fetch_add(1, Ordering::Relaxed) >= limit {
+            self.unsubscribe();
+            metrics.refused(Limit::SessionSubscriptions);
+            return Err(too_much(limit as u64, "the session has too many subscriptions"));
+        }
+        Ok(())
+    }
+
+    /// A subscription has ended.
+    pub(crate) fn unsubscribe(&self) {
+        self.subscriptions.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// How many subscriptions it has.
+    pub(crate) fn subscriptions(&self) -> usize {
+        self.subscriptions.load(Ordering::Relaxed)
+    }
+}
+
+/// What the sessions under one prefix have together.
+#[derive(Debug)]
+pub(crate) struct PrefixUsage {
+    grant: Grant,
+    quotas: PrefixQuotas,
+    appends: Option<Limiter>,
+    append_bytes: Option<Limiter>,
+    sessions: AtomicU64,
+    stored: AtomicU64,
+}
+
+impl PrefixUsage {
+    pub(crate) fn new(quotas: PrefixQuotas) -> Self {
+        Self {
+            grant: Grant { prefix: quotas.prefix.clone(), operations: Operations::default() },
+            appends: Limiter::new(quotas.appends),
+            append_bytes: Limiter::new(quotas.append_bytes),
+            sessions: AtomicU64::new(0),
+            stored: AtomicU64::new(0),
+            quotas,
+        }
+    }
+
+    /// True if it is about this session, by the rule of grants.
+    pub(crate) fn covers(&self, session: &SessionName) -> bool {
+        self.grant.covers(session.as_str())
+    }
+
+    pub(crate) fn prefix(&self) -> &str {
+        &self.quotas.prefix
+    }
+
+    /// True if stored bytes have to be known.
+    pub(crate) fn counts_bytes(&self) -> bool {
+        self.quotas.stored_bytes.is_some()
+    }
+
+    /// Counts a session more. Refusals: `QUOTA_EXCEEDED`.
+    pub(crate) fn create(&self, metrics: &Metrics) -> Result<(), Refusal> {
+        let limit = self.quotas.sessions.unwrap_or(u64::MAX);
+        if self.sessions.fetch_add(1, Ordering::Relaxed) >= limit {
+            self.delete();
+            metrics.refused(Limit::PrefixSessions);
+            return Err(too_much(limit, "there are too many sessions under a prefix of this name"));
+        }
+        Ok(())
+    }
+
+    /// A session less.
+    pub(crate) fn delete(&self) {
+        let _ = self.sessions.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| Some(now.saturating_sub(1)));
+    }
+
+    /// Bytes more are stored.
+    pub(crate) fn stored(&self, bytes: u64) {
+        self.stored.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// What a look at the store found, and what was counted while it looked.
+    pub(crate) fn found(&self, sessions: u64, stored: u64) {
+        self.sessions.store(sessions, Ordering::Relaxed);
+        self.stored.store(stored, Ordering::Relaxed);
+    }
+}
+
+/// Whether a batch may be accepted: the subject's, the session's and each prefix's allowance, in this order. Refusals: `RATE_LIMITED`,
+/// `QUOTA_EXCEEDED` for bytes that are stored.
+pub(crate) fn append(
+    subject: &SubjectUsage,
+    session: &SessionUsage,
+    prefixes: &[Arc<PrefixUsage>],
+    quotas: &Quotas,
+    (records, bytes): (u64, usize),
+    metrics: &Metrics,
+) -> Result<(), Refusal> {
+    if let Some(limit) = quotas.session.stored_bytes
+        && session.stored.load(Ordering::Relaxed) >= limit
+    {
+        metrics.refused(Limit::SessionStoredBytes);
+        return Err(too_much(limit, "the session has as many bytes stored as it may; trim it"));
+    }
+    for prefix in prefixes {
+        if let Some(limit) = prefix.quotas.stored_bytes
+            && prefix.stored.load(Ordering::Relaxed) >= limit
+        {
+            metrics.refused(Limit::PrefixStoredBytes);
+            let detail = "the sessions under a prefix of this name have as many bytes stored as they may";
+            return Err(too_much(limit, detail));
+        }
+    }
+    let of_subject = "the subject appends too much";
+    let records = usize::try_from(records).unwrap_or(usize::MAX);
+    take(subject.appends.as_ref(), records, Limit::SubjectAppends, of_subject, metrics)?;
+    take(subject.append_bytes.as_ref(), bytes, Limit::SubjectAppendBytes, of_subject, metrics)?;
+    let of_session = "too much is appended to the session";
+    take(session.appends.as_ref(), records, Limit::SessionAppends, of_session, metrics)?;
+    take(session.append_bytes.as_ref(), bytes, Limit::SessionAppendBytes, of_session, metrics)?;
+    let of_prefix = "too much is appended to sessions under a prefix of this name";
+    for prefix in prefixes {
+        take(prefix.appends.as_ref(), records, Limit::PrefixAppends, of_prefix, metrics)?;
+        take(prefix.append_bytes.as_ref(), bytes, Limit::PrefixAppendBytes, of_prefix, metrics)?;
+    }
+    Ok(())
+}

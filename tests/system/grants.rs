@@ -1,0 +1,250 @@
+//! The authorization matrix: every operation of the protocol, with every grant but the one that it needs, and with that one alone.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use mainstay_protocol::Code;
+use mainstay_protocol::session::{
+    Activity, Grants, InputPolicy, Intent, MessageId, Operation, RunId, RunMode, SignalId, Target, Triggers,
+};
+use mainstay_protocol::wire::*;
+use mainstay_server::Config;
+use mainstay_store::MemoryStore;
+use mainstay_tests::harness::{QuicServer, claims};
+use mainstay_tests::raw::{PATIENCE, Raw, Recv, Send, append};
+use mainstay_transport::{Connection, FrameReader, SendStream};
+use tokio::time::timeout;
+
+/// What came back to a request.
+#[derive(Debug, PartialEq, Eq)]
+enum Answer {
+    /// It was not refused for want of a grant.
+    Allowed,
+    Forbidden,
+}
+
+async fn first(frames: &mut FrameReader<Recv>) -> Answer {
+    match timeout(PATIENCE, frames.next()).await.expect("an answer") {
+        Ok(Some(Frame::Error(error))) if error.code == Code::FORBIDDEN => Answer::Forbidden,
+        Ok(Some(Frame::Refused(refused))) if refused.code == Code::FORBIDDEN => Answer::Forbidden,
+        Ok(_) => Answer::Allowed,
+        Err(error) => panic!("no answer: {error}"),
+    }
+}
+
+fn label(text: &str) -> Label {
+    text.parse().expect("a label")
+}
+
+fn activity() -> Activity {
+    Activity { status: label("idle"), progress: None, data: Bytes::new() }
+}
+
+fn attach(name: &str, mode: AttachMode) -> Frame {
+    let session = name.parse().expect("a name");
+    Attach { mode, session, incarnation: None, next: None, expire_after: None }.into()
+}
+
+/// Every request on an attachment, what it needs (any of them), and what says that it was done where the answer comes elsewhere.
+fn requests() -> Vec<(Frame, Vec<Operation>)> {
+    use Operation::{Append, Join, Manage, Read, Run, Signal};
+    let subscribe = |start| -> Frame {
+        let (streams, kinds) = (vec![], vec![]);
+        Subscribe { id: 1, start, streams, kinds, window: None, folded: false }.into()
+    };
+    let run = RunId([1; 16]);
+    vec![
+        (OpenProducer { id: 1, name: label("p"), epoch: 0 }.into(), vec![Append]),
+        (DefineStream { name: label("more") }.into(), vec![Append]),
+        (subscribe(Start::Earliest), vec![Read]),
+        (Listen { from: 0 }.into(), vec![Read]),
+        (CloseSession {}.into(), vec![Manage]),
+        (Trim { before: 0 }.into(), vec![Manage]),
+        (Configure { runs: RunMode::Single, inputs: InputPolicy::Enqueue }.into(), vec![Manage]),
+        (
+            SetRule {
+                name: label("r"),
+                principal: "alice".parse().expect("a subject"),
+                triggers: Triggers::default(),
+                delay: 0,
+                collapse: None,
+            }
+            .into(),
+            vec![Manage],
+        ),
+        (mainstay_protocol::wire::Join { name: label("me"), grace: 5000, activity: activity() }.into(), vec![Join]),
+        (Update { activity: activity() }.into(), vec![Join]),
+        (StartRun { run, lease: 5000, input: None }.into(), vec![Run]),
+        (TakeRun { id: 1, run: Some(run), lease: 5000, since: 0 }.into(), vec![Run]),
+        (Renew { epoch: 1 }.into(), vec![Run]),
+        (Release { epoch: Some(1) }.into(), vec![Run]),
+        (
+            mainstay_protocol::wire::Signal {
+                id: SignalId([1; 16]),
+                intent: Intent::Steer,
+                target: Some(Target::Input(MessageId([1; 16]))),
+                lasts: 1000,
+                text: Bytes::new(),
+            }
+            .into(),
+            vec![Signal],
+        ),
+        (
+            Resume { key: mainstay_protocol::session::ClientKey([1; 32]), signature: [0; 64], token: Bytes::new() }
+                .into(),
+            vec![Append, Join, Run],
+        ),
+        (DeleteSession {}.into(), vec![Manage]),
+    ]
+}
+
+async fn connect(server: &QuicServer, operations: &[Operation]) -> Raw {
+    let token = server.key.mint(&claims("mallory", "", operations.iter().copied())).expect("a token");
+    Raw::hello_with(server, token, [5; 16]).await
+}
+
+/// Attaches with grants that always allow that, and sends a request.
+async fn ask(server: &QuicServer, grants: &[Operation], request: &Frame) -> Option<Answer> {
+    let raw = connect(server, grants).await;
+    let (mut send, mut frames): (Send, _) = raw.open(&attach("s", AttachMode::Attach).to_bytes()).await;
+    match timeout(PATIENCE, frames.next()).await.expect("an answer") {
+        Ok(Some(Frame::Attached(_))) => {}
+        // It needs `read` or `append` to be there at all.
+        Ok(Some(Frame::Error(error))) => {
+            assert_eq!(error.code, Code::FORBIDDEN);
+            return None;
+        }
+        other => panic!("{other:?}"),
+    }
+    send.write(&mut [request.to_bytes()]).await.expect("write");
+    // Behind it comes what has an answer of its own and needs no grant but those of the attach: LEAVE is refused as being no member.
+    send.write(&mut [Frame::from(Leave {}).to_bytes()]).await.expect("write");
+    Some(first(&mut frames).await)
+}
+
+async fn prepared() -> QuicServer {
+    let server = QuicServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let owner = Raw::hello(&server).await;
+    let _attached = owner.attach("s").await;
+    server
+}
+
+#[tokio::test]
+async fn every_request_is_refused_without_its_grant_and_allowed_with_it() {
+    let mut looked_at = 0;
+    for (request, needs) in requests() {
+        // With everything else.
+        let server = prepared().await;
+        let others: Vec<Operation> = Operation::ALL.into_iter().filter(|one| !needs.contains(one)).collect();
+        let answer = ask(&server, &others, &request).await;
+        let expected = match others.contains(&Operation::Read) || others.contains(&Operation::Append) {
+            true => Some(Answer::Forbidden),
+            false => None,
+        };
+        assert_eq!(answer, expected, "{} with everything but {needs:?}", request.name());
+        // With each single one that is not it.
+        for one in &others {
+            let answer = ask(&server, &[*one], &request).await;
+            assert_ne!(answer, Some(Answer::Allowed), "{} with {one:?} alone", request.name());
+            looked_at += 1;
+        }
+        // With what it needs, and what an attach needs.
+        for one in &needs {
+            let server = prepared().await;
+            let enough = [*one, if needs.contains(&Operation::Append) { Operation::Append } else { Operation::Read }];
+            let answer = ask(&server, &enough, &request).await;
+            assert_eq!(answer, Some(Answer::Allowed), "{} with {one:?}", request.name());
+            looked_at += 1;
+        }
+    }
+    assert!(looked_at > 100, "{looked_at}");
+}
+
+#[tokio::test]
+async fn what_is_asked_beside_attachments_needs_its_grants_too() {
+    let server = prepared().await;
+    let without = |operations: &[Operation]| -> Vec<Operation> {
+        Operation::ALL.into_iter().filter(|one| !operations.contains(one)).collect()
+    };
+    // Attach: read or append.
+    for (grants, expected) in [
+        (vec![Operation::Read], Answer::Allowed),
+        (vec![Operation::Append], Answer::Allowed),
+        (without(&[Operation::Read, Operation::Append]), Answer::Forbidden),
+    ] {
+        let raw = connect(&server, &grants).await;
+        let (_send, mut frames) = raw.open(&attach("s", AttachMode::Attach).to_bytes()).await;
+        assert_eq!(first(&mut frames).await, expected, "{grants:?}");
+    }
+    // Create.
+    for (at, (grants, expected)) in [
+        (vec![Operation::Read, Operation::Create], Answer::Allowed),
+        (without(&[Operation::Create]), Answer::Forbidden),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let raw = connect(&server, &grants).await;
+        let (_send, mut frames) = raw.open(&attach(&format!("new{at}"), AttachMode::Create).to_bytes()).await;
+        assert_eq!(first(&mut frames).await, expected, "{grants:?}");
+    }
+    // A list names what may be read, and nothing else.
+    for (grants, expected) in [(vec![Operation::Read], true), (without(&[Operation::Read]), false)] {
+        let raw = connect(&server, &grants).await;
+        let list = Frame::from(List { prefix: Bytes::new(), after: Bytes::new(), limit: 10 }).to_bytes();
+        let (_send, mut frames) = raw.open(&list).await;
+        match timeout(PATIENCE, frames.next()).await.expect("an answer") {
+            Ok(Some(Frame::Listed(listed))) => assert_eq!(!listed.sessions.is_empty(), expected, "{grants:?}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    // Jobs: notify.
+    let pull = Frame::from(Pull { prefix: Bytes::new(), limit: 1 }).to_bytes();
+    let raw = connect(&server, &without(&[Operation::Notify])).await;
+    let (_send, mut frames) = raw.open(&pull).await;
+    assert_eq!(first(&mut frames).await, Answer::Forbidden);
+    let raw = connect(&server, &[Operation::Notify]).await;
+    let (_send, mut frames) = raw.open(&pull).await;
+    let nothing = timeout(std::time::Duration::from_millis(200), frames.next()).await;
+    assert!(nothing.is_err(), "it waits for jobs: {nothing:?}");
+    // Tokens: mint.
+    let mint = |grants: Grants| Frame::from(Mint { name: label("x"), lasts: 10, device: None, grants }).to_bytes();
+    let wanted = claims("x", "s", [Operation::Read]).grants;
+    for (grants, expected) in [
+        (vec![Operation::Read, Operation::Mint], Answer::Allowed),
+        (without(&[Operation::Mint]), Answer::Forbidden),
+        (without(&[Operation::Read]), Answer::Forbidden),
+    ] {
+        let raw = connect(&server, &grants).await;
+        let (_send, mut frames) = raw.open(&mint(wanted.clone())).await;
+        assert_eq!(first(&mut frames).await, expected, "{grants:?}");
+    }
+}
+
+/// A producer that is open goes on only as long as the token grants it.
+#[tokio::test]
+async fn batches_need_append_when_they_come() {
+    let server = prepared().await;
+    let mut raw = connect(&server, &Operation::ALL).await;
+    let mut attachment = raw.attach("s").await;
+    let mut batches = raw.producer(&mut attachment, 1).await;
+    batches.write(&mut [append(0, 10)]).await.expect("write");
+    assert_eq!(first(&mut attachment.1).await, Answer::Allowed);
+    let narrower = server.key.mint(&claims("mallory", "", [Operation::Read])).expect("a token");
+    raw.control.0.write(&mut [Frame::from(Token { token: narrower.into() }).to_bytes()]).await.expect("write");
+    loop {
+        // The first AUTHENTICATED is that of HELLO.
+        let frame = timeout(PATIENCE, raw.control.1.next()).await.expect("an answer").expect("no error");
+        if matches!(frame, Some(Frame::Authenticated(_))) {
+            break;
+        }
+    }
+    mainstay_tests::until("the narrower token is in force", async || {
+        let (_send, mut frames) = raw.open(&attach("other", AttachMode::Create).to_bytes()).await;
+        first(&mut frames).await == Answer::Forbidden
+    })
+    .await;
+    batches.write(&mut [append(1, 10)]).await.expect("write");
+    assert_eq!(first(&mut attachment.1).await, Answer::Forbidden);
+    raw.connection.close(0, "done");
+}

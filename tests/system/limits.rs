@@ -1,0 +1,469 @@
+//! Spec, section 22: every limit hit once, with its named error, its time or its number, and the connection lives.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use mainstay_client::Config as ClientConfig;
+use mainstay_protocol::Code;
+use mainstay_protocol::session::{
+    Activity, Change, Expected, Grants, InputPolicy, Intent, Key, Kind, MessageId, Operation, Payload, Record, RunMode,
+    SignalId, StateChange, Target,
+};
+use mainstay_protocol::wire::{Append, Configure, Frame, Join, List, Mint, Ping, Signal, Subscribe, Writer};
+use mainstay_server::{Config, PrefixQuotas, Quotas, Rate};
+use mainstay_store::MemoryStore;
+use mainstay_tests::harness::{QuicServer, claims};
+use mainstay_tests::raw::{PATIENCE, Raw, Recv, Send, append, attach, error, hello, refusal, subscribe};
+use mainstay_transport::{Connection, FrameReader, SendStream};
+use tokio::time::timeout;
+
+/// A server with these quotas.
+fn server(set: impl FnOnce(&mut Quotas)) -> QuicServer {
+    let mut config = Config::default();
+    set(&mut config.quotas);
+    QuicServer::start(Arc::new(MemoryStore::new()), config)
+}
+
+/// So few that the second is one too many, and the next is there in seconds.
+fn once() -> Option<Rate> {
+    Rate::new(1, 1)
+}
+
+/// The connection answers, and does something.
+async fn lives(raw: &mut Raw) {
+    raw.control.0.write(&mut [Frame::from(Ping { nonce: 9, padding: None }).to_bytes()]).await.expect("write");
+    loop {
+        match timeout(PATIENCE, raw.control.1.next()).await.expect("an answer") {
+            Ok(Some(Frame::Pong(pong))) if pong.nonce == 9 => return,
+            Ok(Some(_)) => {}
+            other => panic!("the connection does not live: {other:?}"),
+        }
+    }
+}
+
+/// What is refused for its rate says when there is room again, and it is so.
+fn is_soon(value: u64) {
+    assert!((1..=1001).contains(&value), "{value} ms");
+}
+
+/// Sends the same request twice on an attachment, for a limit of one at once: the second is refused.
+async fn second_is_refused(what: &str, quotas: impl FnOnce(&mut Quotas), request: impl Fn(u8) -> Bytes) {
+    let server = server(quotas);
+    let mut raw = Raw::hello(&server).await;
+    let (mut send, mut frames) = raw.attach("s").await;
+    send.write(&mut [request(1), request(2)]).await.expect("write");
+    let (code, value) = refusal(&mut frames).await;
+    assert_eq!(code, Code::RATE_LIMITED, "{what}");
+    is_soon(value);
+    // After the time that was said it is done.
+    tokio::time::sleep(Duration::from_millis(value)).await;
+    send.write(&mut [request(3)]).await.expect("write");
+    lives(&mut raw).await;
+    let refused = timeout(Duration::from_millis(50), refusal(&mut frames)).await;
+    assert!(!matches!(refused, Ok((Code::RATE_LIMITED, _))), "{what}: {refused:?}");
+}
+
+#[tokio::test]
+async fn rates_of_a_subject_are_kept_for_each_kind_of_request() {
+    let join = |n: u8| {
+        let activity =
+            Activity { status: format!("s{n}").parse().expect("a label"), progress: None, data: Bytes::new() };
+        Frame::from(Join { name: "me".parse().expect("a label"), grace: 5000, activity }).to_bytes()
+    };
+    second_is_refused("presence", |quotas| quotas.subject.presence = once(), join).await;
+    let signal = |n: u8| {
+        Frame::from(Signal {
+            id: SignalId([n; 16]),
+            intent: Intent::Steer,
+            target: Some(Target::Input(MessageId([n; 16]))),
+            lasts: 1000,
+            text: Bytes::new(),
+        })
+        .to_bytes()
+    };
+    second_is_refused("signals", |quotas| quotas.subject.signals = once(), signal).await;
+    let configure = |_| {
+        let (runs, inputs) = (RunMode::Single, InputPolicy::Enqueue);
+        Frame::from(Configure { runs, inputs }).to_bytes()
+    };
+    second_is_refused("requests", |quotas| quotas.subject.requests = once(), configure).await;
+}
+
+#[tokio::test]
+async fn attaches_creates_and_lookups_are_kept_to_their_rates() {
+    let server = server(|quotas| {
+        quotas.subject.attaches = Rate::new(1, 3);
+        quotas.subject.creates = once();
+        quotas.subject.lookups = once();
+    });
+    let mut raw = Raw::hello(&server).await;
+    let _one = raw.attach("a").await;
+    // The second one that would be created.
+    let (_send, mut frames) = raw.open(&attach("b")).await;
+    let (code, value) = refusal(&mut frames).await;
+    assert_eq!(code, Code::RATE_LIMITED);
+    is_soon(value);
+    let _again = raw.attach("a").await;
+    let (_send, mut frames) = raw.open(&attach("a")).await;
+    let (code, value) = refusal(&mut frames).await;
+    assert_eq!(code, Code::RATE_LIMITED);
+    is_soon(value);
+    let list = Frame::from(List { prefix: Bytes::new(), after: Bytes::new(), limit: 10 }).to_bytes();
+    let (_send, mut frames) = raw.open(&list).await;
+    assert!(matches!(frames.next().await, Ok(Some(Frame::Listed(_)))));
+    let mint = Mint { name: "x".parse().expect("a label"), lasts: 10, device: None, grants: Grants::default() };
+    let (_send, mut frames) = raw.open(&Frame::from(mint).to_bytes()).await;
+    assert_eq!(error(&mut frames).await, Code::RATE_LIMITED);
+    lives(&mut raw).await;
+}
+
+#[tokio::test]
+async fn a_subject_has_only_so_many_connections_and_the_next_one_is_told() {
+    let server = server(|quotas| quotas.subject.connections = 2);
+    let token = || server.key.mint(&claims("alice", "", Operation::ALL)).expect("a token");
+    let mut first = Raw::hello_with(&server, token(), [1; 16]).await;
+    lives(&mut first).await;
+    let mut second = Raw::hello_with(&server, token(), [2; 16]).await;
+    lives(&mut second).await;
+    let mut third = Raw::hello_with(&server, token(), [3; 16]).await;
+    assert_eq!(refusal(&mut third.control.1).await, (Code::QUOTA_EXCEEDED, 2));
+    // It can do nothing, and lives: another subject's token is good on it.
+    let (_send, mut frames) = third.open(&attach("s")).await;
+    assert_eq!(error(&mut frames).await, Code::QUOTA_EXCEEDED);
+    let mut other = Raw::hello(&server).await;
+    lives(&mut other).await;
+    // Once one of them is gone there is room.
+    second.connection.close(0, "done");
+    mainstay_tests::until("there is room again", async || {
+        let mut next = Raw::hello_with(&server, token(), [4; 16]).await;
+        match timeout(PATIENCE, next.control.1.next()).await.expect("an answer") {
+            Ok(Some(Frame::Hello(_))) => {}
+            other => panic!("{other:?}"),
+        }
+        matches!(next.control.1.next().await, Ok(Some(Frame::Authenticated(_))))
+    })
+    .await;
+}
+
+/// Appends batches until one is refused; returns its code and value, and how many were not.
+async fn until_refused(
+    raw: &Raw,
+    attachment: &mut (Send, FrameReader<Recv>),
+    id: u64,
+    size: usize,
+) -> ((Code, u64), u64) {
+    let mut batches = raw.producer(attachment, id).await;
+    for sequence in 0..100 {
+        batches.write(&mut [append(sequence, size)]).await.expect("write");
+        match timeout(PATIENCE, attachment.1.next()).await.expect("an answer") {
+            Ok(Some(Frame::Ack(_))) => {}
+            Ok(Some(Frame::Refused(refused))) => {
+                assert_eq!(refused.sequence, sequence);
+                return ((refused.code, refused.value), sequence);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    panic!("nothing was refused")
+}
+
+#[tokio::test]
+async fn appends_are_kept_to_the_rates_of_their_subject_their_session_and_their_prefix() {
+    let prefix = |set: fn(&mut PrefixQuotas)| {
+        let mut quotas = PrefixQuotas::default();
+        quotas.prefix = "team".into();
+        set(&mut quotas);
+        vec![quotas]
+    };
+    let few = Rate::new(1, 5);
+    let small = Rate::new(1000, 5000);
+    type Set = Box<dyn FnOnce(&mut Quotas)>;
+    let cases: Vec<(&str, Set)> = vec![
+        ("subject.appends", Box::new(move |quotas| quotas.subject.appends = few)),
+        ("subject.append_bytes", Box::new(move |quotas| quotas.subject.append_bytes = small)),
+        ("session.appends", Box::new(move |quotas| quotas.session.appends = few)),
+        ("session.append_bytes", Box::new(move |quotas| quotas.session.append_bytes = small)),
+        ("prefix.appends", Box::new(move |quotas| quotas.prefixes = prefix(|quotas| quotas.appends = Rate::new(1, 5)))),
+        (
+            "prefix.append_bytes",
+            Box::new(move |quotas| quotas.prefixes = prefix(|quotas| quotas.append_bytes = Rate::new(1000, 5000))),
+        ),
+    ];
+    for (what, set) in cases {
+        let server = server(set);
+        let mut raw = Raw::hello(&server).await;
+        let mut attachment = raw.attach("team/a").await;
+        let ((code, value), stored) = until_refused(&raw, &mut attachment, 1, 990).await;
+        assert_eq!((code, stored), (Code::RATE_LIMITED, 5), "{what}");
+        is_soon(value);
+        lives(&mut raw).await;
+    }
+}
+
+/// A client of the library waits as long as it is told, and everything is stored once and in order.
+#[tokio::test]
+async fn a_client_that_is_too_fast_loses_nothing() {
+    let server = server(|quotas| quotas.subject.appends = Rate::new(200, 20));
+    let client = server.client();
+    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let mut tickets = Vec::new();
+    for n in 0..120 {
+        tickets.push(producer.append(session.main(), n.to_string()).await.expect("append"));
+    }
+    for (n, ticket) in tickets.into_iter().enumerate() {
+        assert_eq!(timeout(PATIENCE, ticket).await.expect("in time"), Ok(n as u64));
+    }
+}
+
+#[tokio::test]
+async fn stored_bytes_of_a_session_and_of_a_prefix_are_bounded_and_a_trim_makes_room() {
+    let server = server(|quotas| quotas.session.stored_bytes = Some(20_000));
+    let mut raw = Raw::hello(&server).await;
+    let mut attachment = raw.attach("s").await;
+    let (refused, stored) = until_refused(&raw, &mut attachment, 1, 5000).await;
+    assert_eq!(refused, (Code::QUOTA_EXCEEDED, 20_000));
+    assert!((4..6).contains(&stored), "{stored}");
+    lives(&mut raw).await;
+    // Another session has its own.
+    let mut other = raw.attach("t").await;
+    let mut batches = raw.producer(&mut other, 2).await;
+    batches.write(&mut [append(0, 5000)]).await.expect("write");
+    assert!(matches!(timeout(PATIENCE, other.1.next()).await, Ok(Ok(Some(Frame::Ack(_))))));
+
+    let server = self::server(|quotas| {
+        let mut team = PrefixQuotas::default();
+        (team.prefix, team.stored_bytes, team.sessions) = ("team".into(), Some(20_000), Some(2));
+        quotas.prefixes = vec![team];
+    });
+    let mut raw = Raw::hello(&server).await;
+    let mut one = raw.attach("team/a").await;
+    let (refused, _) = until_refused(&raw, &mut one, 1, 5000).await;
+    assert_eq!(refused, (Code::QUOTA_EXCEEDED, 20_000));
+    let mut two = raw.attach("team/b").await;
+    let (refused, stored) = until_refused(&raw, &mut two, 2, 5000).await;
+    assert_eq!((refused, stored), ((Code::QUOTA_EXCEEDED, 20_000), 0), "they have it together");
+    // A third session there is one too many; elsewhere it is not.
+    let (_send, mut frames) = raw.open(&attach("team/c")).await;
+    assert_eq!(refusal(&mut frames).await, (Code::QUOTA_EXCEEDED, 2));
+    let _elsewhere = raw.attach("teams").await;
+    lives(&mut raw).await;
+    // What is deleted makes room for a session and for bytes.
+    one.0.write(&mut [Frame::from(mainstay_protocol::wire::DeleteSession {}).to_bytes()]).await.expect("write");
+    assert!(matches!(timeout(PATIENCE, one.1.next()).await, Ok(Ok(Some(Frame::Deleted(_))))));
+    let _third = raw.attach("team/c").await;
+}
+
+#[tokio::test]
+async fn attachments_and_subscriptions_of_a_session_are_bounded() {
+    let server = server(|quotas| (quotas.session.attachments, quotas.session.subscriptions) = (2, 1));
+    let mut raw = Raw::hello(&server).await;
+    let mut one = raw.attach("s").await;
+    one.0.write(&mut [subscribe(1), subscribe(2)]).await.expect("write");
+    assert_eq!(refusal(&mut one.1).await, (Code::QUOTA_EXCEEDED, 1));
+    // Subscriptions count as users as long as they are there.
+    let mut two = raw.open(&attach("s")).await;
+    assert_eq!(refusal(&mut two.1).await, (Code::QUOTA_EXCEEDED, 2));
+    let _other = raw.attach("t").await;
+    lives(&mut raw).await;
+    one.0.write(&mut [Frame::from(mainstay_protocol::wire::Unsubscribe { id: 1 }).to_bytes()]).await.expect("write");
+    mainstay_tests::until("the subscription has ended", async || {
+        let mut again = raw.open(&attach("s")).await;
+        matches!(again.1.next().await, Ok(Some(Frame::Attached(_))))
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn members_and_state_are_kept_to_what_the_operator_allows() {
+    let server = server(|quotas| {
+        let bounds = &mut quotas.session.bounds;
+        (bounds.members, bounds.state_keys, bounds.state_bytes) = (1, 2, 100);
+    });
+    let token = || server.key.mint(&claims("alice", "", Operation::ALL)).expect("a token");
+    let join = || {
+        let activity = Activity { status: "idle".parse().expect("a label"), progress: None, data: Bytes::new() };
+        Frame::from(Join { name: "me".parse().expect("a label"), grace: 5000, activity }).to_bytes()
+    };
+    let mut first = Raw::hello_with(&server, token(), [1; 16]).await;
+    let mut here = first.attach("s").await;
+    here.0.write(&mut [join()]).await.expect("write");
+    assert!(matches!(timeout(PATIENCE, here.1.next()).await, Ok(Ok(Some(Frame::Joined(_))))));
+    let mut second = Raw::hello_with(&server, token(), [2; 16]).await;
+    let mut there = second.attach("s").await;
+    there.0.write(&mut [join()]).await.expect("write");
+    assert_eq!(refusal(&mut there.1).await, (Code::QUOTA_EXCEEDED, 1));
+    lives(&mut second).await;
+
+    let put = |sequence: u64, key: &str, value: &str| {
+        let change = Change::Put { value: Bytes::copy_from_slice(value.as_bytes()), lasts: 0 };
+        let key = Key::new(key).expect("a key");
+        let mut records = Writer::new();
+        StateChange { key, expected: Expected::Any, change }.record(0).put(&mut records);
+        Frame::from(Append { sequence, count: 1, records: records.freeze(), run_epoch: None }).to_bytes()
+    };
+    let mut batches = first.producer(&mut here, 1).await;
+    batches.write(&mut [put(0, "a", "1"), put(1, "b", "2"), put(2, "c", "3")]).await.expect("write");
+    assert_eq!(refusal(&mut here.1).await, (Code::QUOTA_EXCEEDED, 2));
+    batches.write(&mut [put(2, "a", &"x".repeat(200))]).await.expect("write");
+    assert_eq!(refusal(&mut here.1).await, (Code::QUOTA_EXCEEDED, 100));
+    lives(&mut first).await;
+}
+
+/// Spec LIM-5.
+#[tokio::test]
+async fn a_server_that_is_full_refuses_handshakes_and_takes_them_again() {
+    let mut config = Config::default();
+    config.connections = 2;
+    let server = QuicServer::start(Arc::new(MemoryStore::new()), config);
+    let mut first = Raw::hello(&server).await;
+    lives(&mut first).await;
+    let mut second = Raw::hello(&server).await;
+    lives(&mut second).await;
+    let token = server.key.mint(&claims("late", "", Operation::ALL)).expect("a token");
+    let third = Raw::try_at(server.addr, server.trust(), &hello(token.clone(), [9; 16])).await;
+    assert!(third.is_err(), "refused");
+    lives(&mut first).await;
+    second.connection.close(0, "done");
+    mainstay_tests::until("there is room again", async || {
+        Raw::try_at(server.addr, server.trust(), &hello(token.clone(), [9; 16])).await.is_ok()
+    })
+    .await;
+}
+
+/// Spec LIM-5: who has no token in force can do nothing, and does not stay.
+#[tokio::test]
+async fn a_connection_without_a_token_is_closed_and_told_why() {
+    let mut config = Config::default();
+    config.unauthenticated = Duration::from_millis(300);
+    let server = QuicServer::start(Arc::new(MemoryStore::new()), config);
+    let nobody = mainstay_protocol::wire::Hello {
+        instance: Some(mainstay_protocol::session::Instance([1; 16])),
+        ..Default::default()
+    };
+    let raw = Raw::connect(&server, &Frame::from(nobody).to_bytes()).await;
+    assert_eq!(raw.closed().await, Code::UNAUTHENTICATED);
+    let garbage = Raw::hello_with(&server, "v4.public.garbage".into(), [1; 16]).await;
+    assert_eq!(garbage.closed().await, Code::TOKEN_INVALID);
+    let mut honest = Raw::hello(&server).await;
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    lives(&mut honest).await;
+}
+
+/// What is not refused: a client that is told of a rate never loses what ends or keeps something (spec LIM-2).
+#[tokio::test]
+async fn what_ends_or_keeps_something_is_never_refused_for_a_rate() {
+    let server = server(|quotas| (quotas.subject.requests, quotas.subject.presence) = (once(), once()));
+    let raw = Raw::hello(&server).await;
+    let (mut send, mut frames) = raw.attach("s").await;
+    let activity = Activity { status: "idle".parse().expect("a label"), progress: None, data: Bytes::new() };
+    let join = Frame::from(Join { name: "me".parse().expect("a label"), grace: 5000, activity }).to_bytes();
+    send.write(&mut [join]).await.expect("write");
+    assert!(matches!(timeout(PATIENCE, frames.next()).await, Ok(Ok(Some(Frame::Joined(_))))));
+    send.write(&mut [Frame::from(mainstay_protocol::wire::Leave {}).to_bytes()]).await.expect("write");
+    assert!(matches!(timeout(PATIENCE, frames.next()).await, Ok(Ok(Some(Frame::Left(_))))));
+}
+
+/// A subscription of a session that is not known to the kinds of the server is nothing special.
+#[tokio::test]
+async fn memory_that_is_full_sheds_work_in_order_and_lets_live_followers_go_on() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    static USED: AtomicUsize = AtomicUsize::new(0);
+    let mut config = Config::default();
+    config.memory = Some(100);
+    let key = mainstay_server::auth::SigningKey::generate().expect("a key");
+    let limits = (config.transport_limits(), ClientConfig::default().transport_limits());
+    let (network, listener) = mainstay_transport::memory::MemoryNetwork::new(limits.0, limits.1);
+    let resume = mainstay_server::ResumeKeys::generate().expect("a key");
+    let trust = mainstay_tests::harness::trusting(&key);
+    let server = mainstay_server::Server::new(Arc::new(MemoryStore::new()), trust, resume, config);
+    let server = Arc::new(server.measuring(|| Some(USED.load(Ordering::Relaxed))));
+    let serving = server.clone();
+    let running = tokio::spawn(async move { serving.serve(listener, std::future::pending()).await });
+    let client = |name: &str| {
+        let mut config = ClientConfig::default();
+        config.token = Some(key.mint(&claims(name, "", Operation::ALL)).expect("a token"));
+        config.give_up_after = Some(Duration::from_millis(1500));
+        mainstay_client::Client::new(network.clone(), config)
+    };
+    let here = client("here");
+    let session = here.session("s").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let mut follower = session.subscribe(mainstay_client::Start::Earliest).open().await.expect("subscribe");
+    let level = async |used: usize, level: u8| {
+        USED.store(used, Ordering::Relaxed);
+        mainstay_tests::until("the level is seen", async || server.status(1).load == level).await;
+    };
+    let append = async || producer.append(session.main(), "x").await.expect("append").await;
+    let next = async |follower: &mut mainstay_client::Subscription, expected: u64| loop {
+        match timeout(PATIENCE, follower.next()).await.expect("in time").expect("an event").expect("no error") {
+            mainstay_client::Event::Records(batch) if batch.next() == expected => return,
+            _ => {}
+        }
+    };
+    assert_eq!(append().await, Ok(0));
+    next(&mut follower, 1).await;
+
+    level(70, 1).await;
+    assert!(client("late").connected().await.is_err(), "no new connections");
+    let t = here.session("t").expect("a name").create().attach().await;
+    let t = t.expect("sessions are still created");
+
+    level(80, 2).await;
+    let refused = here.session("u").expect("a name").create().attach().await.expect_err("shed");
+    assert_eq!(refused.name(), "OVERLOADED");
+    assert_eq!(refused.retry_after(), Some(Duration::from_millis(500)));
+    here.session("t").expect("a name").attach().await.expect("what is in memory can be attached to");
+    drop(t);
+    here.list("").await.expect("lists are answered");
+
+    level(86, 3).await;
+    assert_eq!(here.list("").await.expect_err("shed").name(), "OVERLOADED");
+    assert_eq!(append().await, Ok(1));
+    next(&mut follower, 2).await;
+
+    level(95, 5).await;
+    let refused = timeout(PATIENCE, append()).await.expect("in time").expect_err("shed");
+    assert_eq!(refused.error.name(), "OVERLOADED");
+    assert_eq!(refused.stored, mainstay_client::Stored::NotCommitted);
+    // Who steers goes on.
+    let started = session.start_run(Duration::from_secs(5), None).await;
+    started.expect("runs go on");
+
+    level(0, 0).await;
+    let producer = session.producer("q").await.expect("a producer");
+    producer.append(session.main(), "y").await.expect("append").await.expect("stored");
+    running.abort();
+}
+
+/// The region of one record, so that what is refused is the rate and nothing else.
+#[tokio::test]
+async fn a_batch_that_is_larger_than_a_burst_is_let_through_once_the_burst_is_whole() {
+    let server = server(|quotas| quotas.subject.append_bytes = Rate::new(2000, 1000));
+    let raw = Raw::hello(&server).await;
+    let mut attachment = raw.attach("s").await;
+    let mut batches = raw.producer(&mut attachment, 1).await;
+    let mut records = Writer::new();
+    Record { kind: Kind::DATA, ..Record::data(0, vec![b'x'; 5000]) }.put(&mut records);
+    let batch = Frame::from(Append { sequence: 0, count: 1, records: records.freeze(), run_epoch: None }).to_bytes();
+    batches.write(&mut [batch]).await.expect("write");
+    assert!(matches!(timeout(PATIENCE, attachment.1.next()).await, Ok(Ok(Some(Frame::Ack(_))))));
+    batches.write(&mut [append(1, 10)]).await.expect("write");
+    assert_eq!(error(&mut attachment.1).await, Code::RATE_LIMITED, "the burst was used up");
+}
+
+/// What nobody needs: a filter that names nothing keeps nobody from being counted.
+#[tokio::test]
+async fn a_subscription_that_is_refused_counts_for_nothing() {
+    let server = server(|quotas| quotas.session.subscriptions = 1);
+    let raw = Raw::hello(&server).await;
+    let (mut send, mut frames) = raw.attach("s").await;
+    let request = |id| {
+        let (start, streams, kinds) = (mainstay_protocol::wire::Start::Latest, vec![], vec![]);
+        Frame::from(Subscribe { id, start, streams, kinds, window: None, folded: false }).to_bytes()
+    };
+    send.write(&mut [request(1), request(2), request(3)]).await.expect("write");
+    assert_eq!(refusal(&mut frames).await, (Code::QUOTA_EXCEEDED, 1));
+    assert_eq!(refusal(&mut frames).await, (Code::QUOTA_EXCEEDED, 1));
+}

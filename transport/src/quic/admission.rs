@@ -1,0 +1,158 @@
+//! Which handshakes a listener lets in: as many as it can do at once, not all of them of one network, and under a flood only of peers that
+//! proved to be where they say (spec LIM-5).
+
+use core::time::Duration;
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What a listener lets in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Admission {
+    /// Handshakes that may be under way at once; more are refused.
+    pub handshakes: usize,
+    /// Of these, those of peers in one network (IPv4 /24, IPv6 /56): one network does not keep out the others.
+    pub per_network: usize,
+    /// From so many on a peer must show by a second packet that it gets what is sent to its address (Retry): then addresses cannot be made up.
+    pub retry_from: usize,
+    /// How long a handshake may take.
+    pub patience: Duration,
+}
+
+impl Default for Admission {
+    fn default() -> Self {
+        Self { handshakes: 256, per_network: 192, retry_from: 64, patience: Duration::from_secs(5) }
+    }
+}
+
+/// What becomes of a peer that comes.
+#[derive(Debug)]
+pub(super) enum Verdict {
+    /// It may begin.
+    Welcome(Slot),
+    /// It has to show that it gets what is sent to its address.
+    Retry,
+    /// Not now.
+    Refused,
+}
+
+#[derive(Debug, Default)]
+struct UnderWay {
+    all: usize,
+    networks: HashMap<IpAddr, usize>,
+}
+
+/// The handshakes that are under way.
+#[derive(Debug)]
+pub(super) struct Door {
+    rules: Admission,
+    under_way: Mutex<UnderWay>,
+}
+
+impl Door {
+    pub(super) fn new(rules: Admission) -> Arc<Self> {
+        Arc::new(Self { rules, under_way: Mutex::default() })
+    }
+
+    pub(super) fn patience(&self) -> Duration {
+        self.rules.patience
+    }
+
+    fn lock(&self) -> MutexGuard<'_, UnderWay> {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Decides about a peer at `address`, which may be made up unless it was `validated`.
+    pub(super) fn knock(self: &Arc<Self>, address: IpAddr, validated: bool) -> Verdict {
+        let network = network(address);
+        let mut under_way = self.lock();
+        if !validated && under_way.all >= self.rules.retry_from {
+            return Verdict::Retry;
+        }
+        let of_network = under_way.networks.get(&network).copied().unwrap_or(0);
+        if under_way.all >= self.rules.handshakes || of_network >= self.rules.per_network {
+            return Verdict::Refused;
+        }
+        under_way.all += 1;
+        under_way.networks.insert(network, of_network + 1);
+        drop(under_way);
+        Verdict::Welcome(Slot { door: self.clone(), network })
+    }
+}
+
+/// A handshake that is under way, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Slot {
+    door: Arc<Door>,
+    network: IpAddr,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let mut under_way = self.door.lock();
+        under_way.all -= 1;
+        if let Some(count) = under_way.networks.get_mut(&self.network) {
+            *count -= 1;
+            if *count == 0 {
+                under_way.networks.remove(&self.network);
+            }
+        }
+    }
+}
+
+/// The network of an address: what one customer of a provider mostly has.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V4(address) => (u32::from(address) & 0xffff_ff00).to_be_bytes().into(),
+        IpAddr::V6(address) => (u128::from(address) & !((1 << 72) - 1)).to_be_bytes().into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn door() -> Arc<Door> {
+        Door::new(Admission { handshakes: 4, per_network: 3, retry_from: 2, patience: Duration::ZERO })
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().expect("an address")
+    }
+
+    #[test]
+    fn one_network_leaves_room_for_others_and_slots_come_back() {
+        let door = door();
+        let mut slots = Vec::new();
+        for at in 0..3 {
+            match door.knock(ip(&format!("192.0.2.{at}")), true) {
+                Verdict::Welcome(slot) => slots.push(slot),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(matches!(door.knock(ip("::ffff:192.0.2.9"), true), Verdict::Refused), "the same network");
+        let Verdict::Welcome(other) = door.knock(ip("2001:db8::1"), true) else { panic!("another network") };
+        assert!(matches!(door.knock(ip("2001:db8:1::1"), true), Verdict::Refused), "too many");
+        drop(other);
+        slots.pop();
+        assert!(matches!(door.knock(ip("192.0.2.9"), true), Verdict::Welcome(_)));
+        drop(slots);
+        let left = door.lock();
+        assert_eq!((left.all, left.networks.len()), (0, 0));
+    }
+
+    #[test]
+    fn under_a_flood_a_peer_shows_first_that_it_is_where_it_says() {
+        let door = door();
+        let _one = door.knock(ip("192.0.2.1"), false);
+        let _two = door.knock(ip("198.51.100.1"), false);
+        assert!(matches!(door.knock(ip("203.0.113.1"), false), Verdict::Retry));
+        assert!(matches!(door.knock(ip("203.0.113.1"), true), Verdict::Welcome(_)));
+    }
+
+    #[test]
+    fn networks_are_those_of_one_customer() {
+        assert_eq!(network(ip("192.0.2.77")), ip("192.0.2.0"));
+        assert_eq!(network(ip("2001:db8:1:2ff:3::4")), ip("2001:db8:1:200::"));
+    }
+}
