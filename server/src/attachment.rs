@@ -1,9 +1,10 @@
 //! One attachment: a bidirectional QUIC stream bound to a session. Requests in; answers, acks and errors out.
 
+use core::time::Duration;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
-use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::error::{Advice, Code, ProtocolError};
 use mainstay_protocol::registry::FOLD_VERSION;
 use mainstay_protocol::session::{
     Author, Operation, RESUME_EXPORTER, Refusal, ResumeClaim, Verdict, may_be_early, resume_context, resume_text,
@@ -13,13 +14,12 @@ use mainstay_protocol::wire::{
     Resume, Subscribe, Trim, Update,
 };
 use mainstay_transport::{Connection, FrameError, FrameReader, Outbox, RecvStream, SendStream, priority};
-use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::Instant;
 
 use crate::connection::{Conn, handshake};
 use crate::load::Work;
-use crate::metrics::Limit;
+use crate::metrics::{Counted, Limit};
 use crate::owner::{Command, Standing};
 use crate::quota::{Cost, too_much};
 use crate::server::LAST_WORDS;
@@ -188,6 +188,9 @@ pub(crate) async fn run<C: Connection>(
             result = read(&transport, &conn, &attachment, &session, &mut frames) => {
                 if let Err(FrameError::Violation(error)) = &result {
                     code = error.code;
+                    if code.advice() == Advice::Fix {
+                        conn.violated(error);
+                    }
                     attachment.refuse(0, 0, &Refusal::new(error.code, error.detail));
                 }
             }
@@ -298,22 +301,6 @@ fn admit(conn: &Conn, request: &Frame) -> Result<(), Refusal> {
     conn.charge(cost)
 }
 
-/// Counts something for as long as it lives.
-pub(crate) struct Counted(Gauge);
-
-impl Counted {
-    pub(crate) fn new(gauge: &Gauge) -> Self {
-        gauge.inc();
-        Self(gauge.clone())
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.dec();
-    }
-}
-
 /// What a RESUME proves (spec RES-3). Refusals: `RESUME_INVALID`, `RESUME_GONE`.
 fn proved<C: Connection>(
     transport: &C,
@@ -334,6 +321,9 @@ fn proved<C: Connection>(
     let token = conn.sessions()?.resume_keys.open(&request.token)?;
     ResumeClaim::of(&token, session.id.incarnation, &attachment.author, request.key)
 }
+
+/// For how long at most nothing is read of an attachment that was told to wait: what ends something may be behind it.
+const REST: Duration = Duration::from_millis(100);
 
 /// Reads requests until the client ends the stream. Their answers come in the order of their effects (spec SESS-11).
 async fn read<C: Connection>(
@@ -376,6 +366,10 @@ async fn read<C: Connection>(
                 if let Err(refusal) = allowed {
                     let id = if let Frame::TakeRun(request) = &frame { request.id } else { 0 };
                     attachment.refuse(frame.kind(), id, &refusal);
+                    if refusal.code == Code::RATE_LIMITED {
+                        // Whoever asks again at once is read again a little later.
+                        tokio::time::sleep(REST.min(refusal.code.retry_after(refusal.value))).await;
+                    }
                 }
                 continue;
             }

@@ -5,6 +5,7 @@ use core::time::Duration;
 use mainstay_protocol::session::Bounds;
 use mainstay_transport::Limits;
 use mainstay_transport::quic::IDLE;
+use mainstay_transport::rate::Rate;
 
 /// Limits and delays of a server. `Default` is right for one machine.
 #[derive(Debug, Clone)]
@@ -76,26 +77,6 @@ impl Default for Config {
     }
 }
 
-/// So many at once, and so many a second behind that.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Rate {
-    /// A second.
-    pub per_second: u32,
-    /// At once.
-    pub burst: u32,
-}
-
-impl Rate {
-    /// After how long at the latest a rate that nobody uses is at rest: the longest that a burst may last.
-    pub const REST: Duration = Duration::from_secs(60);
-
-    /// A rate of so many a second, and as many as in `seconds` at once. `None` for 0 of either, and for a burst that is more than a minute's.
-    pub fn new(per_second: u32, burst: u32) -> Option<Self> {
-        let rests = u64::from(burst) <= u64::from(per_second) * Self::REST.as_secs();
-        (per_second > 0 && burst > 0 && rests).then_some(Self { per_second, burst })
-    }
-}
-
 /// Who may have and do how much, beside what each connection may (spec, section 22). `Default` is for one application that trusts its
 /// users: as much as the machine can do. [`Quotas::public`] is for users who are strangers to each other.
 #[derive(Debug, Clone, Default)]
@@ -115,6 +96,8 @@ pub struct Quotas {
 pub struct SubjectQuotas {
     /// Connections at once.
     pub connections: usize,
+    /// Connections made.
+    pub connects: Option<Rate>,
     /// Records appended.
     pub appends: Option<Rate>,
     /// Bytes of records appended.
@@ -137,6 +120,7 @@ impl Default for SubjectQuotas {
     fn default() -> Self {
         Self {
             connections: usize::MAX,
+            connects: None,
             appends: None,
             append_bytes: None,
             attaches: None,
@@ -203,20 +187,21 @@ impl Quotas {
         Self {
             subject: SubjectQuotas {
                 connections: 64,
-                appends: rate(20_000, 200_000),
-                append_bytes: rate(8 << 20, 64 << 20),
-                attaches: rate(50, 1000),
-                creates: rate(10, 300),
-                lookups: rate(20, 200),
-                presence: rate(50, 500),
-                signals: rate(20, 100),
-                requests: rate(200, 2000),
+                connects: rate(2, 64),
+                appends: rate(1000, 5000),
+                append_bytes: rate(256 << 10, 2 << 20),
+                attaches: rate(10, 200),
+                creates: rate(2, 30),
+                lookups: rate(2, 20),
+                presence: rate(5, 50),
+                signals: rate(5, 50),
+                requests: rate(20, 200),
             },
             session: SessionQuotas {
                 attachments: 8192,
                 subscriptions: 8192,
-                appends: rate(50_000, 500_000),
-                append_bytes: rate(16 << 20, 128 << 20),
+                appends: rate(5000, 20_000),
+                append_bytes: rate(1 << 20, 8 << 20),
                 ..SessionQuotas::default()
             },
             prefixes: Vec::new(),

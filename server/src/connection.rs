@@ -28,7 +28,7 @@ use crate::auth::{AuthError, CertificatePin, Verified};
 use crate::namespace::Space;
 use crate::owner::Command;
 use crate::producer::{self, ProducerLink};
-use crate::quota::{Cost, SubjectConnection};
+use crate::quota::{Conduct, Cost, SubjectConnection};
 use crate::server::Shared;
 use crate::sessions::{Session, Sessions};
 use crate::status::ConnectionStatus;
@@ -88,6 +88,9 @@ pub(crate) struct Conn {
     /// The namespace of the first token that was believed: a connection never changes it.
     space: OnceLock<Arc<Space>>,
     peer: Box<dyn Fn() -> Peer + Send + Sync>,
+    conduct: Conduct,
+    /// Why the connection is to be closed, once there is a reason.
+    thrown_out: watch::Sender<Option<ProtocolError>>,
     begun: Instant,
     /// Bytes that subscriptions may hold while they wait for credit.
     pub(crate) held: Semaphore,
@@ -347,6 +350,7 @@ impl Conn {
             }
             Err(error) => {
                 tracing::debug!(conn = self.id, code = %error.code, "token refused: {}", error.detail);
+                self.violated(&ProtocolError::new(error.code, error.detail));
                 self.identity.send_if_modified(|identity| {
                     let nobody = matches!(identity, Identity::Nobody(..));
                     if nobody {
@@ -398,6 +402,25 @@ impl Conn {
             Err(refusal) => refusal,
         };
         Err(AuthError { code, value, detail })
+    }
+
+    /// The peer broke the protocol on a stream; who does that too often is thrown out, with the code of the last time.
+    pub(crate) fn violated(&self, error: &ProtocolError) {
+        if self.conduct.violated() {
+            self.thrown_out.send_replace(Some(error.clone()));
+        }
+    }
+
+    /// Waits until the peer is to be thrown out, and says why.
+    async fn thrown_out(&self) -> ProtocolError {
+        let mut thrown_out = self.thrown_out.subscribe();
+        loop {
+            if let Some(error) = thrown_out.borrow_and_update().clone() {
+                return error;
+            }
+            // The sender lives in `self`.
+            let _ = thrown_out.changed().await;
+        }
     }
 
     /// Waits until the peer said HELLO.
@@ -601,6 +624,8 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
                 certificate: transport.certificate(),
             })
         },
+        conduct: Conduct::new(),
+        thrown_out: watch::channel(None).0,
         begun: Instant::now(),
         held: Semaphore::new(usize::try_from(server.config().delivery_budget).unwrap_or(Semaphore::MAX_PERMITS)),
         opened: Mutex::default(),
@@ -631,12 +656,20 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
         tokio::select! {
             stream = transport.accept_bi() => match stream {
                 Ok((send, recv)) => {
+                    if let Err(error) = conn.conduct.stream() {
+                        transport.close(error.code.0, error.detail);
+                        break;
+                    }
                     running.spawn(Box::pin(bidirectional(transport.clone(), conn.clone(), send, recv)));
                 }
                 Err(_) => break,
             },
             stream = transport.accept_uni() => match stream {
                 Ok(recv) => {
+                    if let Err(error) = conn.conduct.stream() {
+                        transport.close(error.code.0, error.detail);
+                        break;
+                    }
                     running.spawn(Box::pin(unidirectional::<C>(conn.clone(), recv)));
                 }
                 Err(_) => break,
@@ -649,6 +682,10 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
                 if let Some(frame) = goaway.borrow_and_update().clone() {
                     conn.control.push(frame);
                 }
+            }
+            error = conn.thrown_out() => {
+                transport.close(error.code.0, error.detail);
+                break;
             }
             // It can do nothing, and costs memory.
             refusal = &mut token => {
@@ -746,13 +783,17 @@ async fn read_control<C: Connection>(
                 return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "the first frame is not HELLO").into());
             }
             Frame::Token(Token { token }) => {
+                conn.conduct.token()?;
                 conn.authenticate(&token);
                 allow_streams(conn, transport);
                 if conn.is_authenticated() {
                     frames.set_limit(MAX_FRAME);
                 }
             }
-            Frame::Ping(ping) => conn.control.answer(Pong { nonce: ping.nonce }),
+            Frame::Ping(ping) => {
+                conn.conduct.question()?;
+                conn.control.answer(Pong { nonce: ping.nonce });
+            }
             Frame::Pong(_) => {}
             Frame::Credit(credit) => {
                 let subscription = conn.opened().subscriptions.get(&credit.id).cloned();
@@ -848,6 +889,7 @@ async fn bidirectional<C: Connection>(transport: C, conn: Arc<Conn>, mut send: C
         Err(FrameError::Lost(_)) => return,
     };
     tracing::debug!(conn = conn.id, %error, "stream refused");
+    conn.violated(&error);
     let detail = Detail::new(error.detail);
     let frame = Frame::from(Error { about: 0, id: 0, code: error.code, value: 0, detail });
     // Told in words where the client still reads, and by the code of the stop in any case.
@@ -870,5 +912,6 @@ async fn unidirectional<C: Connection>(conn: Arc<Conn>, recv: C::Recv) {
         Err(FrameError::Lost(_)) => return,
     };
     tracing::debug!(conn = conn.id, %error, "stream refused");
+    conn.violated(&error);
     frames.stop(error.code.0);
 }

@@ -32,7 +32,8 @@ mod status;
 mod subscription;
 mod upkeep;
 
-pub use config::{Config, PrefixQuotas, Quotas, Rate, SessionQuotas, SubjectQuotas};
+pub use config::{Config, PrefixQuotas, Quotas, SessionQuotas, SubjectQuotas};
+pub use mainstay_transport::rate::Rate;
 pub use namespace::Namespace;
 pub use resume::ResumeKeys;
 pub use server::{Server, Stop};

@@ -59,6 +59,7 @@ macro_rules! limits {
 
 limits! {
     SubjectConnections "subject.connections",
+    SubjectConnects "subject.connects",
     SubjectAppends "subject.appends",
     SubjectAppendBytes "subject.append_bytes",
     SubjectAttaches "subject.attaches",
@@ -76,6 +77,23 @@ limits! {
     PrefixAppends "prefix.appends",
     PrefixAppendBytes "prefix.append_bytes",
     PrefixStoredBytes "prefix.stored_bytes",
+}
+
+/// Counts something for as long as it lives.
+#[derive(Debug)]
+pub(crate) struct Counted(Gauge);
+
+impl Counted {
+    pub(crate) fn new(gauge: &Gauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
 }
 
 /// Seconds from 100 µs to about 26 s.

@@ -1,8 +1,9 @@
 //! One producer's QUIC stream: batches in, to the owner, credit back.
 
+use core::time::Duration;
 use std::sync::Arc;
 
-use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::error::{Advice, Code, ProtocolError};
 use mainstay_protocol::registry::PRODUCER_WINDOW;
 use mainstay_protocol::session::{CheckedBatch, CreditReceived, Operation, ProducerHandle, Refusal};
 use mainstay_protocol::wire::{Append, Credit, Detail, Frame, Refused};
@@ -47,6 +48,9 @@ impl ProducerLink {
 pub(crate) async fn run<R: RecvStream>(conn: Arc<Conn>, link: Arc<ProducerLink>, mut frames: FrameReader<R>) {
     if let Err(FrameError::Violation(error)) = pump(&conn, &link, &mut frames).await {
         tracing::debug!(conn = conn.id, producer = link.id, %error, "producer stream ended");
+        if error.code.advice() == Advice::Fix {
+            conn.violated(&error);
+        }
         frames.stop(error.code.0);
     }
     conn.drop_producer(&link);
@@ -78,6 +82,8 @@ async fn pump<R: RecvStream>(
                     // What came before is answered first, so that answers keep the order of the batches.
                     flush(conn, link, &mut batches, &mut bytes).await?;
                     link.refuse(sequence, &refusal);
+                    // What comes before it is time stays in the peer's window: to refuse it costs more than to leave it there.
+                    rest(link, refusal.code.retry_after(refusal.value)).await;
                 }
             }
             if batches.len() >= PRODUCER_WINDOW {
@@ -100,6 +106,16 @@ async fn pump<R: RecvStream>(
                 }
             }
         }
+    }
+}
+
+/// The longest time for which nothing is read of a producer that was told to wait.
+const REST: Duration = Duration::from_secs(1);
+
+/// Reads nothing for a while, unless the attachment ends.
+async fn rest(link: &ProducerLink, pause: Duration) {
+    if !pause.is_zero() {
+        let _ = tokio::time::timeout(pause.min(REST), link.attachment.ended()).await;
     }
 }
 

@@ -1,69 +1,22 @@
 //! How much a subject, a session and a prefix may have and do (spec, section 22).
 //!
-//! Counts are exact. Rates are those of the generic cell rate algorithm: so many at once, and so many a second after that. What is beyond
-//! is refused by name, at once: a server never makes anybody wait in a queue of its own.
+//! Counts are exact; rates are so many at once, and so many a second behind that. What is beyond is refused by name, at once: a server never
+//! makes anybody wait in a queue of its own.
 
-use core::num::NonZeroU32;
 use core::time::Duration;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use governor::clock::Clock;
-use governor::middleware::NoOpMiddleware;
-use governor::state::{InMemoryState, NotKeyed};
-use governor::{Quota, RateLimiter};
-use mainstay_protocol::error::Code;
+use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::MAX_RETRY_AFTER;
 use mainstay_protocol::session::{Grant, Operations, Refusal, SessionName};
 use mainstay_protocol::wire::{Frame, Subject};
+use mainstay_transport::rate::{Limiter, Rate};
 use tokio::time::Instant;
 
-use crate::config::{PrefixQuotas, Quotas, Rate, SubjectQuotas};
-use crate::metrics::{Limit, Metrics};
-
-/// Time as the runtime counts it, so that it stands still where that does.
-#[derive(Debug, Clone)]
-struct Ticks(Instant);
-
-impl Clock for Ticks {
-    type Instant = Duration;
-
-    fn now(&self) -> Duration {
-        self.0.elapsed()
-    }
-}
-
-/// A rate that is kept.
-#[derive(Debug)]
-pub(crate) struct Limiter {
-    limiter: RateLimiter<NotKeyed, InMemoryState, Ticks, NoOpMiddleware<Duration>>,
-    clock: Ticks,
-    burst: NonZeroU32,
-}
-
-impl Limiter {
-    /// `None` where there is no limit.
-    fn new(rate: Option<Rate>) -> Option<Self> {
-        let Rate { per_second, burst } = rate?;
-        // A configuration cannot say 0 of either.
-        let (per_second, burst) = (NonZeroU32::new(per_second)?, NonZeroU32::new(burst)?);
-        let clock = Ticks(Instant::now());
-        let quota = Quota::per_second(per_second).allow_burst(burst);
-        Some(Self { limiter: RateLimiter::direct_with_clock(quota, clock.clone()), clock, burst })
-    }
-
-    /// Takes `n` out of it; more than the burst count as the burst. Error: after how long there is room for them.
-    fn take(&self, n: usize) -> Result<(), Duration> {
-        let Some(n) = NonZeroU32::new(u32::try_from(n).unwrap_or(u32::MAX)) else { return Ok(()) };
-        match self.limiter.check_n(n.min(self.burst)) {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(not_until)) => Err(not_until.wait_time_from(self.clock.now())),
-            // Never: it is not more than the burst.
-            Err(_) => Ok(()),
-        }
-    }
-}
+use crate::config::{PrefixQuotas, Quotas, SubjectQuotas};
+use crate::metrics::{Counted, Limit, Metrics};
 
 /// Refuses what comes too often.
 fn too_often(after: Duration, detail: &'static str) -> Refusal {
@@ -105,12 +58,71 @@ impl Cost {
     }
 }
 
+/// What the peer of one connection does that costs something before it is known what it wants. No program that keeps to the protocol comes near
+/// these: who goes beyond them is not refused but thrown out.
+#[derive(Debug)]
+pub(crate) struct Conduct {
+    streams: Option<Limiter>,
+    questions: Option<Limiter>,
+    tokens: Option<Limiter>,
+    violations: AtomicUsize,
+}
+
+impl Conduct {
+    /// QUIC streams that are opened: an application that attaches to everything it has, again and again.
+    const STREAMS: Rate = Rate { per_second: 200, burst: 4096 };
+    /// PINGs: a sign of life of every membership there can be, every four seconds.
+    const QUESTIONS: Rate = Rate { per_second: 256, burst: 1024 };
+    /// TOKENs: the one of a client is good for minutes.
+    const TOKENS: Rate = Rate { per_second: 5, burst: 50 };
+    /// Streams that break the protocol, and tokens that are not believed. One is a bug of a program; this many are its purpose.
+    const VIOLATIONS: usize = 64;
+
+    pub(crate) fn new() -> Self {
+        let limiter = |rate| Limiter::new(Some(rate));
+        Self {
+            streams: limiter(Self::STREAMS),
+            questions: limiter(Self::QUESTIONS),
+            tokens: limiter(Self::TOKENS),
+            violations: AtomicUsize::new(0),
+        }
+    }
+
+    fn take(limiter: Option<&Limiter>, detail: &'static str) -> Result<(), ProtocolError> {
+        match limiter.map_or(Ok(()), |limiter| limiter.take(1)) {
+            Ok(()) => Ok(()),
+            Err(_) => Err(ProtocolError::new(Code::RATE_LIMITED, detail)),
+        }
+    }
+
+    /// A QUIC stream was opened. Errors: `RATE_LIMITED`, which ends the connection, as those that follow.
+    pub(crate) fn stream(&self) -> Result<(), ProtocolError> {
+        Self::take(self.streams.as_ref(), "the client opens QUIC streams too often")
+    }
+
+    /// A PING came.
+    pub(crate) fn question(&self) -> Result<(), ProtocolError> {
+        Self::take(self.questions.as_ref(), "the client asks for signs of life too often")
+    }
+
+    /// A TOKEN came.
+    pub(crate) fn token(&self) -> Result<(), ProtocolError> {
+        Self::take(self.tokens.as_ref(), "the client presents tokens too often")
+    }
+
+    /// It broke the protocol. True if that was once too often.
+    pub(crate) fn violated(&self) -> bool {
+        self.violations.fetch_add(1, Ordering::Relaxed) >= Self::VIOLATIONS
+    }
+}
+
 /// What one subject does, over all of its connections.
 #[derive(Debug)]
 pub(crate) struct SubjectUsage {
     connections: AtomicUsize,
     /// Kept until then after its last connection: by then every rate has come back to rest.
     forget_after: Mutex<Option<Instant>>,
+    connects: Option<Limiter>,
     appends: Option<Limiter>,
     append_bytes: Option<Limiter>,
     attaches: Option<Limiter>,
@@ -126,6 +138,7 @@ impl SubjectUsage {
         Self {
             connections: AtomicUsize::new(0),
             forget_after: Mutex::new(None),
+            connects: Limiter::new(quotas.connects),
             appends: Limiter::new(quotas.appends),
             append_bytes: Limiter::new(quotas.append_bytes),
             attaches: Limiter::new(quotas.attaches),
@@ -174,6 +187,7 @@ fn take(
 pub(crate) struct SubjectConnection {
     subjects: Arc<Subjects>,
     used: Arc<SubjectUsage>,
+    _counted: Counted,
 }
 
 impl core::ops::Deref for SubjectConnection {
@@ -210,7 +224,7 @@ impl Subjects {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a connection more. Refusals: `QUOTA_EXCEEDED`.
+    /// Counts a connection more. Refusals: `QUOTA_EXCEEDED`, `RATE_LIMITED`.
     pub(crate) fn connect(
         self: &Arc<Self>,
         subject: &Subject,
@@ -226,9 +240,12 @@ impl Subjects {
             metrics.refused(Limit::SubjectConnections);
             return Err(too_much(limit as u64, "the subject has too many connections"));
         }
+        let detail = "the subject connects too often";
+        take(used.connects.as_ref(), 1, Limit::SubjectConnects, detail, metrics)?;
         used.connections.fetch_add(1, Ordering::Relaxed);
         *used.forget_after.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        Ok(SubjectConnection { subjects: self.clone(), used: used.clone() })
+        let counted = Counted::new(&metrics.connections);
+        Ok(SubjectConnection { subjects: self.clone(), used: used.clone(), _counted: counted })
     }
 
     /// From so many on those that rest are forgotten before one more is kept.

@@ -13,9 +13,10 @@ use mainstay_transport::{Connection, SendStream, StreamError, priority};
 use tokio::sync::{Notify, SemaphorePermit};
 use tokio::time::Instant;
 
-use crate::attachment::{Counted, ask};
+use crate::attachment::ask;
 use crate::connection::Conn;
 use crate::load::Work;
+use crate::metrics::Counted;
 use crate::owner::Command;
 use crate::sessions::{Session, SessionUse, refusal};
 use crate::status::{Doing, Following, SubscriptionStatus};

@@ -3,11 +3,13 @@
 //! - [`simulation`]: the real client and server over links in memory and a simulated disk, in one thread and in tokio's paused time. The
 //!   same seed is the same history, byte for byte.
 //! - [`damage`]: data directories with flipped bits, torn, missing, stale and exchanged pages and files.
+//! - [`hostile`]: the real binary, attacked beside honest clients, and with more to do than it can.
 //! - [`crashes`]: the real binary, killed at random moments and system calls, and with the power cut under it.
 
 pub mod crashes;
 pub mod damage;
 pub mod history;
+pub mod hostile;
 #[cfg(feature = "planted")]
 pub mod planted;
 pub mod power;

@@ -6,7 +6,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use mainstay_sim::crashes::{self, Campaign, How};
 use mainstay_sim::damage;
+use mainstay_sim::hostile::{self, Hostile, Overload};
 use mainstay_sim::seeds::{self, Seeds};
+use mainstay_tests::attack::Way;
 
 /// Simulated worlds, one for each seed: what goes wrong in them, and whether every promise was kept.
 #[derive(Parser)]
@@ -55,6 +57,48 @@ enum What {
         #[arg(long)]
         seed: Option<u64>,
     },
+    /// Attack the real server from many connections beside honest ones, and look whether those notice.
+    Hostile {
+        /// Hostile connections at once.
+        #[arg(long, default_value_t = 100)]
+        connections: u64,
+        /// For how long.
+        #[arg(long, default_value_t = 20)]
+        seconds: u64,
+        /// Honest sessions.
+        #[arg(long, default_value_t = 50)]
+        honest: u64,
+        /// This way of attacking alone; may be repeated.
+        #[arg(long)]
+        only: Vec<Way>,
+        /// Fail if honest clients are slowed down to more than twice: for a release build on a machine that does nothing else.
+        #[arg(long)]
+        strict: bool,
+        /// Decides everything random; a new one if there is none.
+        #[arg(long)]
+        seed: Option<u64>,
+    },
+    /// The attackers of `hostile`.
+    #[command(hide = true)]
+    Attack {
+        /// What they are to do.
+        orders: PathBuf,
+    },
+    /// Write five times as much as the real server can take, and look what it gets done and what is lost.
+    Overload {
+        /// How long each half is measured.
+        #[arg(long, default_value_t = 5)]
+        seconds: u64,
+        /// Sessions that saturate it.
+        #[arg(long, default_value_t = 16)]
+        sessions: u64,
+        /// How many times as many there are then.
+        #[arg(long, default_value_t = 5)]
+        times: u64,
+        /// Fail if less than nine tenths of the peak are done: for a release build on a machine that does nothing else.
+        #[arg(long)]
+        strict: bool,
+    },
     /// Make each mistake on purpose, and look which seed finds it.
     #[cfg(feature = "planted")]
     Planted {
@@ -80,9 +124,12 @@ struct Crashes {
 impl Crashes {
     fn run(&self, how: How) -> bool {
         let seed = self.seed.unwrap_or_else(mainstay_tests::random::seed);
-        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-        runtime.block_on(crashes::run(Campaign { how, cycles: self.cycles, seed, planted: None }))
+        block_on(crashes::run(Campaign { how, cycles: self.cycles, seed, planted: None }))
     }
+}
+
+fn block_on<T>(work: impl Future<Output = T>) -> T {
+    tokio::runtime::Runtime::new().expect("a runtime").block_on(work)
 }
 
 fn main() -> ExitCode {
@@ -90,6 +137,17 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
     let sound = match Args::parse().what {
         What::Kill { campaign } => campaign.run(How::Kill),
+        What::Hostile { connections, seconds, honest, only, strict, seed } => {
+            let seed = seed.unwrap_or_else(mainstay_tests::random::seed);
+            block_on(hostile::run(&Hostile { connections, honest, seconds, only, seed, strict }))
+        }
+        What::Attack { orders } => {
+            block_on(hostile::strike(&orders));
+            true
+        }
+        What::Overload { seconds, sessions, times, strict } => {
+            block_on(hostile::overload(Overload { sessions, times, seconds, strict }))
+        }
         What::Damage { images, seed } => damage::run(images, seed.unwrap_or_else(mainstay_tests::random::seed)),
         What::Power { campaign } => campaign.run(How::Power),
         #[cfg(feature = "planted")]

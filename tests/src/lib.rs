@@ -1,6 +1,7 @@
 //! The harness of Mainstay's whole-system tests, and the UDP fault proxy.
 
 pub mod appending;
+pub mod attack;
 pub mod harness;
 pub mod live;
 pub mod namespaces;

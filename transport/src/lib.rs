@@ -16,6 +16,7 @@ pub mod memory;
 mod network;
 mod outbox;
 pub mod quic;
+pub mod rate;
 pub mod sim;
 
 use core::fmt;

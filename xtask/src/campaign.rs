@@ -27,6 +27,8 @@ const CAMPAIGNS: &[(&str, &str, &str, &str)] = &[
     ("kill", "--cycles", "100", "2000"),
     ("power", "--cycles", "20", "1000"),
     ("damage", "--images", "2000", "50000"),
+    ("hostile", "--connections", "100", "1000"),
+    ("overload", "--seconds", "3", "10"),
     ("planted", "--seeds", "4000", "20000"),
 ];
 

@@ -3,7 +3,10 @@
 //! No dependencies, so that it builds in a moment.
 
 mod campaign;
+mod docs;
 mod fuzz;
+mod package;
+mod supply;
 mod tidy;
 
 use std::env;
@@ -21,10 +24,15 @@ Tasks:
   cargo xtask mutants [ARGS]       change the codec and the core in every way, and see whether a test of theirs notices
   cargo xtask bench [ARGS…]        the load generator in release mode; without arguments the whole table
   cargo xtask sim [--seeds N]      simulated worlds, each from a seed (default 500); --seed S runs one again
+  cargo xtask docs [--check]       make the reference from code and registry, and build the site
+  cargo xtask package [--debug]    the Debian package
+  cargo xtask sbom                 what the binary is made of
   cargo xtask campaign WHAT [--short]
                  kill [--seed S]   the real server killed again and again, at random moments and system calls
                  power [--seed S]  the power cut under it (root)
                  damage [--seed S] damaged data directories
+                 hostile [--seed S] attackers beside honest clients
+                 overload          five times as much as can be done
                  planted           mistakes on purpose: each has to be found, or its like is skipped, and that is said
                  tests [SECS]      the random tests over and over with new seeds (default 1800 s)
 ";
@@ -39,6 +47,9 @@ fn main() -> ExitCode {
         ["fuzz", rest @ ..] => fuzz::run(rest),
         ["mutants", rest @ ..] => mutants(rest),
         ["bench", rest @ ..] => bench(rest),
+        ["docs", rest @ ..] => docs::run(rest),
+        ["package", rest @ ..] => package::run(rest),
+        ["sbom"] => supply::sbom(),
         ["sim", rest @ ..] => campaign::sim(rest),
         ["campaign", rest @ ..] => campaign::run(rest),
         _ => Err(format!("unknown task\n\n{USAGE}")),
@@ -91,6 +102,11 @@ fn need(subcommand: &str, package: &str) -> Outcome {
     if has("cargo", &[subcommand, "--version"]) {
         return Ok(());
     }
+    install(package)
+}
+
+/// Installs a program of a package that is missing.
+pub(crate) fn install(package: &str) -> Outcome {
     eprintln!("== installing {package}, which is missing");
     let mut install = cargo(&["install", "--locked", package]);
     // It is used for seconds: what its authors do for speed costs more here than it brings.
@@ -156,7 +172,10 @@ fn test() -> Outcome {
     step("documentation", doc.env("RUSTDOCFLAGS", "-D warnings"))?;
     // As it was built with everything else.
     step("demo", Command::new(root().join("target").join("debug").join("mainstay")).arg("demo"))?;
+    docs::run(&["--check"])?;
+    package::run(&["--debug"])?;
     campaign::short()?;
+    supply::floors()?;
     deny()?;
     fuzz::run(&["--smoke"])
 }

@@ -22,7 +22,7 @@ use mainstay_client::ConnectFile;
 use mainstay_protocol::registry::ALPN;
 use mainstay_protocol::session::{Grant, Grants, Operations};
 use mainstay_protocol::wire::Subject;
-use mainstay_server::auth::{Claims, Keyring, SigningKey, Trust};
+use mainstay_server::auth::{Claims, SigningKey, Trust};
 use mainstay_server::{Namespace, Server, Stop};
 use mainstay_store::{Health, Store};
 use mainstay_store_fjall::{FjallStore, Tickets};
@@ -159,7 +159,7 @@ async fn serve(args: args::Serve, layers: Layers, settings: Settings, output: Ou
     let listener = listener.map_err(internal)?;
     let showcase = listener.showcase();
     let connect = match &dev {
-        Some(key) => Some(write_connect_file(&data, addr, &pin.to_hex(), key)?),
+        Some(key) => Some(write_connect_file(&data, addr, &pin.to_hex(), key, &served[0].trust)?),
         None => None,
     };
     let server = Server::with_namespaces(spaces, config.clone()).measuring(memory::allocated);
@@ -406,11 +406,17 @@ impl TicketStore for KeptTickets {
 }
 
 /// Writes the connection file, unless the one that is there is still right.
-fn write_connect_file(data: &Data, addr: SocketAddr, pin: &str, key: &SigningKey) -> Result<PathBuf, Failure> {
+fn write_connect_file(
+    data: &Data,
+    addr: SocketAddr,
+    pin: &str,
+    key: &SigningKey,
+    trust: &Trust,
+) -> Result<PathBuf, Failure> {
     let path = data.connect_file();
-    let keyring = Keyring::new([key.verifying_key()]);
+    let anchors = trust.anchors();
     if let Ok(old) = ConnectFile::read(&path) {
-        let fresh = |token: &str| keyring.verify(token.as_bytes(), now() + DEV_TOKEN / 2).is_ok();
+        let fresh = |token: &str| anchors.verify(token.as_bytes(), now() + DEV_TOKEN / 2).is_ok();
         if old.addr == addr.into() && old.pin == pin && fresh(&old.token) {
             return Ok(path);
         }

@@ -60,6 +60,7 @@ macro_rules! rates {
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct SubjectSettings {
     connections: Count<usize>,
+    connects: RateOf,
     appends: RateOf,
     append_bytes: RateOf,
     attaches: RateOf,
@@ -77,6 +78,7 @@ impl SubjectSettings {
             "limits.subject",
             self,
             quotas,
+            connects,
             appends,
             append_bytes,
             attaches,

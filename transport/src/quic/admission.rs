@@ -6,6 +6,8 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::rate::{Limiter, Rate};
+
 /// What a listener lets in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Admission {
@@ -15,13 +17,22 @@ pub struct Admission {
     pub per_network: usize,
     /// From so many on a peer must show by a second packet that it gets what is sent to its address (Retry): then addresses cannot be made up.
     pub retry_from: usize,
+    /// Handshakes that may be begun in a second, and at once behind a rest: each costs a signature whatever comes of it.
+    pub rate: Option<Rate>,
     /// How long a handshake may take.
     pub patience: Duration,
 }
 
 impl Default for Admission {
     fn default() -> Self {
-        Self { handshakes: 256, per_network: 192, retry_from: 64, patience: Duration::from_secs(5) }
+        let patience = Duration::from_secs(5);
+        Self {
+            handshakes: 256,
+            per_network: 192,
+            retry_from: 64,
+            rate: Some(Rate { per_second: 500, burst: 10_000 }),
+            patience,
+        }
     }
 }
 
@@ -47,11 +58,12 @@ struct UnderWay {
 pub(super) struct Door {
     rules: Admission,
     under_way: Mutex<UnderWay>,
+    pace: Option<Limiter>,
 }
 
 impl Door {
     pub(super) fn new(rules: Admission) -> Arc<Self> {
-        Arc::new(Self { rules, under_way: Mutex::default() })
+        Arc::new(Self { rules, under_way: Mutex::default(), pace: Limiter::new(rules.rate) })
     }
 
     pub(super) fn patience(&self) -> Duration {
@@ -71,6 +83,9 @@ impl Door {
         }
         let of_network = under_way.networks.get(&network).copied().unwrap_or(0);
         if under_way.all >= self.rules.handshakes || of_network >= self.rules.per_network {
+            return Verdict::Refused;
+        }
+        if self.pace.as_ref().is_some_and(|pace| pace.take(1).is_err()) {
             return Verdict::Refused;
         }
         under_way.all += 1;
@@ -113,7 +128,8 @@ mod tests {
     use super::*;
 
     fn door() -> Arc<Door> {
-        Door::new(Admission { handshakes: 4, per_network: 3, retry_from: 2, patience: Duration::ZERO })
+        let patience = Duration::ZERO;
+        Door::new(Admission { handshakes: 4, per_network: 3, retry_from: 2, rate: None, patience })
     }
 
     fn ip(text: &str) -> IpAddr {
@@ -148,6 +164,18 @@ mod tests {
         let _two = door.knock(ip("198.51.100.1"), false);
         assert!(matches!(door.knock(ip("203.0.113.1"), false), Verdict::Retry));
         assert!(matches!(door.knock(ip("203.0.113.1"), true), Verdict::Welcome(_)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn handshakes_are_begun_at_a_rate_behind_a_burst() {
+        let rules = Admission { rate: Rate::new(10, 3), ..Admission::default() };
+        let door = Door::new(rules);
+        let knock = || matches!(door.knock(ip("192.0.2.1"), true), Verdict::Welcome(_));
+        assert_eq!([knock(), knock(), knock(), knock()], [true, true, true, false]);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!([knock(), knock()], [true, false]);
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        assert_eq!([knock(), knock(), knock(), knock()], [true, true, true, false], "no more than a burst gathers");
     }
 
     #[test]

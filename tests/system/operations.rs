@@ -1,0 +1,341 @@
+//! A server in earnest: settings, certificates and keys that change while it serves, what its operator sees, and namespaces.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use mainstay_client::{Client, Config, ConnectFile};
+use mainstay_protocol::session::Operation;
+use mainstay_server::auth::SigningKey;
+use mainstay_tests::harness::claims;
+use mainstay_tests::process::{PATIENCE, binary, run};
+use mainstay_transport::quic::{Identity, Pin, read_certificates};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
+use tokio::process::{Child, Command};
+
+/// A server with settings of its own.
+struct Earnest {
+    dir: tempfile::TempDir,
+    child: Option<Child>,
+    addr: String,
+    admin: String,
+}
+
+fn certificate(dir: &Path) {
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let mut params = rcgen::CertificateParams::new(vec!["localhost".into()]).expect("parameters");
+    params.not_after = rcgen::date_time_ymd(2099, 1, 1);
+    let signed = params.self_signed(&key).expect("a certificate");
+    std::fs::write(dir.join("chain.pem"), signed.pem()).expect("a file");
+    std::fs::write(dir.join("key.pem"), key.serialize_pem()).expect("a file");
+}
+
+impl Earnest {
+    fn settings(&self) -> PathBuf {
+        self.dir.path().join("mainstay.toml")
+    }
+
+    fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    fn set(&self, keys: &[&SigningKey], more: &str) {
+        let dir = self.dir.path().display();
+        let keys: Vec<String> = keys.iter().map(|key| key.verifying_key().to_paserk()).collect();
+        let text = format!(
+            "data = \"{dir}/data\"\nlisten = \"127.0.0.1:0\"\nadmin = \"127.0.0.1:0\"\n[tls]\ncert = \"{dir}/chain.pem\"\nkey = \
+             \"{dir}/key.pem\"\n[auth]\nkeys = {keys:?}\n{more}"
+        );
+        std::fs::write(self.settings(), text).expect("settings");
+    }
+
+    fn new(keys: &[&SigningKey], more: &str) -> Self {
+        let this = Self {
+            dir: tempfile::tempdir().expect("a directory"),
+            child: None,
+            addr: String::new(),
+            admin: String::new(),
+        };
+        certificate(this.dir.path());
+        this.set(keys, more);
+        this
+    }
+
+    async fn start(&mut self) {
+        let mut child = Command::new(binary())
+            .args(["serve", "--json", "--config"])
+            .arg(self.settings())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("a server");
+        let mut lines = BufReader::new(child.stdout.take().expect("an output")).lines();
+        let line = tokio::time::timeout(PATIENCE, lines.next_line()).await.expect("in time").expect("an output");
+        let event: Value = serde_json::from_str(&line.expect("a line")).expect("JSON");
+        assert_eq!(event["event"], "listening");
+        let text = |name: &str| event[name].as_str().expect("an address").to_owned();
+        (self.addr, self.admin) = (text("addr"), text("admin"));
+        tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+        self.child = Some(child);
+    }
+
+    async fn signal(&self, name: &str) {
+        let pid = self.child.as_ref().and_then(Child::id).expect("a running server").to_string();
+        assert!(Command::new("kill").args([name, &pid]).status().await.expect("kill").success());
+    }
+
+    async fn stop(&mut self) -> Option<i32> {
+        self.signal("-TERM").await;
+        let mut child = self.child.take().expect("a running server");
+        tokio::time::timeout(PATIENCE, child.wait()).await.expect("in time").expect("a status").code()
+    }
+
+    fn pin(&self) -> Pin {
+        let chain = read_certificates(&self.dir.path().join("chain.pem")).expect("a certificate");
+        Pin::of(&chain[0]).expect("a pin")
+    }
+
+    fn file(&self, token: String) -> ConnectFile {
+        ConnectFile {
+            protocol: "mainstay/1".into(),
+            addr: self.addr.parse().expect("an address"),
+            pin: self.pin().to_hex(),
+            token,
+        }
+    }
+
+    fn client(&self, key: &SigningKey, subject: &str) -> Client {
+        let token = key.mint(&claims(subject, "", Operation::ALL)).expect("a token");
+        let mut config = Config::default();
+        config.give_up_after = Some(Duration::from_secs(3));
+        Client::connect_quic(&self.file(token), config).expect("a client")
+    }
+
+    /// The status and the body of a page of the admin listener.
+    async fn get(&self, path: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(&self.admin).await.expect("the admin listener");
+        let request = format!("GET {path} HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.expect("write");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.expect("an answer");
+        let status = text.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
+        (status, text.split_once("\r\n\r\n").expect("a body").1.to_owned())
+    }
+}
+
+async fn mainstay(args: &[&str]) -> std::process::Output {
+    let mut command = Command::new(binary());
+    command.args(args).env_remove("MAINSTAY_CONNECT");
+    run(command).await
+}
+
+fn key() -> SigningKey {
+    SigningKey::generate().expect("a key")
+}
+
+#[tokio::test]
+async fn a_configuration_is_checked_before_it_is_used() {
+    let server = Earnest::new(&[&key()], "");
+    let path = server.settings().display().to_string();
+    let good = mainstay(&["serve", "--check", "--config", &path]).await;
+    assert!(good.status.success(), "{}", String::from_utf8_lossy(&good.stderr));
+    for (more, complaint) in [
+        ("[limits]\nconections = 3\n", "conections"),
+        ("[limits.subject]\nsignals = { per_second = 1, burst = 1000 }\n", "limits.subject.signals"),
+        ("[[namespaces]]\nname = \"Acme\"\n", "a name is up to 64"),
+        ("[[namespaces]]\nname = \"acme\"\n", "no key to verify tokens with"),
+    ] {
+        let server = Earnest::new(&[&key()], more);
+        let path = server.settings().display().to_string();
+        for args in [&["serve", "--check", "--config", &path][..], &["serve", "--config", &path]] {
+            let output = mainstay(args).await;
+            // What has a key in the data directory is looked at once there is one.
+            if args.contains(&"--check") && complaint.starts_with("no key") {
+                continue;
+            }
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(2), "{said}");
+            assert!(said.contains(complaint), "{said}");
+        }
+    }
+    let printed = mainstay(&["serve", "--print-config"]).await;
+    assert!(String::from_utf8_lossy(&printed.stdout).contains("[limits.subject]"));
+}
+
+#[tokio::test]
+async fn keys_and_certificates_change_while_it_serves_and_connections_live() {
+    let (first, second) = (key(), key());
+    let mut server = Earnest::new(&[&first], "");
+    server.start().await;
+    let old = server.client(&first, "alice");
+    let session = old.session("s").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    // What is not believed yet is refused.
+    let early = server.client(&second, "bob").list("").await.expect_err("not trusted");
+    assert_eq!(early.name(), "TOKEN_INVALID");
+
+    server.set(&[&first, &second], "");
+    let pin = server.pin();
+    certificate(server.dir.path());
+    assert_ne!(pin, server.pin());
+    server.signal("-HUP").await;
+    mainstay_tests::until("the new key and the new certificate are in force", async || {
+        server.client(&second, "bob").list("").await.is_ok()
+    })
+    .await;
+    producer.append(session.main(), "x").await.expect("append").await.expect("the connection lives");
+
+    // Without the first key its tokens are out of force, on connections that exist too.
+    server.set(&[&second], "");
+    server.signal("-HUP").await;
+    mainstay_tests::until("the old key is out of force", async || {
+        old.list("").await.is_err_and(|error| error.name() == "TOKEN_INVALID")
+    })
+    .await;
+    // Settings that are wrong change nothing.
+    std::fs::write(server.settings(), "nonsense = true\n").expect("settings");
+    server.signal("-HUP").await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    server.client(&second, "bob").list("").await.expect("what was in force stays");
+    assert_eq!(server.stop().await, Some(0));
+}
+
+#[tokio::test]
+async fn an_operator_sees_how_it_is_and_what_it_does() {
+    let key = key();
+    let mut server = Earnest::new(&[&key], "");
+    server.start().await;
+    let client = server.client(&key, "alice");
+    let session = client.session("seen").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    for _ in 0..3 {
+        producer.append(session.main(), "x").await.expect("append").await.expect("stored");
+    }
+    assert_eq!(server.get("/livez").await, (200, "ok\n".into()));
+    assert_eq!(server.get("/readyz").await, (200, "ok\n".into()));
+    assert_eq!(server.get("/elsewhere").await.0, 404);
+    let (status, metrics) = server.get("/metrics").await;
+    assert_eq!(status, 200);
+    for line in [
+        "mainstay_appended_records_total{namespace=\"default\"} 3",
+        "mainstay_connections{namespace=\"default\"} 1",
+        "mainstay_store_serving 1",
+        "# EOF",
+    ] {
+        assert!(metrics.lines().any(|shown| shown == line), "{line} is not in\n{metrics}");
+    }
+    // What a peer chooses makes no series.
+    assert!(!metrics.contains("seen") && !metrics.contains("alice"), "{metrics}");
+    let (_, status) = server.get("/status").await;
+    let status: Value = serde_json::from_str(&status).expect("JSON");
+    assert_eq!(status["status"]["connections"][0]["subject"], "alice");
+    assert_eq!(status["status"]["namespaces"][0]["sessions"][0]["name"], "seen");
+    assert_eq!(status["status"]["namespaces"][0]["sessions"][0]["tail"], 3);
+
+    let (data, settings) = (server.data().display().to_string(), server.settings().display().to_string());
+    let top = mainstay(&["top", "--once", "--data", &data]).await;
+    let text = String::from_utf8_lossy(&top.stdout).into_owned();
+    assert!(text.contains("seen") && text.contains("alice"), "{text}");
+    let file = server.dir.path().join("connect.json");
+    let token = key.mint(&claims("doctor", "", Operation::ALL)).expect("a token");
+    std::fs::write(&file, serde_json::to_vec(&server.file(token)).expect("JSON")).expect("a file");
+    use std::os::unix::fs::PermissionsExt;
+    for path in [&file, &server.dir.path().join("key.pem")] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).expect("permissions");
+    }
+    let connect = file.display().to_string();
+    let well = ["doctor", "--json", "--config", &settings, "--connect", &connect];
+    let doctor = mainstay(&well).await;
+    let text = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    assert!(doctor.status.success(), "{text}");
+    // A secret that others can read, and a token that has expired, are found.
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).expect("permissions");
+    let mut old = claims("doctor", "", Operation::ALL);
+    (old.issued, old.expires) = (1_000_000_000, 1_000_000_001);
+    let expired = server.file(key.mint(&old).expect("a token"));
+    std::fs::write(&file, serde_json::to_vec(&expired).expect("JSON")).expect("a file");
+    let doctor = mainstay(&well).await;
+    assert_eq!(doctor.status.code(), Some(1));
+    let wrong: Vec<Value> = mainstay_tests::process::events(&doctor.stdout)
+        .into_iter()
+        .filter(|finding| finding["is"] == "wrong")
+        .collect();
+    let says =
+        |text: &str| wrong.iter().any(|finding| finding["what"].as_str().is_some_and(|what| what.contains(text)));
+    assert!(says("can read this secret") && says("has expired") && says("TOKEN_EXPIRED"), "{wrong:?}");
+    assert!(wrong.iter().all(|finding| finding["advice"].is_string()), "each says what to do: {wrong:?}");
+    assert_eq!(server.stop().await, Some(0));
+    let gone = mainstay(&["top", "--once", "--data", &data]).await;
+    assert_eq!(gone.status.code(), Some(4));
+}
+
+#[tokio::test]
+async fn what_is_revoked_stays_revoked_whether_or_not_a_server_runs() {
+    let key = key();
+    let mut server = Earnest::new(&[&key], "");
+    let data = server.data().display().to_string();
+    server.start().await;
+    let (alice, bob) = (server.client(&key, "alice"), server.client(&key, "bob"));
+    alice.list("").await.expect("believed");
+    let revoked = mainstay(&["token", "revoke", "--subject", "alice", "--data", &data, "--json"]).await;
+    assert_eq!(mainstay_tests::process::events(&revoked.stdout)[0]["in_force"], true);
+    assert_eq!(alice.list("").await.expect_err("refused").name(), "TOKEN_REVOKED");
+    bob.list("").await.expect("another one");
+    let token = key.mint(&claims("carol", "", Operation::ALL)).expect("a token");
+    assert_eq!(server.stop().await, Some(0));
+    let revoked = mainstay(&["token", "revoke", &token, "--data", &data, "--json"]).await;
+    assert_eq!(mainstay_tests::process::events(&revoked.stdout)[0]["in_force"], false);
+    server.start().await;
+    // The client of before looks for the server where it was.
+    let alice = Client::connect_quic(
+        &server.file(
+            key.mint(&{
+                let mut old = claims("alice", "", Operation::ALL);
+                old.issued -= 100;
+                old
+            })
+            .expect("a token"),
+        ),
+        Config::default(),
+    )
+    .expect("a client");
+    assert_eq!(alice.list("").await.expect_err("refused").name(), "TOKEN_REVOKED");
+    let carol = Client::connect_quic(&server.file(token), Config::default()).expect("a client");
+    assert_eq!(carol.list("").await.expect_err("refused").name(), "TOKEN_REVOKED");
+    assert_eq!(server.stop().await, Some(0));
+}
+
+#[tokio::test]
+async fn namespaces_have_stores_of_their_own() {
+    let (one, acme) = (key(), key());
+    let more = format!("[[namespaces]]\nname = \"acme\"\nauth.keys = [{:?}]\n", acme.verifying_key().to_paserk());
+    let mut server = Earnest::new(&[&one], &more);
+    server.start().await;
+    for (key, text) in [(&one, "one"), (&acme, "acme")] {
+        let client = server.client(key, "alice");
+        let session = client.session("same").expect("a name").create().attach().await.expect("attach");
+        let producer = session.producer("p").await.expect("a producer");
+        assert_eq!(producer.append(session.main(), text).await.expect("append").await, Ok(0));
+    }
+    let (_, metrics) = server.get("/metrics").await;
+    assert!(metrics.contains("mainstay_appended_records_total{namespace=\"acme\"} 1"), "{metrics}");
+    assert_eq!(server.stop().await, Some(0));
+    for (dir, text) in [(server.data(), "one"), (server.data().join("namespaces").join("acme"), "acme")] {
+        let dump = mainstay(&["verify", "--data", &dir.display().to_string(), "--dump"]).await;
+        let rows = mainstay_tests::process::events(&dump.stdout);
+        let data: Vec<&Value> = rows.iter().map(|row| &row["data"]).collect();
+        assert_eq!(data, [&json!(text)], "{}", dir.display());
+    }
+}
+
+/// A certificate that cannot be read is no reason to show none.
+#[tokio::test]
+async fn an_identity_that_is_broken_is_told_by_its_file() {
+    let dir = tempfile::tempdir().expect("a directory");
+    std::fs::write(dir.path().join("chain.pem"), "nothing").expect("a file");
+    let wrong = Identity::from_pem_files(&dir.path().join("chain.pem"), &dir.path().join("key.pem"));
+    assert!(wrong.is_err_and(|error| error.contains("key.pem") || error.contains("chain.pem")));
+}
