@@ -105,18 +105,28 @@ fn end_all_in(dir: &Path) {
     }
 }
 
+/// The last one makes a certificate, and asks over HTTP.
+const PAGES: [&str; 6] = [
+    "start.md",
+    "guides/agent.md",
+    "guides/roaming.md",
+    "guides/tokens.md",
+    "guides/takeover.md",
+    "guides/operations.md",
+];
+
 #[tokio::test]
 async fn a_newcomer_gets_through_the_documentation() {
+    let has = |program: &str| {
+        let there = std::process::Command::new("sh").args(["-c", &format!("command -v {program}")]).output();
+        there.is_ok_and(|output| output.status.success())
+    };
     // One default address on this machine: the pages are one test.
-    follow(&[
-        "start.md",
-        "guides/agent.md",
-        "guides/roaming.md",
-        "guides/tokens.md",
-        "guides/takeover.md",
-        "guides/operations.md",
-    ])
-    .await;
+    if has("openssl") && has("curl") {
+        return follow(&PAGES).await;
+    }
+    mainstay_tests::skipped("the commands of guides/operations.md", "openssl or curl is missing");
+    follow(&PAGES[..5]).await;
 }
 
 #[test]

@@ -124,9 +124,13 @@ fn tools() -> Outcome {
         ("conntrack", "conntrack"),
         ("strace", "strace"),
         ("mkfs.ext4", "e2fsprogs"),
+        ("openssl", "openssl"),
+        ("curl", "curl"),
     ];
-    let missing: Vec<&str> =
-        tools.into_iter().filter(|(program, _)| !has(program, &["-V"])).map(|(_, package)| package).collect();
+    let missing: Vec<&str> = {
+        let there = |program: &str| has("sh", &["-c", &format!("command -v {program}")]);
+        tools.into_iter().filter(|(program, _)| !there(program)).map(|(_, package)| package).collect()
+    };
     if missing.is_empty() || !has("apt-get", &["--version"]) || !has("sh", &["-c", "test $(id -u) = 0"]) {
         // What is not there is said by the tests that need it.
         return Ok(());
