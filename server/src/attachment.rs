@@ -19,11 +19,11 @@ use tokio::time::Instant;
 
 use crate::connection::{Conn, handshake};
 use crate::load::Work;
-use crate::metrics::{Counted, Limit};
+use crate::metrics::Counted;
 use crate::owner::{Command, Standing};
-use crate::quota::{Cost, too_much};
+use crate::quota::Cost;
 use crate::server::LAST_WORDS;
-use crate::sessions::{Session, SessionUse};
+use crate::sessions::{Session, SessionUse, Sessions};
 use crate::{resume, subscription};
 
 /// What others see of an attachment.
@@ -152,8 +152,8 @@ pub(crate) async fn run<C: Connection>(
         superseded: AtomicBool::new(false),
     });
     // On its own: every attachment would carry its size.
-    let session = match Box::pin(attach(&conn, &attachment, &request)).await {
-        Ok(Some(session)) => session,
+    let attached = match Box::pin(attach(&conn, &attachment, &request)).await {
+        Ok(Some(attached)) => attached,
         Ok(None) => {
             attachment.outbox.close();
             attachment.outbox.write_to(&mut send).await;
@@ -163,8 +163,8 @@ pub(crate) async fn run<C: Connection>(
             return refuse_attach(&attachment.outbox, &mut send, &mut frames, &refusal).await;
         }
     };
+    let session = &attached.session;
     send.set_priority(priority::CONTROL);
-    let _open = conn.sessions().ok().map(|sessions| Counted::new(&sessions.metrics.attachments));
     let mut code = Code::NO_ERROR;
     let served = async {
         let gone = async {
@@ -185,7 +185,7 @@ pub(crate) async fn run<C: Connection>(
                 code = refusal.code;
                 attachment.refuse(Attach::KIND, 0, &refusal);
             }
-            result = read(&transport, &conn, &attachment, &session, &mut frames) => {
+            result = read(&transport, &conn, &attachment, session, &mut frames) => {
                 if let Err(FrameError::Violation(error)) = &result {
                     code = error.code;
                     if code.advice() == Advice::Fix {
@@ -232,8 +232,28 @@ async fn refuse_attach<R: RecvStream>(
     frames.stop(refusal.code.0);
 }
 
+/// A session with an attachment that counts, for as long as this lives.
+struct AttachedTo {
+    session: SessionUse,
+    _counted: Counted,
+}
+
+impl AttachedTo {
+    /// Refusals: `QUOTA_EXCEEDED`.
+    fn new(session: SessionUse, sessions: &Sessions) -> Result<Self, Refusal> {
+        session.used.attach(sessions.config.quotas.session.attachments, &sessions.metrics)?;
+        Ok(Self { session, _counted: Counted::new(&sessions.metrics.attachments) })
+    }
+}
+
+impl Drop for AttachedTo {
+    fn drop(&mut self) {
+        self.session.used.detach();
+    }
+}
+
 /// Answers ATTACH. `None` if the answer was `gone`.
-async fn attach(conn: &Conn, attachment: &Attachment, request: &Attach) -> Result<Option<SessionUse>, Refusal> {
+async fn attach(conn: &Conn, attachment: &Attachment, request: &Attach) -> Result<Option<AttachedTo>, Refusal> {
     let name = &request.session;
     conn.allow(Operation::Read, name).or_else(|_| conn.allow(Operation::Append, name))?;
     conn.charge(Cost::Attach)?;
@@ -250,11 +270,8 @@ async fn attach(conn: &Conn, attachment: &Attachment, request: &Attach) -> Resul
         }
         other => other?,
     };
-    let most = sessions.config.quotas.session.attachments;
-    if session.users() > most {
-        sessions.metrics.refused(Limit::SessionAttachments);
-        return Err(too_much(most as u64, "the session has too many attachments"));
-    }
+    let counted = AttachedTo::new(session, sessions)?;
+    let session = &counted.session;
     if request.mode == AttachMode::CreateNew && !new {
         return Err(Refusal::new(Code::SESSION_EXISTS, "a session of this name exists already"));
     }
@@ -275,7 +292,7 @@ async fn attach(conn: &Conn, attachment: &Attachment, request: &Attach) -> Resul
         streams,
         positions,
     });
-    Ok((verdict != Verdict::Gone).then_some(session))
+    Ok((verdict != Verdict::Gone).then_some(counted))
 }
 
 /// Asks the owner something.

@@ -652,24 +652,22 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
     running.spawn(Box::pin(control_stream(transport.clone(), conn.clone(), control, deadline)) as Task);
     let mut goaway = server.goaway();
     let mut token = core::pin::pin!(conn.watch_token());
+    // Not before then is a stream taken: until then they wait in what QUIC allows.
+    let mut next = Instant::now();
     loop {
+        let takes = next <= Instant::now();
         tokio::select! {
-            stream = transport.accept_bi() => match stream {
+            () = tokio::time::sleep_until(next), if !takes => {}
+            stream = transport.accept_bi(), if takes => match stream {
                 Ok((send, recv)) => {
-                    if let Err(error) = conn.conduct.stream() {
-                        transport.close(error.code.0, error.detail);
-                        break;
-                    }
+                    next = Instant::now() + conn.conduct.stream();
                     running.spawn(Box::pin(bidirectional(transport.clone(), conn.clone(), send, recv)));
                 }
                 Err(_) => break,
             },
-            stream = transport.accept_uni() => match stream {
+            stream = transport.accept_uni(), if takes => match stream {
                 Ok(recv) => {
-                    if let Err(error) = conn.conduct.stream() {
-                        transport.close(error.code.0, error.detail);
-                        break;
-                    }
+                    next = Instant::now() + conn.conduct.stream();
                     running.spawn(Box::pin(unidirectional::<C>(conn.clone(), recv)));
                 }
                 Err(_) => break,
@@ -791,7 +789,8 @@ async fn read_control<C: Connection>(
                 }
             }
             Frame::Ping(ping) => {
-                conn.conduct.question()?;
+                // The others of its frames wait with it.
+                tokio::time::sleep(conn.conduct.question()).await;
                 conn.control.answer(Pong { nonce: ping.nonce });
             }
             Frame::Pong(_) => {}

@@ -58,8 +58,9 @@ impl Cost {
     }
 }
 
-/// What the peer of one connection does that costs something before it is known what it wants. No program that keeps to the protocol comes near
-/// these: who goes beyond them is not refused but thrown out.
+/// What the peer of one connection does that costs something before it is known what it wants. Streams and questions that come too often wait in
+/// the peer's own window; who presents tokens too often, or breaks the protocol again and again, is thrown out: no program that keeps to the
+/// protocol comes near that.
 #[derive(Debug)]
 pub(crate) struct Conduct {
     streams: Option<Limiter>,
@@ -70,9 +71,9 @@ pub(crate) struct Conduct {
 
 impl Conduct {
     /// QUIC streams that are opened: an application that attaches to everything it has, again and again.
-    const STREAMS: Rate = Rate { per_second: 200, burst: 4096 };
-    /// PINGs: a sign of life of every membership there can be, every four seconds.
-    const QUESTIONS: Rate = Rate { per_second: 256, burst: 1024 };
+    const STREAMS: Rate = Rate { per_second: 1000, burst: 4096 };
+    /// PINGs: a sign of life of every membership there can be, each second, and a minute's at once.
+    const QUESTIONS: Rate = Rate { per_second: 1024, burst: 60_000 };
     /// TOKENs: the one of a client is good for minutes.
     const TOKENS: Rate = Rate { per_second: 5, burst: 50 };
     /// Streams that break the protocol, and tokens that are not believed. One is a bug of a program; this many are its purpose.
@@ -88,26 +89,27 @@ impl Conduct {
         }
     }
 
-    fn take(limiter: Option<&Limiter>, detail: &'static str) -> Result<(), ProtocolError> {
-        match limiter.map_or(Ok(()), |limiter| limiter.take(1)) {
-            Ok(()) => Ok(()),
-            Err(_) => Err(ProtocolError::new(Code::RATE_LIMITED, detail)),
-        }
+    /// Takes one, or says how long it is too early.
+    fn take(limiter: Option<&Limiter>) -> Duration {
+        limiter.and_then(|limiter| limiter.take(1).err()).unwrap_or_default()
     }
 
-    /// A QUIC stream was opened. Errors: `RATE_LIMITED`, which ends the connection, as those that follow.
-    pub(crate) fn stream(&self) -> Result<(), ProtocolError> {
-        Self::take(self.streams.as_ref(), "the client opens QUIC streams too often")
+    /// A QUIC stream was opened: after how long the next one is taken.
+    pub(crate) fn stream(&self) -> Duration {
+        Self::take(self.streams.as_ref())
     }
 
-    /// A PING came.
-    pub(crate) fn question(&self) -> Result<(), ProtocolError> {
-        Self::take(self.questions.as_ref(), "the client asks for signs of life too often")
+    /// A PING came: after how long it is answered.
+    pub(crate) fn question(&self) -> Duration {
+        Self::take(self.questions.as_ref())
     }
 
-    /// A TOKEN came.
+    /// A TOKEN came. Errors: `RATE_LIMITED`, which ends the connection.
     pub(crate) fn token(&self) -> Result<(), ProtocolError> {
-        Self::take(self.tokens.as_ref(), "the client presents tokens too often")
+        match Self::take(self.tokens.as_ref()).is_zero() {
+            true => Ok(()),
+            false => Err(ProtocolError::new(Code::RATE_LIMITED, "the client presents tokens too often")),
+        }
     }
 
     /// It broke the protocol. True if that was once too often.
@@ -277,6 +279,7 @@ pub(crate) struct SessionUsage {
     append_bytes: Option<Limiter>,
     /// Bytes of its chunks, as far as they are known.
     stored: AtomicU64,
+    attachments: AtomicUsize,
     subscriptions: AtomicUsize,
 }
 
@@ -286,6 +289,7 @@ impl SessionUsage {
             appends: Limiter::new(quotas.session.appends),
             append_bytes: Limiter::new(quotas.session.append_bytes),
             stored: AtomicU64::new(0),
+            attachments: AtomicUsize::new(0),
             subscriptions: AtomicUsize::new(0),
         }
     }
@@ -305,7 +309,22 @@ impl SessionUsage {
         self.stored.load(Ordering::Relaxed)
     }
 
-    /// Counts a subscription for as long as the result lives. Refusals: `QUOTA_EXCEEDED`.
+    /// Counts an attachment until [`SessionUsage::detach`]. Refusals: `QUOTA_EXCEEDED`.
+    pub(crate) fn attach(&self, limit: usize, metrics: &Metrics) -> Result<(), Refusal> {
+        if self.attachments.fetch_add(1, Ordering::Relaxed) >= limit {
+            self.detach();
+            metrics.refused(Limit::SessionAttachments);
+            return Err(too_much(limit as u64, "the session has too many attachments"));
+        }
+        Ok(())
+    }
+
+    /// An attachment has ended.
+    pub(crate) fn detach(&self) {
+        self.attachments.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Counts a subscription until [`SessionUsage::unsubscribe`]. Refusals: `QUOTA_EXCEEDED`.
     pub(crate) fn subscribe(&self, limit: usize, metrics: &Metrics) -> Result<(), Refusal> {
         if self.subscriptions.fetch_add(1, Ordering::Relaxed) >= limit {
             self.unsubscribe();

@@ -9,8 +9,8 @@ use mainstay_protocol::Code;
 use mainstay_protocol::registry::{MAX_FRAME, PRODUCER_WINDOW};
 use mainstay_protocol::session::{Instance, JobOutcome, Record};
 use mainstay_protocol::wire::{
-    Append, Attach, AttachMode, Credit, DeleteSession, Detail, Done, Frame, Hello, OpenProducer, Ping, Produce, Pull,
-    Start, Subscribe, Writer, put_grease,
+    Append, Attach, AttachMode, Credit, DeleteSession, Detail, Done, Frame, Hello, MAX_VARINT, OpenProducer, Ping,
+    Produce, Pull, Start, Subscribe, Writer, put_grease,
 };
 use mainstay_server::Config;
 use mainstay_store::MemoryStore;
@@ -384,7 +384,8 @@ async fn credit_for_what_was_never_sent_is_a_violation() {
 async fn a_client_that_does_not_read_its_control_stream_is_dropped() {
     let server = server();
     let mut raw = Raw::hello(&server).await;
-    let pings = Frame::from(Ping { nonce: 1, padding: None }).to_bytes().repeat(1000);
+    // Its answers fill the backlog before questions have to wait for theirs.
+    let pings = Frame::from(Ping { nonce: MAX_VARINT, padding: None }).to_bytes().repeat(1000);
     let closed = raw.connection.clone();
     let flood = async {
         // Until the server has enough of it.
