@@ -276,7 +276,7 @@ async fn attach(conn: &Conn, attachment: &Attachment, request: &Attach) -> Resul
         return Err(Refusal::new(Code::SESSION_EXISTS, "a session of this name exists already"));
     }
     let Standing { tail, first, compacted, created, closed, view_hash, streams, positions } =
-        ask(&session, |answer| Command::Stand { subject: attachment.author.subject.clone(), answer }).await?;
+        ask(session, |answer| Command::Stand { subject: attachment.author.subject.clone(), answer }).await?;
     let incarnation = session.id.incarnation;
     let verdict = Verdict::of_attach((request.incarnation, request.next), incarnation, (first, compacted, tail))?;
     sessions.metrics.verdict(verdict);
