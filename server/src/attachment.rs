@@ -4,7 +4,7 @@ use core::time::Duration;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
-use mainstay_protocol::error::{Advice, Code, ProtocolError};
+use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::FOLD_VERSION;
 use mainstay_protocol::session::{
     Author, Operation, RESUME_EXPORTER, Refusal, ResumeClaim, Verdict, may_be_early, resume_context, resume_text,
@@ -188,9 +188,7 @@ pub(crate) async fn run<C: Connection>(
             result = read(&transport, &conn, &attachment, session, &mut frames) => {
                 if let Err(FrameError::Violation(error)) = &result {
                     code = error.code;
-                    if code.advice() == Advice::Fix {
-                        conn.violated(error);
-                    }
+                    conn.violated(error);
                     attachment.refuse(0, 0, &Refusal::new(error.code, error.detail));
                 }
             }

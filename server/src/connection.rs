@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 
-use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::error::{Advice, Code, ProtocolError};
 use mainstay_protocol::registry::{
     DEFAULT_BULK_STREAMS, DEFAULT_BULK_WINDOW, MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_FRAME,
     MAX_FRAME_UNAUTHENTICATED, MAX_RECORD, MIN_BULK_WINDOW, PRODUCER_WINDOW,
@@ -14,7 +14,7 @@ use mainstay_protocol::session::{
     Author, CreditSent, Grants, Incarnation, Instance, Operation, Refusal, SessionName, may_be_early,
 };
 use mainstay_protocol::wire::{
-    Authenticated, Body, Detail, Error, Expiring, Frame, Hello, Pong, Produce, Token, put_grease,
+    Authenticated, Body, Detail, Error, Expiring, Frame, Hello, Pong, Produce, Subject, Token, put_grease,
 };
 use mainstay_transport::entropy;
 use mainstay_transport::{
@@ -42,7 +42,7 @@ use crate::{
 #[derive(Debug)]
 enum Identity {
     /// Nobody that a token was verified for, and why.
-    Nobody(Code, &'static str),
+    Nobody(Refusal),
     /// The holder of a verified token.
     Known { author: Arc<Author>, verified: Arc<Verified>, subject: Arc<SubjectConnection> },
 }
@@ -87,6 +87,8 @@ pub(crate) struct Conn {
     identity: watch::Sender<Identity>,
     /// The namespace of the first token that was believed: a connection never changes it.
     space: OnceLock<Arc<Space>>,
+    /// Its subject: what was begun in its name goes on in it.
+    subject: OnceLock<Subject>,
     peer: Box<dyn Fn() -> Peer + Send + Sync>,
     conduct: Conduct,
     /// Why the connection is to be closed, once there is a reason.
@@ -170,7 +172,7 @@ impl Conn {
 
     fn with_identity<T>(&self, f: impl FnOnce(&Arc<Author>, &Grants) -> Result<T, Refusal>) -> Result<T, Refusal> {
         match &*self.identity.borrow() {
-            Identity::Nobody(code, detail) => Err(Refusal::new(*code, detail)),
+            Identity::Nobody(refusal) => Err(refusal.clone()),
             Identity::Known { verified, .. } if verified.claims.expires < self.server.now_seconds() => {
                 Err(Refusal::new(Code::TOKEN_EXPIRED, "the token has expired; present a new one"))
             }
@@ -192,7 +194,7 @@ impl Conn {
     pub(crate) fn verified(&self) -> Result<(Arc<Verified>, Arc<SubjectConnection>), Refusal> {
         self.author()?;
         match &*self.identity.borrow() {
-            Identity::Nobody(code, detail) => Err(Refusal::new(*code, detail)),
+            Identity::Nobody(refusal) => Err(refusal.clone()),
             Identity::Known { verified, subject, .. } => Ok((verified.clone(), subject.clone())),
         }
     }
@@ -220,8 +222,8 @@ impl Conn {
     pub(crate) async fn disowned(&self) -> Refusal {
         let mut changed = self.identity.subscribe();
         loop {
-            if let Identity::Nobody(code, detail) = &*changed.borrow_and_update() {
-                return Refusal::new(*code, detail);
+            if let Identity::Nobody(refusal) = &*changed.borrow_and_update() {
+                return refusal.clone();
             }
             // The sender lives in `self`.
             let _ = changed.changed().await;
@@ -239,7 +241,7 @@ impl Conn {
             let now = self.server.now_seconds();
             let known = match &*changed.borrow_and_update() {
                 Identity::Known { verified, .. } => Ok(verified.clone()),
-                Identity::Nobody(code, detail) => Err(Refusal::new(*code, detail)),
+                Identity::Nobody(refusal) => Err(refusal.clone()),
             };
             let wait = match &known {
                 Ok(verified) if verified.claims.expires >= now => {
@@ -300,7 +302,7 @@ impl Conn {
             let Identity::Known { verified, author, .. } = identity else { return false };
             let Err(error) = space.trust.anchors().still(verified) else { return false };
             tracing::info!(conn = self.id, subject = %author.subject, code = %error.code, "token put out of force");
-            *identity = Identity::Nobody(error.code, error.detail);
+            *identity = Identity::Nobody(Refusal { value: error.value, ..Refusal::new(error.code, error.detail) });
             true
         });
     }
@@ -339,7 +341,7 @@ impl Conn {
     fn authenticate(&self, token: &[u8]) {
         match self.judge(token) {
             Ok((space, verified, instance, subject)) => {
-                let _ = self.space.set(space.clone());
+                let _ = (self.space.set(space.clone()), self.subject.set(verified.claims.subject.clone()));
                 let author = Arc::new(Author { subject: verified.claims.subject.clone(), instance });
                 let (name, expires) = (verified.claims.subject.clone(), verified.claims.expires);
                 let verified = Arc::new(verified);
@@ -350,11 +352,14 @@ impl Conn {
             }
             Err(error) => {
                 tracing::debug!(conn = self.id, code = %error.code, "token refused: {}", error.detail);
-                self.violated(&ProtocolError::new(error.code, error.detail));
+                if error.code == Code::TOKEN_INVALID {
+                    self.violated(&ProtocolError::new(error.code, error.detail));
+                }
                 self.identity.send_if_modified(|identity| {
                     let nobody = matches!(identity, Identity::Nobody(..));
                     if nobody {
-                        *identity = Identity::Nobody(error.code, error.detail);
+                        *identity =
+                            Identity::Nobody(Refusal { value: error.value, ..Refusal::new(error.code, error.detail) });
                     }
                     nobody
                 });
@@ -391,12 +396,14 @@ impl Conn {
         if claims.certificate.is_some() && claims.certificate != (self.peer)().certificate {
             return Err(AuthError::invalid("the token is bound to a certificate that the client did not show"));
         }
-        if let Identity::Known { author, subject, .. } = &*self.identity.borrow()
-            && author.subject == claims.subject
-        {
+        if self.subject.get().is_some_and(|subject| *subject != claims.subject) {
+            return Err(AuthError::invalid("the token is for another subject than the connection"));
+        }
+        if let Identity::Known { subject, .. } = &*self.identity.borrow() {
             return Ok((instance, subject.clone()));
         }
-        let subject = space.subjects.connect(&claims.subject, &space.sessions.metrics);
+        // What was made from a token counts as what that does.
+        let subject = space.subjects.connect(&claims.root_subject(), &space.sessions.metrics);
         let Refusal { code, value, detail } = match subject {
             Ok(subject) => return Ok((instance, Arc::new(subject))),
             Err(refusal) => refusal,
@@ -406,7 +413,9 @@ impl Conn {
 
     /// The peer broke the protocol on a stream; who does that too often is thrown out, with the code of the last time.
     pub(crate) fn violated(&self, error: &ProtocolError) {
-        if self.conduct.violated() {
+        let is_wrong = error.code == Code::TOKEN_INVALID
+            || error.code.advice() == Advice::Fix && error.code != Code::LIMIT_EXCEEDED;
+        if is_wrong && self.conduct.violated() {
             self.thrown_out.send_replace(Some(error.clone()));
         }
     }
@@ -613,7 +622,8 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
         control: Outbox::default(),
         hello: watch::channel(None).0,
         instance: RwLock::new(None),
-        identity: watch::channel(Identity::Nobody(Code::UNAUTHENTICATED, "no token was presented")).0,
+        identity: watch::channel(Identity::Nobody(Refusal::new(Code::UNAUTHENTICATED, "no token was presented"))).0,
+        subject: OnceLock::new(),
         space: OnceLock::new(),
         peer: {
             let transport = transport.clone();

@@ -14,8 +14,8 @@ use mainstay_protocol::registry::{DEPARTED_LEASE, MAX_POSITIONS};
 use mainstay_protocol::session::Committed as Durable;
 use mainstay_protocol::session::{
     AT_ONCE, Activity, Author, Authority, CheckedBatch, Chunk, FOR_WORKERS, Job, JobOutcome, Leases, NotifyRule,
-    Outcome, PresenceJoined, PresenceUpdated, ProducerKey, ProducerPosition, Refusal, Reply, ResumeClaim, ResumeToken,
-    RunId, SessionConfigured, State, Step, ViewHash, is_held,
+    Operation, Outcome, PresenceJoined, PresenceUpdated, ProducerKey, ProducerPosition, Refusal, Reply, ResumeClaim,
+    ResumeToken, RunId, SessionConfigured, State, Step, ViewHash, is_held,
 };
 use mainstay_protocol::wire::{
     Ack, Acked, Body, CloseSession, Closed, Configure, Configured, DefineStream, DeleteSession, Deleted, Detail, Early,
@@ -830,8 +830,13 @@ impl Owner {
             return;
         }
         self.listeners.retain(|attachment| attachment.is_alive());
-        for frame in early {
-            self.listeners.iter().for_each(|attachment| attachment.outbox.add(|w| put_frame(frame, w)));
+        let name = &self.session.id.name;
+        // The token may have become a narrower one since LISTEN, and a wider one may come.
+        let may_read = |attachment: &&Arc<Attachment>| {
+            attachment.conn.upgrade().is_some_and(|conn| conn.allow(Operation::Read, name).is_ok())
+        };
+        for attachment in self.listeners.iter().filter(may_read) {
+            early.iter().for_each(|frame| attachment.outbox.add(|w| put_frame(frame, w)));
         }
     }
 

@@ -3,7 +3,7 @@
 use core::time::Duration;
 use std::sync::Arc;
 
-use mainstay_protocol::error::{Advice, Code, ProtocolError};
+use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::PRODUCER_WINDOW;
 use mainstay_protocol::session::{CheckedBatch, CreditReceived, Operation, ProducerHandle, Refusal};
 use mainstay_protocol::wire::{Append, Credit, Detail, Frame, Refused};
@@ -48,9 +48,7 @@ impl ProducerLink {
 pub(crate) async fn run<R: RecvStream>(conn: Arc<Conn>, link: Arc<ProducerLink>, mut frames: FrameReader<R>) {
     if let Err(FrameError::Violation(error)) = pump(&conn, &link, &mut frames).await {
         tracing::debug!(conn = conn.id, producer = link.id, %error, "producer stream ended");
-        if error.code.advice() == Advice::Fix {
-            conn.violated(&error);
-        }
+        conn.violated(&error);
         frames.stop(error.code.0);
     }
     conn.drop_producer(&link);
@@ -62,6 +60,8 @@ async fn pump<R: RecvStream>(
     frames: &mut FrameReader<R>,
 ) -> Result<(), FrameError> {
     let mut credit = CreditReceived::new(conn.server.config().producer_window);
+    // The batch that was refused for its rate, while it has not come again: what is behind it is not looked at, and costs nothing.
+    let mut held: Option<u64> = None;
     loop {
         let mut batches = Vec::new();
         let mut bytes = 0;
@@ -73,8 +73,16 @@ async fn pump<R: RecvStream>(
             let checked = conn.allow(Operation::Append, &link.session.id.name).and_then(|()| {
                 CheckedBatch::new(count, records).map_err(|error| Refusal::new(error.code, error.detail))
             });
-            match checked.and_then(|batch| may_append(conn, link, &batch).map(|()| batch)) {
+            let in_order = |batch| match held {
+                Some(held) if sequence > held => {
+                    let refusal = Refusal::new(Code::SEQ_GAP, "a batch before it was refused");
+                    Err(Refusal { value: held, ..refusal })
+                }
+                _ => Ok(batch),
+            };
+            match checked.and_then(in_order).and_then(|batch| may_append(conn, link, &batch).map(|()| batch)) {
                 Ok(batch) => {
+                    held = None;
                     bytes += batch.len();
                     batches.push(Sent { sequence, run, batch });
                 }
@@ -82,6 +90,9 @@ async fn pump<R: RecvStream>(
                     // What came before is answered first, so that answers keep the order of the batches.
                     flush(conn, link, &mut batches, &mut bytes).await?;
                     link.refuse(sequence, &refusal);
+                    if refusal.code != Code::SEQ_GAP {
+                        held = (refusal.code == Code::RATE_LIMITED).then_some(sequence);
+                    }
                     // What comes before it is time stays in the peer's window: to refuse it costs more than to leave it there.
                     rest(link, refusal.code.retry_after(refusal.value)).await;
                 }

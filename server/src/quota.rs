@@ -50,7 +50,7 @@ impl Cost {
     /// What a request on an attachment costs; `None` for what ends something, or keeps it: refusing that would help nobody.
     pub(crate) const fn of(request: &Frame) -> Option<Self> {
         match request {
-            Frame::Leave(_) | Frame::Unsubscribe(_) | Frame::Renew(_) | Frame::Release(_) => None,
+            Frame::Leave(_) | Frame::Unsubscribe(_) | Frame::Renew(_) | Frame::Release(_) | Frame::Listen(_) => None,
             Frame::Join(_) | Frame::Update(_) => Some(Self::Presence),
             Frame::Signal(_) => Some(Self::Signal),
             _ => Some(Self::Request),

@@ -48,6 +48,7 @@ fn minted(conn: &Conn, request: Mint) -> Result<Frame, Refusal> {
         certificate: claims.certificate,
         id: Some(id.iter().map(|byte| format!("{byte:02x}")).collect()),
         ancestors: claims.ancestors.iter().chain([&verified.id]).cloned().collect(),
+        root_key: Some(claims.root_key.clone().unwrap_or_else(|| verified.key.clone())),
         ..Claims::new(subject, request.grants, now, expires)
     };
     let token = key.mint(&claims).map_err(|error| {

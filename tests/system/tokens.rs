@@ -126,9 +126,75 @@ async fn a_subject_and_a_key_are_revoked_with_all_that_is_theirs() {
                 later.issued = now() + 1;
                 alice.renew_token(server.key.mint(&later).expect("a token")).await.expect("taken");
             }
-            _ => refused(bobs.producer("p").await.expect_err("refused")),
+            _ => {
+                refused(bobs.producer("p").await.expect_err("refused"));
+                // The server's own key signed it, for a token that the revoked one had signed.
+                refused(tools.stream("more").await.expect_err("refused"));
+            }
         }
     }
+}
+
+/// Spec AUTH-2: there is one text of a token, so that one that is revoked by its text has no other.
+#[tokio::test]
+async fn a_token_with_something_around_it_is_not_a_token() {
+    let server = QuicServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let token = server.key.mint(&claims("alice", "", Operation::ALL)).expect("a token");
+    let mut raw = Raw::hello(&server).await;
+    for _ in 0..2 {
+        assert!(matches!(raw.control.1.next().await, Ok(Some(_))));
+    }
+    for around in ["\u{a0}", "\u{b}", " ", "\n"] {
+        for text in [format!("{token}{around}"), format!("{around}{token}")] {
+            let frame = Frame::from(Token { token: text.into() }).to_bytes();
+            raw.control.0.write(&mut [frame]).await.expect("write");
+            assert_eq!(refusal(&mut raw.control.1).await.0, Code::TOKEN_INVALID, "{around:?}");
+        }
+    }
+}
+
+/// Spec AUTH-6: what was begun in the name of a subject goes on in it.
+#[tokio::test]
+async fn a_connection_keeps_its_subject() {
+    let server = server();
+    let client = server.client_as(&claims("alice", "", Operation::ALL), ClientConfig::default());
+    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+    let bobs = server.key.mint(&claims("bob", "", Operation::ALL)).expect("a token");
+    let refused = client.renew_token(bobs).await.expect_err("refused");
+    assert_eq!(code(refused), Code::TOKEN_INVALID);
+    let alices = server.key.mint(&claims("alice", "", [Operation::Read])).expect("a token");
+    client.renew_token(alices).await.expect("taken");
+    assert_eq!(code(session.producer("p").await.expect_err("refused")), Code::FORBIDDEN);
+}
+
+/// Spec LIM-2: who may make tokens makes itself no room with them.
+#[tokio::test]
+async fn what_a_subject_makes_counts_as_what_it_does() {
+    let mut config = Config::default();
+    config.quotas.subject.connections = 2;
+    let server = QuicServer::start(Arc::new(MemoryStore::new()), config);
+    let client = server.client();
+    let mut made = Vec::new();
+    for name in ["first", "second"] {
+        made.push(client.mint(name, grants(&[("s", &[Operation::Read])]), 60, None).await.expect("a token").token);
+    }
+    let mut answers = Vec::new();
+    let mut open = Vec::new();
+    for token in made {
+        let mut raw = Raw::hello_with(&server, token, [3; 16]).await;
+        let answer = loop {
+            match raw.control.1.next().await.expect("a frame").expect("a frame") {
+                Frame::Hello(_) => {}
+                frame => break frame,
+            }
+        };
+        answers.push(matches!(&answer, Frame::Authenticated(_)));
+        if let Frame::Error(error) = answer {
+            assert_eq!(error.code, Code::QUOTA_EXCEEDED);
+        }
+        open.push(raw);
+    }
+    assert_eq!(answers, [true, false]);
 }
 
 /// Spec AUTH-9.

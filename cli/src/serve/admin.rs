@@ -3,7 +3,6 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -14,7 +13,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 
 use crate::failure::Failure;
 
@@ -48,19 +47,24 @@ pub(super) async fn listen(
 }
 
 async fn serve(listener: TcpListener, shown: Arc<dyn Shown>) {
-    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    // Owned here: nothing of them is left when this ends.
+    let mut connections = JoinSet::new();
     loop {
-        let Ok(permit) = room.clone().acquire_owned().await else { return };
-        let Ok((stream, _)) = listener.accept().await else {
+        while connections.len() >= CONNECTIONS {
+            connections.join_next().await;
+        }
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_) = connections.join_next() => continue,
+        };
+        let Ok((stream, _)) = accepted else {
             // Out of file descriptors: that passes.
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
         let shown = shown.clone();
-        tokio::spawn(async move {
-            let served = Arc::new(AtomicBool::new(false));
+        connections.spawn(async move {
             let service = service_fn(|request| {
-                served.store(true, Ordering::Relaxed);
                 let answer = answer(&request, &*shown);
                 async move { Ok::<_, Infallible>(answer) }
             });
@@ -73,7 +77,6 @@ async fn serve(listener: TcpListener, shown: Arc<dyn Shown>) {
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "admin connection");
             }
-            drop(permit);
         });
     }
 }

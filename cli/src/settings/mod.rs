@@ -199,12 +199,32 @@ impl Settings {
             ("limits.attachments", config.attachments == 0),
             ("limits.producers", config.producers == 0),
             ("limits.ingest_bytes", config.ingest_budget < mainstay_protocol::registry::MAX_BATCH_BYTES),
+            ("limits.idle_secs", config.idle_timeout.is_zero()),
+            ("limits.hello_secs", config.hello_timeout.is_zero()),
+            ("limits.unauthenticated_secs", config.unauthenticated.is_zero()),
         ] {
             if is_none {
                 return Err(usage(format!("{name} is too small for anything to be done")));
             }
         }
+        const DAY: Duration = Duration::from_secs(86_400);
+        for (name, is_much, most) in [
+            ("limits.connections", config.connections > 1 << 20, "1048576"),
+            ("limits.attachments", config.attachments > 1 << 16, "65536"),
+            ("limits.producers", config.producers > 1 << 12, "4096"),
+            ("limits.ingest_bytes", config.ingest_budget > 1 << 31, "2147483648"),
+            ("limits.idle_secs", config.idle_timeout > DAY, "86400"),
+            ("limits.hello_secs", config.hello_timeout > DAY, "86400"),
+            ("limits.unauthenticated_secs", config.unauthenticated > DAY, "86400"),
+        ] {
+            if is_much {
+                return Err(usage(format!("{name} is at most {most}")));
+            }
+        }
         config.quotas = self.quotas(dev, &limits.subject, &limits.session, &limits.prefixes)?;
+        if config.quotas.subject.connections == 0 {
+            return Err(usage("limits.subject.connections is too small for anything to be done"));
+        }
         Ok(config)
     }
 
@@ -287,6 +307,8 @@ impl Settings {
             anchors.issuers = issuers;
             anchors.revoked = data.revocations()?;
             if auth.mint.unwrap_or(true) {
+                // Of a namespace that is new there is none yet.
+                data.create()?;
                 anchors = anchors.minting_with(data.minting_key()?);
             }
             all.push(anchors);

@@ -69,6 +69,8 @@ struct JwtClaims {
     iat: i64,
     exp: i64,
     #[serde(default)]
+    nbf: Option<i64>,
+    #[serde(default)]
     jti: Option<String>,
     mainstay: Vec<GrantText>,
 }
@@ -136,7 +138,7 @@ impl JwtIssuer {
 
     /// Verifies a token of one of these at `now`. Errors: `TOKEN_INVALID`, `TOKEN_EXPIRED`.
     pub(super) fn verify_with(issuers: &[Arc<Self>], token: &[u8], now: i64) -> Result<(Claims, String), AuthError> {
-        let text = core::str::from_utf8(token).map_err(|_| AuthError::invalid("the token is not text"))?.trim();
+        let text = core::str::from_utf8(token).map_err(|_| AuthError::invalid("the token is not text"))?;
         if text.len() > MAX_TOKEN {
             return Err(AuthError::invalid("the token is too long"));
         }
@@ -144,18 +146,34 @@ impl JwtIssuer {
         let unchecked: Issuer = jsonwebtoken::dangerous::insecure_decode(text)
             .map_err(|_| AuthError::invalid("the JWT names no issuer"))?
             .claims;
-        let mut named = issuers.iter().filter(|issuer| issuer.issuer == unchecked.iss);
         let kid = header.kid.as_deref().ok_or(AuthError::invalid("the JWT names no key"))?;
+        let named = issuers.iter().filter(|issuer| issuer.issuer == unchecked.iss);
+        let mut found = named.filter_map(|issuer| Some((issuer, issuer.keys.iter().find(|key| key.kid == kid)?)));
+        let (issuer, key) =
+            found.next().ok_or(AuthError::invalid("the JWT is signed by a key that is not trusted here"))?;
+        let judged = issuer.judge(text, key, header.alg, now);
         // An issuer may be configured for more than one audience.
-        let found = named.find_map(|issuer| Some((issuer, issuer.keys.iter().find(|key| key.kid == kid)?)));
-        let (issuer, key) = found.ok_or(AuthError::invalid("the JWT is signed by a key that is not trusted here"))?;
+        match found.map(|(issuer, key)| issuer.judge(text, key, header.alg, now)).find(Result::is_ok) {
+            Some(taken) if judged.is_err() => taken,
+            _ => judged,
+        }
+    }
+
+    /// Verifies a token by one of its keys.
+    fn judge(
+        &self,
+        text: &str,
+        key: &Key,
+        algorithm: jsonwebtoken::Algorithm,
+        now: i64,
+    ) -> Result<(Claims, String), AuthError> {
         // What the key is for, not what the token says.
-        if header.alg != key.algorithm.inner() {
+        if algorithm != key.algorithm.inner() {
             return Err(AuthError::invalid("the JWT is not signed by the algorithm of its key"));
         }
         let mut rules = Validation::new(key.algorithm.inner());
-        rules.set_issuer(&[&issuer.issuer]);
-        rules.set_audience(&[&issuer.audience]);
+        rules.set_issuer(&[&self.issuer]);
+        rules.set_audience(&[&self.audience]);
         rules.set_required_spec_claims(&["exp", "iss", "aud", "sub"]);
         // By the server's clock, below.
         rules.validate_exp = false;
@@ -169,11 +187,14 @@ impl JwtIssuer {
                 }
                 _ => AuthError::invalid("the claims of the JWT are not those of a capability"),
             })?;
-        let JwtClaims { sub, iat, exp, jti, mainstay } = decoded.claims;
+        let JwtClaims { sub, iat, exp, nbf, jti, mainstay } = decoded.claims;
+        if nbf.is_some_and(|nbf| nbf > now.saturating_add(super::LEEWAY)) {
+            return Err(AuthError::invalid("the JWT is not valid yet"));
+        }
         let mut claims = Claims::new(subject(&sub)?, GrantText::read(&mainstay)?, iat, exp);
         claims.id = jti.map(token_id).transpose()?;
         in_time(&claims, now)?;
-        Ok((claims, issuer.key_name(kid)))
+        Ok((claims, self.key_name(&key.kid)))
     }
 }
 

@@ -36,6 +36,8 @@ pub struct Claims {
     pub id: Option<String>,
     /// Ids of the tokens that it was made from, the first one first (spec AUTH-9).
     pub ancestors: Vec<String>,
+    /// The id of the key that signed the first of those (spec AUTH-9).
+    pub root_key: Option<String>,
     /// What may be done where.
     pub grants: Grants,
     /// When it was issued, in seconds since the Unix epoch.
@@ -45,9 +47,19 @@ pub struct Claims {
 }
 
 impl Claims {
+    /// The subject of the first token that this one was made from: what is counted against its quotas.
+    pub(crate) fn root_subject(&self) -> Subject {
+        let mut text = self.subject.as_str();
+        for _ in &self.ancestors {
+            text = text.rsplit_once('/').map_or(text, |(above, _)| above);
+        }
+        Subject::new(text).unwrap_or_else(|_| self.subject.clone())
+    }
+
     /// Claims of a token that is bound to nothing and made from no other.
     pub fn new(subject: Subject, grants: Grants, issued: i64, expires: i64) -> Self {
-        Self { subject, device: None, certificate: None, id: None, ancestors: Vec::new(), grants, issued, expires }
+        let (device, certificate, id, root_key, ancestors) = (None, None, None, None, Vec::new());
+        Self { subject, device, certificate, id, ancestors, root_key, grants, issued, expires }
     }
 }
 

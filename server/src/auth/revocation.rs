@@ -91,7 +91,9 @@ impl Revocations {
         if verified.claims.ancestors.iter().any(|id| self.tokens.contains(id)) {
             return revoked("the token that it was made from was revoked");
         }
-        if self.keys.contains(&verified.key) {
+        if self.keys.contains(&verified.key)
+            || verified.claims.root_key.as_ref().is_some_and(|key| self.keys.contains(key))
+        {
             return revoked("the key that signed the token was revoked");
         }
         let subject = verified.claims.subject.as_str();

@@ -31,6 +31,8 @@ struct ClaimsText {
     jti: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     anc: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    via: Option<String>,
     iat: String,
     exp: String,
     grants: Vec<GrantText>,
@@ -116,6 +118,7 @@ impl SigningKey {
             cnf: claims.certificate.map(|pin| hex(&pin)),
             jti: claims.id.clone(),
             anc: claims.ancestors.clone(),
+            via: claims.root_key.clone(),
             iat: time(claims.issued).map_err(|error| error.to_string())?,
             exp: time(claims.expires).map_err(|error| error.to_string())?,
             grants: claims.grants.0.iter().map(GrantText::of).collect(),
@@ -244,7 +247,8 @@ fn untrusted(token: &[u8]) -> Result<UntrustedToken<Public, V4>, AuthError> {
     if text.len() > MAX_TOKEN {
         return Err(AuthError::invalid("the token is too long"));
     }
-    UntrustedToken::<Public, V4>::try_from(text.trim()).map_err(|_| AuthError::invalid("not a PASETO v4.public token"))
+    // As it is: what is left away here would still count where it is revoked by its text.
+    UntrustedToken::<Public, V4>::try_from(text).map_err(|_| AuthError::invalid("not a PASETO v4.public token"))
 }
 
 /// Reads claims and key id without verifying anything: for `token inspect`, and to find the key.
@@ -281,6 +285,7 @@ pub fn read(token: &[u8]) -> Result<(Claims, String), AuthError> {
         certificate,
         id: text.jti.map(token_id).transpose()?,
         ancestors: text.anc.into_iter().map(token_id).collect::<Result<_, _>>()?,
+        root_key: text.via,
         grants: GrantText::read(&text.grants)?,
         issued: time(&text.iat)?,
         expires: time(&text.exp)?,

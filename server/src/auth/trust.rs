@@ -62,7 +62,7 @@ impl Anchors {
         };
         let id = claims.id.clone().unwrap_or_else(|| token_digest(token));
         let verified = Verified { claims, id, key };
-        self.revoked.check(&verified)?;
+        self.still(&verified)?;
         Ok(verified)
     }
 
@@ -70,7 +70,9 @@ impl Anchors {
     /// `TOKEN_REVOKED`.
     pub fn still(&self, verified: &Verified) -> Result<(), AuthError> {
         self.revoked.check(verified)?;
-        match self.keyring.trusts(&verified.key) || self.issuers.iter().any(|issuer| issuer.trusts(&verified.key)) {
+        let trusts = |key: &str| self.keyring.trusts(key) || self.issuers.iter().any(|issuer| issuer.trusts(key));
+        // What was made from a token is no better than that.
+        match trusts(&verified.key) && verified.claims.root_key.as_deref().is_none_or(trusts) {
             true => Ok(()),
             false => Err(AuthError::invalid("the key that signed the token is not trusted any more")),
         }
@@ -79,7 +81,12 @@ impl Anchors {
 
 /// What a token without an id is called.
 fn token_digest(token: &[u8]) -> String {
-    digest(&SHA256, token.trim_ascii()).as_ref().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+    // Of a JWT what is signed: some signatures can be written in more than one way.
+    let signed = match JwtIssuer::is_jwt(token) {
+        true => token.iter().rposition(|byte| *byte == b'.').map_or(token, |at| &token[..at]),
+        false => token,
+    };
+    digest(&SHA256, signed).as_ref().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Verified {
