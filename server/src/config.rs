@@ -46,7 +46,7 @@ pub struct Config {
     pub connections: usize,
     /// How long a connection may be without a token in force. Who has none can do nothing, and costs memory.
     pub unauthenticated: Duration,
-    /// Bytes of memory from which on load is shed, and never reached (see [`Load`](crate::Load)); `None` for no bound.
+    /// Bytes of memory from which on load is shed, and never reached (spec LIM-6); `None` for no bound.
     pub memory: Option<usize>,
     /// Who may have and do how much.
     pub quotas: Quotas,
