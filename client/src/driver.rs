@@ -246,8 +246,8 @@ struct Joining {
 enum Over {
     /// The connection is lost.
     Lost,
-    /// The server asks to attach again.
-    Again,
+    /// To attach again, and not before that time is over.
+    Again(Duration),
     /// Every handle was dropped.
     Unused,
     /// It cannot go on.
@@ -360,13 +360,13 @@ impl<C: Connection> Driver<C> {
             match over {
                 Over::Unused => return,
                 Over::Failed(error) => break error,
-                Over::Again if !link.is_going_away() => {
-                    let pause = tokio::time::sleep(backoff.next(entropy::random()));
+                Over::Again(after) if !link.is_going_away() => {
+                    let pause = tokio::time::sleep(backoff.next(entropy::random()).max(after));
                     if self.meanwhile(pause).await.is_none() {
                         return;
                     }
                 }
-                Over::Lost | Over::Again => {
+                Over::Lost | Over::Again(_) => {
                     backoff.reset();
                     self.refused_since = None;
                     // The supervisor notices the same loss; until then the link is still published.
@@ -665,7 +665,7 @@ impl<C: Connection> Driver<C> {
                             return Over::Lost;
                         }
                         // A stream that ended alone: attach again on the same connection.
-                        Ok(None) | Err(FrameError::Lost(_)) => return Over::Again,
+                        Ok(None) | Err(FrameError::Lost(_)) => return Over::Again(Duration::ZERO),
                         Err(FrameError::Violation(error)) => return Over::Failed(error.into()),
                     };
                     link.news();
@@ -836,8 +836,8 @@ impl<C: Connection> Driver<C> {
             }
             // The server cannot do it now.
             Err(error) if error.is_retryable() && self.give_up_after.is_none_or(|limit| since.elapsed() < limit) => {
-                let waiting = Some((Ask::Join { wanted, answer }, Instant::now() + REOPEN_PAUSE));
-                self.joining = Some(Joining { waiting, since });
+                let again = Instant::now() + error.pause(REOPEN_PAUSE);
+                self.joining = Some(Joining { waiting: Some((Ask::Join { wanted, answer }, again)), since });
                 return None;
             }
             Err(error) => {
@@ -913,7 +913,7 @@ impl<C: Connection> Driver<C> {
                     Some(incarnation) => Opened::Stream { incoming, link, incarnation, asked },
                     None => Opened::Lost(id),
                 },
-                Some(Err((code, message))) => Opened::Refused(id, code, message),
+                Some(Err(error)) => Opened::Refused(id, error),
                 None => Opened::Lost(id),
             };
             // A subscription that was dropped meanwhile stops the stream by dropping it.
@@ -1091,17 +1091,17 @@ impl<C: Connection> Driver<C> {
                     Code::SESSION_NOT_FOUND if known => Over::Failed(ClientError::Gone),
                     code if waits => {
                         tracing::debug!(%code, "waiting for the session to be created");
-                        Over::Again
+                        Over::Again(Duration::ZERO)
                     }
                     code if code.is_retryable() && self.may_attach_again() => {
                         tracing::warn!(%code, detail = %error.detail, "attaching again");
-                        Over::Again
+                        Over::Again(code.retry_after(error.value))
                     }
                     // Another token is on its way.
                     code if is_renewable(code) && self.renews && self.may_attach_again() => {
                         tracing::warn!(%code, detail = %error.detail, "attaching again with another token");
                         link.outlived();
-                        Over::Again
+                        Over::Again(Duration::ZERO)
                     }
                     _ => Over::Failed(ClientError::answered(&error)),
                 });
@@ -1229,8 +1229,9 @@ impl<C: Connection> Driver<C> {
                 self.resume_again.get_or_insert_with(|| Instant::now() + REOPEN_PAUSE / 2);
                 ClientError::refused(Code::UNAVAILABLE, error.detail.as_str())
             }
-            code => ClientError::refused(code, error.detail.as_str()),
+            _ => ClientError::answered(error),
         };
+        let again = Instant::now() + failure.pause(REOPEN_PAUSE);
         match error.about {
             Resume::KIND => match error.code {
                 // Begun anew, as the session was perhaps: what was asked behind it is free of it.
@@ -1244,7 +1245,7 @@ impl<C: Connection> Driver<C> {
                     self.resuming = false;
                 }
                 // What was asked behind it is refused for its own.
-                code if code.is_retryable() => self.resume_again = Some(Instant::now() + REOPEN_PAUSE),
+                code if code.is_retryable() => self.resume_again = Some(again),
                 _ => return Err(Over::Failed(failure)),
             },
             OpenProducer::KIND => {
@@ -1256,7 +1257,7 @@ impl<C: Connection> Driver<C> {
                     let passes = (failure.is_retryable() || crowded) && error.code != Code::PRODUCER_UNKNOWN;
                     if passes && self.producers[at].shared.reopen(&failure) {
                         tracing::warn!(code = %error.code, detail = %error.detail, "opening the producer again");
-                        (self.producers[at].id, self.producers[at].again) = (None, Some(Instant::now() + REOPEN_PAUSE));
+                        (self.producers[at].id, self.producers[at].again) = (None, Some(again));
                         self.producers[at].shared.unlinked();
                         return Ok(());
                     }
@@ -1275,7 +1276,7 @@ impl<C: Connection> Driver<C> {
             Subscribe::KIND => {
                 if let Some(entry) = self.subscriptions.values_mut().find(|entry| entry.id == Some(error.id)) {
                     entry.id = None;
-                    link.refuse(error.id, error.code, error.detail.as_str());
+                    link.refuse(error.id, failure);
                 }
             }
             Update::KIND => {
@@ -1287,9 +1288,8 @@ impl<C: Connection> Driver<C> {
                     && let Some(wanted) = self.member.clone()
                 {
                     // A JOIN says it too, and is answered.
-                    let since = Instant::now();
-                    let waiting = Some((Ask::Join { wanted, answer: None }, since + REOPEN_PAUSE));
-                    self.joining = Some(Joining { waiting, since });
+                    let waiting = Some((Ask::Join { wanted, answer: None }, again));
+                    self.joining = Some(Joining { waiting, since: Instant::now() });
                 }
             }
             TakeRun::KIND => {
@@ -1297,7 +1297,7 @@ impl<C: Connection> Driver<C> {
                 if let Some(taking) = at.and_then(|at| self.taking.get_mut(at))
                     && failure.is_retryable()
                 {
-                    taking.again = Some(Instant::now() + REOPEN_PAUSE);
+                    taking.again = Some(again);
                 } else if let Some(taking) = at.and_then(|at| self.taking.remove(at)) {
                     let _ = taking.answer.send(Err(failure));
                 }

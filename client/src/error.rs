@@ -71,6 +71,11 @@ impl ClientError {
         }
     }
 
+    /// How long to wait before it is tried again: at least `pause`, and as long as the server asks.
+    pub(crate) fn pause(&self, pause: Duration) -> Duration {
+        self.retry_after().unwrap_or_default().max(pause)
+    }
+
     /// What an ERROR frame says.
     pub(crate) fn answered(error: &Error) -> Self {
         Self::Refused { code: error.code, value: error.value, message: error.detail.as_str().to_owned() }

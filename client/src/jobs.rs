@@ -221,7 +221,7 @@ impl Puller {
             }
             // Another connection is on its way.
             Frame::Error(error) if error.code.is_retryable() => return Ok(false),
-            Frame::Error(error) => return Err(ClientError::refused(error.code, error.detail.as_str())),
+            Frame::Error(error) => return Err(ClientError::answered(&error)),
             _ => return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of a worker's stream").into()),
         }
         Ok(true)

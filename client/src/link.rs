@@ -3,6 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -26,7 +27,7 @@ use crate::tokens::Tokens;
 pub(crate) type Incoming<C> = (Subscribed, FrameReader<<C as Connection>::Recv>);
 
 /// What may come instead of a stream: the server's refusal.
-pub(crate) type Expected<C> = Result<Incoming<C>, (Code, String)>;
+pub(crate) type Expected<C> = Result<Incoming<C>, ClientError>;
 
 /// The credit that the server gives a producer's stream.
 #[derive(Debug)]
@@ -84,6 +85,9 @@ pub(crate) struct Link<C: Connection> {
     /// What the server said when it began to stop.
     goaway: OnceLock<GoAway>,
 }
+
+/// How long at least until a token that a server could not judge is presented again.
+const PRESENT_PAUSE: Duration = Duration::from_millis(200);
 
 #[derive(Debug)]
 struct Presented {
@@ -198,7 +202,7 @@ impl<C: Connection> Link<C> {
         self.lock_presented().clear();
     }
 
-    async fn read_control(&self, control: &mut FrameReader<C::Recv>) -> Result<(), FrameError> {
+    async fn read_control(self: &Arc<Self>, control: &mut FrameReader<C::Recv>) -> Result<(), FrameError> {
         let mut greeted = false;
         while let Some(frame) = control.next().await? {
             if !matches!(frame, Frame::Pong(_)) {
@@ -295,13 +299,34 @@ impl<C: Connection> Link<C> {
         self.presented.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn answer_token(&self, answer: Result<u64, ClientError>) {
+    fn answer_token(self: &Arc<Self>, answer: Result<u64, ClientError>) {
         let presented = self.lock_presented().pop_front();
-        if let Some(Presented { token, waiting }) = presented {
-            // Also where nobody waits any more: the next connection must know.
-            self.tokens.judge(&token, &answer);
-            let _ = waiting.send(answer.map(drop));
+        let Some(presented) = presented else { return };
+        match answer {
+            // Nothing was said of the token: it is presented again when it may be (spec ERR-6).
+            Err(error) if error.is_retryable() => self.present_again(presented, error),
+            answer => {
+                // Also where nobody waits any more: the next connection must know.
+                self.tokens.judge(&presented.token, &answer);
+                let _ = presented.waiting.send(answer.map(drop));
+            }
         }
+    }
+
+    /// Presents a token once more, unless the application has another one by then.
+    fn present_again(self: &Arc<Self>, presented: Presented, refused: ClientError) {
+        let (this, transport) = (Arc::downgrade(self), self.transport.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                () = tokio::time::sleep(refused.pause(PRESENT_PAUSE)) => {}
+                _ = transport.closed() => return,
+            }
+            let Some(this) = this.upgrade() else { return };
+            match this.tokens.is_current(&presented.token) {
+                true => this.push_presented(presented),
+                false => drop(presented.waiting.send(Err(refused))),
+            }
+        });
     }
 
     /// A request was refused for want of a token that is believed.
@@ -316,12 +341,17 @@ impl<C: Connection> Link<C> {
 
     /// Presents another token. The answer does not come if the connection is lost.
     pub(crate) fn present(&self, token: String) -> oneshot::Receiver<Result<(), ClientError>> {
-        let (answer, answered) = oneshot::channel();
+        let (waiting, answered) = oneshot::channel();
+        self.push_presented(Presented { token, waiting });
+        answered
+    }
+
+    fn push_presented(&self, next: Presented) {
+        let token = Bytes::from(next.token.clone());
         let mut presented = self.lock_presented();
         // Under the lock, so that answers and tokens have one order.
-        presented.push_back(Presented { token: token.clone(), waiting: answer });
-        self.control.push(Token { token: Bytes::from(token) });
-        answered
+        presented.push_back(next);
+        self.control.push(Token { token });
     }
 
     /// Hands a subscription's stream to the subscription.
@@ -337,7 +367,7 @@ impl<C: Connection> Link<C> {
             }
             // It could not even begin.
             Ok(Some(Frame::Error(error))) if error.about == Subscribe::KIND => {
-                self.refuse(error.id, error.code, error.detail.as_str());
+                self.refuse(error.id, ClientError::answered(&error));
             }
             Ok(_) => frames.stop(Code::FRAME_UNEXPECTED.0),
             Err(FrameError::Violation(error)) => frames.stop(error.code.0),
@@ -391,10 +421,10 @@ impl<C: Connection> Link<C> {
     }
 
     /// The server refused subscription `id`.
-    pub(crate) fn refuse(&self, id: u64, code: Code, message: &str) {
+    pub(crate) fn refuse(&self, id: u64, error: ClientError) {
         if let Some(waiting) = self.take_expected(id) {
             // There is room for one, and nothing else was sent. A dropped subscription does not care.
-            let _ = waiting.try_send(Err((code, message.to_owned())));
+            let _ = waiting.try_send(Err(error));
         }
     }
 

@@ -203,7 +203,7 @@ impl Session {
     /// Errors: `Refused` with `LIMIT_EXCEEDED` or `FORBIDDEN`, `Protocol` with `NAME_INVALID`.
     pub async fn stream(&self, name: &str) -> Result<StreamId, ClientError> {
         let name = Label::new(name)?;
-        self.ask(|answer| Ask::Stream { name, answer }).await.map(StreamId)
+        self.ask_again(|answer| Ask::Stream { name: name.clone(), answer }).await.map(StreamId)
     }
 
     /// A producer called `name` within the token's subject. The server grants it the next epoch, which fences every earlier
@@ -258,7 +258,7 @@ impl Session {
 
     /// Says how the session treats runs and inputs from now on. Returns the seq of the record that says so. Errors: `Refused`.
     pub async fn configure(&self, runs: RunMode, inputs: InputPolicy) -> Result<u64, ClientError> {
-        self.ask(|answer| Ask::Configure { runs, inputs, answer }).await
+        self.ask_again(|answer| Ask::Configure { runs, inputs, answer }).await
     }
 
     /// Puts a rule in force that says whom to tell of what while nobody of them is here, in the place of one of the same name; a rule
@@ -268,7 +268,7 @@ impl Session {
     pub async fn set_rule(&self, rule: NotifyRule) -> Result<u64, ClientError> {
         let NotifyRule { name, principal, triggers, delay, collapse } = rule;
         let rule = SetRule { name, principal, triggers, delay, collapse };
-        self.ask(|answer| Ask::Rule { rule, answer }).await
+        self.ask_again(|answer| Ask::Rule { rule: rule.clone(), answer }).await
     }
 
     /// Begins a run that this client holds, under a lease of 1 s to 10 min, caused by `input`.
@@ -309,17 +309,17 @@ impl Session {
 
     /// Closes the session: no record can follow. Returns the seq of the record that says so. Errors: `Refused`.
     pub async fn close(&self) -> Result<u64, ClientError> {
-        self.ask(|answer| Ask::Close { answer }).await
+        self.ask_again(|answer| Ask::Close { answer }).await
     }
 
     /// Releases the records below `before`. Returns the first seq that can still be read. Errors: `Refused`.
     pub async fn trim(&self, before: u64) -> Result<u64, ClientError> {
-        self.ask(|answer| Ask::Trim { before, answer }).await
+        self.ask_again(|answer| Ask::Trim { before, answer }).await
     }
 
     /// Deletes the session. Its name is free afterwards. Errors: `Refused`.
     pub async fn delete(&self) -> Result<(), ClientError> {
-        self.ask(|answer| Ask::Delete { answer }).await.map(|_| ())
+        self.ask_again(|answer| Ask::Delete { answer }).await.map(|_| ())
     }
 
     /// Waits until the session cannot be used any more and says why.
@@ -357,20 +357,11 @@ impl Session {
                         && error.is_retryable()
                         && give_up_after.is_none_or(|limit| begun.elapsed() < limit) =>
                 {
-                    tokio::time::sleep(ASK_PAUSE).await;
+                    tokio::time::sleep(error.pause(ASK_PAUSE)).await;
                 }
                 answered => return answered.map(Some),
             }
         }
-    }
-
-    async fn ask(
-        &self,
-        ask: impl FnOnce(oneshot::Sender<Result<u64, ClientError>>) -> Ask,
-    ) -> Result<u64, ClientError> {
-        let (answer, asked) = oneshot::channel();
-        self.commands.send(SessionCommand::Ask(ask(answer))).await.map_err(|_| ClientError::Closed)?;
-        asked.await.map_err(|_| ClientError::Closed)?
     }
 }
 

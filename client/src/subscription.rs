@@ -253,7 +253,7 @@ pub(crate) enum Opened<C: Connection> {
     /// The connection was lost before the stream of this id came.
     Lost(u64),
     /// The server refused the subscription of this id.
-    Refused(u64, Code, String),
+    Refused(u64, ClientError),
     /// The session cannot be used any more.
     Failed(ClientError),
 }
@@ -302,8 +302,8 @@ const PATIENCE: u32 = 8;
 struct Dropped;
 
 enum Over {
-    /// The connection is gone, or the server asks to come back.
-    Again { patience: bool },
+    /// The connection is gone; or the server refuses, and it is tried again, not before that time is over.
+    Again { after: Option<Duration> },
     /// Done: every record was delivered.
     Ended,
     /// It cannot go on.
@@ -326,7 +326,7 @@ impl<C: Connection> Reader<C> {
                     if Position::of(&progress) != asked =>
                 {
                     frames.stop(Code::NO_ERROR.0);
-                    (subscribed.id, Over::Again { patience: false })
+                    (subscribed.id, Over::Again { after: None })
                 }
                 Some(Opened::Stream { incoming, link, incarnation, .. }) => {
                     let of = incoming.0.id;
@@ -337,23 +337,26 @@ impl<C: Connection> Reader<C> {
                     }
                 }
                 // Of a subscription that was just dropped the server may not know yet.
-                Some(Opened::Refused(of, code, message))
-                    if code.is_retryable()
-                        || code == Code::LIMIT_EXCEEDED
+                Some(Opened::Refused(of, error))
+                    if error.is_retryable()
+                        || matches!(error, ClientError::Refused { code: Code::LIMIT_EXCEEDED, .. })
                             && (progress.has_started() || backoff.failures() < PATIENCE) =>
                 {
-                    tracing::debug!(%code, message, "subscription refused; trying again");
-                    (of, Over::Again { patience: true })
+                    tracing::debug!(%error, "subscription refused; trying again");
+                    (of, Over::Again { after: Some(error.pause(Duration::ZERO)) })
                 }
-                Some(Opened::Refused(of, code, message)) => (of, Over::Failed(ClientError::refused(code, message))),
-                Some(Opened::Lost(of)) => (of, Over::Again { patience: false }),
+                Some(Opened::Refused(of, error)) => (of, Over::Failed(error)),
+                Some(Opened::Lost(of)) => (of, Over::Again { after: None }),
                 Some(Opened::Failed(error)) => (0, Over::Failed(error)),
                 None => return,
             };
             match over {
-                Over::Again { patience } => {
-                    if patience {
-                        tokio::time::sleep(backoff.next(entropy::random())).await;
+                Over::Again { after } => {
+                    if let Some(after) = after {
+                        tokio::select! {
+                            () = tokio::time::sleep(backoff.next(entropy::random()).max(after)) => {}
+                            () = self.events.closed() => return,
+                        }
                     } else {
                         backoff.reset();
                     }
@@ -447,8 +450,8 @@ impl<C: Connection> Reader<C> {
                         let code = error.code;
                         return Ok(match code {
                             Code::SESSION_GONE => Over::Failed(ClientError::Gone),
-                            code if code.is_retryable() => Over::Again { patience: true },
-                            code => Over::Failed(ClientError::refused(code, error.detail.as_str())),
+                            code if code.is_retryable() => Over::Again { after: Some(code.retry_after(error.value)) },
+                            _ => Over::Failed(ClientError::answered(&error)),
                         });
                     }
                     _ => {
@@ -468,7 +471,7 @@ impl<C: Connection> Reader<C> {
                 Ok(true) => {}
                 Ok(false) => return Ok(Over::Ended),
                 Err(FrameError::Violation(error)) => return Ok(broken(&mut frames, error)),
-                Err(FrameError::Lost(_)) => return Ok(Over::Again { patience: false }),
+                Err(FrameError::Lost(_)) => return Ok(Over::Again { after: None }),
             }
         }
     }

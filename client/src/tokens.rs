@@ -103,6 +103,12 @@ impl Tokens {
         self.lock().wanted.clone()
     }
 
+    /// True if nothing came in the place of this one.
+    pub(crate) fn is_current(&self, token: &str) -> bool {
+        let held = self.lock();
+        held.wanted.as_ref().or(held.taken.as_ref()).is_some_and(|current| current == token)
+    }
+
     /// The application wants this one from now on.
     pub(crate) fn want(&self, token: String) {
         self.lock().wanted = Some(token);

@@ -128,7 +128,7 @@ async fn a_subject_has_only_so_many_connections_and_the_next_one_is_told() {
     lives(&mut second).await;
     let mut third = Raw::hello_with(&server, token(), [3; 16]).await;
     assert_eq!(refusal(&mut third.control.1).await, (Code::QUOTA_EXCEEDED, 2));
-    // It can do nothing, and lives: another subject's token is good on it.
+    // It can do nothing, and lives.
     let (_send, mut frames) = third.open(&attach("s")).await;
     assert_eq!(error(&mut frames).await, Code::QUOTA_EXCEEDED);
     let mut other = Raw::hello(&server).await;
@@ -198,6 +198,29 @@ async fn appends_are_kept_to_the_rates_of_their_subject_their_session_and_their_
         assert_eq!((code, stored), (Code::RATE_LIMITED, 5), "{what}");
         is_soon(value);
         lives(&mut raw).await;
+    }
+}
+
+/// Spec ERR-6: on the connection that it has. It would be closed after ten seconds (spec LIM-5).
+#[tokio::test]
+async fn a_client_that_connects_too_often_presents_its_token_again_when_it_may() {
+    let server = server(|quotas| quotas.subject.connects = once());
+    let token = server.key.mint(&claims("tester", "", Operation::ALL)).expect("a token");
+    let mut first = Raw::hello_with(&server, token, [1; 16]).await;
+    lives(&mut first).await;
+    let client = server.client();
+    let session = client.session("s").expect("a name").create();
+    timeout(PATIENCE / 2, session.attach()).await.expect("in time").expect("attach");
+}
+
+/// Spec ERR-6: what is asked on an attachment too often is asked again when it may.
+#[tokio::test]
+async fn requests_of_a_client_wait_as_long_as_they_are_told() {
+    let server = server(|quotas| quotas.subject.requests = once());
+    let client = server.client();
+    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+    for n in 0..3 {
+        timeout(PATIENCE, session.stream(&format!("s{n}"))).await.expect("in time").expect("a stream");
     }
 }
 
