@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use clap_complete::Shell;
 
+use crate::data::DEFAULT_NAMESPACE;
+
 /// Durable sessions for long-running AI agents, over QUIC.
 ///
 /// Start a server with `mainstay serve --dev`; in another terminal append with `mainstay append SESSION` and follow with
@@ -924,7 +926,7 @@ pub(crate) enum TokenAction {
         #[arg(long, value_name = "ID", group = "what")]
         key: Option<String>,
         /// The namespace.
-        #[arg(long, value_name = "NAME", default_value = "default")]
+        #[arg(long, value_name = "NAME", default_value = DEFAULT_NAMESPACE)]
         namespace: String,
         /// Data directory of the server.
         #[arg(long, value_name = "DIR")]
@@ -1021,6 +1023,9 @@ pub(crate) struct Backup {
     /// Data directory of the server. [default: the one of `serve`]
     #[arg(long, value_name = "DIR")]
     pub(crate) data: Option<PathBuf>,
+    /// Namespace of the server.
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_NAMESPACE)]
+    pub(crate) namespace: String,
     /// Print JSON lines.
     #[arg(long)]
     pub(crate) json: bool,
@@ -1043,6 +1048,9 @@ pub(crate) struct Restore {
     /// Data directory of the server. [default: the one of `serve`]
     #[arg(long, value_name = "DIR")]
     pub(crate) data: Option<PathBuf>,
+    /// Namespace of the server.
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_NAMESPACE)]
+    pub(crate) namespace: String,
     /// This session alone; may be given several times. [default: all of them]
     #[arg(long = "session", value_name = "NAME")]
     pub(crate) sessions: Vec<String>,

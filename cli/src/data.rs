@@ -26,6 +26,9 @@ pub(crate) struct Data {
     dir: PathBuf,
 }
 
+/// The name of the namespace that is there without being configured.
+pub(crate) const DEFAULT_NAMESPACE: &str = "default";
+
 impl Data {
     /// The directory given, or the per-user default.
     pub(crate) fn new(dir: Option<&Path>) -> Result<Self, Failure> {
@@ -40,9 +43,16 @@ impl Data {
         &self.dir
     }
 
-    /// The data directory of a namespace of this server.
-    pub(crate) fn namespace(&self, name: &str) -> Self {
-        Self { dir: self.dir.join("namespaces").join(name) }
+    /// The data directory of a namespace of this server. Errors: no namespace can have this name.
+    pub(crate) fn namespace(&self, name: &str) -> Result<Self, Failure> {
+        let is_word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        match name {
+            DEFAULT_NAMESPACE => Ok(self.clone()),
+            _ if !name.is_empty() && name.len() <= 64 && name.chars().all(is_word) => {
+                Ok(Self { dir: self.dir.join("namespaces").join(name) })
+            }
+            _ => Err(Failure::usage(format!("namespace {name:?}: a name is up to 64 of a to z, 0 to 9 and -"))),
+        }
     }
 
     /// What was revoked (spec AUTH-8).

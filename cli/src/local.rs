@@ -28,7 +28,7 @@ use tokio::net::UnixListener;
 
 use crate::serve::questions::Question;
 use crate::takeover::Successor;
-use crate::transfer::{Transfer, What};
+use crate::transfer::{Order, Transfer};
 
 /// What the server says first.
 #[derive(Debug, Serialize, Deserialize)]
@@ -44,7 +44,7 @@ pub(crate) enum Request {
     /// The place of the server, for one that listens there, if it has a socket.
     TakeOver(Option<SocketAddr>),
     /// Something with a file, which comes behind it.
-    Transfer(What),
+    Transfer(Order),
     /// Something that is answered by one line.
     Ask(Question),
 }
@@ -182,14 +182,14 @@ fn greet(mut stream: UnixStream, listening: SocketAddr) -> io::Result<Asked> {
     Ok(match hear(&mut stream)? {
         Request::TakeOver(address) => Asked::Successor(Successor { stream, address }),
         Request::Ask(question) => Asked::Question(stream, question),
-        Request::Transfer(what) => {
+        Request::Transfer(order) => {
             let (_, file) = take(&stream, &mut [0])?;
             let file = File::from(file.ok_or_else(|| io::Error::other("a transfer without a file"))?);
             // Anything else may keep whoever reads or writes it waiting for ever.
             if !file.metadata()?.is_file() {
                 return Err(io::Error::other("a transfer with something that is not a file"));
             }
-            Asked::Transfer(Transfer { stream, what, file })
+            Asked::Transfer(Transfer { stream, order, file })
         }
     })
 }

@@ -33,6 +33,14 @@ pub(crate) enum What {
     Restore(Vec<String>),
 }
 
+/// What is asked for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Order {
+    /// The namespace that it is about.
+    pub(crate) namespace: String,
+    pub(crate) what: What,
+}
+
 /// What came of it.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Done {
@@ -65,6 +73,12 @@ enum Told {
     Progress(Progress),
     Done(Done),
     Failed { code: String, message: String, exit: u8, retryable: bool },
+}
+
+impl Told {
+    fn failed(Failure { exit, code, message, retryable }: Failure) -> Self {
+        Self::Failed { code, message, exit: exit as u8, retryable }
+    }
 }
 
 /// How often it is told how far it is.
@@ -139,7 +153,7 @@ fn work(
 #[derive(Debug)]
 pub(crate) struct Transfer {
     pub(crate) stream: UnixStream,
-    pub(crate) what: What,
+    pub(crate) order: Order,
     pub(crate) file: File,
 }
 
@@ -149,42 +163,35 @@ impl Transfer {
         let begun = Instant::now();
         let stream = &mut self.stream;
         let mut go_on = |progress| !is_ending() && local::say(stream, &Told::Progress(progress)).is_ok();
-        let result = work(store, &self.what, &self.file, &mut go_on);
+        let result = work(store, &self.order.what, &self.file, &mut go_on);
         let seconds = begun.elapsed().as_secs_f64();
         let told = match result {
             Ok(done) => {
                 let Done { sessions, broken, taken, .. } = done;
-                let what = if matches!(self.what, What::Backup) { "backup" } else { "restoration" };
-                tracing::info!(sessions, broken, taken, seconds, "{what} done");
+                let what = if matches!(self.order.what, What::Backup) { "backup" } else { "restoration" };
+                tracing::info!(namespace = self.order.namespace, sessions, broken, taken, seconds, "{what} done");
                 Told::Done(done)
             }
             Err(error) => {
                 tracing::warn!(%error, seconds, "a backup or restoration was not done");
-                let Failure { exit, code, message, retryable } = error.into();
-                Told::Failed { code, message, exit: exit as u8, retryable }
+                Told::failed(error.into())
             }
         };
         // Who asked may be gone.
         let _ = local::say(&mut self.stream, &told);
     }
 
-    /// Tells that another one is being done.
-    pub(crate) fn refuse(mut self) {
-        let told = Told::Failed {
-            code: "BUSY".into(),
-            message: "the server makes a backup or brings sessions back already; try again when that is done".into(),
-            exit: Exit::Failed as u8,
-            retryable: true,
-        };
+    /// Tells why it is not done.
+    pub(crate) fn refuse(mut self, why: Failure) {
         // Who asked may be gone.
-        let _ = local::say(&mut self.stream, &told);
+        let _ = local::say(&mut self.stream, &Told::failed(why));
     }
 }
 
 /// Has it done by the server that serves the directory, or does it. `go_on` is told often how far it is, and may end it. Blocks.
 pub(crate) fn ask(
     data: &Data,
-    what: &What,
+    order: &Order,
     file: &File,
     go_on: &mut dyn FnMut(Progress) -> bool,
 ) -> Result<Done, Failure> {
@@ -194,6 +201,7 @@ pub(crate) fn ask(
     };
     let called = local::call(&socket).map_err(|error| Failure::io(socket.display(), &error))?;
     let Some((mut stream, _)) = called else {
+        let (data, what) = (data.namespace(&order.namespace)?, &order.what);
         if matches!(what, What::Backup) && !data.store().exists() {
             return Err(Failure::usage(format!(
                 "there is no store in {}; name its directory with --data",
@@ -204,7 +212,7 @@ pub(crate) fn ask(
         let store = FjallStore::open(&data.store(), Config::default())?;
         return Ok(work(&store, what, file, go_on)?);
     };
-    local::say(&mut stream, &Request::Transfer(what.clone())).map_err(|error| lost(&error))?;
+    local::say(&mut stream, &Request::Transfer(order.clone())).map_err(|error| lost(&error))?;
     local::pass(&stream, b"f", Some(file)).map_err(|error| lost(&error))?;
     stream.set_read_timeout(Some(SILENCE)).map_err(|error| lost(&error))?;
     loop {
@@ -213,7 +221,8 @@ pub(crate) fn ask(
             Told::Progress(_) => return Err(TransferError::Interrupted.into()),
             Told::Done(done) => return Ok(done),
             Told::Failed { code, message, exit, retryable } => {
-                let exit = if exit == Exit::Integrity as u8 { Exit::Integrity } else { Exit::Failed };
+                let known = [Exit::Integrity, Exit::Usage].into_iter().find(|known| *known as u8 == exit);
+                let exit = known.unwrap_or(Exit::Failed);
                 return Err(Failure { exit, code, message, retryable });
             }
         }

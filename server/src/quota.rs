@@ -403,11 +403,23 @@ impl PrefixUsage {
         self.stored.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// What a look at the store found, and what was counted while it looked.
-    pub(crate) fn found(&self, sessions: u64, stored: u64) {
-        self.sessions.store(sessions, Ordering::Relaxed);
-        self.stored.store(stored, Ordering::Relaxed);
+    /// What is counted now: sessions and stored bytes.
+    pub(crate) fn counted(&self) -> (u64, u64) {
+        (self.sessions.load(Ordering::Relaxed), self.stored.load(Ordering::Relaxed))
     }
+
+    /// What a look at the store found that began when `before` was counted. What came and went meanwhile stays counted; what the look
+    /// saw of that too is counted twice until the next one.
+    pub(crate) fn found(&self, before: (u64, u64), (sessions, stored): (u64, u64)) {
+        correct(&self.sessions, before.0, sessions);
+        correct(&self.stored, before.1, stored);
+    }
+}
+
+/// Sets a counter to what was found, and to what has come to it or gone since `before`.
+fn correct(counter: &AtomicU64, before: u64, found: u64) {
+    let corrected = |now: u64| (now + found).saturating_sub(before);
+    let _ = counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| Some(corrected(now)));
 }
 
 /// Whether a batch may be accepted: the subject's, the session's and each prefix's allowance, in this order. Refusals: `RATE_LIMITED`,

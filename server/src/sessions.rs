@@ -244,8 +244,9 @@ impl Sessions {
             hot.iter().filter(|session| session.used.bytes() >= limit).for_each(|session| self.measure(session));
         }
         for prefix in &self.prefixes {
+            let before = prefix.counted();
             match self.count_one(prefix).await {
-                Ok((sessions, bytes)) => prefix.found(sessions, bytes),
+                Ok(found) => prefix.found(before, found),
                 Err(error) => {
                     tracing::warn!(prefix = prefix.prefix(), %error, "cannot count what is stored under a prefix");
                 }

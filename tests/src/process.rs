@@ -9,7 +9,8 @@ use std::time::Duration;
 use mainstay_client::{Client, Config, ConnectFile};
 use serde_json::Value;
 use tempfile::TempDir;
-use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::net::TcpStream;
 use tokio::process::{Child, ChildStdout, Command};
 use tokio::sync::mpsc;
 
@@ -55,6 +56,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Server {
     dir: PathBuf,
     addr: SocketAddr,
+    /// Where it listens to its operator, if it does.
+    admin: Option<String>,
     child: Option<Child>,
     /// What clients reach it through, if not directly.
     network: Option<Proxy>,
@@ -67,6 +70,25 @@ pub struct Server {
     log: Option<PathBuf>,
     /// Goes after the process.
     _temp: Option<TempDir>,
+}
+
+/// The status and the body of a page of an admin listener.
+///
+/// # Panics
+///
+/// If there is no answer in time.
+pub async fn look_at(admin: &str, path: &str) -> (u16, String) {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n");
+    let answer = async {
+        let mut stream = TcpStream::connect(admin).await.expect("the admin listener");
+        stream.write_all(request.as_bytes()).await.expect("write");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.expect("an answer");
+        text
+    };
+    let text = tokio::time::timeout(PATIENCE, answer).await.expect("an answer in time");
+    let status = text.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
+    (status, text.split_once("\r\n\r\n").expect("a body").1.to_owned())
 }
 
 impl Server {
@@ -88,6 +110,7 @@ impl Server {
         let any = ([127, 0, 0, 1], 0).into();
         let mut this = Self {
             dir: dir.to_owned(),
+            admin: None,
             _temp: None,
             addr: any,
             child: None,
@@ -104,6 +127,15 @@ impl Server {
     /// Where it listens.
     pub fn addr(&self) -> SocketAddr {
         self.addr
+    }
+
+    /// The status and the body of a page of its admin listener.
+    ///
+    /// # Panics
+    ///
+    /// If it has none, or gives no answer.
+    pub async fn look_at(&self, path: &str) -> (u16, String) {
+        look_at(self.admin.as_deref().expect("a server that was started with --admin"), path).await
     }
 
     /// Its data directory.
@@ -231,6 +263,7 @@ impl Server {
             let event: Value = serde_json::from_str(&line).expect("JSON from the server");
             if event["event"] == "listening" {
                 self.addr = event["addr"].as_str().and_then(|addr| addr.parse().ok()).expect("an address");
+                self.admin = event["admin"].as_str().map(str::to_owned);
                 let (tell, said) = mpsc::channel(16);
                 tokio::spawn(async move {
                     while let Ok(Some(line)) = lines.next_line().await {

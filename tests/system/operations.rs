@@ -8,11 +8,10 @@ use mainstay_client::{Client, Config, ConnectFile};
 use mainstay_protocol::session::Operation;
 use mainstay_server::auth::SigningKey;
 use mainstay_tests::harness::claims;
-use mainstay_tests::process::{PATIENCE, binary, run};
+use mainstay_tests::process::{PATIENCE, binary, events, look_at, run};
 use mainstay_transport::quic::{Identity, Pin, read_certificates};
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::TcpStream;
+use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 
 /// A server with settings of its own.
@@ -116,13 +115,7 @@ impl Earnest {
 
     /// The status and the body of a page of the admin listener.
     async fn get(&self, path: &str) -> (u16, String) {
-        let mut stream = TcpStream::connect(&self.admin).await.expect("the admin listener");
-        let request = format!("GET {path} HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n");
-        stream.write_all(request.as_bytes()).await.expect("write");
-        let mut text = String::new();
-        stream.read_to_string(&mut text).await.expect("an answer");
-        let status = text.split(' ').nth(1).and_then(|code| code.parse().ok()).expect("a status");
-        (status, text.split_once("\r\n\r\n").expect("a body").1.to_owned())
+        look_at(&self.admin, path).await
     }
 }
 
@@ -259,10 +252,7 @@ async fn an_operator_sees_how_it_is_and_what_it_does() {
     std::fs::write(&file, serde_json::to_vec(&expired).expect("JSON")).expect("a file");
     let doctor = mainstay(&well).await;
     assert_eq!(doctor.status.code(), Some(1));
-    let wrong: Vec<Value> = mainstay_tests::process::events(&doctor.stdout)
-        .into_iter()
-        .filter(|finding| finding["is"] == "wrong")
-        .collect();
+    let wrong: Vec<Value> = events(&doctor.stdout).into_iter().filter(|finding| finding["is"] == "wrong").collect();
     let says =
         |text: &str| wrong.iter().any(|finding| finding["what"].as_str().is_some_and(|what| what.contains(text)));
     assert!(says("can read this secret") && says("has expired") && says("TOKEN_EXPIRED"), "{wrong:?}");
@@ -281,13 +271,13 @@ async fn what_is_revoked_stays_revoked_whether_or_not_a_server_runs() {
     let (alice, bob) = (server.client(&key, "alice"), server.client(&key, "bob"));
     alice.list("").await.expect("believed");
     let revoked = mainstay(&["token", "revoke", "--subject", "alice", "--data", &data, "--json"]).await;
-    assert_eq!(mainstay_tests::process::events(&revoked.stdout)[0]["in_force"], true);
+    assert_eq!(events(&revoked.stdout)[0]["in_force"], true);
     assert_eq!(alice.list("").await.expect_err("refused").name(), "TOKEN_REVOKED");
     bob.list("").await.expect("another one");
     let token = key.mint(&claims("carol", "", Operation::ALL)).expect("a token");
     assert_eq!(server.stop().await, Some(0));
     let revoked = mainstay(&["token", "revoke", &token, "--data", &data, "--json"]).await;
-    assert_eq!(mainstay_tests::process::events(&revoked.stdout)[0]["in_force"], false);
+    assert_eq!(events(&revoked.stdout)[0]["in_force"], false);
     server.start().await;
     // The client of before looks for the server where it was.
     let alice = Client::connect_quic(
@@ -322,10 +312,36 @@ async fn namespaces_have_stores_of_their_own() {
     }
     let (_, metrics) = server.get("/metrics").await;
     assert!(metrics.contains("mainstay_appended_records_total{namespace=\"acme\"} 1"), "{metrics}");
+    // Each is saved by itself, while the server runs and while it does not.
+    let (data, dir) = (server.data().display().to_string(), server.dir.path().to_owned());
+    let file = |name: &str| dir.join(name).display().to_string();
+    let [running, stopped, lost] = ["running", "stopped", "lost"].map(file);
+    let of_acme = |args: &[&'static str], file: &str| {
+        let mut all: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
+        all.extend([file, "--data", &data, "--namespace", "acme", "--json"].map(str::to_owned));
+        all
+    };
+    let told = async |args: Vec<String>| {
+        let output = mainstay(&args.iter().map(String::as_str).collect::<Vec<_>>()).await;
+        (output.status.code(), events(&output.stdout))
+    };
+    let (code, said) = told(of_acme(&["backup"], &running)).await;
+    assert_eq!((code, &said[0]["sessions"]), (Some(0), &json!(1)), "{said:?}");
+    let nobody = mainstay(&["backup", &lost, "--data", &data, "--namespace", "nobody"]).await;
+    assert_eq!(nobody.status.code(), Some(2), "{nobody:?}");
+    let why = String::from_utf8_lossy(&nobody.stderr).into_owned();
+    assert!(why.contains("the server has default, acme"), "{why}");
+    let client = server.client(&acme, "alice");
+    client.session("same").expect("a name").attach().await.expect("attach").delete().await.expect("deleted");
+    let (code, said) = told(of_acme(&["restore"], &running)).await;
+    assert_eq!((code, &said[0]["records"]), (Some(0), &json!(1)), "{said:?}");
+    drop(client);
     assert_eq!(server.stop().await, Some(0));
+    let (code, said) = told(of_acme(&["backup"], &stopped)).await;
+    assert_eq!((code, &said[0]["sessions"]), (Some(0), &json!(1)), "{said:?}");
     for (dir, text) in [(server.data(), "one"), (server.data().join("namespaces").join("acme"), "acme")] {
         let dump = mainstay(&["verify", "--data", &dir.display().to_string(), "--dump"]).await;
-        let rows = mainstay_tests::process::events(&dump.stdout);
+        let rows = events(&dump.stdout);
         let data: Vec<&Value> = rows.iter().map(|row| &row["data"]).collect();
         assert_eq!(data, [&json!(text)], "{}", dir.display());
     }

@@ -111,6 +111,11 @@ async fn no_secret_is_in_any_output_at_trace_level() {
     top.args(["top", "--once", "--json", "--data"]).arg(&data);
     let top = run(top).await;
     outputs.push(("top".into(), String::from_utf8_lossy(&top.stdout).into_owned()));
+    for page in ["/metrics", "/status", "/livez", "/readyz"] {
+        let (status, text) = server.look_at(page).await;
+        assert_eq!(status, 200, "{page}: {text}");
+        outputs.push((page.into(), text));
+    }
     assert_eq!(server.terminate().await, Some(0));
     outputs.push(("the server's log".into(), std::fs::read_to_string(&log).expect("a log")));
     let logged = &outputs.last().expect("a log").1;

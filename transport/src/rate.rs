@@ -1,10 +1,12 @@
 //! Rates that are kept: the generic cell rate algorithm, over the time of the runtime.
 
+use core::hash::Hash;
 use core::num::NonZeroU32;
 use core::time::Duration;
 
 use governor::clock::Clock;
 use governor::middleware::NoOpMiddleware;
+use governor::state::keyed::HashMapStateStore;
 use governor::state::{InMemoryState, NotKeyed};
 use governor::{Quota, RateLimiter};
 use tokio::time::Instant;
@@ -26,6 +28,11 @@ impl Rate {
     pub fn new(per_second: u32, burst: u32) -> Option<Self> {
         let rests = u64::from(burst) <= u64::from(per_second) * Self::REST.as_secs();
         (per_second > 0 && burst > 0 && rests).then_some(Self { per_second, burst })
+    }
+
+    /// A configuration cannot say 0 of either.
+    fn quota(self) -> Option<Quota> {
+        Some(Quota::per_second(NonZeroU32::new(self.per_second)?).allow_burst(NonZeroU32::new(self.burst)?))
     }
 }
 
@@ -52,11 +59,9 @@ pub struct Limiter {
 impl Limiter {
     /// Keeps to a rate from now on, which is at rest. `None` where there is no limit.
     pub fn new(rate: Option<Rate>) -> Option<Self> {
-        let Rate { per_second, burst } = rate?;
-        // A configuration cannot say 0 of either.
-        let (per_second, burst) = (NonZeroU32::new(per_second)?, NonZeroU32::new(burst)?);
+        let quota = rate?.quota()?;
         let clock = Ticks(Instant::now());
-        let quota = Quota::per_second(per_second).allow_burst(burst);
+        let burst = quota.burst_size();
         Some(Self { limiter: RateLimiter::direct_with_clock(quota, clock.clone()), clock, burst })
     }
 
@@ -69,5 +74,33 @@ impl Limiter {
             // Never: it is not more than the burst.
             Err(_) => Ok(()),
         }
+    }
+}
+
+/// A rate that each of many keeps for itself, as far as memory goes.
+#[derive(Debug)]
+pub struct LimiterEach<K: Hash + Eq + Clone> {
+    limiter: RateLimiter<K, HashMapStateStore<K>, Ticks, NoOpMiddleware<Duration>>,
+    others: K,
+}
+
+impl<K: Hash + Eq + Clone> LimiterEach<K> {
+    /// How many are known at once.
+    pub const KNOWN: usize = 4096;
+
+    /// Keeps each to a rate from now on. Once [`KNOWN`](Self::KNOWN) are not at rest, all further ones count together, as `others`. `None` where
+    /// there is no limit.
+    pub fn new(rate: Option<Rate>, others: K) -> Option<Self> {
+        let limiter = RateLimiter::hashmap_with_clock(rate?.quota()?, Ticks(Instant::now()));
+        Some(Self { limiter, others })
+    }
+
+    /// Takes one for `key`. False if it is too early.
+    pub fn take(&self, key: &K) -> bool {
+        if self.limiter.len() >= Self::KNOWN {
+            self.limiter.retain_recent();
+        }
+        let key = if self.limiter.len() >= Self::KNOWN { &self.others } else { key };
+        self.limiter.check_key(key).is_ok()
     }
 }

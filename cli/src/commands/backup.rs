@@ -15,7 +15,7 @@ use crate::args;
 use crate::data::Data;
 use crate::failure::{Exit, Failure};
 use crate::output::Output;
-use crate::transfer::{self, Done, Progress, What};
+use crate::transfer::{self, Done, Order, Progress, What};
 
 /// Shows how far it is to whoever looks at a terminal, and says whether to go on.
 fn shown(what: &'static str) -> impl FnMut(Progress) -> bool {
@@ -40,8 +40,9 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Failure> +
 pub(crate) async fn backup(args: args::Backup, output: Output) -> Result<(), Failure> {
     let data = Data::new(args.data.as_deref())?;
     let path = args.file.clone();
+    let order = Order { namespace: args.namespace, what: What::Backup };
     let go_on = shown("saved");
-    let done = blocking(move || save(&data, &args.file, go_on)).await?;
+    let done = blocking(move || save(&data, &order, &args.file, go_on)).await?;
     let event = json!({
         "event": "saved", "file": path.display().to_string(), "sessions": done.sessions, "chunks": done.chunks,
         "bytes": done.bytes, "left_out": names(&done),
@@ -58,7 +59,7 @@ pub(crate) async fn backup(args: args::Backup, output: Output) -> Result<(), Fai
 }
 
 /// Writes it beside, and puts it in its place once it is whole.
-fn save(data: &Data, path: &Path, mut go_on: impl FnMut(Progress) -> bool) -> Result<Done, Failure> {
+fn save(data: &Data, order: &Order, path: &Path, mut go_on: impl FnMut(Progress) -> bool) -> Result<Done, Failure> {
     let failed = |error: std::io::Error| Failure::io(path.display(), &error);
     // A link stays one, and what is no file is not made one.
     let path = match std::fs::canonicalize(path) {
@@ -69,7 +70,7 @@ fn save(data: &Data, path: &Path, mut go_on: impl FnMut(Progress) -> bool) -> Re
     let dir = path.parent().filter(|dir| *dir != Path::new("")).unwrap_or(Path::new("."));
     // Of a name of its own, gone when dropped, and read by its owner only.
     let new = tempfile::Builder::new().prefix(".backup-").tempfile_in(dir).map_err(failed)?;
-    let done = transfer::ask(data, &What::Backup, new.as_file(), &mut go_on)?;
+    let done = transfer::ask(data, order, new.as_file(), &mut go_on)?;
     new.as_file().sync_all().map_err(failed)?;
     new.persist(&path).map_err(|error| failed(error.error))?;
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed)?;
@@ -115,8 +116,9 @@ pub(crate) async fn restore(args: args::Restore, output: Output) -> Result<(), F
         };
     }
     let data = Data::new(args.data.as_deref())?;
-    let (what, mut go_on) = (What::Restore(args.sessions.clone()), shown("read"));
-    let done = blocking(move || transfer::ask(&data, &what, &file, &mut go_on)).await?;
+    let order = Order { namespace: args.namespace, what: What::Restore(args.sessions.clone()) };
+    let mut go_on = shown("read");
+    let done = blocking(move || transfer::ask(&data, &order, &file, &mut go_on)).await?;
     let event = json!({
         "event": "restored", "file": path.display().to_string(), "sessions": done.sessions, "records": done.records,
         "taken": done.taken, "left_out": names(&done),

@@ -16,7 +16,6 @@ use crate::data::{Data, now, with_client, write_secret};
 use crate::failure::Failure;
 use crate::output::Output;
 use crate::serve::questions::{self, Question};
-use crate::settings::DEFAULT;
 
 pub(crate) async fn run(args: args::Token, output: Output) -> Result<(), Failure> {
     match args.action {
@@ -120,7 +119,7 @@ fn revoke(dir: Option<&Path>, namespace: String, revocation: Revocation, output:
         let event = json!({"event": "revoked", "new": new, "in_force": true});
         return output.event(&event, || if new { "revoked".to_owned() } else { "it was revoked before".to_owned() });
     }
-    let data = if namespace == DEFAULT { data } else { data.namespace(&namespace) };
+    let data = data.namespace(&namespace)?;
     if !data.dir().exists() {
         let dir = data.dir().display();
         return Err(Failure::usage(format!("{dir} does not exist; name the server's data directory with --data")));

@@ -197,7 +197,7 @@ async fn serve(args: args::Serve, layers: Layers, settings: Settings, output: Ou
         beside.spawn(admin);
     }
     let (mut failed, mut successor) = (None, None);
-    let transfers = Transfers::new(served[0].store.clone());
+    let transfers = Transfers::new(seen.stores.clone());
     let mut reload = Reload::new(layers, &settings, args.dev, dev, showcase, hangups);
     let stop = async {
         let stop = tokio::select! {
@@ -255,13 +255,19 @@ async fn asked_for(local: Option<&Local>, transfers: &Transfers, seen: &Seen, se
         match local.asked().await {
             Asked::Successor(successor) => return successor,
             Asked::Transfer(transfer) => transfers.begin(transfer),
-            Asked::Question(stream, Question::Status(most)) => questions::answer(stream, Ok(seen.value(most))),
-            Asked::Question(stream, Question::Revoke { namespace, revocation }) => {
-                let revoked = match served.iter().find(|one| one.name == namespace) {
-                    Some(one) => revoke(one, revocation),
-                    None => Err(Failure::usage(format!("no namespace is called {namespace:?}"))),
+            Asked::Question(stream, question) => {
+                let answer = match question {
+                    Question::Status(most) => Ok(seen.value(most)),
+                    Question::Revoke { namespace, revocation } => {
+                        match served.iter().find(|one| one.name == namespace) {
+                            // One behind the other, so that the file has what is in force.
+                            Some(one) => tokio::task::block_in_place(|| revoke(one, revocation)),
+                            None => Err(Failure::usage(format!("no namespace is called {namespace:?}"))),
+                        }
+                    }
                 };
-                questions::answer(stream, revoked);
+                // Who asked may be slow to hear it.
+                tokio::task::spawn_blocking(move || questions::answer(stream, answer));
             }
         }
     }

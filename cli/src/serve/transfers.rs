@@ -6,26 +6,34 @@ use std::sync::{Arc, Mutex, PoisonError};
 use mainstay_store_fjall::FjallStore;
 use tokio::task::JoinHandle;
 
+use crate::failure::Failure;
 use crate::transfer::Transfer;
 
 /// One at a time.
 pub(super) struct Transfers {
-    store: Arc<FjallStore>,
+    /// By their namespaces.
+    stores: Vec<(String, Arc<FjallStore>)>,
     is_ending: Arc<AtomicBool>,
     running: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Transfers {
-    pub(super) fn new(store: Arc<FjallStore>) -> Self {
-        Self { store, is_ending: Arc::default(), running: Mutex::default() }
+    pub(super) fn new(stores: Vec<(String, Arc<FjallStore>)>) -> Self {
+        Self { stores, is_ending: Arc::default(), running: Mutex::default() }
     }
 
     pub(super) fn begin(&self, transfer: Transfer) {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         if running.as_ref().is_some_and(|running| !running.is_finished()) {
-            return transfer.refuse();
+            let why = "the server makes a backup or brings sessions back already; try again when that is done";
+            return transfer.refuse(Failure { retryable: true, ..Failure::failed("BUSY", why) });
         }
-        let (store, is_ending) = (self.store.clone(), self.is_ending.clone());
+        let Some((_, store)) = self.stores.iter().find(|(name, _)| *name == transfer.order.namespace) else {
+            let known = self.stores.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ");
+            let why = format!("no namespace is called {:?}; the server has {known}", transfer.order.namespace);
+            return transfer.refuse(Failure::usage(why));
+        };
+        let (store, is_ending) = (store.clone(), self.is_ending.clone());
         let work = move || transfer.serve(&store, || is_ending.load(Ordering::Relaxed));
         *running = Some(tokio::task::spawn_blocking(work));
     }
@@ -57,17 +65,18 @@ mod tests {
 
     use super::*;
     use crate::local::hear;
-    use crate::transfer::What;
+    use crate::transfer::{Order, What};
 
     #[tokio::test]
     async fn one_backup_is_made_at_a_time_and_one_that_is_made_is_waited_for() {
         let temp = tempfile::tempdir().expect("a directory");
         let store = FjallStore::open(&temp.path().join("store"), StoreConfig::default()).expect("a store");
-        let transfers = Transfers::new(Arc::new(store));
+        let transfers = Transfers::new(vec![("default".to_owned(), Arc::new(store))]);
+        let order = |namespace: &str| Order { namespace: namespace.to_owned(), what: What::Backup };
         let ask = || {
             let (ours, theirs) = UnixStream::pair().expect("a socket");
             let file = tempfile::tempfile().expect("a file");
-            transfers.begin(Transfer { stream: theirs, what: What::Backup, file });
+            transfers.begin(Transfer { stream: theirs, order: order("default"), file });
             let answer = move || {
                 let mut ours = ours;
                 hear::<Value>(&mut ours).expect("an answer")

@@ -15,7 +15,7 @@ use mainstay_transport::quic::{ClientCertificates, Identity};
 use serde::Deserialize;
 
 use crate::args::{self, CompactAfter};
-use crate::data::{Data, now};
+use crate::data::{DEFAULT_NAMESPACE, Data, now};
 use crate::failure::Failure;
 
 pub(crate) use layers::Layers;
@@ -149,8 +149,6 @@ pub(crate) struct Namespaced {
     pub(crate) quotas: Quotas,
 }
 
-/// The name of the namespace that is there without being configured.
-pub(crate) const DEFAULT: &str = "default";
 /// Namespaces of one process: each has a store and a thread of its own.
 const MAX_NAMESPACES: usize = 64;
 
@@ -250,17 +248,14 @@ impl Settings {
         }
         let data = self.data()?;
         let quotas = self.server(dev)?.quotas;
-        let mut all = vec![Namespaced { name: DEFAULT.into(), data: data.clone(), auth: self.auth.clone(), quotas }];
+        let mut all =
+            vec![Namespaced { name: DEFAULT_NAMESPACE.into(), data: data.clone(), auth: self.auth.clone(), quotas }];
         for NamespaceSettings { name, auth, limits } in &self.namespaces {
-            let is_word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-            if name.is_empty() || name.len() > 64 || !name.chars().all(is_word) {
-                return Err(usage(format!("namespace {name:?}: a name is up to 64 of a to z, 0 to 9 and -")));
-            }
             if all.iter().any(|other| other.name == *name) {
                 return Err(usage(format!("two namespaces are called {name:?}")));
             }
             let quotas = self.quotas(dev, &limits.subject, &limits.session, &limits.prefixes)?;
-            all.push(Namespaced { name: name.clone(), data: data.namespace(name), auth: auth.clone(), quotas });
+            all.push(Namespaced { name: name.clone(), data: data.namespace(name)?, auth: auth.clone(), quotas });
         }
         Ok(all)
     }
@@ -276,7 +271,7 @@ impl Settings {
             for text in &auth.keys {
                 keys.push(VerifyingKey::from_paserk(text).map_err(of)?);
             }
-            if name == DEFAULT {
+            if name == DEFAULT_NAMESPACE {
                 keys.extend(dev.map(SigningKey::verifying_key));
             }
             for key in &keys {

@@ -3,10 +3,10 @@
 
 use core::time::Duration;
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::rate::{Limiter, Rate};
+use crate::rate::{Limiter, LimiterEach, Rate};
 
 /// What a listener lets in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,6 +19,8 @@ pub struct Admission {
     pub retry_from: usize,
     /// Handshakes that may be begun in a second, and at once behind a rest: each costs a signature whatever comes of it.
     pub rate: Option<Rate>,
+    /// Of these, those of peers in one network.
+    pub network_rate: Option<Rate>,
     /// How long a handshake may take.
     pub patience: Duration,
 }
@@ -31,6 +33,7 @@ impl Default for Admission {
             per_network: 192,
             retry_from: 64,
             rate: Some(Rate { per_second: 500, burst: 10_000 }),
+            network_rate: Some(Rate { per_second: 375, burst: 7500 }),
             patience,
         }
     }
@@ -59,11 +62,15 @@ pub(super) struct Door {
     rules: Admission,
     under_way: Mutex<UnderWay>,
     pace: Option<Limiter>,
+    network_pace: Option<LimiterEach<IpAddr>>,
 }
 
 impl Door {
     pub(super) fn new(rules: Admission) -> Arc<Self> {
-        Arc::new(Self { rules, under_way: Mutex::default(), pace: Limiter::new(rules.rate) })
+        // No network is called so.
+        let others = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+        let network_pace = LimiterEach::new(rules.network_rate, others);
+        Arc::new(Self { rules, under_way: Mutex::default(), pace: Limiter::new(rules.rate), network_pace })
     }
 
     pub(super) fn patience(&self) -> Duration {
@@ -85,7 +92,10 @@ impl Door {
         if under_way.all >= self.rules.handshakes || of_network >= self.rules.per_network {
             return Verdict::Refused;
         }
-        if self.pace.as_ref().is_some_and(|pace| pace.take(1).is_err()) {
+        // First its network's, so that what this refuses costs the others nothing.
+        if self.network_pace.as_ref().is_some_and(|pace| !pace.take(&network))
+            || self.pace.as_ref().is_some_and(|pace| pace.take(1).is_err())
+        {
             return Verdict::Refused;
         }
         under_way.all += 1;
@@ -129,7 +139,7 @@ mod tests {
 
     fn door() -> Arc<Door> {
         let patience = Duration::ZERO;
-        Door::new(Admission { handshakes: 4, per_network: 3, retry_from: 2, rate: None, patience })
+        Door::new(Admission { handshakes: 4, per_network: 3, retry_from: 2, rate: None, network_rate: None, patience })
     }
 
     fn ip(text: &str) -> IpAddr {
@@ -168,7 +178,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn handshakes_are_begun_at_a_rate_behind_a_burst() {
-        let rules = Admission { rate: Rate::new(10, 3), ..Admission::default() };
+        let rules = Admission { rate: Rate::new(10, 3), network_rate: None, ..Admission::default() };
         let door = Door::new(rules);
         let knock = || matches!(door.knock(ip("192.0.2.1"), true), Verdict::Welcome(_));
         assert_eq!([knock(), knock(), knock(), knock()], [true, true, true, false]);
@@ -176,6 +186,33 @@ mod tests {
         assert_eq!([knock(), knock()], [true, false]);
         tokio::time::sleep(Duration::from_secs(10)).await;
         assert_eq!([knock(), knock(), knock(), knock()], [true, true, true, false], "no more than a burst gathers");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_network_that_begins_too_many_leaves_room_for_others() {
+        let rules = Admission { rate: Rate::new(10, 5), network_rate: Rate::new(10, 3), ..Admission::default() };
+        let door = Door::new(rules);
+        let knock = |from: &str| matches!(door.knock(ip(from), true), Verdict::Welcome(_));
+        let one = ["192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4", "192.0.2.5"];
+        assert_eq!(one.map(knock), [true, true, true, false, false]);
+        assert_eq!(["198.51.100.1", "198.51.100.2"].map(knock), [true, true], "what was refused cost nothing");
+        assert!(!knock("203.0.113.1"), "all of them together have a rate too");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_networks_so_many_are_known_and_the_others_count_together() {
+        let rules =
+            Admission { rate: None, network_rate: Rate::new(1, 2), handshakes: 1 << 20, ..Admission::default() };
+        let door = Door::new(rules);
+        let knock = |n: u32| {
+            matches!(door.knock(IpAddr::V4(Ipv4Addr::from(0x0a00_0000 + (n << 8))), true), Verdict::Welcome(_))
+        };
+        let known = LimiterEach::<IpAddr>::KNOWN as u32;
+        assert!((0..known).all(knock));
+        assert_eq!([known, known + 1, known + 2].map(knock), [true, true, false]);
+        // They are forgotten once they are at rest.
+        tokio::time::sleep(Rate::REST).await;
+        assert_eq!([known, known, known, known + 1].map(knock), [true, true, false, true]);
     }
 
     #[test]
