@@ -86,6 +86,9 @@ pub(crate) struct Link<C: Connection> {
     goaway: OnceLock<GoAway>,
 }
 
+/// How long a server is waited for that has shaken hands and says no HELLO: twice as long as it waits for the client's.
+const HELLO_PATIENCE: Duration = Duration::from_secs(10);
+
 /// How long at least until a token that a server could not judge is presented again.
 const PRESENT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -204,7 +207,12 @@ impl<C: Connection> Link<C> {
 
     async fn read_control(self: &Arc<Self>, control: &mut FrameReader<C::Recv>) -> Result<(), FrameError> {
         let mut greeted = false;
-        while let Some(frame) = control.next().await? {
+        loop {
+            let next = match greeted {
+                true => control.next().await?,
+                false => self.in_time(control.next()).await?,
+            };
+            let Some(frame) = next else { return Ok(()) };
             if !matches!(frame, Frame::Pong(_)) {
                 self.news();
             }
@@ -252,7 +260,25 @@ impl<C: Connection> Link<C> {
                 _ => return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of the control stream").into()),
             }
         }
-        Ok(())
+    }
+
+    /// The server's first frame, for which nobody waits for ever (spec CONN-4).
+    async fn in_time(
+        &self,
+        first: impl Future<Output = Result<Option<Frame>, FrameError>>,
+    ) -> Result<Option<Frame>, FrameError> {
+        let late = async {
+            // A connection that is lost says so by itself.
+            match self.transport.confirmed().await {
+                Ok(_) => tokio::time::sleep(HELLO_PATIENCE).await,
+                Err(_) => core::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            first = first => first,
+            () = late => Err(ProtocolError::new(Code::HELLO_TIMEOUT, "the server said no HELLO in time").into()),
+        }
     }
 
     /// Something came that was not asked for to know about the path.

@@ -13,7 +13,7 @@ use mainstay_protocol::wire::{
 };
 use mainstay_server::Config;
 use mainstay_transport::memory::{MemoryConnection, MemoryListener, MemoryNetwork};
-use mainstay_transport::{Connection, FrameReader, Listener, SendStream};
+use mainstay_transport::{Connection, ConnectionError, FrameReader, Listener, SendStream};
 use tokio::time::timeout;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -136,6 +136,19 @@ async fn a_server_that_resets_control_is_left_and_connected_to_again() {
     control.reset(Code::INTERNAL.0);
     timeout(PATIENCE, connection.closed()).await.expect("the client closes");
     greet(&listener).await;
+}
+
+/// Spec CONN-4: nothing could be sent on such a connection, and it answers whatever QUIC asks.
+#[tokio::test(start_paused = true)]
+async fn a_server_that_says_no_hello_is_left_and_connected_to_again() {
+    let (network, listener) = network();
+    let client = Client::new(network, ClientConfig::default());
+    let connection = timeout(PATIENCE, listener.accept()).await.expect("in time").expect("a connection");
+    let _control = connection.accept_bi().await.expect("control");
+    let end = timeout(2 * PATIENCE, connection.closed()).await.expect("the client closes");
+    assert!(matches!(end, ConnectionError::Closed { code, .. } if code == Code::HELLO_TIMEOUT.0), "{end:?}");
+    let _greeted = greet(&listener).await;
+    client.connected().await.expect("connected");
 }
 
 /// A producer whose QUIC stream the server ends, because it had not heard in time what it is for, is opened again and loses nothing.

@@ -149,6 +149,52 @@ async fn early_data_that_is_not_taken_costs_no_more_than_none() {
     assert!(matches!(serving.await, Ok((0, ConnectionError::Closed { code: 7, .. }))));
 }
 
+/// The streams of refused early data and those that are opened behind it have the same ids, by which quinn knows who waits for what.
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_a_stream_is_woken_although_refused_early_data_is_dropped_meanwhile() {
+    let world = World::new();
+    let (listener, connector) = (world.listen(&limits()), world.connector());
+    once(&connector, &listener).await;
+    drop(listener);
+    let listener = world.listen(&Limits { bulk_window: 32 * 1024, ..limits() });
+    let connection = connector.connect(true).await.expect("a connection");
+    let refused = connection.open_bi().await.expect("an early stream");
+    let refused_alone = connection.open_uni().await.expect("an early stream");
+    assert_eq!(connection.confirmed().await, Ok(false));
+    let accepted = listener.accept().await.expect("a connection");
+
+    // One waits for an answer, the other for credit: more is written than the server's window takes.
+    let (mut send, mut recv) = connection.open_bi().await.expect("a stream");
+    let mut alone = connection.open_uni().await.expect("a stream");
+    let answer = tokio::spawn(async move {
+        send.write(&mut [Bytes::from_static(b"word")]).await.expect("it is sent");
+        (recv.read().await, send)
+    });
+    const LONG: usize = 256 * 1024;
+    let written = tokio::spawn(async move {
+        alone.write(&mut [Bytes::from(vec![0; LONG])]).await.expect("it is sent");
+        alone.finish();
+        alone
+    });
+    // Time goes on once everybody waits.
+    tokio::time::sleep(10 * RTT).await;
+    assert!(!answer.is_finished() && !written.is_finished());
+    drop((refused, refused_alone));
+
+    let mut long = accepted.accept_uni().await.expect("a stream");
+    let mut read = 0;
+    while let Some(piece) = timeout(10 * RTT, long.read()).await.expect("the writer goes on").expect("a piece") {
+        read += piece.len();
+    }
+    assert_eq!(read, LONG);
+    drop(written.await.expect("written"));
+    let (mut send, mut recv) = accepted.accept_bi().await.expect("a stream");
+    let piece = recv.read().await.expect("a piece").expect("a piece");
+    send.write(&mut [piece]).await.expect("it is sent");
+    let (word, _send) = timeout(10 * RTT, answer).await.expect("the reader goes on").expect("an answer");
+    assert_eq!(word, Ok(Some(Bytes::from_static(b"word"))));
+}
+
 /// Spec EARLY-4.
 #[tokio::test(start_paused = true)]
 async fn a_ticket_is_good_for_early_data_once() {

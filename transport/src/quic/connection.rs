@@ -2,7 +2,7 @@
 
 use core::time::Duration;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use quinn::{Endpoint, VarInt, ZeroRttAccepted};
@@ -21,7 +21,38 @@ pub struct QuicConnection {
     connection: quinn::Connection,
     /// Whether the handshake was confirmed with the early data taken, once that is known.
     confirmed: watch::Receiver<Option<bool>>,
+    /// Where a client's streams end up that were opened before that was known.
+    early: Arc<Early>,
     home: Option<Arc<Home>>,
+}
+
+/// Streams that were opened while the handshake went on, and are not used any more. If early data is refused, streams that are opened later
+/// have their ids, and by its id quinn forgets who waits for a stream when a half of it is dropped: these are dropped behind all others of
+/// the connection. No more of them than the peer of an earlier connection allowed.
+#[derive(Debug, Default)]
+struct Early(Mutex<Vec<Unused>>);
+
+/// Where the halves of a stream end up.
+#[derive(Debug, Clone)]
+struct Parking {
+    early: Arc<Early>,
+    /// They may be of refused early data.
+    kept: bool,
+}
+
+/// A half of a stream, kept for the sake of others.
+#[derive(Debug)]
+enum Unused {
+    Send { _half: quinn::SendStream },
+    Recv { _half: quinn::RecvStream },
+}
+
+impl Parking {
+    fn park(&self, unused: Unused) {
+        if self.kept {
+            self.early.0.lock().unwrap_or_else(PoisonError::into_inner).push(unused);
+        }
+    }
 }
 
 /// What a client's connection has for itself.
@@ -44,12 +75,12 @@ impl QuicConnection {
             let server = this.side().is_server() && this.close_reason().is_none();
             tell.send_replace(Some(taken || server));
         });
-        Self { connection, confirmed, home: None }
+        Self { connection, confirmed, early: Arc::default(), home: None }
     }
 
     /// A connection whose handshake is done.
     pub(super) fn done(connection: quinn::Connection) -> Self {
-        Self { connection, confirmed: watch::channel(Some(true)).1, home: None }
+        Self { connection, confirmed: watch::channel(Some(true)).1, early: Arc::default(), home: None }
     }
 
     pub(super) fn at_home(mut self, home: Home) -> Self {
@@ -60,6 +91,17 @@ impl QuicConnection {
     /// The connection underneath, for measurements and tests.
     pub fn inner(&self) -> &quinn::Connection {
         &self.connection
+    }
+
+    /// Of streams that are opened from here on.
+    fn parking(&self) -> Parking {
+        let undecided = self.connection.side().is_client() && self.confirmed.borrow().is_none();
+        Parking { early: self.early.clone(), kept: undecided }
+    }
+
+    /// Of streams that the peer opened: none of them comes before the handshake is confirmed, or its id is never another's.
+    fn parking_of_peers(&self) -> Parking {
+        Parking { early: self.early.clone(), kept: false }
     }
 
     /// Closes the connection and waits until a packet that says so was sent. quinn says when a closed connection is forgotten, which is three
@@ -81,21 +123,24 @@ impl Connection for QuicConnection {
     type Recv = QuicRecv;
 
     async fn open_bi(&self) -> Result<(QuicSend, QuicRecv), ConnectionError> {
+        // Asked for first: what is decided meanwhile was perhaps not when quinn opened them.
+        let parking = self.parking();
         let (send, recv) = self.connection.open_bi().await?;
-        Ok((QuicSend::new(send), QuicRecv(recv)))
+        Ok((QuicSend::new(send, parking.clone()), QuicRecv::new(recv, parking)))
     }
 
     async fn open_uni(&self) -> Result<QuicSend, ConnectionError> {
-        Ok(QuicSend::new(self.connection.open_uni().await?))
+        let parking = self.parking();
+        Ok(QuicSend::new(self.connection.open_uni().await?, parking))
     }
 
     async fn accept_bi(&self) -> Result<(QuicSend, QuicRecv), ConnectionError> {
         let (send, recv) = self.connection.accept_bi().await?;
-        Ok((QuicSend::new(send), QuicRecv(recv)))
+        Ok((QuicSend::new(send, self.parking_of_peers()), QuicRecv::new(recv, self.parking_of_peers())))
     }
 
     async fn accept_uni(&self) -> Result<QuicRecv, ConnectionError> {
-        Ok(QuicRecv(self.connection.accept_uni().await?))
+        Ok(QuicRecv::new(self.connection.accept_uni().await?, self.parking_of_peers()))
     }
 
     fn allow_streams(&self, bidirectional: u32, unidirectional: u32) {
@@ -190,14 +235,16 @@ fn is_certificate_error(code: quinn_proto::TransportErrorCode) -> bool {
 /// The sending half of a quinn stream. Dropping it without [`SendStream::finish`] resets the stream with code 0.
 #[derive(Debug)]
 pub struct QuicSend {
-    stream: quinn::SendStream,
+    /// Until it is dropped.
+    stream: Option<quinn::SendStream>,
     /// Finished, or reset.
     ended: bool,
+    parking: Parking,
 }
 
 impl QuicSend {
-    fn new(stream: quinn::SendStream) -> Self {
-        Self { stream, ended: false }
+    fn new(stream: quinn::SendStream, parking: Parking) -> Self {
+        Self { stream: Some(stream), ended: false, parking }
     }
 }
 
@@ -205,12 +252,16 @@ impl Drop for QuicSend {
     /// quinn would finish it, which the peer would take for an orderly end.
     fn drop(&mut self) {
         self.reset(0);
+        if let Some(half) = self.stream.take() {
+            self.parking.park(Unused::Send { _half: half });
+        }
     }
 }
 
 impl SendStream for QuicSend {
     async fn write(&mut self, pieces: &mut [Bytes]) -> Result<(), StreamError> {
-        self.stream.write_all_chunks(pieces).await.map_err(|error| match error {
+        let stream = self.stream.as_mut().ok_or(StreamError::Ended)?;
+        stream.write_all_chunks(pieces).await.map_err(|error| match error {
             quinn::WriteError::Stopped(code) => StreamError::Stopped(code.into_inner()),
             quinn::WriteError::ConnectionLost(error) => StreamError::Connection(error.into()),
             quinn::WriteError::ClosedStream => StreamError::Ended,
@@ -220,36 +271,57 @@ impl SendStream for QuicSend {
 
     fn set_priority(&self, priority: i32) {
         // Only a stream that has ended refuses.
-        let _ = self.stream.set_priority(priority);
+        let _ = self.stream.as_ref().map(|stream| stream.set_priority(priority));
     }
 
     fn finish(&mut self) {
         self.ended = true;
-        let _ = self.stream.finish();
+        let _ = self.stream.as_mut().map(quinn::SendStream::finish);
     }
 
     fn reset(&mut self, code: u64) {
         if !core::mem::replace(&mut self.ended, true) {
-            let _ = self.stream.reset(varint(code));
+            let _ = self.stream.as_mut().map(|stream| stream.reset(varint(code)));
         }
     }
 
     fn stopped(&self) -> impl Future<Output = Option<u64>> + Send + use<> {
-        let stopped = self.stream.stopped();
-        async move { stopped.await.ok().flatten().map(VarInt::into_inner) }
+        let stopped = self.stream.as_ref().map(quinn::SendStream::stopped);
+        async move { stopped?.await.ok().flatten().map(VarInt::into_inner) }
     }
 }
 
 /// The receiving half of a quinn stream.
 #[derive(Debug)]
-pub struct QuicRecv(quinn::RecvStream);
+pub struct QuicRecv {
+    /// Until it is dropped.
+    stream: Option<quinn::RecvStream>,
+    parking: Parking,
+}
+
+impl QuicRecv {
+    fn new(stream: quinn::RecvStream, parking: Parking) -> Self {
+        Self { stream: Some(stream), parking }
+    }
+}
+
+impl Drop for QuicRecv {
+    fn drop(&mut self) {
+        if let Some(mut half) = self.stream.take() {
+            // As quinn does with what is dropped. One that has ended, or was stopped, refuses.
+            let _ = half.stop(VarInt::from_u32(0));
+            self.parking.park(Unused::Recv { _half: half });
+        }
+    }
+}
 
 /// Longest piece that one read returns, in bytes.
 const MAX_PIECE: usize = 64 * 1024;
 
 impl RecvStream for QuicRecv {
     async fn read(&mut self) -> Result<Option<Bytes>, StreamError> {
-        match self.0.read_chunk(MAX_PIECE, true).await {
+        let stream = self.stream.as_mut().ok_or(StreamError::Ended)?;
+        match stream.read_chunk(MAX_PIECE, true).await {
             Ok(chunk) => Ok(chunk.map(|chunk| chunk.bytes)),
             Err(quinn::ReadError::Reset(code)) => Err(StreamError::Reset(code.into_inner())),
             Err(quinn::ReadError::ConnectionLost(error)) => Err(StreamError::Connection(error.into())),
@@ -259,10 +331,10 @@ impl RecvStream for QuicRecv {
     }
 
     fn is_early(&self) -> bool {
-        self.0.is_0rtt()
+        self.stream.as_ref().is_some_and(quinn::RecvStream::is_0rtt)
     }
 
     fn stop(&mut self, code: u64) {
-        let _ = self.0.stop(varint(code));
+        let _ = self.stream.as_mut().map(|stream| stream.stop(varint(code)));
     }
 }
