@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{counts::counts, rebirth};
+use super::{counts::counts, digest::Digest, rebirth};
 use crate::registry::MAX_FRAME;
 use crate::session::{Chunk, Compaction, Feed, Kind, Record, Records, State, Survey, View};
 use crate::wire::{Deframer, Delivery, Frame, Span, Start, Subscribe};
@@ -44,6 +44,11 @@ struct Heard {
 ///
 /// If anybody would read another session than the chunks say.
 pub fn check(chunks: &[Arc<Chunk>], seed: u64) -> Counts {
+    check_into(chunks, seed, &mut Digest::default())
+}
+
+/// The same, of which `digest` is told what was made.
+pub(super) fn check_into(chunks: &[Arc<Chunk>], seed: u64, digest: &mut Digest) -> Counts {
     let Some(first) = chunks.first() else { return Counts::default() };
     let mut draw = Draw(seed);
     let mut counts = Counts::default();
@@ -65,6 +70,7 @@ pub fn check(chunks: &[Arc<Chunk>], seed: u64) -> Counts {
                 joins = draw.below(8) > 0;
             }
             let plan = survey.plan(at.tail());
+            digest.add((plan.is_empty(), plan.is_final(), plan.before(), plan.next(), plan.steps().count()));
             for step in plan.steps() {
                 let covered =
                     |chunk: &Arc<Chunk>| (step.start.number..step.next_number).contains(&chunk.header().number);
@@ -76,6 +82,8 @@ pub fn check(chunks: &[Arc<Chunk>], seed: u64) -> Counts {
                 let Ok(chunk) = Chunk::decode(made.bytes().clone()) else { panic!("a chunk does not decode") };
                 assert_eq!((chunk.header(), chunk.region()), (made.header(), made.region()));
                 assert!(plan.before() <= at.tail());
+                digest.bytes(made.bytes());
+                digest.add((made.first(), made.end(), made.time(), made.header().whole_from(), made.header().kept()));
                 let kept = |chunks: &[Arc<Chunk>]| chunks.iter().map(|chunk| chunk.header().kept()).sum::<u64>();
                 counts.gone += kept(&stored[from..to]) - chunk.header().kept();
                 counts.chunks += 1;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::compaction;
+use super::digest::Digest;
 use crate::error::Code;
 use crate::registry::{MAX_STREAMS, PRODUCER_WINDOW};
 use crate::session::{
@@ -190,6 +191,7 @@ struct Run {
     tickets: usize,
     epoch: u64,
     counts: Counts,
+    digest: Digest,
 }
 
 /// Bytes of a turn: a few batches, so that histories fill some.
@@ -214,6 +216,19 @@ fn key(producer: u8) -> ProducerKey {
 ///
 /// Where the two disagree.
 pub fn run(ops: &[Op]) -> Counts {
+    play(ops, Digest::default()).0
+}
+
+/// What a history comes to, as a hash of everything that can be seen of it.
+///
+/// # Panics
+///
+/// Where the authority and the model disagree.
+pub fn digest(ops: &[Op]) -> String {
+    play(ops, Digest::new()).1.finish()
+}
+
+fn play(ops: &[Op], digest: Digest) -> (Counts, Digest) {
     let state = State::new(incarnation());
     let name = SessionName::new("session").unwrap_or_else(|_| unreachable!("a fixed valid name"));
     let mut run = Run {
@@ -230,6 +245,7 @@ pub fn run(ops: &[Op]) -> Counts {
         tickets: 0,
         epoch: 1,
         counts: Counts::default(),
+        digest,
     };
     for op in ops {
         run.step(*op);
@@ -245,8 +261,8 @@ pub fn run(ops: &[Op]) -> Counts {
         run.step(Op::Commit);
     }
     run.compare_readers();
-    compaction::check(&run.chunks, run.now);
-    run.counts
+    compaction::check_into(&run.chunks, run.now, &mut run.digest);
+    (run.counts, run.digest)
 }
 
 impl Run {
@@ -294,6 +310,7 @@ impl Run {
             Op::Time { now } => self.now = 1000 + u64::from(now),
         }
         self.authority.prepare();
+        self.digest.session(&self.authority);
     }
 
     fn append(&mut self, producer: u8, age: u8, ahead: u8, count: u8, stream: u8) {
@@ -314,6 +331,7 @@ impl Run {
         };
         let (outcome, _) =
             self.authority.append(self.now, &self.author, (&handle, epoch, sequence), None, batch, ticket);
+        self.digest.outcome(&outcome);
         let stored = self.durable.batches(producer);
         let window = stored.len().saturating_sub(PRODUCER_WINDOW) as u64;
         let known = (window..stored.len() as u64).contains(&sequence).then(|| stored[sequence as usize]);
@@ -362,6 +380,7 @@ impl Run {
         }
         let ticket = self.ticket();
         let (outcome, _) = self.authority.open_producer(self.now, key(producer), keep, ticket);
+        self.digest.outcome(&outcome);
         let durable = self.durable.epoch(producer);
         match keep {
             _ if self.uncertain => self.refused(&outcome, Code::UNAVAILABLE),
@@ -389,6 +408,7 @@ impl Run {
         let ticket = self.ticket();
         let producer = (before, epoch, sequence);
         let (outcome, _) = self.authority.append(self.now, &self.author, producer, None, batch, ticket);
+        self.digest.outcome(&outcome);
         self.refused(&outcome, Code::FENCED);
     }
 
@@ -397,6 +417,7 @@ impl Run {
         let label = Label::new(&text).unwrap_or_else(|_| unreachable!("a valid name"));
         let ticket = self.ticket();
         let (outcome, _) = self.authority.define_stream(self.now, label.clone(), ticket);
+        self.digest.outcome(&outcome);
         let known = self.durable.streams.iter().position(|known| *known == text);
         match known {
             _ if self.uncertain => self.refused(&outcome, Code::UNAVAILABLE),
@@ -411,6 +432,7 @@ impl Run {
     fn close(&mut self) {
         let ticket = self.ticket();
         let (outcome, _) = self.authority.close(self.now, &self.author.clone(), ticket);
+        self.digest.outcome(&outcome);
         match self.durable.closed {
             _ if self.uncertain => self.refused(&outcome, Code::UNAVAILABLE),
             Some(seq) => assert_eq!(outcome, Outcome::Done(Reply::Closed { seq })),
@@ -424,6 +446,7 @@ impl Run {
         let before = tail * u64::from(percent) / 100;
         let ticket = self.ticket();
         let (outcome, _) = self.authority.trim(self.now, before, ticket);
+        self.digest.outcome(&outcome);
         let first = before.min(tail);
         match first > self.durable.first {
             _ if self.uncertain => self.refused(&outcome, Code::UNAVAILABLE),
@@ -442,7 +465,9 @@ impl Run {
 
     fn committed(&mut self) {
         let Ok(answer) = self.authority.committed() else { panic!("a chunk of the authority does not follow it") };
-        let Some(Committed { chunk, replies, .. }) = answer else { return };
+        let Some(Committed { chunk, replies, early }) = answer else { return };
+        self.digest.add((&replies, &early));
+        self.digest.bytes(chunk.bytes());
         self.uncertain = false;
         // In the order of requests, as many as the chunk took.
         let committed: Vec<Accepted> = self.accepted.drain(..replies.len()).collect();
@@ -492,6 +517,7 @@ impl Run {
             return;
         }
         let tickets = self.authority.not_committed();
+        self.digest.add(&tickets);
         self.chunks.pop();
         assert_eq!(tickets.len(), self.accepted.len(), "everything since the last commit is dropped");
         for ticket in tickets {
@@ -556,7 +582,7 @@ impl Run {
     }
 
     /// A subscriber from every position gets exactly the records behind it.
-    fn compare_readers(&self) {
+    fn compare_readers(&mut self) {
         let state = self.authority.state();
         let (first, tail) = (state.first(), state.tail());
         for start in (0..=tail).step_by(1 + tail as usize / 8) {
@@ -568,7 +594,8 @@ impl Run {
                 window: None,
                 folded: false,
             };
-            let (mut feed, _) = Feed::new(request, (first, 0), tail);
+            let (mut feed, verdict) = Feed::new(request, (first, 0), tail);
+            self.digest.add((verdict, feed.subscribed(verdict, tail)));
             let mut out = Vec::new();
             while feed.place(first, tail, tail) != Place::AtTail {
                 if let Place::Trimmed(first) = feed.place(first, tail, tail) {
@@ -579,6 +606,8 @@ impl Run {
                 let Some(chunk) = chunk else { panic!("no chunk holds seq {}", feed.next()) };
                 assert!(feed.deliver(chunk, state.streams(), &mut out).is_ok());
             }
+            self.digest.add((feed.id(), feed.next(), feed.place(first, tail, tail)));
+            self.digest.sent(&out);
             let mut next = start;
             let mut frames = crate::wire::Deframer::new(usize::MAX);
             frames.push(out.concat().into());

@@ -9,6 +9,7 @@ use bytes::Bytes;
 
 use super::compaction;
 use super::counts::counts;
+use super::digest::Digest;
 use crate::error::Code;
 use crate::registry::{KEPT_LOST_RUNS, MAX_JOBS, MAX_LASTS, MAX_SIGNALS, RESERVED_SIGNALS, STREAM_MAIN};
 use crate::session::{
@@ -794,6 +795,7 @@ struct History {
     epoch: u64,
     tickets: usize,
     counts: Counts,
+    digest: Digest,
 }
 
 /// Runs a history through the authority and the model.
@@ -802,6 +804,19 @@ struct History {
 ///
 /// Where the two disagree.
 pub fn run(ops: &[Op]) -> Counts {
+    play(ops, Digest::default()).0
+}
+
+/// What a history comes to, as a hash of everything that can be seen of it.
+///
+/// # Panics
+///
+/// Where the authority and the model disagree.
+pub fn digest(ops: &[Op]) -> String {
+    play(ops, Digest::new()).1.finish()
+}
+
+fn play(ops: &[Op], digest: Digest) -> (Counts, Digest) {
     let state = State::new(Incarnation([7; 16]));
     let snapshot = state.snapshot();
     let mut authority = Authority::new(state, 1, None).with_turn(2000);
@@ -823,6 +838,7 @@ pub fn run(ops: &[Op]) -> Counts {
         epoch: 1,
         tickets: 1,
         counts: Counts::default(),
+        digest,
     };
     for op in ops {
         history.step(op);
@@ -840,11 +856,11 @@ pub fn run(ops: &[Op]) -> Counts {
     let resolved = history.durable.signals.values().filter(|signal| signal.outcome.is_some()).count()
         + history.durable.requests.values().filter(|request| request.outcome.is_some()).count();
     history.counts.resolved = resolved as u64;
-    history.counts.compacted = compaction::check(&history.chunks, history.now).gone;
+    history.counts.compacted = compaction::check_into(&history.chunks, history.now, &mut history.digest).gone;
     history.counts.withdrawn = history.durable.withdrawn;
     history.counts.missed = history.durable.missed;
     history.counts.ended = history.durable.runs.values().filter(|run| run.over.is_some()).count() as u64;
-    history.counts
+    (history.counts, history.digest)
 }
 
 impl History {
@@ -885,6 +901,7 @@ impl History {
                 let before = self.staged().closed;
                 let ticket = self.ticket();
                 let (outcome, _) = self.authority.close(self.now, &self.authors[0], ticket);
+                self.digest.outcome(&outcome);
                 if !before {
                     assert_eq!(outcome, Outcome::Pending);
                     self.accepted.push((Accepted::Close, Some(ticket)));
@@ -901,6 +918,7 @@ impl History {
             Op::Tick { millis } => self.tick(*millis),
         }
         self.authority.prepare();
+        self.digest.session(&self.authority);
         self.compare();
     }
 
@@ -956,6 +974,7 @@ impl History {
         let by = who as usize;
         let producer = (&self.handles[by], 1, self.sequences[by]);
         let (outcome, _) = self.authority.append(self.now, &self.authors[by], producer, epoch, batch, ticket);
+        self.digest.outcome(&outcome);
         self.counts.fenced += u64::from(expected == Err(Code::RUN_FENCED));
         self.sequences[by] += u64::from(outcome == Outcome::Pending);
         let accepted = Accepted::Batch { who, held, deeds: deeds.to_vec(), time: self.now };
@@ -969,6 +988,7 @@ impl History {
         let ticket = self.ticket();
         let configured = SessionConfigured { runs: mode, inputs: policy };
         let (outcome, _) = self.authority.configure(self.now, &self.authors[0], configured, ticket);
+        self.digest.outcome(&outcome);
         let expected = self.shut().map_or(Ok(Accepted::Configure(mode, policy)), Err);
         self.held_to(&outcome, expected, ticket);
     }
@@ -980,6 +1000,7 @@ impl History {
         let author = self.authors[who as usize].clone();
         let of = (LEASE, input.map(message_id));
         let (outcome, _) = self.authority.start_run(self.now, &author, run_id(run), of, ticket);
+        self.digest.outcome(&outcome);
         let leased = world.mode != RunMode::Open;
         let other = world.runs.values().any(Run::active) && world.mode == RunMode::Single;
         let hold = |input| Accepted::Hold { who, run, leased, input };
@@ -1008,6 +1029,7 @@ impl History {
         let ticket = self.ticket();
         let author = self.authors[who as usize].clone();
         let (outcome, _) = self.authority.take_run(&author, (run.map(run_id), LEASE, u64::MAX), ticket);
+        self.digest.outcome(&outcome);
         match (self.shut(), outcome) {
             (Some(code), Outcome::Refused(refusal)) => assert_eq!(refusal.code, code),
             (None, Outcome::Refused(refusal)) => {
@@ -1033,6 +1055,7 @@ impl History {
         };
         let ticket = self.ticket();
         let (outcome, _) = self.authority.set_rule(self.now, &self.authors[0], rule, ticket);
+        self.digest.outcome(&outcome);
         let rule = Rule { principal, kinds: chosen, delay: delay.into(), collapse };
         let expected = self.shut().map_or(Ok(Accepted::SetRule(name, rule)), Err);
         self.held_to(&outcome, expected, ticket);
@@ -1046,6 +1069,7 @@ impl History {
         let author = self.authors[who as usize].clone();
         let joined = PresenceJoined { name: label("m"), grace: 1000, activity: activity() };
         let (outcome, _) = self.authority.join(self.now, &author, joined, ticket);
+        self.digest.outcome(&outcome);
         let expected = self.shut().map_or(Ok(Accepted::Join(who)), Err);
         self.held_to(&outcome, expected, ticket);
     }
@@ -1057,6 +1081,7 @@ impl History {
         let ticket = self.ticket();
         let author = self.authors[who as usize].clone();
         let (outcome, _) = self.authority.leave(self.now, &author, ticket);
+        self.digest.outcome(&outcome);
         let expected = self.shut().map_or(Ok(Accepted::Leave(who)), Err);
         self.held_to(&outcome, expected, ticket);
     }
@@ -1122,6 +1147,7 @@ impl History {
         let author = self.authors[who as usize].clone();
         let sent = (signal_id(id), intent, target);
         let (outcome, _) = self.authority.signal(self.now, &author, sent, (lasts, Bytes::new()), ticket);
+        self.digest.outcome(&outcome);
         if let Some(known) = self.durable.signals.get(&signal_id(id)) {
             let reply = Reply::Signalled { signal: signal_id(id), seq: known.seq };
             return assert_eq!(outcome, Outcome::Done(reply), "sent before");
@@ -1219,6 +1245,8 @@ impl History {
     fn committed(&mut self) {
         let Ok(answer) = self.authority.committed() else { panic!("a chunk of the authority does not follow it") };
         let Some(Committed { chunk, replies, early }) = answer else { return };
+        self.digest.add((&replies, &early));
+        self.digest.bytes(chunk.bytes());
         let mut replies = replies.into_iter();
         let mut told = 0;
         while self.durable.tail < chunk.end() {
@@ -1348,6 +1376,7 @@ impl History {
             return;
         }
         let refused = self.authority.not_committed();
+        self.digest.add(&refused);
         let expected: Vec<usize> = self.accepted.iter().filter_map(|(_, ticket)| *ticket).collect();
         assert!(expected.iter().all(|ticket| refused.contains(ticket)), "each of them is told");
         self.chunks.pop();

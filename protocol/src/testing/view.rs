@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::compaction;
 use super::counts::counts;
+use super::digest::Digest;
 use crate::error::Code;
 use crate::registry::{KEPT_MESSAGE_BYTES, KEPT_MESSAGES, MAX_FRAME, STREAM_MAIN};
 use crate::session::{
@@ -420,6 +421,7 @@ struct Run {
     now: u64,
     epoch: u64,
     counts: Counts,
+    digest: Digest,
 }
 
 /// Runs a history through the authority and the model.
@@ -428,6 +430,19 @@ struct Run {
 ///
 /// Where the two disagree.
 pub fn run(ops: &[Op]) -> Counts {
+    play(ops, Digest::default()).0
+}
+
+/// What a history comes to, as a hash of everything that can be seen of it.
+///
+/// # Panics
+///
+/// Where the authority and the model disagree.
+pub fn digest(ops: &[Op]) -> String {
+    play(ops, Digest::new()).1.finish()
+}
+
+fn play(ops: &[Op], digest: Digest) -> (Counts, Digest) {
     let subject = Subject::new("tester").unwrap_or_else(|_| unreachable!("a fixed valid subject"));
     let producer = ProducerKey { subject: subject.clone(), name: label("p") };
     let state = State::new(Incarnation([7; 16]));
@@ -449,6 +464,7 @@ pub fn run(ops: &[Op]) -> Counts {
         now: 1000,
         epoch: 1,
         counts: Counts::default(),
+        digest,
     };
     for op in ops {
         run.step(op);
@@ -459,12 +475,12 @@ pub fn run(ops: &[Op]) -> Counts {
         run.step(&Op::Commit);
     }
     run.refold();
-    let compacted = compaction::check(&run.chunks, run.now);
+    let compacted = compaction::check_into(&run.chunks, run.now, &mut run.digest);
     run.counts.compacted = compacted.gone;
     run.counts.finished = run.durable.finished;
     run.counts.expired = run.durable.expired;
     run.counts.departed = run.durable.departed;
-    run.counts
+    (run.counts, run.digest)
 }
 
 impl Run {
@@ -487,6 +503,7 @@ impl Run {
             Op::Close => {
                 let before = self.staged().closed;
                 let (outcome, _) = self.authority.close(self.now, &self.authors[0], 0);
+                self.digest.outcome(&outcome);
                 if !before {
                     assert_eq!(outcome, Outcome::Pending);
                     self.accepted.push(Accepted::Close);
@@ -517,6 +534,7 @@ impl Run {
             }
         }
         self.authority.prepare();
+        self.digest.session(&self.authority);
         self.compare();
     }
 
@@ -584,6 +602,7 @@ impl Run {
         let producer = (&self.handle, 1, self.sequence);
         let author = &self.authors[batch_author(deeds) as usize];
         let (outcome, _) = self.authority.append(self.now, author, producer, None, batch, 0);
+        self.digest.outcome(&outcome);
         match outcome {
             Outcome::Pending => {
                 assert_eq!((expected, closed), (Ok(()), false), "accepted, and should not: {deeds:?}");
@@ -605,7 +624,9 @@ impl Run {
 
     fn committed(&mut self) {
         let Ok(answer) = self.authority.committed() else { panic!("a chunk of the authority does not follow it") };
-        let Some(Committed { chunk, replies, .. }) = answer else { return };
+        let Some(Committed { chunk, replies, early }) = answer else { return };
+        self.digest.add((&replies, &early));
+        self.digest.bytes(chunk.bytes());
         let (again, replies): (Vec<_>, Vec<_>) = replies.into_iter().partition(|(ticket, _)| *ticket == AGAIN);
         assert!(again.iter().all(|(_, reply)| *reply == Reply::Left), "{again:?}");
         let mut replies = replies.into_iter();
@@ -638,7 +659,8 @@ impl Run {
         if !self.authority.in_flight() {
             return;
         }
-        self.authority.not_committed();
+        let refused = self.authority.not_committed();
+        self.digest.add(refused);
         self.chunks.pop();
         self.sequence -= self.accepted.iter().filter(|accepted| matches!(accepted, Accepted::Batch(..))).count() as u64;
         // What members said, which nothing answers, still holds.
@@ -700,6 +722,7 @@ impl Run {
         let generation = held.map(|(generation, _, _)| generation);
         let author = self.authors[who as usize].clone();
         let (outcome, _) = self.authority.join(self.now, &author, joined, 0);
+        self.digest.outcome(&outcome);
         let unchanged = !pending && held.is_some_and(|(_, known, _)| known == status);
         match (self.closed(), outcome) {
             (_, Outcome::Done(reply)) => {
@@ -753,6 +776,7 @@ impl Run {
         let (here, staged) = (self.durable.members.contains_key(&who), staged.members.contains_key(&who));
         let ticket = if here && !staged { AGAIN } else { 0 };
         let (outcome, _) = self.authority.leave(self.now, &author, ticket);
+        self.digest.outcome(&outcome);
         match (here || staged, self.closed()) {
             (false, _) => assert_eq!(outcome, Outcome::Done(Reply::Left)),
             // What is on its way is waited for.
@@ -833,7 +857,7 @@ impl Run {
     }
 
     /// A reader that folds the same records, one by one, has the same view and can pass it on.
-    fn refold(&self) {
+    fn refold(&mut self) {
         let mut view = View::default();
         for chunk in &self.chunks {
             for record in chunk.records() {
@@ -856,7 +880,7 @@ impl Run {
     }
 
     /// A reader of rolled-up deliveries, of so many chunks at a time, has the same messages, state and members at the end of each.
-    fn roll_up(&self, together: usize) {
+    fn roll_up(&mut self, together: usize) {
         let state = self.authority.state();
         let request =
             Subscribe { id: 1, start: Start::Seq(0), streams: vec![], kinds: vec![], window: Some(0), folded: false };
@@ -866,6 +890,7 @@ impl Run {
         for chunks in self.chunks.chunks(together) {
             let mut out = Vec::new();
             assert_eq!(feed.deliver_all(chunks, state.streams(), &mut out), Ok(()));
+            self.digest.sent(&out);
             let mut frames = Deframer::new(MAX_FRAME);
             frames.push(out.concat().into());
             while let Ok(Some(raw)) = frames.next_frame() {
