@@ -11,14 +11,13 @@ use mainstay_protocol::registry::{ALPN, MAX_FRAME, MAX_LISTED};
 use mainstay_protocol::session::{Grants, Instance, SessionName};
 use mainstay_protocol::wire::{Frame, Label, List, ListedSession, Mint};
 use mainstay_transport::quic::{Identity, QuicConnector};
-use mainstay_transport::{Connection, Connector, FrameReader, SendStream};
+use mainstay_transport::{Connection, Connector, FrameError, FrameReader, SendStream};
 use tokio::sync::{mpsc, watch};
 
 use crate::config::{Config, ConnectFile};
 use crate::driver::{Driver, SessionCommand};
 use crate::error::ClientError;
 use crate::jobs::{self, Jobs};
-use crate::link::Link;
 use crate::roam::{Links, Nudge, PathEvent, Paths, Status, Supervised, supervise, up};
 use crate::session::Attaching;
 use crate::tokens::{Judged, Renewal, Tokens};
@@ -99,46 +98,33 @@ impl<C: Connection> Core for Wired<C> {
     }
 
     fn list(&self, request: List) -> BoxFuture<'_, Result<(Vec<ListedSession>, Bytes), ClientError>> {
-        let mut links = self.links.clone();
+        let links = self.links.clone();
         Box::pin(async move {
-            loop {
-                let link = up(&mut links).await?;
-                let _expecting = link.expect_answer();
-                if let Some(answer) = list(&link, request.clone()).await {
-                    return answer;
-                }
-                // The connection was lost before the answer came; asking again changes nothing.
-                if links.changed().await.is_err() {
-                    return Err(ClientError::Closed);
-                }
+            match answer(links, request.into()).await? {
+                Frame::Listed(listed) => Ok((listed.sessions, listed.next)),
+                Frame::Error(error) => Err(ClientError::answered(&error)),
+                _ => Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not an answer to LIST").into()),
             }
         })
     }
 
     fn mint(&self, request: Mint) -> BoxFuture<'_, Result<MintedToken, ClientError>> {
-        let mut links = self.links.clone();
+        let links = self.links.clone();
         Box::pin(async move {
-            loop {
-                let link = up(&mut links).await?;
-                let _expecting = link.expect_answer();
-                match ask(&link, request.clone()).await {
-                    Some(Frame::Minted(minted)) => {
-                        let token = String::from_utf8(minted.token.to_vec());
-                        let token = token.map_err(|_| ProtocolError::malformed("the token is not text"))?;
-                        return Ok(MintedToken { token, expires: minted.expires });
-                    }
-                    Some(Frame::Error(error)) => return Err(ClientError::answered(&error)),
-                    Some(_) => return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not an answer to MINT").into()),
-                    // Another token of the same is not worse than one.
-                    None if links.changed().await.is_err() => return Err(ClientError::Closed),
-                    None => {}
+            match answer(links, request.into()).await? {
+                Frame::Minted(minted) => {
+                    let token = String::from_utf8(minted.token.to_vec());
+                    let token = token.map_err(|_| ProtocolError::malformed("the token is not text"))?;
+                    Ok(MintedToken { token, expires: minted.expires })
                 }
+                Frame::Error(error) => Err(ClientError::answered(&error)),
+                _ => Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not an answer to MINT").into()),
             }
         })
     }
 
     fn jobs(&self, prefix: &str, limit: usize) -> Jobs {
-        jobs::start(self.links.clone(), prefix, limit)
+        jobs::start(self.links.clone(), prefix, limit, self.config.renewal.is_some())
     }
 
     fn renew(&self, token: String) -> BoxFuture<'_, Result<(), ClientError>> {
@@ -203,24 +189,37 @@ impl<C: Connection> Core for Wired<C> {
     }
 }
 
-async fn list<C: Connection>(
-    link: &Link<C>,
-    request: List,
-) -> Option<Result<(Vec<ListedSession>, Bytes), ClientError>> {
-    Some(match ask(link, request).await? {
-        Frame::Listed(listed) => Ok((listed.sessions, listed.next)),
-        Frame::Error(error) => Err(ClientError::answered(&error)),
-        _ => Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not an answer to LIST").into()),
-    })
+/// The one answer to a request that has a stream of its own, and may be made twice: if the connection is lost first, it is made again on the
+/// next one.
+async fn answer<C: Connection>(mut links: watch::Receiver<Links<C>>, request: Frame) -> Result<Frame, ClientError> {
+    let bytes = request.to_bytes();
+    loop {
+        let link = up(&mut links).await?;
+        let _expecting = link.expect_answer();
+        let asked = async {
+            let (mut send, recv) = link.transport.open_bi().await.ok()?;
+            send.write(&mut [bytes.clone()]).await.ok()?;
+            send.finish();
+            Some(FrameReader::new(recv, MAX_FRAME).next().await)
+        };
+        match asked.await {
+            Some(Ok(Some(frame))) => return Ok(frame),
+            Some(Err(FrameError::Violation(error))) => return Err(error.into()),
+            Some(Ok(None) | Err(FrameError::Lost(_))) | None => {}
+        }
+        let lost = links.wait_for(|links| !links.is_up(&link));
+        match tokio::time::timeout(NO_ANSWER, lost).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) => return Err(ClientError::Closed),
+            Err(_) => {
+                return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "the stream ended without an answer").into());
+            }
+        }
+    }
 }
 
-/// Sends a request that has a stream of its own, and returns its one answer.
-async fn ask<C: Connection>(link: &Link<C>, request: impl Into<Frame>) -> Option<Frame> {
-    let (mut send, recv) = link.transport.open_bi().await.ok()?;
-    send.write(&mut [request.into().to_bytes()]).await.ok()?;
-    send.finish();
-    FrameReader::new(recv, MAX_FRAME).next().await.ok()?
-}
+/// How long a connection lives on at least whose server ended a request's stream without an answer: one that is lost is known to be by then.
+const NO_ANSWER: Duration = Duration::from_secs(1);
 
 /// A token that the server made from the client's own.
 #[derive(Clone, PartialEq, Eq)]
@@ -419,16 +418,18 @@ async fn renew<C: Connection>(
     let work = async {
         loop {
             tokens.needed.notified().await;
-            while let Some(client) = client.upgrade() {
-                let Some(token) = renewal.ask().await else {
-                    drop(client);
-                    tokio::time::sleep(ASK_AGAIN).await;
-                    continue;
-                };
-                if let Err(error) = client.renew(token).await {
-                    tracing::warn!(%error, "the other token was not taken");
+            while tokens.is_needed() {
+                // Nobody is kept waiting for a source that is slow: what the client is renewed for may be dropped meanwhile.
+                if let Some(token) = renewal.ask().await {
+                    let Some(client) = client.upgrade() else { return };
+                    match client.renew(token).await {
+                        Ok(()) => break,
+                        Err(error) => tracing::warn!(%error, "the other token was not taken"),
+                    }
+                } else if client.strong_count() == 0 {
+                    return;
                 }
-                break;
+                tokio::time::sleep(ASK_AGAIN).await;
             }
         }
     };
@@ -439,7 +440,7 @@ async fn renew<C: Connection>(
     }
 }
 
-/// How soon a source of tokens that failed is asked again.
+/// How soon a source of tokens that failed, or whose token was not taken, is asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
 
 /// Tells when the connection is lost and when it is back.

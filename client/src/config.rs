@@ -14,7 +14,7 @@ use crate::error::ClientError;
 use crate::tokens::Renewal;
 
 /// Limits and delays of a client. `Default` suits an application with a few sessions.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 #[non_exhaustive]
 pub struct Config {
     /// Capability token; `None` uses the one of the connection file.
@@ -42,6 +42,24 @@ pub struct Config {
     pub background_keep_alive: Option<Duration>,
     /// Bytes of records that a producer keeps, sent or not, before `append` waits.
     pub producer_bytes: usize,
+}
+
+impl fmt::Debug for Config {
+    /// Shows everything but the token.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Config")
+            .field("token", &self.token.as_ref().map(|_| "<secret>"))
+            .field("renewal", &self.renewal)
+            .field("certificate", &self.certificate)
+            .field("continuity", &self.continuity)
+            .field("give_up_after", &self.give_up_after)
+            .field("subscriptions", &self.subscriptions)
+            .field("subscription_window", &self.subscription_window)
+            .field("keep_alive", &self.keep_alive)
+            .field("background_keep_alive", &self.background_keep_alive)
+            .field("producer_bytes", &self.producer_bytes)
+            .finish()
+    }
 }
 
 impl Default for Config {

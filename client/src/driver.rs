@@ -24,7 +24,7 @@ use tokio::time::Instant;
 
 use crate::config::Config;
 use crate::continuity::Continuity;
-use crate::error::ClientError;
+use crate::error::{ClientError, is_renewable};
 use crate::link::{Expected, Link};
 use crate::live::Folded;
 use crate::membership::Wanted;
@@ -283,6 +283,8 @@ pub(crate) struct Driver<C: Connection> {
     /// Epochs of runs that were renewed while there was no attachment.
     renewed: BTreeSet<u64>,
     listener: Option<Listener>,
+    /// When to ask for it again after a refusal that may pass.
+    listen_again: Option<Instant>,
     ended: Vec<oneshot::Sender<ClientError>>,
     /// The session's incarnation, once it is known.
     incarnation: watch::Sender<Option<Incarnation>>,
@@ -337,6 +339,7 @@ impl<C: Connection> Driver<C> {
             granted: 0,
             renewed: BTreeSet::new(),
             listener: None,
+            listen_again: None,
             ended: Vec::new(),
             refused_since: None,
         }
@@ -534,7 +537,7 @@ impl<C: Connection> Driver<C> {
         if self.asked {
             drop(self.asks.pop_front_if(|ask| matches!(ask, Ask::Signal { once: true, .. })));
         }
-        (self.asked, self.resuming, self.resume_again, self.on) = (false, false, None, None);
+        (self.asked, self.resuming, self.resume_again, self.listen_again, self.on) = (false, false, None, None, None);
         for entry in &mut self.producers {
             entry.id = None;
             entry.shared.unlinked();
@@ -620,6 +623,7 @@ impl<C: Connection> Driver<C> {
             let join_again = self.joining.as_ref().and_then(|joining| Some(joining.waiting.as_ref()?.1));
             let join_again = join_again.filter(|_| attached);
             let resume_again = self.resume_again;
+            let listen_again = self.listen_again;
             let take_again = self.taking.iter().filter_map(|taking| taking.again).min().filter(|_| attached);
             let mut links = self.links.clone();
             tokio::select! {
@@ -647,6 +651,12 @@ impl<C: Connection> Driver<C> {
                 () = tokio::time::sleep_until(resume_again.unwrap_or(beat)), if resume_again.is_some() => {
                     (self.resuming, self.resume_again) = (false, None);
                     self.resume(outbox);
+                }
+                () = tokio::time::sleep_until(listen_again.unwrap_or(beat)), if listen_again.is_some() => {
+                    self.listen_again = None;
+                    if let Some(listener) = &self.listener {
+                        outbox.push(Listen { from: listener.next });
+                    }
                 }
                 () = tokio::time::sleep_until(take_again.unwrap_or(beat)), if take_again.is_some() => {
                     self.take_again(outbox);
@@ -835,7 +845,9 @@ impl<C: Connection> Driver<C> {
                 self.member = Some(wanted);
             }
             // The server cannot do it now.
-            Err(error) if error.is_retryable() && self.give_up_after.is_none_or(|limit| since.elapsed() < limit) => {
+            Err(error)
+                if error.passes(self.renews) && self.give_up_after.is_none_or(|limit| since.elapsed() < limit) =>
+            {
                 let again = Instant::now() + error.pause(REOPEN_PAUSE);
                 self.joining = Some(Joining { waiting: Some((Ask::Join { wanted, answer }, again)), since });
                 return None;
@@ -1050,8 +1062,14 @@ impl<C: Connection> Driver<C> {
                 let resubscriber = Resubscriber { subscription, commands: self.again.clone() };
                 let progress = Progress::new(start == Start::Snapshot, wanted.folded);
                 let position = Position::default();
-                let reader =
-                    Reader::<C> { opened: receiver, events, resubscriber, progress, position: position.clone() };
+                let reader = Reader::<C> {
+                    opened: receiver,
+                    events,
+                    resubscriber,
+                    progress,
+                    position: position.clone(),
+                    renews: self.renews,
+                };
                 tokio::spawn(reader.run());
                 let entry = SubscriptionEntry { start, wants: wanted, opened, position, id: None, wanted: true };
                 self.subscriptions.insert(subscription, entry);
@@ -1114,6 +1132,9 @@ impl<C: Connection> Driver<C> {
                 return Ok(());
             }
             Frame::Refused(refused) => {
+                if self.renews && is_renewable(refused.code) {
+                    link.outlived();
+                }
                 if let Some(entry) = self.producer(refused.producer) {
                     entry.shared.refused(refused.producer, &refused);
                 }
@@ -1231,6 +1252,11 @@ impl<C: Connection> Driver<C> {
             }
             _ => ClientError::answered(error),
         };
+        // Another token is on its way.
+        if self.renews && is_renewable(error.code) {
+            link.outlived();
+        }
+        let passes = failure.passes(self.renews);
         let again = Instant::now() + failure.pause(REOPEN_PAUSE);
         match error.about {
             Resume::KIND => match error.code {
@@ -1254,7 +1280,7 @@ impl<C: Connection> Driver<C> {
                     self.producers[at].shared.not_opened(error.id);
                     let crowded = error.code == Code::LIMIT_EXCEEDED && link.may_have_more_producers();
                     // An epoch that is not known any more never is again.
-                    let passes = (failure.is_retryable() || crowded) && error.code != Code::PRODUCER_UNKNOWN;
+                    let passes = (passes || crowded) && error.code != Code::PRODUCER_UNKNOWN;
                     if passes && self.producers[at].shared.reopen(&failure) {
                         tracing::warn!(code = %error.code, detail = %error.detail, "opening the producer again");
                         (self.producers[at].id, self.producers[at].again) = (None, Some(again));
@@ -1283,7 +1309,7 @@ impl<C: Connection> Driver<C> {
                 tracing::debug!(code = %error.code, detail = %error.detail, "update refused");
                 if error.code == Code::NOT_A_MEMBER {
                     self.rejoin(outbox);
-                } else if failure.is_retryable()
+                } else if passes
                     && self.joining.is_none()
                     && let Some(wanted) = self.member.clone()
                 {
@@ -1295,13 +1321,14 @@ impl<C: Connection> Driver<C> {
             TakeRun::KIND => {
                 let at = self.taking.iter().position(|taking| taking.id == error.id);
                 if let Some(taking) = at.and_then(|at| self.taking.get_mut(at))
-                    && failure.is_retryable()
+                    && passes
                 {
                     taking.again = Some(again);
                 } else if let Some(taking) = at.and_then(|at| self.taking.remove(at)) {
                     let _ = taking.answer.send(Err(failure));
                 }
             }
+            Listen::KIND if passes => self.listen_again = Some(again),
             // What is appended next is told, and so is who listens.
             Renew::KIND | Release::KIND => tracing::debug!(code = %error.code, "the run is not held any more"),
             about if self.asked && self.asks.front().is_some_and(|ask| ask.kind() == about) => {
@@ -1315,9 +1342,4 @@ impl<C: Connection> Driver<C> {
     fn producer(&mut self, id: u64) -> Option<&mut ProducerEntry> {
         self.producers.iter_mut().find(|entry| entry.id == Some(id))
     }
-}
-
-/// True where another token of the same kind helps.
-fn is_renewable(code: Code) -> bool {
-    matches!(code, Code::TOKEN_EXPIRED | Code::TOKEN_REVOKED)
 }

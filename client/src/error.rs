@@ -76,6 +76,11 @@ impl ClientError {
         self.retry_after().unwrap_or_default().max(pause)
     }
 
+    /// True if it may be taken later: with another token, too, where one comes from somewhere.
+    pub(crate) fn passes(&self, renews: bool) -> bool {
+        self.is_retryable() || renews && matches!(self, Self::Refused { code, .. } if is_renewable(*code))
+    }
+
     /// What an ERROR frame says.
     pub(crate) fn answered(error: &Error) -> Self {
         Self::Refused { code: error.code, value: error.value, message: error.detail.as_str().to_owned() }
@@ -110,6 +115,11 @@ impl From<ProtocolError> for ClientError {
     fn from(error: ProtocolError) -> Self {
         Self::Protocol(error)
     }
+}
+
+/// True where another token of the same kind helps.
+pub(crate) fn is_renewable(code: Code) -> bool {
+    matches!(code, Code::TOKEN_EXPIRED | Code::TOKEN_REVOKED)
 }
 
 /// Whether a failed append took effect.

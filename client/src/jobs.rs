@@ -101,7 +101,19 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// Withdrawals that wait for an application which takes none. It may deliver what was withdrawn, which is no more than late.
 const WITHDRAWALS: usize = 2 * MAX_PULLED;
 
+/// Why a stream is worked on no more.
+enum Over {
+    /// It is lost, or refused for now: to be asked for again then.
+    Again(Duration),
+    /// The application wants no more.
+    Unwanted,
+    /// It cannot go on.
+    Failed(ClientError),
+}
+
 struct Puller {
+    /// There is a source of tokens.
+    renews: bool,
     prefix: Bytes,
     limit: usize,
     events: mpsc::Sender<Result<JobEvent, ClientError>>,
@@ -115,12 +127,18 @@ struct Puller {
 }
 
 /// Starts to take jobs.
-pub(crate) fn start<C: Connection>(status: watch::Receiver<Links<C>>, prefix: &str, limit: usize) -> Jobs {
+pub(crate) fn start<C: Connection>(
+    status: watch::Receiver<Links<C>>,
+    prefix: &str,
+    limit: usize,
+    renews: bool,
+) -> Jobs {
     let limit = limit.clamp(1, MAX_PULLED);
     // What is still in the queue can be taken back; what is in the channel is the application's.
     let (events, next) = mpsc::channel(1);
     let (done, finished) = mpsc::channel(limit);
     let puller = Puller {
+        renews,
         prefix: Bytes::copy_from_slice(prefix.as_bytes()),
         limit,
         events,
@@ -145,6 +163,7 @@ impl Puller {
                 streams = link.transport.open_bi() => streams,
                 () = self.events.closed() => return,
             };
+            let mut again = AGAIN;
             if let Ok((mut send, recv)) = streams {
                 let outbox = Outbox::default();
                 outbox.push(Pull { prefix: self.prefix.clone(), limit: self.limit as u64 });
@@ -162,35 +181,31 @@ impl Puller {
                 };
                 frames.stop(Code::NO_ERROR.0);
                 match ended {
-                    Some(Err(error)) => return drop(self.events.send(Err(error)).await),
-                    Some(Ok(true)) => return,
-                    Some(Ok(false)) | None => {}
+                    Some(Over::Failed(error)) => return drop(self.events.send(Err(error)).await),
+                    Some(Over::Unwanted) => return,
+                    Some(Over::Again(after)) => again = after.max(AGAIN),
+                    None => {}
                 }
                 self.forget_numbers();
             }
-            let lost = tokio::time::timeout(AGAIN, links.changed()).await;
+            let lost = tokio::time::timeout(again, links.changed()).await;
             if matches!(lost, Ok(Err(_))) {
                 return;
             }
         }
     }
 
-    /// Works on one stream until it is lost, or the application wants no more (true).
-    async fn work<R: mainstay_transport::RecvStream>(
-        &mut self,
-        outbox: &Outbox,
-        frames: &mut FrameReader<R>,
-    ) -> Result<bool, ClientError> {
+    /// Works on one stream until it is over.
+    async fn work<R: mainstay_transport::RecvStream>(&mut self, outbox: &Outbox, frames: &mut FrameReader<R>) -> Over {
         let events = self.events.clone();
         loop {
             tokio::select! {
                 frame = frames.next() => match frame {
-                    Ok(Some(frame)) => match self.frame(frame, outbox)? {
-                        true => {}
-                        false => return Ok(false),
+                    Ok(Some(frame)) => if let Err(over) = self.frame(frame, outbox) {
+                        return over;
                     },
-                    Ok(None) | Err(FrameError::Lost(_)) => return Ok(false),
-                    Err(FrameError::Violation(error)) => return Err(error.into()),
+                    Ok(None) | Err(FrameError::Lost(_)) => return Over::Again(AGAIN),
+                    Err(FrameError::Violation(error)) => return Over::Failed(error.into()),
                 },
                 Some((key, outcome, detail)) = self.done.recv() => self.finish(key, outcome, detail, outbox),
                 Ok(room) = events.reserve(), if !self.queue.is_empty() => {
@@ -198,15 +213,14 @@ impl Puller {
                         room.send(Ok(event));
                     }
                 }
-                () = events.closed() => return Ok(true),
+                () = events.closed() => return Over::Unwanted,
             }
         }
     }
 
-    /// False if the stream has ended.
-    fn frame(&mut self, frame: Frame, outbox: &Outbox) -> Result<bool, ClientError> {
+    fn frame(&mut self, frame: Frame, outbox: &Outbox) -> Result<(), Over> {
         match frame {
-            Frame::Job(job) => self.job(job, outbox)?,
+            Frame::Job(job) => self.job(job, outbox).map_err(Over::Failed)?,
             Frame::Withdrawn(withdrawn) => {
                 let key = self.held.iter().find(|(_, held)| held.number == Some(withdrawn.number));
                 if let Some((key, Held { outcome: None, .. })) = key.map(|(key, held)| (key.clone(), held)) {
@@ -219,12 +233,19 @@ impl Puller {
                     }
                 }
             }
-            // Another connection is on its way.
-            Frame::Error(error) if error.code.is_retryable() => return Ok(false),
-            Frame::Error(error) => return Err(ClientError::answered(&error)),
-            _ => return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of a worker's stream").into()),
+            Frame::Error(error) => {
+                let failure = ClientError::answered(&error);
+                return Err(match failure.passes(self.renews) {
+                    true => Over::Again(failure.pause(AGAIN)),
+                    false => Over::Failed(failure),
+                });
+            }
+            _ => {
+                let error = ProtocolError::new(Code::FRAME_UNEXPECTED, "not a frame of a worker's stream");
+                return Err(Over::Failed(error.into()));
+            }
         }
-        Ok(true)
+        Ok(())
     }
 
     fn job(&mut self, job: wire::Job, outbox: &Outbox) -> Result<(), ClientError> {

@@ -1,5 +1,6 @@
 //! One connection: HELLO, the control stream, and which incoming stream belongs to which subscription.
 
+use core::fmt;
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -19,7 +20,7 @@ use mainstay_transport::{
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::config::Config;
-use crate::error::ClientError;
+use crate::error::{ClientError, is_renewable};
 use crate::producer::Shared;
 use crate::tokens::Tokens;
 
@@ -89,10 +90,16 @@ pub(crate) struct Link<C: Connection> {
 /// How long a server is waited for that has shaken hands and says no HELLO: twice as long as it waits for the client's.
 const HELLO_PATIENCE: Duration = Duration::from_secs(10);
 
+impl fmt::Debug for Presented {
+    /// The token is a secret.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Presented(..)")
+    }
+}
+
 /// How long at least until a token that a server could not judge is presented again.
 const PRESENT_PAUSE: Duration = Duration::from_millis(200);
 
-#[derive(Debug)]
 struct Presented {
     token: String,
     waiting: oneshot::Sender<Result<(), ClientError>>,
@@ -239,7 +246,7 @@ impl<C: Connection> Link<C> {
                 }
                 Frame::Expiring(expiring) => {
                     tracing::info!(millis = expiring.left, "the token expires soon");
-                    self.tokens.needed.notify_one();
+                    self.tokens.expiring();
                 }
                 Frame::Error(error) if error.about == Token::KIND => {
                     tracing::warn!(code = %error.code, detail = %error.detail, "token refused");
@@ -448,6 +455,9 @@ impl<C: Connection> Link<C> {
 
     /// The server refused subscription `id`.
     pub(crate) fn refuse(&self, id: u64, error: ClientError) {
+        if matches!(error, ClientError::Refused { code, .. } if is_renewable(code)) {
+            self.outlived();
+        }
         if let Some(waiting) = self.take_expected(id) {
             // There is room for one, and nothing else was sent. A dropped subscription does not care.
             let _ = waiting.try_send(Err(error));

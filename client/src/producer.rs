@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::error::{Advice, Code, ProtocolError};
 use mainstay_protocol::planted::{Bug, planted};
 use mainstay_protocol::registry::{MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_RECORD, PRODUCER_WINDOW};
 use mainstay_protocol::session::{Kind, MessageId, Record, RunId};
@@ -122,16 +122,8 @@ impl Flight {
     /// cannot answer now, says nothing about an earlier sending (spec PROD-8).
     fn stored(&self, code: Code) -> Stored {
         let unanswerable = code.is_retryable() && code != Code::SEQ_GAP;
-        let unseen = unanswerable
-            || matches!(
-                code,
-                Code::FENCED
-                    | Code::PRODUCER_UNKNOWN
-                    | Code::UNAUTHENTICATED
-                    | Code::TOKEN_EXPIRED
-                    | Code::TOKEN_INVALID
-                    | Code::FORBIDDEN
-            );
+        let of_token = code.advice() == Advice::Reauthenticate;
+        let unseen = unanswerable || of_token || matches!(code, Code::FENCED | Code::PRODUCER_UNKNOWN);
         let told = planted(Bug::UnknownToldAsFailed);
         if (code == Code::DUPLICATE || self.earlier && unseen) && !told {
             Stored::Unknown
@@ -430,8 +422,9 @@ impl Shared {
             // Nor was it by an earlier sending.
             flight.earlier = false;
         }
-        let unknown = !refused.code.is_retryable() && flight.stored(refused.code) == Stored::Unknown;
-        if !refused.code.is_retryable() {
+        let passes = error.passes(self.config.renewal.is_some());
+        let unknown = !passes && flight.stored(refused.code) == Stored::Unknown;
+        if !passes {
             flight.dead = true;
             let stored = flight.stored(refused.code);
             flight.done.set(Err(AppendError { stored, error: error.clone() }));
@@ -461,10 +454,14 @@ impl Shared {
             drop(state);
             return self.end(&error);
         }
-        if refused.code.is_retryable() && refused.code != Code::SEQ_GAP {
-            state.patience = state.patience.saturating_add(1);
-            state.paused = false;
-            state.retry_after = refused.code.retry_after(refused.value);
+        if passes && refused.code != Code::SEQ_GAP {
+            let after = refused.code.retry_after(refused.value);
+            // What is behind one that is to wait waits with it, and not for longer.
+            if state.patience == 0 || state.paused {
+                (state.patience, state.paused) = (state.patience.saturating_add(1), false);
+                state.retry_after = after;
+            }
+            state.retry_after = state.retry_after.max(after);
             let since = *state.refused_since.get_or_insert_with(Instant::now);
             self.trouble.send_replace(Some(error.clone()));
             if self.config.give_up_after.is_some_and(|limit| since.elapsed() >= limit) {

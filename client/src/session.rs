@@ -345,7 +345,8 @@ impl Session {
         &self,
         ask: impl Fn(oneshot::Sender<Result<T, ClientError>>) -> Ask,
     ) -> Result<Option<T>, ClientError> {
-        let give_up_after = self.client.core.config().give_up_after;
+        let config = self.client.core.config();
+        let (give_up_after, renews) = (config.give_up_after, config.renewal.is_some());
         let begun = tokio::time::Instant::now();
         loop {
             let (answer, asked) = oneshot::channel();
@@ -354,7 +355,7 @@ impl Session {
             match answered {
                 Err(error)
                     if matches!(error, ClientError::Refused { .. })
-                        && error.is_retryable()
+                        && error.passes(renews)
                         && give_up_after.is_none_or(|limit| begun.elapsed() < limit) =>
                 {
                     tokio::time::sleep(error.pause(ASK_PAUSE)).await;

@@ -16,7 +16,7 @@ use mainstay_transport::{Connection, FrameError, FrameReader, RecvStream};
 use tokio::sync::mpsc;
 
 use crate::driver::{Resubscriber, SessionCommand};
-use crate::error::ClientError;
+use crate::error::{ClientError, is_renewable};
 use crate::link::{Incoming, Link};
 use crate::session::{ATTACH_PAUSE, Attaching, Session};
 
@@ -293,6 +293,8 @@ pub(crate) struct Reader<C: Connection> {
     pub(crate) resubscriber: Resubscriber,
     pub(crate) progress: Progress,
     pub(crate) position: Position,
+    /// There is a source of tokens.
+    pub(crate) renews: bool,
 }
 
 /// How often a new subscription is refused for the limit before that is believed: about two seconds.
@@ -338,7 +340,7 @@ impl<C: Connection> Reader<C> {
                 }
                 // Of a subscription that was just dropped the server may not know yet.
                 Some(Opened::Refused(of, error))
-                    if error.is_retryable()
+                    if error.passes(self.renews)
                         || matches!(error, ClientError::Refused { code: Code::LIMIT_EXCEEDED, .. })
                             && (progress.has_started() || backoff.failures() < PATIENCE) =>
                 {
@@ -447,11 +449,16 @@ impl<C: Connection> Reader<C> {
                         Err(error) => return Ok(broken(&mut frames, error)),
                     },
                     Frame::Error(error) => {
-                        let code = error.code;
-                        return Ok(match code {
+                        let failure = ClientError::answered(&error);
+                        if self.renews && is_renewable(error.code) {
+                            link.outlived();
+                        }
+                        return Ok(match error.code {
                             Code::SESSION_GONE => Over::Failed(ClientError::Gone),
-                            code if code.is_retryable() => Over::Again { after: Some(code.retry_after(error.value)) },
-                            _ => Over::Failed(ClientError::answered(&error)),
+                            _ if failure.passes(self.renews) => {
+                                Over::Again { after: Some(failure.pause(Duration::ZERO)) }
+                            }
+                            _ => Over::Failed(failure),
                         });
                     }
                     _ => {

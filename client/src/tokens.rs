@@ -25,7 +25,7 @@ impl fmt::Debug for Renewal {
 
 impl Renewal {
     /// Asks `source`: for example a backend of the application. It is asked about a minute before a token expires, and again after five
-    /// seconds if it fails, which it says for people. It may take ten seconds.
+    /// seconds if it fails, which it says for people, or if its token is not taken. It may take ten seconds.
     pub fn new<F>(source: impl Fn() -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = Result<String, String>> + Send + 'static,
@@ -52,7 +52,7 @@ impl Renewal {
 /// How long the source of tokens may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Held {
     /// What a server took last, or what the client began with.
     taken: Option<String>,
@@ -64,14 +64,22 @@ struct Held {
     expires: Option<u64>,
     /// The one that was taken is not any more.
     stale: bool,
+    /// It will not be for long.
+    expiring: bool,
 }
 
 /// Shared by the client and its connections. A token that is refused is never used again, and what was taken before it stays.
-#[derive(Debug)]
 pub(crate) struct Tokens {
     held: Mutex<Held>,
     /// Another token is needed soon.
     pub(crate) needed: Notify,
+}
+
+impl fmt::Debug for Tokens {
+    /// Tokens are secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Tokens(..)")
+    }
 }
 
 /// What is known of a token.
@@ -114,6 +122,18 @@ impl Tokens {
         self.lock().wanted = Some(token);
     }
 
+    /// The token that was taken will not be for long: another one is needed.
+    pub(crate) fn expiring(&self) {
+        self.lock().expiring = true;
+        self.needed.notify_one();
+    }
+
+    /// True unless another one was taken since one was needed.
+    pub(crate) fn is_needed(&self) -> bool {
+        let held = self.lock();
+        held.stale || held.expiring
+    }
+
     /// The token that was taken is not any more: another one is needed.
     pub(crate) fn outlived(&self) {
         self.lock().stale = true;
@@ -130,7 +150,8 @@ impl Tokens {
         };
         if stale && let Some(token) = renewal.ask().await {
             let mut held = self.lock();
-            (held.taken, held.expires, held.stale) = (Some(token), None, false);
+            (held.taken, held.expires) = (Some(token), None);
+            (held.stale, held.expiring) = (false, false);
         }
     }
 
@@ -142,7 +163,8 @@ impl Tokens {
         }
         match verdict {
             Ok(expires) => {
-                (held.taken, held.expires, held.stale) = (Some(token.to_owned()), Some(*expires), false);
+                (held.taken, held.expires) = (Some(token.to_owned()), Some(*expires));
+                (held.stale, held.expiring) = (false, false);
             }
             Err(error) => {
                 if held.taken.as_deref() == Some(token) {

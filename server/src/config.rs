@@ -172,7 +172,8 @@ pub struct PrefixQuotas {
     pub prefix: String,
     /// How many there may be.
     pub sessions: Option<u64>,
-    /// Bytes stored. To know them, the server reads all of these sessions once after its start, in the background.
+    /// Bytes stored. To know them, the server reads all of these sessions after its start and now and then, in the background, for at most a
+    /// fiftieth of the time.
     pub stored_bytes: Option<u64>,
     /// Records appended.
     pub appends: Option<Rate>,

@@ -11,7 +11,7 @@ use mainstay_protocol::registry::{
     MAX_FRAME_UNAUTHENTICATED, MAX_RECORD, MIN_BULK_WINDOW, PRODUCER_WINDOW,
 };
 use mainstay_protocol::session::{
-    Author, CreditSent, Grants, Incarnation, Instance, Operation, Refusal, SessionName, may_be_early,
+    Author, CreditSent, Grants, Incarnation, Instance, Operation, Refusal, SessionName, Stretch, may_be_early,
 };
 use mainstay_protocol::wire::{
     Authenticated, Body, Detail, Error, Expiring, Frame, Hello, Pong, Produce, Subject, Token, put_grease,
@@ -162,6 +162,12 @@ impl Conn {
         }
     }
 
+    /// The names of sessions that begin with `prefix` and that the token in force allows to read. Refusals: those of [`Conn::allow`] but
+    /// `FORBIDDEN`.
+    pub(crate) fn readable(&self, prefix: &str) -> Result<Vec<Stretch>, Refusal> {
+        self.with_identity(|_, grants| Ok(grants.stretches(Operation::Read, prefix)))
+    }
+
     /// The author, if the token in force allows `notify` on some session. Refusals: those of [`Conn::allow`].
     pub(crate) fn worker(&self) -> Result<Arc<Author>, Refusal> {
         self.with_identity(|author, grants| match grants.allow_somewhere(Operation::Notify) {
@@ -235,6 +241,7 @@ impl Conn {
     async fn watch_token(&self) -> Refusal {
         let mut changed = self.identity.subscribe();
         let mut told: Option<Arc<Verified>> = None;
+        let mut began: Option<(Arc<Verified>, i64)> = None;
         let mut without: Option<Instant> = None;
         let mut trust = None;
         loop {
@@ -247,7 +254,12 @@ impl Conn {
                 Ok(verified) if verified.claims.expires >= now => {
                     without = None;
                     let left = verified.claims.expires - now + 1;
-                    let life = verified.claims.expires.saturating_sub(verified.claims.issued).max(0);
+                    // From when it came in force here: a token that was made from an old one says that it is as old.
+                    let (_, since) = match &began {
+                        Some(began) if Arc::ptr_eq(&began.0, verified) => began,
+                        _ => began.insert((verified.clone(), now)),
+                    };
+                    let life = verified.claims.expires.saturating_sub(*since).max(0);
                     let notice = NOTICE.min(life / 4);
                     let is_told = told.as_ref().is_some_and(|told| Arc::ptr_eq(told, verified));
                     if left <= notice && !is_told {
@@ -264,12 +276,12 @@ impl Conn {
                         changed.mark_unchanged();
                         Instant::now()
                     });
-                    let most = self.server.config().unauthenticated;
-                    if since.elapsed() >= most {
+                    let left = self.server.config().unauthenticated.saturating_sub(since.elapsed());
+                    if left.is_zero() {
                         let expired = Refusal::new(Code::TOKEN_EXPIRED, "the token has expired and no other one came");
                         return known.err().unwrap_or(expired);
                     }
-                    most - since.elapsed()
+                    left
                 }
             };
             let anchors = async {
@@ -662,22 +674,22 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
     running.spawn(Box::pin(control_stream(transport.clone(), conn.clone(), control, deadline)) as Task);
     let mut goaway = server.goaway();
     let mut token = core::pin::pin!(conn.watch_token());
-    // Not before then is a stream taken: until then they wait in what QUIC allows.
-    let mut next = Instant::now();
+    // Before there is room for a stream none is taken: until then they wait in what QUIC allows.
+    let room = || Some(conn.conduct.stream()).filter(|after| !after.is_zero()).map(|after| Instant::now() + after);
+    let mut wait = room();
     loop {
-        let takes = next <= Instant::now();
         tokio::select! {
-            () = tokio::time::sleep_until(next), if !takes => {}
-            stream = transport.accept_bi(), if takes => match stream {
+            () = tokio::time::sleep_until(wait.unwrap_or_else(Instant::now)), if wait.is_some() => wait = room(),
+            stream = transport.accept_bi(), if wait.is_none() => match stream {
                 Ok((send, recv)) => {
-                    next = Instant::now() + conn.conduct.stream();
+                    wait = room();
                     running.spawn(Box::pin(bidirectional(transport.clone(), conn.clone(), send, recv)));
                 }
                 Err(_) => break,
             },
-            stream = transport.accept_uni(), if takes => match stream {
+            stream = transport.accept_uni(), if wait.is_none() => match stream {
                 Ok(recv) => {
-                    next = Instant::now() + conn.conduct.stream();
+                    wait = room();
                     running.spawn(Box::pin(unidirectional::<C>(conn.clone(), recv)));
                 }
                 Err(_) => break,
@@ -800,7 +812,13 @@ async fn read_control<C: Connection>(
             }
             Frame::Ping(ping) => {
                 // The others of its frames wait with it.
-                tokio::time::sleep(conn.conduct.question()).await;
+                loop {
+                    let room = conn.conduct.question();
+                    if room.is_zero() {
+                        break;
+                    }
+                    tokio::time::sleep(room).await;
+                }
                 conn.control.answer(Pong { nonce: ping.nonce });
             }
             Frame::Pong(_) => {}

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use mainstay_store::Store;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 
 use crate::auth::Trust;
 use crate::config::{Config, Quotas};
@@ -68,11 +69,14 @@ impl Space {
     pub(crate) async fn count(&self) {
         loop {
             self.subjects.sweep();
+            let begun = Instant::now();
             self.sessions.count_prefixes().await;
-            tokio::time::sleep(COUNT).await;
+            tokio::time::sleep(COUNT.max(begun.elapsed() * COUNT_SHARE)).await;
         }
     }
 }
 
 /// How often what is under a prefix is counted anew; what comes and goes meanwhile is added as it does.
 const COUNT: Duration = Duration::from_secs(10);
+/// At most one of so many seconds is spent on it, however much there is.
+const COUNT_SHARE: u32 = 50;

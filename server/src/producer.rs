@@ -8,12 +8,13 @@ use mainstay_protocol::registry::PRODUCER_WINDOW;
 use mainstay_protocol::session::{CheckedBatch, CreditReceived, Operation, ProducerHandle, Refusal};
 use mainstay_protocol::wire::{Append, Credit, Detail, Frame, Refused};
 use mainstay_transport::{FrameError, FrameReader, RecvStream};
+use tokio::time::Instant;
 
 use crate::attachment::Attachment;
 use crate::connection::Conn;
 use crate::load::Work;
 use crate::owner::{Command, Sent};
-use crate::quota;
+use crate::quota::{self, too_often};
 use crate::sessions::Session;
 
 /// A producer that was opened on this connection.
@@ -60,8 +61,9 @@ async fn pump<R: RecvStream>(
     frames: &mut FrameReader<R>,
 ) -> Result<(), FrameError> {
     let mut credit = CreditReceived::new(conn.server.config().producer_window);
-    // The batch that was refused for its rate, while it has not come again: what is behind it is not looked at, and costs nothing.
-    let mut held: Option<u64> = None;
+    // The batch that was refused for its rate, while it has not come again, and until when. What is behind it is not looked at, and costs
+    // nothing; nor is it said to be ahead of its sequence, which would say that it is not stored (spec PROD-8).
+    let mut held: Option<(u64, Instant)> = None;
     loop {
         let mut batches = Vec::new();
         let mut bytes = 0;
@@ -70,31 +72,29 @@ async fn pump<R: RecvStream>(
                 return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "only APPEND may follow PRODUCE").into());
             };
             let Append { sequence, count, records, run_epoch: run } = append;
+            if let Some((_, until)) = held.filter(|(held, _)| sequence > *held) {
+                flush(conn, link, &mut batches, &mut bytes).await?;
+                let left = until.saturating_duration_since(Instant::now());
+                link.refuse(sequence, &too_often(left, "a batch before it was refused"));
+                continue;
+            }
             let checked = conn.allow(Operation::Append, &link.session.id.name).and_then(|()| {
                 CheckedBatch::new(count, records).map_err(|error| Refusal::new(error.code, error.detail))
             });
-            let in_order = |batch| match held {
-                Some(held) if sequence > held => {
-                    let refusal = Refusal::new(Code::SEQ_GAP, "a batch before it was refused");
-                    Err(Refusal { value: held, ..refusal })
-                }
-                _ => Ok(batch),
-            };
-            match checked.and_then(in_order).and_then(|batch| may_append(conn, link, &batch).map(|()| batch)) {
+            match checked.and_then(|batch| may_append(conn, link, &batch).map(|()| batch)) {
                 Ok(batch) => {
                     held = None;
                     bytes += batch.len();
                     batches.push(Sent { sequence, run, batch });
                 }
                 Err(refusal) => {
-                    // What came before is answered first, so that answers keep the order of the batches.
+                    // What came before goes on its way.
                     flush(conn, link, &mut batches, &mut bytes).await?;
                     link.refuse(sequence, &refusal);
-                    if refusal.code != Code::SEQ_GAP {
-                        held = (refusal.code == Code::RATE_LIMITED).then_some(sequence);
-                    }
+                    let after = refusal.code.retry_after(refusal.value);
+                    held = (refusal.code == Code::RATE_LIMITED).then(|| (sequence, Instant::now() + after));
                     // What comes before it is time stays in the peer's window: to refuse it costs more than to leave it there.
-                    rest(link, refusal.code.retry_after(refusal.value)).await;
+                    rest(link, after).await;
                 }
             }
             if batches.len() >= PRODUCER_WINDOW {

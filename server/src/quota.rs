@@ -5,7 +5,7 @@
 
 use core::time::Duration;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -19,7 +19,7 @@ use crate::config::{PrefixQuotas, Quotas, SubjectQuotas};
 use crate::metrics::{Counted, Limit, Metrics};
 
 /// Refuses what comes too often.
-fn too_often(after: Duration, detail: &'static str) -> Refusal {
+pub(crate) fn too_often(after: Duration, detail: &'static str) -> Refusal {
     let millis = u64::try_from(after.as_millis()).unwrap_or(u64::MAX).saturating_add(1).min(MAX_RETRY_AFTER);
     Refusal { value: millis, ..Refusal::new(Code::RATE_LIMITED, detail) }
 }
@@ -50,7 +50,7 @@ impl Cost {
     /// What a request on an attachment costs; `None` for what ends something, or keeps it: refusing that would help nobody.
     pub(crate) const fn of(request: &Frame) -> Option<Self> {
         match request {
-            Frame::Leave(_) | Frame::Unsubscribe(_) | Frame::Renew(_) | Frame::Release(_) | Frame::Listen(_) => None,
+            Frame::Leave(_) | Frame::Unsubscribe(_) | Frame::Renew(_) | Frame::Release(_) => None,
             Frame::Join(_) | Frame::Update(_) => Some(Self::Presence),
             Frame::Signal(_) => Some(Self::Signal),
             _ => Some(Self::Request),
@@ -94,12 +94,12 @@ impl Conduct {
         limiter.and_then(|limiter| limiter.take(1).err()).unwrap_or_default()
     }
 
-    /// A QUIC stream was opened: after how long the next one is taken.
+    /// Takes room for a QUIC stream, or says after how long to try again.
     pub(crate) fn stream(&self) -> Duration {
         Self::take(self.streams.as_ref())
     }
 
-    /// A PING came: after how long it is answered.
+    /// Takes room for a PING, or says after how long to try again.
     pub(crate) fn question(&self) -> Duration {
         Self::take(self.questions.as_ref())
     }
@@ -214,15 +214,33 @@ impl Drop for SubjectConnection {
 #[derive(Debug)]
 pub(crate) struct Subjects {
     quotas: SubjectQuotas,
-    all: Mutex<HashMap<Subject, Arc<SubjectUsage>>>,
+    all: Mutex<Known>,
+}
+
+#[derive(Debug)]
+struct Known {
+    subjects: HashMap<Subject, Arc<SubjectUsage>>,
+    /// When those that rest were forgotten last.
+    swept: Instant,
+}
+
+impl Known {
+    fn forget(&mut self) {
+        let now = Instant::now();
+        self.swept = now;
+        self.subjects.retain(|_, used| {
+            let after = *used.forget_after.lock().unwrap_or_else(PoisonError::into_inner);
+            after.is_none_or(|after| after > now)
+        });
+    }
 }
 
 impl Subjects {
     pub(crate) fn new(quotas: SubjectQuotas) -> Self {
-        Self { quotas, all: Mutex::default() }
+        Self { quotas, all: Mutex::new(Known { subjects: HashMap::new(), swept: Instant::now() }) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Subject, Arc<SubjectUsage>>> {
+    fn lock(&self) -> MutexGuard<'_, Known> {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -232,11 +250,13 @@ impl Subjects {
         subject: &Subject,
         metrics: &Metrics,
     ) -> Result<SubjectConnection, Refusal> {
-        let mut all = self.lock();
-        if all.len() >= Self::SWEEP && !all.contains_key(subject) {
-            Self::forget(&mut all);
+        let mut known = self.lock();
+        let many = known.subjects.len() >= Self::SWEEP && !known.subjects.contains_key(subject);
+        if many && known.swept.elapsed() >= Self::SWEEP_PAUSE {
+            known.forget();
         }
-        let used = all.entry(subject.clone()).or_insert_with(|| Arc::new(SubjectUsage::new(&self.quotas))).clone();
+        let used =
+            known.subjects.entry(subject.clone()).or_insert_with(|| Arc::new(SubjectUsage::new(&self.quotas))).clone();
         let limit = self.quotas.connections;
         if used.connections.load(Ordering::Relaxed) >= limit {
             metrics.refused(Limit::SubjectConnections);
@@ -252,23 +272,17 @@ impl Subjects {
 
     /// From so many on those that rest are forgotten before one more is kept.
     const SWEEP: usize = 1024;
-
-    fn forget(all: &mut HashMap<Subject, Arc<SubjectUsage>>) {
-        let now = Instant::now();
-        all.retain(|_, used| {
-            let after = *used.forget_after.lock().unwrap_or_else(PoisonError::into_inner);
-            after.is_none_or(|after| after > now)
-        });
-    }
+    /// Not more often than that: where all of them are connected, there is nothing to forget, and each costs a look.
+    const SWEEP_PAUSE: Duration = Duration::from_secs(1);
 
     /// Forgets those that rest.
     pub(crate) fn sweep(&self) {
-        Self::forget(&mut self.lock());
+        self.lock().forget();
     }
 
     /// How many there are.
     pub(crate) fn len(&self) -> usize {
-        self.lock().len()
+        self.lock().subjects.len()
     }
 }
 
@@ -277,8 +291,9 @@ impl Subjects {
 pub(crate) struct SessionUsage {
     appends: Option<Limiter>,
     append_bytes: Option<Limiter>,
-    /// Bytes of its chunks, as far as they are known.
+    /// Bytes of its chunks: those that came since it was loaded, until the store was read for the others.
     stored: AtomicU64,
+    is_measured: AtomicBool,
     attachments: AtomicUsize,
     subscriptions: AtomicUsize,
 }
@@ -289,6 +304,7 @@ impl SessionUsage {
             appends: Limiter::new(quotas.session.appends),
             append_bytes: Limiter::new(quotas.session.append_bytes),
             stored: AtomicU64::new(0),
+            is_measured: AtomicBool::new(false),
             attachments: AtomicUsize::new(0),
             subscriptions: AtomicUsize::new(0),
         }
@@ -299,9 +315,10 @@ impl SessionUsage {
         self.stored.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// The store counted.
-    pub(crate) fn measured(&self, bytes: u64) {
-        self.stored.store(bytes, Ordering::Relaxed);
+    /// A look at the store that began when `before` was known found so many.
+    pub(crate) fn measured(&self, before: u64, bytes: u64) {
+        correct(&self.stored, before, bytes);
+        self.is_measured.store(true, Ordering::Release);
     }
 
     /// Bytes that are stored, as far as they are known.
@@ -422,8 +439,11 @@ fn correct(counter: &AtomicU64, before: u64, found: u64) {
     let _ = counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| Some(corrected(now)));
 }
 
+/// After how many milliseconds to try again while the size of a session is read.
+const UNMEASURED: u64 = 100;
+
 /// Whether a batch may be accepted: the subject's, the session's and each prefix's allowance, in this order. Refusals: `RATE_LIMITED`,
-/// `QUOTA_EXCEEDED` for bytes that are stored.
+/// `QUOTA_EXCEEDED` for bytes that are stored, `UNAVAILABLE` while it is not known how many are.
 pub(crate) fn append(
     subject: &SubjectUsage,
     session: &SessionUsage,
@@ -432,11 +452,15 @@ pub(crate) fn append(
     (records, bytes): (u64, usize),
     metrics: &Metrics,
 ) -> Result<(), Refusal> {
-    if let Some(limit) = quotas.session.stored_bytes
-        && session.stored.load(Ordering::Relaxed) >= limit
-    {
-        metrics.refused(Limit::SessionStoredBytes);
-        return Err(too_much(limit, "the session has as many bytes stored as it may; trim it"));
+    if let Some(limit) = quotas.session.stored_bytes {
+        if !session.is_measured.load(Ordering::Acquire) {
+            let refusal = Refusal::new(Code::UNAVAILABLE, "it is not known yet how many bytes the session has stored");
+            return Err(Refusal { value: UNMEASURED, ..refusal });
+        }
+        if session.bytes() >= limit {
+            metrics.refused(Limit::SessionStoredBytes);
+            return Err(too_much(limit, "the session has as many bytes stored as it may; trim it"));
+        }
     }
     for prefix in prefixes {
         if let Some(limit) = prefix.quotas.stored_bytes
@@ -447,6 +471,7 @@ pub(crate) fn append(
             return Err(too_much(limit, detail));
         }
     }
+    // The subject's first: whoever is beyond its own takes nothing of what it shares with others.
     let of_subject = "the subject appends too much";
     let records = usize::try_from(records).unwrap_or(usize::MAX);
     take(subject.appends.as_ref(), records, Limit::SubjectAppends, of_subject, metrics)?;
@@ -460,4 +485,75 @@ pub(crate) fn append(
         take(prefix.append_bytes.as_ref(), bytes, Limit::PrefixAppendBytes, of_prefix, metrics)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What gets through in a second as a connection takes it: what has to wait takes its room after the wait.
+    async fn in_a_second(take: impl Fn() -> Duration) -> u64 {
+        let (begun, mut taken) = (Instant::now(), 0);
+        while begun.elapsed() < Duration::from_secs(1) {
+            match take() {
+                Duration::ZERO => taken += 1,
+                wait => tokio::time::sleep(wait).await,
+            }
+        }
+        taken
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn streams_and_questions_of_a_connection_keep_to_their_rates() {
+        let conduct = Conduct::new();
+        for _ in 0..Conduct::STREAMS.burst {
+            assert!(conduct.stream().is_zero());
+        }
+        let streams = in_a_second(|| conduct.stream()).await;
+        // A sleep ends with the next millisecond.
+        assert!((490..=1001).contains(&streams), "{streams}");
+        for _ in 0..Conduct::QUESTIONS.burst {
+            assert!(conduct.question().is_zero());
+        }
+        let questions = in_a_second(|| conduct.question()).await;
+        assert!((490..=1025).contains(&questions), "{questions}");
+    }
+
+    #[test]
+    fn what_comes_while_the_store_is_counted_stays_counted() {
+        let quotas = PrefixQuotas { prefix: "team".into(), sessions: Some(3), ..PrefixQuotas::default() };
+        let (prefix, metrics) = (PrefixUsage::new(quotas), Metrics::default());
+        // What was there before the start is found; what is created meanwhile stays.
+        let before = prefix.counted();
+        assert!(prefix.create(&metrics).is_ok());
+        prefix.stored(100);
+        prefix.found(before, (2, 1000));
+        assert_eq!(prefix.counted(), (3, 1100));
+        let refused = prefix.create(&metrics).map_err(|refusal| (refusal.code, refusal.value));
+        assert_eq!(refused, Err((Code::QUOTA_EXCEEDED, 3)));
+        // What was deleted meanwhile too.
+        let before = prefix.counted();
+        prefix.delete();
+        prefix.found(before, (3, 1100));
+        assert_eq!(prefix.counted(), (2, 1100));
+    }
+
+    #[test]
+    fn nothing_is_appended_to_a_session_before_it_is_known_what_it_has() {
+        let (metrics, mut quotas) = (Metrics::default(), Quotas::default());
+        quotas.session.stored_bytes = Some(1000);
+        let subject = SubjectUsage::new(&quotas.subject);
+        let session = SessionUsage::new(&quotas);
+        let append = || {
+            let taken = append(&subject, &session, &[], &quotas, (1, 10), &metrics);
+            taken.map_err(|refusal| (refusal.code, refusal.value))
+        };
+        assert_eq!(append(), Err((Code::UNAVAILABLE, UNMEASURED)));
+        let before = session.bytes();
+        session.stored(200);
+        session.measured(before, 799);
+        assert_eq!(append(), Ok(()));
+        session.stored(1);
+        assert_eq!(append(), Err((Code::QUOTA_EXCEEDED, 1000)));
+    }
 }

@@ -2,7 +2,7 @@
 
 use mainstay_protocol::error::Code;
 use mainstay_protocol::registry::MAX_LISTED;
-use mainstay_protocol::session::{Delegated, Delegator, Operation, Refusal};
+use mainstay_protocol::session::{Delegated, Delegator, Refusal, Stretch};
 use mainstay_protocol::wire::{Body, Detail, Error, Frame, List, Listed, ListedSession, Mint, Minted};
 use mainstay_transport::{SendStream, entropy};
 
@@ -29,6 +29,10 @@ fn minted(conn: &Conn, request: Mint) -> Result<Frame, Refusal> {
     let anchors = space.trust.anchors();
     let key = anchors.minting().ok_or(Refusal::new(Code::FORBIDDEN, "this server makes no tokens"))?;
     let claims = &verified.claims;
+    // By a key that is no more than believed a token is not passed on: what it made is revoked with it, and what that made would not be.
+    if claims.root_key.is_some() && verified.key != key.verifying_key().id() {
+        return Err(Refusal::new(Code::FORBIDDEN, "the token was made by a key that makes no tokens any more"));
+    }
     let delegator = Delegator {
         subject: &claims.subject,
         grants: &claims.grants,
@@ -49,7 +53,8 @@ fn minted(conn: &Conn, request: Mint) -> Result<Frame, Refusal> {
         id: Some(id.iter().map(|byte| format!("{byte:02x}")).collect()),
         ancestors: claims.ancestors.iter().chain([&verified.id]).cloned().collect(),
         root_key: Some(claims.root_key.clone().unwrap_or_else(|| verified.key.clone())),
-        ..Claims::new(subject, request.grants, now, expires)
+        // As old as what it was made from: what revokes that by its time revokes this.
+        ..Claims::new(subject, request.grants, claims.issued, expires)
     };
     let token = key.mint(&claims).map_err(|error| {
         tracing::debug!(%error, "no token was made");
@@ -79,18 +84,37 @@ async fn page(conn: &Conn, request: List) -> Result<Frame, Refusal> {
     conn.charge(Cost::Lookup)?;
     let limit = usize::try_from(request.limit).unwrap_or(MAX_LISTED).clamp(1, MAX_LISTED);
     let store = &conn.sessions()?.store;
-    let page = store.list(request.prefix.to_vec(), request.after.to_vec(), limit).await.map_err(|e| refusal(&e))?;
-    let sessions = page
-        .sessions
-        .into_iter()
-        .filter(|stat| conn.allow(Operation::Read, &stat.session.name).is_ok())
-        .map(|stat| ListedSession {
+    let mut found: Vec<ListedSession> = Vec::new();
+    let mut next = bytes::Bytes::new();
+    // Names that are not the caller's are not looked at: where a page ends is told, too.
+    for stretch in conn.readable(&String::from_utf8_lossy(&request.prefix))? {
+        let (prefix, exact) = match stretch {
+            Stretch::Name(name) => (name.into_bytes(), true),
+            Stretch::Under(prefix) => (prefix.into_bytes(), false),
+        };
+        let room = if exact { 1 } else { limit - found.len() };
+        // One that is all before the page has nothing behind `after`.
+        if exact && prefix[..] <= request.after[..] {
+            continue;
+        }
+        let page = store.list(prefix.clone(), request.after.to_vec(), room).await.map_err(|error| refusal(&error))?;
+        let theirs = page.sessions.into_iter().filter(|stat| !exact || stat.session.name.as_str().as_bytes() == prefix);
+        found.extend(theirs.map(|stat| ListedSession {
             name: stat.session.name,
             incarnation: stat.session.incarnation,
             created: stat.created,
             first: stat.first,
             tail: stat.tail,
-        })
-        .collect();
-    Ok(Listed { sessions, next: if page.more { page.after.into() } else { bytes::Bytes::new() } }.into())
+        }));
+        if !exact && page.more {
+            // Of one that is damaged the name is told as well.
+            next = page.after.into();
+            break;
+        }
+        if let Some(last) = found.last().filter(|_| found.len() >= limit) {
+            next = bytes::Bytes::copy_from_slice(last.name.as_str().as_bytes());
+            break;
+        }
+    }
+    Ok(Listed { sessions: found, next }.into())
 }

@@ -131,6 +131,8 @@ const WAKE_AGAIN: tokio::time::Duration = tokio::time::Duration::from_secs(1);
 
 /// Passes of compaction at once: each may hold the texts of its range.
 const PASSES: usize = 2;
+/// How soon the size of a session is read again that could not be.
+const MEASURE_AGAIN: tokio::time::Duration = tokio::time::Duration::from_secs(1);
 
 type Cell = Arc<OnceCell<Arc<Session>>>;
 
@@ -227,11 +229,20 @@ impl Sessions {
 
     /// Finds out how many bytes of a session are stored, in the background.
     fn measure(self: &Arc<Self>, session: &Arc<Session>) {
-        let (this, session) = (self.clone(), session.clone());
+        let (this, id, session) = (self.clone(), session.id.clone(), Arc::downgrade(session));
         tokio::spawn(async move {
-            // A session whose size cannot be read is refused for that as soon as somebody reads it.
-            if let Ok(size) = this.store.size(session.id.clone()).await {
-                session.used.measured(size);
+            while let Some(session) = session.upgrade() {
+                let before = session.used.bytes();
+                match this.store.size(id.clone()).await {
+                    Ok(size) => return session.used.measured(before, size),
+                    // One that is damaged is as large as nobody knows: it is refused for that.
+                    Err(error) if !error.is_retryable() => return session.used.measured(before, 0),
+                    Err(error) => {
+                        tracing::debug!(session = %id.name, %error, "cannot read the size of the session now")
+                    }
+                }
+                drop(session);
+                tokio::time::sleep(MEASURE_AGAIN).await;
             }
         });
     }

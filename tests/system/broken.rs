@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use mainstay_client::{Client, Config as ClientConfig, Doing, Event, Start, Verdict, View};
+use mainstay_client::{Client, Config as ClientConfig, Doing, Event, Start, Stored, Verdict, View};
 use mainstay_protocol::Code;
 use mainstay_protocol::registry::{FOLD_VERSION, MAX_FRAME};
 use mainstay_protocol::session::{Incarnation, ViewHash};
@@ -136,6 +136,71 @@ async fn a_server_that_resets_control_is_left_and_connected_to_again() {
     control.reset(Code::INTERNAL.0);
     timeout(PATIENCE, connection.closed()).await.expect("the client closes");
     greet(&listener).await;
+}
+
+/// Spec PROD-8: a refusal for a reason that is looked at before the sequence says nothing of a sending before, the answer to which was lost:
+/// neither for the batch that it is about nor for those behind it.
+#[tokio::test]
+async fn what_is_sent_again_and_refused_for_its_token_or_its_rate_may_be_stored() {
+    for codes in [
+        &[Code::TOKEN_REVOKED][..],
+        &[Code::TOKEN_EXPIRED],
+        &[Code::FORBIDDEN],
+        // The first is to wait, what is behind it waits with it, and then it is over.
+        &[Code::RATE_LIMITED, Code::FENCED],
+        &[Code::QUOTA_EXCEEDED, Code::FENCED],
+    ] {
+        let (network, listener) = network();
+        let serving = tokio::spawn(async move {
+            let (connection, _control, _unread) = greet(&listener).await;
+            let (mut send, mut frames) = attach(&connection).await;
+            let open = open_producer(&mut frames).await;
+            let granted = Producer { id: open.id, epoch: 1, next: 0, begun: 1 };
+            send.write(&mut [Frame::from(granted).to_bytes()]).await.expect("write");
+            let mut batches = FrameReader::new(connection.accept_uni().await.expect("batches"), MAX_FRAME);
+            assert!(matches!(batches.next().await, Ok(Some(Frame::Produce(_)))));
+            for _ in 0..2 {
+                assert!(matches!(batches.next().await, Ok(Some(Frame::Append(_)))));
+            }
+            // Both are stored, and nobody is told.
+            connection.close(Code::NO_ERROR.0, "lost");
+
+            let (connection, _control, _unread) = greet(&listener).await;
+            let (mut send, mut frames) = attach(&connection).await;
+            let open = open_producer(&mut frames).await;
+            let granted = Producer { id: open.id, epoch: 1, next: 2, begun: 1 };
+            send.write(&mut [Frame::from(granted).to_bytes()]).await.expect("write");
+            let mut batches = FrameReader::new(connection.accept_uni().await.expect("batches"), MAX_FRAME);
+            assert!(matches!(batches.next().await, Ok(Some(Frame::Produce(_)))));
+            for code in codes {
+                for sequence in 0..2 {
+                    match batches.next().await {
+                        Ok(Some(Frame::Append(append))) => assert_eq!(append.sequence, sequence),
+                        // The producer has ended with the first.
+                        Ok(None) if sequence == 1 => continue,
+                        other => panic!("{other:?}"),
+                    }
+                    let detail = Detail::new("before the sequence was looked at");
+                    let refused = Refused { producer: open.id, sequence, code: *code, value: 1, detail };
+                    send.write(&mut [Frame::from(refused).to_bytes()]).await.expect("write");
+                }
+            }
+            connection.closed().await
+        });
+        let client = Client::new(network, ClientConfig::default());
+        let session = client.session("s").expect("a name").attach().await.expect("attach");
+        let producer = session.producer("p").await.expect("a producer");
+        let mut tickets = Vec::new();
+        for text in ["first", "second"] {
+            tickets.push(producer.append_batch(&[session.main().data(text)]).await.expect("append"));
+        }
+        for ticket in tickets {
+            let error = timeout(PATIENCE, ticket.wait()).await.expect("in time").expect_err("refused");
+            assert_eq!(error.stored, Stored::Unknown, "{codes:?}: {error}");
+        }
+        client.finish().await;
+        serving.await.expect("the server");
+    }
 }
 
 /// Spec CONN-4: nothing could be sent on such a connection, and it answers whatever QUIC asks.

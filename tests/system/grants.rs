@@ -198,6 +198,30 @@ async fn what_is_asked_beside_attachments_needs_its_grants_too() {
             other => panic!("{other:?}"),
         }
     }
+    // Nor does it say where the names of others are: not by the end of a page either.
+    let client = server.client();
+    for name in ["a/1", "b/1", "b:2", "b", "bc", "c/1"] {
+        client.session(name).expect("a name").create().attach().await.expect("attach");
+    }
+    let token = server.key.mint(&claims("reader", "b", [Operation::Read])).expect("a token");
+    let raw = Raw::hello_with(&server, token, [5; 16]).await;
+    let (mut after, mut found) = (Bytes::new(), Vec::new());
+    for _ in 0..10 {
+        let list = Frame::from(List { prefix: Bytes::new(), after: after.clone(), limit: 1 }).to_bytes();
+        let (_send, mut frames) = raw.open(&list).await;
+        let Ok(Some(Frame::Listed(listed))) = timeout(PATIENCE, frames.next()).await.expect("an answer") else {
+            panic!("no list");
+        };
+        assert!(listed.sessions.len() <= 1);
+        found.extend(listed.sessions.iter().map(|session| session.name.to_string()));
+        after = listed.next;
+        if after.is_empty() {
+            break;
+        }
+        assert!(found.iter().any(|name| name.as_bytes() == after), "{after:?} is the name of one that may be read");
+    }
+    assert!(after.is_empty(), "it comes to an end");
+    assert_eq!(found, ["b", "b/1", "b:2"]);
     // Jobs: notify.
     let pull = Frame::from(Pull { prefix: Bytes::new(), limit: 1 }).to_bytes();
     let raw = connect(&server, &without(&[Operation::Notify])).await;

@@ -6,11 +6,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use mainstay_client::Config as ClientConfig;
 use mainstay_protocol::Code;
+use mainstay_protocol::registry::MAX_FRAME_UNAUTHENTICATED;
 use mainstay_protocol::session::{
     Activity, Change, Expected, Grants, InputPolicy, Intent, Key, Kind, MessageId, Operation, Payload, Record, RunMode,
     SignalId, StateChange, Target,
 };
-use mainstay_protocol::wire::{Append, Configure, Frame, Join, List, Mint, Ping, Signal, Subscribe, Writer};
+use mainstay_protocol::wire::{Append, Configure, Frame, Join, List, Mint, Ping, Signal, Subscribe, Token, Writer};
+use mainstay_server::auth::Revocation;
 use mainstay_server::{Config, PrefixQuotas, Quotas, Rate};
 use mainstay_store::MemoryStore;
 use mainstay_tests::harness::{QuicServer, claims};
@@ -114,7 +116,112 @@ async fn attaches_creates_and_lookups_are_kept_to_their_rates() {
     assert!(matches!(frames.next().await, Ok(Some(Frame::Listed(_)))));
     let mint = Mint { name: "x".parse().expect("a label"), lasts: 10, device: None, grants: Grants::default() };
     let (_send, mut frames) = raw.open(&Frame::from(mint).to_bytes()).await;
-    assert_eq!(error(&mut frames).await, Code::RATE_LIMITED);
+    let (code, value) = refusal(&mut frames).await;
+    assert_eq!(code, Code::RATE_LIMITED);
+    is_soon(value);
+    let (_send, mut frames) = raw.open(&list).await;
+    let (code, value) = refusal(&mut frames).await;
+    assert_eq!(code, Code::RATE_LIMITED);
+    is_soon(value);
+    tokio::time::sleep(Duration::from_millis(value)).await;
+    let (_send, mut frames) = raw.open(&list).await;
+    assert!(matches!(frames.next().await, Ok(Some(Frame::Listed(_)))));
+    lives(&mut raw).await;
+}
+
+#[tokio::test]
+async fn what_breaks_the_protocol_is_borne_so_often_and_then_closes_the_connection() {
+    let server = server(|_| ());
+    let mut raw = Raw::hello(&server).await;
+    for _ in 0..64 {
+        // ATTACHED, which no client sends.
+        let (_send, mut frames) = raw.open(&[0x24, 0x01, 0x05]).await;
+        assert_eq!(error(&mut frames).await, Code::FRAME_UNEXPECTED);
+    }
+    lives(&mut raw).await;
+    let _last = raw.open(&[0x10, 0x7f, 0xff]).await;
+    let _one_more = raw.try_open(&[0x24, 0x01, 0x05]).await;
+    assert_eq!(raw.closed().await, Code::FRAME_UNEXPECTED);
+    let mut other = Raw::hello(&server).await;
+    lives(&mut other).await;
+}
+
+#[tokio::test]
+async fn tokens_are_presented_so_often_and_then_the_connection_is_closed() {
+    let server = server(|_| ());
+    let mut raw = Raw::hello(&server).await;
+    lives(&mut raw).await;
+    let token = || server.key.mint(&claims("mallory", "", Operation::ALL)).expect("a token");
+    let present = || Frame::from(Token { token: token().into() }).to_bytes();
+    let mut taken = 0;
+    for _ in 0..50 {
+        raw.control.0.write(&mut [present()]).await.expect("write");
+        while !matches!(timeout(PATIENCE, raw.control.1.next()).await, Ok(Ok(Some(Frame::Authenticated(_))))) {}
+        taken += 1;
+    }
+    assert_eq!(taken, 50);
+    // Those that came back to the burst meanwhile, and one more.
+    let mut many: Vec<Bytes> = (0..60).map(|_| present()).collect();
+    let _ = raw.control.0.write(&mut many).await;
+    assert_eq!(raw.closed().await, Code::RATE_LIMITED);
+    let mut other = Raw::hello(&server).await;
+    lives(&mut other).await;
+}
+
+#[tokio::test]
+async fn a_subject_connects_so_often_and_is_believed_later_on_the_connection_that_it_has() {
+    let server = server(|quotas| quotas.subject.connects = once());
+    let token = || server.key.mint(&claims("alice", "", Operation::ALL)).expect("a token");
+    let mut first = Raw::hello_with(&server, token(), [1; 16]).await;
+    lives(&mut first).await;
+    let mut second = Raw::hello_with(&server, token(), [2; 16]).await;
+    let (code, value) = refusal(&mut second.control.1).await;
+    assert_eq!(code, Code::RATE_LIMITED);
+    is_soon(value);
+    lives(&mut second).await;
+    tokio::time::sleep(Duration::from_millis(value)).await;
+    second.control.0.write(&mut [Frame::from(Token { token: token().into() }).to_bytes()]).await.expect("write");
+    assert!(matches!(timeout(PATIENCE, second.control.1.next()).await, Ok(Ok(Some(Frame::Authenticated(_))))));
+}
+
+#[tokio::test]
+async fn a_connection_has_only_so_many_attachments() {
+    let mut config = Config::default();
+    config.attachments = 2;
+    let server = QuicServer::start(Arc::new(MemoryStore::new()), config);
+    let mut raw = Raw::hello(&server).await;
+    let mut one = raw.attach("a").await;
+    let _two = raw.attach("b").await;
+    let (_send, mut frames) = raw.open(&attach("c")).await;
+    assert_eq!(error(&mut frames).await, Code::LIMIT_EXCEEDED);
+    lives(&mut raw).await;
+    one.0.finish();
+    mainstay_tests::until("the first one has ended", async || {
+        let mut again = raw.open(&attach("c")).await;
+        matches!(again.1.next().await, Ok(Some(Frame::Attached(_))))
+    })
+    .await;
+}
+
+/// Before a token is believed frames are short, on every stream.
+#[tokio::test]
+async fn a_frame_of_somebody_unknown_is_no_longer_than_a_token_needs() {
+    let server = server(|_| ());
+    let nobody = mainstay_protocol::wire::Hello {
+        instance: Some(mainstay_protocol::session::Instance([1; 16])),
+        ..Default::default()
+    };
+    let mut raw = Raw::connect(&server, &Frame::from(nobody).to_bytes()).await;
+    let announced = |len: u64| {
+        let mut head = Writer::new();
+        head.varint(Frame::from(Ping { nonce: 0, padding: None }).kind());
+        head.varint(len);
+        head.freeze()
+    };
+    let (_send, mut frames) = raw.open(&announced(MAX_FRAME_UNAUTHENTICATED as u64 + 1)).await;
+    assert_eq!(error(&mut frames).await, Code::FRAME_TOO_LARGE);
+    let (_send, mut frames) = raw.open(&attach("s")).await;
+    assert_eq!(error(&mut frames).await, Code::UNAUTHENTICATED);
     lives(&mut raw).await;
 }
 
@@ -232,8 +339,9 @@ async fn a_client_that_is_too_fast_loses_nothing() {
     let session = client.session("s").expect("a name").create().attach().await.expect("attach");
     let producer = session.producer("p").await.expect("a producer");
     let mut tickets = Vec::new();
+    // Each a batch of its own, or they would gather into a few.
     for n in 0..120 {
-        tickets.push(producer.append(session.main(), n.to_string()).await.expect("append"));
+        tickets.push(producer.append_batch(&[session.main().data(n.to_string())]).await.expect("append"));
     }
     for (n, ticket) in tickets.into_iter().enumerate() {
         assert_eq!(timeout(PATIENCE, ticket).await.expect("in time"), Ok(n as u64));
@@ -369,6 +477,19 @@ async fn a_connection_without_a_token_is_closed_and_told_why() {
     assert_eq!(raw.closed().await, Code::UNAUTHENTICATED);
     let garbage = Raw::hello_with(&server, "v4.public.garbage".into(), [1; 16]).await;
     assert_eq!(garbage.closed().await, Code::TOKEN_INVALID);
+    // One that had a token, until it was revoked, and one whose token has expired.
+    let token = server.key.mint(&claims("fallen", "", Operation::ALL)).expect("a token");
+    let mut fallen = Raw::hello_with(&server, token, [1; 16]).await;
+    lives(&mut fallen).await;
+    let until = claims("fallen", "", Operation::ALL).issued + 1;
+    server.believes.revoke(Revocation::Subject { subject: "fallen".into(), until }, until).expect("revoked");
+    assert_eq!(fallen.closed().await, Code::TOKEN_REVOKED);
+    let mut short = claims("short", "", Operation::ALL);
+    short.expires = short.issued + 1;
+    let token = server.key.mint(&short).expect("a token");
+    let mut ended = Raw::hello_with(&server, token, [1; 16]).await;
+    lives(&mut ended).await;
+    assert_eq!(ended.closed().await, Code::TOKEN_EXPIRED);
     let mut honest = Raw::hello(&server).await;
     tokio::time::sleep(Duration::from_millis(600)).await;
     lives(&mut honest).await;
@@ -446,13 +567,24 @@ async fn memory_that_is_full_sheds_work_in_order_and_lets_live_followers_go_on()
     assert_eq!(append().await, Ok(1));
     next(&mut follower, 2).await;
 
+    level(91, 4).await;
+    let idle = || mainstay_client::Doing::new("idle").expect("a word");
+    let refused = session.join("me", Duration::from_secs(5), idle()).await.expect_err("shed");
+    assert_eq!((refused.name().as_str(), refused.retry_after()), ("OVERLOADED", Some(Duration::from_millis(500))));
+    assert_eq!(append().await, Ok(2));
+    next(&mut follower, 3).await;
+
     level(95, 5).await;
     let refused = timeout(PATIENCE, append()).await.expect("in time").expect_err("shed");
     assert_eq!(refused.error.name(), "OVERLOADED");
     assert_eq!(refused.stored, mainstay_client::Stored::NotCommitted);
-    // Who steers goes on.
-    let started = session.start_run(Duration::from_secs(5), None).await;
-    started.expect("runs go on");
+    assert_eq!(refused.error.retry_after(), Some(Duration::from_millis(500)));
+    // Who steers goes on, and who follows sees it.
+    let run = session.start_run(Duration::from_secs(5), None).await.expect("runs go on");
+    next(&mut follower, 4).await;
+    let signal = session.signal(Intent::Steer).run(run.id()).text("go on").lasts(Duration::from_secs(5));
+    signal.send().await.expect("signals go on");
+    next(&mut follower, 5).await;
 
     level(0, 0).await;
     let producer = session.producer("q").await.expect("a producer");

@@ -195,6 +195,70 @@ async fn what_a_subject_makes_counts_as_what_it_does() {
         open.push(raw);
     }
     assert_eq!(answers, [true, false]);
+    // Nor by names in which a token would stand for more than one step.
+    let refused = client.mint("1/x", grants(&[("s", &[Operation::Read])]), 60, None).await.expect_err("refused");
+    assert_eq!(code(refused), Code::NAME_INVALID);
+}
+
+/// Spec AUTH-8, AUTH-9: what is made from a token is as old as that.
+#[tokio::test]
+async fn what_was_made_of_a_token_falls_with_it_also_where_its_time_is_revoked_later() {
+    let server = server();
+    let mut own = claims("alice", "", Operation::ALL);
+    own.issued -= 1000;
+    let alice = server.client_as(&own, ClientConfig::default());
+    let _session = alice.session("s").expect("a name").create().attach().await.expect("attach");
+    let made = alice.mint("tool", grants(&[("s", &[Operation::Read])]), 60, None).await.expect("a token");
+    let tool = holding(&server.network(), made.token);
+    let tools = tool.session("s").expect("a name").attach().await.expect("attach");
+    let until = own.issued + 10;
+    server.trust.revoke(Revocation::Subject { subject: "alice".into(), until }, now()).expect("revoked");
+    let refused = timeout(PATIENCE, tools.stream("more")).await.expect("in time").expect_err("refused");
+    assert_eq!(code(refused), Code::TOKEN_REVOKED);
+}
+
+/// Spec AUTH-10: a backend that is away when a token expires, and then gives one that has expired too, costs nothing but time, and is not asked
+/// without a pause.
+#[tokio::test]
+async fn what_is_subscribed_and_appended_outlives_a_token_until_the_next_one_comes() {
+    let server = server();
+    let mut short = claims("worker", "", Operation::ALL);
+    (short.issued, short.expires) = (now() - 10, now() + 1);
+    let key = Arc::new(SigningKey::from_paserk(&server.key.to_paserk()).expect("a key"));
+    let asked = Arc::new(AtomicUsize::new(0));
+    let mut config = ClientConfig::default();
+    let (source, stale) = (asked.clone(), short.clone());
+    config.renewal = Some(Renewal::new(move || {
+        let (key, asked, stale) = (key.clone(), source.clone(), stale.clone());
+        async move {
+            match asked.fetch_add(1, Ordering::Relaxed) {
+                0 => key.mint(&stale),
+                1 => Err("the backend is away".into()),
+                _ => key.mint(&claims("worker", "", Operation::ALL)),
+            }
+        }
+    }));
+    config.token = Some(server.key.mint(&short).expect("a token"));
+    let client = Client::new(server.network(), config);
+    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let mut subscription = session.subscribe(Start::Latest).open().await.expect("subscribe");
+    let begun = Instant::now();
+    let mut last = 0;
+    // Until the token has been over for a while, and there is another one.
+    while asked.load(Ordering::Relaxed) < 3 || begun.elapsed() < Duration::from_secs(3) {
+        let ticket = producer.append(session.main(), "x").await.expect("append");
+        last = timeout(2 * PATIENCE, ticket).await.expect("in time").expect("stored, however late");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(begun.elapsed() > Duration::from_secs(5), "it was asked again without a pause: {:?}", begun.elapsed());
+    loop {
+        match timeout(PATIENCE, subscription.next()).await.expect("in time").expect("an event").expect("no error") {
+            Event::Records(batch) if batch.next() > last => break,
+            _ => {}
+        }
+    }
+    assert!(asked.load(Ordering::Relaxed) <= 4, "{asked:?}");
 }
 
 /// Spec AUTH-9.

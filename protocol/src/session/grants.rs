@@ -209,6 +209,61 @@ impl Field for Grants {
     }
 }
 
+/// Names of sessions that belong together in their order.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stretch {
+    /// The one of this name.
+    Name(String),
+    /// All that begin with this.
+    Under(String),
+}
+
+impl Stretch {
+    fn text(&self) -> &str {
+        match self {
+            Self::Name(text) | Self::Under(text) => text,
+        }
+    }
+}
+
+impl Grants {
+    /// The names that begin with `prefix` and on which `operation` is granted, in their order: each of them once, and no other. Whoever looks
+    /// through them need look at nothing that is not the caller's (spec SESS-20).
+    pub fn stretches(&self, operation: Operation, prefix: &str) -> Vec<Stretch> {
+        let mut all = Vec::new();
+        let mut under = |text: &str| {
+            if text.starts_with(prefix) {
+                all.push(Stretch::Under(text.to_owned()));
+            } else if prefix.starts_with(text) {
+                all.push(Stretch::Under(prefix.to_owned()));
+            }
+        };
+        let granted = || self.0.iter().filter(|grant| grant.operations.contains(operation)).map(|grant| &grant.prefix);
+        for text in granted() {
+            if text.is_empty() || text.ends_with(SEPARATORS) {
+                under(text);
+            } else {
+                SEPARATORS.iter().for_each(|separator| under(&format!("{text}{separator}")));
+            }
+        }
+        all.extend(granted().filter(|text| text.starts_with(prefix)).cloned().map(Stretch::Name));
+        // What is under another one comes behind it, and a name of it as well.
+        all.sort_by(|a, b| a.text().cmp(b.text()).then(b.cmp(a)));
+        let mut within: Option<String> = None;
+        all.retain(|stretch| {
+            let new = within.as_ref().is_none_or(|within| !stretch.text().starts_with(within.as_str()));
+            if let (true, Stretch::Under(text)) = (new, stretch) {
+                within = Some(text.clone());
+            }
+            new
+        });
+        all.dedup();
+        // No session has an empty name.
+        all.retain(|stretch| *stretch != Stretch::Name(String::new()));
+        all
+    }
+}
+
 /// What a token says that another one may be made from.
 #[derive(Debug, Clone, Copy)]
 pub struct Delegator<'a> {
@@ -234,7 +289,7 @@ pub struct Delegated {
 impl Delegator<'_> {
     /// Makes a token with `grants` for `name` out of this one at `now`, to last for `lasts` seconds (spec AUTH-9).
     ///
-    /// Refusals: `FORBIDDEN` for a grant that is not within those of this one, for a token that would allow all that this one does for as
+    /// Refusals: `NAME_INVALID` for a name with a `/`; `FORBIDDEN` for a grant that is not within those of this one, for a token that would allow all that this one does for as
     /// long as it does, and where this one may make none; `LIMIT_EXCEEDED` with the limit for one beyond `max_delegations`, and for a subject
     /// or for grants that are too long.
     pub fn delegate(self, name: &Label, grants: &Grants, lasts: u64, now: i64) -> Result<Delegated, Refusal> {
@@ -266,6 +321,10 @@ impl Delegator<'_> {
         if expires == self.expires && grants.include(self.grants) {
             return forbidden("the token would be no narrower");
         }
+        // One step below: what is counted as the first subject's is found by taking as many steps back (spec LIM-2).
+        if name.as_str().contains('/') {
+            return Err(Refusal::new(Code::NAME_INVALID, "the name of a token that is made has a `/`"));
+        }
         let subject = format!("{}/{name}", self.subject);
         let too_long = Refusal::new(Code::LIMIT_EXCEEDED, "the subject has too many bytes");
         let subject = Subject::new(&subject).map_err(|_| Refusal { value: MAX_SUBJECT as u64, ..too_long })?;
@@ -288,6 +347,34 @@ mod tests {
             operations: operations.iter().copied().collect(),
         };
         Grants(all.iter().map(grant).collect())
+    }
+
+    /// Against the meaning: every name that is granted and begins so is in one of them, and no other is; they are in order.
+    #[test]
+    fn stretches_hold_the_names_that_are_granted_each_once_and_in_order() {
+        let prefixes = ["", "a", "ab", "a/", "a/b", "a:", "b", "a/b/c"];
+        let holds = |stretch: &Stretch, name: &str| match stretch {
+            Stretch::Name(text) => name == text,
+            Stretch::Under(text) => name.starts_with(text.as_str()),
+        };
+        let mut names: Vec<&str> = NAMES.into_iter().chain(["a/x", "a/b:c", "ab/c", "abc", "a:b/c", "c"]).collect();
+        names.sort_unstable();
+        for one in prefixes {
+            for other in prefixes {
+                let grants =
+                    grants(&[(one, &[Operation::Read]), (other, &[Operation::Read]), ("b", &[Operation::Append])]);
+                for prefix in prefixes {
+                    let stretches = grants.stretches(Operation::Read, prefix);
+                    let found: Vec<&str> = stretches
+                        .iter()
+                        .flat_map(|stretch| names.iter().copied().filter(move |name| holds(stretch, name)))
+                        .collect();
+                    let granted = |name: &&str| name.starts_with(prefix) && grants.allow(Operation::Read, name);
+                    let expected: Vec<&str> = names.iter().copied().filter(granted).collect();
+                    assert_eq!(found, expected, "{one:?} and {other:?}, names that begin with {prefix:?}");
+                }
+            }
+        }
     }
 
     const NAMES: [&str; 9] = ["a", "ab", "a/", "a/b", "a:b", "a/b/c", "b", "/", "a:"];

@@ -36,7 +36,7 @@ pub use compaction::{ChunkStart, Compaction, Plan, PlanStep, Survey};
 pub use credit::{CreditReceived, CreditSent};
 pub use early::may_be_early;
 pub use feed::{Feed, Filter, Place};
-pub use grants::{Delegated, Delegator, Grant, Grants, Operation, Operations};
+pub use grants::{Delegated, Delegator, Grant, Grants, Operation, Operations, Stretch};
 pub use kinds::{
     Activity, Change, Departure, Expected, InputPolicy, Intent, JobOutcome, Kind, MessageAppend, MessageEnd,
     MessageReplace, MessageStart, NotifyDone, NotifyEmitted, NotifyRule, Payload, PresenceJoined, PresenceLeft,

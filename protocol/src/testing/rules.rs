@@ -66,7 +66,7 @@ fn path(choices: &mut Choices<'_>, digest: &mut Digest) -> Option<()> {
         while let Some(step) = roaming.step(now, &facts, random) {
             steps += 1;
             assert!(steps < 32, "it does not come to rest: {step:?}");
-            digest.add(&step);
+            digest.add(step);
             match step {
                 // Sometimes it is answered.
                 RoamingStep::Ask(nonce) | RoamingStep::Rebind { nonce, .. } if choices.byte()? % 2 == 0 => {

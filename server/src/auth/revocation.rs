@@ -35,6 +35,9 @@ pub enum Revocation {
 /// tokens.
 pub const MAX_REVOCATIONS: usize = 65_536;
 
+/// Of those, places that are not for tokens: what stands for many can be revoked when there are too many.
+const RESERVED: usize = 1024;
+
 /// Everything that was revoked.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -52,8 +55,13 @@ impl Revocations {
     ///
     /// Errors: there are too many; the time of a subject is not in the past, so that what is issued next would be revoked too.
     pub fn add(&mut self, revocation: Revocation, now: i64) -> Result<bool, String> {
-        if self.len() >= MAX_REVOCATIONS {
-            return Err(format!("{MAX_REVOCATIONS} revocations are kept at most; revoke a key or a subject instead"));
+        let (known, room) = match &revocation {
+            Revocation::Token { id } => (self.tokens.contains(id), MAX_REVOCATIONS - RESERVED),
+            Revocation::Key { id } => (self.keys.contains(id), MAX_REVOCATIONS),
+            Revocation::Subject { subject, .. } => (self.subjects.contains_key(subject), MAX_REVOCATIONS),
+        };
+        if !known && self.len() >= room {
+            return Err(format!("{room} revocations of this kind are kept at most; revoke a key or a subject instead"));
         }
         match revocation {
             Revocation::Token { id } => Ok(self.tokens.insert(id)),
@@ -152,9 +160,16 @@ mod tests {
     #[test]
     fn there_are_no_more_than_are_kept() {
         let mut revoked = Revocations::default();
-        for at in 0..MAX_REVOCATIONS {
+        for at in 0..MAX_REVOCATIONS - RESERVED {
             assert_eq!(revoked.add(Revocation::Token { id: at.to_string() }, 0), Ok(true));
         }
         assert!(revoked.add(Revocation::Token { id: "one more".into() }, 0).is_err());
+        assert_eq!(revoked.add(Revocation::Token { id: "1".into() }, 0), Ok(false), "it is revoked");
+        // What stands for many has places of its own.
+        for at in 0..RESERVED {
+            assert_eq!(revoked.add(Revocation::Key { id: at.to_string() }, 0), Ok(true));
+        }
+        assert!(revoked.add(Revocation::Key { id: "one more".into() }, 0).is_err());
+        assert!(revoked.add(Revocation::Subject { subject: "one more".into(), until: 0 }, 0).is_err());
     }
 }
