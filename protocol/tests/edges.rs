@@ -5,16 +5,16 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use mainstay_protocol::Code;
-use mainstay_protocol::registry::{COMPACTED_VERSION, MAX_LASTS, MAX_SIGNAL_TEXT, MAX_STREAMS};
+use mainstay_protocol::registry::{COMPACTED_VERSION, MAX_LASTS, MAX_RETRY_AFTER, MAX_SIGNAL_TEXT, MAX_STREAMS};
 use mainstay_protocol::session::{
     Activity, Author, Authority, Chain, Change, CheckedBatch, Chunk, ChunkBuilder, ChunkCount, ChunkHeader,
-    ChunkPosition, ChunkProducer, Compacted, Control, CreditSent, Expected, Feed, Filter, Incarnation, Instance,
-    Intent, Key, Kind, Manners, NotifyRule, Operation, Outcome, Payload, PresenceJoined, ProducerHandle, ProducerKey,
-    Record, Refusal, RequestId, RequestOpened, Roaming, RunId, SignalId, State, StateChange, Step, Streams, Target,
-    Triggers, View,
+    ChunkPosition, ChunkProducer, Compacted, Control, CreditSent, Expected, Feed, Filter, Incarnation, InputPolicy,
+    Instance, Intent, Key, Kind, Manners, NotifyRule, Operation, Outcome, Payload, PresenceJoined, ProducerHandle,
+    ProducerKey, Record, Refusal, RequestId, RequestOpened, Roaming, RunId, RunMode, SignalId, State, StateChange,
+    Step, Streams, Target, Triggers, View,
 };
 use mainstay_protocol::wire::{
-    Body, Deframer, Frame, Label, MAX_VARINT, Ping, Pong, Span, Start, Subject, Subscribe, Writer, prefix_len,
+    self, Body, Deframer, Frame, Label, MAX_VARINT, Ping, Pong, Span, Start, Subject, Subscribe, Writer, prefix_len,
     put_frame,
 };
 
@@ -398,4 +398,52 @@ fn a_chunk_that_was_put_together_is_refused_for_each_part_that_does_not_fit() {
     refused("fewer records than spans say", &|_, of| of.spans[1] = Span { skip: 2, count: 2, author: 0, time: 9 });
     refused("a producer of nobody", &|header, _| header.producers[0].author = 1);
     refused("seqs beyond the last", &|header, _| header.first = MAX_VARINT - 2);
+}
+
+/// Spec ERR-6: how long a refusal asks to wait, never longer than the registry says, and only where its value says it.
+#[test]
+fn a_refusal_asks_for_so_long() {
+    let most = Duration::from_millis(MAX_RETRY_AFTER);
+    for code in [Code::RATE_LIMITED, Code::OVERLOADED, Code::UNAVAILABLE] {
+        assert_eq!(code.retry_after(0), Duration::ZERO);
+        assert_eq!(code.retry_after(5), Duration::from_millis(5));
+        assert_eq!(code.retry_after(MAX_RETRY_AFTER), most);
+        assert_eq!(code.retry_after(MAX_RETRY_AFTER + 1), most);
+        assert_eq!(code.retry_after(u64::MAX), most);
+    }
+    assert_eq!(Code::QUOTA_EXCEEDED.retry_after(5), Duration::ZERO);
+    assert_eq!(Code::SEQ_GAP.retry_after(5), Duration::ZERO);
+}
+
+/// Spec AUTH-7: which grant a request needs.
+#[test]
+fn each_request_needs_its_grant() {
+    use Operation::{Append, Join, Manage, Read, Run, Signal};
+    let label = || label("x");
+    let activity = || Activity { status: label(), progress: None, data: Bytes::new() };
+    let needs: Vec<(Frame, &[Operation])> = vec![
+        (wire::OpenProducer { id: 1, name: label(), epoch: 0 }.into(), &[Append]),
+        (wire::DefineStream { name: label() }.into(), &[Append]),
+        (wire::CloseSession {}.into(), &[Manage]),
+        (wire::Trim { before: 1 }.into(), &[Manage]),
+        (wire::DeleteSession {}.into(), &[Manage]),
+        (wire::Configure { runs: RunMode::Open, inputs: InputPolicy::Enqueue }.into(), &[Manage]),
+        (wire::Renew { epoch: 1 }.into(), &[Run]),
+        (wire::Release { epoch: None }.into(), &[Run]),
+        (wire::StartRun { run: RunId([1; 16]), lease: 1, input: None }.into(), &[Run]),
+        (wire::TakeRun { id: 1, run: None, lease: 1, since: 0 }.into(), &[Run]),
+        (wire::Join { name: label(), grace: 1, activity: activity() }.into(), &[Join]),
+        (wire::Update { activity: activity() }.into(), &[Join]),
+        (wire::Listen { from: 0 }.into(), &[Read]),
+        (
+            wire::Signal { id: SignalId([1; 16]), intent: Intent::Steer, target: None, lasts: 1, text: Bytes::new() }
+                .into(),
+            &[Signal],
+        ),
+        (wire::Leave {}.into(), &[]),
+        (wire::Unsubscribe { id: 1 }.into(), &[]),
+    ];
+    for (request, expected) in needs {
+        assert_eq!(Operation::needed_by(&request), expected, "{request:?}");
+    }
 }

@@ -270,14 +270,14 @@ async fn what_was_asked_in_the_grace_of_who_is_lost_is_told_then() {
     let session = attach(&agent, "s1").await;
     session.set_rule(rule("phone", "dev")).await.expect("a rule");
     let mut live = current(session.live().await).await;
-    let phone = |name: &str| {
-        let mut command = server.command(&["join", "s1", "--as", name, "--grace", "2"]);
+    let phone = |grace: &str| {
+        let mut command = server.command(&["join", "s1", "--as", "phone", "--grace", grace]);
         command.stdout(Stdio::null()).kill_on_drop(true).spawn().expect("join")
     };
     let members = async |live: &mut LiveView, count: usize| {
         follow(live, "the members", |live| live.view().members().len() == count).await;
     };
-    let mut lost = phone("phone");
+    let mut lost = phone("2");
     members(&mut live, 1).await;
     lost.kill().await.expect("kill");
     let (_, seq) = ask(&session, Duration::from_secs(3600)).await;
@@ -291,11 +291,12 @@ async fn what_was_asked_in_the_grace_of_who_is_lost_is_told_then() {
     jobs.done(key, JobOutcome::Delivered, "").await;
     follow(&mut live, "that it is done", |live| live.view().notifications().jobs().is_empty()).await;
     // Another one comes, and goes by itself.
-    let mut left = phone("phone");
+    // For longer than it may take to leave: else it would be lost.
+    let mut left = phone("60");
     members(&mut live, 1).await;
     let pid = left.id().expect("it runs").to_string();
     assert!(Command::new("kill").args(["-TERM", &pid]).status().await.expect("kill").success());
-    timeout(PATIENCE, left.wait()).await.expect("in time").expect("a status");
+    assert!(timeout(PATIENCE, left.wait()).await.expect("in time").expect("a status").success(), "it has left");
     members(&mut live, 0).await;
     assert!(live.view().notifications().jobs().is_empty(), "it was told");
 }

@@ -4,10 +4,27 @@
 //! the same requests and writes other bytes, or folds the same bytes into another view, breaks what it finds on a disk.
 
 use core::fmt::{self, Write as _};
+use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::session::{Authority, Outcome, Resumptions, State, View};
+use crate::session::{Authority, Chunk, Outcome, Resumptions, State, View};
+
+/// Bytes of a checksum at the beginning of a chunk.
+const CHECKSUM: usize = 8;
+
+/// Copies in which one byte is another: some two hundred of them, all over.
+fn changed(bytes: &Bytes) -> impl Iterator<Item = Bytes> {
+    (0..bytes.len()).step_by(1 + bytes.len() / 200).map(|at| {
+        let mut copy = bytes.to_vec();
+        copy[at] = match at % 3 {
+            0 => copy[at].wrapping_add(1),
+            1 => copy[at] ^ 0x40,
+            _ => 0,
+        };
+        copy.into()
+    })
+}
 
 /// A hash of what it is told, or nothing at all where nobody asks for it.
 #[derive(Debug, Default)]
@@ -129,6 +146,31 @@ impl Digest {
             self.add((job, notifications.job(job.id, &job.rule) == Some(job)));
         }
         self.add(notifications.emitted().count());
+    }
+
+    /// Takes what is made of a session's bytes with one of them changed: what is refused, and what the others say then.
+    pub(super) fn damaged(&mut self, state: &State, chunks: &[Arc<Chunk>]) {
+        if self.0.is_none() {
+            return;
+        }
+        for bytes in changed(&state.view().encode()) {
+            self.add(View::decode(&bytes).map(|view| (view.hash(), view.next())).map_err(|error| error.code));
+        }
+        for bytes in changed(&state.snapshot()) {
+            self.add(State::restore(&bytes).map(|state| state.snapshot()).map_err(|error| error.code));
+        }
+        for chunk in chunks.iter().rev().take(4) {
+            // Behind the checksum, which is made right again.
+            for body in changed(&chunk.bytes().slice(CHECKSUM..)) {
+                let bytes = [&Chunk::checksum(&body).to_be_bytes()[..], &body].concat();
+                let decoded = Chunk::decode(bytes.into()).map_err(|error| error.code);
+                self.add(decoded.as_ref().map(Chunk::header));
+                if let Ok(chunk) = decoded {
+                    let records = chunk.records().map(|record| record.map(|(seq, time, ..)| (seq, time)).ok());
+                    self.add(records.collect::<Vec<_>>());
+                }
+            }
+        }
     }
 
     /// Takes what is sent to a reader.

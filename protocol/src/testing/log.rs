@@ -262,6 +262,7 @@ fn play(ops: &[Op], digest: Digest) -> (Counts, Digest) {
     }
     run.compare_readers();
     compaction::check_into(&run.chunks, run.now, &mut run.digest);
+    run.digest.damaged(run.authority.state(), &run.chunks);
     (run.counts, run.digest)
 }
 

@@ -860,6 +860,7 @@ fn play(ops: &[Op], digest: Digest) -> (Counts, Digest) {
     history.counts.withdrawn = history.durable.withdrawn;
     history.counts.missed = history.durable.missed;
     history.counts.ended = history.durable.runs.values().filter(|run| run.over.is_some()).count() as u64;
+    history.digest.damaged(history.authority.state(), &history.chunks);
     (history.counts, history.digest)
 }
 

@@ -480,6 +480,7 @@ fn play(ops: &[Op], digest: Digest) -> (Counts, Digest) {
     run.counts.finished = run.durable.finished;
     run.counts.expired = run.durable.expired;
     run.counts.departed = run.durable.departed;
+    run.digest.damaged(run.authority.state(), &run.chunks);
     (run.counts, run.digest)
 }
 
