@@ -19,11 +19,10 @@ use tokio::time::Instant;
 
 use crate::connection::{Conn, handshake};
 use crate::load::Work;
-use crate::metrics::Counted;
 use crate::owner::{Command, Standing};
-use crate::quota::Cost;
+use crate::quota::{Cost, Seat};
 use crate::server::LAST_WORDS;
-use crate::sessions::{Session, SessionUse, Sessions};
+use crate::sessions::{Session, SessionUse};
 use crate::{resume, subscription};
 
 /// What others see of an attachment.
@@ -152,7 +151,7 @@ pub(crate) async fn run<C: Connection>(
         superseded: AtomicBool::new(false),
     });
     // On its own: every attachment would carry its size.
-    let attached = match Box::pin(attach(&conn, &attachment, &request)).await {
+    let (session, _seat) = match Box::pin(attach(&conn, &attachment, &request)).await {
         Ok(Some(attached)) => attached,
         Ok(None) => {
             attachment.outbox.close();
@@ -163,7 +162,7 @@ pub(crate) async fn run<C: Connection>(
             return refuse_attach(&attachment.outbox, &mut send, &mut frames, &refusal).await;
         }
     };
-    let session = &attached.session;
+    let session = &session;
     send.set_priority(priority::CONTROL);
     let mut code = Code::NO_ERROR;
     let served = async {
@@ -230,28 +229,8 @@ async fn refuse_attach<R: RecvStream>(
     frames.stop(refusal.code.0);
 }
 
-/// A session with an attachment that counts, for as long as this lives.
-struct AttachedTo {
-    session: SessionUse,
-    _counted: Counted,
-}
-
-impl AttachedTo {
-    /// Refusals: `QUOTA_EXCEEDED`.
-    fn new(session: SessionUse, sessions: &Sessions) -> Result<Self, Refusal> {
-        session.used.attach(sessions.config.quotas.session.attachments, &sessions.metrics)?;
-        Ok(Self { session, _counted: Counted::new(&sessions.metrics.attachments) })
-    }
-}
-
-impl Drop for AttachedTo {
-    fn drop(&mut self) {
-        self.session.used.detach();
-    }
-}
-
-/// Answers ATTACH. `None` if the answer was `gone`.
-async fn attach(conn: &Conn, attachment: &Attachment, request: &Attach) -> Result<Option<AttachedTo>, Refusal> {
+/// Answers ATTACH: with the session, and the place in it that is held. `None` if the answer was `gone`.
+async fn attach(conn: &Conn, attachment: &Attachment, request: &Attach) -> Result<Option<(SessionUse, Seat)>, Refusal> {
     let name = &request.session;
     conn.allow(Operation::Read, name).or_else(|_| conn.allow(Operation::Append, name))?;
     conn.charge(Cost::Attach)?;
@@ -268,13 +247,12 @@ async fn attach(conn: &Conn, attachment: &Attachment, request: &Attach) -> Resul
         }
         other => other?,
     };
-    let counted = AttachedTo::new(session, sessions)?;
-    let session = &counted.session;
+    let seat = session.used.attach(sessions.config.quotas.session.attachments, &sessions.metrics)?;
     if request.mode == AttachMode::CreateNew && !new {
         return Err(Refusal::new(Code::SESSION_EXISTS, "a session of this name exists already"));
     }
     let Standing { tail, first, compacted, created, closed, view_hash, streams, positions } =
-        ask(session, |answer| Command::Stand { subject: attachment.author.subject.clone(), answer }).await?;
+        ask(&session, |answer| Command::Stand { subject: attachment.author.subject.clone(), answer }).await?;
     let incarnation = session.id.incarnation;
     let verdict = Verdict::of_attach((request.incarnation, request.next), incarnation, (first, compacted, tail))?;
     sessions.metrics.verdict(verdict);
@@ -290,7 +268,7 @@ async fn attach(conn: &Conn, attachment: &Attachment, request: &Attach) -> Resul
         streams,
         positions,
     });
-    Ok((verdict != Verdict::Gone).then_some(counted))
+    Ok((verdict != Verdict::Gone).then_some((session, seat)))
 }
 
 /// Asks the owner something.
@@ -366,9 +344,7 @@ async fn read<C: Connection>(
             Frame::Subscribe(request) => {
                 let id = request.id;
                 match allowed.and_then(|()| conn.open_subscription(id, session)) {
-                    Ok(credit) => {
-                        subscription::spawn(transport, conn, session, request, credit);
-                    }
+                    Ok(opened) => subscription::spawn(transport, conn, session, request, opened),
                     Err(refusal) => attachment.refuse(Subscribe::KIND, id, &refusal),
                 }
                 continue;

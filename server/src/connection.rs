@@ -28,7 +28,7 @@ use crate::auth::{AuthError, CertificatePin, Verified};
 use crate::namespace::Space;
 use crate::owner::Command;
 use crate::producer::{self, ProducerLink};
-use crate::quota::{Conduct, Cost, SubjectConnection};
+use crate::quota::{Conduct, Cost, Seat, SubjectConnection};
 use crate::server::Shared;
 use crate::sessions::{Session, Sessions};
 use crate::status::ConnectionStatus;
@@ -547,7 +547,7 @@ impl Conn {
         &self,
         id: u64,
         session: &Arc<Session>,
-    ) -> Result<Arc<SubscriptionCredit>, Refusal> {
+    ) -> Result<(Arc<SubscriptionCredit>, Seat), Refusal> {
         let limits = (*self.hello.borrow())
             .unwrap_or(PeerLimits { bulk_window: DEFAULT_BULK_WINDOW, bulk_streams: DEFAULT_BULK_STREAMS });
         let mut opened = self.opened();
@@ -561,10 +561,10 @@ impl Conn {
         let budget = self.server.config().delivery_budget;
         let credit = CreditSent::new(limits.bulk_window, limits.bulk_streams, budget);
         let sessions = self.sessions()?;
-        session.used.subscribe(sessions.config.quotas.session.subscriptions, &sessions.metrics)?;
+        let seat = session.used.subscribe(sessions.config.quotas.session.subscriptions, &sessions.metrics)?;
         let credit = Arc::new(SubscriptionCredit::new(credit, session));
         opened.subscriptions.insert(id, credit.clone());
-        Ok(credit)
+        Ok((credit, seat))
     }
 
     /// The client wants no more of a subscription.
@@ -658,10 +658,12 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
     tracing::debug!(conn = id, remote = %transport.remote(), "connected");
     let mut running = JoinSet::new();
     let _listed = Listed::new(&conn);
+    let patience = server.config().hello_timeout;
+    let confirmed = OnceLock::new();
     let late = async {
         // How long the handshake may take is the transport's business.
         let _ = transport.confirmed().await;
-        tokio::time::sleep(server.config().hello_timeout).await;
+        tokio::time::sleep_until(*confirmed.get_or_init(Instant::now) + patience).await;
     };
     let control = tokio::select! {
         control = transport.accept_bi() => match control {
@@ -670,7 +672,8 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
         },
         () = late => return transport.close(Code::HELLO_TIMEOUT.0, "no HELLO came in time"),
     };
-    let deadline = Instant::now() + server.config().hello_timeout;
+    // One that opens control late has not more time for what it says there.
+    let deadline = *confirmed.get_or_init(Instant::now) + patience;
     running.spawn(Box::pin(control_stream(transport.clone(), conn.clone(), control, deadline)) as Task);
     let mut goaway = server.goaway();
     let mut token = core::pin::pin!(conn.watch_token());

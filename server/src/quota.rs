@@ -13,6 +13,7 @@ use mainstay_protocol::registry::MAX_RETRY_AFTER;
 use mainstay_protocol::session::{Grant, Operations, Refusal, SessionName};
 use mainstay_protocol::wire::{Frame, Subject};
 use mainstay_transport::rate::{Limiter, Rate};
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::time::Instant;
 
 use crate::config::{PrefixQuotas, Quotas, SubjectQuotas};
@@ -294,8 +295,8 @@ pub(crate) struct SessionUsage {
     /// Bytes of its chunks: those that came since it was loaded, until the store was read for the others.
     stored: AtomicU64,
     is_measured: AtomicBool,
-    attachments: AtomicUsize,
-    subscriptions: AtomicUsize,
+    attachments: Seats,
+    subscriptions: Seats,
 }
 
 impl SessionUsage {
@@ -305,8 +306,8 @@ impl SessionUsage {
             append_bytes: Limiter::new(quotas.session.append_bytes),
             stored: AtomicU64::new(0),
             is_measured: AtomicBool::new(false),
-            attachments: AtomicUsize::new(0),
-            subscriptions: AtomicUsize::new(0),
+            attachments: Seats::default(),
+            subscriptions: Seats::default(),
         }
     }
 
@@ -326,39 +327,55 @@ impl SessionUsage {
         self.stored.load(Ordering::Relaxed)
     }
 
-    /// Counts an attachment until [`SessionUsage::detach`]. Refusals: `QUOTA_EXCEEDED`.
-    pub(crate) fn attach(&self, limit: usize, metrics: &Metrics) -> Result<(), Refusal> {
-        if self.attachments.fetch_add(1, Ordering::Relaxed) >= limit {
-            self.detach();
-            metrics.refused(Limit::SessionAttachments);
-            return Err(too_much(limit as u64, "the session has too many attachments"));
-        }
-        Ok(())
+    /// Counts an attachment. Refusals: `QUOTA_EXCEEDED`.
+    pub(crate) fn attach(&self, limit: usize, metrics: &Metrics) -> Result<Seat, Refusal> {
+        let refused = (Limit::SessionAttachments, "the session has too many attachments");
+        self.attachments.take(limit, refused, metrics, &metrics.attachments)
     }
 
-    /// An attachment has ended.
-    pub(crate) fn detach(&self) {
-        self.attachments.fetch_sub(1, Ordering::Relaxed);
-    }
-
-    /// Counts a subscription until [`SessionUsage::unsubscribe`]. Refusals: `QUOTA_EXCEEDED`.
-    pub(crate) fn subscribe(&self, limit: usize, metrics: &Metrics) -> Result<(), Refusal> {
-        if self.subscriptions.fetch_add(1, Ordering::Relaxed) >= limit {
-            self.unsubscribe();
-            metrics.refused(Limit::SessionSubscriptions);
-            return Err(too_much(limit as u64, "the session has too many subscriptions"));
-        }
-        Ok(())
-    }
-
-    /// A subscription has ended.
-    pub(crate) fn unsubscribe(&self) {
-        self.subscriptions.fetch_sub(1, Ordering::Relaxed);
+    /// Counts a subscription. Refusals: `QUOTA_EXCEEDED`.
+    pub(crate) fn subscribe(&self, limit: usize, metrics: &Metrics) -> Result<Seat, Refusal> {
+        let refused = (Limit::SessionSubscriptions, "the session has too many subscriptions");
+        self.subscriptions.take(limit, refused, metrics, &metrics.subscriptions)
     }
 
     /// How many subscriptions it has.
     pub(crate) fn subscriptions(&self) -> usize {
-        self.subscriptions.load(Ordering::Relaxed)
+        self.subscriptions.0.load(Ordering::Relaxed)
+    }
+}
+
+/// So many of something at once.
+#[derive(Debug, Default)]
+struct Seats(Arc<AtomicUsize>);
+
+impl Seats {
+    fn take(
+        &self,
+        limit: usize,
+        (kind, detail): (Limit, &'static str),
+        metrics: &Metrics,
+        gauge: &Gauge,
+    ) -> Result<Seat, Refusal> {
+        let seat = Seat { taken: self.0.clone(), _counted: Counted::new(gauge) };
+        if self.0.fetch_add(1, Ordering::Relaxed) >= limit {
+            metrics.refused(kind);
+            return Err(too_much(limit as u64, detail));
+        }
+        Ok(seat)
+    }
+}
+
+/// One of them, for as long as it lives.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    taken: Arc<AtomicUsize>,
+    _counted: Counted,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.taken.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

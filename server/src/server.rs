@@ -50,20 +50,20 @@ impl Shared {
         token: &[u8],
         now: i64,
     ) -> Result<(&Arc<Space>, Verified), AuthError> {
-        let mut refused = AuthError::invalid("no namespace is served");
-        let mut known = false;
+        let mut refused = None;
         for one in &self.spaces {
             match one.trust.anchors().verify(token, now) {
                 Ok(verified) if space.is_none_or(|space| Arc::ptr_eq(space, one)) => return Ok((one, verified)),
                 Ok(_) => return Err(AuthError::invalid("the token is for another namespace than the connection")),
-                // What the namespace that knows its key says counts.
-                Err(error) if !known => {
-                    known = error.code != Code::TOKEN_INVALID;
-                    refused = error;
+                // What the first namespace says that knows its key counts: what is revoked there is believed nowhere else.
+                Err(error) if error.code != Code::TOKEN_INVALID => {
+                    refused = Some(error);
+                    break;
                 }
-                Err(_) => {}
+                Err(error) => drop(refused.get_or_insert(error)),
             }
         }
+        let refused = refused.unwrap_or_else(|| AuthError::invalid("no namespace is served"));
         if let Some(space) = space.or(self.spaces.first()) {
             space.sessions.metrics.token(refused.code);
         }

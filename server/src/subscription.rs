@@ -16,8 +16,8 @@ use tokio::time::Instant;
 use crate::attachment::ask;
 use crate::connection::Conn;
 use crate::load::Work;
-use crate::metrics::Counted;
 use crate::owner::Command;
+use crate::quota::Seat;
 use crate::sessions::{Session, SessionUse, refusal};
 use crate::status::{Doing, Following, SubscriptionStatus};
 
@@ -98,9 +98,8 @@ pub(crate) fn spawn<C: Connection>(
     conn: &Arc<Conn>,
     session: &SessionUse,
     request: Subscribe,
-    credit: Arc<SubscriptionCredit>,
+    (credit, seat): (Arc<SubscriptionCredit>, Seat),
 ) {
-    let counted = Open::new(session, conn);
     let session = session.clone();
     let conn = conn.clone();
     let transport = transport.clone();
@@ -111,27 +110,8 @@ pub(crate) fn spawn<C: Connection>(
             Box::pin(run(&conn, session, request, credit, send)).await;
         }
         conn.forget_subscription(id);
-        drop(counted);
+        drop(seat);
     });
-}
-
-/// Counts a subscription of a session that was admitted, until it ends however it does.
-struct Open {
-    session: Arc<Session>,
-    _counted: Option<Counted>,
-}
-
-impl Open {
-    fn new(session: &Arc<Session>, conn: &Conn) -> Self {
-        let counted = conn.sessions().ok().map(|sessions| Counted::new(&sessions.metrics.subscriptions));
-        Self { session: session.clone(), _counted: counted }
-    }
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.session.used.unsubscribe();
-    }
 }
 
 async fn run<S: SendStream>(

@@ -622,3 +622,83 @@ async fn a_subscription_that_is_refused_counts_for_nothing() {
     assert_eq!(refusal(&mut frames).await, (Code::QUOTA_EXCEEDED, 1));
     assert_eq!(refusal(&mut frames).await, (Code::QUOTA_EXCEEDED, 1));
 }
+
+/// The defaults are those of the specification, each with its reason.
+#[test]
+fn the_numbers_of_the_specification_are_those_of_the_server() {
+    let text = include_str!("../../spec/22-limits.md");
+    let mut section = "";
+    let mut rows = std::collections::BTreeMap::new();
+    for line in text.lines() {
+        if let Some(heading) = line.strip_prefix("## ") {
+            section = heading.split(' ').next().unwrap_or_default();
+        }
+        let cells: Vec<&str> = line.trim_matches('|').split(" | ").map(str::trim).collect();
+        if line.starts_with("| ") && cells.len() == 4 {
+            assert!(!cells[2].is_empty(), "{section}, {}: there is a reason", cells[0]);
+            rows.insert((section, cells[0]), cells[1]);
+        }
+    }
+    let grouped = |n: u64| {
+        let digits = n.to_string();
+        let groups: Vec<&str> =
+            digits.as_bytes().rchunks(3).rev().map(|group| str::from_utf8(group).expect("digits")).collect();
+        groups.join(",")
+    };
+    let bytes = |n: u64| match n {
+        n if n >= 1 << 20 && n.is_multiple_of(1 << 20) => format!("{} MiB", n >> 20),
+        n => format!("{} KiB", n >> 10),
+    };
+    let rate = |rate: Option<Rate>| {
+        let rate = rate.expect("a limit");
+        format!("{}/s, {} at once", grouped(rate.per_second.into()), grouped(rate.burst.into()))
+    };
+    let byte_rate = |rate: Option<Rate>| {
+        let rate = rate.expect("a limit");
+        format!("{}/s, {} at once", bytes(rate.per_second.into()), bytes(rate.burst.into()))
+    };
+    let (config, quotas, door) = (Config::default(), Quotas::public(), mainstay_transport::quic::Admission::default());
+    let (subject, session) = (&quotas.subject, &quotas.session);
+    let seconds = |duration: Duration| format!("{} s", duration.as_secs());
+    let expected = [
+        (("22.1", "handshake"), seconds(door.patience)),
+        (
+            ("22.4", "handshakes under way"),
+            format!("{}, of one network (IPv4 /24, IPv6 /56) {}", door.handshakes, door.per_network),
+        ),
+        (("22.4", "handshakes begun"), format!("{}; of one network {}", rate(door.rate), rate(door.network_rate))),
+        (("22.4", "handshakes from which on addresses are validated"), door.retry_from.to_string()),
+        (("22.1", "HELLO after the handshake"), seconds(config.hello_timeout)),
+        (("22.1", "without a token in force"), seconds(config.unauthenticated)),
+        (("22.1", "silence"), seconds(mainstay_transport::quic::IDLE)),
+        (("22.1", "attachments"), grouped(config.attachments as u64)),
+        (("22.1", "producers"), format!("{} of {}", config.producers, bytes(config.producer_window))),
+        (("22.2", "connections"), grouped(subject.connections as u64)),
+        (("22.2", "connections made"), rate(subject.connects)),
+        (("22.2", "attaches"), rate(subject.attaches)),
+        (("22.2", "sessions created"), rate(subject.creates)),
+        (("22.2", "lists and tokens made"), rate(subject.lookups)),
+        (("22.2", "records appended"), rate(subject.appends)),
+        (("22.2", "bytes appended"), byte_rate(subject.append_bytes)),
+        (("22.2", "joins and updates of members"), rate(subject.presence)),
+        (("22.2", "signals"), rate(subject.signals)),
+        (("22.2", "other requests that have an effect"), rate(subject.requests)),
+        (("22.3", "attachments"), grouped(session.attachments as u64)),
+        (("22.3", "subscriptions"), grouped(session.subscriptions as u64)),
+        (("22.3", "records appended"), rate(session.appends)),
+        (("22.3", "bytes appended"), byte_rate(session.append_bytes)),
+        (("22.3", "bytes stored"), session.stored_bytes.map_or_else(|| "none".into(), bytes)),
+        (("22.4", "connections"), grouped(config.connections as u64)),
+        (
+            ("22.4", "batches between arrival and answer"),
+            format!("{} for each namespace", bytes(config.ingest_budget as u64)),
+        ),
+        (
+            ("22.4", "recent chunks in memory"),
+            format!("{}, {} for each session", bytes(config.ring_budget as u64), bytes(config.ring_bytes as u64)),
+        ),
+    ];
+    for (row, expected) in expected {
+        assert_eq!(rows.get(&row).copied(), Some(expected.as_str()), "{row:?}");
+    }
+}

@@ -233,6 +233,29 @@ async fn a_connection_goes_on_over_another_address() {
     assert!(accepted.rebind().is_err(), "a server does not choose");
 }
 
+/// Spec LIM-5: a handshake that is begun and not gone on with is given up, and delays nobody.
+#[tokio::test(start_paused = true)]
+async fn a_handshake_that_stops_is_ended_in_time() {
+    let world = World::new();
+    let (listener, connector) = (world.listen(&limits()), world.connector());
+    let begun = Instant::now();
+    let connecting = tokio::spawn(async move { connector.connect(true).await });
+    let accepted = listener.accept().await.expect("its first flight");
+    // Nothing that the server says arrives any more.
+    world.host.move_to(None);
+    connecting.abort();
+    let end = accepted.closed().await;
+    assert_eq!(end, ConnectionError::ClosedHere);
+    let took = begun.elapsed();
+    assert!((Duration::from_secs(5)..Duration::from_secs(6)).contains(&took), "{took:?}");
+    // Somebody else comes and is served.
+    world.host.move_to(Some([10, 0, 3, 3].into()));
+    let connector = world.connector();
+    let (connection, accepted) = tokio::join!(connector.connect(true), listener.accept());
+    tokio::spawn(echo(accepted.expect("a connection")));
+    say(&connection.expect("a connection")).await.expect("an answer");
+}
+
 /// Spec CONN-8.
 #[tokio::test(start_paused = true)]
 async fn the_client_of_a_server_that_died_knows_with_its_next_packet() {
