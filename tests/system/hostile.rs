@@ -4,19 +4,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use mainstay_client::Client;
+use mainstay_client::{Client, Config as ClientConfig};
 use mainstay_protocol::Code;
-use mainstay_protocol::registry::{MAX_FRAME, PRODUCER_WINDOW};
+use mainstay_protocol::registry::{MAX_FRAME, MIN_BULK_WINDOW, PRODUCER_WINDOW};
 use mainstay_protocol::session::{Instance, JobOutcome, Operation, Record};
 use mainstay_protocol::wire::{
     Append, Attach, AttachMode, Credit, DeleteSession, Detail, Done, Frame, Hello, OpenProducer, Ping, Produce, Pull,
     Start, Subscribe, Writer, put_grease,
 };
-use mainstay_server::Config;
+use mainstay_server::auth::SigningKey;
+use mainstay_server::{Config, ResumeKeys, Server};
 use mainstay_store::MemoryStore;
-use mainstay_tests::harness::{QuicServer, claims};
-use mainstay_tests::raw::{PATIENCE, Raw, attach, error};
-use mainstay_transport::{Connection, FrameError, FrameReader, SendStream, StreamError};
+use mainstay_tests::harness::{QuicServer, claims, trusting};
+use mainstay_tests::raw::{PATIENCE, Raw, attach, error, hello};
+use mainstay_transport::memory::MemoryNetwork;
+use mainstay_transport::{
+    Connection, ConnectionError, Connector, FrameError, FrameReader, Limits, SendStream, StreamError,
+};
 use tokio::time::timeout;
 
 fn server() -> QuicServer {
@@ -377,6 +381,35 @@ async fn credit_for_what_was_never_sent_is_a_violation() {
     let credit = Frame::from(Credit { id: 5, consumed: 1 << 40 }).to_bytes();
     raw.control.0.write(&mut [credit]).await.expect("write");
     assert_eq!(raw.closed().await, Code::CREDIT_EXCEEDED);
+}
+
+/// Spec CONN-3, FLOW-8: without control there is no connection. What may be asked at once is answered by more than a client with
+/// small windows takes.
+#[tokio::test]
+async fn a_client_that_does_not_read_its_control_stream_loses_the_connection() {
+    let config = Config::default();
+    let small = Limits { bulk_window: MIN_BULK_WINDOW, bulk_streams: 1, ..ClientConfig::default().transport_limits() };
+    let (network, listener) = MemoryNetwork::new(config.transport_limits(), small);
+    let key = SigningKey::generate().expect("a key");
+    let resume = ResumeKeys::generate().expect("a key");
+    let server = Server::new(Arc::new(MemoryStore::new()), trusting(&key), resume, config);
+    let running = tokio::spawn(async move { server.serve(listener, core::future::pending()).await });
+    let connection = network.connect(true).await.expect("a connection");
+    let (mut send, _unread) = connection.open_bi().await.expect("control");
+    let token = key.mint(&claims("mallory", "", Operation::ALL)).expect("a token");
+    send.write(&mut [hello(token, [3; 16])]).await.expect("write");
+    let pings = Bytes::from(Frame::from(Ping { nonce: u64::MAX >> 2, padding: None }).to_bytes().repeat(1000));
+    let flood = async {
+        for _ in 0..60 {
+            if send.write(&mut [pings.clone()]).await.is_err() {
+                return;
+            }
+        }
+    };
+    timeout(PATIENCE, flood).await.expect("all of them are taken, or the connection is over");
+    let end = timeout(PATIENCE, connection.closed()).await.expect("the server has enough of it");
+    assert!(matches!(end, ConnectionError::Closed { code, .. } if code == Code::CONTROL_BACKLOG.0), "{end:?}");
+    running.abort();
 }
 
 /// Spec FLOW-8. Its control stream is written by the same code; the answers there are too few and too short to show it.
