@@ -20,53 +20,32 @@ pub(crate) struct Args {
 }
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused by the server, 4 server not reachable, \
-    5 stored data is damaged.\n\nEnvironment: MAINSTAY_CONNECT names the connection file, MAINSTAY_LOG what is logged \
-    (for example `debug`).";
+    5 stored data is damaged.\n\nEnvironment: MAINSTAY_CONNECT names the connection file, MAINSTAY_DATA the server's data \
+    directory, MAINSTAY_LOG what is logged (for example `debug`).";
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Run a server.
     Serve(Serve),
-    /// Show the whole story on this machine and verify it.
     Demo(Demo),
-    /// The agent of the demo.
     #[command(hide = true)]
     DemoAgent(DemoAgent),
-    /// Append standard input to a session, one record per line.
     Append(Append),
-    /// Follow a session: its records so far, then new ones as they come.
     Tail(Tail),
-    /// Read, write and watch a session's shared keys and values.
     State(State),
-    /// Show who is in a session and what they are doing.
     Presence(Presence),
-    /// Be in a session until interrupted.
     Join(Join),
-    /// Run any process as a session's agent.
     Run(Run),
-    /// Cancel, interrupt or steer a session's agent, or answer it.
     Signal(Signal),
-    /// Say who is told of what while nobody of them is there, and tell them.
     Notify(Notify),
-    /// Create, configure, list, show, close, trim and delete sessions.
     Session(Session),
-    /// Make and read capability tokens.
     Token(Token),
-    /// Say in words what is wrong with a server, its configuration or the way to it, and what to do.
     Doctor(Doctor),
-    /// Show what the server of this machine is doing: sessions, connections, and who is slow and why.
     Top(Top),
-    /// Check a data directory offline.
     Verify(Verify),
-    /// Save everything that a server stores, while it serves.
     Backup(Backup),
-    /// Bring sessions back from a backup, while the server serves.
     Restore(Restore),
-    /// Measure a server.
     Bench(Bench),
-    /// Print a completion script for a shell.
     Completions(Completions),
-    /// Write the manual pages.
     Man(Man),
 }
 
@@ -97,6 +76,8 @@ impl Args {
     }
 }
 
+/// Run a server.
+///
 /// Runs a server until it is told to stop with Ctrl-C or SIGTERM; a second signal stops it at once. SIGUSR1 prints how much
 /// memory is in use.
 #[derive(Debug, ClapArgs)]
@@ -154,6 +135,8 @@ pub(crate) struct Serve {
     pub(crate) json: bool,
 }
 
+/// Show the whole story on this machine and verify it.
+///
 /// Plays the story of a session on this machine, with real processes: an agent announces itself, calls a tool and answers; tab one is
 /// killed, tab two goes on with the partial answer and the shared state; the server is killed; tab two interrupts the agent; the next
 /// agent is killed too, and a standby finishes its answer. Exit code 0 only if every check held.
@@ -164,7 +147,7 @@ pub(crate) struct Demo {
     pub(crate) json: bool,
 }
 
-/// What `demo` runs as its agent.
+/// The agent of the demo.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct DemoAgent {
     /// Milliseconds between two words.
@@ -179,6 +162,8 @@ pub(crate) struct Connect {
     pub(crate) connect: Option<PathBuf>,
 }
 
+/// Append standard input to a session, one record per line.
+///
 /// Appends each line of standard input as a record as soon as it is read. The session is made if it does not exist. When the
 /// server is lost it is tried again for 60 s; no line is lost or stored twice.
 #[derive(Debug, ClapArgs)]
@@ -209,6 +194,8 @@ pub(crate) struct Append {
     pub(crate) connect: Connect,
 }
 
+/// Show who is in a session and what they are doing.
+///
 /// Shows who is in a session: people with a window open, agents at work, each with what it is doing.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Presence {
@@ -224,6 +211,8 @@ pub(crate) struct Presence {
     pub(crate) connect: Connect,
 }
 
+/// Be in a session until interrupted.
+///
 /// Is in a session until interrupted, and then leaves. The session is made if it does not exist. A loss of the network that is
 /// shorter than the grace is not seen by anybody.
 #[derive(Debug, ClapArgs)]
@@ -252,6 +241,8 @@ fn grace(text: &str) -> Result<f64, String> {
     if (1.0..=120.0).contains(&seconds) { Ok(seconds) } else { Err("not between 1 and 120 seconds".into()) }
 }
 
+/// Run any process as a session's agent.
+///
 /// Runs a process as the session's agent: it is present, holds a run under a lease that is renewed while it lives, and what it
 /// prints is a message, part by part. Inputs and steering come as lines on its standard input; a cancel is SIGINT, then SIGTERM; its
 /// exit status ends the run. While the server or the network is lost it goes on, and what it prints waits in order.
@@ -328,6 +319,8 @@ fn lease(text: &str) -> Result<f64, String> {
     if (1.0..=600.0).contains(&seconds) { Ok(seconds) } else { Err("not between 1 and 600 seconds".into()) }
 }
 
+/// Cancel, interrupt or steer a session's agent, or answer it.
+///
 /// Wants something of a session's agent. A signal is stored in the session and reaches the agent ahead of everything else, also while
 /// nobody can see the other; what becomes of it is stored too. Closing a window or losing the network is never a cancel.
 #[derive(Debug, ClapArgs)]
@@ -369,6 +362,8 @@ pub(crate) struct Signal {
     pub(crate) connect: Connect,
 }
 
+/// Say who is told of what while nobody of them is there, and tell them.
+///
 /// Notifications: a session's rules say who is told of what. When it happens and no member of the session has their subject, a job waits
 /// for its delay, and then for a worker; it is withdrawn as soon as one of them joins, or what it is about is settled.
 #[derive(Debug, ClapArgs)]
@@ -595,6 +590,8 @@ impl core::convert::From<InputPolicy> for mainstay_client::InputPolicy {
     }
 }
 
+/// Read, write and watch a session's shared keys and values.
+///
 /// Reads, writes and watches the shared state of a session: keys with values, changed in one order with everything else.
 /// Writing makes the session if it does not exist.
 #[derive(Debug, ClapArgs)]
@@ -722,6 +719,8 @@ fn seconds(text: &str) -> Result<f64, String> {
     if (0.001..=3.2e10).contains(&seconds) { Ok(seconds) } else { Err("not between 0.001 and 3.2e10 seconds".into()) }
 }
 
+/// Follow a session: its records so far, then new ones as they come.
+///
 /// Follows a session. Waits for it if it does not exist yet. Comes back by itself when the server is lost.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Tail {
@@ -783,6 +782,7 @@ impl std::str::FromStr for From {
     }
 }
 
+/// Create, configure, list, show, close, trim and delete sessions.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Session {
     #[command(subcommand)]
@@ -847,6 +847,7 @@ pub(crate) enum SessionAction {
     },
 }
 
+/// Make, read and revoke capability tokens.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Token {
     #[command(subcommand)]
@@ -939,6 +940,8 @@ pub(crate) enum TokenAction {
     },
 }
 
+/// Say in words what is wrong with a server, its configuration or the way to it, and what to do.
+///
 /// Looks at everything between a client and what it wants: the configuration, the data directory, keys and certificates, the disk, the system's
 /// buffers, the server that runs, the way to it, the token. Each line says what is wrong, and what to do.
 #[derive(Debug, ClapArgs)]
@@ -957,6 +960,8 @@ pub(crate) struct Doctor {
     pub(crate) json: bool,
 }
 
+/// Show what the server of this machine is doing: sessions, connections, and who is slow and why.
+///
 /// Asks the server that serves the data directory what it is doing, again and again, and shows it: load, memory, the sessions that are
 /// followed most, and the connections that lag most, each with what it waits for.
 #[derive(Debug, ClapArgs)]
@@ -978,6 +983,8 @@ pub(crate) struct Top {
     pub(crate) json: bool,
 }
 
+/// Check what a server has stored, offline or by asking it.
+///
 /// Checks everything that a server has stored in a data directory: journals, checksums, links, chain, views, and that no row is
 /// missing. Changes nothing; works on a copy of what is not linked, beside the store, and takes it away. Names session and seq
 /// of the first damage and exits with 5. The keys in the directory are checked by `serve`.
@@ -1006,6 +1013,8 @@ pub(crate) struct Verify {
     pub(crate) json: bool,
 }
 
+/// Save everything that a server stores, while it serves.
+///
 /// Saves all sessions of a data directory as they are at one moment. The server that serves it does that while it goes on; where none does,
 /// this command opens the store itself. The file is in its place once it is whole, also where there was another one.
 ///
@@ -1031,6 +1040,8 @@ pub(crate) struct Backup {
     pub(crate) json: bool,
 }
 
+/// Bring sessions back from a backup, while the server serves.
+///
 /// Brings sessions back from a backup: each whole or not at all, under its name, if that is free. The server that serves the data directory
 /// does that while it goes on; where none does, this command opens the store itself, and makes one if there is none.
 ///
@@ -1062,6 +1073,8 @@ pub(crate) struct Restore {
     pub(crate) json: bool,
 }
 
+/// Measure a server.
+///
 /// Loads a server and prints figures beside yardsticks of the machine. Starts a server of its own unless --connect names one.
 /// Run it from a release build.
 #[derive(Debug, ClapArgs)]
@@ -1130,12 +1143,14 @@ pub(crate) enum Scenario {
     All,
 }
 
+/// Print a completion script for a shell.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Completions {
     /// The shell.
     pub(crate) shell: Shell,
 }
 
+/// Write the manual pages.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Man {
     /// Directory for the pages.
@@ -1148,5 +1163,56 @@ fn positive(text: &str) -> Result<usize, String> {
         Ok(0) => Err("must be at least 1".into()),
         Ok(count) => Ok(count),
         Err(error) => Err(format!("not a count: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+
+    use clap::Parser;
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    fn pages(dir: &Path) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(dir).expect("the documentation").map(|entry| entry.expect("an entry").path()) {
+            match entry.is_dir() {
+                true => found.extend(pages(&entry)),
+                false if entry.extension().is_some_and(|extension| extension == "md") => found.push(entry),
+                false => {}
+            }
+        }
+        found
+    }
+
+    /// Commands within sentences are not run by a test: what they name has to be there.
+    #[test]
+    fn every_command_that_the_documentation_names_can_be_given() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let mut all = pages(&root.join("docs").join("src"));
+        all.extend(["README.md", "SECURITY.md", "ARCHITECTURE.md"].map(|name| root.join(name)));
+        let mut seen = 0;
+        for page in all {
+            let text = std::fs::read_to_string(&page).expect("a page");
+            for command in text.split('`').skip(1).step_by(2).filter(|span| span.starts_with("mainstay ")) {
+                let command = command.replace("\\|", "|");
+                // Up to what stands for more of it, and without a shell's words.
+                let ends = |word: &&str| !matches!(*word, "…" | "..." | "|" | ">" | "&");
+                let words: Vec<&str> = command.split_whitespace().take_while(ends).collect();
+                // One of several words: each of them.
+                let choices = words.iter().map(|word| word.split('|').count()).max().unwrap_or(1);
+                for choice in 0..choices {
+                    let chosen = words.iter().map(|word| word.split('|').nth(choice).or(word.split('|').next()));
+                    if let Err(error) = Args::try_parse_from(chosen.flatten()) {
+                        let wrong = matches!(error.kind(), ErrorKind::UnknownArgument | ErrorKind::InvalidSubcommand);
+                        assert!(!wrong, "{}: `{command}`: {error}", page.display());
+                    }
+                    seen += 1;
+                }
+            }
+        }
+        assert!(seen > 20, "{seen} commands");
     }
 }

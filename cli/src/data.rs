@@ -30,7 +30,7 @@ pub(crate) struct Data {
 pub(crate) const DEFAULT_NAMESPACE: &str = "default";
 
 impl Data {
-    /// The directory given, or the per-user default.
+    /// The directory given, else the one that the environment names, else the per-user default.
     pub(crate) fn new(dir: Option<&Path>) -> Result<Self, Failure> {
         let dir = match dir {
             Some(dir) => dir.to_owned(),
@@ -76,9 +76,13 @@ impl Data {
         write_secret(&self.revocations_file(), &serde_json::to_vec(revocations)?)
     }
 
+    pub(crate) fn minting_key_file(&self) -> PathBuf {
+        self.dir.join("keys").join("minting")
+    }
+
     /// The key that signs the narrower tokens that clients ask for.
     pub(crate) fn minting_key(&self) -> Result<SigningKey, Failure> {
-        self.signing_key_at(&self.dir.join("keys").join("minting"))
+        self.signing_key_at(&self.minting_key_file())
     }
 
     /// The engine's directory.
@@ -205,17 +209,19 @@ pub(crate) fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.sync_all()?;
     fs::rename(&new, path)?;
     // The name is as durable as what is behind it.
-    match path.parent() {
-        Some(dir) => fs::File::open(dir)?.sync_all(),
-        None => Ok(()),
-    }
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::File::open(dir)?.sync_all()
 }
 
 fn default_dir() -> Result<PathBuf, Failure> {
+    if let Some(dir) = std::env::var_os("MAINSTAY_DATA").filter(|dir| !dir.is_empty()) {
+        return Ok(dir.into());
+    }
     let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(|dir| dir.is_absolute());
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local").join("state"));
-    let state =
-        state.or_else(home).ok_or_else(|| Failure::usage("neither XDG_STATE_HOME nor HOME is set; use --data"))?;
+    let state = state
+        .or_else(home)
+        .ok_or_else(|| Failure::usage("neither MAINSTAY_DATA, XDG_STATE_HOME nor HOME is set; use --data"))?;
     Ok(state.join("mainstay"))
 }
 

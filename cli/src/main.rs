@@ -90,9 +90,15 @@ fn logging(args: &Args) {
         Command::Serve(args) => ("info", serve::layers(args).read(std::env::vars()).unwrap_or_default().log),
         _ => ("error", LogSettings::default()),
     };
-    let filter = tracing_subscriber::EnvFilter::try_from_env("MAINSTAY_LOG")
-        .or_else(|_| tracing_subscriber::EnvFilter::try_new(log.filter.as_deref().unwrap_or(default)))
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    let given = std::env::var("MAINSTAY_LOG").ok().filter(|filter| !filter.is_empty());
+    let filter = given.as_deref().or(log.filter.as_deref()).unwrap_or(default);
+    let filter = tracing_subscriber::EnvFilter::try_new(filter).unwrap_or_else(|error| {
+        // One of the settings is refused by the command.
+        if given.is_some() {
+            eprintln!("mainstay: MAINSTAY_LOG={filter} is not a filter ({error}); logging `{default}`");
+        }
+        tracing_subscriber::EnvFilter::new(default)
+    });
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

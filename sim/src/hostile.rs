@@ -238,6 +238,12 @@ pub async fn run(hostile: &Hostile) -> bool {
     let tally: Value = said.lines().last().and_then(|line| serde_json::from_str(line).ok()).unwrap_or_default();
 
     let mut sound = outcome.status.success() && tally["blows"].as_u64().unwrap_or(0) > 0;
+    for (way, blows) in tally["ways"].as_object().into_iter().flatten() {
+        if blows == 0 {
+            println!("BROKEN: no blow of {way} was struck");
+            sound = false;
+        }
+    }
     let (mut acked, mut before, mut during) = (0, Vec::new(), Vec::new());
     for Honest { mut delays, task } in all {
         match task.await {
@@ -256,7 +262,6 @@ pub async fn run(hostile: &Hostile) -> bool {
         }
     }
     let lost: u64 = connections.iter().map(|client| client.paths().losses).sum::<u64>() - losses;
-    // The first second belongs to connecting.
     before.sort_unstable();
     during.sort_unstable();
     if before.is_empty() || during.is_empty() {
@@ -433,17 +438,18 @@ pub async fn overload(campaign: Overload) -> bool {
             steering.session(&format!("steer/{times}")).expect("a name").create().attach().await.expect("attach");
         let stopping = stop.clone();
         let control = tokio::spawn(async move {
-            let mut delays = Vec::new();
+            let (mut delays, mut refused) = (Vec::new(), 0_u64);
             let run = session.start_run(Duration::from_secs(60), None).await.expect("a run");
             while !stopping.load(Ordering::Relaxed) {
                 let begun = Instant::now();
                 let signal = session.signal(Intent::Steer).run(run.id()).text("go on").lasts(Duration::from_secs(1));
-                if signal.send().await.is_ok() {
-                    delays.push(begun.elapsed());
+                match signal.send().await {
+                    Ok(_) => delays.push(begun.elapsed()),
+                    Err(_) => refused += 1,
                 }
                 sleep(Duration::from_millis(50)).await;
             }
-            delays
+            (delays, refused)
         });
         sleep(Duration::from_secs(2)).await;
         let before = measured.load(Ordering::Relaxed);
@@ -451,7 +457,11 @@ pub async fn overload(campaign: Overload) -> bool {
         let rate = (measured.load(Ordering::Relaxed) - before) as f64 / campaign.seconds as f64;
         rates.push(rate);
         stop.store(true, Ordering::Relaxed);
-        let mut delays = control.await.expect("no panic");
+        let (mut delays, refused) = control.await.expect("no panic");
+        if refused > 0 {
+            println!("BROKEN: {refused} of {} signals were not taken", refused + delays.len() as u64);
+            sound = false;
+        }
         let mut written = Vec::new();
         while let Some(done) = writers.join_next().await {
             match done.expect("no panic") {

@@ -443,17 +443,42 @@ fn put(sequence: u64, random: &mut Random) -> Bytes {
     Frame::from(Append { sequence, count: 8, records: records.freeze(), run_epoch: None }).to_bytes()
 }
 
-/// Begins handshakes, and lets the server wait for the rest of each.
+/// Begins handshakes, and lets the server wait for the rest of each: first flights of clients that are never heard of again.
 async fn slow_handshake(aim: &Aim, tally: &Tally) -> Option<()> {
-    let limits = mainstay_client::Config::default().transport_limits();
-    let connector = QuicConnector::new(aim.addr, &aim.trust, &limits, ALPN).ok()?;
+    let mut silent = Vec::new();
     for _ in 0..20 {
-        // Its first flight goes out; the answer comes to nobody.
-        let _ = timeout(Duration::from_micros(300), connector.connect(true)).await;
+        let flight = first_flight(aim).await?;
+        let socket = UdpSocket::bind(("127.0.0.1", 0)).await.ok()?;
+        for datagram in flight {
+            let _ = socket.send_to(&datagram, aim.addr).await;
+        }
+        // Whatever it is told, it does not answer.
+        silent.push(socket);
         tally.blow();
         sleep(Duration::from_millis(50)).await;
     }
+    sleep(STUCK).await;
     Some(())
+}
+
+/// What a client sends first.
+async fn first_flight(aim: &Aim) -> Option<Vec<Vec<u8>>> {
+    let trap = UdpSocket::bind(("127.0.0.1", 0)).await.ok()?;
+    let limits = mainstay_client::Config::default().transport_limits();
+    let connector = QuicConnector::new(trap.local_addr().ok()?, &aim.trust, &limits, ALPN).ok()?;
+    let mut flight = Vec::new();
+    let caught = async {
+        let mut datagram = vec![0; 2048];
+        while let Ok(len) = trap.recv(&mut datagram).await {
+            flight.push(datagram[..len].to_vec());
+        }
+    };
+    tokio::select! {
+        _ = connector.connect(false) => {}
+        () = caught => {}
+        () = sleep(Duration::from_millis(5)) => {}
+    }
+    Some(flight).filter(|flight| !flight.is_empty())
 }
 
 /// Datagrams of a random kind.

@@ -133,6 +133,10 @@ async fn tokens_are_made_read_and_believed_by_a_server_that_knows_their_key() {
         command.args(args);
         run(command).await
     };
+    // Where the name of the file is all that is given, too.
+    let bare = Command::new(binary()).args(["token", "keygen", "--out", "bare"]).current_dir(dir.path()).output();
+    let bare = bare.await.expect("a process");
+    assert!(bare.status.success() && dir.path().join("bare").exists(), "{}", String::from_utf8_lossy(&bare.stderr));
     let keygen = mainstay(&["token", "keygen", "--out", key.to_str().expect("text"), "--json"]).await;
     let public = events(&keygen.stdout)[0]["public"].as_str().expect("a key").to_owned();
     let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&key).expect("the key").permissions());

@@ -412,7 +412,7 @@ async fn a_client_that_does_not_read_its_control_stream_loses_the_connection() {
     running.abort();
 }
 
-/// Spec FLOW-8. Its control stream is written by the same code; the answers there are too few and too short to show it.
+/// Spec FLOW-8.
 #[tokio::test]
 async fn a_client_that_does_not_read_its_attachment_loses_it() {
     let server = server();

@@ -68,8 +68,13 @@ pub(crate) async fn run(args: args::Doctor, output: Output) -> Result<(), Failur
     let settings = configuration(&layers, &mut report)?;
     let data = settings.data()?;
     directory(&data, &settings, &mut report)?;
+    for other in settings.namespaces(false).unwrap_or_default().iter().filter(|other| other.data.dir() != data.dir()) {
+        if other.data.dir().exists() {
+            directory(&other.data, &settings, &mut report)?;
+        }
+    }
     system(&mut report)?;
-    let listens = server(&data, &mut report).await?;
+    server(&data, &mut report).await?;
     let own = data.connect_file();
     let connect = match args.connect.connect {
         Some(path) => Some(path),
@@ -81,9 +86,6 @@ pub(crate) async fn run(args: args::Doctor, output: Output) -> Result<(), Failur
             let what = "no connection file is known, so the way to the server and the token were not looked at";
             report.warning("client", what, "name one with --connect or MAINSTAY_CONNECT")?;
         }
-    }
-    if !listens && report.worst == Finding::Good {
-        report.good("all", "nothing is wrong; no server runs here")?;
     }
     match report.worst {
         Finding::Wrong => Err(Failure {
@@ -109,8 +111,23 @@ fn configuration(layers: &Layers, report: &mut Report) -> Result<Settings, Failu
         Ok(namespaces) => report.good(&about, &format!("can be read; {} namespace(s)", namespaces.len()))?,
         Err(failure) => report.wrong(&about, &failure.message, "mend it")?,
     }
-    for path in settings.identity_files() {
+    if let Ok(namespaces) = settings.namespaces(false)
+        // Whether it is a development server, which needs no other key, is not known here.
+        && let Err(failure) = Settings::believed(&namespaces, true, None)
+    {
+        report.wrong(&about, &failure.message, "mend it: the server does not start")?;
+    }
+    let (cert, key) = settings.identity_pair();
+    if let Some(path) = cert {
         certificate(path, report)?;
+    }
+    if let Some(path) = key {
+        secret(path, report)?;
+    }
+    if (cert, key) != (None, None)
+        && let Err(failure) = settings.identity(false, &settings.data()?)
+    {
+        report.wrong("certificate and key", &failure.message, "export both again, as PEM, the one for the other")?;
     }
     Ok(settings)
 }
@@ -118,14 +135,14 @@ fn configuration(layers: &Layers, report: &mut Report) -> Result<Settings, Failu
 /// A certificate that expires is the commonest end of a service.
 fn certificate(path: &Path, report: &mut Report) -> Result<(), Failure> {
     let about = path.display().to_string();
-    let text = match fs::metadata(path) {
-        Ok(_) => mainstay_transport::quic::read_certificates(path),
-        Err(error) => {
-            return report.wrong(&about, &error.to_string(), "the server reads it at its start, as its own user");
-        }
+    if let Err(error) = fs::metadata(path) {
+        return report.wrong(&about, &error.to_string(), "the server reads it at its start, as its own user");
+    }
+    let chain = match mainstay_transport::quic::read_certificates(path) {
+        Ok(chain) if !chain.is_empty() => chain,
+        Ok(_) => return report.wrong(&about, "no certificate is in it", "export the chain again, as PEM"),
+        Err(error) => return report.wrong(&about, &error, "export the chain again, as PEM"),
     };
-    // The key has no certificate in it.
-    let Ok(chain) = text else { return secret(path, report) };
     for (at, der) in chain.iter().enumerate() {
         let Ok(parsed) = x509_cert::Certificate::from_der(der) else {
             report.wrong(&about, &format!("certificate {at} cannot be read"), "export it again, as PEM")?;
@@ -248,20 +265,19 @@ fn system(report: &mut Report) -> Result<(), Failure> {
     }
 }
 
-/// True if a server serves the directory.
-async fn server(data: &Data, report: &mut Report) -> Result<bool, Failure> {
+/// What the server that serves the directory says of itself, if one does.
+async fn server(data: &Data, report: &mut Report) -> Result<(), Failure> {
     let path = data.socket();
     let asked = tokio::task::spawn_blocking(move || questions::ask(&path, Question::Status(5))).await;
     let status = match asked.map_err(|error| Failure::failed("INTERNAL", error.to_string()))? {
         Ok(Some(status)) => status,
         Ok(None) => {
-            report.warning("server", "no server serves this data directory", "start one with `mainstay serve`")?;
-            return Ok(false);
+            let advice = "start one with `mainstay serve`, or name another directory with --data";
+            return report.warning("server", "no server serves this data directory", advice);
         }
         Err(failure) => {
             let advice = "it may be another version, or stopped by a debugger; look at its log";
-            report.wrong("server", &format!("one runs and does not answer: {}", failure.message), advice)?;
-            return Ok(true);
+            return report.wrong("server", &format!("one runs and does not answer: {}", failure.message), advice);
         }
     };
     let number = |value: &Value| value.as_u64().unwrap_or(0);
@@ -317,7 +333,7 @@ async fn server(data: &Data, report: &mut Report) -> Result<bool, Failure> {
             report.warning(&about, &what, "the log waits for it, and costs nobody else anything")?;
         }
     }
-    Ok(true)
+    Ok(())
 }
 
 /// How long a server may take to answer.

@@ -7,7 +7,7 @@ use std::path::Path;
 use mainstay_client::Config;
 use mainstay_protocol::session::{Grant, Grants, Instance, Operation, Operations};
 use mainstay_protocol::wire::Subject;
-use mainstay_server::auth::{Claims, Revocation, SigningKey, Verified};
+use mainstay_server::auth::{Claims, Revocation, SigningKey, Verified, VerifyingKey};
 use mainstay_transport::quic::{Pin, read_certificates};
 use serde_json::json;
 
@@ -85,7 +85,8 @@ pub(crate) async fn run(args: args::Token, output: Output) -> Result<(), Failure
                 }
                 (_, Some(id), ..) => Revocation::Token { id },
                 (_, _, Some(subject), _) => Revocation::Subject { subject, until: now() },
-                (.., Some(id)) => Revocation::Key { id },
+                // The key itself stands for its id.
+                (.., Some(id)) => Revocation::Key { id: VerifyingKey::from_paserk(&id).map_or(id, |key| key.id()) },
                 // The arguments have one of them.
                 _ => return Err(Failure::usage("nothing is named that is to be revoked")),
             };

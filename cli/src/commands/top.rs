@@ -56,7 +56,7 @@ const LEVELS: [&str; 6] = [
     "new connections are shed",
     "new connections and sessions are shed",
     "new connections, sessions and history are shed",
-    "everything but presence, appends, live deliveries and signals is shed",
+    "everything but appends, live deliveries and signals is shed",
     "everything but live deliveries and signals is shed",
 ];
 

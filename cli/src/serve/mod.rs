@@ -78,16 +78,20 @@ fn check(settings: &Settings, dev: bool, output: Output) -> Result<(), Failure> 
     let data = settings.data()?;
     let config = settings.server(dev)?;
     let namespaces = settings.namespaces(dev)?;
-    // A data directory is made by the first start, and so are the keys in it.
-    let exists = data.dir().exists();
-    if exists {
-        let key = if dev { Some(data.signing_key()?) } else { None };
-        settings.anchors(&namespaces, key.as_ref())?;
-        for Namespaced { data, .. } in &namespaces {
+    // Nothing is made here: the data directory and the keys in it come with the first start, and belong to whoever that is.
+    let there = |path: PathBuf| path.exists();
+    let key = if dev && there(data.signing_key_file()) { Some(data.signing_key()?) } else { None };
+    Settings::believed(&namespaces, dev, key.as_ref())?;
+    for Namespaced { data, .. } in &namespaces {
+        data.revocations()?;
+        if there(data.minting_key_file()) {
+            data.minting_key()?;
+        }
+        if there(data.store()) {
             FjallStore::check_version(&data.store())?;
         }
     }
-    if !dev || exists {
+    if settings.identity_pair() != (None, None) || !dev || there(data.tls_key_file()) {
         let identity = settings.identity(dev, &data)?;
         identity.pin().map_err(Failure::usage)?;
     }

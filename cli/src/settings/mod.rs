@@ -156,6 +156,13 @@ fn usage(what: impl Into<String>) -> Failure {
     Failure::usage(what)
 }
 
+/// Whose tokens one namespace believes.
+#[derive(Debug)]
+pub(crate) struct Believed {
+    keys: Vec<VerifyingKey>,
+    issuers: Vec<Arc<JwtIssuer>>,
+}
+
 impl Settings {
     /// The data directory.
     pub(crate) fn data(&self) -> Result<Data, Failure> {
@@ -173,6 +180,10 @@ impl Settings {
 
     /// What the server is told. `dev`: its users are taken for trusted ones unless something else is said.
     pub(crate) fn server(&self, dev: bool) -> Result<Config, Failure> {
+        if let Some(filter) = &self.log.filter {
+            let read = tracing_subscriber::EnvFilter::try_new(filter);
+            read.map_err(|error| usage(format!("log.filter = {filter:?} is not a filter: {error}")))?;
+        }
         let mut config = Config::default();
         let limits = &self.limits;
         let seconds = |secs: Option<u64>, default| secs.map_or(default, Duration::from_secs);
@@ -260,19 +271,24 @@ impl Settings {
         Ok(all)
     }
 
-    /// Whom each namespace believes. Errors: a key that cannot be read, one that two namespaces have, or a namespace that has none.
-    pub(crate) fn anchors(&self, namespaces: &[Namespaced], dev: Option<&SigningKey>) -> Result<Vec<Anchors>, Failure> {
+    /// Whose tokens each namespace believes. A development server has a key of its own, which is not there before its first start. Makes
+    /// nothing. Errors: a key or an issuer that cannot be read, one that two namespaces have, or a namespace that has none.
+    pub(crate) fn believed(
+        namespaces: &[Namespaced],
+        dev: bool,
+        key: Option<&SigningKey>,
+    ) -> Result<Vec<Believed>, Failure> {
         let mut seen: Vec<(String, &str)> = Vec::new();
         let mut all = Vec::new();
-        for namespace in namespaces {
-            let Namespaced { name, data, auth, .. } = namespace;
+        for Namespaced { name, auth, .. } in namespaces {
             let of = |what: String| usage(format!("namespace {name}: {what}"));
             let mut keys = Vec::new();
             for text in &auth.keys {
                 keys.push(VerifyingKey::from_paserk(text).map_err(of)?);
             }
-            if name == DEFAULT_NAMESPACE {
-                keys.extend(dev.map(SigningKey::verifying_key));
+            let has_own = dev && name == DEFAULT_NAMESPACE;
+            if has_own {
+                keys.extend(key.map(SigningKey::verifying_key));
             }
             for key in &keys {
                 if let Some((_, other)) = seen.iter().find(|(id, other)| *id == key.id() && other != name) {
@@ -291,13 +307,24 @@ impl Settings {
                 }
                 seen.push((id, name));
             }
-            if keys.is_empty() && issuers.is_empty() {
+            if keys.is_empty() && issuers.is_empty() && !has_own {
                 return Err(of(
                     "no key to verify tokens with: use --dev, or list verification keys under [auth] keys in \
                                --config (make one with `mainstay token keygen`), or issuers of JWTs"
                         .into(),
                 ));
             }
+            all.push(Believed { keys, issuers });
+        }
+        Ok(all)
+    }
+
+    /// Whom each namespace believes. Makes the keys that are missing. Errors: those of [`Settings::believed`], and revocations that cannot be
+    /// read.
+    pub(crate) fn anchors(&self, namespaces: &[Namespaced], dev: Option<&SigningKey>) -> Result<Vec<Anchors>, Failure> {
+        let mut all = Vec::new();
+        let believed = Self::believed(namespaces, dev.is_some(), dev)?;
+        for (Namespaced { data, auth, .. }, Believed { keys, issuers }) in namespaces.iter().zip(believed) {
             let mut anchors = Anchors::new(Keyring::new(keys));
             anchors.issuers = issuers;
             anchors.revoked = data.revocations()?;
@@ -322,6 +349,11 @@ impl Settings {
             (None, None) => Err(usage("no certificate: use --dev, or set cert and key under [tls] in --config")),
             _ => Err(usage("[tls] needs both cert and key")),
         }
+    }
+
+    /// The file of the certificate, and that of its key.
+    pub(crate) fn identity_pair(&self) -> (Option<&Path>, Option<&Path>) {
+        (self.tls.cert.as_deref(), self.tls.key.as_deref())
     }
 
     /// The files of the certificate, to be watched.

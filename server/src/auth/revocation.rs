@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use mainstay_protocol::error::Code;
+use mainstay_protocol::registry::MAX_TOKEN_ID;
+use mainstay_protocol::wire::Subject;
 use serde::{Deserialize, Serialize};
 
 use super::trust::Verified;
@@ -50,11 +52,30 @@ pub struct Revocations {
     keys: BTreeSet<String>,
 }
 
+impl Revocation {
+    /// Whether there can be what it names. Errors: what is wrong, without what was named: it may be a secret that was mistaken for a name.
+    fn check(&self) -> Result<(), String> {
+        match self {
+            Self::Token { id } if id.is_empty() || id.len() > MAX_TOKEN_ID => Err(format!(
+                "the id of a token has 1 to {MAX_TOKEN_ID} bytes; a token that has none is revoked by its whole text"
+            )),
+            // PASERK, or an issuer and a `kid`.
+            Self::Key { id } if !id.starts_with("k4.pid.") && !id.contains(' ') => {
+                Err("the id of a key begins with `k4.pid.`; that of a JWT's is its issuer, a space and its `kid`"
+                    .into())
+            }
+            Self::Subject { subject, .. } => Subject::new(subject).map(drop).map_err(|error| error.detail.into()),
+            Self::Token { .. } | Self::Key { .. } => Ok(()),
+        }
+    }
+}
+
 impl Revocations {
     /// Revokes something. True if that was not revoked before.
     ///
-    /// Errors: there are too many; the time of a subject is not in the past, so that what is issued next would be revoked too.
+    /// Errors: it names nothing that there can be; there are too many; the time of a subject is not in the past, so that what is issued next would be revoked too.
     pub fn add(&mut self, revocation: Revocation, now: i64) -> Result<bool, String> {
+        revocation.check()?;
         let (known, room) = match &revocation {
             Revocation::Token { id } => (self.tokens.contains(id), MAX_REVOCATIONS - RESERVED),
             Revocation::Key { id } => (self.keys.contains(id), MAX_REVOCATIONS),
@@ -117,17 +138,15 @@ impl Revocations {
 
 #[cfg(test)]
 mod tests {
-    use mainstay_protocol::session::Grants;
-    use mainstay_protocol::wire::Subject;
-
     use super::*;
     use crate::auth::Claims;
+    use mainstay_protocol::session::Grants;
 
     fn verified(subject: &str, id: &str, ancestors: &[&str], issued: i64) -> Verified {
         let subject = Subject::new(subject).expect("a subject");
         let mut claims = Claims::new(subject, Grants::default(), issued, i64::MAX);
         claims.ancestors = ancestors.iter().map(|id| (*id).to_owned()).collect();
-        Verified { claims, id: id.into(), key: "key".into() }
+        Verified { claims, id: id.into(), key: "k4.pid.key".into() }
     }
 
     #[test]
@@ -152,9 +171,28 @@ mod tests {
         ] {
             assert_eq!(check(&revoked, verified(name, "three", &[], issued)), expected, "{name} {issued}");
         }
-        assert_eq!(revoked.add(Revocation::Key { id: "key".into() }, 100), Ok(true));
+        assert_eq!(revoked.add(Revocation::Key { id: "k4.pid.key".into() }, 100), Ok(true));
         assert_eq!(check(&revoked, verified("bob", "four", &[], 99)), Err(Code::TOKEN_REVOKED));
         assert_eq!(revoked.len(), 3);
+    }
+
+    #[test]
+    fn what_names_nothing_is_not_revoked_and_not_said_again() {
+        let mut revoked = Revocations::default();
+        let secret = "v4.public.".to_owned() + &"x".repeat(300);
+        for (named, one) in [
+            (&secret, Revocation::Token { id: secret.clone() }),
+            (&secret, Revocation::Token { id: String::new() }),
+            (&secret, Revocation::Key { id: secret.clone() }),
+            (&secret, Revocation::Key { id: "nonsense".into() }),
+            (&secret, Revocation::Subject { subject: "a\nb".into(), until: 0 }),
+            (&secret, Revocation::Subject { subject: String::new(), until: 0 }),
+        ] {
+            let error = revoked.add(one, 100).expect_err("refused");
+            assert!(!error.contains(named.as_str()), "{error}");
+        }
+        assert!(revoked.is_empty());
+        assert_eq!(revoked.add(Revocation::Key { id: "https://login.example.com 2026-01".into() }, 100), Ok(true));
     }
 
     #[test]
@@ -167,9 +205,9 @@ mod tests {
         assert_eq!(revoked.add(Revocation::Token { id: "1".into() }, 0), Ok(false), "it is revoked");
         // What stands for many has places of its own.
         for at in 0..RESERVED {
-            assert_eq!(revoked.add(Revocation::Key { id: at.to_string() }, 0), Ok(true));
+            assert_eq!(revoked.add(Revocation::Key { id: format!("k4.pid.{at}") }, 0), Ok(true));
         }
-        assert!(revoked.add(Revocation::Key { id: "one more".into() }, 0).is_err());
+        assert!(revoked.add(Revocation::Key { id: "k4.pid.more".into() }, 0).is_err());
         assert!(revoked.add(Revocation::Subject { subject: "one more".into(), until: 0 }, 0).is_err());
     }
 }
