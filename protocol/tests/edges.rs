@@ -14,7 +14,7 @@ use mainstay_protocol::session::{
     Step, Streams, Target, Triggers, View,
 };
 use mainstay_protocol::wire::{
-    self, Body, Deframer, Frame, Label, MAX_VARINT, Ping, Pong, Span, Start, Subject, Subscribe, Writer, prefix_len,
+    self, Body, Deframer, Frame, Label, MAX_VARINT, Ping, Pong, Reader, Span, Start, Subject, Subscribe, Writer, prefix_len,
     put_frame,
 };
 
@@ -445,5 +445,25 @@ fn each_request_needs_its_grant() {
     ];
     for (request, expected) in needs {
         assert_eq!(Operation::needed_by(&request), expected, "{request:?}");
+    }
+}
+
+/// Spec WIRE-5: a byte string is as long as it may be, and not longer.
+#[test]
+fn a_byte_string_ends_at_its_limit() {
+    let text = |len: usize| {
+        let mut w = Writer::new();
+        w.bytes(&vec![7; len]);
+        w.freeze()
+    };
+    for len in [0, 1, 5, 64] {
+        let whole = text(len);
+        assert_eq!(Reader::new(&whole).bytes(len), Ok(Bytes::from(vec![7; len])));
+        assert_eq!(Reader::new(&whole).bytes(len + 1), Ok(Bytes::from(vec![7; len])));
+        if let Some(less) = len.checked_sub(1) {
+            assert_eq!(Reader::new(&whole).bytes(less).map_err(|error| error.code), Err(Code::FRAME_MALFORMED));
+        }
+        let cut = whole.slice(..whole.len() - usize::from(len > 0));
+        assert_eq!(Reader::new(&cut).bytes(len).is_ok(), len == 0);
     }
 }

@@ -134,6 +134,7 @@ fn a_network_change_is_acted_on_at_once_and_a_second_connection_is_tried_where_t
     assert!(!roaming.in_doubt());
 }
 
+/// Spec ROAM-4.
 #[test]
 fn who_uploads_or_was_cut_off_for_long_tries_both_at_once() {
     for (uploading, at) in [(true, 1000), (false, 3000)] {
@@ -174,6 +175,7 @@ fn the_first_connection_goes_on_if_it_is_heard_in_time() {
     assert_eq!(roaming.due(&facts), Some(ms(5061 + 1000)));
 }
 
+/// Spec ROAM-3.
 #[test]
 fn an_answer_that_does_not_come_puts_the_path_in_doubt() {
     let (mut roaming, mut facts) = connected();

@@ -74,6 +74,7 @@ async fn second_is_refused(what: &str, quotas: impl FnOnce(&mut Quotas), request
     lives(&mut raw).await;
 }
 
+/// Spec LIM-1.
 #[tokio::test]
 async fn rates_of_a_subject_are_kept_for_each_kind_of_request() {
     let join = |n: u8| {
@@ -394,6 +395,7 @@ async fn stored_bytes_of_a_session_and_of_a_prefix_are_bounded_and_a_deletion_ma
     let _third = raw.attach("team/c").await;
 }
 
+/// Spec LIM-3.
 #[tokio::test]
 async fn attachments_and_subscriptions_of_a_session_are_bounded() {
     let server = server(|quotas| (quotas.session.attachments, quotas.session.subscriptions) = (2, 1));

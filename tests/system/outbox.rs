@@ -73,6 +73,7 @@ fn is_refused(state: &EntryState) -> bool {
     matches!(state, EntryState::Rejected { code: Code::MESSAGE_NOT_OPEN, .. })
 }
 
+/// Spec OUT-1.
 #[tokio::test(start_paused = true)]
 async fn entries_are_stored_in_order_and_what_is_refused_makes_room_for_those_behind_it() {
     let (dir, mut world) = (tempfile::tempdir().expect("a directory"), world(1));
@@ -124,7 +125,7 @@ async fn a_refusal_with_much_behind_it_stops_nothing() {
     assert_eq!(stored(&client).await.len(), 41);
 }
 
-/// Whoever sends may be stopped at any moment, and started again in the same process.
+/// Spec OUT-4: whoever sends may be stopped at any moment, and started again in the same process.
 #[tokio::test(start_paused = true)]
 async fn a_sender_that_is_stopped_and_started_again_loses_and_doubles_nothing() {
     let mut random = random::for_test("a_sender_that_is_stopped_and_started_again");
@@ -488,7 +489,7 @@ async fn a_message_of_which_a_part_is_unknown_is_given_up() {
     assert!(is_unknown(&rest.settled().await));
 }
 
-/// A signal that nobody sent is sent once that can be, whatever the session stored and trimmed meanwhile.
+/// Spec OUT-6: a signal that nobody sent is sent once that can be, whatever the session stored and trimmed meanwhile.
 #[tokio::test(start_paused = true)]
 async fn a_signal_that_waited_for_the_network_is_sent() {
     let mut world = world(11);

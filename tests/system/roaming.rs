@@ -132,7 +132,7 @@ async fn uploading(change: Change, outage: Duration, count: u8, random: &mut Ran
     (took, writer.paths())
 }
 
-/// Design, section 10: two round trips for a reader, three for a writer, whatever the outage was.
+/// Spec ROAM-1: two round trips for a reader, three for a writer, whatever the outage was.
 #[tokio::test(start_paused = true)]
 async fn a_change_of_network_costs_a_reader_two_round_trips_and_a_writer_three_after_any_outage() {
     const COUNT: u8 = 20;
@@ -275,7 +275,7 @@ async fn an_idle_hour_costs_what_the_documentation_says() {
     }
 }
 
-/// Spec ROAM-5: a second connection that is ready before it may take over waits until it may.
+/// Spec ROAM-5, ROAM-6: a second connection that is ready before it may take over waits until it may.
 #[tokio::test(start_paused = true)]
 async fn a_second_connection_that_is_ready_early_waits() {
     let rtt = ms(300);

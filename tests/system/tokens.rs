@@ -649,7 +649,7 @@ async fn a_token_that_is_bound_to_a_certificate_is_good_only_with_its_key() {
     running.abort();
 }
 
-/// Ten thousand guessed, cut, flipped and replayed tokens: none is believed, and the connection lives through all of them.
+/// Ten thousand guessed, cut, flipped and replayed tokens: none is believed. Each connection lives through as many as may come.
 #[tokio::test]
 async fn ten_thousand_forged_tokens_open_nothing() {
     let mut random = mainstay_tests::random::for_test("forged tokens");

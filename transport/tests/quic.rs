@@ -110,6 +110,7 @@ async fn once(connector: &QuicConnector, listener: &QuicListener) {
     connection.close(0, "");
 }
 
+/// Spec EARLY-3.
 #[tokio::test(start_paused = true)]
 async fn a_client_that_was_here_has_its_first_answer_after_one_round_trip_also_from_a_restarted_server() {
     let world = World::new();

@@ -17,6 +17,7 @@ use std::time::Instant;
 pub(crate) const USAGE: &str = "\
 Tasks:
   cargo xtask test                 everything that CI runs: format, lints, docs, every test, a short fuzz
+  cargo xtask tidy                 what no other tool looks at: requirements that nothing cites, links that lead nowhere
   cargo xtask fuzz [TARGET] [SECS] fuzz one target, or all in turn, for so long (default 60 s each)
   cargo xtask fuzz --smoke         every target for a few seconds, as in `test`
   cargo xtask fuzz --coverage [TARGET]  how many lines of the core their inputs reach
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let outcome = match words.as_slice() {
         ["test"] => test(),
+        ["tidy"] => tidy::run(&root()),
         ["fuzz", rest @ ..] => fuzz::run(rest),
         ["mutants", rest @ ..] => mutants(rest),
         ["bench", rest @ ..] => bench(rest),

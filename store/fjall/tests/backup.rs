@@ -127,6 +127,7 @@ async fn what_is_saved_comes_back_as_other_lives_of_the_same_sessions() {
     }
 }
 
+/// Spec BACKUP-2.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backup_of_a_busy_store_holds_what_was_acknowledged_before_and_nothing_in_halves() {
     let temp = tempfile::tempdir().unwrap();
@@ -181,6 +182,7 @@ async fn a_backup_of_a_busy_store_holds_what_was_acknowledged_before_and_nothing
     }
 }
 
+/// Spec BACKUP-3.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backup_that_is_cut_short_or_changed_is_known_as_such_and_brings_no_half_of_a_session() {
     let temp = tempfile::tempdir().unwrap();
@@ -216,6 +218,7 @@ async fn a_backup_that_is_cut_short_or_changed_is_known_as_such_and_brings_no_ha
     assert!(there.iter().all(|(name, facts)| before[name].1 == facts.1));
 }
 
+/// Spec BACKUP-5.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crash_while_sessions_come_back_leaves_each_whole_or_not_at_all() {
     let temp = tempfile::tempdir().unwrap();

@@ -981,11 +981,6 @@ impl<T> Authority<T> {
     pub fn is_uncertain(&self) -> bool {
         self.uncertain
     }
-
-    /// The epoch of `key` that is granted or being granted.
-    pub fn staged_epoch(&self, key: &ProducerKey) -> u64 {
-        self.state.producers.staged_epoch(key)
-    }
 }
 
 fn time_of(work: &Work) -> Option<u64> {
