@@ -14,8 +14,8 @@ use mainstay_protocol::session::{
     Step, Streams, Target, Triggers, View,
 };
 use mainstay_protocol::wire::{
-    self, Body, Deframer, Frame, Label, MAX_VARINT, Ping, Pong, Reader, Span, Start, Subject, Subscribe, Writer, prefix_len,
-    put_frame,
+    self, Body, Deframer, Frame, Label, MAX_VARINT, Ping, Pong, Reader, Span, Start, Subject, Subscribe, Writer,
+    prefix_len, put_frame,
 };
 
 const LIFE: Incarnation = Incarnation([1; 16]);
