@@ -272,3 +272,41 @@ async fn batches_need_append_when_they_come() {
     assert_eq!(first(&mut attachment.1).await, Answer::Forbidden);
     raw.connection.close(0, "done");
 }
+
+/// A job that was given is finished only by whoever may still be told of it (spec NOTE-5).
+#[tokio::test]
+async fn a_job_is_done_as_long_as_the_token_grants_it() {
+    let server = prepared().await;
+    let client = server.client();
+    let session = client.session("s").expect("a name").attach().await.expect("attach");
+    let triggers = mainstay_client::Triggers::new([mainstay_client::Kind::REQUEST_OPENED]).expect("triggers");
+    let (name, principal) = (label("phone"), "dev".parse().expect("a subject"));
+    let rule = mainstay_client::NotifyRule { name, principal, triggers, delay: 0, collapse: None };
+    session.set_rule(rule).await.expect("a rule");
+    let producer = session.producer("agent").await.expect("a producer");
+    let run = session.start_run(PATIENCE, None).await.expect("a run");
+    let (_, asked) = run.request(&producer, "approval", PATIENCE, "may I").await.expect("append");
+    let seq = asked.await.expect("stored");
+
+    let mut raw = connect(&server, &Operation::ALL).await;
+    let (mut send, mut frames) = raw.open(&Frame::from(Pull { prefix: Bytes::new(), limit: 1 }).to_bytes()).await;
+    let Ok(Some(Frame::Job(job))) = timeout(PATIENCE, frames.next()).await.expect("in time") else { panic!("no job") };
+    assert_eq!(job.job, seq);
+    let without: Vec<Operation> = Operation::ALL.into_iter().filter(|one| *one != Operation::Notify).collect();
+    let narrower = server.key.mint(&claims("mallory", "", without)).expect("a token");
+    raw.control.0.write(&mut [Frame::from(Token { token: narrower.into() }).to_bytes()]).await.expect("write");
+    let mut believed = 0;
+    while believed < 2 {
+        let frame = timeout(PATIENCE, raw.control.1.next()).await.expect("an answer").expect("no error");
+        believed += u32::from(matches!(frame, Some(Frame::Authenticated(_))));
+    }
+    let (number, outcome) = (job.number, mainstay_client::JobOutcome::Delivered);
+    let _ = send.write(&mut [Frame::from(Done { number, outcome, detail: Detail::new("") }).to_bytes()]).await;
+    assert_eq!(first(&mut frames).await, Answer::Forbidden);
+    // Another one gets it: it was not done.
+    let mut jobs = client.jobs("", 1);
+    match timeout(PATIENCE, jobs.next()).await.expect("in time") {
+        Some(Ok(mainstay_client::JobEvent::Job(again))) => assert_eq!(again.key.seq, seq),
+        other => panic!("{other:?}"),
+    }
+}
