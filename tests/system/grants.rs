@@ -279,7 +279,7 @@ async fn a_job_is_done_as_long_as_the_token_grants_it() {
     let server = prepared().await;
     let client = server.client();
     let session = client.session("s").expect("a name").attach().await.expect("attach");
-    let triggers = mainstay_client::Triggers::new([mainstay_client::Kind::REQUEST_OPENED]).expect("triggers");
+    let triggers = Triggers::new([mainstay_client::Kind::REQUEST_OPENED]).expect("triggers");
     let (name, principal) = (label("phone"), "dev".parse().expect("a subject"));
     let rule = mainstay_client::NotifyRule { name, principal, triggers, delay: 0, collapse: None };
     session.set_rule(rule).await.expect("a rule");
