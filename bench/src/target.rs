@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mainstay_client::{Client, ClientError, Config, ConnectFile};
-use mainstay_tests::process::Server;
+use mainstay_tests::process::{Server, Usage};
 
 /// Where load goes.
 pub enum Target {
@@ -22,9 +22,6 @@ pub struct Disk {
     /// Those of journals, whose size does not depend on that of the data.
     pub journals: f64,
 }
-
-/// Clock ticks of the kernel's process accounting: 100 a second on every Linux that matters.
-const TICKS: f64 = 100.0;
 
 impl Target {
     /// Starts a server on a new data directory.
@@ -48,20 +45,19 @@ impl Target {
 
     /// CPU time that its process has used.
     pub fn cpu(&self) -> Option<Duration> {
-        let Self::Own(server) = self else { return None };
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", server.pid())).ok()?;
-        // The name in parentheses may hold spaces.
-        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-        let ticks: f64 = fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?;
-        Some(Duration::from_secs_f64(ticks / TICKS))
+        self.usage().map(|usage| usage.cpu)
     }
 
     /// Resident memory of its process that is not backed by files, in bytes.
     pub fn memory(&self) -> Option<f64> {
-        let Self::Own(server) = self else { return None };
-        let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).ok()?;
-        let line = status.lines().find(|line| line.starts_with("RssAnon:"))?;
-        line.split_whitespace().nth(1)?.parse::<f64>().ok().map(|kib| kib * 1024.0)
+        self.usage().map(|usage| usage.anonymous as f64)
+    }
+
+    fn usage(&self) -> Option<Usage> {
+        match self {
+            Self::Own(server) => Some(server.usage()),
+            Self::Given(_) => None,
+        }
     }
 
     /// Bytes that its process has allocated, by its own account.

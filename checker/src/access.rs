@@ -1,7 +1,9 @@
 //! A1–A3: who may do what.
 
+use std::collections::BTreeMap;
+
 use crate::evidence::{Evidence, Granted, Outcome};
-use crate::history::Event;
+use crate::history::{Call, Event};
 use crate::verdict::{Class, Verdict};
 
 /// How long what was asked for before a right was revoked may go on, in nanoseconds.
@@ -16,8 +18,34 @@ fn covers(prefix: &str, session: &str) -> bool {
     }
 }
 
+/// A3: nobody reads what was written in another namespace.
+fn namespaces(evidence: &Evidence<'_>, verdict: &mut Verdict) {
+    let of: BTreeMap<&str, &str> = evidence.grants.iter().map(|granted| (granted.process, granted.namespace)).collect();
+    let of = |process: &str| of.get(process).copied().unwrap_or_default();
+    let mut written: BTreeMap<&str, &str> = BTreeMap::new();
+    for operation in &evidence.operations {
+        if let Call::Append { records, .. } = operation.call {
+            written.extend(records.iter().map(|text| (text.as_str(), of(operation.process))));
+        }
+    }
+    for subscription in evidence.subscriptions.values() {
+        let theirs = of(subscription.process);
+        for (_, event) in &subscription.events {
+            let Event::Records { records, .. } = event else { continue };
+            for text in records.iter().filter_map(|record| record.data.as_deref()) {
+                if let Some(other) = written.get(text).filter(|other| **other != theirs) {
+                    verdict.report(Class::CrossedNamespaces, subscription.session, || {
+                        format!("{} of {theirs:?} was given {text:?} of {other:?}", subscription.process)
+                    });
+                }
+            }
+        }
+    }
+}
+
 /// Checks what was done, refused and delivered against rights.
 pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
+    namespaces(evidence, verdict);
     let of = |process: &str| -> Vec<&Granted<'_>> {
         evidence.grants.iter().filter(|granted| granted.process == process).collect()
     };

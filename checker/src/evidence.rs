@@ -48,6 +48,20 @@ impl Operation<'_> {
         matches!(self.outcome, Outcome::Failed(_))
     }
 
+    /// The seq of the record that was stored for it, or is why nothing had to be, if it was certainly done.
+    pub fn stored(&self) -> Option<u64> {
+        let tells = self.call.is_record()
+            || matches!(
+                self.call,
+                Call::Speak { .. }
+                    | Call::Join { .. }
+                    | Call::StartRun { .. }
+                    | Call::TakeRun { .. }
+                    | Call::EndRun { .. }
+            );
+        self.seq().filter(|_| tells)
+    }
+
     /// True if it was certainly done.
     pub fn is_done(&self) -> bool {
         matches!(self.outcome, Outcome::Done(_))
@@ -78,10 +92,12 @@ pub struct Complete<'a> {
     pub first: u64,
     /// The tail.
     pub tail: u64,
+    /// Whole messages may stand in the place of their parts.
+    pub compacted: bool,
+    /// The hash of the view at the tail, where it was told.
+    pub hash: Option<&'a str>,
     /// Every record.
     pub records: &'a [Record],
-    /// Of what is on the disk: where it begins is not told apart from what was put together.
-    pub dump: bool,
 }
 
 /// When and by whom a record was seen first.
@@ -136,6 +152,8 @@ pub struct Attached<'a> {
     pub tail: u64,
     /// When it was asked for.
     pub asked: u64,
+    /// When it was told.
+    pub at: u64,
     /// The hash of the server's view there.
     pub hash: &'a str,
 }
@@ -149,6 +167,8 @@ pub struct Granted<'a> {
     pub prefix: &'a str,
     /// To do what.
     pub operations: &'a [String],
+    /// In which namespace.
+    pub namespace: &'a str,
     /// From when.
     pub from: u64,
     /// Until when.
@@ -217,7 +237,7 @@ impl<'a> Evidence<'a> {
                 }
                 Event::Attached { session, incarnation, tail, asked, hash } => {
                     let (tail, asked) = (*tail, *asked);
-                    this.attached.push(Attached { process, session, incarnation, tail, asked, hash });
+                    this.attached.push(Attached { process, session, incarnation, tail, asked, at: *at, hash });
                 }
                 Event::Started { subscription, session, incarnation, asked, filter, .. } => {
                     let life = this.lives.entry((session, incarnation)).or_default();
@@ -244,8 +264,8 @@ impl<'a> Evidence<'a> {
                 }
                 // Behind everything that clients saw: see below.
                 Event::Final { .. } => {}
-                Event::Granted { prefix, operations } => {
-                    this.grants.push(Granted { process, prefix, operations, from: *at, until: NEVER });
+                Event::Granted { prefix, operations, namespace } => {
+                    this.grants.push(Granted { process, prefix, operations, namespace, from: *at, until: NEVER });
                 }
                 Event::Revoked {} => {
                     let theirs = this.grants.iter_mut().filter(|granted| granted.process == process);
@@ -265,44 +285,43 @@ impl<'a> Evidence<'a> {
 
     /// What was seen where.
     fn see(&mut self, entries: &'a [Entry], verdict: &mut Verdict) {
-        let mut delivered = 0;
-        for (number, subscription) in &self.subscriptions {
-            let life = self.lives.entry((subscription.session, subscription.incarnation)).or_default();
-            for (at, event) in &subscription.events {
-                match event {
-                    Event::Records { records, .. } => {
-                        delivered += records.len() as u64;
-                        for record in records {
-                            life.note(
-                                Seen { record, at: *at, subscription: Some(*number) },
-                                subscription.session,
-                                verdict,
-                            );
-                        }
-                    }
-                    Event::Compacted { .. } => life.compacted = true,
-                    _ => {}
-                }
-            }
-        }
-        verdict.count("delivered", delivered);
-        verdict.count("subscriptions", self.subscriptions.len() as u64);
         for Entry { event, .. } in entries {
-            let Event::Final { session, incarnation, first, tail, compacted, records } = event else { continue };
+            let Event::Final { session, incarnation, first, tail, compacted, hash, records } = event else { continue };
             verdict.count("complete-reads", 1);
             let mut incarnation = incarnation.as_str();
-            let dump = incarnation.is_empty();
             if incarnation.is_empty() {
                 // A dump: of the last life that anybody saw.
                 let lives = self.lives.iter().filter(|((name, _), _)| name == session);
                 incarnation = lives.max_by_key(|(_, life)| life.begun).map_or("", |((_, incarnation), _)| incarnation);
             }
             let life = self.lives.entry((session, incarnation)).or_default();
-            for record in records {
-                life.note(Seen { record, at: NEVER, subscription: None }, session, verdict);
-            }
             life.compacted |= *compacted;
-            life.complete.push(Complete { first: *first, tail: *tail, records, dump });
+            let hash = hash.as_deref();
+            life.complete.push(Complete { first: *first, tail: *tail, compacted: *compacted, hash, records });
+        }
+        for subscription in self.subscriptions.values() {
+            let life = self.lives.entry((subscription.session, subscription.incarnation)).or_default();
+            life.compacted |= subscription.events.iter().any(|(_, event)| matches!(event, Event::Compacted { .. }));
+        }
+        let mut delivered = 0;
+        for (number, subscription) in &self.subscriptions {
+            let life = self.lives.entry((subscription.session, subscription.incarnation)).or_default();
+            for (at, event) in &subscription.events {
+                let Event::Records { records, .. } = event else { continue };
+                delivered += records.len() as u64;
+                for record in records {
+                    life.note(Seen { record, at: *at, subscription: Some(*number) }, subscription.session, verdict);
+                }
+            }
+        }
+        verdict.count("delivered", delivered);
+        verdict.count("subscriptions", self.subscriptions.len() as u64);
+        for ((session, _), life) in &mut self.lives {
+            for complete in life.complete.clone() {
+                for record in complete.records {
+                    life.note(Seen { record, at: NEVER, subscription: None }, session, verdict);
+                }
+            }
         }
     }
 
@@ -342,7 +361,7 @@ impl<'a> Life<'a> {
             self.seen.insert(seen.record.seq, seen);
             return;
         };
-        let put_together = is_part(&known.record.kind) && is_part(&seen.record.kind);
+        let put_together = self.compacted && is_part(&known.record.kind) && is_part(&seen.record.kind);
         if known.record != seen.record && !put_together {
             verdict.report(Class::InconsistentSeq, session, || format!("{:?} and {:?}", known.record, seen.record));
         }

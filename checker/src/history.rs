@@ -170,6 +170,9 @@ pub enum Event {
         /// Whole messages may stand in the place of their parts.
         #[serde(default)]
         compacted: bool,
+        /// The hash of the view at the tail, where it was told.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        hash: Option<String>,
         /// Every record.
         records: Vec<Record>,
     },
@@ -179,6 +182,9 @@ pub enum Event {
         prefix: String,
         /// To do this: the words of tokens.
         operations: Vec<String>,
+        /// In this namespace; without any right a process is in the one without a name.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        namespace: String,
     },
     /// All rights of the process end now.
     Revoked {},
@@ -244,6 +250,15 @@ pub enum Call {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         run: Option<String>,
     },
+    /// Write a message: all of it has been asked for once this is there. `ok.seq` is that of its end.
+    Speak {
+        /// The session.
+        session: String,
+        /// Its id, which no other message of the history has.
+        message: String,
+        /// The whole text.
+        text: String,
+    },
     /// Give a key a value.
     Put {
         /// The session.
@@ -281,6 +296,9 @@ pub enum Call {
         session: String,
         /// The author under which records of the member are stored.
         author: String,
+        /// Nanoseconds after which at the latest the membership has ended once its process is gone, if nothing else happens.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        lease: Option<u64>,
     },
     /// Be no member any more.
     Leave {
@@ -332,6 +350,7 @@ impl Call {
             | Self::AttachAt { session, .. }
             | Self::OpenProducer { session, .. }
             | Self::Append { session, .. }
+            | Self::Speak { session, .. }
             | Self::Put { session, .. }
             | Self::Delete { session, .. }
             | Self::Increment { session, .. }
@@ -454,26 +473,41 @@ pub fn read(from: impl BufRead) -> io::Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// Reads what `verify --dump` prints as complete reads of its sessions, one each. Errors: it cannot be read; a line is no record.
+/// Reads what `verify --dump` prints as complete reads of its sessions, one each: its records, and behind them where it begins and ends. Errors:
+/// it cannot be read; a line is neither; a session has no end.
 pub fn read_dump(from: impl BufRead) -> io::Result<Vec<Event>> {
     #[derive(Deserialize)]
-    struct Row {
-        session: String,
-        #[serde(flatten)]
-        record: Record,
+    #[serde(tag = "event", rename_all = "snake_case")]
+    enum Row {
+        Record {
+            session: String,
+            #[serde(flatten)]
+            record: Record,
+        },
+        Session {
+            name: String,
+            first: u64,
+            tail: u64,
+            compacted: bool,
+            view_hash: String,
+        },
     }
-    let mut sessions: BTreeMap<String, Vec<Record>> = BTreeMap::new();
+    let invalid = |error: String| io::Error::new(io::ErrorKind::InvalidData, error);
+    let mut open: BTreeMap<String, Vec<Record>> = BTreeMap::new();
+    let mut complete = Vec::new();
     for (number, line) in from.lines().enumerate() {
-        let wrong = |error| io::Error::new(io::ErrorKind::InvalidData, format!("line {}: {error}", number + 1));
-        let row: Row = serde_json::from_str(&line?).map_err(wrong)?;
-        sessions.entry(row.session).or_default().push(row.record);
+        let wrong = |error| invalid(format!("line {}: {error}", number + 1));
+        match serde_json::from_str(&line?).map_err(wrong)? {
+            Row::Record { session, record } => open.entry(session).or_default().push(record),
+            Row::Session { name: session, first, tail, compacted, view_hash } => {
+                let records = open.remove(&session).unwrap_or_default();
+                let (incarnation, hash) = (String::new(), Some(view_hash));
+                complete.push(Event::Final { session, incarnation, first, tail, compacted, hash, records });
+            }
+        }
     }
-    let complete = |(session, records): (String, Vec<Record>)| {
-        let first = records.first().map_or(0, |record| record.seq);
-        let tail = records.last().map_or(0, |record| record.seq.saturating_add(1));
-        // Of one that is compacted nothing else says so.
-        let compacted = true;
-        Event::Final { session, incarnation: String::new(), first, tail, compacted, records }
-    };
-    Ok(sessions.into_iter().map(complete).collect())
+    match open.first_key_value() {
+        Some((session, _)) => Err(invalid(format!("of session {session} it is not told where it ends"))),
+        None => Ok(complete),
+    }
 }

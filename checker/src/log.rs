@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::evidence::{Evidence, Life, Operation, Outcome, is_part};
-use crate::history::Call;
+use crate::evidence::{Complete, Evidence, Life, Operation, Outcome, is_part};
+use crate::fold::Fold;
+use crate::history::{Call, Record};
 use crate::verdict::{Class, Verdict};
 
 /// An append.
@@ -31,6 +32,14 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         let appends = appends.get(session).map_or(&[][..], Vec::as_slice);
         stored(evidence, session, appends, deleted.contains(session), verdict);
         realtime(evidence, session, deleted.contains(session), verdict);
+        if evidence.lives_of(session).count() == 1 && !deleted.contains(session) {
+            for (_, life) in evidence.lives_of(session) {
+                for complete in life.complete.iter().filter(|complete| complete.first == 0) {
+                    messages(evidence, session, complete, verdict);
+                    deeds(evidence, session, complete, verdict);
+                }
+            }
+        }
         for (_, life) in evidence.lives_of(session) {
             complete(evidence, session, life, verdict);
         }
@@ -76,7 +85,8 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
         }
     }
     let read = evidence.lives_of(session).any(|(_, life)| !life.complete.is_empty());
-    let first = evidence.lives_of(session).flat_map(|(_, life)| &life.complete).map(|complete| complete.first).max();
+    // A complete read that begins behind it has a hole there.
+    let first = evidence.given_up(session);
     let mut invoked: BTreeSet<&str> = BTreeSet::new();
     let mut order: BTreeMap<(&str, &str), Vec<(u64, u64)>> = BTreeMap::new();
     for append in appends {
@@ -110,7 +120,7 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
                 for (index, found) in found.iter().enumerate() {
                     let place = seq.saturating_add(index as u64);
                     match found {
-                        None if read && !deleted && first.is_none_or(|first| place >= first) => {
+                        None if read && !deleted && place >= first => {
                             verdict.report(Class::LostWrite, session, || format!("seq {place}: {}", texts()));
                         }
                         Some((_, at, _)) if *at != place => {
@@ -137,7 +147,7 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
         let whole = found.len() == there.len()
             && there.windows(2).all(|pair| pair[1].1 == pair[0].1.saturating_add(1) && pair[1].0 == pair[0].0);
         // Its beginning may have been given up.
-        let cut = deleted || first.is_some_and(|first| first > 0 && there.iter().any(|(_, seq, _)| *seq <= first));
+        let cut = deleted || first > 0 && there.iter().any(|(_, seq, _)| *seq <= first);
         if records.len() > 1 {
             verdict.count("batches", 1);
             // One that was lost whole is told above; of one that a reader had begun to read nothing is known behind.
@@ -163,6 +173,71 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
         if !invoked.contains(text) {
             verdict.report(Class::Phantom, session, || format!("{text:?} at {all:?}"));
         }
+    }
+}
+
+/// L1, L6: what messages say is what was written, all of it once that was acknowledged; whether it was put together or not.
+fn messages(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verdict: &mut Verdict) {
+    let mut fold = Fold::default();
+    complete.records.iter().for_each(|record| fold.add(record));
+    let mut written: BTreeSet<&str> = BTreeSet::new();
+    for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
+        let Call::Speak { message, text, .. } = operation.call else { continue };
+        written.insert(message);
+        verdict.count("messages", 1);
+        let stored = fold.messages.get(message);
+        let told = || format!("operation {} wrote {text:?} as {message}, and {stored:?} is stored", operation.op);
+        if operation.is_done() && stored != Some(text) {
+            verdict.report(Class::LostWrite, session, told);
+        }
+        if stored.is_some_and(|stored| !text.starts_with(stored)) {
+            verdict.report(Class::Phantom, session, told);
+        }
+    }
+    for (message, text) in &fold.messages {
+        if !text.is_empty() && !written.contains(message.as_str()) {
+            verdict.report(Class::Phantom, session, || format!("message {message} says {text:?}, which nobody wrote"));
+        }
+    }
+}
+
+/// L1, L6: memberships and runs are in the log where it was said, and nobody's who did not ask for them.
+fn deeds(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verdict: &mut Verdict) {
+    let mut asked: BTreeSet<(&str, &str)> = BTreeSet::new();
+    for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
+        let (kind, whose) = match operation.call {
+            Call::Join { author, .. } => ("presence.joined", author),
+            Call::StartRun { run, .. } | Call::TakeRun { run, .. } => ("run.start", run),
+            Call::EndRun { run, .. } => ("run.end", run),
+            _ => continue,
+        };
+        if !operation.has_failed() {
+            asked.insert((kind, whose));
+        }
+        let Some(seq) = operation.stored() else { continue };
+        verdict.count("deeds", 1);
+        let at = complete.records.binary_search_by_key(&seq, |record| record.seq).ok();
+        let stored = at.map(|at| &complete.records[at]);
+        if !stored.is_some_and(|record| deed(record) == Some((kind, whose))) {
+            verdict.report(Class::LostWrite, session, || {
+                format!("operation {} {:?} was done at {seq}, where {stored:?} is", operation.op, operation.call)
+            });
+        }
+    }
+    for record in complete.records {
+        if deed(record).is_some_and(|deed| !asked.contains(&deed)) {
+            verdict.report(Class::Phantom, session, || format!("{record:?}, which nobody asked for"));
+        }
+    }
+}
+
+/// Which membership or run a record is about that somebody asks for.
+fn deed(record: &Record) -> Option<(&str, &str)> {
+    let kind = record.kind.as_str();
+    match kind {
+        "presence.joined" => Some((kind, &record.author)),
+        "run.start" | "run.end" => Some((kind, record.run.as_deref()?)),
+        _ => None,
     }
 }
 
@@ -199,7 +274,7 @@ fn realtime(evidence: &Evidence<'_>, session: &str, deleted: bool, verdict: &mut
 fn complete(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &mut Verdict) {
     let given_up = evidence.given_up(session);
     for complete in &life.complete {
-        if complete.first > given_up && !complete.dump {
+        if complete.first > given_up {
             verdict.report(Class::Hole, session, || {
                 format!("kept from {} on, and nobody gave up more than what is below {given_up}", complete.first)
             });
@@ -207,19 +282,20 @@ fn complete(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &m
         let mut next = complete.first;
         for record in complete.records {
             // A part that was put together is in another one.
-            let passed = |seq: u64| life.compacted && life.seen.get(&seq).is_none_or(|seen| is_part(&seen.record.kind));
+            let passed =
+                |seq: u64| complete.compacted && life.seen.get(&seq).is_none_or(|seen| is_part(&seen.record.kind));
             if record.seq < next || (next..record.seq).any(|seq| !passed(seq)) {
                 verdict.report(Class::Hole, session, || format!("{} follows where {next} is due", record.seq));
             }
             next = record.seq.saturating_add(1);
         }
-        if next < complete.tail && !life.compacted {
+        if next < complete.tail && !complete.compacted {
             verdict.report(Class::Hole, session, || format!("nothing from {next} to the tail {}", complete.tail));
         }
         let there: BTreeSet<u64> = complete.records.iter().map(|record| record.seq).collect();
         // What any complete read has, every other has too.
         for (seq, seen) in life.seen.range(complete.first..) {
-            let put_together = is_part(&seen.record.kind);
+            let put_together = complete.compacted && is_part(&seen.record.kind);
             if !there.contains(seq) && !put_together {
                 verdict.report(Class::Vanished, session, || {
                     format!("{:?}, seen in subscription {:?}", seen.record, seen.subscription)

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::evidence::{Evidence, Life, Operation, Outcome};
 use crate::fold::Fold;
-use crate::history::Call;
+use crate::history::{Call, Record};
 use crate::verdict::{Class, Verdict};
 
 /// Checks who joined and left, and who is there at the end.
@@ -27,8 +27,33 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
             }
             fold.add(record);
         }
+        outstayed(evidence, session, life, verdict);
         if evidence.quiet.contains_key(session) && evidence.lives_of(session).count() == 1 {
             at_the_end(evidence, session, life, &fold, verdict);
+        }
+    }
+}
+
+/// Who was told to have left longer after its process was gone than its lease lasted, though nothing was in the way.
+fn outstayed(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &mut Verdict) {
+    for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
+        let Call::Join { author, lease: Some(lease), .. } = operation.call else { continue };
+        let (Some(generation), Some(gone)) = (operation.seq(), evidence.gone.get(operation.process)) else { continue };
+        let end = gone.saturating_add(*lease);
+        let next = evidence.provoked.partition_point(|at| at < gone);
+        if evidence.provoked.get(next).is_some_and(|at| *at <= end) {
+            continue;
+        }
+        let left = life.seen.values().find(|seen| {
+            let Record { kind, member, generation: of, .. } = seen.record;
+            kind == "presence.left" && member.as_ref() == Some(author) && *of == Some(generation)
+        });
+        let Some(left) = left.filter(|left| left.subscription.is_some()) else { continue };
+        verdict.count("leases-ended", 1);
+        if left.at > end {
+            verdict.report(Class::Ghost, session, || {
+                format!("{author} was gone at {gone}, and was there until {} instead of {end}", left.at)
+            });
         }
     }
 }

@@ -23,6 +23,11 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
                 same_hash(&mut hashes, session, attached.tail, attached.hash, attached.process, verdict);
             }
         }
+        for complete in &life.complete {
+            if let Some(hash) = complete.hash {
+                same_hash(&mut hashes, session, complete.tail, hash, "what is stored", verdict);
+            }
+        }
         compare(session, life, views.collect(), hashes, verdict);
     }
 }

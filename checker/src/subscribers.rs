@@ -9,6 +9,7 @@ use crate::verdict::{Class, Verdict};
 /// Checks all subscriptions.
 pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     let acknowledged = Acknowledged::of(evidence);
+    told(evidence, verdict);
     for attached in &evidence.attached {
         let known = acknowledged.before(attached.session, attached.asked);
         if let Some(known) = known.filter(|known| attached.tail <= *known) {
@@ -31,6 +32,48 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     }
 }
 
+/// S6: what a process is told of a session never lies behind what it was told of it before.
+fn told(evidence: &Evidence<'_>, verdict: &mut Verdict) {
+    type Moments = Vec<(u64, u64)>;
+    // By process and life: up to where it knew the session, and when; and what tail it was told, and when it asked for that.
+    let mut all: BTreeMap<(&str, &str, &str), (Moments, Moments)> = BTreeMap::new();
+    for attached in &evidence.attached {
+        let of = all.entry((attached.process, attached.session, attached.incarnation)).or_default();
+        of.0.push((attached.at, attached.tail));
+        of.1.push((attached.asked, attached.tail));
+    }
+    for subscription in evidence.subscriptions.values() {
+        let of = all.entry((subscription.process, subscription.session, subscription.incarnation)).or_default();
+        for (at, event) in &subscription.events {
+            match event {
+                Event::Started { tail, .. } => {
+                    of.0.push((*at, *tail));
+                    of.1.push((subscription.asked, *tail));
+                }
+                Event::Records { next, .. } => of.0.push((*at, *next)),
+                Event::CaughtUp { tail, .. } => of.0.push((*at, *tail)),
+                _ => {}
+            }
+        }
+    }
+    for ((process, session, _), (mut known, mut asked)) in all {
+        known.sort_unstable();
+        asked.sort_unstable();
+        let mut known = known.into_iter().peekable();
+        let mut reach = 0;
+        for (asked, tail) in asked {
+            while let Some((_, next)) = known.next_if(|(at, _)| *at < asked) {
+                reach = reach.max(next);
+            }
+            if tail < reach {
+                verdict.report(Class::NonmonotonicRead, session, || {
+                    format!("{process} knew everything below {reach}, and was told the tail {tail} then")
+                });
+            }
+        }
+    }
+}
+
 /// How far sessions were acknowledged, and when.
 struct Acknowledged<'a>(BTreeMap<&'a str, Vec<(u64, u64)>>);
 
@@ -38,10 +81,9 @@ impl<'a> Acknowledged<'a> {
     fn of(evidence: &Evidence<'a>) -> Self {
         let deleted: Vec<&str> = evidence.deletions().collect();
         let mut sessions: BTreeMap<&str, Vec<(u64, u64)>> = BTreeMap::new();
-        let stored = |operation: &Operation<'_>| Some((operation.returned, operation.seq()?));
+        let stored = |operation: &Operation<'_>| Some((operation.returned, operation.stored()?));
         for operation in &evidence.operations {
             let session = operation.call.session();
-            let crate::history::Call::Append { .. } = operation.call else { continue };
             if let (Some(answer), false) = (stored(operation), deleted.contains(&session)) {
                 sessions.entry(session).or_default().push(answer);
             }

@@ -29,6 +29,7 @@ pub enum Class {
     FilterLeaked,
     FalseCaughtUp,
     StaleRead,
+    NonmonotonicRead,
     Lagging,
     UnfencedWrite,
     EpochReused,
@@ -47,6 +48,7 @@ pub enum Class {
     Unauthorized,
     RevokedDelivery,
     WronglyRefused,
+    CrossedNamespaces,
     Malformed,
     NothingProvoked,
 }
@@ -74,6 +76,7 @@ impl Class {
         Self::FilterLeaked,
         Self::FalseCaughtUp,
         Self::StaleRead,
+        Self::NonmonotonicRead,
         Self::Lagging,
         Self::UnfencedWrite,
         Self::EpochReused,
@@ -92,6 +95,7 @@ impl Class {
         Self::Unauthorized,
         Self::RevokedDelivery,
         Self::WronglyRefused,
+        Self::CrossedNamespaces,
         Self::Malformed,
         Self::NothingProvoked,
     ];
@@ -121,6 +125,9 @@ impl Class {
             Self::FilterLeaked => ("S8", "a record was delivered that does not pass the filter"),
             Self::FalseCaughtUp => ("S9", "a subscription was said to have caught up before everything was delivered"),
             Self::StaleRead => ("S7", "a tail was told below what was acknowledged before it was asked for"),
+            Self::NonmonotonicRead => {
+                ("S6", "a process was told a tail below what it had been told or given of the session before")
+            }
             Self::Lagging => ("S10", "a subscription has not reached the end after the faults were over"),
             Self::UnfencedWrite => ("W1", "a producer wrote after a newer one had taken its place"),
             Self::EpochReused => ("W1", "an epoch was granted that is not above those before it"),
@@ -132,7 +139,7 @@ impl Class {
             Self::HashDivergence => ("K4", "two views at the same seq have different hashes"),
             Self::MessageDivergence => ("K3", "a view has other messages than the fold of its log"),
             Self::PresenceDivergence => ("P1", "a view has other members than the fold of its log"),
-            Self::Ghost => ("P2", "a member is there whose process is gone"),
+            Self::Ghost => ("P2", "a member is there whose process is gone, or was for longer than its lease"),
             Self::MissingMember => ("P1", "a member is not there whose process joined and lives"),
             Self::LateLeave => ("P3", "a member left under a generation that is not the one that was there"),
             Self::ZombieWrite => ("R1", "a record is part of a run that its author does not hold"),
@@ -141,6 +148,7 @@ impl Class {
             Self::Unauthorized => ("A1", "something was done without a right to it"),
             Self::RevokedDelivery => ("A2", "records were delivered long after the right to them was revoked"),
             Self::WronglyRefused => ("A1", "something was refused as forbidden that the process had a right to"),
+            Self::CrossedNamespaces => ("A3", "a process was given what somebody of another namespace wrote"),
             Self::Malformed => ("N1", "the history contradicts itself"),
             Self::NothingProvoked => ("N1", "the history proves nothing: what had to be provoked did not happen"),
         }

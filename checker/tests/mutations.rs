@@ -165,6 +165,21 @@ fn behind(entries: &mut Vec<Entry>, index: usize, event: Event) {
     entries.insert(index + 1, Entry { at, process, event });
 }
 
+/// Adds what is on the disk.
+fn dumped(entries: &mut Vec<Entry>, (first, tail): (u64, u64), compacted: bool, records: Vec<Record>) {
+    let at = entries.last().expect("entries").at;
+    let (session, incarnation) = ("s".to_owned(), String::new());
+    let event = Event::Final { session, incarnation, first, tail, compacted, hash: None, records };
+    entries.push(Entry { at, process: "disk".into(), event });
+}
+
+/// The seq of a record of this kind.
+fn seq_of(entries: &[Entry], random: &mut Random, kind: &str) -> Option<u64> {
+    let (_, records) = complete(entries);
+    let of: Vec<u64> = records.iter().filter(|record| record.kind == kind).map(|record| record.seq).collect();
+    random.pick(&of)
+}
+
 /// Changes the records of one delivery.
 fn deliveries(entries: &[Entry], of: impl Fn(u64) -> bool, len: usize) -> Vec<usize> {
     indices(
@@ -231,10 +246,7 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
     ("the disk has another record", Class::InconsistentSeq, |entries, _| {
         let (tail, mut records) = complete(entries);
         records[0].stream = "elsewhere".into();
-        let (process, session) = ("disk".to_owned(), "s".to_owned());
-        let at = entries.last().expect("entries").at;
-        let event = Event::Final { session, incarnation: String::new(), first: 0, tail, compacted: false, records };
-        entries.push(Entry { at, process, event });
+        dumped(entries, (0, tail), false, records);
         true
     }),
     ("a record that nobody appended", Class::Phantom, |entries, random| {
@@ -501,10 +513,7 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let (_, mut records) = complete(entries);
         records.pop();
         let tail = records.len() as u64;
-        let at = entries.last().expect("entries").at;
-        let (session, incarnation) = ("s".to_owned(), String::new());
-        let event = Event::Final { session, incarnation, first: 0, tail, compacted: false, records };
-        entries.push(Entry { at, process: "disk".into(), event });
+        dumped(entries, (0, tail), false, records);
         true
     }),
     ("a condition did not hold", Class::WrongChange, |entries, random| {
@@ -662,7 +671,7 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
     ("a process does what it has no right to", Class::Unauthorized, |entries, random| {
         let Some((index, ..)) = random.pick(&acknowledged(entries)) else { return false };
         let process = entries[index].process.clone();
-        let event = Event::Granted { prefix: "ss".into(), operations: vec!["append".into()] };
+        let event = Event::Granted { prefix: "ss".into(), operations: vec!["append".into()], namespace: String::new() };
         entries.insert(0, Entry { at: 0, process, event });
         true
     }),
@@ -670,14 +679,15 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let delivered = deliveries(entries, |_| true, 1);
         let Some(index) = random.pick(&delivered).filter(|index| entries[*index].at > 20 * TICK) else { return false };
         let process = entries[index].process.clone();
-        let event = Event::Granted { prefix: "s".into(), operations: vec!["read".into()] };
+        let event = Event::Granted { prefix: "s".into(), operations: vec!["read".into()], namespace: String::new() };
         entries.insert(0, Entry { at: 0, process: process.clone(), event });
         entries.insert(1, Entry { at: 1, process, event: Event::Revoked {} });
         true
     }),
     ("a process is refused what it has a right to", Class::WronglyRefused, |entries, _| {
         let process = "refused".to_owned();
-        let event = Event::Granted { prefix: String::new(), operations: vec!["manage".into()] };
+        let event =
+            Event::Granted { prefix: String::new(), operations: vec!["manage".into()], namespace: String::new() };
         entries.insert(0, Entry { at: 0, process: process.clone(), event });
         let call = Call::Trim { session: "s".into(), before: 0 };
         entries.push(Entry { at: 2, process: process.clone(), event: Event::Invoke { op: 1 << 40, call } });
@@ -689,6 +699,151 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let Some(index) = pick(entries, random, |event| matches!(event, Event::Invoke { .. })) else { return false };
         let again = entries[index].event.clone();
         behind(entries, index, again);
+        true
+    }),
+    ("the disk lacks its beginning", Class::Hole, |entries, _| {
+        let (tail, mut records) = complete(entries);
+        records.remove(0);
+        dumped(entries, (1, tail), false, records);
+        true
+    }),
+    ("a hole, and a disk on which something was put together", Class::Hole, |entries, _| {
+        let (tail, records) = complete(entries);
+        for entry in entries.iter_mut() {
+            if let Event::Final { tail, .. } = &mut entry.event {
+                *tail += 3;
+            }
+        }
+        dumped(entries, (0, tail), true, records);
+        true
+    }),
+    ("a message lacks a part", Class::LostWrite, |entries, random| {
+        let spoken = answered(entries, |call| matches!(call, Call::Speak { .. }));
+        let Some((_, end)) = random.pick(&spoken) else { return false };
+        everywhere(entries, |record| {
+            if record.seq + 1 == end {
+                record.data = None;
+            }
+        });
+        true
+    }),
+    ("a message says what nobody wrote", Class::Phantom, |entries, random| {
+        let Some(seq) = seq_of(entries, random, "message.append") else { return false };
+        everywhere(entries, |record| {
+            if record.seq == seq {
+                record.data = Some("nobody's".into());
+            }
+        });
+        true
+    }),
+    ("a message that nobody wrote", Class::Phantom, |entries, random| {
+        let Some(index) =
+            pick(entries, random, |event| matches!(event, Event::Invoke { call: Call::Speak { .. }, .. }))
+        else {
+            return false;
+        };
+        let Event::Invoke { op, call: Call::Speak { message, .. } } = entries[index].event.clone() else {
+            return false;
+        };
+        if complete(entries).1.iter().all(|record| record.message.as_ref() != Some(&message)) {
+            return false;
+        }
+        entries.retain(|entry| !matches!(&entry.event, Event::Invoke { op: of, .. } | Event::Ok { op: of, .. } | Event::Unknown { op: of } if *of == op));
+        true
+    }),
+    ("a reader was given another text of a message", Class::InconsistentSeq, |entries, random| {
+        let parts = |event: &Event| matches!(event, Event::Records { records, .. } if records.iter().any(|record| record.kind == "message.append"));
+        let Some(index) = pick(entries, random, parts) else { return false };
+        let Event::Records { records, .. } = &mut entries[index].event else { return false };
+        let part = records.iter_mut().find(|record| record.kind == "message.append").expect("a part");
+        part.data = Some("other".into());
+        true
+    }),
+    ("a part of a message that was delivered is gone", Class::Vanished, |entries, random| {
+        let delivered = entries.iter().filter_map(|entry| match &entry.event {
+            Event::Records { records, .. } => Some(records.iter().filter(|record| record.kind == "message.append")),
+            _ => None,
+        });
+        let delivered: Vec<u64> = delivered.flatten().map(|record| record.seq).collect();
+        let Some(seq) = random.pick(&delivered) else { return false };
+        for entry in entries {
+            if let Event::Final { records, .. } = &mut entry.event {
+                records.retain(|record| record.seq != seq);
+            }
+        }
+        true
+    }),
+    ("a run was begun, and is nowhere", Class::LostWrite, |entries, random| {
+        let begun = answered(entries, |call| matches!(call, Call::StartRun { .. }));
+        let Some((_, seq)) = random.pick(&begun) else { return false };
+        everywhere(entries, |record| {
+            if record.seq == seq {
+                record.kind = "run.consumed".into();
+            }
+        });
+        true
+    }),
+    ("somebody is a member who did not ask", Class::Phantom, |entries, random| {
+        let Some(seq) = seq_of(entries, random, "presence.joined") else { return false };
+        everywhere(entries, |record| {
+            if record.seq == seq {
+                record.author = "nobody".into();
+            }
+        });
+        true
+    }),
+    ("a change of a key is not in the tail that is told later", Class::StaleRead, |entries, random| {
+        let changes = answered(entries, |call| matches!(call, Call::Put { .. }));
+        let Some((_, seq)) = random.pick(&changes) else { return false };
+        let at = entries.last().expect("entries").at;
+        let (session, incarnation, hash) = ("s".to_owned(), "i".to_owned(), format!("h{seq}"));
+        let event = Event::Attached { session, incarnation, tail: seq, asked: at, hash };
+        entries.push(Entry { at: at + 1, process: "late".into(), event });
+        true
+    }),
+    ("a process is told less than it knew", Class::NonmonotonicRead, |entries, random| {
+        let knows = |event: &Event| matches!(event, Event::Attached { tail, .. } if *tail > 0);
+        let Some(index) = pick(entries, random, knows) else { return false };
+        let mut less = entries[index].event.clone();
+        if let Event::Attached { tail, asked, hash, .. } = &mut less {
+            (*tail, *asked) = (*tail - 1, entries[index].at + 1);
+            *hash = format!("h{tail}");
+        }
+        behind(entries, index, less);
+        true
+    }),
+    ("what is stored adds up to something else", Class::HashDivergence, |entries, _| {
+        let (tail, records) = complete(entries);
+        dumped(entries, (0, tail), false, records);
+        let Some(Event::Final { hash, .. }) = entries.last_mut().map(|entry| &mut entry.event) else { return false };
+        *hash = Some("other".into());
+        true
+    }),
+    ("a member is there for longer than its lease", Class::Ghost, |entries, random| {
+        let joined = answered(entries, |call| matches!(call, Call::Join { .. }));
+        let told = |generation: u64| {
+            entries.iter().find(|entry| {
+                matches!(&entry.event, Event::Records { records, .. } if records.iter().any(|record| record.kind == "presence.left" && record.generation == Some(generation)))
+            })
+        };
+        let left: Vec<_> = joined.into_iter().filter_map(|(op, seq)| Some((op, told(seq)?.at))).collect();
+        let Some((op, told)) = random.pick(&left) else { return false };
+        let index = invoked(entries, op);
+        let Event::Invoke { call: Call::Join { lease, .. }, .. } = &mut entries[index].event else { return false };
+        *lease = Some(1);
+        behind(entries, index, Event::Gone {});
+        entries[index].at + 1 < told
+    }),
+    ("a process is given what another namespace wrote", Class::CrossedNamespaces, |entries, random| {
+        let Some(index) = random.pick(&deliveries(entries, |_| true, 1)) else { return false };
+        let Event::Records { records, .. } = &entries[index].event else { return false };
+        if records.iter().all(|record| record.kind != "data") {
+            return false;
+        }
+        let process = entries[index].process.clone();
+        let operations = vec!["read".to_owned()];
+        let event = Event::Granted { prefix: String::new(), operations, namespace: "other".into() };
+        entries.insert(0, Entry { at: 0, process, event });
         true
     }),
     ("nothing was read at the end", Class::NothingProvoked, |entries, _| {
@@ -757,6 +912,20 @@ fn each_change_of_a_sound_history_is_found_for_what_it_is() {
     }
 }
 
+/// The catalogue of what is promised: each property has a class that breaks it.
+#[test]
+fn each_property_has_a_class() {
+    let known: Vec<&str> = Class::ALL.iter().map(|class| class.property().0).collect();
+    let of = |letter: char, count: usize| (1..=count).map(move |n| format!("{letter}{n}"));
+    let all = of('L', 9).chain(of('S', 10)).chain(of('W', 1)).chain(of('K', 4));
+    for id in all.chain(of('P', 3)).chain(of('R', 3)).chain(of('A', 3)).chain(of('N', 1)) {
+        // Of one record at each seq all readers have prefixes, and an order in time is one of keys too.
+        let implied = [("S5", "L4"), ("K1", "L5")];
+        let id = implied.iter().find(|(of, _)| *of == id).map_or(id.as_str(), |(_, by)| by);
+        assert!(known.contains(&id), "{id}");
+    }
+}
+
 #[test]
 fn each_class_has_a_mutation() {
     // A class that is added and has none would be one that nothing shows to be found.
@@ -789,7 +958,8 @@ fn a_history_reads_as_it_was_written() {
 fn a_dump_is_a_complete_read_of_each_session() {
     let dump = r#"{"event":"record","seq":3,"time":"2026-01-01T00:00:00Z","stream":"main","kind":"data","author":"a","data":"x","session":"one"}
 {"event":"record","seq":4,"time":"2026-01-01T00:00:00Z","stream":"main","kind":"data","author":"a","data":"y","session":"one"}
-{"event":"record","seq":0,"time":"2026-01-01T00:00:00Z","stream":"main","kind":"data","author":"a","data":"z","session":"two"}"#;
+{"event":"session","name":"one","first":3,"tail":6,"bytes":9,"compacted":true,"fold_version":5,"view_hash":"00"}
+{"event":"session","name":"two","first":0,"tail":0,"bytes":0,"compacted":false,"fold_version":5,"view_hash":"00"}"#;
     let events = read_dump(dump.as_bytes()).expect("a dump");
     let reach: Vec<(&str, u64, u64, usize)> = events
         .iter()
@@ -798,5 +968,8 @@ fn a_dump_is_a_complete_read_of_each_session() {
             other => panic!("{other:?}"),
         })
         .collect();
-    assert_eq!(reach, [("one", 3, 5, 2), ("two", 0, 1, 1)]);
+    assert_eq!(reach, [("one", 3, 6, 2), ("two", 0, 0, 0)]);
+    // One that ends in the middle is no dump.
+    let half = dump.lines().next().expect("a line");
+    assert!(read_dump(half.as_bytes()).expect_err("half").to_string().contains("session one"));
 }

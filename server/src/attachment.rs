@@ -1,6 +1,5 @@
 //! One attachment: a bidirectional QUIC stream bound to a session. Requests in; answers, acks and errors out.
 
-use core::time::Duration;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
@@ -138,7 +137,7 @@ pub(crate) async fn run<C: Connection>(
     let outbox = Outbox::default();
     let author = match conn.author() {
         Ok(author) => author,
-        Err(refusal) => return refuse_attach(&outbox, &mut send, &mut frames, &refusal).await,
+        Err(refusal) => return refuse_attach(&conn, &outbox, &mut send, &mut frames, &refusal).await,
     };
     let attachment = Arc::new(Attachment {
         conn: Arc::downgrade(&conn),
@@ -159,7 +158,7 @@ pub(crate) async fn run<C: Connection>(
             return frames.stop(Code::NO_ERROR.0);
         }
         Err(refusal) => {
-            return refuse_attach(&attachment.outbox, &mut send, &mut frames, &refusal).await;
+            return refuse_attach(&conn, &attachment.outbox, &mut send, &mut frames, &refusal).await;
         }
     };
     let session = &session;
@@ -212,11 +211,13 @@ pub(crate) async fn run<C: Connection>(
 }
 
 async fn refuse_attach<R: RecvStream>(
+    conn: &Conn,
     outbox: &Outbox,
     send: &mut impl SendStream,
     frames: &mut FrameReader<R>,
     refusal: &Refusal,
 ) {
+    conn.linger().await;
     outbox.push(Error {
         about: Attach::KIND,
         id: 0,
@@ -315,9 +316,6 @@ fn proved<C: Connection>(
     ResumeClaim::of(&token, session.id.incarnation, &attachment.author, request.key)
 }
 
-/// For how long at most nothing is read of an attachment that was told to wait: what ends something may be behind it.
-const REST: Duration = Duration::from_millis(100);
-
 /// Reads requests until the client ends the stream. Their answers come in the order of their effects (spec SESS-11).
 async fn read<C: Connection>(
     transport: &C,
@@ -336,6 +334,7 @@ async fn read<C: Connection>(
             Frame::OpenProducer(request) => {
                 if let Err(refusal) = allowed.and_then(|()| conn.reserve_producer(request.id, attachment)) {
                     // Nothing is reserved that could be released.
+                    conn.linger().await;
                     attachment.tell(OpenProducer::KIND, request.id, &refusal);
                     continue;
                 }
@@ -345,7 +344,10 @@ async fn read<C: Connection>(
                 let id = request.id;
                 match allowed.and_then(|()| conn.open_subscription(id, session)) {
                     Ok(opened) => subscription::spawn(transport, conn, session, request, opened),
-                    Err(refusal) => attachment.refuse(Subscribe::KIND, id, &refusal),
+                    Err(refusal) => {
+                        conn.linger().await;
+                        attachment.refuse(Subscribe::KIND, id, &refusal);
+                    }
                 }
                 continue;
             }
@@ -356,11 +358,8 @@ async fn read<C: Connection>(
             frame if allowed.is_err() => {
                 if let Err(refusal) = allowed {
                     let id = if let Frame::TakeRun(request) = &frame { request.id } else { 0 };
+                    conn.linger().await;
                     attachment.refuse(frame.kind(), id, &refusal);
-                    if refusal.code == Code::RATE_LIMITED {
-                        // Whoever asks again at once is read again a little later.
-                        tokio::time::sleep(REST.min(refusal.code.retry_after(refusal.value))).await;
-                    }
                 }
                 continue;
             }
@@ -387,6 +386,7 @@ async fn read<C: Connection>(
             Frame::Resume(request) => match proved(transport, conn, attachment, session, &request) {
                 Ok(claim) => Command::Resume { attachment: attachment.clone(), claim },
                 Err(refusal) => {
+                    conn.linger().await;
                     attachment.refuse(Resume::KIND, 0, &refusal);
                     continue;
                 }

@@ -114,6 +114,10 @@ pub struct SubjectQuotas {
     pub signals: Option<Rate>,
     /// Other requests that have an effect.
     pub requests: Option<Rate>,
+    /// QUIC streams opened, by which everything is asked. What is beyond is taken a second later.
+    pub streams: Option<Rate>,
+    /// Requests that are refused, whatever for. What is refused beyond that is told a second later.
+    pub refusals: Option<Rate>,
 }
 
 impl Default for SubjectQuotas {
@@ -129,6 +133,8 @@ impl Default for SubjectQuotas {
             presence: None,
             signals: None,
             requests: None,
+            streams: None,
+            refusals: None,
         }
     }
 }
@@ -189,14 +195,16 @@ impl Quotas {
             subject: SubjectQuotas {
                 connections: 64,
                 connects: rate(2, 64),
-                appends: rate(1000, 5000),
-                append_bytes: rate(256 << 10, 2 << 20),
+                appends: rate(1000, 2000),
+                append_bytes: rate(256 << 10, 1 << 20),
                 attaches: rate(10, 200),
                 creates: rate(2, 30),
                 lookups: rate(2, 20),
                 presence: rate(5, 50),
                 signals: rate(5, 50),
                 requests: rate(20, 200),
+                streams: rate(50, 2048),
+                refusals: rate(20, 200),
             },
             session: SessionQuotas {
                 attachments: 8192,

@@ -211,6 +211,29 @@ impl Conn {
         self.verified()?.1.request(cost, metrics)
     }
 
+    /// What the subject of the token in force does; `None` for nobody that is known.
+    fn subject(&self) -> Option<Arc<SubjectConnection>> {
+        match &*self.identity.borrow() {
+            Identity::Nobody(_) => None,
+            Identity::Known { subject, .. } => Some(subject.clone()),
+        }
+    }
+
+    /// A request is refused: waits before that is told, if it happens too often (spec LIM-7). Not where it is waited for something that must
+    /// not be late.
+    pub(crate) async fn linger(&self) {
+        let later = self.conduct.refusal(self.subject().as_deref().map(|subject| &**subject));
+        if !later.is_zero() {
+            tokio::time::sleep(later).await;
+        }
+    }
+
+    /// Takes room for a QUIC stream more; or says when to try again.
+    fn room(&self) -> Option<Instant> {
+        let later = self.conduct.stream(self.subject().as_deref().map(|subject| &**subject));
+        (!later.is_zero()).then(|| Instant::now() + later)
+    }
+
     /// Waits until the token in force does not allow `operation` on `session` any more, and says why.
     pub(crate) async fn forbidden(&self, operation: Operation, session: &SessionName) -> Refusal {
         let mut changed = self.identity.subscribe();
@@ -678,21 +701,20 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
     let mut goaway = server.goaway();
     let mut token = core::pin::pin!(conn.watch_token());
     // Before there is room for a stream none is taken: until then they wait in what QUIC allows.
-    let room = || Some(conn.conduct.stream()).filter(|after| !after.is_zero()).map(|after| Instant::now() + after);
-    let mut wait = room();
+    let mut wait = conn.room();
     loop {
         tokio::select! {
-            () = tokio::time::sleep_until(wait.unwrap_or_else(Instant::now)), if wait.is_some() => wait = room(),
+            () = tokio::time::sleep_until(wait.unwrap_or_else(Instant::now)), if wait.is_some() => wait = conn.room(),
             stream = transport.accept_bi(), if wait.is_none() => match stream {
                 Ok((send, recv)) => {
-                    wait = room();
+                    wait = conn.room();
                     running.spawn(Box::pin(bidirectional(transport.clone(), conn.clone(), send, recv)));
                 }
                 Err(_) => break,
             },
             stream = transport.accept_uni(), if wait.is_none() => match stream {
                 Ok(recv) => {
-                    wait = room();
+                    wait = conn.room();
                     running.spawn(Box::pin(unidirectional::<C>(conn.clone(), recv)));
                 }
                 Err(_) => break,
@@ -920,6 +942,7 @@ async fn bidirectional<C: Connection>(transport: C, conn: Arc<Conn>, mut send: C
     };
     tracing::debug!(conn = conn.id, %error, "stream refused");
     conn.violated(&error);
+    conn.linger().await;
     let detail = Detail::new(error.detail);
     let frame = Frame::from(Error { about: 0, id: 0, code: error.code, value: 0, detail });
     // Told in words where the client still reads, and by the code of the stop in any case.
@@ -943,5 +966,6 @@ async fn unidirectional<C: Connection>(conn: Arc<Conn>, recv: C::Recv) {
     };
     tracing::debug!(conn = conn.id, %error, "stream refused");
     conn.violated(&error);
+    conn.linger().await;
     frames.stop(error.code.0);
 }

@@ -93,6 +93,7 @@ pub(crate) async fn pull<S: SendStream, R: RecvStream>(
     let working = async {
         let ended = work(conn, request, &outbox, &mut frames).await;
         if let Err(error) = &ended {
+            conn.linger().await;
             let Refusal { code, value, detail } = *error;
             outbox.push(Error { about: Pull::KIND, id: 0, code, value, detail: Detail::new(detail) });
         }

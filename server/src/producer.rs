@@ -14,7 +14,7 @@ use crate::attachment::Attachment;
 use crate::connection::Conn;
 use crate::load::Work;
 use crate::owner::{Command, Sent};
-use crate::quota::{self, too_often};
+use crate::quota::{self, LATER, too_often};
 use crate::sessions::Session;
 
 /// A producer that was opened on this connection.
@@ -60,10 +60,12 @@ async fn pump<R: RecvStream>(
     link: &Arc<ProducerLink>,
     frames: &mut FrameReader<R>,
 ) -> Result<(), FrameError> {
-    let mut credit = CreditReceived::new(conn.server.config().producer_window);
+    let window = conn.server.config().producer_window;
+    let mut credit = CreditReceived::new(window);
     // The batch that was refused for its rate, while it has not come again, and until when. What is behind it is not looked at, and costs
     // nothing; nor is it said to be ahead of its sequence, which would say that it is not stored (spec PROD-8).
     let mut held: Option<(u64, Instant)> = None;
+    let mut refused = Refusals::default();
     loop {
         let mut batches = Vec::new();
         let mut bytes = 0;
@@ -72,10 +74,12 @@ async fn pump<R: RecvStream>(
                 return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "only APPEND may follow PRODUCE").into());
             };
             let Append { sequence, count, records, run_epoch: run } = append;
+            let size = records.len() as u64;
             if let Some((_, until)) = held.filter(|(held, _)| sequence > *held) {
                 flush(conn, link, &mut batches, &mut bytes).await?;
                 let left = until.saturating_duration_since(Instant::now());
                 link.refuse(sequence, &too_often(left, "a batch before it was refused"));
+                rest(link, refused.more(size, window)).await;
                 continue;
             }
             let checked = conn.allow(Operation::Append, &link.session.id.name).and_then(|()| {
@@ -84,6 +88,7 @@ async fn pump<R: RecvStream>(
             match checked.and_then(|batch| may_append(conn, link, &batch).map(|()| batch)) {
                 Ok(batch) => {
                     held = None;
+                    refused = Refusals::default();
                     bytes += batch.len();
                     batches.push(Sent { sequence, run, batch });
                 }
@@ -94,7 +99,7 @@ async fn pump<R: RecvStream>(
                     let after = refusal.code.retry_after(refusal.value);
                     held = (refusal.code == Code::RATE_LIMITED).then(|| (sequence, Instant::now() + after));
                     // What comes before it is time stays in the peer's window: to refuse it costs more than to leave it there.
-                    rest(link, after).await;
+                    rest(link, after.min(LATER).max(refused.more(size, window))).await;
                 }
             }
             if batches.len() >= PRODUCER_WINDOW {
@@ -120,13 +125,36 @@ async fn pump<R: RecvStream>(
     }
 }
 
-/// The longest time for which nothing is read of a producer that was told to wait.
-const REST: Duration = Duration::from_secs(1);
+/// What was refused since a batch was taken.
+#[derive(Debug, Default)]
+struct Refusals {
+    batches: usize,
+    bytes: u64,
+    rests: u32,
+}
+
+impl Refusals {
+    /// How often a rest may be twice as long as the one before.
+    const DOUBLINGS: u32 = 4;
+
+    /// One more. Returns for how long nothing is read then (spec LIM-7): a client that heard that it is refused has a window of batches on the
+    /// way and no more, so whoever goes on regardless is read ever more seldom.
+    fn more(&mut self, bytes: u64, window: u64) -> Duration {
+        self.batches += 1;
+        self.bytes += bytes;
+        if self.batches <= PRODUCER_WINDOW && self.bytes <= window {
+            return Duration::ZERO;
+        }
+        let rest = LATER * (1 << self.rests);
+        *self = Self { rests: (self.rests + 1).min(Self::DOUBLINGS), ..Self::default() };
+        rest
+    }
+}
 
 /// Reads nothing for a while, unless the attachment ends.
 async fn rest(link: &ProducerLink, pause: Duration) {
     if !pause.is_zero() {
-        let _ = tokio::time::timeout(pause.min(REST), link.attachment.ended()).await;
+        let _ = tokio::time::timeout(pause, link.attachment.ended()).await;
     }
 }
 
@@ -157,4 +185,33 @@ async fn flush(
         let code = link.session.extent.borrow().gone.unwrap_or(Code::GOING_AWAY);
         ProtocolError::new(code, "the session is no longer served from here")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Spec LIM-7.
+    #[test]
+    fn whoever_goes_on_regardless_is_read_ever_more_seldom() {
+        const WINDOW: u64 = 1000;
+        let mut refusals = Refusals::default();
+        // What a client had on the way when it was told costs no rest.
+        assert!((0..10).all(|_| refusals.more(WINDOW / 10, WINDOW).is_zero()));
+        let rests: Vec<u64> = (0..6)
+            .map(|_| {
+                loop {
+                    let rest = refusals.more(WINDOW / 10, WINDOW);
+                    if !rest.is_zero() {
+                        break rest.as_secs();
+                    }
+                }
+            })
+            .collect();
+        assert_eq!(rests, [1, 2, 4, 8, 16, 16]);
+        // Batches of no bytes cost as much.
+        let mut refusals = Refusals::default();
+        assert!((0..PRODUCER_WINDOW).all(|_| refusals.more(0, WINDOW).is_zero()));
+        assert_eq!(refusals.more(0, WINDOW), LATER);
+    }
 }

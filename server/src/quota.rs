@@ -1,7 +1,7 @@
 //! How much a subject, a session and a prefix may have and do (spec, section 22).
 //!
 //! Counts are exact; rates are so many at once, and so many a second behind that. What is beyond is refused by name, at once: a server never
-//! makes anybody wait in a queue of its own.
+//! makes anybody wait in a queue of its own. Whoever is refused again and again is served later, and waits in the window of its own QUIC streams.
 
 use core::time::Duration;
 use std::collections::HashMap;
@@ -59,12 +59,26 @@ impl Cost {
     }
 }
 
+/// How much later somebody is served who asks for too much, and is refused, again and again. No retry sooner than that: all of the subject's
+/// connections wait for the same limit.
+pub(crate) const LATER: Duration = Duration::from_secs(1);
+
+/// Takes one of a limit, or says how much later it is its turn.
+fn late(limiter: Option<&Limiter>) -> Duration {
+    match limiter.map_or(Ok(()), |limiter| limiter.take(1)) {
+        Ok(()) => Duration::ZERO,
+        Err(_) => LATER,
+    }
+}
+
 /// What the peer of one connection does that costs something before it is known what it wants. Streams and questions that come too often wait in
 /// the peer's own window; who presents tokens too often, or breaks the protocol again and again, is thrown out: no program that keeps to the
 /// protocol comes near that.
 #[derive(Debug)]
 pub(crate) struct Conduct {
     streams: Option<Limiter>,
+    /// Streams and refusals of a peer that has no token in force.
+    strange: Option<Limiter>,
     questions: Option<Limiter>,
     tokens: Option<Limiter>,
     violations: AtomicUsize,
@@ -73,31 +87,46 @@ pub(crate) struct Conduct {
 impl Conduct {
     /// QUIC streams that are opened: an application that attaches to everything it has, again and again.
     const STREAMS: Rate = Rate { per_second: 1000, burst: 4096 };
-    /// PINGs: a sign of life of every membership there can be, each second, and a minute's at once.
-    const QUESTIONS: Rate = Rate { per_second: 1024, burst: 60_000 };
+    /// Streams, and refusals, before a token is in force: what comes with the first flight, and now and then something more.
+    const STRANGE: Rate = Rate { per_second: 1, burst: 16 };
+    /// PINGs: a sign of life of every membership there can be, each second.
+    const QUESTIONS: Rate = Rate { per_second: 1024, burst: 4096 };
     /// TOKENs: the one of a client is good for minutes.
-    const TOKENS: Rate = Rate { per_second: 5, burst: 50 };
+    const TOKENS: Rate = Rate { per_second: 1, burst: 20 };
     /// Streams that break the protocol, and tokens that are not believed. One is a bug of a program; this many are its purpose.
-    const VIOLATIONS: usize = 64;
+    const VIOLATIONS: usize = 16;
 
     pub(crate) fn new() -> Self {
         let limiter = |rate| Limiter::new(Some(rate));
         Self {
             streams: limiter(Self::STREAMS),
+            strange: limiter(Self::STRANGE),
             questions: limiter(Self::QUESTIONS),
             tokens: limiter(Self::TOKENS),
             violations: AtomicUsize::new(0),
         }
     }
 
-    /// Takes one, or says how long it is too early.
+    /// Whoever waits for its turn has several of them then: to wake up for each one costs more than what it is for.
+    const TURN: Duration = Duration::from_millis(50);
+
+    /// Takes one, or says after how long to try again.
     fn take(limiter: Option<&Limiter>) -> Duration {
-        limiter.and_then(|limiter| limiter.take(1).err()).unwrap_or_default()
+        limiter.and_then(|limiter| limiter.take(1).err()).map_or(Duration::ZERO, |after| after.max(Self::TURN))
     }
 
-    /// Takes room for a QUIC stream, or says after how long to try again.
-    pub(crate) fn stream(&self) -> Duration {
-        Self::take(self.streams.as_ref())
+    /// Takes room for a QUIC stream of a subject, or of nobody that is known; or says after how long to try again.
+    pub(crate) fn stream(&self, subject: Option<&SubjectUsage>) -> Duration {
+        let later = match subject {
+            Some(subject) => late(subject.streams.as_ref()),
+            None => late(self.strange.as_ref()),
+        };
+        if later.is_zero() { Self::take(self.streams.as_ref()) } else { later }
+    }
+
+    /// A request of a subject, or of nobody that is known, is refused: how much later that is told.
+    pub(crate) fn refusal(&self, subject: Option<&SubjectUsage>) -> Duration {
+        late(subject.map_or(self.strange.as_ref(), |subject| subject.refusals.as_ref()))
     }
 
     /// Takes room for a PING, or says after how long to try again.
@@ -134,6 +163,8 @@ pub(crate) struct SubjectUsage {
     presence: Option<Limiter>,
     signals: Option<Limiter>,
     requests: Option<Limiter>,
+    streams: Option<Limiter>,
+    refusals: Option<Limiter>,
 }
 
 impl SubjectUsage {
@@ -150,6 +181,8 @@ impl SubjectUsage {
             presence: Limiter::new(quotas.presence),
             signals: Limiter::new(quotas.signals),
             requests: Limiter::new(quotas.requests),
+            streams: Limiter::new(quotas.streams),
+            refusals: Limiter::new(quotas.refusals),
         }
     }
 
@@ -523,17 +556,39 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn streams_and_questions_of_a_connection_keep_to_their_rates() {
         let conduct = Conduct::new();
+        let trusted = SubjectUsage::new(&SubjectQuotas::default());
         for _ in 0..Conduct::STREAMS.burst {
-            assert!(conduct.stream().is_zero());
+            assert!(conduct.stream(Some(&trusted)).is_zero());
         }
-        let streams = in_a_second(|| conduct.stream()).await;
-        // A sleep ends with the next millisecond.
-        assert!((490..=1001).contains(&streams), "{streams}");
+        let streams = in_a_second(|| conduct.stream(Some(&trusted))).await;
+        assert!((900..=1001).contains(&streams), "{streams}");
         for _ in 0..Conduct::QUESTIONS.burst {
             assert!(conduct.question().is_zero());
         }
         let questions = in_a_second(|| conduct.question()).await;
-        assert!((490..=1025).contains(&questions), "{questions}");
+        assert!((900..=1025).contains(&questions), "{questions}");
+    }
+
+    /// Spec LIM-7.
+    #[tokio::test(start_paused = true)]
+    async fn a_subject_that_asks_for_too_much_is_served_later_over_all_of_its_connections() {
+        let mut quotas = SubjectQuotas::default();
+        quotas.streams = Some(Rate { per_second: 2, burst: 3 });
+        quotas.refusals = Some(Rate { per_second: 1, burst: 2 });
+        let (subject, other) = (SubjectUsage::new(&quotas), SubjectUsage::new(&quotas));
+        let connections = [Conduct::new(), Conduct::new()];
+        let streams: Vec<_> = (0..4).map(|n| connections[n % 2].stream(Some(&subject))).collect();
+        assert_eq!(streams, [Duration::ZERO, Duration::ZERO, Duration::ZERO, LATER]);
+        let refusals: Vec<_> = (0..3).map(|n| connections[n % 2].refusal(Some(&subject))).collect();
+        assert_eq!(refusals, [Duration::ZERO, Duration::ZERO, LATER]);
+        assert_eq!((connections[0].stream(Some(&other)), connections[0].refusal(Some(&other))), Default::default());
+        tokio::time::sleep(LATER).await;
+        assert_eq!(connections[0].refusal(Some(&subject)), Duration::ZERO);
+        // Nobody that is known has as much as comes with a first flight, for both.
+        let strange: Vec<_> = (0..Conduct::STRANGE.burst).map(|_| connections[0].stream(None)).collect();
+        assert!(strange.iter().all(Duration::is_zero));
+        assert_eq!(connections[0].refusal(None), LATER);
+        assert_eq!(connections[1].refusal(None), Duration::ZERO, "each connection for itself");
     }
 
     #[test]

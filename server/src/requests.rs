@@ -14,12 +14,12 @@ use crate::sessions::refusal;
 
 /// Answers LIST with the sessions that the caller may read.
 pub(crate) async fn list(conn: &Conn, request: List, send: &mut impl SendStream) {
-    answer(List::KIND, page(conn, request).await, send).await;
+    answer(conn, List::KIND, page(conn, request).await, send).await;
 }
 
 /// Answers MINT with a narrower token (spec AUTH-9).
 pub(crate) async fn mint(conn: &Conn, request: Mint, send: &mut impl SendStream) {
-    answer(Mint::KIND, minted(conn, request), send).await;
+    answer(conn, Mint::KIND, minted(conn, request), send).await;
 }
 
 fn minted(conn: &Conn, request: Mint) -> Result<Frame, Refusal> {
@@ -65,7 +65,10 @@ fn minted(conn: &Conn, request: Mint) -> Result<Frame, Refusal> {
     Ok(Minted { token: token.into(), expires: expires.max(0) as u64 }.into())
 }
 
-async fn answer(about: u64, answer: Result<Frame, Refusal>, send: &mut impl SendStream) {
+async fn answer(conn: &Conn, about: u64, answer: Result<Frame, Refusal>, send: &mut impl SendStream) {
+    if answer.is_err() {
+        conn.linger().await;
+    }
     let answer = answer.unwrap_or_else(|refusal| {
         let Refusal { code, value, detail } = refusal;
         Frame::from(Error { about, id: 0, code, value, detail: Detail::new(detail) })

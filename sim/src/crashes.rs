@@ -181,6 +181,7 @@ async fn round(
             first: 0,
             tail: 0,
             compacted: false,
+            hash: None,
             records: Vec::new(),
         };
         let event = dumped.extract_if(.., is).next().unwrap_or(empty);

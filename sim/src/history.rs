@@ -183,7 +183,9 @@ impl Recorder {
         };
         let info = session.info();
         let (session, incarnation) = (info.name.as_str().to_owned(), info.incarnation.to_string());
-        self.say("complete", Event::Final { session, incarnation, first: begins, tail, compacted, records });
+        // Of the tail when it was attached to, if that is the end.
+        let hash = (info.tail == tail).then(|| info.view_hash.to_string());
+        self.say("complete", Event::Final { session, incarnation, first: begins, tail, compacted, hash, records });
         tail
     }
 

@@ -14,7 +14,7 @@ use mainstay_server::auth::SigningKey;
 use mainstay_tests::attack::{Aim, Tally, Way, attack};
 use mainstay_tests::harness::claims;
 use mainstay_tests::percentile;
-use mainstay_tests::process::Server;
+use mainstay_tests::process::{Server, Usage};
 use serde_json::{Value, json};
 use tokio::process::Command;
 use tokio::sync::mpsc;
@@ -50,12 +50,12 @@ const QUIET: u64 = 8;
 
 /// An honest session.
 struct Honest {
-    /// Delays from append to delivery, and whether the attack was on.
-    delays: mpsc::UnboundedReceiver<(Duration, bool)>,
+    /// Delays from append to delivery, and when each ended.
+    delays: mpsc::UnboundedReceiver<(Duration, Instant)>,
     task: tokio::task::JoinHandle<Result<u64, String>>,
 }
 
-fn honest(at: u64, client: Client, stop: Arc<AtomicBool>, attacked: Arc<AtomicBool>) -> Honest {
+fn honest(at: u64, client: Client, stop: Arc<AtomicBool>) -> Honest {
     let (tell, delays) = mpsc::unbounded_channel();
     let task = tokio::spawn(async move {
         let wrong = |what: String| format!("honest session {at}: {what}");
@@ -98,7 +98,7 @@ fn honest(at: u64, client: Client, stop: Arc<AtomicBool>, attacked: Arc<AtomicBo
                                 )));
                             }
                             let sent = Duration::from_micros(sent.parse().unwrap_or(0));
-                            let _ = tell.send((begun.elapsed().saturating_sub(sent), attacked.load(Ordering::Relaxed)));
+                            let _ = tell.send((begun.elapsed().saturating_sub(sent), Instant::now()));
                             seen.fetch_add(1, Ordering::Relaxed);
                         }
                     }
@@ -132,14 +132,9 @@ fn honest(at: u64, client: Client, stop: Arc<AtomicBool>, attacked: Arc<AtomicBo
     Honest { delays, task }
 }
 
-/// What a process has resident, and had at most.
-fn resident(pid: u32) -> Option<(u64, u64)> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let field = |name: &str| -> Option<u64> {
-        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
-    };
-    Some((field("VmRSS:")?, field("VmHWM:")?))
+/// So much of a core was used over so many seconds, in percent.
+fn share(cpu: Duration, seconds: u64) -> f64 {
+    cpu.as_secs_f64() / seconds.max(1) as f64 * 100.0
 }
 
 fn client_of(file: &ConnectFile, key: &SigningKey, subject: &str, prefix: &str) -> Client {
@@ -183,20 +178,21 @@ pub async fn run(hostile: &Hostile) -> bool {
     let temp = tempfile::tempdir().expect("a directory");
     let settings = format!("users = \"strangers\"\n[limits]\nmemory_bytes = {BOUND}\n");
     let (mut server, key, file) = start(temp.path(), &settings).await;
-    let (stop, attacked) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+    let stop = Arc::new(AtomicBool::new(false));
     let mut all = Vec::new();
     let mut connections = Vec::new();
     for at in 0..hostile.honest {
         let client = client_of(&file, &key, &format!("honest-{at}"), "honest");
         connections.push(client.clone());
-        all.push(honest(at, client, stop.clone(), attacked.clone()));
+        all.push(honest(at, client, stop.clone()));
     }
+    let begun = server.usage();
     sleep(Duration::from_secs(QUIET)).await;
+    let quiet = server.usage();
     let pid = server.pid();
-    let (quiet, _) = resident(pid).unwrap_or_default();
     // What is usual is known; from here on it is attacked.
     let losses: u64 = connections.iter().map(|client| client.paths().losses).sum();
-    attacked.store(true, Ordering::Relaxed);
+    let attacked = Instant::now();
     let tokens: Vec<String> =
         (0..20).map(|n| key.mint(&claims(&format!("evil-{n}"), PREFIX, Operation::ALL)).expect("a token")).collect();
     let orders = json!({
@@ -210,8 +206,8 @@ pub async fn run(hostile: &Hostile) -> bool {
     let path = temp.path().join("orders.json");
     std::fs::write(&path, orders.to_string()).expect("orders");
     let this = std::env::current_exe().expect("the path of this program");
-    let attackers = Command::new("nice")
-        .args(["-n", "19"])
+    let attackers = Command::new("chrt")
+        .args(["--idle", "0"])
         .arg(this)
         .arg("attack")
         .arg(&path)
@@ -221,7 +217,7 @@ pub async fn run(hostile: &Hostile) -> bool {
     let watching = async {
         let mut most = 0;
         loop {
-            most = most.max(resident(pid).map_or(0, |(now, _)| now));
+            most = most.max(Usage::of(pid).map_or(0, |usage| usage.resident));
             println!("  {} MiB resident", most >> 20);
             sleep(Duration::from_secs(5)).await;
         }
@@ -230,10 +226,11 @@ pub async fn run(hostile: &Hostile) -> bool {
         outcome = attackers => outcome.expect("the attackers run"),
         () = watching => return false,
     };
-    attacked.store(false, Ordering::Relaxed);
+    let calm = Instant::now();
+    let ended = server.usage();
     sleep(Duration::from_secs(1)).await;
     stop.store(true, Ordering::Relaxed);
-    let (_, peak) = resident(pid).unwrap_or_default();
+    let peak = server.usage().peak;
     let said = String::from_utf8_lossy(&outcome.stdout).into_owned();
     let tally: Value = said.lines().last().and_then(|line| serde_json::from_str(line).ok()).unwrap_or_default();
 
@@ -245,6 +242,7 @@ pub async fn run(hostile: &Hostile) -> bool {
         }
     }
     let (mut acked, mut before, mut during) = (0, Vec::new(), Vec::new());
+    let mut each = std::collections::BTreeMap::<u64, Vec<Duration>>::new();
     for Honest { mut delays, task } in all {
         match task.await {
             Ok(Ok(count)) => acked += count,
@@ -257,8 +255,13 @@ pub async fn run(hostile: &Hostile) -> bool {
                 sound = false;
             }
         }
-        while let Ok((delay, attacked)) = delays.try_recv() {
-            if attacked { during.push(delay) } else { before.push(delay) }
+        while let Ok((delay, at)) = delays.try_recv() {
+            if at < attacked {
+                before.push(delay);
+            } else if at < calm {
+                during.push(delay);
+                each.entry((at - attacked).as_secs()).or_default().push(delay);
+            }
         }
     }
     let lost: u64 = connections.iter().map(|client| client.paths().losses).sum::<u64>() - losses;
@@ -286,7 +289,26 @@ pub async fn run(hostile: &Hostile) -> bool {
     println!("| honest connections lost | {lost} |");
     println!("| delay p50 without, with | {:?}, {:?} |", percentile(&before, 50), percentile(&during, 50));
     println!("| delay p99 without, with | {usual:?}, {then:?} ({ratio:.2} x) |");
-    println!("| resident before, at most, bound | {} MiB, {} MiB, {} MiB |", quiet >> 20, peak >> 20, BOUND >> 20);
+    let each: Vec<String> = each
+        .into_values()
+        .map(|mut delays| {
+            delays.sort_unstable();
+            format!("{:.1}", percentile(&delays, 99).as_secs_f64() * 1e3)
+        })
+        .collect();
+    println!("| delay p99 of each second with, in ms | {} |", each.join(", "));
+    println!(
+        "| resident before, at most, bound | {} MiB, {} MiB, {} MiB |",
+        quiet.resident >> 20,
+        peak >> 20,
+        BOUND >> 20
+    );
+    println!(
+        "| of a core: the server without, with; the attackers | {:.0} %, {:.0} %; {:.0} % |",
+        share(quiet.cpu - begun.cpu, QUIET),
+        share(ended.cpu - quiet.cpu, hostile.seconds),
+        share(Duration::from_millis(tally["cpu_ms"].as_u64().unwrap_or(0)), hostile.seconds)
+    );
     if peak > BOUND {
         println!("BROKEN: the server had more memory than it may");
         sound = false;
@@ -299,9 +321,9 @@ pub async fn run(hostile: &Hostile) -> bool {
         println!("BROKEN: the server said: {line}");
         sound = false;
     }
-    let ended = server.terminate().await;
-    if ended != Some(0) {
-        println!("BROKEN: the server ended with {ended:?}");
+    let status = server.terminate().await;
+    if status != Some(0) {
+        println!("BROKEN: the server ended with {status:?}");
         sound = false;
     }
     println!("{}", if sound { "nothing was lost" } else { "BROKEN" });
@@ -350,7 +372,9 @@ pub async fn strike(orders: &Path) {
         .iter()
         .map(|(way, tally)| (way.as_str().to_owned(), tally.blows.load(Ordering::Relaxed).into()))
         .collect();
+    let cpu = Usage::of(std::process::id()).unwrap_or_default().cpu;
     let told = json!({
+        "cpu_ms": cpu.as_millis() as u64,
         "blows": sum(|tally| &tally.blows),
         "connections": sum(|tally| &tally.connections),
         "ended": sum(|tally| &tally.ended),
@@ -421,7 +445,6 @@ pub async fn overload(campaign: Overload) -> bool {
     let temp = tempfile::tempdir().expect("a directory");
     let settings = format!("users = \"trusted\"\n[limits]\nmemory_bytes = {}\n", BOUND * 2);
     let (mut server, key, file) = start(temp.path(), &settings).await;
-    let pid = server.pid();
     let mut sound = true;
     let mut rates = Vec::new();
     println!("| writers | acknowledged/s | control p50 | control p99 | resident at most |\n|---|---|---|---|---|");
@@ -483,7 +506,7 @@ pub async fn overload(campaign: Overload) -> bool {
             }
         }
         delays.sort_unstable();
-        let (_, peak) = resident(pid).unwrap_or_default();
+        let peak = server.usage().peak;
         if delays.is_empty() {
             println!("BROKEN: nobody could steer");
             sound = false;

@@ -21,6 +21,11 @@ use tokio::time::{sleep, timeout};
 
 use crate::history::{Reading, Recorder};
 
+/// What a member that is not heard of has before it is lost.
+const GRACE: Duration = Duration::from_secs(5);
+/// Nanoseconds in which that is told to everybody: a second for the server (spec PRES-4), and the rest for the network.
+const LEASE: u64 = 20_000_000_000;
+
 /// How much of what.
 #[derive(Debug, Clone)]
 pub struct Size {
@@ -452,10 +457,10 @@ impl Actor {
         let author = format!("tester/{}", self.client.instance());
         let turns = self.size.turns;
         for turn in 0..turns {
-            let join = Call::Join { session: self.session.clone(), author: author.clone() };
+            let join = Call::Join { session: self.session.clone(), author: author.clone(), lease: Some(LEASE) };
             let op = self.recorder.invoke(&self.name, join);
             let doing = Doing::new("idle").expect("a word");
-            let joined = session.join(&self.name, Duration::from_secs(5), doing).await;
+            let joined = session.join(&self.name, GRACE, doing).await;
             let generation = joined.as_ref().map(|member| member.generation()).map_err(Clone::clone);
             self.recorder.answered(&self.name, op, &generation);
             let member = joined.expect("joined");
@@ -638,7 +643,8 @@ impl Actor {
     async fn visit(mut self) {
         let operations = ["read", "append", "create", "manage", "join", "run", "signal", "notify"];
         let operations = operations.map(str::to_owned).to_vec();
-        self.recorder.say(&self.name, Event::Granted { prefix: self.session.clone(), operations });
+        self.recorder
+            .say(&self.name, Event::Granted { prefix: self.session.clone(), operations, namespace: String::new() });
         let names = [self.session.clone(), beside(&self.session), format!("{}:below", self.session)];
         for name in names.iter().cycle().take(9) {
             let op = self.recorder.invoke(&self.name, Call::Attach { session: name.clone() });
@@ -720,10 +726,18 @@ impl Actor {
         }
         let said = async {
             let writer = MessageWriter::begin(&for_run, session.main(), "assistant", "text/plain").await?;
-            for n in 0..4 {
-                writer.append(format!("{from}.{n} ")).await?;
-            }
-            writer.end(Status::Complete, "").await?.wait().await
+            let parts: Vec<String> = (0..4).map(|n| format!("{from}.{n} ")).collect();
+            let (session, message) = (self.session.clone(), writer.id().to_string());
+            let op = self.recorder.invoke(&self.name, Call::Speak { session, message, text: parts.concat() });
+            let said = async {
+                for part in parts {
+                    writer.append(part).await?;
+                }
+                writer.end(Status::Complete, "").await?.wait().await
+            };
+            let said = said.await;
+            self.recorder.stored(&self.name, op, &said);
+            said
         };
         !producer_has_ended(&said.await)
     }

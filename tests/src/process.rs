@@ -51,6 +51,45 @@ pub fn binary() -> PathBuf {
 /// Nothing in a test takes longer than this.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// What a process has used, by the kernel's account.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Usage {
+    /// CPU time since it began.
+    pub cpu: Duration,
+    /// Bytes that are resident.
+    pub resident: u64,
+    /// Of them, those that no file backs.
+    pub anonymous: u64,
+    /// Bytes that were resident at most.
+    pub peak: u64,
+}
+
+impl Usage {
+    /// That of a process, or `None` if there is none of this id.
+    pub fn of(pid: u32) -> Option<Self> {
+        // Clock ticks of process accounting: 100 a second on every Linux that matters.
+        const TICKS: f64 = 100.0;
+        let (stat, status) = (proc_file(pid, "stat")?, proc_file(pid, "status")?);
+        // The name in parentheses may hold spaces.
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        let ticks: f64 = fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?;
+        let bytes = |name: &str| -> Option<u64> {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib << 10)
+        };
+        Some(Self {
+            cpu: Duration::from_secs_f64(ticks / TICKS),
+            resident: bytes("VmRSS:")?,
+            anonymous: bytes("RssAnon:")?,
+            peak: bytes("VmHWM:")?,
+        })
+    }
+}
+
+fn proc_file(pid: u32, name: &str) -> Option<String> {
+    std::fs::read_to_string(format!("/proc/{pid}/{name}")).ok()
+}
+
 /// A `mainstay serve --dev` process on a data directory of its own.
 #[derive(Debug)]
 pub struct Server {
@@ -153,14 +192,22 @@ impl Server {
         self.child.as_ref().and_then(Child::id).expect("a running server")
     }
 
+    /// What its process has used.
+    ///
+    /// # Panics
+    ///
+    /// If it does not run.
+    pub fn usage(&self) -> Usage {
+        Usage::of(self.pid()).expect("the usage of a running process")
+    }
+
     /// Stops all that it does, until it is killed.
     pub async fn freeze(&self) {
-        let pid = self.pid().to_string();
-        let stopped = Command::new("kill").args(["-STOP", &pid]).status().await.expect("kill");
+        let pid = self.pid();
+        let stopped = Command::new("kill").args(["-STOP", &pid.to_string()]).status().await.expect("kill");
         assert!(stopped.success());
-        let stat = format!("/proc/{pid}/stat");
         crate::until("it is stopped", async || {
-            let stat = std::fs::read_to_string(&stat).expect("/proc");
+            let stat = proc_file(pid, "stat").expect("a running process");
             stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
         })
         .await;

@@ -12,7 +12,8 @@ use mainstay_protocol::session::{
     SignalId, StateChange, Target,
 };
 use mainstay_protocol::wire::{
-    Append, Configure, Error, Frame, Join, List, Mint, Ping, Signal, Subscribe, Token, Unsubscribe, Writer,
+    Append, Attach, AttachMode, Configure, DefineStream, Error, Frame, Join, List, Mint, Ping, Signal, Subscribe,
+    Token, Unsubscribe, Writer,
 };
 use mainstay_server::auth::Revocation;
 use mainstay_server::{Config, PrefixQuotas, Quotas, Rate};
@@ -20,7 +21,7 @@ use mainstay_store::MemoryStore;
 use mainstay_tests::harness::{QuicServer, claims};
 use mainstay_tests::raw::{PATIENCE, Raw, Recv, Send, append, attach, error, hello, refusal, subscribe};
 use mainstay_transport::{Connection, FrameReader, SendStream};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 /// A server with these quotas.
 fn server(set: impl FnOnce(&mut Quotas)) -> QuicServer {
@@ -138,11 +139,64 @@ async fn attaches_creates_and_lookups_are_kept_to_their_rates() {
     lives(&mut raw).await;
 }
 
+/// Spec LIM-7.
+#[tokio::test]
+async fn who_is_refused_again_and_again_is_told_later_and_everything_else_goes_on() {
+    let server = server(|quotas| quotas.subject.refusals = Rate::new(1, 2));
+    let mut raw = Raw::hello(&server).await;
+    let (mut send, mut frames) = raw.attach("a").await;
+    let absent = Frame::from(Attach {
+        mode: AttachMode::Attach,
+        session: "absent".parse().expect("a name"),
+        incarnation: None,
+        next: None,
+        expire_after: None,
+    })
+    .to_bytes();
+    for _ in 0..2 {
+        let (_send, mut frames) = raw.open(&absent).await;
+        assert_eq!(error(&mut frames).await, Code::SESSION_NOT_FOUND);
+    }
+    let begun = Instant::now();
+    let (_send, mut late) = raw.open(&absent).await;
+    let late = async {
+        let code = error(&mut late).await;
+        (code, begun.elapsed())
+    };
+    // Meanwhile the same subject is served on what it has.
+    let meanwhile = async {
+        send.write(&mut [Frame::from(DefineStream { name: "x".parse().expect("a label") }).to_bytes()])
+            .await
+            .expect("write");
+        assert!(matches!(timeout(PATIENCE, frames.next()).await, Ok(Ok(Some(Frame::Stream(_))))));
+        begun.elapsed()
+    };
+    let ((code, told), served) = tokio::join!(late, meanwhile);
+    assert_eq!(code, Code::SESSION_NOT_FOUND);
+    assert!(told >= Duration::from_secs(1) && served < told, "told after {told:?}, served after {served:?}");
+    lives(&mut raw).await;
+}
+
+/// Spec 22.2.
+#[tokio::test]
+async fn a_subject_opens_so_many_streams_and_those_beyond_are_taken_later() {
+    let server = server(|quotas| quotas.subject.streams = Rate::new(1, 3));
+    let mut raw = Raw::hello(&server).await;
+    let list = Frame::from(List { prefix: Bytes::new(), after: Bytes::new(), limit: 10 }).to_bytes();
+    let begun = Instant::now();
+    for _ in 0..5 {
+        let (_send, mut frames) = raw.open(&list).await;
+        assert!(matches!(timeout(PATIENCE, frames.next()).await, Ok(Ok(Some(Frame::Listed(_))))));
+    }
+    assert!(begun.elapsed() >= Duration::from_secs(1), "{:?}", begun.elapsed());
+    lives(&mut raw).await;
+}
+
 #[tokio::test]
 async fn what_breaks_the_protocol_is_borne_so_often_and_then_closes_the_connection() {
     let server = server(|_| ());
     let mut raw = Raw::hello(&server).await;
-    for _ in 0..64 {
+    for _ in 0..16 {
         // ATTACHED, which no client sends.
         let (_send, mut frames) = raw.open(&[0x24, 0x01, 0x05]).await;
         assert_eq!(error(&mut frames).await, Code::FRAME_UNEXPECTED);
@@ -163,14 +217,14 @@ async fn tokens_are_presented_so_often_and_then_the_connection_is_closed() {
     let token = || server.key.mint(&claims("mallory", "", Operation::ALL)).expect("a token");
     let present = || Frame::from(Token { token: token().into() }).to_bytes();
     let mut taken = 0;
-    for _ in 0..50 {
+    for _ in 0..20 {
         raw.control.0.write(&mut [present()]).await.expect("write");
         while !matches!(timeout(PATIENCE, raw.control.1.next()).await, Ok(Ok(Some(Frame::Authenticated(_))))) {}
         taken += 1;
     }
-    assert_eq!(taken, 50);
+    assert_eq!(taken, 20);
     // Those that came back to the burst meanwhile, and one more.
-    let mut many: Vec<Bytes> = (0..60).map(|_| present()).collect();
+    let mut many: Vec<Bytes> = (0..30).map(|_| present()).collect();
     let _ = raw.control.0.write(&mut many).await;
     assert_eq!(raw.closed().await, Code::RATE_LIMITED);
     let mut other = Raw::hello(&server).await;
@@ -703,6 +757,8 @@ fn the_numbers_of_the_specification_are_those_of_the_server() {
         (("22.2", "joins and updates of members"), rate(subject.presence)),
         (("22.2", "signals"), rate(subject.signals)),
         (("22.2", "other requests that have an effect"), rate(subject.requests)),
+        (("22.2", "QUIC streams opened"), rate(subject.streams)),
+        (("22.2", "requests refused"), rate(subject.refusals)),
         (("22.3", "attachments"), grouped(session.attachments as u64)),
         (("22.3", "subscriptions"), grouped(session.subscriptions as u64)),
         (("22.3", "records appended"), rate(session.appends)),

@@ -9,13 +9,6 @@ use mainstay_store::MemoryStore;
 use mainstay_tests::harness::{MemoryServer, QuicServer};
 use mainstay_tests::process::Server;
 
-/// Resident memory of a process in bytes.
-fn resident(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process's status");
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS");
-    line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).expect("a number") * 1024
-}
-
 /// Latencies from append to delivery of `count` records, one after the other.
 async fn latencies(client: &Client, name: &str, count: usize) -> Vec<Duration> {
     let session = client.session(name).expect("a name").create().attach().await.expect("attach");
@@ -81,7 +74,7 @@ async fn a_thousand_subscriptions_that_are_never_read_cost_the_server_little_and
         }
         last.expect("a ticket").await.expect("stored");
     }
-    let memory = resident(server.pid());
+    let memory = server.usage().resident;
 
     let stuck = server.client(many(1000));
     let session = stuck.session("big").expect("a name").attach().await.expect("attach");
@@ -94,7 +87,7 @@ async fn a_thousand_subscriptions_that_are_never_read_cost_the_server_little_and
     // The first event of the last one says that the server has taken them all.
     until(unread.last_mut().expect("a subscription"), |event| matches!(event, Event::Started { .. })).await;
     let [before, after] = p99([&quiet.client(ClientConfig::default()), &honest]).await;
-    let grown = resident(server.pid()).saturating_sub(memory);
+    let grown = server.usage().resident.saturating_sub(memory);
     println!("server grew by {} KiB; p99 without them {before:?}, with them {after:?}", grown / 1024);
     // Half a millisecond of it is the scheduler of a small machine.
     let most = 2 * before + Duration::from_micros(500);

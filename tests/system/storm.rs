@@ -12,21 +12,13 @@ use tokio::time::{Instant, sleep, timeout};
 /// Sessions that each client follows.
 const SESSIONS: u64 = 5;
 
-/// Ticks of 10 ms that a process has used, and the bytes that it holds.
-fn used(pid: u32) -> (u64, u64) {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("/proc");
-    let fields: Vec<&str> = stat.rsplit_once(')').expect("a name").1.split_whitespace().collect();
-    let number = |at: usize| fields[at].parse::<u64>().expect("a number");
-    (number(11) + number(12), number(21) * 4096)
-}
-
 /// 200 clients with 1,000 idle sessions; `MAINSTAY_SCALE=10` makes it 2,000 with 10,000.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn idle_sessions_cost_little_and_come_back_at_once() {
     let clients = scaled(200);
     let sessions = clients * SESSIONS;
     let mut server = Server::start().await;
-    let (_, empty) = used(server.pid());
+    let empty = server.usage().resident;
     let (following, followed) = (watch::channel(0u64).0, watch::channel(0u64).0);
     let (tell, restarted) = watch::channel(None::<Instant>);
     let (mut readers, mut all) = (JoinSet::new(), Vec::new());
@@ -67,12 +59,12 @@ async fn idle_sessions_cost_little_and_come_back_at_once() {
     // Idle, for five minutes at full size: what the keep-alive costs in the last third of it.
     let third = Duration::from_secs(scaled(10));
     sleep(2 * third).await;
-    let (before, _) = used(server.pid());
+    let before = server.usage();
     let begun = Instant::now();
     sleep(third).await;
-    let (after, resident) = used(server.pid());
-    let cpu = (after - before) as f64 / 100.0 / begun.elapsed().as_secs_f64() * 100.0;
-    let each = resident.saturating_sub(empty) / sessions;
+    let after = server.usage();
+    let cpu = (after.cpu - before.cpu).as_secs_f64() / begun.elapsed().as_secs_f64() * 100.0;
+    let each = after.resident.saturating_sub(empty) / sessions;
     println!("{sessions} idle sessions on {clients} connections: {cpu:.1} % of a core, {each} bytes resident each");
     // One that works meanwhile.
     let writer = server.client(Config::default());

@@ -119,7 +119,7 @@ impl World<'_> {
         }
         let session = "s".to_owned();
         let producer = format!("p{}", self.random.below(2));
-        match self.random.below(14) {
+        match self.random.below(15) {
             0..6 => {
                 let Some(epoch) = self.held.get(&(writer.clone(), producer.clone())).copied() else {
                     return self.invoke(&writer, Call::OpenProducer { session, producer });
@@ -157,8 +157,13 @@ impl World<'_> {
             }
             11 => match self.fold.members.contains_key(&writer) {
                 true => self.invoke(&writer, Call::Leave { session, author: writer.clone() }),
-                false => self.invoke(&writer, Call::Join { session, author: writer.clone() }),
+                false => self.invoke(&writer, Call::Join { session, author: writer.clone(), lease: None }),
             },
+            12 => {
+                self.ops += 1;
+                let (message, text) = (format!("m{}", self.ops), format!("once {0} upon {0}", self.ops));
+                self.invoke(&writer, Call::Speak { session, message, text });
+            }
             _ => self.run(&writer),
         }
     }
@@ -253,6 +258,19 @@ impl World<'_> {
                     return Err("CONFLICT");
                 }
                 self.store(process, state("state.put", key, Some(value.clone())))
+            }
+            Call::Speak { message, text, .. } => {
+                let part = |kind: &str, data: Option<&str>| Record {
+                    kind: kind.into(),
+                    message: Some(message.clone()),
+                    data: data.map(str::to_owned),
+                    ..Record::default()
+                };
+                let (one, two) = text.split_at(text.len() / 2);
+                self.store(process, part("message.start", None));
+                self.store(process, part("message.append", Some(one)));
+                self.store(process, part("message.append", Some(two)));
+                self.store(process, part("message.end", None))
             }
             Call::Delete { key, .. } => self.store(process, state("state.deleted", key, None)),
             Call::Increment { key, by, .. } => {
@@ -354,6 +372,8 @@ impl World<'_> {
         let Fold { state, members, messages, .. } = self.fold.clone();
         let next = self.log.len() as u64;
         let view = View { state, members, messages, hash: Some(format!("h{next}")) };
+        let (session, incarnation, asked, hash) = ("s".to_owned(), "i".to_owned(), self.at, format!("h{next}"));
+        self.say("looker", Event::Attached { session, incarnation, tail: next, asked, hash });
         self.say("looker", Event::View { session: "s".into(), incarnation: "i".into(), next, view });
     }
 
@@ -382,7 +402,8 @@ impl World<'_> {
         let (records, tail) = (self.log.clone(), self.log.len() as u64);
         self.say("everybody", Event::Quiet { session: "s".into(), tail });
         let (session, incarnation) = ("s".to_owned(), "i".to_owned());
-        self.say("last", Event::Final { session, incarnation, first: 0, tail, compacted: false, records });
+        let hash = Some(format!("h{tail}"));
+        self.say("last", Event::Final { session, incarnation, first: 0, tail, compacted: false, hash, records });
         self.entries
     }
 }

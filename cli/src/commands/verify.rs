@@ -36,20 +36,26 @@ pub(crate) fn run(args: &args::Verify, output: Output) -> Result<(), Failure> {
     let interrupted = interruption();
     let mut out = BufWriter::new(io::stdout().lock());
     let mut written = Ok(());
+    // Of the session whose chunks come.
+    let mut compacted = false;
     let mut each = |session: &SessionName, found: Found<'_>| {
         match found {
-            Found::Chunk { first, streams, chunk } if args.dump && written.is_ok() => {
-                written = dump(&mut out, session, first, streams, chunk);
+            Found::Chunk { first, streams, chunk } => {
+                compacted |= chunk.header().compacted.is_some();
+                if args.dump && written.is_ok() {
+                    written = dump(&mut out, session, first, streams, chunk);
+                }
             }
-            Found::Session { state, bytes } if output.is_json() && !args.dump && written.is_ok() => {
+            Found::Session { state, bytes } => {
                 let event = json!({
                     "event": "session", "name": session.as_str(), "first": state.first(), "tail": state.tail(),
-                    "bytes": bytes,
+                    "bytes": bytes, "compacted": core::mem::take(&mut compacted),
                     "fold_version": FOLD_VERSION, "view_hash": state.view().hash().to_string(),
                 });
-                written = writeln!(out, "{event}");
+                if (output.is_json() || args.dump) && written.is_ok() {
+                    written = writeln!(out, "{event}");
+                }
             }
-            _ => {}
         }
         // Nobody reads any more, or somebody said stop.
         if written.is_err() || interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }

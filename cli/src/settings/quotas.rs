@@ -69,6 +69,8 @@ pub(crate) struct SubjectSettings {
     presence: RateOf,
     signals: RateOf,
     requests: RateOf,
+    streams: RateOf,
+    refusals: RateOf,
 }
 
 impl SubjectSettings {
@@ -86,7 +88,9 @@ impl SubjectSettings {
             lookups,
             presence,
             signals,
-            requests
+            requests,
+            streams,
+            refusals
         );
         Ok(())
     }

@@ -17,7 +17,8 @@ pub struct Admission {
     pub per_network: usize,
     /// From so many on a peer must show by a second packet that it gets what is sent to its address (Retry): then addresses cannot be made up.
     pub retry_from: usize,
-    /// Handshakes that may be begun in a second, and at once behind a rest: each costs a signature whatever comes of it.
+    /// Handshakes that may be begun in a second, and at once behind a rest: each costs a signature whatever comes of it. Who comes too early is not
+    /// answered: QUIC asks again by itself, twice as late each time.
     pub rate: Option<Rate>,
     /// Of these, those of peers in one network.
     pub network_rate: Option<Rate>,
@@ -33,7 +34,7 @@ impl Default for Admission {
             per_network: 192,
             retry_from: 64,
             rate: Some(Rate { per_second: 500, burst: 10_000 }),
-            network_rate: Some(Rate { per_second: 375, burst: 7500 }),
+            network_rate: Some(Rate { per_second: 128, burst: 1024 }),
             patience,
         }
     }
@@ -46,6 +47,8 @@ pub(super) enum Verdict {
     Welcome(Slot),
     /// It has to show that it gets what is sent to its address.
     Retry,
+    /// It comes too early, and will come again if nobody answers.
+    Early,
     /// Not now.
     Refused,
 }
@@ -96,7 +99,7 @@ impl Door {
         if self.network_pace.as_ref().is_some_and(|pace| !pace.take(&network))
             || self.pace.as_ref().is_some_and(|pace| pace.take(1).is_err())
         {
-            return Verdict::Refused;
+            return Verdict::Early;
         }
         under_way.all += 1;
         under_way.networks.insert(network, of_network + 1);
@@ -195,7 +198,7 @@ mod tests {
         let knock = |from: &str| matches!(door.knock(ip(from), true), Verdict::Welcome(_));
         let one = ["192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.4", "192.0.2.5"];
         assert_eq!(one.map(knock), [true, true, true, false, false]);
-        assert_eq!(["198.51.100.1", "198.51.100.2"].map(knock), [true, true], "what was refused cost nothing");
+        assert_eq!(["198.51.100.1", "198.51.100.2"].map(knock), [true, true], "who was early cost nothing");
         assert!(!knock("203.0.113.1"), "all of them together have a rate too");
     }
 

@@ -214,6 +214,11 @@ async fn accept(
                 let _ = incoming.retry();
                 continue;
             }
+            Verdict::Early => {
+                // An answer would cost more, and bring it back sooner.
+                incoming.ignore();
+                continue;
+            }
             Verdict::Refused => {
                 incoming.refuse();
                 continue;

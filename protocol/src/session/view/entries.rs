@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::Form;
+use super::{Digest, Form};
 use crate::error::ProtocolError;
 use crate::registry::{MAX_STATE_BYTES, MAX_STATE_KEYS};
 use crate::session::words::{Author, Key};
@@ -29,7 +29,7 @@ crate::kept::keeps!(Entry, revision author expires, keeps value);
 /// The shared state of a session: keys that have a value.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Entries {
-    by_key: BTreeMap<Key, Entry>,
+    by_key: BTreeMap<Key, (Entry, Digest)>,
     /// Bytes of all keys and values.
     bytes: usize,
     deadlines: BTreeSet<(u64, Key)>,
@@ -38,12 +38,12 @@ pub struct Entries {
 impl Entries {
     /// The value of `key`.
     pub fn get(&self, key: &str) -> Option<&Entry> {
-        self.by_key.get(key)
+        self.by_key.get(key).map(|(entry, _)| entry)
     }
 
     /// Every key that has a value, in the order of their bytes.
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = (&Key, &Entry)> {
-        self.by_key.iter()
+        self.by_key.iter().map(|(key, (entry, _))| (key, entry))
     }
 
     /// Keys that have a value.
@@ -68,7 +68,7 @@ impl Entries {
 
     /// What would exceed a limit does nothing: no server accepted it.
     pub(super) fn put(&mut self, key: Key, entry: Entry) {
-        let before = self.by_key.get(&key).map(|entry| key.as_str().len() + entry.value.len());
+        let before = self.by_key.get(&key).map(|(entry, _)| key.as_str().len() + entry.value.len());
         let bytes = self.bytes - before.unwrap_or(0) + key.as_str().len() + entry.value.len();
         if bytes > MAX_STATE_BYTES || before.is_none() && self.by_key.len() == MAX_STATE_KEYS {
             return;
@@ -78,11 +78,11 @@ impl Entries {
         if let Some(at) = entry.expires {
             self.deadlines.insert((at, key.clone()));
         }
-        self.by_key.insert(key, entry);
+        self.by_key.insert(key, (entry, Digest::default()));
     }
 
     pub(super) fn remove(&mut self, key: &Key) {
-        if let Some((key, entry)) = self.by_key.remove_entry(key) {
+        if let Some((key, (entry, _))) = self.by_key.remove_entry(key) {
             self.bytes -= key.as_str().len() + entry.value.len();
             if let Some(at) = entry.expires {
                 self.deadlines.remove(&(at, key));
@@ -92,12 +92,12 @@ impl Entries {
 
     pub(super) fn put_to(&self, form: Form, w: &mut Writer) {
         w.varint(self.by_key.len() as u64);
-        for (key, entry) in &self.by_key {
+        for (key, (entry, digest)) in &self.by_key {
             key.put(w);
             w.varint(entry.revision);
             entry.author.put(w);
             Field::put(&entry.expires, w);
-            form.put(&entry.value, w);
+            form.put_known(&entry.value, digest, w);
         }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use super::{Form, Input};
+use super::{Digest, Form, Input};
 use crate::error::ProtocolError;
 use crate::registry::{
     INDEXED_MESSAGES, INPUT_ROLE, KEPT_MESSAGE_BYTES, KEPT_MESSAGES, MAX_MESSAGE, MAX_OPEN_BYTES, MAX_OPEN_MESSAGES,
@@ -63,7 +63,7 @@ pub struct Messages {
     open: Vec<Message>,
     open_bytes: usize,
     /// By the order of their ends.
-    finished: VecDeque<Message>,
+    finished: VecDeque<(Message, Digest)>,
     finished_bytes: usize,
     index: VecDeque<IndexedMessage>,
 }
@@ -77,7 +77,7 @@ impl Messages {
 
     /// The last messages that were finished, the newest one last: at most `kept_messages`, and `kept_message_bytes` of text.
     pub fn finished(&self) -> impl DoubleEndedIterator<Item = &Message> {
-        self.finished.iter()
+        self.finished.iter().map(|(message, _)| message)
     }
 
     /// What is known of the messages that were finished before those, at most `indexed_messages`, the newest one last.
@@ -87,7 +87,7 @@ impl Messages {
 
     /// The message with this id, if it is open or the view keeps its bytes.
     pub fn get(&self, id: MessageId) -> Option<&Message> {
-        self.open.iter().chain(&self.finished).find(|message| message.id == id)
+        self.open.iter().chain(self.finished()).find(|message| message.id == id)
     }
 
     /// True if the view knows anything of a message with this id.
@@ -198,9 +198,9 @@ impl Messages {
         message.text.shrink_to_fit();
         self.open_bytes -= message.text.len();
         self.finished_bytes += message.text.len();
-        self.finished.push_back(message);
+        self.finished.push_back((message, Digest::default()));
         while self.finished.len() > KEPT_MESSAGES || self.finished_bytes > KEPT_MESSAGE_BYTES {
-            let Some(oldest) = self.finished.pop_front() else { break };
+            let Some((oldest, _)) = self.finished.pop_front() else { break };
             self.finished_bytes -= oldest.text.len();
             if self.index.len() == INDEXED_MESSAGES {
                 self.index.pop_front();
@@ -218,12 +218,12 @@ impl Messages {
     pub(super) fn put(&self, form: Form, w: &mut Writer) {
         w.varint(self.open.len() as u64);
         for message in &self.open {
-            message.put(form, w);
+            message.put(form, &Digest::default(), w);
             Field::put(&(message.status != Status::Open), w);
         }
         w.varint(self.finished.len() as u64);
-        for message in &self.finished {
-            message.put(form, w);
+        for (message, digest) in &self.finished {
+            message.put(form, digest, w);
             message.status.put(w);
         }
         w.varint(self.index.len() as u64);
@@ -256,12 +256,12 @@ impl Messages {
             let message = Message::get(r)?;
             let message = Message { status: Status::get(r)?, ..message };
             // Those that a close interrupts end with the same record.
-            let ascends = this.finished.back().is_none_or(|last| last.through <= message.through);
+            let ascends = this.finished.back().is_none_or(|(last, _)| last.through <= message.through);
             if !ascends || message.through >= next {
                 return Err(inconsistent());
             }
             this.finished_bytes += message.text.len();
-            this.finished.push_back(message);
+            this.finished.push_back((message, Digest::default()));
         }
         for _ in 0..r.count(INDEXED_MESSAGES)? {
             this.index.push_back(IndexedMessage {
@@ -290,7 +290,7 @@ impl Message {
         self.run == Some(run) && !self.is_input()
     }
 
-    fn put(&self, form: Form, w: &mut Writer) {
+    fn put(&self, form: Form, digest: &Digest, w: &mut Writer) {
         self.id.put(w);
         w.varint(self.stream);
         self.author.put(w);
@@ -300,7 +300,7 @@ impl Message {
         for field in [self.start, self.time, self.through] {
             w.varint(field);
         }
-        form.put(&self.text, w);
+        form.put_known(&self.text, digest, w);
     }
 
     /// Reads a message without its status, as an open one.

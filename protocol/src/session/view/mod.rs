@@ -8,7 +8,7 @@ mod notifications;
 mod runs;
 mod signals;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 
@@ -53,12 +53,30 @@ enum Form {
 
 impl Form {
     fn put(self, bytes: &[u8], w: &mut Writer) {
+        self.put_known(bytes, &Digest::default(), w);
+    }
+
+    /// The same of bytes whose hash is kept.
+    fn put_known(self, bytes: &[u8], digest: &Digest, w: &mut Writer) {
         match self {
             Self::Whole => w.bytes(bytes),
-            Self::Hashed => w.raw(blake3::hash(bytes).as_bytes()),
+            Self::Hashed => w.raw(digest.0.get_or_init(|| *blake3::hash(bytes).as_bytes())),
         }
     }
 }
+
+/// The hash of bytes that do not change any more, once somebody asked for it: a view of thousands of values is hashed after each change of one.
+#[derive(Debug, Clone, Default)]
+struct Digest(OnceLock<[u8; 32]>);
+
+impl PartialEq for Digest {
+    /// It says nothing that the bytes do not say.
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Digest {}
 
 /// The moment at which a session must be served that may never be out of memory (see [`super::State::wake`]).
 pub const AT_ONCE: u64 = 0;
