@@ -46,6 +46,8 @@ bugs! {
     OverlayKept = "overlay-kept",
     /// Whoever begins in the middle of a chunk misses its first record.
     CatchUpOffByOne = "catch-up-off-by-one",
+    /// Whoever has caught up with what is stored misses the first record that comes from memory.
+    LiveOffByOne = "live-off-by-one",
     /// Whoever goes on at a seq misses the record there.
     ResumeOffByOne = "resume-off-by-one",
     /// What was trimmed is left out in silence.

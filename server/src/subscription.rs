@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::planted::{Bug, planted};
 use mainstay_protocol::registry::FOLD_VERSION;
 use mainstay_protocol::session::{CreditSent, Feed, Operation, Place, Refusal};
 use mainstay_protocol::wire::{Body, Detail, Error, Frame, Snapshot, Start, Subscribe};
@@ -259,6 +260,9 @@ async fn deliver<S: SendStream>(
                 priority::CATCH_UP
             }
             Place::Memory => {
+                if level == priority::CATCH_UP && planted(Bug::LiveOffByOne) {
+                    feed.jump(feed.next() + 1);
+                }
                 session.ring().from(feed.next(), burst, &mut chunks);
                 priority::LIVE
             }

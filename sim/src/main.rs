@@ -105,6 +105,9 @@ enum What {
         /// At most so many seeds for each.
         #[arg(long, default_value_t = 4000)]
         seeds: u64,
+        /// The first of them; power cuts and damage are decided by it too.
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
         /// This one alone.
         #[arg(long)]
         bug: Option<mainstay_protocol::planted::Bug>,
@@ -151,7 +154,7 @@ fn main() -> ExitCode {
         What::Damage { images, seed } => damage::run(images, seed.unwrap_or_else(mainstay_tests::random::seed)),
         What::Power { campaign } => campaign.run(How::Power),
         #[cfg(feature = "planted")]
-        What::Planted { seeds, bug } => mainstay_sim::planted::hunt(seeds, bug),
+        What::Planted { seeds, seed, bug } => mainstay_sim::planted::hunt(seeds, seed, bug),
         What::Run {
             seeds,
             first,

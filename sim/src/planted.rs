@@ -7,7 +7,7 @@ use mainstay_protocol::planted::{Bug, plant};
 
 use crate::crashes::{self, Campaign, How};
 use crate::seeds::{Seeds, run_each};
-use crate::simulation::said;
+use crate::simulation::{self, said};
 use crate::{damage, power};
 
 /// What is to find a bug.
@@ -31,6 +31,13 @@ impl Hunter {
     }
 }
 
+/// What finds it: one of these words is in what is told of the first seed that does.
+fn expected(bug: Bug) -> &'static [&'static str] {
+    match bug {
+        _ => &[""],
+    }
+}
+
 /// How a bug was found.
 enum Found {
     By(String),
@@ -41,11 +48,11 @@ enum Found {
     Failed(String),
 }
 
-/// The first of so many seeds that finds a bug, and what it finds.
-fn simulate(bug: Bug, seeds: u64) -> Found {
+/// The first of so many seeds that finds a bug, and what it finds. Without the bug it has to be sound.
+fn simulate(bug: Bug, first: u64, seeds: u64) -> Found {
     let found: Mutex<Option<(u64, String)>> = Mutex::default();
     plant(Some(bug));
-    run_each(Seeds { first: 0, count: seeds }, |outcome| {
+    run_each(Seeds { first, count: seeds }, |outcome| {
         let sound = outcome.is_sound();
         if !sound {
             let classes = outcome.verdict.broken.keys().map(|class| class.name());
@@ -60,6 +67,9 @@ fn simulate(bug: Bug, seeds: u64) -> Found {
     });
     plant(None);
     match found.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some((seed, _)) if !simulation::simulate(seed).is_sound() => {
+            Found::Failed(format!("seed {seed} is not sound without it either"))
+        }
         Some((seed, how)) => {
             Found::By(format!("simulator, seed {seed}: {}", how.chars().take(120).collect::<String>()))
         }
@@ -67,13 +77,17 @@ fn simulate(bug: Bug, seeds: u64) -> Found {
     }
 }
 
-fn cut_power(bug: Bug) -> Found {
+fn cut_power(bug: Bug, seed: u64) -> Found {
     let temp = tempfile::tempdir().expect("a directory");
     if let Err(why) = power::Disk::make(temp.path()) {
         return Found::Skipped(why);
     }
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    let campaign = Campaign { how: How::Power, cycles: 60, seed: 1, planted: Some(bug.name()) };
+    let campaign = |cycles, planted| Campaign { how: How::Power, cycles, seed, planted };
+    if !runtime.block_on(crashes::run(campaign(10, None))) {
+        return Found::Failed("power cuts are not survived without it either".into());
+    }
+    let campaign = campaign(60, Some(bug.name()));
     // A server that refuses to start makes it panic.
     match catch_unwind(AssertUnwindSafe(|| runtime.block_on(crashes::run(campaign)))) {
         Ok(true) => Found::Nothing,
@@ -86,21 +100,22 @@ fn cut_power(bug: Bug) -> Found {
 }
 
 /// Plants every bug, one after the other, with at most so many seeds for each. True if each was found.
-pub fn hunt(seeds: u64, only: Option<Bug>) -> bool {
-    let mut missed = 0;
+pub fn hunt(seeds: u64, first: u64, only: Option<Bug>) -> bool {
+    let (mut missed, mut found_all, mut skipped) = (0, 0, 0);
     let bugs = Bug::ALL.iter().filter(|bug| only.is_none_or(|only| only == **bug));
     for bug in bugs {
         let found = match Hunter::of(*bug) {
-            Hunter::Simulator => simulate(*bug, seeds),
-            Hunter::Power => cut_power(*bug),
+            Hunter::Simulator => simulate(*bug, first, seeds),
+            Hunter::Power => cut_power(*bug, first + 1),
             Hunter::Damage => {
+                let sound = damage::run(2000, first + 1);
                 plant(Some(*bug));
-                let silent = !damage::run(2000, 1);
+                let silent = !damage::run(2000, first + 1);
                 plant(None);
-                if silent {
-                    Found::By("damaged files: acknowledged data is missing in silence".into())
-                } else {
-                    Found::Nothing
+                match (sound, silent) {
+                    (false, _) => Found::Failed("damage is not always noticed without it either".into()),
+                    (true, true) => Found::By("damaged files: acknowledged data is missing in silence".into()),
+                    (true, false) => Found::Nothing,
                 }
             }
             Hunter::FailedSync => {
@@ -116,7 +131,14 @@ pub fn hunt(seeds: u64, only: Option<Bug>) -> bool {
             }
         };
         match found {
-            Found::By(how) => println!("{:<26} {how}", bug.name()),
+            Found::By(how) if expected(*bug).iter().any(|expected| how.contains(expected)) => {
+                println!("{:<26} {how}", bug.name());
+                found_all += 1;
+            }
+            Found::By(how) => {
+                println!("{:<26} FAILED: not by {:?}, but {how}", bug.name(), expected(*bug));
+                missed += 1;
+            }
             Found::Nothing => {
                 println!("{:<26} NOT FOUND", bug.name());
                 missed += 1;
@@ -125,9 +147,12 @@ pub fn hunt(seeds: u64, only: Option<Bug>) -> bool {
                 println!("{:<26} FAILED: {why}", bug.name());
                 missed += 1;
             }
-            Found::Skipped(why) => mainstay_tests::skipped(&format!("planted bug {}", bug.name()), &why),
+            Found::Skipped(why) => {
+                mainstay_tests::skipped(&format!("planted bug {}", bug.name()), &why);
+                skipped += 1;
+            }
         }
     }
-    println!("{} planted, {missed} not found", Bug::ALL.len());
+    println!("{found_all} found, {missed} not found, {skipped} skipped");
     missed == 0
 }

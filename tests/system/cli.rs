@@ -1,8 +1,14 @@
 //! The command line as scripts use it: names, fields, exit codes.
 
 use std::process::Stdio;
+use std::sync::Arc;
 
+use mainstay_protocol::session::Operation;
+use mainstay_store::testing::SimulatedDisk;
+use mainstay_tests::harness::{QuicServer, claims};
 use mainstay_tests::process::{Server, binary, events, named, run};
+use mainstay_transport::quic::Trust;
+use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
@@ -174,6 +180,49 @@ async fn completions_and_manual_pages_are_made_from_the_command_line() {
     command.arg("man").arg(dir.path());
     assert!(run(command).await.status.success());
     assert!(dir.path().join("mainstay-append.1").exists());
+}
+
+/// What a running server cannot read any more is told by session and seq, and the others are looked at all the same.
+#[tokio::test]
+async fn verify_online_names_what_a_server_cannot_read() {
+    let disk = SimulatedDisk::new(1);
+    let mut config = mainstay_server::Config::default();
+    // Nothing is read from memory.
+    config.ring_bytes = 0;
+    let server = QuicServer::start(Arc::new(disk.clone()), config);
+    let client = server.client();
+    let mut rotten = None;
+    for name in ["a-rotten", "whole"] {
+        let session = client.session(name).expect("a name").create().attach().await.expect("attach");
+        let producer = session.producer("p").await.expect("a producer");
+        for n in 0..3 {
+            producer.append(session.main(), format!("{n}")).await.expect("append").await.expect("stored");
+        }
+        rotten.get_or_insert(session.info().incarnation);
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    let Trust::Pin(pin) = server.trust() else { panic!("a pin") };
+    let token = server.key.mint(&claims("operator", "", [Operation::Read])).expect("a token");
+    let connect = json!({"protocol": "mainstay", "addr": server.addr.to_string(), "pin": pin.to_hex(), "token": token});
+    let path = dir.path().join("connect.json");
+    std::fs::write(&path, connect.to_string()).expect("a file");
+    let verify = async || {
+        let mut command = Command::new(binary());
+        command.args(["verify", "--online", "--json", "--connect"]).arg(&path);
+        let output = run(command).await;
+        (output.status.code(), events(&output.stdout))
+    };
+    let (code, rows) = verify().await;
+    assert_eq!((code, named(&rows, "session").len()), (Some(0), 2), "{rows:?}");
+    // The chunk of its second record.
+    let incarnation = rotten.expect("an incarnation");
+    disk.rot(incarnation, 2);
+    let (code, rows) = verify().await;
+    let damage: Vec<_> =
+        named(&rows, "damage").iter().map(|row| (row["session"].clone(), row["seq"].clone())).collect();
+    assert_eq!((code, damage), (Some(5), vec![(json!("a-rotten"), json!(1))]), "{rows:?}");
+    let whole: Vec<_> = named(&rows, "session").iter().map(|row| row["name"].clone()).collect();
+    assert_eq!(whole, [json!("whole")]);
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use mainstay_tests::appending::{AT_ONCE, Appending, slowly};
 use mainstay_tests::process::{PATIENCE, Server, binary, events, named, run};
 use mainstay_tests::random;
 use serde_json::Value;
+use serde_json::json;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::time::timeout;
 
@@ -122,6 +123,12 @@ async fn verify_dump_and_tail_agree_record_by_record() {
     let tailed = events(&tail.stdout);
     let tailed = named(&tailed, "record");
     let mut dumped = events(&dump.stdout);
+    // Behind its records it is told where a session begins and ends.
+    let end = dumped.pop().expect("rows");
+    assert_eq!(
+        (&end["event"], &end["name"], &end["first"], &end["tail"]),
+        (&json!("session"), &json!("s1"), &json!(2000), &json!(5000))
+    );
     for row in &mut dumped {
         assert_eq!(row.as_object_mut().and_then(|row| row.remove("session")), Some("s1".into()));
     }

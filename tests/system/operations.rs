@@ -8,7 +8,7 @@ use mainstay_client::{Client, Config, ConnectFile};
 use mainstay_protocol::session::Operation;
 use mainstay_server::auth::SigningKey;
 use mainstay_tests::harness::claims;
-use mainstay_tests::process::{PATIENCE, binary, events, look_at, run};
+use mainstay_tests::process::{PATIENCE, binary, events, look_at, named, run};
 use mainstay_transport::quic::{Identity, Pin, read_certificates};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -349,7 +349,7 @@ async fn namespaces_have_stores_of_their_own() {
     for (dir, text) in [(server.data(), "one"), (server.data().join("namespaces").join("acme"), "acme")] {
         let dump = mainstay(&["verify", "--data", &dir.display().to_string(), "--dump"]).await;
         let rows = events(&dump.stdout);
-        let data: Vec<&Value> = rows.iter().map(|row| &row["data"]).collect();
+        let data: Vec<&Value> = named(&rows, "record").iter().map(|row| &row["data"]).collect();
         assert_eq!(data, [&json!(text)], "{}", dir.display());
     }
 }

@@ -839,7 +839,7 @@ async fn run_verify(server: &Server) -> Vec<Value> {
     command.args(["verify", "--dump", "--data"]).arg(server.dir()).stdin(Stdio::null());
     let output = run(command).await;
     assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
-    events(&output.stdout)
+    named(&events(&output.stdout), "record").into_iter().cloned().collect()
 }
 
 /// Appends lines as inputs; returns their message ids.
