@@ -9,12 +9,14 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use mainstay_client::{ClientError, Code, Config as ClientConfig, Event, Start};
 use mainstay_protocol::session::{
     Author, CheckedBatch, ChunkBuilder, Incarnation, Instance, Record, SessionName, State,
 };
 use mainstay_protocol::wire::{Label, Subject, Writer};
 use mainstay_store::{Outcome, ReadFrom, SessionId, Store};
 use mainstay_store_fjall::{Config, FjallStore, OpenError, verify};
+use mainstay_tests::process::{self, PATIENCE, Server, binary};
 use mainstay_transport::sim::Random;
 
 /// Seq and payload of every record that was acknowledged and is kept, by session.
@@ -182,14 +184,28 @@ pub async fn judge(dir: &Path, stored: &Stored) -> Result<Verdict, String> {
     }
 }
 
-/// Reads all that a store serves. Errors: a record is not one of those that were acknowledged at its seq.
+/// Reads all that a store serves. Errors: a record is not one of those that were acknowledged at its seq, or one is missing and no error says so.
 async fn serves_nothing_wrong(store: &FjallStore, stored: &Stored) -> Result<(), String> {
     for (name, records) in stored {
         let session = SessionName::new(name).map_err(|error| error.to_string())?;
-        let Ok(Some(stat)) = store.stat(session).await else { continue };
+        let stat = match store.stat(session).await {
+            Ok(Some(stat)) => stat,
+            Ok(None) => return Err(format!("{name} is served as if it had never been")),
+            Err(_) => continue,
+        };
         let mut next = stat.first;
+        let begins = records.first().is_none_or(|(first, _)| next <= *first);
+        let end = records.last().map_or(0, |(last, _)| last + 1);
         while let Ok(page) = store.read(stat.session.clone(), ReadFrom::Seq(next), 1 << 20).await {
-            let Some(last) = page.chunks.last() else { break };
+            let Some(last) = page.chunks.last() else {
+                if !begins || next < end {
+                    return Err(format!(
+                        "{name} is served from {} to {next} of {end}, and nothing says so",
+                        stat.first
+                    ));
+                }
+                break;
+            };
             for record in page.chunks.iter().flat_map(|chunk| chunk.records()) {
                 let (seq, _, _, record) = record.map_err(|error| error.to_string())?;
                 let known = records.binary_search_by_key(&seq, |(known, _)| *known).ok();
@@ -201,6 +217,157 @@ async fn serves_nothing_wrong(store: &FjallStore, stored: &Stored) -> Result<(),
         }
     }
     Ok(())
+}
+
+/// A data directory of the real server, keys, tickets and all, whose files are damaged one at a time between a kill and the next start.
+struct Whole {
+    server: Server,
+    image: Image,
+    /// Where the server's log is.
+    log: PathBuf,
+}
+
+/// Records of each of its sessions.
+const LINES: u64 = 120;
+
+impl Whole {
+    async fn make() -> Self {
+        let temp = tempfile::tempdir().expect("a directory");
+        let (data, dir, earlier, log) = (
+            temp.path().join("data"),
+            temp.path().join("pristine"),
+            temp.path().join("earlier"),
+            temp.path().join("log"),
+        );
+        let mut server = Server::start_in(&data, &[]).await;
+        server.log_to(log.clone());
+        let mut stored = Stored::new();
+        for half in 0..2 {
+            let client = server.client(ClientConfig::default());
+            for name in ["one", "other"] {
+                let records = stored.entry(name.to_owned()).or_default();
+                let session = client.session(name).expect("a name").create().attach().await.expect("attach");
+                let producer = session.producer("p").await.expect("a producer");
+                for n in half * LINES / 2..(half + 1) * LINES / 2 {
+                    let text = format!("{name}/{n}/").repeat(40).into_bytes();
+                    let seq =
+                        producer.append(session.main(), text.clone()).await.expect("append").await.expect("stored");
+                    records.push((seq, text));
+                }
+            }
+            drop(client);
+            server.kill().await;
+            if half == 0 {
+                copy(&data, &earlier).expect("copy");
+                server.restart().await;
+            }
+        }
+        copy(&data, &dir).expect("copy");
+        Self { server, image: Image { dir, earlier, stored, _temp: temp }, log }
+    }
+
+    /// Damages a file, and looks what `verify` and the server say. `None` if there was nothing to damage.
+    async fn one(&mut self, random: &mut Random) -> Option<(String, Result<Verdict, String>)> {
+        let data = self.server.dir().to_owned();
+        fs::remove_dir_all(&data).expect("remove");
+        copy(&self.image.dir, &data).expect("copy");
+        let files = self.image.files().expect("files");
+        let files: Vec<PathBuf> = files.into_iter().filter(|path| !path.ends_with("lock")).collect();
+        let what = damage(&self.image, &data, &files, random).expect("damage")?;
+        let judged = self.judge(&data).await;
+        self.server.kill().await;
+        let said = fs::read_to_string(&self.log).unwrap_or_default();
+        match said.contains("panicked") {
+            true => Some((what, Err(format!("it panicked: {said}")))),
+            false => Some((what, judged)),
+        }
+    }
+
+    async fn judge(&mut self, data: &Path) -> Result<Verdict, String> {
+        let mut verify = tokio::process::Command::new(binary());
+        verify.args(["verify", "--json", "--data"]).arg(data);
+        let verified = process::run(verify).await;
+        let complains = match verified.status.code() {
+            Some(0) => false,
+            Some(DAMAGED) => true,
+            other => return Err(format!("verify ended with {other:?}: {}", String::from_utf8_lossy(&verified.stderr))),
+        };
+        match self.server.try_restart().await {
+            Ok(()) => {}
+            Err((Some(DAMAGED), said)) if said.contains("\"code\":\"") => return Ok(Verdict::Reported),
+            Err((code, said)) => return Err(format!("the server ended with {code:?}: {said}")),
+        }
+        let mut refused = false;
+        for (name, records) in &self.image.stored {
+            match tokio::time::timeout(PATIENCE, read(&self.server, name)).await {
+                Ok(Ok(found)) if found == *records => {}
+                Ok(Ok(found)) => {
+                    return Err(format!(
+                        "{name} is served with {} of {} records, or others",
+                        found.len(),
+                        records.len()
+                    ));
+                }
+                Ok(Err(ClientError::Refused { code: Code::SESSION_DAMAGED, .. })) => refused = true,
+                Ok(Err(error)) => return Err(format!("{name}: {error}")),
+                Err(_) => return Err(format!("{name} cannot be read, and nothing says so")),
+            }
+        }
+        if refused && !complains {
+            return Err("verify is silent, and a session is not served".into());
+        }
+        Ok(if complains || refused { Verdict::Reported } else { Verdict::Intact })
+    }
+}
+
+/// The exit code for damage.
+const DAMAGED: i32 = 5;
+
+/// Everything that a session has, from its beginning.
+async fn read(server: &Server, name: &str) -> Result<Vec<(u64, Vec<u8>)>, ClientError> {
+    let mut config = ClientConfig::default();
+    config.give_up_after = Some(PATIENCE);
+    let session = server.client(config).session(name)?.attach().await?;
+    let mut subscription = session.subscribe(Start::Earliest).open().await?;
+    let mut found = Vec::new();
+    while let Some(event) = subscription.next().await {
+        match event? {
+            Event::Records(batch) => {
+                for read in batch.iter() {
+                    let read = read?;
+                    found.push((read.seq, read.record.payload.to_vec()));
+                }
+            }
+            Event::CaughtUp { .. } => break,
+            _ => {}
+        }
+    }
+    Ok(found)
+}
+
+/// The same with the real server and everything that is in its data directory.
+async fn whole(images: u64, seed: u64) -> bool {
+    let mut whole = Whole::make().await;
+    let (mut reported, mut intact, mut wrong) = (0, 0, 0);
+    let mut damaged = std::collections::BTreeSet::new();
+    for number in 0..images {
+        let mut random = Random::new(seed.wrapping_add(number.wrapping_mul(0x9e37_79b9)));
+        let Some((what, judged)) = whole.one(&mut random).await else { continue };
+        damaged.insert(what.split([':', ' ']).next().unwrap_or_default().to_owned());
+        match judged {
+            Ok(Verdict::Reported) => reported += 1,
+            Ok(Verdict::Intact) => intact += 1,
+            Err(why) => {
+                println!("data directory {number}: {what}: {why}");
+                wrong += 1;
+            }
+        }
+    }
+    let files = damaged.len();
+    println!(
+        "{images} data directories of the server, {files} files: {reported} reported, {intact} harmless, {wrong} wrong"
+    );
+    wrong == 0 && (images < 50 || reported > 0 && intact > 0)
 }
 
 fn count(of: &AtomicU64) {
@@ -341,5 +508,6 @@ pub fn run(images: u64, seed: u64) -> bool {
     if reported < images / 4 {
         println!("hardly any damage hit anything");
     }
-    wrong == 0 && reported >= images / 4
+    // A start of a process costs as much as thirty of an engine.
+    wrong == 0 && reported >= images / 4 && runtime.block_on(whole(images / 30, seed))
 }

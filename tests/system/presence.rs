@@ -410,3 +410,26 @@ async fn the_command_line_joins_shows_and_watches() {
     assert_eq!(nobody.stdout, b"nobody is here\n");
     watching.kill().await.expect("kill");
 }
+
+/// Who is told to stop before he was told that he is there leaves all the same, and is not there until his grace is over.
+#[tokio::test]
+async fn a_join_that_is_interrupted_before_it_is_answered_leaves() {
+    let server = Server::start().await;
+    let slow = Faults { delay: Duration::from_millis(300), ..Faults::default() };
+    let proxy = Proxy::start(([127, 0, 0, 1], 0).into(), server.addr(), slow, 1).expect("a proxy");
+    let client = server.client(ClientConfig::default());
+    let session = client.session("s1").expect("a name").create().attach().await.expect("attach");
+    let mut live = session.live().await.expect("a live view");
+    let mut command = Command::new(process::binary());
+    command.args(["join", "s1", "--as", "phone", "--grace", "120", "--connect"]);
+    command.arg(server.connect_file_at(proxy.addr(), "slow.json")).stdout(Stdio::null()).kill_on_drop(true);
+    let mut joining = command.spawn().expect("join");
+    let members = async |live: &mut LiveView, count: usize| {
+        follow(live, "the members", |live| live.view().members().len() == count).await;
+    };
+    members(&mut live, 1).await;
+    let pid = joining.id().expect("it runs").to_string();
+    assert!(Command::new("kill").args(["-TERM", &pid]).status().await.expect("kill").success());
+    members(&mut live, 0).await;
+    assert!(timeout(PATIENCE, joining.wait()).await.expect("in time").expect("a status").success());
+}

@@ -702,8 +702,8 @@ async fn ten_thousand_forged_tokens_open_nothing() {
         let (code, _) = refusal(&mut raw.control.1).await;
         *codes.entry(code.to_string()).or_insert(0) += 1;
         assert!(matches!(code, Code::TOKEN_INVALID | Code::TOKEN_EXPIRED | Code::TOKEN_REVOKED), "token {n}: {code}");
-        // Who has no token does not stay for ever (spec LIM-5).
-        if n % 50 == 49 {
+        // Whose tokens are not believed does not stay (spec 22.1).
+        if n % 15 == 14 {
             raw = connect().await;
         }
     }

@@ -109,19 +109,30 @@ pub(crate) async fn join(args: args::Join, output: Output) -> Result<(), Failure
             session = patiently(client, &args.session, output, attaching.attach()) => session?,
             () = &mut stop => return Ok(()),
         };
-        let membership = tokio::select! {
-            membership = patiently(client, &args.session, output, session.join(&name, grace, doing)) => membership?,
-            () = &mut stop => return Ok(()),
+        let mut joining = core::pin::pin!(patiently(client, &args.session, output, session.join(&name, grace, doing)));
+        let joined = tokio::select! {
+            membership = &mut joining => Some(membership?),
+            () = &mut stop => None,
         };
-        let event = json!({"event": "joined", "name": name, "generation": membership.generation()});
-        output.event(&event, || format!("{name} is in {} until this is interrupted", args.session))?;
-        tokio::select! {
-            () = &mut stop => {}
-            error = session.ended() => return Err(error.into()),
+        if let Some(membership) = &joined {
+            let event = json!({"event": "joined", "name": name, "generation": membership.generation()});
+            output.event(&event, || format!("{name} is in {} until this is interrupted", args.session))?;
+            tokio::select! {
+                () = &mut stop => {}
+                error = session.ended() => return Err(error.into()),
+            }
         }
+        let leaving = async {
+            let membership = match joined {
+                Some(membership) => membership,
+                // It may be there already, and was not told so.
+                None => joining.await?,
+            };
+            membership.leave().await.map_err(Failure::from)
+        };
         // A server that does not answer finds out by itself.
-        match tokio::time::timeout(Duration::from_secs(2), membership.leave()).await {
-            Ok(left) => Ok(left?),
+        match tokio::time::timeout(Duration::from_secs(2), leaving).await {
+            Ok(left) => left,
             Err(_) => Err(Failure {
                 exit: Exit::Unreachable,
                 code: "UNREACHABLE".into(),
