@@ -218,7 +218,7 @@ fn deeds(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verdic
         verdict.count("deeds", 1);
         let at = complete.records.binary_search_by_key(&seq, |record| record.seq).ok();
         let stored = at.map(|at| &complete.records[at]);
-        if !stored.is_some_and(|record| deed(record) == Some((kind, whose))) {
+        if stored.and_then(deed) != Some((kind, whose)) {
             verdict.report(Class::LostWrite, session, || {
                 format!("operation {} {:?} was done at {seq}, where {stored:?} is", operation.op, operation.call)
             });

@@ -203,7 +203,7 @@ impl Quotas {
                 presence: rate(5, 50),
                 signals: rate(5, 50),
                 requests: rate(20, 200),
-                streams: rate(50, 2048),
+                streams: rate(50, 512),
                 refusals: rate(20, 200),
             },
             session: SessionQuotas {

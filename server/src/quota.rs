@@ -572,9 +572,8 @@ mod tests {
     /// Spec LIM-7.
     #[tokio::test(start_paused = true)]
     async fn a_subject_that_asks_for_too_much_is_served_later_over_all_of_its_connections() {
-        let mut quotas = SubjectQuotas::default();
-        quotas.streams = Some(Rate { per_second: 2, burst: 3 });
-        quotas.refusals = Some(Rate { per_second: 1, burst: 2 });
+        let rate = |per_second, burst| Some(Rate { per_second, burst });
+        let quotas = SubjectQuotas { streams: rate(2, 3), refusals: rate(1, 2), ..SubjectQuotas::default() };
         let (subject, other) = (SubjectUsage::new(&quotas), SubjectUsage::new(&quotas));
         let connections = [Conduct::new(), Conduct::new()];
         let streams: Vec<_> = (0..4).map(|n| connections[n % 2].stream(Some(&subject))).collect();

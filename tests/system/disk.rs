@@ -1,14 +1,21 @@
 //! A full disk: refused by name, reads go on, service resumes by itself. A disk that fails: nothing more is believed.
 
 use std::process::Stdio;
+use std::time::Duration;
 
+use mainstay_client::{Config as ClientConfig, Doing};
 use mainstay_tests::appending::{AT_ONCE, Appending};
+use mainstay_tests::live::follow;
 use mainstay_tests::process::{PATIENCE, Server, events, named, run};
 use mainstay_tests::skipped;
 use mainstay_tests::tmpfs::Tmpfs;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::time::timeout;
 
+/// What a member has that is not heard of.
+const GRACE: Duration = Duration::from_secs(3);
+
+/// A22.
 #[tokio::test]
 async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
     let Some(disk) = Tmpfs::mount(256) else {
@@ -17,6 +24,12 @@ async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
     };
     let data = disk.path().join("data");
     let mut server = Server::start_in(&data, &[]).await;
+    let client = server.client(ClientConfig::default());
+    let room = client.session("room").expect("a name").create().attach().await.expect("attach");
+    let doing = |word: &str| Doing::new(word).expect("a word");
+    let member = room.join("phone", GRACE, doing("here")).await.expect("joined");
+    let mut live = room.live().await.expect("a live view");
+    follow(&mut live, "the member", |live| live.view().members().len() == 1).await;
     let mut appending = Appending::to(&server);
     for n in 0..100u64 {
         appending.write(&format!("{n}\n")).await;
@@ -32,8 +45,17 @@ async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
     let output = run(server.command(&["tail", "s1", "--max", "100", "--json"])).await;
     assert!(output.status.success(), "reads go on");
     assert_eq!(named(&events(&output.stdout), "record").len(), 100);
+    // For longer than a member's grace: who is here stays here.
+    tokio::time::sleep(GRACE + Duration::from_secs(2)).await;
     std::fs::remove_file(&filler).expect("remove");
     assert_eq!(appending.finish().await.0, 101);
+    member.update(doing("back")).await.expect("an update");
+    follow(&mut live, "the update", |live| {
+        live.view().members().iter().any(|(_, member)| member.activity.status.as_str() == "back")
+    })
+    .await;
+    assert_eq!(live.view().next(), 2, "it joined and said what it does, and nothing else happened");
+    drop((live, room, client));
     server.kill().await;
     server.restart().await;
     let output = run(server.command(&["tail", "s1", "--max", "101", "--json"])).await;
