@@ -4,7 +4,7 @@ use core::time::Duration;
 use std::sync::Arc;
 
 use mainstay_protocol::error::{Code, ProtocolError};
-use mainstay_protocol::registry::PRODUCER_WINDOW;
+use mainstay_protocol::registry::{MAX_BATCH_BYTES, PRODUCER_WINDOW};
 use mainstay_protocol::session::{CheckedBatch, CreditReceived, Operation, ProducerHandle, Refusal};
 use mainstay_protocol::wire::{Append, Credit, Detail, Frame, Refused};
 use mainstay_transport::{FrameError, FrameReader, RecvStream};
@@ -79,7 +79,7 @@ async fn pump<R: RecvStream>(
                 flush(conn, link, &mut batches, &mut bytes).await?;
                 let left = until.saturating_duration_since(Instant::now());
                 link.refuse(sequence, &too_often(left, "a batch before it was refused"));
-                rest(link, refused.more(size, window)).await;
+                rest(link, refused.more(sequence, size, window)).await;
                 continue;
             }
             let checked = conn.allow(Operation::Append, &link.session.id.name).and_then(|()| {
@@ -93,17 +93,16 @@ async fn pump<R: RecvStream>(
                     batches.push(Sent { sequence, run, batch });
                 }
                 Err(refusal) => {
-                    if held.is_some() {
-                        // It asks again, as it was told to.
-                        refused = Refusals::default();
-                    }
                     // What came before goes on its way.
                     flush(conn, link, &mut batches, &mut bytes).await?;
                     link.refuse(sequence, &refusal);
+                    if refused.again(sequence) {
+                        conn.linger().await;
+                    }
                     let after = refusal.code.retry_after(refusal.value);
                     held = (refusal.code == Code::RATE_LIMITED).then(|| (sequence, Instant::now() + after));
                     // What comes before it is time stays in the peer's window: to refuse it costs more than to leave it there.
-                    rest(link, after.min(LATER).max(refused.more(size, window))).await;
+                    rest(link, after.min(LATER).max(refused.more(sequence, size, window))).await;
                 }
             }
             if batches.len() >= PRODUCER_WINDOW {
@@ -129,9 +128,11 @@ async fn pump<R: RecvStream>(
     }
 }
 
-/// What was refused in a row, and was not what has to come next.
+/// What was refused in a row behind a batch that was.
 #[derive(Debug, Default)]
 struct Refusals {
+    /// The batch that has to come next.
+    first: Option<u64>,
     batches: usize,
     bytes: u64,
 }
@@ -140,15 +141,24 @@ impl Refusals {
     /// For how long nothing is read of a client that goes on regardless.
     const DEAF: Duration = Duration::from_secs(16);
 
+    /// True if this is the batch that has to come next, and comes again.
+    fn again(&self, sequence: u64) -> bool {
+        self.first.is_some_and(|first| sequence <= first)
+    }
+
     /// One more. Returns for how long nothing is read then (spec LIM-7): a client that heard that it is refused has a window of batches on the
-    /// way and no more.
-    fn more(&mut self, bytes: u64, window: u64) -> Duration {
+    /// way and no more, and sends the refused one next.
+    fn more(&mut self, sequence: u64, bytes: u64, window: u64) -> Duration {
+        if self.first.is_none() || self.again(sequence) {
+            *self = Self { first: Some(sequence), ..Self::default() };
+        }
         self.batches += 1;
         self.bytes += bytes;
-        if self.batches <= PRODUCER_WINDOW && self.bytes <= window {
+        // The refused one itself, and a window behind it.
+        if self.batches <= PRODUCER_WINDOW + 1 && self.bytes <= window + MAX_BATCH_BYTES as u64 {
             return Duration::ZERO;
         }
-        *self = Self::default();
+        (self.batches, self.bytes) = (0, 0);
         Self::DEAF
     }
 }
@@ -196,15 +206,19 @@ mod tests {
     /// Spec LIM-7.
     #[test]
     fn whoever_goes_on_regardless_is_not_read_for_a_while() {
-        const WINDOW: u64 = 1000;
+        const WINDOW: u64 = 100_000;
+        const MANY: u64 = PRODUCER_WINDOW as u64;
         let mut refusals = Refusals::default();
-        for _ in 0..2 {
-            // What a client had on the way when it was told costs no rest.
-            assert!((0..10).all(|_| refusals.more(WINDOW / 10, WINDOW).is_zero()));
-            assert_eq!(refusals.more(WINDOW / 10, WINDOW), Refusals::DEAF);
+        // The refused one, and what a client had on the way when it was told, cost no rest, however often it asks again as it was told to.
+        for _ in 0..5 {
+            assert!(refusals.more(7, MAX_BATCH_BYTES as u64, WINDOW).is_zero());
+            assert!((8..18).all(|sequence| refusals.more(sequence, WINDOW / 10, WINDOW).is_zero()));
         }
-        // Batches of no bytes cost as much.
-        assert!((0..PRODUCER_WINDOW).all(|_| refusals.more(0, WINDOW).is_zero()));
-        assert_eq!(refusals.more(0, WINDOW), Refusals::DEAF);
+        assert!(refusals.again(7) && !refusals.again(8));
+        assert_eq!(refusals.more(18, 1, WINDOW), Refusals::DEAF);
+        // Batches of no bytes cost as much, and a rest is no pardon.
+        assert!((19..19 + MANY).all(|sequence| refusals.more(sequence, 0, WINDOW).is_zero()));
+        assert!(refusals.more(19 + MANY, 0, WINDOW).is_zero());
+        assert_eq!(refusals.more(20 + MANY, 0, WINDOW), Refusals::DEAF);
     }
 }
