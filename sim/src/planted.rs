@@ -100,9 +100,7 @@ fn simulate(bug: Bug, first: u64, seeds: u64) -> Found {
         Some((seed, _)) if !simulation::simulate(seed).is_sound() => {
             Found::Failed(format!("seed {seed} is not sound without it either"))
         }
-        Some((seed, how)) => {
-            Found::By(format!("simulator, seed {seed}: {}", how.chars().take(120).collect::<String>()))
-        }
+        Some((seed, how)) => Found::By(format!("simulator, seed {seed}: {how}")),
         None => Found::Nothing,
     }
 }
@@ -162,7 +160,7 @@ pub fn hunt(seeds: u64, first: u64, only: Option<Bug>) -> bool {
         };
         match found {
             Found::By(how) if expected(*bug).iter().any(|expected| how.contains(expected)) => {
-                println!("{:<26} {how}", bug.name());
+                println!("{:<26} {}", bug.name(), how.chars().take(150).collect::<String>());
                 found_all += 1;
             }
             Found::By(how) => {
