@@ -1,5 +1,6 @@
 //! One attachment: a bidirectional QUIC stream bound to a session. Requests in; answers, acks and errors out.
 
+use core::time::Duration;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
@@ -316,6 +317,17 @@ fn proved<C: Connection>(
     ResumeClaim::of(&token, session.id.incarnation, &attachment.author, request.key)
 }
 
+/// The longest rest behind a refused request: what keeps a run or ends something may be behind it, and no lease is shorter than ten of them.
+const REST: Duration = Duration::from_millis(100);
+
+/// Reads no request for a moment if too many were refused (spec LIM-7).
+async fn rest(conn: &Conn, attachment: &Attachment) {
+    let pause = conn.later().min(REST);
+    if !pause.is_zero() {
+        let _ = tokio::time::timeout(pause, attachment.ended()).await;
+    }
+}
+
 /// Reads requests until the client ends the stream. Their answers come in the order of their effects (spec SESS-11).
 async fn read<C: Connection>(
     transport: &C,
@@ -334,8 +346,8 @@ async fn read<C: Connection>(
             Frame::OpenProducer(request) => {
                 if let Err(refusal) = allowed.and_then(|()| conn.reserve_producer(request.id, attachment)) {
                     // Nothing is reserved that could be released.
-                    conn.linger().await;
                     attachment.tell(OpenProducer::KIND, request.id, &refusal);
+                    rest(conn, attachment).await;
                     continue;
                 }
                 Command::OpenProducer { attachment: attachment.clone(), request }
@@ -345,8 +357,8 @@ async fn read<C: Connection>(
                 match allowed.and_then(|()| conn.open_subscription(id, session)) {
                     Ok(opened) => subscription::spawn(transport, conn, session, request, opened),
                     Err(refusal) => {
-                        conn.linger().await;
                         attachment.refuse(Subscribe::KIND, id, &refusal);
+                        rest(conn, attachment).await;
                     }
                 }
                 continue;
@@ -358,8 +370,8 @@ async fn read<C: Connection>(
             frame if allowed.is_err() => {
                 if let Err(refusal) = allowed {
                     let id = if let Frame::TakeRun(request) = &frame { request.id } else { 0 };
-                    conn.linger().await;
                     attachment.refuse(frame.kind(), id, &refusal);
+                    rest(conn, attachment).await;
                 }
                 continue;
             }
@@ -386,8 +398,8 @@ async fn read<C: Connection>(
             Frame::Resume(request) => match proved(transport, conn, attachment, session, &request) {
                 Ok(claim) => Command::Resume { attachment: attachment.clone(), claim },
                 Err(refusal) => {
-                    conn.linger().await;
                     attachment.refuse(Resume::KIND, 0, &refusal);
+                    rest(conn, attachment).await;
                     continue;
                 }
             },

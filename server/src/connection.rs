@@ -1,6 +1,7 @@
 //! One connection: its control stream, who is at the other end, and the streams that the peer opens.
 
 use core::future::Future;
+use core::time::Duration;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
@@ -11,7 +12,7 @@ use mainstay_protocol::registry::{
     MAX_FRAME_UNAUTHENTICATED, MAX_RECORD, MIN_BULK_WINDOW, PRODUCER_WINDOW,
 };
 use mainstay_protocol::session::{
-    Author, CreditSent, Grants, Incarnation, Instance, Operation, Refusal, SessionName, Stretch, may_be_early,
+    Author, CreditSent, Grants, Incarnation, Instance, Operation, Refusal, Refusals, SessionName, Stretch, may_be_early,
 };
 use mainstay_protocol::wire::{
     Authenticated, Body, Detail, Error, Expiring, Frame, Hello, Pong, Produce, Subject, Token, put_grease,
@@ -25,6 +26,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::auth::{AuthError, CertificatePin, Verified};
+use crate::metrics::Limit;
 use crate::namespace::Space;
 use crate::owner::Command;
 use crate::producer::{self, ProducerLink};
@@ -50,7 +52,7 @@ enum Identity {
 /// What the transport knows of the peer.
 struct Peer {
     remote: String,
-    rtt: core::time::Duration,
+    rtt: Duration,
     path_changes: u64,
     /// Of the certificate that it proved to have.
     certificate: Option<CertificatePin>,
@@ -113,7 +115,7 @@ impl core::fmt::Debug for Conn {
 const NOTICE: i64 = 60;
 
 /// How long a token that has not expired is taken for granted.
-const RECHECK: core::time::Duration = core::time::Duration::from_secs(60);
+const RECHECK: Duration = Duration::from_secs(60);
 
 impl Conn {
     fn opened(&self) -> MutexGuard<'_, Opened> {
@@ -211,27 +213,48 @@ impl Conn {
         self.verified()?.1.request(cost, metrics)
     }
 
-    /// What the subject of the token in force does; `None` for nobody that is known.
+    /// What the subject of the token in force does; `None` while none is.
     fn subject(&self) -> Option<Arc<SubjectConnection>> {
-        match &*self.identity.borrow() {
-            Identity::Nobody(_) => None,
-            Identity::Known { subject, .. } => Some(subject.clone()),
-        }
+        self.verified().ok().map(|(_, subject)| subject)
     }
 
-    /// A request is refused: waits before that is told, if it happens too often (spec LIM-7). Not where it is waited for something that must
-    /// not be late.
-    pub(crate) async fn linger(&self) {
+    /// A request is refused: how much later that is told, if it happens too often (spec LIM-7).
+    pub(crate) fn later(&self) -> Duration {
         let later = self.conduct.refusal(self.subject().as_deref().map(|subject| &**subject));
+        self.served_later(Limit::SubjectRefusals, later);
+        later
+    }
+
+    /// A producer goes on regardless: for how long nothing is read of it.
+    pub(crate) fn regardless(&self) -> Duration {
+        self.served_later(Limit::ProducerRegardless, Refusals::DEAF);
+        Refusals::DEAF
+    }
+
+    /// Waits that long, on a QUIC stream of its own for one request, unless the server is about to stop.
+    pub(crate) async fn linger(&self) {
+        let later = self.later();
         if !later.is_zero() {
-            tokio::time::sleep(later).await;
+            let mut goaway = self.server.goaway();
+            let _ = tokio::time::timeout(later, goaway.wait_for(Option::is_some)).await;
         }
     }
 
-    /// Takes room for a QUIC stream more; or says when to try again.
+    /// Takes room for a QUIC stream more; or says when to try again: not with all of the subject's connections in one moment, of which the
+    /// first would take all the room there is, each time.
     fn room(&self) -> Option<Instant> {
         let later = self.conduct.stream(self.subject().as_deref().map(|subject| &**subject));
-        (!later.is_zero()).then(|| Instant::now() + later)
+        self.served_later(Limit::SubjectStreams, later);
+        let spread: [u8; 1] = entropy::random();
+        (!later.is_zero()).then(|| Instant::now() + later + later * u32::from(spread[0]) / 256)
+    }
+
+    fn served_later(&self, limit: Limit, later: Duration) {
+        if let Ok(sessions) = self.sessions()
+            && !later.is_zero()
+        {
+            sessions.metrics.refused(limit);
+        }
     }
 
     /// Waits until the token in force does not allow `operation` on `session` any more, and says why.
@@ -290,7 +313,7 @@ impl Conn {
                         told = Some(verified.clone());
                     }
                     let wait = if left > notice { left - notice } else { left };
-                    core::time::Duration::from_secs(u64::try_from(wait).unwrap_or(0)).min(RECHECK)
+                    Duration::from_secs(u64::try_from(wait).unwrap_or(0)).min(RECHECK)
                 }
                 _ => {
                     let since = *without.get_or_insert_with(|| {
@@ -702,8 +725,11 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
     let mut token = core::pin::pin!(conn.watch_token());
     // Before there is room for a stream none is taken: until then they wait in what QUIC allows.
     let mut wait = conn.room();
+    let mut identity = conn.identity.subscribe();
     loop {
         tokio::select! {
+            // What a subject may is more than what somebody unknown may. The sender lives in `conn`.
+            _ = identity.changed(), if wait.is_some() => wait = conn.room(),
             () = tokio::time::sleep_until(wait.unwrap_or_else(Instant::now)), if wait.is_some() => wait = conn.room(),
             stream = transport.accept_bi(), if wait.is_none() => match stream {
                 Ok((send, recv)) => {
@@ -958,7 +984,8 @@ async fn unidirectional<C: Connection>(conn: Arc<Conn>, recv: C::Recv) {
         Ok(None) => return,
         Ok(Some(Frame::Produce(Produce { producer }))) => match conn.producer(producer).await {
             Some(link) => return producer::run(conn, link, frames).await,
-            None => ProtocolError::new(Code::PRODUCER_UNKNOWN, "no producer of this id is open"),
+            // Nobody's fault: its attachment may have ended meanwhile.
+            None => return frames.stop(Code::PRODUCER_UNKNOWN.0),
         },
         Ok(Some(_)) => ProtocolError::new(Code::FRAME_UNEXPECTED, "no stream begins with this frame"),
         Err(FrameError::Violation(error)) => error,

@@ -91,9 +91,15 @@ pub(crate) async fn pull<S: SendStream, R: RecvStream>(
 ) {
     let outbox = Outbox::default();
     let working = async {
-        let ended = work(conn, request, &outbox, &mut frames).await;
+        let hired = conn.worker().and_then(|author| conn.charge(Cost::Attach).map(|()| author));
+        let ended = match hired {
+            Ok(author) => work(conn, author, request, &outbox, &mut frames).await,
+            Err(refusal) => {
+                conn.linger().await;
+                Err(refusal)
+            }
+        };
         if let Err(error) = &ended {
-            conn.linger().await;
             let Refusal { code, value, detail } = *error;
             outbox.push(Error { about: Pull::KIND, id: 0, code, value, detail: Detail::new(detail) });
         }
@@ -133,11 +139,11 @@ struct Hands<'a> {
 
 async fn work<R: RecvStream>(
     conn: &Conn,
+    author: Arc<Author>,
     request: Pull,
     outbox: &Outbox,
     frames: &mut FrameReader<R>,
 ) -> Result<(), Refusal> {
-    let author = conn.worker()?;
     let (withdraw, mut withdrawn) = mpsc::unbounded_channel();
     let limit = usize::try_from(request.limit).unwrap_or(MAX_PULLED).clamp(1, MAX_PULLED);
     let mut hands = Hands {
@@ -153,7 +159,6 @@ async fn work<R: RecvStream>(
         cold: None,
         pass: Instant::now(),
     };
-    conn.charge(Cost::Attach)?;
     let sessions = conn.sessions()?;
     let mut more = sessions.offers.more.subscribe();
     let mut goaway = conn.server.goaway();

@@ -49,7 +49,7 @@ macro_rules! limits {
         pub(crate) enum Limit { $( $name, )+ }
 
         impl Limit {
-            /// Its name in the configuration, section first.
+            /// Its name, section first; in the configuration that of its setting, where it has one.
             pub(crate) const fn as_str(self) -> &'static str {
                 match self { $( Self::$name => $word, )+ }
             }
@@ -68,6 +68,9 @@ limits! {
     SubjectPresence "subject.presence",
     SubjectSignals "subject.signals",
     SubjectRequests "subject.requests",
+    SubjectStreams "subject.streams",
+    SubjectRefusals "subject.refusals",
+    ProducerRegardless "producer.regardless",
     SessionAttachments "session.attachments",
     SessionSubscriptions "session.subscriptions",
     SessionAppends "session.appends",
@@ -148,7 +151,7 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Something was refused for a limit.
+    /// Something was refused, or is served later, for a limit.
     pub(crate) fn refused(&self, limit: Limit) {
         self.refused.get_or_create(&ByLimit { limit: Word(limit.as_str()) }).inc();
     }
@@ -190,7 +193,7 @@ impl Metrics {
         );
         to.register_with_unit("delivered", "Bytes of deliveries", Unit::Bytes, self.delivered.clone());
         to.register("history_reads", "Reads of the store for subscriptions that lag", self.history_reads.clone());
-        to.register("refused_requests", "Refused for a limit, by its name", self.refused.clone());
+        to.register("refused_requests", "Refused, or served later, for a limit, by its name", self.refused.clone());
         to.register("refused_batches", "Batches refused, by code", self.batches_refused.clone());
         to.register("tokens", "Tokens judged, by code; NO_ERROR: believed", self.tokens.clone());
         to.register("verdicts", "Attaches answered, by verdict", self.verdicts.clone());

@@ -4,8 +4,8 @@ use core::time::Duration;
 use std::sync::Arc;
 
 use mainstay_protocol::error::{Code, ProtocolError};
-use mainstay_protocol::registry::{MAX_BATCH_BYTES, PRODUCER_WINDOW};
-use mainstay_protocol::session::{CheckedBatch, CreditReceived, Operation, ProducerHandle, Refusal};
+use mainstay_protocol::registry::PRODUCER_WINDOW;
+use mainstay_protocol::session::{CheckedBatch, CreditReceived, Operation, ProducerHandle, Refusal, Refusals};
 use mainstay_protocol::wire::{Append, Credit, Detail, Frame, Refused};
 use mainstay_transport::{FrameError, FrameReader, RecvStream};
 use tokio::time::Instant;
@@ -65,7 +65,7 @@ async fn pump<R: RecvStream>(
     // The batch that was refused for its rate, while it has not come again, and until when. What is behind it is not looked at, and costs
     // nothing; nor is it said to be ahead of its sequence, which would say that it is not stored (spec PROD-8).
     let mut held: Option<(u64, Instant)> = None;
-    let mut refused = Refusals::default();
+    let mut refusals = Refusals::default();
     loop {
         let mut batches = Vec::new();
         let mut bytes = 0;
@@ -74,12 +74,14 @@ async fn pump<R: RecvStream>(
                 return Err(ProtocolError::new(Code::FRAME_UNEXPECTED, "only APPEND may follow PRODUCE").into());
             };
             let Append { sequence, count, records, run_epoch: run } = append;
-            let size = records.len() as u64;
+            let size = records.len();
             if let Some((_, until)) = held.filter(|(held, _)| sequence > *held) {
                 flush(conn, link, &mut batches, &mut bytes).await?;
                 let left = until.saturating_duration_since(Instant::now());
                 link.refuse(sequence, &too_often(left, "a batch before it was refused"));
-                rest(link, refused.more(sequence, size, window)).await;
+                if refusals.is_regardless(sequence, size, window) {
+                    rest(link, conn.regardless()).await;
+                }
                 continue;
             }
             let checked = conn.allow(Operation::Append, &link.session.id.name).and_then(|()| {
@@ -88,7 +90,7 @@ async fn pump<R: RecvStream>(
             match checked.and_then(|batch| may_append(conn, link, &batch).map(|()| batch)) {
                 Ok(batch) => {
                     held = None;
-                    refused = Refusals::default();
+                    refusals.end();
                     bytes += batch.len();
                     batches.push(Sent { sequence, run, batch });
                 }
@@ -96,13 +98,16 @@ async fn pump<R: RecvStream>(
                     // What came before goes on its way.
                     flush(conn, link, &mut batches, &mut bytes).await?;
                     link.refuse(sequence, &refusal);
-                    if refused.again(sequence) {
-                        conn.linger().await;
-                    }
                     let after = refusal.code.retry_after(refusal.value);
                     held = (refusal.code == Code::RATE_LIMITED).then(|| (sequence, Instant::now() + after));
                     // What comes before it is time stays in the peer's window: to refuse it costs more than to leave it there.
-                    rest(link, after.min(LATER).max(refused.more(sequence, size, window))).await;
+                    let mut pause = after.min(LATER);
+                    if refusals.refused(sequence) {
+                        pause = pause.max(conn.later());
+                    } else if refusals.is_regardless(sequence, size, window) {
+                        pause = conn.regardless();
+                    }
+                    rest(link, pause).await;
                 }
             }
             if batches.len() >= PRODUCER_WINDOW {
@@ -125,41 +130,6 @@ async fn pump<R: RecvStream>(
                 }
             }
         }
-    }
-}
-
-/// What was refused in a row behind a batch that was.
-#[derive(Debug, Default)]
-struct Refusals {
-    /// The batch that has to come next.
-    first: Option<u64>,
-    batches: usize,
-    bytes: u64,
-}
-
-impl Refusals {
-    /// For how long nothing is read of a client that goes on regardless.
-    const DEAF: Duration = Duration::from_secs(16);
-
-    /// True if this is the batch that has to come next, and comes again.
-    fn again(&self, sequence: u64) -> bool {
-        self.first.is_some_and(|first| sequence <= first)
-    }
-
-    /// One more. Returns for how long nothing is read then (spec LIM-7): a client that heard that it is refused has a window of batches on the
-    /// way and no more, and sends the refused one next.
-    fn more(&mut self, sequence: u64, bytes: u64, window: u64) -> Duration {
-        if self.first.is_none() || self.again(sequence) {
-            *self = Self { first: Some(sequence), ..Self::default() };
-        }
-        self.batches += 1;
-        self.bytes += bytes;
-        // The refused one itself, and a window behind it.
-        if self.batches <= PRODUCER_WINDOW + 1 && self.bytes <= window + MAX_BATCH_BYTES as u64 {
-            return Duration::ZERO;
-        }
-        (self.batches, self.bytes) = (0, 0);
-        Self::DEAF
     }
 }
 
@@ -197,28 +167,4 @@ async fn flush(
         let code = link.session.extent.borrow().gone.unwrap_or(Code::GOING_AWAY);
         ProtocolError::new(code, "the session is no longer served from here")
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Spec LIM-7.
-    #[test]
-    fn whoever_goes_on_regardless_is_not_read_for_a_while() {
-        const WINDOW: u64 = 100_000;
-        const MANY: u64 = PRODUCER_WINDOW as u64;
-        let mut refusals = Refusals::default();
-        // The refused one, and what a client had on the way when it was told, cost no rest, however often it asks again as it was told to.
-        for _ in 0..5 {
-            assert!(refusals.more(7, MAX_BATCH_BYTES as u64, WINDOW).is_zero());
-            assert!((8..18).all(|sequence| refusals.more(sequence, WINDOW / 10, WINDOW).is_zero()));
-        }
-        assert!(refusals.again(7) && !refusals.again(8));
-        assert_eq!(refusals.more(18, 1, WINDOW), Refusals::DEAF);
-        // Batches of no bytes cost as much, and a rest is no pardon.
-        assert!((19..19 + MANY).all(|sequence| refusals.more(sequence, 0, WINDOW).is_zero()));
-        assert!(refusals.more(19 + MANY, 0, WINDOW).is_zero());
-        assert_eq!(refusals.more(20 + MANY, 0, WINDOW), Refusals::DEAF);
-    }
 }

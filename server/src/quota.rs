@@ -117,11 +117,10 @@ impl Conduct {
 
     /// Takes room for a QUIC stream of a subject, or of nobody that is known; or says after how long to try again.
     pub(crate) fn stream(&self, subject: Option<&SubjectUsage>) -> Duration {
-        let later = match subject {
-            Some(subject) => late(subject.streams.as_ref()),
-            None => late(self.strange.as_ref()),
-        };
-        if later.is_zero() { Self::take(self.streams.as_ref()) } else { later }
+        // What has to wait for its connection takes nothing of what others share.
+        let later = Self::take(self.streams.as_ref());
+        let shared = || late(subject.map_or(self.strange.as_ref(), |subject| subject.streams.as_ref()));
+        if later.is_zero() { shared() } else { later }
     }
 
     /// A request of a subject, or of nobody that is known, is refused: how much later that is told.

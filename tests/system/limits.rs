@@ -8,12 +8,12 @@ use mainstay_client::Config as ClientConfig;
 use mainstay_protocol::Code;
 use mainstay_protocol::registry::MAX_FRAME_UNAUTHENTICATED;
 use mainstay_protocol::session::{
-    Activity, Change, Expected, Grants, InputPolicy, Intent, Key, Kind, MessageId, Operation, Payload, Record, RunMode,
-    SignalId, StateChange, Target,
+    Activity, Change, Expected, Grants, InputPolicy, Intent, Key, Kind, MessageId, Operation, Payload, Record,
+    Refusals, RunMode, SignalId, StateChange, Target,
 };
 use mainstay_protocol::wire::{
-    Append, Attach, AttachMode, Configure, DefineStream, Error, Frame, Join, List, Mint, Ping, Signal, Subscribe,
-    Token, Unsubscribe, Writer,
+    Append, Attach, AttachMode, Body, Configure, DefineStream, Error, Frame, Join, List, Mint, OpenProducer, Ping,
+    Renew, Signal, Subscribe, Token, Unsubscribe, Writer,
 };
 use mainstay_server::auth::Revocation;
 use mainstay_server::{Config, PrefixQuotas, Quotas, Rate};
@@ -175,6 +175,56 @@ async fn who_is_refused_again_and_again_is_told_later_and_everything_else_goes_o
     assert_eq!(code, Code::SESSION_NOT_FOUND);
     assert!(told >= Duration::from_secs(1) && served < told, "told after {told:?}, served after {served:?}");
     lives(&mut raw).await;
+}
+
+/// Spec LIM-7: what keeps a run is never long behind what was refused.
+#[tokio::test]
+async fn behind_each_refused_request_of_an_attachment_is_a_moment_of_rest() {
+    const MANY: u64 = 5;
+    let server = server(|quotas| quotas.subject.refusals = Rate::new(1, 1));
+    let mut raw = Raw::hello(&server).await;
+    let (mut send, mut frames) = raw.attach("s").await;
+    // An id that is taken already, once and then again and again.
+    let open = |id| Frame::from(OpenProducer { id, name: "p".parse().expect("a name"), epoch: 0 }).to_bytes();
+    let mut requests: Vec<Bytes> = (0..=MANY).map(|_| open(4)).collect();
+    requests.push(Frame::from(Renew { epoch: 1 }).to_bytes());
+    let begun = Instant::now();
+    send.write(&mut requests).await.expect("write");
+    let mut seen = Vec::new();
+    // All but the first OPEN_PRODUCER, and RENEW.
+    while seen.len() <= MANY as usize {
+        match timeout(PATIENCE, frames.next()).await.expect("an answer").expect("a frame").expect("a frame") {
+            Frame::Error(error) => seen.push((error.about, error.code)),
+            Frame::Producer(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    let (about, _) = seen.pop().expect("an answer to RENEW");
+    assert_eq!(about, Renew::KIND);
+    assert!(seen.iter().all(|(about, _)| *about == OpenProducer::KIND), "{seen:?}");
+    // A tenth of a second each, but for the one refusal that is free, not a second.
+    let took = begun.elapsed();
+    assert!((Duration::from_millis(400)..Duration::from_secs(MANY)).contains(&took), "{took:?}");
+    lives(&mut raw).await;
+}
+
+/// Spec LIM-7: whoever does as he is told is read on, also where each batch is as large as there may be.
+#[tokio::test]
+async fn a_producer_of_large_batches_that_is_refused_for_its_rate_is_read_on() {
+    let server = server(|quotas| quotas.subject.append_bytes = Rate::new(2 << 20, 512 << 10));
+    let client = server.client();
+    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let begun = Instant::now();
+    let mut tickets = Vec::new();
+    for n in 0..8_u8 {
+        let record = session.main().data(vec![n; 250 << 10]);
+        tickets.push(producer.append_batch(&[record.clone(), record]).await.expect("append"));
+    }
+    for ticket in tickets {
+        ticket.wait().await.expect("stored");
+    }
+    assert!(begun.elapsed() < Refusals::DEAF, "{:?}", begun.elapsed());
 }
 
 /// Spec 22.2.

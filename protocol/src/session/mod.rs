@@ -19,6 +19,7 @@ mod producer;
 mod progress;
 mod rebirth;
 mod record;
+mod refusals;
 mod resume;
 mod roaming;
 mod rollup;
@@ -50,6 +51,7 @@ pub use producer::{Admission, ProducerHandle, ProducerKey, ProducerPosition, Pro
 pub use progress::Progress;
 pub use rebirth::Rebirth;
 pub use record::{CheckedBatch, Record, Records};
+pub use refusals::Refusals;
 pub use resume::{RESUME_EXPORTER, ResumeClaim, ResumeToken, Resumptions, is_held, resume_context, resume_text};
 pub use roaming::{Manners, PathFacts, Roaming, RoamingStep, moved_reason, moved_to, sent_on_to};
 pub use state::{Damage, State, Streams};
