@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::evidence::{Evidence, Granted, Outcome};
+use crate::evidence::{Evidence, Granted, NEVER, Outcome};
 use crate::history::{Call, Event};
 use crate::verdict::{Class, Verdict};
 
@@ -32,6 +32,9 @@ fn namespaces(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         let theirs = of(subscription.process);
         for (_, event) in &subscription.events {
             let Event::Records { records, .. } = event else { continue };
+            if !theirs.is_empty() {
+                verdict.count("namespaces-compared", records.len() as u64);
+            }
             for text in records.iter().filter_map(|record| record.data.as_deref()) {
                 if let Some(other) = written.get(text).filter(|other| **other != theirs) {
                     verdict.report(Class::CrossedNamespaces, subscription.session, || {
@@ -83,6 +86,14 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         let rights = of(subscription.process);
         if rights.is_empty() {
             continue;
+        }
+        for revoked in rights.iter().filter(|granted| granted.until != NEVER) {
+            let later = evidence.operations.iter().filter(|operation| {
+                matches!(operation.call, Call::Append { session, .. } if session == subscription.session)
+                    && operation.is_done()
+                    && operation.invoked > revoked.until.saturating_add(GRACE)
+            });
+            verdict.count("withheld", later.count() as u64);
         }
         let matching: Vec<_> = rights.iter().filter(|granted| allows(granted, "read", subscription.session)).collect();
         for (at, event) in &subscription.events {

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::history::{Call, Entry, Event, Filter, Record, View};
+use crate::history::{Call, Entry, Event, Filter, Position, Record, View};
 use crate::verdict::{Class, Verdict};
 
 /// What became of an operation.
@@ -156,6 +156,8 @@ pub struct Attached<'a> {
     pub at: u64,
     /// The hash of the server's view there.
     pub hash: &'a str,
+    /// Where producers are.
+    pub positions: &'a [Position],
 }
 
 /// A right, from when to when.
@@ -235,9 +237,9 @@ impl<'a> Evidence<'a> {
                         _ => verdict.report(Class::Malformed, "", || format!("an answer to no operation {op}")),
                     }
                 }
-                Event::Attached { session, incarnation, tail, asked, hash } => {
-                    let (tail, asked) = (*tail, *asked);
-                    this.attached.push(Attached { process, session, incarnation, tail, asked, at: *at, hash });
+                Event::Attached { session, incarnation, tail, asked, hash, positions } => {
+                    let (tail, asked, at) = (*tail, *asked, *at);
+                    this.attached.push(Attached { process, session, incarnation, tail, asked, at, hash, positions });
                 }
                 Event::Started { subscription, session, incarnation, asked, filter, .. } => {
                     let life = this.lives.entry((session, incarnation)).or_default();

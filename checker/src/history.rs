@@ -69,6 +69,9 @@ pub enum Event {
         asked: u64,
         /// The hash of the server's view at the tail.
         hash: String,
+        /// Where producers are, of those through which nothing is stored but what the history has as appends.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        positions: Vec<Position>,
     },
     /// A subscription has begun.
     Started {
@@ -462,6 +465,17 @@ pub struct View {
     pub hash: Option<String>,
 }
 
+/// Where a producer is, as the server told it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// Its name.
+    pub producer: String,
+    /// Its epoch.
+    pub epoch: u64,
+    /// The sequence of its next batch.
+    pub next: u64,
+}
+
 /// Reads a history. Errors: it cannot be read; a line is no entry.
 pub fn read(from: impl BufRead) -> io::Result<Vec<Entry>> {
     let mut entries = Vec::new();
@@ -507,7 +521,9 @@ pub fn read_dump(from: impl BufRead) -> io::Result<Vec<Event>> {
         }
     }
     match open.first_key_value() {
-        Some((session, _)) => Err(invalid(format!("of session {session} it is not told where it ends"))),
+        Some((session, _)) => {
+            Err(invalid(format!("of session {session} it is not told where it ends: cut off, or damaged there")))
+        }
         None => Ok(complete),
     }
 }

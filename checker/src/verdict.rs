@@ -33,6 +33,7 @@ pub enum Class {
     Lagging,
     UnfencedWrite,
     EpochReused,
+    WrongPosition,
     WrongChange,
     FalseConflict,
     StateDivergence,
@@ -80,6 +81,7 @@ impl Class {
         Self::Lagging,
         Self::UnfencedWrite,
         Self::EpochReused,
+        Self::WrongPosition,
         Self::WrongChange,
         Self::FalseConflict,
         Self::StateDivergence,
@@ -131,6 +133,9 @@ impl Class {
             Self::Lagging => ("S10", "a subscription has not reached the end after the faults were over"),
             Self::UnfencedWrite => ("W1", "a producer wrote after a newer one had taken its place"),
             Self::EpochReused => ("W1", "an epoch was granted that is not above those before it"),
+            Self::WrongPosition => {
+                ("W2", "a producer was told to go on elsewhere than behind its last batch that is stored")
+            }
             Self::WrongChange => {
                 ("K2", "a change of a key is not stored as it was answered, or did not meet its condition")
             }

@@ -1,9 +1,9 @@
-//! W1, W2: who writes under a name.
+//! W1, W2: who writes under a name, and from where on. That what is sent again is neither doubled nor lost is L1 and L2.
 
 use std::collections::BTreeMap;
 
-use crate::evidence::{Evidence, Operation};
-use crate::history::Call;
+use crate::evidence::{Evidence, Operation, Outcome};
+use crate::history::{Call, Position};
 use crate::verdict::{Class, Verdict};
 
 /// What was done through one producer.
@@ -12,6 +12,71 @@ struct Producer<'a> {
     /// Openings that were answered: when asked, when answered, epoch.
     openings: Vec<(u64, u64, u64)>,
     appends: Vec<(&'a Operation<'a>, u64)>,
+}
+
+/// Where the batches of one producer are.
+#[derive(Default)]
+struct Batches {
+    /// First seqs of those that are stored, in order.
+    stored: Vec<u64>,
+    /// When those were asked for of which nobody knows, in order.
+    open: Vec<u64>,
+}
+
+impl Batches {
+    /// `stored` has the first text of every batch that anybody saw.
+    fn of(appends: &[(&Operation<'_>, u64)], stored: &BTreeMap<&str, u64>) -> Self {
+        let mut this = Self::default();
+        for (operation, _) in appends {
+            let Call::Append { records, .. } = operation.call else { continue };
+            let seen = || records.first().and_then(|text| stored.get(text.as_str()).copied());
+            match (operation.seq().or_else(seen), operation.outcome) {
+                (Some(seq), _) => this.stored.push(seq),
+                (None, Outcome::Unknown) => this.open.push(operation.invoked),
+                (None, _) => {}
+            }
+        }
+        this.stored.sort_unstable();
+        this.open.sort_unstable();
+        this
+    }
+}
+
+/// W2: a sequence counts batches, from 0 and over all epochs; who attaches is told where his producers are at the tail.
+fn positions(
+    evidence: &Evidence<'_>,
+    producers: &BTreeMap<(&str, &str), Producer<'_>>,
+    deleted: &[&str],
+    verdict: &mut Verdict,
+) {
+    let mut seen: BTreeMap<&str, BTreeMap<&str, u64>> = BTreeMap::new();
+    for ((session, _), life) in &evidence.lives {
+        let data = life.seen.values().filter_map(|seen| Some((seen.record.data.as_deref()?, seen.record.seq)));
+        seen.entry(*session).or_default().extend(data);
+    }
+    let nothing = BTreeMap::new();
+    let mut batches: BTreeMap<(&str, &str), Batches> = BTreeMap::new();
+    for attached in evidence.attached.iter().filter(|attached| !deleted.contains(&attached.session)) {
+        for Position { producer: name, epoch, next } in attached.positions {
+            let Some(producer) = producers.get(&(attached.session, name.as_str())) else { continue };
+            let stored = seen.get(attached.session).unwrap_or(&nothing);
+            let known = batches.entry((attached.session, name));
+            let Batches { stored, open } = known.or_insert_with(|| Batches::of(&producer.appends, stored));
+            let least = stored.partition_point(|seq| *seq < attached.tail) as u64;
+            let most = least + open.partition_point(|invoked| *invoked < attached.at) as u64;
+            let granted = producer.openings.iter().filter(|(_, answered, _)| *answered < attached.asked);
+            let newest = granted.map(|(.., epoch)| *epoch).max().unwrap_or(0);
+            verdict.count("positions", 1);
+            if !(least..=most).contains(next) || *epoch < newest {
+                verdict.report(Class::WrongPosition, attached.session, || {
+                    format!(
+                        "{name}: {} was told sequence {next} of epoch {epoch} at tail {}; {least} to {most} batches are stored, and epoch {newest} was granted",
+                        attached.process, attached.tail
+                    )
+                });
+            }
+        }
+    }
 }
 
 /// Checks all producers.
@@ -34,6 +99,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
             _ => {}
         }
     }
+    positions(evidence, &producers, &deleted, verdict);
     for ((session, name), Producer { openings, appends }) in producers {
         for (index, (asked, _, epoch)) in openings.iter().enumerate() {
             let earlier = openings.iter().enumerate().find(|(other, (_, answered, theirs))| {

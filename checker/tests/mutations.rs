@@ -797,7 +797,7 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let Some((_, seq)) = random.pick(&changes) else { return false };
         let at = entries.last().expect("entries").at;
         let (session, incarnation, hash) = ("s".to_owned(), "i".to_owned(), format!("h{seq}"));
-        let event = Event::Attached { session, incarnation, tail: seq, asked: at, hash };
+        let event = Event::Attached { session, incarnation, tail: seq, asked: at, hash, positions: Vec::new() };
         entries.push(Entry { at: at + 1, process: "late".into(), event });
         true
     }),
@@ -805,8 +805,9 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let knows = |event: &Event| matches!(event, Event::Attached { tail, .. } if *tail > 0);
         let Some(index) = pick(entries, random, knows) else { return false };
         let mut less = entries[index].event.clone();
-        if let Event::Attached { tail, asked, hash, .. } = &mut less {
+        if let Event::Attached { tail, asked, hash, positions, .. } = &mut less {
             (*tail, *asked) = (*tail - 1, entries[index].at + 1);
+            positions.clear();
             *hash = format!("h{tail}");
         }
         behind(entries, index, less);
@@ -845,6 +846,43 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let event = Event::Granted { prefix: String::new(), operations, namespace: "other".into() };
         entries.insert(0, Entry { at: 0, process, event });
         true
+    }),
+    ("a producer is told to go on behind what is not stored", Class::WrongPosition, |entries, random| {
+        let event = |event: &Event| matches!(event, Event::Attached { positions, .. } if !positions.is_empty());
+        let Some(index) = pick(entries, random, event) else { return false };
+        let Event::Attached { positions, .. } = &mut entries[index].event else { return false };
+        positions[0].next += 1000;
+        true
+    }),
+    ("a producer is told to go on before what is stored", Class::WrongPosition, |entries, random| {
+        let event = |event: &Event| matches!(event, Event::Attached { positions, .. } if positions.iter().any(|position| position.next > 0));
+        let Some(index) = pick(entries, random, event) else { return false };
+        let Event::Attached { positions, .. } = &mut entries[index].event else { return false };
+        // Of what nobody was answered it is not known in a history that ends before.
+        let position = positions.iter_mut().find(|position| position.next > 0);
+        position.is_some_and(|position| {
+            position.next -= 1;
+            true
+        })
+    }),
+    ("a producer is told an epoch that is over", Class::WrongPosition, |entries, random| {
+        let event = |event: &Event| matches!(event, Event::Attached { positions, .. } if !positions.is_empty());
+        let Some(index) = pick(entries, random, event) else { return false };
+        let asked = match &entries[index].event {
+            Event::Attached { asked, .. } => *asked,
+            _ => return false,
+        };
+        let granted = openings(entries);
+        let Event::Attached { positions, .. } = &mut entries[index].event else { return false };
+        let position = positions.iter_mut().find(|position| {
+            granted
+                .iter()
+                .any(|(at, producer, epoch)| *at < asked && *producer == position.producer && *epoch == position.epoch)
+        });
+        position.is_some_and(|position| {
+            position.epoch -= 1;
+            true
+        })
     }),
     ("nothing was read at the end", Class::NothingProvoked, |entries, _| {
         entries.retain(|entry| !matches!(entry.event, Event::Final { .. }));
@@ -917,7 +955,7 @@ fn each_change_of_a_sound_history_is_found_for_what_it_is() {
 fn each_property_has_a_class() {
     let known: Vec<&str> = Class::ALL.iter().map(|class| class.property().0).collect();
     let of = |letter: char, count: usize| (1..=count).map(move |n| format!("{letter}{n}"));
-    let all = of('L', 9).chain(of('S', 10)).chain(of('W', 1)).chain(of('K', 4));
+    let all = of('L', 9).chain(of('S', 10)).chain(of('W', 2)).chain(of('K', 4));
     for id in all.chain(of('P', 3)).chain(of('R', 3)).chain(of('A', 3)).chain(of('N', 1)) {
         // Of one record at each seq all readers have prefixes, and an order in time is one of keys too.
         let implied = [("S5", "L4"), ("K1", "L5")];

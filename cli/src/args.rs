@@ -996,7 +996,7 @@ pub(crate) struct Verify {
     /// Data directory of a stopped server.
     #[arg(long, value_name = "DIR")]
     pub(crate) data: Option<PathBuf>,
-    /// Print every record as a JSON line, and nothing else.
+    /// Print every record as a JSON line, and behind those of each session where it begins and ends.
     #[arg(long)]
     pub(crate) dump: bool,
     /// Ask the server that runs.

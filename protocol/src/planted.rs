@@ -76,6 +76,10 @@ bugs! {
     LeaseOnWallClock = "lease-on-wall-clock",
     /// A server that loads a session waits for nobody who was a member.
     MembersForgotten = "members-forgotten",
+    /// Tokens of every namespace are good for the first one.
+    NamespaceIgnored = "namespace-ignored",
+    /// A token that is revoked stays in force on connections that are there.
+    RevocationLate = "revocation-late",
     /// A client that connects again takes what it had sent for stored.
     TakenForStored = "taken-for-stored",
     /// A client that connects again sends what was not acknowledged under new sequences.

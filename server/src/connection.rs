@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 
 use mainstay_protocol::error::{Advice, Code, ProtocolError};
+use mainstay_protocol::planted::{Bug, planted};
 use mainstay_protocol::registry::{
     DEFAULT_BULK_STREAMS, DEFAULT_BULK_WINDOW, MAX_BATCH_BYTES, MAX_BATCH_RECORDS, MAX_FRAME,
     MAX_FRAME_UNAUTHENTICATED, MAX_RECORD, MIN_BULK_WINDOW, PRODUCER_WINDOW,
@@ -358,6 +359,9 @@ impl Conn {
         let Some(space) = self.space.get() else { return };
         self.identity.send_if_modified(|identity| {
             let Identity::Known { verified, author, .. } = identity else { return false };
+            if planted(Bug::RevocationLate) {
+                return false;
+            }
             let Err(error) = space.trust.anchors().still(verified) else { return false };
             tracing::info!(conn = self.id, subject = %author.subject, code = %error.code, "token put out of force");
             *identity = Identity::Nobody(Refusal { value: error.value, ..Refusal::new(error.code, error.detail) });

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use mainstay_protocol::error::Code;
+use mainstay_protocol::planted::{Bug, planted};
 use mainstay_protocol::session::moved_reason;
 use mainstay_protocol::wire::{Detail, Frame, GoAway};
 use mainstay_store::Store;
@@ -53,7 +54,10 @@ impl Shared {
         let mut refused = None;
         for one in &self.spaces {
             match one.trust.anchors().verify(token, now) {
-                Ok(verified) if space.is_none_or(|space| Arc::ptr_eq(space, one)) => return Ok((one, verified)),
+                Ok(verified) if space.is_none_or(|space| Arc::ptr_eq(space, one)) => {
+                    let known = if planted(Bug::NamespaceIgnored) { &self.spaces[0] } else { one };
+                    return Ok((known, verified));
+                }
                 Ok(_) => return Err(AuthError::invalid("the token is for another namespace than the connection")),
                 // What the first namespace says that knows its key counts: what is revoked there is believed nowhere else.
                 Err(error) if error.code != Code::TOKEN_INVALID => {
@@ -136,27 +140,17 @@ impl Server {
     /// A server of the sessions in `store` for the holders of tokens that `trust` believes. What `resume` sealed it opens, also in another
     /// process.
     pub fn new(store: Arc<dyn Store>, trust: impl Into<Trust>, resume: ResumeKeys, config: Config) -> Self {
-        Self::with_clock(store, trust, resume, config, wall_clock)
-    }
-
-    /// The same, which reads the time off `clock`: milliseconds since the Unix epoch. It may jump, as clocks of machines do.
-    pub fn with_clock(
-        store: Arc<dyn Store>,
-        trust: impl Into<Trust>,
-        resume: ResumeKeys,
-        config: Config,
-        clock: fn() -> u64,
-    ) -> Self {
         let (trust, quotas) = (trust.into(), config.quotas.clone());
-        Self::of(vec![Namespace { name: "default".into(), store, trust, resume, quotas }], config, clock)
+        Self::with_namespaces(vec![Namespace { name: "default".into(), store, trust, resume, quotas }], config)
     }
 
     /// A server of several namespaces, each with sessions, tokens and quotas of its own; of `config` the quotas are not used.
     pub fn with_namespaces(namespaces: Vec<Namespace>, config: Config) -> Self {
-        Self::of(namespaces, config, wall_clock)
+        Self::with_clock(namespaces, config, wall_clock)
     }
 
-    fn of(namespaces: Vec<Namespace>, config: Config, clock: fn() -> u64) -> Self {
+    /// The same, which reads the time off `clock`: milliseconds since the Unix epoch. It may jump, as clocks of machines do.
+    pub fn with_clock(namespaces: Vec<Namespace>, config: Config, clock: fn() -> u64) -> Self {
         let metrics = Arc::new(ServerMetrics::default());
         let spaces = namespaces.into_iter().map(|one| Arc::new(Space::new(one, &config, clock))).collect();
         let shared = Shared {

@@ -24,6 +24,7 @@ use mainstay_transport::sim::Random;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::time::{Instant, sleep};
 
+use crate::findings::Findings;
 use crate::history::Recorder;
 use crate::power::Disk;
 use crate::workload::{Size, Workload};
@@ -97,7 +98,7 @@ struct Total {
 /// # Panics
 ///
 /// If a server refuses to start, or somebody does not come to his end.
-pub async fn run(campaign: Campaign) -> bool {
+pub async fn run(campaign: Campaign) -> Findings {
     let mut random = Random::new(campaign.seed);
     let what = match campaign.how {
         How::Kill => "kill",
@@ -105,8 +106,8 @@ pub async fn run(campaign: Campaign) -> bool {
     };
     println!("repeat with cargo xtask campaign {what} --seed {} --cycles {}", campaign.seed, campaign.cycles);
     let begun = Instant::now();
-    let (mut total, mut done, mut sound) = (Total::default(), 0, true);
-    while done < campaign.cycles && sound {
+    let (mut total, mut done, mut wrong) = (Total::default(), 0, Findings::default());
+    while done < campaign.cycles && wrong.is_sound() {
         let temp = tempfile::tempdir().expect("a directory");
         let disk = match campaign.how {
             How::Kill => None,
@@ -114,7 +115,7 @@ pub async fn run(campaign: Campaign) -> bool {
                 Ok(disk) => Some(disk),
                 Err(why) => {
                     mainstay_tests::skipped("power cuts", &why);
-                    return true;
+                    return Findings::default();
                 }
             },
         };
@@ -124,7 +125,7 @@ pub async fn run(campaign: Campaign) -> bool {
         server.log_to(log.clone());
         for round in 0..ROUNDS {
             let cycles = ROUND.min(campaign.cycles - done);
-            if cycles == 0 || !sound {
+            if cycles == 0 || !wrong.is_sound() {
                 break;
             }
             let session = format!("round-{}-{round}", done);
@@ -135,15 +136,19 @@ pub async fn run(campaign: Campaign) -> bool {
             done += cycles;
             let required = ["acknowledged", "resumes"].map(str::to_owned);
             let verdict = mainstay_checker::check(entries, &required);
-            sound = verdict.is_sound() && !panicked(&log);
             tell(&verdict, &session, done, cycles);
             total.add(&verdict);
-            evidence.sound = sound;
+            wrong.add(Findings::of(&verdict));
+            panics(&log).into_iter().for_each(|panic| wrong.tell(panic));
+            evidence.sound = wrong.is_sound();
         }
         server.kill().await;
     }
     total.tell(done, begun.elapsed());
-    sound && total.is_enough(campaign.how, done)
+    if wrong.is_sound() {
+        total.missing(campaign.how, done).into_iter().for_each(|text| wrong.tell(text));
+    }
+    wrong
 }
 
 /// One round: a workload on a session of its own, and so many crashes under it.
@@ -322,12 +327,10 @@ async fn start(server: &mut Server, random: &mut Random, under: &Under<'_>, reco
     }
 }
 
-/// True, and says so, if a server said that something in it panicked.
-fn panicked(log: &Path) -> bool {
+/// What a server said of panics in it.
+fn panics(log: &Path) -> Vec<String> {
     let said = std::fs::read_to_string(log).unwrap_or_default();
-    let panics: Vec<&str> = said.lines().filter(|line| line.contains("panicked at")).collect();
-    panics.iter().for_each(|line| println!("  {line}"));
-    !panics.is_empty()
+    said.lines().filter(|line| line.contains("panicked at")).map(str::to_owned).collect()
 }
 
 fn tell(verdict: &Verdict, session: &str, done: u64, crashes: u64) {
@@ -387,20 +390,14 @@ impl Total {
         }
     }
 
-    /// True if what has to happen in so many crashes did, and no start took long.
-    fn is_enough(&self, how: How, cycles: u64) -> bool {
+    /// What has to happen in so many crashes and did not; a start that took long.
+    fn missing(&self, how: How, cycles: u64) -> Vec<String> {
         let (enough, own) = how.provokes();
-        let wanted = PROVOKED.iter().chain(own);
+        let wanted = PROVOKED.iter().chain(own).filter(|_| cycles >= enough);
         let missing = wanted.filter(|what| self.provoked.get(**what).copied().unwrap_or(0) == 0);
-        let missing: Vec<&&str> = missing.filter(|_| cycles >= enough).collect();
-        if !missing.is_empty() {
-            println!("nothing of this happened, so nothing was tested: {missing:?}");
-        }
-        let slow = self.starts.last().is_some_and(|longest| *longest > LONGEST_START);
-        if slow {
-            println!("a start took longer than {LONGEST_START:?}");
-        }
-        missing.is_empty() && !slow
+        let missing = missing.map(|what| format!("{what} did not happen, so it was not tested"));
+        let slow = self.starts.last().filter(|longest| **longest > LONGEST_START);
+        missing.chain(slow.map(|longest| format!("a start took {longest:?}, longer than {LONGEST_START:?}"))).collect()
     }
 
     fn tell(&mut self, cycles: u64, took: Duration) {

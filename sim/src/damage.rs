@@ -19,6 +19,8 @@ use mainstay_store_fjall::{Config, FjallStore, OpenError, verify};
 use mainstay_tests::process::{self, PATIENCE, Server, binary};
 use mainstay_transport::sim::Random;
 
+use crate::findings::Findings;
+
 /// Seq and payload of every record that was acknowledged and is kept, by session.
 pub type Stored = BTreeMap<String, Vec<(u64, Vec<u8>)>>;
 
@@ -349,9 +351,9 @@ async fn read(server: &Server, name: &str) -> Result<Vec<(u64, Vec<u8>)>, Client
 }
 
 /// The same with the real server and everything that is in its data directory.
-async fn whole(images: u64, seed: u64) -> bool {
+async fn whole(images: u64, seed: u64) -> Findings {
     let mut whole = Whole::make().await;
-    let (mut reported, mut intact, mut wrong) = (0, 0, 0);
+    let (mut reported, mut intact, mut wrong) = (0, 0, Findings::default());
     let mut damaged = std::collections::BTreeSet::new();
     for number in 0..images {
         let mut random = Random::new(seed.wrapping_add(number.wrapping_mul(0x9e37_79b9)));
@@ -360,17 +362,18 @@ async fn whole(images: u64, seed: u64) -> bool {
         match judged {
             Ok(Verdict::Reported) => reported += 1,
             Ok(Verdict::Intact) => intact += 1,
-            Err(why) => {
-                println!("data directory {number}: {what}: {why}");
-                wrong += 1;
-            }
+            Err(why) => wrong.tell(format!("data directory {number}: {what}: {why}")),
         }
     }
     let files = damaged.len();
     println!(
-        "{images} data directories of the server, {files} files: {reported} reported, {intact} harmless, {wrong} wrong"
+        "{images} data directories of the server, {files} files: {reported} reported, {intact} harmless, {} wrong",
+        wrong.texts.len()
     );
-    wrong == 0 && (images < 50 || reported > 0 && intact > 0)
+    if images >= 50 && (reported == 0 || intact == 0) {
+        wrong.tell("no damage of a data directory was reported, or none was harmless".into());
+    }
+    wrong
 }
 
 fn count(of: &AtomicU64) {
@@ -453,7 +456,7 @@ pub fn damage(image: &Image, dir: &Path, files: &[PathBuf], random: &mut Random)
 /// # Panics
 ///
 /// If the file system fails.
-pub fn run(images: u64, seed: u64) -> bool {
+pub fn run(images: u64, seed: u64) -> Findings {
     println!("repeat with cargo xtask campaign damage --seed {seed} --images {images}");
     let begun = std::time::Instant::now();
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
@@ -462,7 +465,7 @@ pub fn run(images: u64, seed: u64) -> bool {
         image.files().expect("files").into_iter().filter(|path| !path.ends_with("lock")).collect();
     let (next, reported, intact, nothing) =
         (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
-    let wrong: Mutex<Vec<String>> = Mutex::default();
+    let wrong: Mutex<Findings> = Mutex::default();
     let one = |number: u64| {
         // Each image has a seed of its own, so that any of them can be made alone.
         let mut random = Random::new(seed.wrapping_add(number.wrapping_mul(0x9e37_79b9)));
@@ -479,8 +482,8 @@ pub fn run(images: u64, seed: u64) -> bool {
             Some((_, Ok(Verdict::Reported))) => count(&reported),
             Some((_, Ok(Verdict::Intact))) => count(&intact),
             Some((what, Err(why))) => {
-                println!("image {number}: {what}: {why}");
-                wrong.lock().unwrap_or_else(PoisonError::into_inner).push(what);
+                let mut wrong = wrong.lock().unwrap_or_else(PoisonError::into_inner);
+                wrong.tell(format!("image {number}: {what}: {why}"));
             }
         }
     };
@@ -502,15 +505,19 @@ pub fn run(images: u64, seed: u64) -> bool {
         }
     });
     let (reported, intact) = (reported.into_inner(), intact.into_inner());
-    let wrong = wrong.into_inner().unwrap_or_else(PoisonError::into_inner).len();
+    let mut wrong = wrong.into_inner().unwrap_or_else(PoisonError::into_inner);
     println!(
-        "{images} images: {reported} reported, {intact} harmless, {} without damage, {wrong} wrong; {:.0} s",
+        "{images} images: {reported} reported, {intact} harmless, {} without damage, {} wrong; {:.0} s",
         nothing.into_inner(),
+        wrong.texts.len(),
         begun.elapsed().as_secs_f64()
     );
     if reported < images / 4 {
-        println!("hardly any damage hit anything");
+        wrong.tell("hardly any damage hit anything".into());
     }
     // A start of a process costs as much as thirty of an engine.
-    wrong == 0 && reported >= images / 4 && runtime.block_on(whole(images / 30, seed))
+    if wrong.is_sound() {
+        wrong.add(runtime.block_on(whole(images / 30, seed)));
+    }
+    wrong
 }

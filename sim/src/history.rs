@@ -2,10 +2,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mainstay_checker::history::{Call, Entry, Event, Filter, Record, View};
+use mainstay_checker::history::{Call, Entry, Event, Filter, Position, Record, View};
 use mainstay_client::{
-    AppendError, Client, ClientError, Event as Seen, Incarnation, Kind, Payload, PresenceLeft, ReadRecord, RunLost,
-    RunStart, Session, Start, StateDeleted, StateExpired, StatePut, Stored,
+    AppendError, Client, ClientError, Code, Event as Seen, Incarnation, Kind, Payload, PresenceLeft, ReadRecord,
+    RunLost, RunStart, Session, Start, StateDeleted, StateExpired, StatePut, Stored,
 };
 use tokio::time::{Instant, timeout};
 
@@ -91,6 +91,8 @@ impl Recorder {
     pub fn answered(&self, process: &str, op: u64, result: &Result<u64, ClientError>) {
         let event = match result {
             Ok(seq) => Event::Ok { op, seq: Some(*seq) },
+            // A run that is over was begun: by what was asked for here, if that was sent again because its answer was lost.
+            Err(ClientError::Refused { code: Code::RUN_OVER, .. }) => Event::Unknown { op },
             Err(ClientError::Refused { code, .. }) if !code.is_retryable() => {
                 Event::Fail { op, code: code.to_string() }
             }
@@ -135,12 +137,17 @@ impl Recorder {
         self.say(process, event);
     }
 
-    /// Writes down what an attach told.
-    pub fn attached(&self, process: &str, asked: u64, session: &Session) {
+    /// Writes down what an attach told of a session, which the history knows as `name`.
+    pub fn attached(&self, process: &str, asked: u64, name: &str, session: &Session) {
         let info = session.info();
-        let (session, incarnation) = (info.name.as_str().to_owned(), info.incarnation.to_string());
-        let event = Event::Attached { session, incarnation, tail: info.tail, asked, hash: info.view_hash.to_string() };
-        self.say(process, event);
+        let (session, incarnation, hash) = (name.to_owned(), info.incarnation.to_string(), info.view_hash.to_string());
+        let positions = info.producers.iter().filter(|(producer, ..)| only_appends(producer));
+        let positions = positions.map(|(producer, epoch, next)| {
+            let producer = producer.clone();
+            Position { producer, epoch: *epoch, next: *next }
+        });
+        let positions = positions.collect();
+        self.say(process, Event::Attached { session, incarnation, tail: info.tail, asked, hash, positions });
     }
 
     /// Writes down a view.
@@ -166,9 +173,18 @@ impl Recorder {
     ///
     /// If it cannot be read.
     pub async fn complete(&self, client: &Client, session: &str) -> u64 {
+        self.complete_as(client, session, session).await
+    }
+
+    /// The same, of a session that the history knows as `name`.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be read.
+    pub async fn complete_as(&self, client: &Client, session: &str, name: &str) -> u64 {
         let asked = self.moment();
         let session = client.session(session).expect("a name").attach().await.expect("attach");
-        self.attached("complete", asked, &session);
+        self.attached("complete", asked, name, &session);
         let mut subscription = session.subscribe(Start::Earliest).open().await.expect("subscribe");
         let (mut records, mut begins, mut compacted) = (Vec::new(), 0, false);
         let tail = loop {
@@ -182,7 +198,7 @@ impl Recorder {
             }
         };
         let info = session.info();
-        let (session, incarnation) = (info.name.as_str().to_owned(), info.incarnation.to_string());
+        let (session, incarnation) = (name.to_owned(), info.incarnation.to_string());
         // Of the tail when it was attached to, if that is the end.
         let hash = (info.tail == tail).then(|| info.view_hash.to_string());
         self.say("complete", Event::Final { session, incarnation, first: begins, tail, compacted, hash, records });
@@ -206,6 +222,12 @@ pub struct Reading {
     pub asked: u64,
     /// The seq that was asked for, where it was one.
     pub from: Option<u64>,
+}
+
+/// Producers of this name store nothing but what [`Call::Append`] says: what changes keys, speaks or holds a run does more.
+fn only_appends(producer: &str) -> bool {
+    let is_writers = producer.strip_prefix('p').is_some_and(|number| number.parse::<u64>().is_ok());
+    is_writers || producer.starts_with("trimmer-")
 }
 
 /// What the checker looks at of a record.

@@ -8,6 +8,7 @@
 
 pub mod crashes;
 pub mod damage;
+pub mod findings;
 pub mod history;
 pub mod hostile;
 #[cfg(feature = "planted")]

@@ -127,7 +127,7 @@ struct Crashes {
 impl Crashes {
     fn run(&self, how: How) -> bool {
         let seed = self.seed.unwrap_or_else(mainstay_tests::random::seed);
-        block_on(crashes::run(Campaign { how, cycles: self.cycles, seed, planted: None }))
+        block_on(crashes::run(Campaign { how, cycles: self.cycles, seed, planted: None })).is_sound()
     }
 }
 
@@ -151,7 +151,9 @@ fn main() -> ExitCode {
         What::Overload { seconds, sessions, times, strict } => {
             block_on(hostile::overload(Overload { sessions, times, seconds, strict }))
         }
-        What::Damage { images, seed } => damage::run(images, seed.unwrap_or_else(mainstay_tests::random::seed)),
+        What::Damage { images, seed } => {
+            damage::run(images, seed.unwrap_or_else(mainstay_tests::random::seed)).is_sound()
+        }
         What::Power { campaign } => campaign.run(How::Power),
         #[cfg(feature = "planted")]
         What::Planted { seeds, seed, bug } => mainstay_sim::planted::hunt(seeds, seed, bug),

@@ -3,9 +3,11 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, PoisonError};
 
+use mainstay_checker::verdict::Class;
 use mainstay_protocol::planted::{Bug, plant};
 
 use crate::crashes::{self, Campaign, How};
+use crate::findings::Findings;
 use crate::seeds::{Seeds, run_each};
 use crate::simulation::{self, said};
 use crate::{damage, power};
@@ -31,46 +33,68 @@ impl Hunter {
     }
 }
 
-/// What finds it: one of these words is in what is told of the first seed that does. A client that is told what cannot be says so itself, and
-/// may be sooner than the checker.
-fn expected(bug: Bug) -> &'static [&'static str] {
-    const TOLD_WRONG: &str = "Protocol(";
+/// What tells of a bug.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sign {
+    /// The checker, of the history.
+    Class(Class),
+    /// Somebody in it, in these words.
+    Text(&'static str),
+}
+
+impl Sign {
+    fn is_in(self, findings: &Findings) -> bool {
+        match self {
+            Self::Class(class) => findings.classes.contains(&class),
+            Self::Text(text) => findings.texts.iter().any(|told| told.contains(text)),
+        }
+    }
+}
+
+/// What finds it: one of these is told of the first seed that does. A client that is told what cannot be says so itself, and may be sooner
+/// than the checker.
+fn expected(bug: Bug) -> &'static [Sign] {
+    use Class::*;
+    use Sign::{Class as C, Text as T};
+    const TOLD_WRONG: Sign = T("Protocol(");
     match bug {
-        Bug::AckBeforeSync | Bug::WitnessBeforeSync => &["was acknowledged"],
-        Bug::ShownBeforeDurable => &["epoch-reused", "lost-write", "vanished", "inconsistent-seq", "stale-read"],
-        Bug::DirtyRefusal => &["false-conflict"],
-        Bug::DedupForgotten => &["duplicate", "lost-write"],
-        Bug::LateFence => &["ACK of a batch", "unfenced-write", "lost-write"],
-        Bug::EpochInMemory => &["epoch-reused"],
-        Bug::HalfBatch => &["torn-batch", "lost-write", TOLD_WRONG],
-        Bug::LeaveWithoutGeneration => &["late-leave"],
-        Bug::OverlayKept => &["wrong-change", "false-conflict"],
-        Bug::CatchUpOffByOne | Bug::TrimTooFar => &["skipped-delivery", "hole"],
-        Bug::LiveOffByOne | Bug::SwallowedGap => &["skipped-delivery", TOLD_WRONG],
-        Bug::ResumeOffByOne => &["wrong-resume"],
-        Bug::PrefixWithoutBorder => &["unauthorized"],
-        Bug::KindsIgnored => &["filter-leaked"],
-        Bug::DeletionNotFolded => &["state-divergence"],
-        Bug::CaughtUpTooEarly => &["stale-read", "nonmonotonic-read"],
-        Bug::RunNeverFenced => &["zombie-write"],
-        Bug::TakenFromHolder => &["two-holders"],
-        Bug::IncrementOverDurable | Bug::ConditionIgnored => &["wrong-change"],
-        Bug::UnknownIsLost | Bug::UnknownToldAsFailed => &["aborted-read"],
-        Bug::UnknownIsStored => &["inconsistent-seq", "epoch-reused", "lost-write"],
-        Bug::LeaseOnWallClock | Bug::MembersForgotten => &["ghost"],
-        Bug::TakenForStored => &["lost-write"],
-        Bug::SentUnderNewSequence => &["SEQ_GAP", "duplicate"],
-        Bug::NeverSentAgain => &["not done in time"],
-        Bug::CompactionLosesPart => &["message-divergence", "lost-write", "phantom"],
-        Bug::IncarnationIgnored => &["mixed-timelines"],
-        Bug::WitnessIgnored => &["missing in silence"],
-        Bug::SyncErrorIgnored => &["was acknowledged"],
+        Bug::AckBeforeSync | Bug::WitnessBeforeSync => &[T("was acknowledged"), C(LostWrite)],
+        Bug::ShownBeforeDurable => &[C(EpochReused), C(LostWrite), C(Vanished), C(InconsistentSeq), C(StaleRead)],
+        Bug::DirtyRefusal => &[C(FalseConflict)],
+        Bug::DedupForgotten => &[C(Duplicate), C(LostWrite)],
+        Bug::LateFence => &[T("ACK of a batch"), C(UnfencedWrite), C(LostWrite)],
+        Bug::EpochInMemory => &[C(EpochReused)],
+        Bug::HalfBatch => &[C(TornBatch), C(LostWrite), TOLD_WRONG],
+        Bug::LeaveWithoutGeneration => &[C(LateLeave)],
+        Bug::OverlayKept => &[C(WrongChange), C(FalseConflict)],
+        Bug::CatchUpOffByOne | Bug::TrimTooFar => &[C(SkippedDelivery), C(Hole)],
+        Bug::LiveOffByOne | Bug::SwallowedGap => &[C(SkippedDelivery), TOLD_WRONG],
+        Bug::ResumeOffByOne => &[C(WrongResume)],
+        Bug::PrefixWithoutBorder => &[C(Unauthorized)],
+        Bug::KindsIgnored => &[C(FilterLeaked)],
+        Bug::DeletionNotFolded => &[C(StateDivergence)],
+        Bug::CaughtUpTooEarly => &[C(StaleRead), C(NonmonotonicRead)],
+        Bug::RunNeverFenced => &[C(ZombieWrite)],
+        Bug::TakenFromHolder => &[C(TwoHolders)],
+        Bug::IncrementOverDurable | Bug::ConditionIgnored => &[C(WrongChange)],
+        Bug::UnknownIsLost | Bug::UnknownToldAsFailed => &[C(AbortedRead)],
+        Bug::UnknownIsStored => &[C(InconsistentSeq), C(EpochReused), C(LostWrite)],
+        Bug::LeaseOnWallClock | Bug::MembersForgotten => &[C(Ghost)],
+        Bug::NamespaceIgnored => &[C(CrossedNamespaces)],
+        Bug::RevocationLate => &[C(RevokedDelivery)],
+        Bug::TakenForStored => &[C(LostWrite)],
+        Bug::SentUnderNewSequence => &[T("SEQ_GAP"), C(Duplicate)],
+        Bug::NeverSentAgain => &[T("not done in time")],
+        Bug::CompactionLosesPart => &[C(MessageDivergence), C(LostWrite), C(Phantom)],
+        Bug::IncarnationIgnored => &[C(MixedTimelines)],
+        Bug::WitnessIgnored => &[T("is missing, and verify is silent"), T("nothing says so")],
+        Bug::SyncErrorIgnored => &[T("was acknowledged")],
     }
 }
 
 /// How a bug was found.
 enum Found {
-    By(String),
+    By(String, Findings),
     Nothing,
     /// It cannot be looked for here.
     Skipped(String),
@@ -80,17 +104,17 @@ enum Found {
 
 /// The first of so many seeds that finds a bug, and what it finds. Without the bug it has to be sound.
 fn simulate(bug: Bug, first: u64, seeds: u64) -> Found {
-    let found: Mutex<Option<(u64, String)>> = Mutex::default();
+    let found: Mutex<Option<(u64, Findings)>> = Mutex::default();
     plant(Some(bug));
     run_each(Seeds { first, count: seeds }, |outcome| {
         let sound = outcome.is_sound();
         if !sound {
-            let classes = outcome.verdict.broken.keys().map(|class| class.name());
-            let failed = outcome.failed.iter().map(|failed| failed.lines().next().unwrap_or_default().to_owned());
-            let how: Vec<String> = classes.filter(|class| class != "nothing-provoked").chain(failed).collect();
+            let mut findings = Findings::of(&outcome.verdict);
+            findings.classes.retain(|class| *class != Class::NothingProvoked);
+            findings.texts.extend(outcome.failed.clone());
             let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
             if found.as_ref().is_none_or(|(seed, _)| outcome.seed < *seed) {
-                *found = Some((outcome.seed, how.join(", ")));
+                *found = Some((outcome.seed, findings));
             }
         }
         sound
@@ -100,7 +124,7 @@ fn simulate(bug: Bug, first: u64, seeds: u64) -> Found {
         Some((seed, _)) if !simulation::simulate(seed).is_sound() => {
             Found::Failed(format!("seed {seed} is not sound without it either"))
         }
-        Some((seed, how)) => Found::By(format!("simulator, seed {seed}: {how}")),
+        Some((seed, findings)) => Found::By(format!("simulator, seed {seed}"), findings),
         None => Found::Nothing,
     }
 }
@@ -112,19 +136,22 @@ fn cut_power(bug: Bug, seed: u64) -> Found {
     }
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let campaign = |cycles, planted| Campaign { how: How::Power, cycles, seed, planted };
-    if !runtime.block_on(crashes::run(campaign(10, None))) {
+    if !runtime.block_on(crashes::run(campaign(10, None))).is_sound() {
         return Found::Failed("power cuts are not survived without it either".into());
     }
     let campaign = campaign(60, Some(bug.name()));
     // A server that refuses to start makes it panic.
     match catch_unwind(AssertUnwindSafe(|| runtime.block_on(crashes::run(campaign)))) {
-        Ok(true) => Found::Nothing,
-        Ok(false) => Found::By("power cuts: the checker".into()),
+        Ok(findings) => found("power cuts", findings),
         Err(panic) => match said(panic.as_ref()) {
-            why if why.starts_with("the server refused to start") => Found::By(format!("power cuts: {why}")),
+            why if why.starts_with("the server refused to start") => found("power cuts", Findings::told(why)),
             why => Found::Failed(why),
         },
     }
+}
+
+fn found(whence: &str, findings: Findings) -> Found {
+    if findings.is_sound() { Found::Nothing } else { Found::By(whence.to_owned(), findings) }
 }
 
 /// Plants every bug, one after the other, with at most so many seeds for each. True if each was found.
@@ -136,14 +163,13 @@ pub fn hunt(seeds: u64, first: u64, only: Option<Bug>) -> bool {
             Hunter::Simulator => simulate(*bug, first, seeds),
             Hunter::Power => cut_power(*bug, first + 1),
             Hunter::Damage => {
-                let sound = damage::run(2000, first + 1);
+                let sound = damage::run(2000, first + 1).is_sound();
                 plant(Some(*bug));
-                let silent = !damage::run(2000, first + 1);
+                let findings = damage::run(2000, first + 1);
                 plant(None);
-                match (sound, silent) {
-                    (false, _) => Found::Failed("damage is not always noticed without it either".into()),
-                    (true, true) => Found::By("damaged files: acknowledged data is missing in silence".into()),
-                    (true, false) => Found::Nothing,
+                match sound {
+                    true => found("damaged files", findings),
+                    false => Found::Failed("damage is not always noticed without it either".into()),
                 }
             }
             Hunter::FailedSync => {
@@ -154,17 +180,22 @@ pub fn hunt(seeds: u64, first: u64, only: Option<Bug>) -> bool {
                     (Err(why), _) if why.starts_with("strace") => Found::Skipped(why),
                     (Err(why), _) => Found::Failed(format!("a failed sync, without it: {why}")),
                     (Ok(()), Ok(())) => Found::Nothing,
-                    (Ok(()), Err(why)) => Found::By(format!("a failed sync: {why}")),
+                    (Ok(()), Err(why)) => found("a failed sync", Findings::told(why)),
                 }
             }
         };
         match found {
-            Found::By(how) if expected(*bug).iter().any(|expected| how.contains(expected)) => {
-                println!("{:<26} {}", bug.name(), how.chars().take(150).collect::<String>());
+            Found::By(whence, findings) if expected(*bug).iter().any(|sign| sign.is_in(&findings)) => {
+                println!("{:<26} {whence}: {}", bug.name(), findings.in_short());
                 found_all += 1;
             }
-            Found::By(how) => {
-                println!("{:<26} FAILED: not by {:?}, but {how}", bug.name(), expected(*bug));
+            Found::By(whence, findings) => {
+                println!(
+                    "{:<26} FAILED: not by {:?}, but {whence}: {}",
+                    bug.name(),
+                    expected(*bug),
+                    findings.in_short()
+                );
                 missed += 1;
             }
             Found::Nothing => {

@@ -9,19 +9,19 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Once, mpsc};
 use std::thread;
 
-use mainstay_checker::history::Entry;
+use mainstay_checker::history::{Entry, Event as HistoryEvent};
 use mainstay_checker::verdict::{Class, Verdict};
 use mainstay_client::{Client, ClientError, Code, Config as ClientConfig, Event, Start};
 use mainstay_protocol::session::{Grant, Grants, Operation};
 use mainstay_protocol::wire::Subject;
-use mainstay_server::auth::{Claims, Keyring, SigningKey};
-use mainstay_server::{Config, ResumeKeys, Server, Stop};
+use mainstay_server::auth::{Claims, Keyring, Revocation, SigningKey, Trust};
+use mainstay_server::{Config, Namespace, ResumeKeys, Server, Stop};
 use mainstay_store::testing::{SimulatedDisk, Wear};
 use mainstay_store::{Health, Store};
 use mainstay_transport::entropy;
 use mainstay_transport::memory::{MemoryListener, MemoryNetwork, Weather};
 use mainstay_transport::sim::Random;
-use tokio::runtime::Builder;
+use tokio::runtime::{Builder, Runtime};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
@@ -112,7 +112,8 @@ pub fn simulate(seed: u64) -> Outcome {
 /// A world in which time does not pass any more is stuck. Most take milliseconds.
 const STUCK: Duration = Duration::from_secs(60);
 
-fn run(seed: u64) -> (Vec<Entry>, Option<String>) {
+/// The time and the chance of a seed's world, from here on those of this thread, and a history that begins.
+fn begin(seed: u64) -> (Runtime, Recorder) {
     entropy::seed(seed);
     SKEW.set(0);
     let mut builder = Builder::new_current_thread();
@@ -124,6 +125,11 @@ fn run(seed: u64) -> (Vec<Entry>, Option<String>) {
         BEGUN.set(Some(Instant::now()));
         Recorder::default()
     });
+    (runtime, recorder)
+}
+
+fn run(seed: u64) -> (Vec<Entry>, Option<String>) {
+    let (runtime, recorder) = begin(seed);
     watch_for_panics();
     let live = AssertUnwindSafe(|| runtime.block_on(async { timeout(LIFETIME, live(seed, &recorder)).await }));
     let failed = match catch_unwind(live) {
@@ -165,12 +171,35 @@ pub(crate) fn said(panic: &(dyn Any + Send)) -> String {
 /// A server that stops in good order waits for its last answers no longer than this.
 const GOODBYE: Duration = Duration::from_secs(60);
 
+/// A namespace of the server, with a disk of its own.
+struct Tenant {
+    name: &'static str,
+    disk: SimulatedDisk,
+    key: SigningKey,
+    trust: Trust,
+    resume: ResumeKeys,
+}
+
+impl Tenant {
+    fn new(name: &'static str, random: &mut Random) -> Self {
+        let key = SigningKey::generate().expect("a key");
+        let trust = Keyring::new([key.verifying_key()]).into();
+        let (disk, resume) = (SimulatedDisk::new(random.bits()), ResumeKeys::generate().expect("a key"));
+        Self { name, disk, key, trust, resume }
+    }
+
+    fn namespace(&self) -> Namespace {
+        let (store, quotas) = (Arc::new(self.disk.clone()), Config::default().quotas);
+        Namespace { name: self.name.into(), store, trust: self.trust.clone(), resume: self.resume.clone(), quotas }
+    }
+}
+
 /// A world: the machine of the server, and the network before it.
 struct World {
-    disk: SimulatedDisk,
+    /// The namespace in which nearly everything happens.
+    home: Tenant,
+    elsewhere: Tenant,
     network: Arc<MemoryNetwork>,
-    key: Arc<SigningKey>,
-    resume: ResumeKeys,
     server: JoinHandle<()>,
     /// Tells the server to stop in good order.
     stop: Option<oneshot::Sender<Stop>>,
@@ -190,12 +219,10 @@ impl World {
             down: false,
         };
         network.set_weather(weather);
-        let disk = SimulatedDisk::new(random.bits());
         let mut this = Self {
-            disk,
+            home: Tenant::new("home", random),
+            elsewhere: Tenant::new("elsewhere", random),
             network,
-            key: Arc::new(SigningKey::generate().expect("a key")),
-            resume: ResumeKeys::generate().expect("a key"),
             server: tokio::spawn(async {}),
             stop: None,
             random: random.fork(),
@@ -206,9 +233,8 @@ impl World {
     }
 
     fn serve(&mut self, listener: MemoryListener) {
-        let keyring = Keyring::new([self.key.verifying_key()]);
-        let store = Arc::new(self.disk.clone());
-        let server = Server::with_clock(store, keyring, self.resume.clone(), Config::default(), clock);
+        let namespaces = vec![self.home.namespace(), self.elsewhere.namespace()];
+        let server = Server::with_clock(namespaces, Config::default(), clock);
         let (stop, stopped) = oneshot::channel();
         self.stop = Some(stop);
         let stopped = async move {
@@ -228,9 +254,7 @@ impl World {
         let told = self.stop.take().is_some_and(|tell| tell.send(stop).is_ok());
         assert!(told && timeout(GOODBYE, &mut self.server).await.is_ok(), "the server does not stop");
         // What it acknowledged is durable, and nothing is on its way.
-        self.disk = self.disk.crash();
-        let listener = self.network.listen();
-        self.serve(listener);
+        self.restart();
     }
 
     /// The server dies without a word, at whatever it is doing, and another process takes its place.
@@ -238,30 +262,52 @@ impl World {
         self.recorder.provoked("crash");
         self.network.cut();
         self.server.abort();
-        self.disk = self.disk.crash();
+        self.restart();
+    }
+
+    /// Another process takes the server's place, and finds what is durable.
+    fn restart(&mut self) {
+        for tenant in [&mut self.home, &mut self.elsewhere] {
+            tenant.disk = tenant.disk.crash();
+        }
         let listener = self.network.listen();
         self.serve(listener);
     }
 
     /// A client that may do everything with the sessions under `prefix`.
     fn client(&self, prefix: &str) -> Client {
+        self.client_of(&self.home, "tester", prefix)
+    }
+
+    fn client_of(&self, tenant: &Tenant, subject: &str, prefix: &str) -> Client {
         let mut config = ClientConfig::default();
         config.give_up_after = None;
         let now = (clock() / 1000) as i64;
         let grant = Grant { prefix: prefix.into(), operations: Operation::ALL.into_iter().collect() };
-        let subject = Subject::new("tester").expect("a subject");
+        let subject = Subject::new(subject).expect("a subject");
         // Clocks jump.
         let claims = Claims::new(subject, Grants(vec![grant]), now - 1_000_000, now + 100_000_000);
-        config.token = Some(self.key.mint(&claims).expect("a token"));
+        config.token = Some(tenant.key.mint(&claims).expect("a token"));
         Client::new(self.network.clone(), config)
     }
 
+    /// What [`FORMER`] has a right to it has no more.
+    fn revoke(&mut self, name: &str) {
+        let now = (clock() / 1000) as i64;
+        let revocation = Revocation::Subject { subject: FORMER.into(), until: now };
+        if self.home.trust.revoke(revocation, now).expect("room for a revocation") {
+            self.recorder.say(name, HistoryEvent::Revoked {});
+            self.recorder.provoked("revoked");
+        }
+    }
+
     /// Something goes wrong.
-    async fn trouble(&mut self, weather: Weather) {
+    async fn trouble(&mut self, weather: Weather, former: &str) {
         let pause = Duration::from_millis(self.random.below(1500));
         sleep(pause).await;
-        match self.random.below(11) {
+        match self.random.below(12) {
             0 | 1 => self.crash(),
+            11 => self.revoke(former),
             10 => self.deploy().await,
             2 => {
                 // And once more, while the one before looks at what it found.
@@ -284,21 +330,21 @@ impl World {
             }
             6 => {
                 self.recorder.provoked("full-disk");
-                self.disk.set_wear(Wear { full: true, ..Wear::default() });
+                self.home.disk.set_wear(Wear { full: true, ..Wear::default() });
                 sleep(Duration::from_millis(self.random.below(3000))).await;
-                self.disk.set_wear(Wear::default());
+                self.home.disk.set_wear(Wear::default());
             }
             7 => {
                 self.recorder.provoked("worn-disk");
                 let wear = Wear { stalls: 50, unknown: 100, overloaded: 300, ..Wear::default() };
-                self.disk.set_wear(wear);
+                self.home.disk.set_wear(wear);
                 sleep(Duration::from_millis(self.random.below(2000))).await;
-                self.disk.set_wear(Wear::default());
+                self.home.disk.set_wear(Wear::default());
             }
             8 => {
                 // A server whose disk fails ends; here somebody ends it.
                 self.recorder.provoked("failed-disk");
-                self.disk.fail();
+                self.home.disk.fail();
                 sleep(Duration::from_millis(self.random.below(200))).await;
                 self.crash();
             }
@@ -309,6 +355,9 @@ impl World {
         }
     }
 }
+
+/// The subject whose tokens may be revoked.
+const FORMER: &str = "former";
 
 /// Lets the world of a seed go by.
 ///
@@ -337,19 +386,21 @@ async fn live(seed: u64, recorder: &Recorder) {
     };
     let observer = world.client("");
     let mut work = Workload::begin("s", &size, recorder, &mut random, |prefix| world.client(prefix));
+    work.tenant(world.client_of(&world.elsewhere, "tester", ""), &mut random);
+    let former = work.former(world.client_of(&world.home, FORMER, "s"), &mut random);
     let troubles = random.below(12);
     for _ in 0..troubles {
         tokio::select! {
             biased;
-            () = world.trouble(weather) => {}
+            () = world.trouble(weather, &former) => {}
             () = work.worked() => break,
         }
     }
     // Everything is repaired.
     world.network.set_weather(Weather { down: false, ..weather });
-    world.disk.set_wear(Wear::default());
+    world.home.disk.set_wear(Wear::default());
     // A disk that failed, and a server that nobody waited for until it had stopped.
-    if matches!(world.disk.health(), Health::Failed { .. }) || world.stop.is_none() {
+    if matches!(world.home.disk.health(), Health::Failed { .. }) || world.stop.is_none() {
         world.crash();
     }
     work.settle(&observer).await;
@@ -390,11 +441,11 @@ impl World {
         let (whole, tail) = read(observer, "s").await;
         tail.expect("it is whole");
         let session = observer.session("s").expect("a name").attach().await.expect("attach");
-        let stat = self.disk.stat(session.info().name.clone()).await.expect("a stat").expect("the session");
+        let stat = self.home.disk.stat(session.info().name.clone()).await.expect("a stat").expect("the session");
         // The newest chunks may be in memory; after a crash nothing is.
         let number = random.below(stat.chunks);
         self.recorder.provoked("rot");
-        self.disk.rot(stat.session.incarnation, number);
+        self.home.disk.rot(stat.session.incarnation, number);
         drop(session);
         self.crash();
         let client = self.client("");
@@ -421,6 +472,27 @@ impl World {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Found by the simulator: a request waited for its deadline for longer than anybody had patience.
+    #[test]
+    fn requests_expire_in_time_where_the_clock_is_set_back_again_and_again() {
+        let (runtime, recorder) = begin(1);
+        runtime.block_on(async {
+            let mut random = Random::new(1);
+            let (world, _) = World::new(&mut random, &recorder);
+            let size =
+                Size { askers: 3, turns: 8, rest: Duration::from_secs(30), patience: PATIENCE, ..Size::default() };
+            let observer = world.client("");
+            let work = Workload::begin("s", &size, &recorder, &mut random, |prefix| world.client(prefix));
+            for _ in 0..10 {
+                sleep(Duration::from_millis(300)).await;
+                set_clock(-100_000);
+            }
+            work.settle(&observer).await;
+        });
+        let verdict = mainstay_checker::check(recorder.entries(), &["request-expired".to_owned()]);
+        assert!(verdict.is_sound(), "{:#?}", verdict.violations);
+    }
 
     #[test]
     fn a_clock_that_is_set_back_again_and_again_is_not_far_off() {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use mainstay_checker::history::{Call, Event, Filter};
 use mainstay_client::{
-    AppendError, Change, Client, ClientError, Cursor, Doing, Event as Seen, Expected, Key, Kind, LiveView,
+    AppendError, Change, Client, ClientError, Code, Cursor, Doing, Event as Seen, Expected, Key, Kind, LiveView,
     MessageWriter, Producer, Run, RunId, Session, Start, StateChange, Status, StreamId, Ticket, Update,
 };
 use mainstay_protocol::session::{Intent, RequestId, RequestOpened, RequestOutcome};
@@ -185,6 +185,21 @@ impl Workload {
         this
     }
 
+    /// Adds somebody in another namespace, who has a session and a producer of the same names there.
+    pub fn tenant(&mut self, client: Client, random: &mut Random) {
+        let mut actor = self.actor("tenant", 0, client, random);
+        actor.session = elsewhere(&self.session);
+        self.working.spawn(actor.dwell(self.session.clone()));
+    }
+
+    /// Adds somebody who reads until that is forbidden. Returns his name in the history.
+    pub fn former(&mut self, client: Client, random: &mut Random) -> String {
+        let actor = self.actor("former", 0, client, random);
+        let name = actor.name.clone();
+        self.watching.spawn(actor.read_while_allowed());
+        name
+    }
+
     fn actor(&mut self, role: &str, n: u64, client: Client, random: &mut Random) -> Actor {
         self.clients.push(client.clone());
         let name = format!("{role}-{n}");
@@ -253,6 +268,11 @@ impl Workload {
     }
 }
 
+/// What the history calls the session of the same name in another namespace.
+pub fn elsewhere(session: &str) -> String {
+    format!("elsewhere!{session}")
+}
+
 /// The session that is trimmed: its name begins as that of the other one.
 fn beside(session: &str) -> String {
     format!("{session}x")
@@ -271,11 +291,16 @@ impl Actor {
 
     /// Attaches, however long it takes.
     async fn attach(&mut self) -> Session {
+        self.attach_to(&self.session.clone()).await
+    }
+
+    /// The same, to a session that the history may know by another name.
+    async fn attach_to(&mut self, session: &str) -> Session {
         loop {
             let asked = self.recorder.moment();
-            match self.client.session(&self.session).expect("a name").create().attach().await {
+            match self.client.session(session).expect("a name").create().attach().await {
                 Ok(session) => {
-                    self.recorder.attached(&self.name, asked, &session);
+                    self.recorder.attached(&self.name, asked, &self.session, &session);
                     return session;
                 }
                 Err(error) if error.is_retryable() => self.pause().await,
@@ -366,6 +391,8 @@ impl Actor {
             self.pause().await;
             if self.random.chance(0.03) {
                 producer = self.open(&session, &name).await;
+                // It is told where its producers are.
+                drop(self.attach().await);
             }
         }
         // What is on its way goes on without its handle.
@@ -639,12 +666,73 @@ impl Actor {
         }
     }
 
-    /// May use the one session, and asks for the one beside.
-    async fn visit(mut self) {
+    /// Writes in another namespace, in a session of the same name and through a producer of the same name, and reads all of it again and again.
+    async fn dwell(mut self, session: String) {
+        self.granted(String::new(), "elsewhere");
+        let name = "p0".to_owned();
+        let handle = self.attach_to(&session).await;
+        let mut producer = self.open(&handle, &name).await;
+        for sequence in 1..10 {
+            let text = format!("{}/{sequence}", self.name);
+            let op = self.append(&name, producer.epoch(), sequence, vec![text.clone()], None);
+            let stored = match producer.append_batch(&[handle.main().data(text)]).await {
+                Ok(ticket) => ticket.wait().await,
+                Err(error) => Err(error),
+            };
+            self.recorder.stored(&self.name, op, &stored);
+            if producer_has_ended(&stored) {
+                producer = self.open(&handle, &name).await;
+            }
+            if sequence % 3 == 0 {
+                drop(self.attach_to(&session).await);
+                assert!(self.read_through(&handle, Start::Earliest).await, "{}: nobody deletes the session", self.name);
+            }
+            self.pause().await;
+        }
+        self.recorder.complete_as(&self.client, &session, &self.session).await;
+    }
+
+    /// Reads until everything was seen, or that is forbidden.
+    async fn read_while_allowed(mut self) {
+        self.granted(self.session.clone(), "");
+        let attached = self.client.session(&self.session).expect("a name").wait().attach().await;
+        let session = match attached {
+            Ok(session) => session,
+            Err(error) => return self.is_revoked(&error),
+        };
+        let (subscription, asked, start) = (self.recorder.subscription(), self.recorder.moment(), Start::Earliest);
+        let of = Reading { session: self.session.clone(), filter: Filter::default(), asked, from: seq_of(&start) };
+        let mut reading = match session.subscribe(start).open().await {
+            Ok(reading) => reading,
+            Err(error) => return self.is_revoked(&error),
+        };
+        match reading.next().await {
+            Some(Ok(begun)) => self.recorder.saw(&self.name, subscription, &of, &begun),
+            Some(Err(error)) => return self.is_revoked(&error),
+            None => return self.is_revoked(&ClientError::Closed),
+        }
+        if let Err(error) = self.follow(&mut reading, subscription, &of, u64::MAX).await {
+            self.is_revoked(&error);
+            self.recorder.say(&self.name, Event::Left { subscription });
+        }
+    }
+
+    fn is_revoked(&self, error: &ClientError) {
+        let revoked = matches!(error, ClientError::Refused { code: Code::TOKEN_REVOKED, .. });
+        assert!(revoked, "{}: it is not told that it is revoked: {error}", self.name);
+        self.recorder.provoked("told-that-it-is-revoked");
+    }
+
+    /// From now on this one may do everything under a prefix, in a namespace.
+    fn granted(&self, prefix: String, namespace: &str) {
         let operations = ["read", "append", "create", "manage", "join", "run", "signal", "notify"];
         let operations = operations.map(str::to_owned).to_vec();
-        self.recorder
-            .say(&self.name, Event::Granted { prefix: self.session.clone(), operations, namespace: String::new() });
+        self.recorder.say(&self.name, Event::Granted { prefix, operations, namespace: namespace.to_owned() });
+    }
+
+    /// May use the one session, and asks for the one beside.
+    async fn visit(mut self) {
+        self.granted(self.session.clone(), "");
         let names = [self.session.clone(), beside(&self.session), format!("{}:below", self.session)];
         for name in names.iter().cycle().take(9) {
             let op = self.recorder.invoke(&self.name, Call::Attach { session: name.clone() });
@@ -759,8 +847,9 @@ impl Actor {
             }
             let mut reading = wanted.open().await.expect("subscribe");
             let events = if comes_and_goes { 1 + self.random.below(12) } else { u64::MAX };
-            let next = self.follow(&mut reading, subscription, &of, events).await;
-            let Some(next) = next else { return };
+            let followed = self.follow(&mut reading, subscription, &of, events).await;
+            let followed = followed.unwrap_or_else(|error| panic!("{}: {subscription} ended: {error}", self.name));
+            let Some(next) = followed else { return };
             self.recorder.say(&self.name, Event::Left { subscription });
             drop(reading);
             self.pause().await;
@@ -772,29 +861,29 @@ impl Actor {
         }
     }
 
-    /// Takes down what a subscription tells, so many events of it or until everything was seen. `None` at the end.
+    /// Takes down what a subscription tells, so many events of it or until everything was seen. `None` at the end. Errors: what ended it.
     async fn follow(
         &mut self,
         reading: &mut mainstay_client::Subscription,
         subscription: u64,
         of: &Reading,
         events: u64,
-    ) -> Option<u64> {
+    ) -> Result<Option<u64>, ClientError> {
         let (mut next, mut told) = (0, 0);
         let mut end = self.end.clone();
         loop {
             let tail = *end.borrow_and_update();
             if tail.is_some_and(|tail| next >= tail) {
-                return None;
+                return Ok(None);
             }
             if told >= events && tail.is_none() {
-                return Some(next);
+                return Ok(Some(next));
             }
             let event = match tail {
                 // Who does not come to the end now never does.
                 Some(_) => match timeout(self.size.patience, reading.next()).await {
                     Ok(event) => event,
-                    Err(_) => return None,
+                    Err(_) => return Ok(None),
                 },
                 None => tokio::select! {
                     biased;
@@ -803,8 +892,8 @@ impl Actor {
                 },
             };
             let event = match event {
-                Some(Ok(event)) => event,
-                other => panic!("{}: subscription {subscription} ended: {other:?}", self.name),
+                Some(event) => event?,
+                None => return Err(ClientError::Closed),
             };
             self.recorder.saw(&self.name, subscription, of, &event);
             told += 1;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use mainstay_checker::fold::Fold;
-use mainstay_checker::history::{Call, Entry, Event, Filter, Record, View};
+use mainstay_checker::history::{Call, Entry, Event, Filter, Position, Record, View};
 
 /// Nanoseconds between two entries.
 pub(crate) const TICK: u64 = 100_000_000;
@@ -51,8 +51,10 @@ struct World<'r> {
     fold: Fold,
     pending: Vec<Pending>,
     ops: u64,
-    /// The epoch of each producer, and that of each writer.
+    /// The epoch of each producer, and (`held`) that of each writer.
     epochs: BTreeMap<String, u64>,
+    /// Batches of each producer.
+    batches: BTreeMap<String, u64>,
     held: BTreeMap<(String, String), u64>,
     sequences: BTreeMap<String, u64>,
     readers: Vec<Reader>,
@@ -72,6 +74,7 @@ pub(crate) fn history(random: &mut Random) -> Vec<Entry> {
         pending: Vec::new(),
         ops: 0,
         epochs: BTreeMap::new(),
+        batches: BTreeMap::new(),
         held: BTreeMap::new(),
         sequences: BTreeMap::new(),
         readers: Vec::new(),
@@ -247,6 +250,7 @@ impl World<'_> {
                     return Err("RUN_FENCED");
                 }
                 let first = self.log.len() as u64;
+                *self.batches.entry(producer.clone()).or_default() += 1;
                 for text in records {
                     self.store(process, Record { data: Some(text.clone()), run: run.clone(), ..kind("data") });
                 }
@@ -373,7 +377,12 @@ impl World<'_> {
         let next = self.log.len() as u64;
         let view = View { state, members, messages, hash: Some(format!("h{next}")) };
         let (session, incarnation, asked, hash) = ("s".to_owned(), "i".to_owned(), self.at, format!("h{next}"));
-        self.say("looker", Event::Attached { session, incarnation, tail: next, asked, hash });
+        let positions = self.epochs.iter().map(|(producer, epoch)| {
+            let next = self.batches.get(producer).copied().unwrap_or(0);
+            Position { producer: producer.clone(), epoch: *epoch, next }
+        });
+        let positions = positions.collect();
+        self.say("looker", Event::Attached { session, incarnation, tail: next, asked, hash, positions });
         self.say("looker", Event::View { session: "s".into(), incarnation: "i".into(), next, view });
     }
 

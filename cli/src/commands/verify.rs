@@ -36,26 +36,22 @@ pub(crate) fn run(args: &args::Verify, output: Output) -> Result<(), Failure> {
     let interrupted = interruption();
     let mut out = BufWriter::new(io::stdout().lock());
     let mut written = Ok(());
-    // Of the session whose chunks come.
-    let mut compacted = false;
     let mut each = |session: &SessionName, found: Found<'_>| {
         match found {
             Found::Chunk { first, streams, chunk } => {
-                compacted |= chunk.header().compacted.is_some();
                 if args.dump && written.is_ok() {
                     written = dump(&mut out, session, first, streams, chunk);
                 }
             }
-            Found::Session { state, bytes } => {
+            Found::Session { state, bytes, compacted } if (output.is_json() || args.dump) && written.is_ok() => {
                 let event = json!({
                     "event": "session", "name": session.as_str(), "first": state.first(), "tail": state.tail(),
-                    "bytes": bytes, "compacted": core::mem::take(&mut compacted),
+                    "bytes": bytes, "compacted": compacted,
                     "fold_version": FOLD_VERSION, "view_hash": state.view().hash().to_string(),
                 });
-                if (output.is_json() || args.dump) && written.is_ok() {
-                    written = writeln!(out, "{event}");
-                }
+                written = writeln!(out, "{event}");
             }
+            Found::Session { .. } => {}
         }
         // Nobody reads any more, or somebody said stop.
         if written.is_err() || interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }

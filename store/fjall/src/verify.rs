@@ -86,6 +86,8 @@ pub enum Found<'a> {
         state: &'a State,
         /// Bytes of its chunks.
         bytes: u64,
+        /// True if some of them were put together (spec section 19).
+        compacted: bool,
     },
 }
 
@@ -370,6 +372,7 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
     let released = released(engine, row, snapshot.as_ref().map(|(_, saved)| saved));
     let mut chain = row.base.chain;
     let mut next = (row.base.first, row.base.number);
+    let mut compacted = false;
     for segment in &row.segments {
         for guard in engine.log().range(keys::chunk(segment.id, 0, 0)..keys::chunk(segment.id + 1, 0, 0)) {
             let chunk = match guard.into_inner() {
@@ -407,6 +410,7 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
                 return report.problem(Some(name), Some(header.first), what);
             }
             next = (chunk.end(), header.next_number());
+            compacted |= header.compacted.is_some();
             report.chunks += 1;
             report.records += header.kept();
             report.bytes += chunk.bytes().len() as u64;
@@ -437,7 +441,8 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
         Some((_, saved)) if state.number() < saved.number() => saved,
         _ => &state,
     };
-    report.interrupted |= each(name, Found::Session { state: whole, bytes: report.bytes - before }).is_break();
+    let found = Found::Session { state: whole, bytes: report.bytes - before, compacted };
+    report.interrupted |= each(name, found).is_break();
 }
 
 /// The first seq that may be read. A TRIM is durable before the row says so: entries behind the snapshot count too.
