@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::evidence::{Evidence, Life, Operation, Outcome};
 use crate::fold::Fold;
-use crate::history::{Call, Record};
+use crate::history::{Call, Event, Record};
 use crate::verdict::{Class, Verdict};
 
 /// Checks who joined and left, and who is there at the end.
@@ -34,13 +34,14 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     }
 }
 
-/// Who was told to have left longer after its process was gone than its lease lasted, though nothing was in the way.
+/// Who was told to have left longer after its process was gone than its lease lasted, though nothing was in the way: neither to the server,
+/// which may need a lease to come back from what was done to it, nor to who was told.
 fn outstayed(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &mut Verdict) {
     for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
         let Call::Join { author, lease: Some(lease), .. } = operation.call else { continue };
         let (Some(generation), Some(gone)) = (operation.seq(), evidence.gone.get(operation.process)) else { continue };
         let end = gone.saturating_add(*lease);
-        let next = evidence.provoked.partition_point(|at| at < gone);
+        let next = evidence.provoked.partition_point(|at| *at < gone.saturating_sub(*lease));
         if evidence.provoked.get(next).is_some_and(|at| *at <= end) {
             continue;
         }
@@ -48,7 +49,14 @@ fn outstayed(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &
             let Record { kind, member, generation: of, .. } = seen.record;
             kind == "presence.left" && member.as_ref() == Some(author) && *of == Some(generation)
         });
-        let Some(left) = left.filter(|left| left.subscription.is_some()) else { continue };
+        let Some((left, subscription)) = left.and_then(|left| Some((left, left.subscription?))) else { continue };
+        let events = &evidence.subscriptions[&subscription].events;
+        let connects = |event: &Event| matches!(event, Event::Started { .. } | Event::Resumed { .. });
+        let before = events.partition_point(|(at, _)| at < gone);
+        let between = &events[before..events.partition_point(|(at, _)| *at < left.at)];
+        if before == 0 || between.iter().any(|(_, event)| connects(event)) {
+            continue;
+        }
         verdict.count("leases-ended", 1);
         if left.at > end {
             verdict.report(Class::Ghost, session, || {

@@ -833,7 +833,13 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let Event::Invoke { call: Call::Join { lease, .. }, .. } = &mut entries[index].event else { return false };
         *lease = Some(1);
         behind(entries, index, Event::Gone {});
-        entries[index].at + 1 < told
+        let gone = entries[index].at;
+        // Whoever is told was there all the time.
+        let first = entries.iter().find(|entry| entry.at == told).and_then(|entry| of_subscription(&entry.event));
+        let theirs: Vec<_> = entries.iter().filter(|entry| of_subscription(&entry.event) == first).collect();
+        let connects = |event: &Event| matches!(event, Event::Started { .. } | Event::Resumed { .. });
+        let comes = theirs.iter().any(|entry| (gone..told).contains(&entry.at) && connects(&entry.event));
+        theirs.iter().any(|entry| entry.at < gone) && !comes && gone + 1 < told
     }),
     ("a process is given what another namespace wrote", Class::CrossedNamespaces, |entries, random| {
         let Some(index) = random.pick(&deliveries(entries, |_| true, 1)) else { return false };
