@@ -53,7 +53,8 @@ fn outstayed(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &
         let events = &evidence.subscriptions[&subscription].events;
         let connects = |event: &Event| matches!(event, Event::Started { .. } | Event::Resumed { .. });
         let before = events.partition_point(|(at, _)| at < gone);
-        let between = &events[before..events.partition_point(|(at, _)| *at < left.at)];
+        // Nothing is between if it had left before.
+        let between = events.get(before..events.partition_point(|(at, _)| *at < left.at)).unwrap_or_default();
         if before == 0 || between.iter().any(|(_, event)| connects(event)) {
             continue;
         }

@@ -66,6 +66,7 @@ const PROVOKED: &[&str] = &[
     "deeds",
     "fenced",
     "messages",
+    "positions",
     "resumes",
     "runs",
     "unknown",

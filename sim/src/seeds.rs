@@ -125,6 +125,7 @@ const PROVOKED: &[&str] = &[
     "messages",
     "rot",
     "runs",
+    "torn-write",
     "positions",
     "revoked",
     "told-that-it-is-revoked",

@@ -268,7 +268,11 @@ impl World {
     /// Another process takes the server's place, and finds what is durable.
     fn restart(&mut self) {
         for tenant in [&mut self.home, &mut self.elsewhere] {
+            let torn = tenant.disk.torn();
             tenant.disk = tenant.disk.crash();
+            if tenant.disk.torn() > torn {
+                self.recorder.provoked("torn-write");
+            }
         }
         let listener = self.network.listen();
         self.serve(listener);

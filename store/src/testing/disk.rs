@@ -1,7 +1,7 @@
 //! A store whose disk takes its time, fills up, fails, rots, and loses at a crash what it had not said to be durable.
 
 use core::time::Duration;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -40,8 +40,8 @@ impl Default for Wear {
 /// The model of the contract on a simulated disk, as one process uses it, in tokio's time and from a seed. Clones are the same process.
 ///
 /// A request takes effect before the time is over that it takes, or behind it: so what a crash finds on its way is there afterwards or is
-/// not, and only what was answered is certain. Torn writes are lost ones here, as the contract wants it; that an engine makes them so is
-/// for its own tests.
+/// not, and only what was answered is certain. Of a chunk on its way a crash leaves its first bytes, and of a trim a part is done at once.
+/// Bytes that are torn or rotten are read as a store reads them: what [`Chunk::decode`] takes is there, and nothing else.
 #[derive(Debug, Clone)]
 pub struct SimulatedDisk {
     durable: MemoryStore,
@@ -57,8 +57,12 @@ struct Disk {
     /// The process that has the disk.
     life: u64,
     failed: bool,
-    /// Chunks that do not read any more, by incarnation and number.
-    rotten: BTreeSet<([u8; 16], u64)>,
+    /// Chunks of which a bit has changed, by incarnation and number, and which.
+    rotten: BTreeMap<([u8; 16], u64), u64>,
+    /// Chunks that are on their way and nowhere yet.
+    pending: BTreeMap<u64, (Writer, Arc<Chunk>, Option<u64>)>,
+    appends: u64,
+    torn: u64,
     /// Where those that are dead would be answered.
     unanswered: Vec<oneshot::Sender<Outcome>>,
 }
@@ -75,8 +79,17 @@ impl SimulatedDisk {
     /// An empty disk whose wear is decided by `seed`.
     pub fn new(seed: u64) -> Self {
         let (wear, random) = (Wear::default(), SplitMix(seed));
-        let (rotten, unanswered) = (BTreeSet::new(), Vec::new());
-        let disk = Disk { wear, random, life: 0, failed: false, rotten, unanswered };
+        let disk = Disk {
+            wear,
+            random,
+            life: 0,
+            failed: false,
+            rotten: BTreeMap::new(),
+            pending: BTreeMap::new(),
+            appends: 0,
+            torn: 0,
+            unanswered: Vec::new(),
+        };
         Self { durable: MemoryStore::new(), disk: Arc::new(Mutex::new(disk)), life: 0 }
     }
 
@@ -95,7 +108,20 @@ impl SimulatedDisk {
         let mut disk = self.lock();
         disk.life += 1;
         disk.failed = false;
+        for (writer, chunk, wake) in core::mem::take(&mut disk.pending).into_values() {
+            let bytes = chunk.bytes();
+            let written = disk.random.below(bytes.len() as u64 + 1) as usize;
+            disk.torn += 1;
+            if let Ok(whole) = Chunk::decode(bytes.slice(..written)) {
+                drop(self.durable.append(&writer, Arc::new(whole), wake));
+            }
+        }
         Self { life: disk.life, ..self.clone() }
+    }
+
+    /// How many chunks were on their way when there was a crash.
+    pub fn torn(&self) -> u64 {
+        self.lock().torn
     }
 
     /// The disk fails: nothing is answered any more but errors, until the next crash.
@@ -103,9 +129,11 @@ impl SimulatedDisk {
         self.lock().failed = true;
     }
 
-    /// A chunk of the session does not read any more.
+    /// A bit of a chunk of the session changes, here or elsewhere in it.
     pub fn rot(&self, incarnation: Incarnation, number: u64) {
-        self.lock().rotten.insert((incarnation.0, number));
+        let mut disk = self.lock();
+        let bit = disk.random.below(u64::from(u32::MAX));
+        disk.rotten.insert((incarnation.0, number), bit);
     }
 
     fn fate(&self, writes: bool) -> Fate {
@@ -135,9 +163,17 @@ impl SimulatedDisk {
         self.lock().life != self.life
     }
 
-    fn is_rotten(&self, chunk: &Chunk) -> bool {
+    /// What is read of a chunk.
+    fn decay(&self, chunk: &Arc<Chunk>) -> Result<Arc<Chunk>, StoreError> {
         let header = chunk.header();
-        self.lock().rotten.contains(&(header.incarnation.0, header.number))
+        let Some(bit) = self.lock().rotten.get(&(header.incarnation.0, header.number)).copied() else {
+            return Ok(chunk.clone());
+        };
+        let mut bytes = chunk.bytes().to_vec();
+        let at = (bit / 8) as usize % bytes.len();
+        bytes[at] ^= 1 << (bit % 8);
+        let damaged = |error| StoreError::Damaged { seq: chunk.first(), what: format!("{error}") };
+        Chunk::decode(bytes.into()).map(Arc::new).map_err(damaged)
     }
 
     /// A request that reads.
@@ -244,13 +280,23 @@ impl Store for SimulatedDisk {
         let (answer, committing) = Committing::channel();
         let (this, writer) = (self.clone(), Writer { session: writer.session.clone(), epoch: writer.epoch });
         let early = fate.early.then(|| self.durable.append(&writer, chunk.clone(), wake));
+        let number = {
+            let mut disk = self.lock();
+            disk.appends += 1;
+            let number = disk.appends;
+            if early.is_none() {
+                disk.pending.insert(number, (writer, chunk, wake));
+            }
+            number
+        };
         // It is on its way, whether or not somebody waits.
         tokio::spawn(async move {
             sleep(fate.takes).await;
-            let outcome = match early {
-                Some(done) => Some(done.await),
-                None if this.works() => Some(this.durable.append(&writer, chunk, wake).await),
-                None => None,
+            let pending = this.works().then(|| this.lock().pending.remove(&number)).flatten();
+            let outcome = match (early, pending) {
+                (Some(done), _) => Some(done.await),
+                (None, Some((writer, chunk, wake))) => Some(this.durable.append(&writer, chunk, wake).await),
+                (None, None) => None,
             };
             match outcome {
                 Some(outcome) if this.works() => {
@@ -276,11 +322,16 @@ impl Store for SimulatedDisk {
             let read = store.read(session, from, budget);
             Box::pin(async move {
                 let mut page = read.await?;
-                let good = page.chunks.iter().position(|chunk| this.is_rotten(chunk)).unwrap_or(page.chunks.len());
-                if let (0, Some(chunk)) = (good, page.chunks.first()) {
-                    return Err(StoreError::Damaged { seq: chunk.first(), what: "it does not read any more".into() });
+                for index in 0..page.chunks.len() {
+                    match this.decay(&page.chunks[index]) {
+                        Ok(chunk) => page.chunks[index] = chunk,
+                        Err(damage) if index == 0 => return Err(damage),
+                        Err(_) => {
+                            page.chunks.truncate(index);
+                            break;
+                        }
+                    }
                 }
-                page.chunks.truncate(good);
                 Ok(page)
             })
         })
@@ -297,6 +348,10 @@ impl Store for SimulatedDisk {
 
     fn trim(&self, writer: &Writer, before: u64) -> Pending<()> {
         let writer = Writer { session: writer.session.clone(), epoch: writer.epoch };
+        if self.works() && !self.lock().wear.full {
+            let part = self.lock().random.below(before + 1);
+            drop(self.durable.trim(&writer, part));
+        }
         self.write_with(move |store| store.trim(&writer, before))
     }
 
