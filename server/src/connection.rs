@@ -196,7 +196,8 @@ impl Conn {
 
     /// The sessions of its namespace. Refusals: as [`Conn::space`].
     pub(crate) fn sessions(&self) -> Result<&Arc<Sessions>, Refusal> {
-        self.space().map(|space| &space.sessions)
+        let space = if planted(Bug::NamespaceIgnored) { self.server.spaces.first() } else { self.space.get() };
+        self.space().map(|own| &space.unwrap_or(own).sessions)
     }
 
     /// The token in force, and what its subject does. Refusals: those of [`Conn::author`].
