@@ -50,6 +50,8 @@ fn main() -> ExitCode {
         .enable_all()
         // Reads of the store run there; the disk gains nothing from more.
         .max_blocking_threads(64)
+        // Where a task takes a millisecond, as the fold of a large batch does, the system lets others go on beside it.
+        .worker_threads(2 * std::thread::available_parallelism().map_or(1, usize::from))
         .build()
         .map_err(|error| Failure::failed("INTERNAL", format!("cannot start: {error}")))
         .and_then(|runtime| {

@@ -1,8 +1,8 @@
 //! The committer: the one thread that writes.
 //!
 //! It takes what is ready, builds one fjall batch, commits it with one `fdatasync`, notes the commit in the witness file, and
-//! only then answers. What arrives meanwhile is the next turn. Each session has at most one append in a turn, so that turns
-//! are fair by construction.
+//! only then answers. What arrives meanwhile is the next turn. Each session has at most one append in a turn, and large ones wait behind small
+//! ones ([`Backlog`]), so that turns are fair by construction.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -17,6 +17,7 @@ use mainstay_protocol::wire::MAX_VARINT;
 use mainstay_store::{Created, Outcome, SessionId, StoreError, Writer};
 use tokio::sync::oneshot;
 
+use crate::backlog::Backlog;
 use crate::keys::{self, Base, Segment, SessionRow};
 use crate::open::{self, Engine, Format};
 use crate::reader::{self, Reader};
@@ -47,6 +48,34 @@ pub(crate) enum Request {
     Install { session: SessionId, row: Box<SessionRow>, snapshot: Bytes, answer: Answer<bool> },
     Abandon { incarnation: Incarnation, answer: Answer<()> },
     Stop,
+}
+
+impl Request {
+    /// The session that it is about, `None` for all, and how many bytes it writes, where they are many.
+    fn about(&self) -> (Option<Incarnation>, usize) {
+        match self {
+            Self::Append { session, chunk, .. } | Self::Compact { session, chunk, .. } => {
+                (Some(session.incarnation), chunk.bytes().len())
+            }
+            Self::PutSnapshot { session, state, .. } => (Some(session.incarnation), state.len()),
+            Self::Stage { incarnation, chunks, .. } => {
+                (Some(*incarnation), chunks.iter().map(|chunk| chunk.bytes().len()).sum())
+            }
+            Self::Resolve { session, .. }
+            | Self::Create { session, .. }
+            | Self::Postpone { session, .. }
+            | Self::SetWake { session, .. }
+            | Self::Expire { session, .. }
+            | Self::OpenWriter { session, .. }
+            | Self::CloseWriter { session, .. }
+            | Self::Trim { session, .. }
+            | Self::SetCompaction { session, .. }
+            | Self::Delete { session, .. }
+            | Self::Install { session, .. } => (Some(session.incarnation), 0),
+            Self::Quarantine { incarnation } | Self::Abandon { incarnation, .. } => (Some(*incarnation), 0),
+            Self::Stop => (None, 0),
+        }
+    }
 }
 
 /// Bytes of chunks in one commit: enough to be bandwidth-bound, small enough that a turn stays short.
@@ -125,6 +154,7 @@ struct Turn {
 pub(crate) struct Committer {
     shared: Arc<Shared>,
     requests: Receiver<Request>,
+    backlog: Backlog<Request>,
     file: WitnessFile,
     format: Format,
     witness: Witness,
@@ -173,6 +203,7 @@ impl Committer {
             witness: engine.witness,
             shared,
             requests,
+            backlog: Backlog::new(),
             file,
             format,
             writers: HashMap::new(),
@@ -206,31 +237,21 @@ impl Committer {
                 _ if self.reclaim.is_due() => QUIET,
                 _ => Duration::from_secs(3600),
             };
+            let wait = if self.backlog.is_empty() { wait } else { Duration::ZERO };
             let first = match self.requests.recv_timeout(wait) {
                 Ok(request) => Some(request),
-                Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Disconnected) if self.backlog.is_empty() => break,
+                Err(_) => None,
             };
             self.look_at_space();
-            let idle = first.is_none();
+            let idle = first.is_none() && self.backlog.is_empty();
             let mut turn = Turn::default();
             // First, while what it reads of the dead segments is what the turn begins with.
             if !self.dead.is_empty() && (idle || self.last_sweep.elapsed() >= SWEEP_PAUSE) {
                 self.sweep(&mut turn);
                 self.last_sweep = Instant::now();
             }
-            let mut stop = false;
-            let mut next = first;
-            let mut count = 0;
-            while let Some(request) = next {
-                stop |= matches!(request, Request::Stop);
-                self.take(request, &mut turn);
-                count += 1;
-                if turn.bytes >= TURN_BYTES || count >= TURN_REQUESTS || stop {
-                    break;
-                }
-                next = self.requests.try_recv().ok();
-            }
+            let stop = self.fill(first, &mut turn);
             self.commit(turn);
             self.reclaim(idle && wait == QUIET);
             if self.unsynced && (idle || self.last_sync.elapsed() >= WITNESS_SYNC) {
@@ -242,6 +263,35 @@ impl Committer {
         }
         self.reclaim.stop();
         self.sync_witness();
+    }
+
+    /// Takes what is ready into a turn. True if that is the last one.
+    fn fill(&mut self, first: Option<Request>, turn: &mut Turn) -> bool {
+        let (mut next, mut count) = (first, 0);
+        while let Some(request) = next {
+            let (session, bytes) = request.about();
+            let last = matches!(request, Request::Stop);
+            if let Some(request) = self.backlog.pass(session, bytes, request) {
+                self.take(request, turn);
+                if last {
+                    return true;
+                }
+            }
+            count += 1;
+            if turn.bytes >= TURN_BYTES || count >= TURN_REQUESTS {
+                break;
+            }
+            next = self.requests.try_recv().ok();
+        }
+        let small = turn.bytes;
+        while let Some(request) = self.backlog.next(turn.bytes - small, small > 0, TURN_BYTES - small.min(TURN_BYTES)) {
+            let last = matches!(request, Request::Stop);
+            self.take(request, turn);
+            if last {
+                return true;
+            }
+        }
+        false
     }
 
     /// Lets space be given back while the store is quiet.
@@ -583,6 +633,7 @@ impl Committer {
         // What is replaced must be readable, for the witness.
         let engine = self.engine()?;
         engine.snapshots().get(id.incarnation.0).map_err(|error| reader::read_error(0, &error))?;
+        turn.bytes += state.len();
         turn.put(2, id.incarnation.0.to_vec(), keys::encode_snapshot(state));
         Ok(())
     }

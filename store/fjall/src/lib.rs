@@ -29,6 +29,7 @@
 //! read checks. The witness row counts commits and sums up a digest of every row, so that [`verify`] notices a row that
 //! vanished anywhere.
 
+mod backlog;
 pub mod backup;
 mod behind;
 mod check;

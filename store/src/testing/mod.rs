@@ -8,3 +8,4 @@ mod random;
 pub use conformance::{CASES, Case, Log, session_id};
 pub use disk::{SimulatedDisk, Wear};
 pub use faulty::{Faults, FaultyStore};
+pub use random::SplitMix;

@@ -1,0 +1,142 @@
+//! What waits for a commit: what is large goes behind what is small.
+//!
+//! A commit takes as long as its bytes need to get to the disk. Whoever appends little must not wait for the megabytes of everybody else, so
+//! that a turn takes everything small that is there, and of what is large only as much as fits beside it.
+
+use std::collections::{HashMap, VecDeque};
+
+use mainstay_protocol::registry::MAX_BATCH_BYTES;
+use mainstay_protocol::session::Incarnation;
+
+/// What writes more bytes waits for its share of a turn.
+const LARGE: usize = 64 << 10;
+/// Bytes of what is large in a turn that has something small: a disk writes them in a few milliseconds.
+const SHARE: usize = MAX_BATCH_BYTES;
+
+/// Requests that wait, in the order in which they came. What is about a session with one that waits does too, and so does what is about all.
+/// Each session has one append at most on its way, so that they are as many as there are writers.
+#[derive(Debug)]
+pub(crate) struct Backlog<T> {
+    waiting: VecDeque<(Option<Incarnation>, usize, T)>,
+    /// How many of them are about each session.
+    of: HashMap<Incarnation, usize>,
+}
+
+impl<T> Backlog<T> {
+    pub(crate) fn new() -> Self {
+        Self { waiting: VecDeque::new(), of: HashMap::new() }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// Hands a request back that need not wait. `session` is what it is about, `None` for everything; `bytes` is how many it writes.
+    pub(crate) fn pass(&mut self, session: Option<Incarnation>, bytes: usize, request: T) -> Option<T> {
+        let waits = match session {
+            Some(session) => bytes > LARGE || self.of.contains_key(&session),
+            None => !self.is_empty(),
+        };
+        if !waits {
+            return Some(request);
+        }
+        if let Some(session) = session {
+            *self.of.entry(session).or_default() += 1;
+        }
+        self.waiting.push_back((session, bytes, request));
+        None
+    }
+
+    /// The next of those that wait, for a turn that has `large` bytes of them: the first one in any case, and others as long as they fit
+    /// beside what is small (`beside`), or into a turn of their own of `most` bytes.
+    pub(crate) fn next(&mut self, large: usize, beside: bool, most: usize) -> Option<T> {
+        let room = if beside { SHARE } else { most };
+        let (.., bytes, _) = self.waiting.front()?;
+        if large > 0 && large + bytes > room {
+            return None;
+        }
+        let (session, _, request) = self.waiting.pop_front()?;
+        if let Some(session) = session
+            && let Some(count) = self.of.get_mut(&session)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.of.remove(&session);
+            }
+        }
+        Some(request)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mainstay_store::testing::SplitMix;
+
+    use super::*;
+
+    const MOST: usize = 4 << 20;
+
+    fn session(n: u8) -> Option<Incarnation> {
+        Some(Incarnation([n; 16]))
+    }
+
+    #[test]
+    fn what_is_small_overtakes_what_is_large_but_not_in_its_own_session() {
+        let mut backlog = Backlog::new();
+        assert_eq!(backlog.pass(session(1), LARGE + 1, "large"), None);
+        assert_eq!(backlog.pass(session(2), LARGE, "small"), Some("small"));
+        assert_eq!(backlog.pass(session(1), 0, "of the same session"), None);
+        assert_eq!(backlog.pass(None, 0, "of all"), None);
+        assert_eq!(backlog.pass(session(3), 0, "of another one"), Some("of another one"));
+        let order: Vec<_> = std::iter::from_fn(|| backlog.next(0, true, MOST)).collect();
+        assert_eq!(order, ["large", "of the same session", "of all"]);
+        assert!(backlog.is_empty() && backlog.of.is_empty());
+        assert_eq!(backlog.pass(session(1), 0, "nothing is before it"), Some("nothing is before it"));
+    }
+
+    #[test]
+    fn a_turn_has_one_that_is_large_and_more_where_nobody_is_kept_waiting() {
+        let mut backlog = Backlog::new();
+        (0..10).for_each(|n| assert!(backlog.pass(session(n), SHARE - 1, n).is_none()));
+        assert_eq!(backlog.next(0, true, MOST), Some(0));
+        assert_eq!(backlog.next(SHARE - 1, true, MOST), None);
+        assert_eq!(backlog.next(SHARE - 1, false, MOST), Some(1));
+        // One that is larger than a whole turn goes alone.
+        assert!(Backlog::new().pass(session(1), MOST * 2, 0).is_none());
+        let mut backlog = Backlog::new();
+        assert!(backlog.pass(session(1), MOST * 2, 0).is_none());
+        assert_eq!(backlog.next(0, true, MOST), Some(0));
+    }
+
+    #[test]
+    fn every_session_keeps_its_order_and_nothing_is_lost() {
+        for seed in 0..200 {
+            let (mut random, mut backlog, mut done) = (SplitMix(seed), Backlog::new(), Vec::new());
+            let sizes = [0, 100, LARGE, LARGE + 1, SHARE, MOST];
+            for number in 0..100_u64 {
+                let about = (random.below(20) > 0).then(|| Incarnation([random.below(5) as u8; 16]));
+                let bytes = if about.is_some() { sizes[random.below(6) as usize] } else { 0 };
+                done.extend(backlog.pass(about, bytes, (about, number)));
+                if random.below(4) == 0 {
+                    let before = done.len();
+                    while let Some(next) = backlog.next(done.len() - before, random.below(2) == 0, MOST) {
+                        done.push(next);
+                    }
+                }
+            }
+            done.extend(std::iter::from_fn(|| backlog.next(0, false, MOST)));
+            assert!(backlog.is_empty() && backlog.of.is_empty(), "seed {seed}");
+            for of in (0..5).map(session) {
+                let own = done.iter().filter(|(about, _)| *about == of).map(|(_, number)| *number);
+                assert!(own.is_sorted(), "seed {seed}");
+            }
+            for (at, (about, number)) in done.iter().enumerate() {
+                let later = || done[at..].iter().all(|(_, later)| later >= number);
+                assert!(about.is_some() || later(), "seed {seed}: {number} is about everything");
+            }
+            let mut numbers: Vec<u64> = done.into_iter().map(|(_, number)| number).collect();
+            numbers.sort_unstable();
+            assert_eq!(numbers, (0..100).collect::<Vec<_>>(), "seed {seed}");
+        }
+    }
+}
