@@ -87,7 +87,10 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         if rights.is_empty() {
             continue;
         }
-        for revoked in rights.iter().filter(|granted| granted.until != NEVER) {
+        // Who went away by himself was kept from nothing.
+        let left = subscription.events.iter().find(|(_, event)| matches!(event, Event::Left { .. }));
+        let open = |granted: &&&Granted<'_>| granted.until != NEVER && left.is_none_or(|(at, _)| *at > granted.until);
+        for revoked in rights.iter().filter(open) {
             let later = evidence.operations.iter().filter(|operation| {
                 matches!(operation.call, Call::Append { session, .. } if session == subscription.session)
                     && operation.is_done()

@@ -274,6 +274,7 @@ impl<'a> Evidence<'a> {
                     theirs.filter(|granted| granted.until == NEVER).for_each(|granted| granted.until = *at);
                 }
                 Event::Gone {} => drop(this.gone.entry(process).or_insert(*at)),
+                Event::Noticed { what } => verdict.count(what, 1),
                 Event::Provoked { what, count } => {
                     verdict.count(what, *count);
                     this.provoked.push(*at);

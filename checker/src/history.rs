@@ -193,6 +193,11 @@ pub enum Event {
     Revoked {},
     /// The process is dead from now on and does nothing any more: its memberships have to end.
     Gone {},
+    /// Something happened that is worth counting, and was not done to the system.
+    Noticed {
+        /// What.
+        what: String,
+    },
     /// Something was done to the system under test.
     Provoked {
         /// What: `kill`, `loss`, `resume`, `duplicate`, …

@@ -53,9 +53,9 @@ fn outstayed(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &
         let events = &evidence.subscriptions[&subscription].events;
         let connects = |event: &Event| matches!(event, Event::Started { .. } | Event::Resumed { .. });
         let before = events.partition_point(|(at, _)| at < gone);
-        // Nothing is between if it had left before.
+        // Of one that had left before nothing is to be seen here.
         let between = events.get(before..events.partition_point(|(at, _)| *at < left.at)).unwrap_or_default();
-        if before == 0 || between.iter().any(|(_, event)| connects(event)) {
+        if left.at < *gone || before == 0 || between.iter().any(|(_, event)| connects(event)) {
             continue;
         }
         verdict.count("leases-ended", 1);

@@ -11,6 +11,8 @@ use crate::verdict::{Class, Verdict};
 struct Producer<'a> {
     /// Openings that were answered: when asked, when answered, epoch.
     openings: Vec<(u64, u64, u64)>,
+    /// When those were asked for that were not granted as far as is known.
+    in_vain: Vec<u64>,
     appends: Vec<(&'a Operation<'a>, u64)>,
 }
 
@@ -42,7 +44,8 @@ impl Batches {
     }
 }
 
-/// W2: a sequence counts batches, from 0 and over all epochs; who attaches is told where his producers are at the tail.
+/// W2: a sequence counts batches, from 0 and over all epochs; who attaches is told where his producers are at the tail. Of producers that are
+/// all of one subject and that no server evicts: an evicted one begins anew.
 fn positions(
     evidence: &Evidence<'_>,
     producers: &BTreeMap<(&str, &str), Producer<'_>>,
@@ -66,11 +69,14 @@ fn positions(
             let most = least + open.partition_point(|invoked| *invoked < attached.at) as u64;
             let granted = producer.openings.iter().filter(|(_, answered, _)| *answered < attached.asked);
             let newest = granted.map(|(.., epoch)| *epoch).max().unwrap_or(0);
+            let asked = producer.openings.iter().filter(|(invoked, ..)| *invoked < attached.at);
+            let in_vain = producer.in_vain.iter().filter(|invoked| **invoked < attached.at).count() as u64;
+            let highest = asked.map(|(.., epoch)| *epoch).max().unwrap_or(0) + in_vain;
             verdict.count("positions", 1);
-            if !(least..=most).contains(next) || *epoch < newest {
+            if !(least..=most).contains(next) || !(newest..=highest).contains(epoch) {
                 verdict.report(Class::WrongPosition, attached.session, || {
                     format!(
-                        "{name}: {} was told sequence {next} of epoch {epoch} at tail {}; {least} to {most} batches are stored, and epoch {newest} was granted",
+                        "{name}: {} was told sequence {next} of epoch {epoch} at tail {}; {least} to {most} batches are stored, and epochs {newest} to {highest} were granted",
                         attached.process, attached.tail
                     )
                 });
@@ -88,9 +94,10 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
             // Each life counts anew.
             call if deleted.contains(&call.session()) => {}
             Call::OpenProducer { session, producer } => {
-                if let Some(epoch) = operation.seq() {
-                    let openings = &mut producers.entry((session, producer)).or_default().openings;
-                    openings.push((operation.invoked, operation.returned, epoch));
+                let producer = producers.entry((session, producer)).or_default();
+                match operation.seq() {
+                    Some(epoch) => producer.openings.push((operation.invoked, operation.returned, epoch)),
+                    None => producer.in_vain.push(operation.invoked),
                 }
             }
             Call::Append { session, producer, epoch, .. } => {
@@ -100,7 +107,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         }
     }
     positions(evidence, &producers, &deleted, verdict);
-    for ((session, name), Producer { openings, appends }) in producers {
+    for ((session, name), Producer { openings, appends, .. }) in producers {
         for (index, (asked, _, epoch)) in openings.iter().enumerate() {
             let earlier = openings.iter().enumerate().find(|(other, (_, answered, theirs))| {
                 *other != index && (answered < asked && theirs >= epoch || theirs == epoch)

@@ -890,6 +890,13 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
             true
         })
     }),
+    ("a producer is told an epoch that nobody was granted", Class::WrongPosition, |entries, random| {
+        let event = |event: &Event| matches!(event, Event::Attached { positions, .. } if !positions.is_empty());
+        let Some(index) = pick(entries, random, event) else { return false };
+        let Event::Attached { positions, .. } = &mut entries[index].event else { return false };
+        positions[0].epoch += 1000;
+        true
+    }),
     ("nothing was read at the end", Class::NothingProvoked, |entries, _| {
         entries.retain(|entry| !matches!(entry.event, Event::Final { .. }));
         true

@@ -46,12 +46,14 @@ fn main() -> ExitCode {
     };
     let output = Output::new(args.json());
     logging(&args);
+    // A server has two threads for each core: where a task takes a millisecond, as the fold of a large batch does, the system lets others go
+    // on beside it.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let outcome = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         // Reads of the store run there; the disk gains nothing from more.
         .max_blocking_threads(64)
-        // Where a task takes a millisecond, as the fold of a large batch does, the system lets others go on beside it.
-        .worker_threads(2 * std::thread::available_parallelism().map_or(1, usize::from))
+        .worker_threads(if matches!(args.command, Command::Serve(_)) { 2 * cores } else { cores })
         .build()
         .map_err(|error| Failure::failed("INTERNAL", format!("cannot start: {error}")))
         .and_then(|runtime| {

@@ -317,7 +317,7 @@ fn proved<C: Connection>(
     ResumeClaim::of(&token, session.id.incarnation, &attachment.author, request.key)
 }
 
-/// The longest rest behind a refused request: what keeps a run or ends something may be behind it, and no lease is shorter than ten of them.
+/// The longest rest behind a refused request: what keeps a run or ends something may be behind it, and the shortest lease is ten of them.
 const REST: Duration = Duration::from_millis(100);
 
 /// Reads no request for a moment if too many were refused (spec LIM-7).

@@ -195,8 +195,8 @@ impl Quotas {
             subject: SubjectQuotas {
                 connections: 64,
                 connects: rate(2, 64),
-                appends: rate(1000, 1000),
-                append_bytes: rate(256 << 10, 512 << 10),
+                appends: rate(1000, 2000),
+                append_bytes: rate(256 << 10, 768 << 10),
                 attaches: rate(10, 200),
                 creates: rate(2, 30),
                 lookups: rate(2, 20),

@@ -243,10 +243,12 @@ impl Conn {
     }
 
     /// Takes room for a QUIC stream more; or says when to try again: not with all of the subject's connections in one moment, of which the
-    /// first would take all the room there is, each time.
-    fn room(&self) -> Option<Instant> {
+    /// first would take all the room there is, each time. `waits` says that there was none before.
+    fn room(&self, waits: bool) -> Option<Instant> {
         let later = self.conduct.stream(self.subject().as_deref().map(|subject| &**subject));
-        self.served_later(Limit::SubjectStreams, later);
+        if !waits {
+            self.served_later(Limit::SubjectStreams, later);
+        }
         let spread: [u8; 1] = entropy::random();
         (!later.is_zero()).then(|| Instant::now() + later + later * u32::from(spread[0]) / 256)
     }
@@ -729,23 +731,23 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
     let mut goaway = server.goaway();
     let mut token = core::pin::pin!(conn.watch_token());
     // Before there is room for a stream none is taken: until then they wait in what QUIC allows.
-    let mut wait = conn.room();
+    let mut wait = conn.room(false);
     let mut identity = conn.identity.subscribe();
     loop {
         tokio::select! {
             // What a subject may is more than what somebody unknown may. The sender lives in `conn`.
-            _ = identity.changed(), if wait.is_some() => wait = conn.room(),
-            () = tokio::time::sleep_until(wait.unwrap_or_else(Instant::now)), if wait.is_some() => wait = conn.room(),
+            _ = identity.changed(), if wait.is_some() => wait = conn.room(true),
+            () = tokio::time::sleep_until(wait.unwrap_or_else(Instant::now)), if wait.is_some() => wait = conn.room(true),
             stream = transport.accept_bi(), if wait.is_none() => match stream {
                 Ok((send, recv)) => {
-                    wait = conn.room();
+                    wait = conn.room(false);
                     running.spawn(Box::pin(bidirectional(transport.clone(), conn.clone(), send, recv)));
                 }
                 Err(_) => break,
             },
             stream = transport.accept_uni(), if wait.is_none() => match stream {
                 Ok(recv) => {
-                    wait = conn.room();
+                    wait = conn.room(false);
                     running.spawn(Box::pin(unidirectional::<C>(conn.clone(), recv)));
                 }
                 Err(_) => break,

@@ -90,7 +90,7 @@ async fn pump<R: RecvStream>(
             match checked.and_then(|batch| may_append(conn, link, &batch).map(|()| batch)) {
                 Ok(batch) => {
                     held = None;
-                    refusals.end();
+                    refusals.taken(sequence);
                     bytes += batch.len();
                     batches.push(Sent { sequence, run, batch });
                 }

@@ -91,14 +91,26 @@ impl Recorder {
     pub fn answered(&self, process: &str, op: u64, result: &Result<u64, ClientError>) {
         let event = match result {
             Ok(seq) => Event::Ok { op, seq: Some(*seq) },
-            // A run that is over was begun: by what was asked for here, if that was sent again because its answer was lost.
-            Err(ClientError::Refused { code: Code::RUN_OVER, .. }) => Event::Unknown { op },
             Err(ClientError::Refused { code, .. }) if !code.is_retryable() => {
                 Event::Fail { op, code: code.to_string() }
             }
             Err(_) => Event::Unknown { op },
         };
         self.say(process, event);
+    }
+
+    /// Writes down what became of a run that was to be started. One that is over was begun: by what was asked for here, if that was sent again
+    /// because its answer was lost.
+    pub fn started(&self, process: &str, op: u64, result: &Result<u64, ClientError>) {
+        match result {
+            Err(ClientError::Refused { code: Code::RUN_OVER, .. }) => self.say(process, Event::Unknown { op }),
+            result => self.answered(process, op, result),
+        }
+    }
+
+    /// Writes down that something happened which is nobody's doing.
+    pub fn noticed(&self, what: &str) {
+        self.say("world", Event::Noticed { what: what.to_owned() });
     }
 
     /// The name of the next subscription.

@@ -271,7 +271,7 @@ impl World {
             let torn = tenant.disk.torn();
             tenant.disk = tenant.disk.crash();
             if tenant.disk.torn() > torn {
-                self.recorder.provoked("torn-write");
+                self.recorder.noticed("torn-write");
             }
         }
         let listener = self.network.listen();
@@ -301,7 +301,7 @@ impl World {
         let revocation = Revocation::Subject { subject: FORMER.into(), until: now };
         if self.home.trust.revoke(revocation, now).expect("room for a revocation") {
             self.recorder.say(name, HistoryEvent::Revoked {});
-            self.recorder.provoked("revoked");
+            self.recorder.noticed("revoked");
         }
     }
 
@@ -477,7 +477,7 @@ impl World {
 mod tests {
     use super::*;
 
-    /// Found by the simulator: a request waited for its deadline for longer than anybody had patience.
+    /// Each time the clock is set back the deadline is further away: together not by more than anybody has patience.
     #[test]
     fn requests_expire_in_time_where_the_clock_is_set_back_again_and_again() {
         let (runtime, recorder) = begin(1);

@@ -23,8 +23,8 @@ use crate::history::{Reading, Recorder};
 
 /// What a member that is not heard of has before it is lost.
 const GRACE: Duration = Duration::from_secs(5);
-/// Nanoseconds in which that is told to everybody: a second for the server (spec PRES-4), and the rest for the network.
-const LEASE: u64 = 20_000_000_000;
+/// In which time that is told to everybody: a second for the server (spec PRES-4), and the rest for the network.
+const LEASE: Duration = Duration::from_secs(8);
 
 /// How much of what.
 #[derive(Debug, Clone)]
@@ -93,6 +93,8 @@ struct Actor {
     random: Random,
     /// The tail once everything is stored.
     end: watch::Receiver<Option<u64>>,
+    /// Nothing was in the way of anybody for longer than a lease.
+    dusk: watch::Receiver<bool>,
     /// Nothing new is to be begun.
     over: Arc<AtomicBool>,
     _busy: Busy,
@@ -113,6 +115,7 @@ pub struct Workload {
     session: String,
     size: Size,
     end: watch::Sender<Option<u64>>,
+    dusk: watch::Sender<bool>,
     working: JoinSet<()>,
     watching: JoinSet<()>,
     over: Arc<AtomicBool>,
@@ -135,6 +138,7 @@ impl Workload {
             session: session.to_owned(),
             size: size.clone(),
             end: watch::channel(None).0,
+            dusk: watch::channel(false).0,
             working: JoinSet::new(),
             watching: JoinSet::new(),
             over: Arc::default(),
@@ -213,6 +217,7 @@ impl Workload {
             size: self.size.clone(),
             random: random.fork(),
             end: self.end.subscribe(),
+            dusk: self.dusk.subscribe(),
             over: self.over.clone(),
         }
     }
@@ -252,6 +257,10 @@ impl Workload {
                 busy.iter().filter(|name| !name.starts_with("reader") && !name.starts_with("viewer")).collect();
             panic!("not done in time: {workers:?}");
         }
+        if self.size.rest > 2 * LEASE {
+            sleep(LEASE + Duration::from_secs(1)).await;
+        }
+        self.dusk.send_replace(true);
         sleep(self.size.rest).await;
         let session = observer.session(&self.session).expect("a name").attach();
         let tail = timeout(patience, session).await.expect("in time").expect("attach").info().tail;
@@ -484,7 +493,11 @@ impl Actor {
         let author = format!("tester/{}", self.client.instance());
         let turns = self.size.turns;
         for turn in 0..turns {
-            let join = Call::Join { session: self.session.clone(), author: author.clone(), lease: Some(LEASE) };
+            let join = Call::Join {
+                session: self.session.clone(),
+                author: author.clone(),
+                lease: Some(LEASE.as_nanos() as u64),
+            };
             let op = self.recorder.invoke(&self.name, join);
             let doing = Doing::new("idle").expect("a word");
             let joined = session.join(&self.name, GRACE, doing).await;
@@ -497,13 +510,19 @@ impl Actor {
                 member.update(doing).await.expect("an update");
             }
             if turn + 1 == turns || self.is_over() {
-                // Every second one dies now; the others stay until everything is over.
-                if self.name.ends_with(['1', '3', '5', '7', '9']) {
-                    self.client.close();
-                    self.recorder.say(&self.name, Event::Gone {});
-                }
-                let mut end = self.end.clone();
+                // Every second one dies, now or once nothing is in the way any more; the others stay until everything is over.
+                let dies = self.name.ends_with(['1', '3', '5', '7', '9']);
+                let waits = !dies || self.random.chance(0.5);
+                let (mut end, mut dusk) = (self.end.clone(), self.dusk.clone());
                 tokio::spawn(async move {
+                    if dies {
+                        if waits {
+                            // An error is the end of the world, which is one too.
+                            let _ = dusk.wait_for(|dusk| *dusk).await;
+                        }
+                        self.client.close();
+                        self.recorder.say(&self.name, Event::Gone {});
+                    }
                     while end.changed().await.is_ok() {}
                     drop(member);
                 });
@@ -534,7 +553,7 @@ impl Actor {
                 producer = self.open(&session, &name).await;
                 continue;
             }
-            self.recorder.provoked("request");
+            self.recorder.noticed("request");
             self.pause().await;
             let answer = |intent| session.signal(intent).request(request).send();
             let answered = match self.random.below(4) {
@@ -556,7 +575,7 @@ impl Actor {
                 update.expect("it goes on").expect("an update");
             };
             let expired = resolved.outcome == RequestOutcome::Expired;
-            self.recorder.provoked(if expired { "request-expired" } else { "request-answered" });
+            self.recorder.noticed(if expired { "request-expired" } else { "request-answered" });
             match taken.first() {
                 Some(seq) => assert!(!expired && resolved.by == *seq, "{}: {resolved:?}, and not by {seq}", self.name),
                 None => assert!(expired, "{}: {resolved:?}, and nobody was told so", self.name),
@@ -720,7 +739,7 @@ impl Actor {
     fn is_revoked(&self, error: &ClientError) {
         let revoked = matches!(error, ClientError::Refused { code: Code::TOKEN_REVOKED, .. });
         assert!(revoked, "{}: it is not told that it is revoked: {error}", self.name);
-        self.recorder.provoked("told-that-it-is-revoked");
+        self.recorder.noticed("told-that-it-is-revoked");
     }
 
     /// From now on this one may do everything under a prefix, in a namespace.
@@ -756,7 +775,7 @@ impl Actor {
             let (session_name, run_name) = (self.session.clone(), id.to_string());
             let op = self.recorder.invoke(&self.name, Call::StartRun { session: session_name, run: run_name });
             let started = session.start_run_as(id, lease, None).await;
-            self.recorder.answered(&self.name, op, &started.as_ref().map(Run::epoch).map_err(Clone::clone));
+            self.recorder.started(&self.name, op, &started.as_ref().map(Run::epoch).map_err(Clone::clone));
             // Another agent may hold the only one.
             let Ok(mut run) = started else {
                 self.pause().await;

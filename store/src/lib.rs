@@ -20,8 +20,9 @@
 //!    [`Store::resolve`], which reads; it is never guessed. Between `Unknown` and its resolution the writer appends nothing.
 //! 7. **Damage is loud.** A read checks checksums, density and links. What does not fit is [`StoreError::Damaged`] with the
 //!    first seq that cannot be trusted; it is never skipped or cut off. Damage to one session does not affect another.
-//! 8. **Names.** Of several creates of one name at once, one wins and the others learn the winner's incarnation. After a
-//!    delete the name is free; the old incarnation never comes back.
+//! 8. **Names.** Of several creates of one name at once, one wins and the others learn the winner's incarnation. Once a delete was
+//!    answered the name is free; the old incarnation never comes back. Requests about different incarnations are in no order before
+//!    they are answered.
 //! 9. **Trim.** Whole chunks below a position may be removed. Until then they may still be read.
 //! 10. **Wake.** With each chunk the writer says when the session has something to write by itself. The store remembers the last that
 //!     it was told, with the chunk or by [`Store::set_wake`], and finds those that are due; it does nothing about them.

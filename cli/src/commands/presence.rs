@@ -125,12 +125,8 @@ pub(crate) async fn join(args: args::Join, output: Output) -> Result<(), Failure
         let leaving = async {
             let membership = match joined {
                 Some(membership) => membership,
-                // It may be there already, and was not told so. One that is refused is not, and nobody waits for it any more.
-                None => match joining.await {
-                    Ok(membership) => membership,
-                    Err(refused) if !refused.retryable => return Ok(()),
-                    Err(failure) => return Err(failure),
-                },
+                // It may be there already, and was not told so.
+                None => joining.await?,
             };
             membership.leave().await.map_err(Failure::from)
         };

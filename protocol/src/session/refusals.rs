@@ -17,9 +17,11 @@ impl Refusals {
     /// For how long nothing is read of a producer that goes on regardless.
     pub const DEAF: Duration = Duration::from_secs(16);
 
-    /// A batch was taken: nothing is due.
-    pub fn end(&mut self) {
-        *self = Self::default();
+    /// A batch is not refused. If it is the one that had to come next, nothing is due any more.
+    pub fn taken(&mut self, sequence: u64) {
+        if self.due.is_some_and(|due| sequence <= due) {
+            *self = Self::default();
+        }
     }
 
     /// A batch was refused. True if it is the one that had to come next: its client asked again.
@@ -84,7 +86,9 @@ mod tests {
         // One that is refused for itself among them is not one that comes again.
         assert!(!refusals.refused(500));
         assert!(refusals.refused(6) && refusals.refused(6));
-        refusals.end();
+        refusals.taken(7);
+        assert!(refusals.is_regardless(1000, usize::MAX, WINDOW), "the one that is due did not come");
+        refusals.taken(6);
         assert!(!refusals.is_regardless(1000, usize::MAX, WINDOW), "nothing is due");
     }
 }

@@ -13,8 +13,8 @@ const LARGE: usize = 64 << 10;
 /// Bytes of what is large in a turn that has something small: a disk writes them in a few milliseconds.
 const SHARE: usize = MAX_BATCH_BYTES;
 
-/// Requests that wait, in the order in which they came. What is about a session with one that waits does too, and so does what is about all.
-/// Each session has one append at most on its way, so that they are as many as there are writers.
+/// Requests that wait, in the order in which they came. What is about a session with one that waits does too, and the last request of all
+/// waits for all of them. A session has one append on its way at most, so that they are not more than what its writers wait for.
 #[derive(Debug)]
 pub(crate) struct Backlog<T> {
     waiting: VecDeque<(Option<Incarnation>, usize, T)>,
@@ -31,7 +31,7 @@ impl<T> Backlog<T> {
         self.waiting.is_empty()
     }
 
-    /// Hands a request back that need not wait. `session` is what it is about, `None` for everything; `bytes` is how many it writes.
+    /// Hands a request back that need not wait. `session` is what it is about, `None` for the end of everything; `bytes` is how many it writes.
     pub(crate) fn pass(&mut self, session: Option<Incarnation>, bytes: usize, request: T) -> Option<T> {
         let waits = match session {
             Some(session) => bytes > LARGE || self.of.contains_key(&session),
@@ -102,7 +102,6 @@ mod tests {
         assert_eq!(backlog.next(SHARE - 1, true, MOST), None);
         assert_eq!(backlog.next(SHARE - 1, false, MOST), Some(1));
         // One that is larger than a whole turn goes alone.
-        assert!(Backlog::new().pass(session(1), MOST * 2, 0).is_none());
         let mut backlog = Backlog::new();
         assert!(backlog.pass(session(1), MOST * 2, 0).is_none());
         assert_eq!(backlog.next(0, true, MOST), Some(0));
@@ -116,25 +115,30 @@ mod tests {
             for number in 0..100_u64 {
                 let about = (random.below(20) > 0).then(|| Incarnation([random.below(5) as u8; 16]));
                 let bytes = if about.is_some() { sizes[random.below(6) as usize] } else { 0 };
-                done.extend(backlog.pass(about, bytes, (about, number)));
+                done.extend(backlog.pass(about, bytes, (about, number, bytes)));
                 if random.below(4) == 0 {
+                    let (mut large, beside) = (0, random.below(2) == 0);
+                    let room = if beside { SHARE } else { MOST };
                     let before = done.len();
-                    while let Some(next) = backlog.next(done.len() - before, random.below(2) == 0, MOST) {
+                    while let Some(next) = backlog.next(large, beside, MOST) {
+                        large += next.2;
                         done.push(next);
                     }
+                    let first = done[before..].iter().map(|(.., bytes)| *bytes).find(|bytes| *bytes > 0).unwrap_or(0);
+                    assert!(large <= room.max(first), "seed {seed}: {large} bytes in a turn");
                 }
             }
             done.extend(std::iter::from_fn(|| backlog.next(0, false, MOST)));
             assert!(backlog.is_empty() && backlog.of.is_empty(), "seed {seed}");
             for of in (0..5).map(session) {
-                let own = done.iter().filter(|(about, _)| *about == of).map(|(_, number)| *number);
+                let own = done.iter().filter(|(about, ..)| *about == of).map(|(_, number, _)| *number);
                 assert!(own.is_sorted(), "seed {seed}");
             }
-            for (at, (about, number)) in done.iter().enumerate() {
-                let later = || done[at..].iter().all(|(_, later)| later >= number);
+            for (at, (about, number, _)) in done.iter().enumerate() {
+                let later = || done[at..].iter().all(|(_, later, _)| later >= number);
                 assert!(about.is_some() || later(), "seed {seed}: {number} is about everything");
             }
-            let mut numbers: Vec<u64> = done.into_iter().map(|(_, number)| number).collect();
+            let mut numbers: Vec<u64> = done.into_iter().map(|(_, number, _)| number).collect();
             numbers.sort_unstable();
             assert_eq!(numbers, (0..100).collect::<Vec<_>>(), "seed {seed}");
         }

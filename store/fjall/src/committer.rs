@@ -51,13 +51,11 @@ pub(crate) enum Request {
 }
 
 impl Request {
-    /// The session that it is about, `None` for all, and how many bytes it writes, where they are many.
+    /// The session that it is about, `None` for all, and how many bytes it appends. Snapshots and compaction count for none: what the session
+    /// appends meanwhile must not wait with them.
     fn about(&self) -> (Option<Incarnation>, usize) {
         match self {
-            Self::Append { session, chunk, .. } | Self::Compact { session, chunk, .. } => {
-                (Some(session.incarnation), chunk.bytes().len())
-            }
-            Self::PutSnapshot { session, state, .. } => (Some(session.incarnation), state.len()),
+            Self::Append { session, chunk, .. } => (Some(session.incarnation), chunk.bytes().len()),
             Self::Stage { incarnation, chunks, .. } => {
                 (Some(*incarnation), chunks.iter().map(|chunk| chunk.bytes().len()).sum())
             }
@@ -68,7 +66,9 @@ impl Request {
             | Self::Expire { session, .. }
             | Self::OpenWriter { session, .. }
             | Self::CloseWriter { session, .. }
+            | Self::PutSnapshot { session, .. }
             | Self::Trim { session, .. }
+            | Self::Compact { session, .. }
             | Self::SetCompaction { session, .. }
             | Self::Delete { session, .. }
             | Self::Install { session, .. } => (Some(session.incarnation), 0),
@@ -267,12 +267,13 @@ impl Committer {
 
     /// Takes what is ready into a turn. True if that is the last one.
     fn fill(&mut self, first: Option<Request>, turn: &mut Turn) -> bool {
-        let (mut next, mut count) = (first, 0);
+        let (mut next, mut count, mut beside) = (first, 0, false);
         while let Some(request) = next {
             let (session, bytes) = request.about();
             let last = matches!(request, Request::Stop);
             if let Some(request) = self.backlog.pass(session, bytes, request) {
                 self.take(request, turn);
+                beside = true;
                 if last {
                     return true;
                 }
@@ -284,7 +285,7 @@ impl Committer {
             next = self.requests.try_recv().ok();
         }
         let small = turn.bytes;
-        while let Some(request) = self.backlog.next(turn.bytes - small, small > 0, TURN_BYTES - small.min(TURN_BYTES)) {
+        while let Some(request) = self.backlog.next(turn.bytes - small, beside, TURN_BYTES) {
             let last = matches!(request, Request::Stop);
             self.take(request, turn);
             if last {
@@ -633,7 +634,6 @@ impl Committer {
         // What is replaced must be readable, for the witness.
         let engine = self.engine()?;
         engine.snapshots().get(id.incarnation.0).map_err(|error| reader::read_error(0, &error))?;
-        turn.bytes += state.len();
         turn.put(2, id.incarnation.0.to_vec(), keys::encode_snapshot(state));
         Ok(())
     }

@@ -40,8 +40,8 @@ impl Default for Wear {
 /// The model of the contract on a simulated disk, as one process uses it, in tokio's time and from a seed. Clones are the same process.
 ///
 /// A request takes effect before the time is over that it takes, or behind it: so what a crash finds on its way is there afterwards or is
-/// not, and only what was answered is certain. Of a chunk on its way a crash leaves its first bytes, and of a trim a part is done at once.
-/// Bytes that are torn or rotten are read as a store reads them: what [`Chunk::decode`] takes is there, and nothing else.
+/// not, and only what was answered is certain. Of a chunk on its way a crash leaves nothing, all or the first bytes, and of a trim a part is
+/// done at once. Bytes that are torn or rotten are read as a store reads them: what [`Chunk::decode`] does not take is not there, or damaged.
 #[derive(Debug, Clone)]
 pub struct SimulatedDisk {
     durable: MemoryStore,
@@ -110,8 +110,12 @@ impl SimulatedDisk {
         disk.failed = false;
         for (writer, chunk, wake) in core::mem::take(&mut disk.pending).into_values() {
             let bytes = chunk.bytes();
-            let written = disk.random.below(bytes.len() as u64 + 1) as usize;
-            disk.torn += 1;
+            let written = match disk.random.below(3) {
+                0 => 0,
+                1 => bytes.len(),
+                _ => 1 + disk.random.below(bytes.len() as u64 - 1) as usize,
+            };
+            disk.torn += u64::from((1..bytes.len()).contains(&written));
             if let Ok(whole) = Chunk::decode(bytes.slice(..written)) {
                 drop(self.durable.append(&writer, Arc::new(whole), wake));
             }
@@ -119,7 +123,7 @@ impl SimulatedDisk {
         Self { life: disk.life, ..self.clone() }
     }
 
-    /// How many chunks were on their way when there was a crash.
+    /// Of how many chunks a crash left a part.
     pub fn torn(&self) -> u64 {
         self.lock().torn
     }
@@ -202,10 +206,18 @@ impl SimulatedDisk {
         &self,
         ask: impl FnOnce(&MemoryStore) -> Pending<T> + Send + 'static,
     ) -> Pending<T> {
+        self.write_as(self.fate(true), ask)
+    }
+
+    fn write_as<T: Send + 'static>(
+        &self,
+        fate: Fate,
+        ask: impl FnOnce(&MemoryStore) -> Pending<T> + Send + 'static,
+    ) -> Pending<T> {
         if self.is_over() {
             return Box::pin(std::future::pending());
         }
-        let (this, fate) = (self.clone(), self.fate(true));
+        let this = self.clone();
         if let Some(error) = fate.refused {
             return Box::pin(async move {
                 sleep(fate.takes).await;
@@ -348,11 +360,12 @@ impl Store for SimulatedDisk {
 
     fn trim(&self, writer: &Writer, before: u64) -> Pending<()> {
         let writer = Writer { session: writer.session.clone(), epoch: writer.epoch };
-        if self.works() && !self.lock().wear.full {
+        let fate = self.fate(true);
+        if fate.refused.is_none() && self.works() {
             let part = self.lock().random.below(before + 1);
             drop(self.durable.trim(&writer, part));
         }
-        self.write_with(move |store| store.trim(&writer, before))
+        self.write_as(fate, move |store| store.trim(&writer, before))
     }
 
     fn compact(&self, writer: &Writer, chunk: Arc<Chunk>) -> Pending<()> {
