@@ -1,10 +1,15 @@
 //! The command line as scripts use it: names, fields, exit codes.
 
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
 
-use mainstay_protocol::session::Operation;
+use mainstay_protocol::session::{
+    Change, CheckedBatch, Chunk, ChunkBuilder, Expected, Key, Operation, State, StateChange,
+};
+use mainstay_protocol::wire::Writer;
 use mainstay_store::testing::SimulatedDisk;
+use mainstay_store::{ReadFrom, Store as _};
 use mainstay_tests::harness::{QuicServer, claims};
 use mainstay_tests::process::{Server, binary, events, named, run};
 use mainstay_transport::quic::Trust;
@@ -201,28 +206,89 @@ async fn verify_online_names_what_a_server_cannot_read() {
         rotten.get_or_insert(session.info().incarnation);
     }
     let dir = tempfile::tempdir().expect("a directory");
-    let Trust::Pin(pin) = server.trust() else { panic!("a pin") };
-    let token = server.key.mint(&claims("operator", "", [Operation::Read])).expect("a token");
-    let connect = json!({"protocol": "mainstay", "addr": server.addr.to_string(), "pin": pin.to_hex(), "token": token});
     let path = dir.path().join("connect.json");
-    std::fs::write(&path, connect.to_string()).expect("a file");
-    let verify = async || {
-        let mut command = Command::new(binary());
-        command.args(["verify", "--online", "--json", "--connect"]).arg(&path);
-        let output = run(command).await;
-        (output.status.code(), events(&output.stdout))
-    };
-    let (code, rows) = verify().await;
+    std::fs::write(&path, operator(&server).to_string()).expect("a file");
+    let (code, rows) = verify_online(&path).await;
     assert_eq!((code, named(&rows, "session").len()), (Some(0), 2), "{rows:?}");
     // The chunk of its second record.
     let incarnation = rotten.expect("an incarnation");
     disk.rot(incarnation, 2);
-    let (code, rows) = verify().await;
+    let (code, rows) = verify_online(&path).await;
     let damage: Vec<_> =
         named(&rows, "damage").iter().map(|row| (row["session"].clone(), row["seq"].clone())).collect();
     assert_eq!((code, damage), (Some(5), vec![(json!("a-rotten"), json!(1))]), "{rows:?}");
     let whole: Vec<_> = named(&rows, "session").iter().map(|row| row["name"].clone()).collect();
     assert_eq!(whole, [json!("whole")]);
+}
+
+/// The records of a chunk with other bytes in the place of some, as a store would read them that was tampered with: every checksum is right.
+fn tampered(chunk: &Chunk, before: &[u8], after: &[u8]) -> Chunk {
+    let header = chunk.header();
+    let mut region = Writer::new();
+    for read in chunk.records() {
+        let (.., mut record) = read.expect("a record");
+        let at = record.payload.windows(before.len()).position(|bytes| bytes == before).expect("what is to be changed");
+        let mut payload = record.payload.to_vec();
+        payload[at..at + before.len()].copy_from_slice(after);
+        record.payload = payload.into();
+        record.put(&mut region);
+    }
+    let batch = CheckedBatch::new(header.count, region.freeze()).expect("a batch");
+    let chain = State::new(header.incarnation).chain();
+    let (first, number, epoch) = (header.first, header.number, header.writer_epoch);
+    let mut builder = ChunkBuilder::new(header.incarnation, first, number, epoch, header.base_time, chain);
+    builder.batch(&header.authors[0], &"p".parse().expect("a name"), 1, 0, header.base_time, &batch);
+    builder.finish().expect("a chunk")
+}
+
+/// A server whose records are not those that its view was made of.
+#[tokio::test]
+async fn verify_online_notices_a_server_that_lies() {
+    let disk = SimulatedDisk::new(1);
+    let mut config = mainstay_server::Config::default();
+    config.ring_bytes = 0;
+    let server = QuicServer::start(Arc::new(disk.clone()), config);
+    let client = server.client();
+    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let change = StateChange {
+        key: Key::new("k").expect("a key"),
+        expected: Expected::Any,
+        change: Change::Put { value: "true".into(), lasts: 0 },
+    };
+    let stored = producer.append_record(session.main().record(&change)).await.expect("append").wait().await;
+    // The last chunk is read from memory.
+    producer.append(session.main(), "behind").await.expect("append").await.expect("stored");
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("connect.json");
+    std::fs::write(&path, operator(&server).to_string()).expect("a file");
+    let (code, rows) = verify_online(&path).await;
+    assert_eq!((code, named(&rows, "damage").len()), (Some(0), 0), "{rows:?}");
+    let stat = disk.stat(session.info().name.clone()).await.expect("a stat").expect("the session");
+    let from = ReadFrom::Seq(stored.expect("stored"));
+    let page = disk.read(stat.session, from, 1 << 20).await.expect("a page");
+    disk.forge(Arc::new(tampered(&page.chunks[0], b"true", b"lies")));
+    let (code, rows) = verify_online(&path).await;
+    let damage = named(&rows, "damage");
+    assert_eq!((code, damage.len()), (Some(5), 1), "{rows:?}");
+    assert!(
+        damage[0]["session"] == "s" && damage[0]["what"].as_str().is_some_and(|what| what.contains("view")),
+        "{rows:?}"
+    );
+}
+
+/// The connection file of somebody who may read everything.
+fn operator(server: &QuicServer) -> serde_json::Value {
+    let Trust::Pin(pin) = server.trust() else { panic!("a pin") };
+    let token = server.key.mint(&claims("operator", "", [Operation::Read])).expect("a token");
+    json!({"protocol": "mainstay", "addr": server.addr.to_string(), "pin": pin.to_hex(), "token": token})
+}
+
+async fn verify_online(connect: &Path) -> (Option<i32>, Vec<serde_json::Value>) {
+    let mut command = Command::new(binary());
+    command.args(["verify", "--online", "--json", "--connect"]).arg(connect);
+    let output = run(command).await;
+    (output.status.code(), events(&output.stdout))
 }
 
 #[tokio::test]

@@ -59,6 +59,8 @@ struct Disk {
     failed: bool,
     /// Chunks of which a bit has changed, by incarnation and number, and which.
     rotten: BTreeMap<([u8; 16], u64), u64>,
+    /// What is read in the place of chunks, by incarnation and number.
+    forged: BTreeMap<([u8; 16], u64), Arc<Chunk>>,
     /// Chunks that are on their way and nowhere yet.
     pending: BTreeMap<u64, (Writer, Arc<Chunk>, Option<u64>)>,
     appends: u64,
@@ -85,6 +87,7 @@ impl SimulatedDisk {
             life: 0,
             failed: false,
             rotten: BTreeMap::new(),
+            forged: BTreeMap::new(),
             pending: BTreeMap::new(),
             appends: 0,
             torn: 0,
@@ -140,6 +143,13 @@ impl SimulatedDisk {
         disk.rotten.insert((incarnation.0, number), bit);
     }
 
+    /// From now on this is read in the place of the chunk of its number.
+    pub fn forge(&self, chunk: Arc<Chunk>) {
+        let header = chunk.header();
+        let place = (header.incarnation.0, header.number);
+        self.lock().forged.insert(place, chunk);
+    }
+
     fn fate(&self, writes: bool) -> Fate {
         let mut disk = self.lock();
         let Wear { latency, stalls, overloaded, full, .. } = disk.wear;
@@ -169,9 +179,13 @@ impl SimulatedDisk {
 
     /// What is read of a chunk.
     fn decay(&self, chunk: &Arc<Chunk>) -> Result<Arc<Chunk>, StoreError> {
-        let header = chunk.header();
-        let Some(bit) = self.lock().rotten.get(&(header.incarnation.0, header.number)).copied() else {
-            return Ok(chunk.clone());
+        let place = (chunk.header().incarnation.0, chunk.header().number);
+        let (forged, rotten) = {
+            let disk = self.lock();
+            (disk.forged.get(&place).cloned(), disk.rotten.get(&place).copied())
+        };
+        let Some(bit) = rotten else {
+            return Ok(forged.unwrap_or_else(|| chunk.clone()));
         };
         let mut bytes = chunk.bytes().to_vec();
         let at = (bit / 8) as usize % bytes.len();
