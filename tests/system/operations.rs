@@ -40,6 +40,11 @@ impl Earnest {
         self.dir.path().join("data")
     }
 
+    /// What it says.
+    fn log(&self) -> PathBuf {
+        self.dir.path().join("log")
+    }
+
     fn set(&self, keys: &[&SigningKey], more: &str) {
         let dir = self.dir.path().display();
         let keys: Vec<String> = keys.iter().map(|key| key.verifying_key().to_paserk()).collect();
@@ -67,7 +72,7 @@ impl Earnest {
             .args(["serve", "--json", "--config"])
             .arg(self.settings())
             .stdout(Stdio::piped())
-            .stderr(Stdio::inherit())
+            .stderr(std::fs::File::create(self.log()).expect("a log"))
             .kill_on_drop(true)
             .spawn()
             .expect("a server");
@@ -198,7 +203,10 @@ async fn keys_and_certificates_change_while_it_serves_and_connections_live() {
     // Settings that are wrong change nothing.
     std::fs::write(server.settings(), "nonsense = true\n").expect("settings");
     server.signal("-HUP").await;
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    mainstay_tests::until("it says so", async || {
+        std::fs::read_to_string(server.log()).is_ok_and(|said| said.contains("nonsense"))
+    })
+    .await;
     server.client(&second, "bob").list("").await.expect("what was in force stays");
     assert_eq!(server.stop().await, Some(0));
 }

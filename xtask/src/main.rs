@@ -157,14 +157,7 @@ fn test() -> Outcome {
     step("lints", &mut cargo(&["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"]))?;
     wasm()?;
     need("nextest", "cargo-nextest")?;
-    let unseen = root().join("target").join("skipped-tests");
-    // A list of an earlier run is not of this one.
-    let _ = std::fs::remove_file(&unseen);
-    step("tests", cargo(&["nextest", "run", "--workspace", "--locked"]).env("MAINSTAY_SKIPPED", &unseen))?;
-    for line in std::fs::read_to_string(&unseen).unwrap_or_default().lines() {
-        let (what, why) = line.split_once(": ").unwrap_or((line, "the test does not say why"));
-        skipped(what, why);
-    }
+    tests("tests", &mut cargo(&["nextest", "run", "--workspace", "--locked"]))?;
     // Left to the good network: what needs more than the bad one carries, what measures time, and what a connection is closed with,
     // which a peer does not learn where the last datagrams are lost.
     // The whole workspace, or its crates would be built again with other features.
@@ -172,7 +165,7 @@ fn test() -> Outcome {
     let network = network
         .args(["-E", "package(mainstay-tests) & test(/^(crash|tail|cli|disk|hostile|basics)::/) - test(/no_space|refused_attachments|control|credit_for|registry_does_not|says_nothing/)"])
         .env("MAINSTAY_NETWORK", "mobile");
-    step("tests over a bad network", network)?;
+    tests("tests over a bad network", network)?;
     step("doc examples", &mut cargo(&["test", "--doc", "--workspace", "--locked"]))?;
     let mut doc = cargo(&["doc", "--workspace", "--no-deps", "--locked"]);
     step("documentation", doc.env("RUSTDOCFLAGS", "-D warnings"))?;
@@ -205,6 +198,19 @@ fn deny() -> Outcome {
     // The policy is about the whole lock file, also what only other platforms need; a build did not download that.
     step("fetch", &mut cargo(&["fetch", "--locked"]))?;
     step("dependency policy", &mut cargo(&["deny", "--offline", "check", "bans", "licenses", "sources"]))
+}
+
+/// Runs tests, and says which of them could not do what they are for here.
+fn tests(what: &str, command: &mut Command) -> Outcome {
+    let unseen = root().join("target").join("skipped-tests");
+    // A list of an earlier run is not of this one.
+    let _ = std::fs::remove_file(&unseen);
+    step(what, command.env("MAINSTAY_SKIPPED", &unseen))?;
+    for line in std::fs::read_to_string(&unseen).unwrap_or_default().lines() {
+        let (what, why) = line.split_once(": ").unwrap_or((line, "the test does not say why"));
+        skipped(what, why);
+    }
+    Ok(())
 }
 
 /// Changes the codec and the core in one way after the other, and runs their tests each time: hours, or less with `--shard 0/50`.
