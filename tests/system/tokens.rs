@@ -564,6 +564,9 @@ async fn namespaces_share_nothing_but_the_process() {
     trusts[0].revoke(Revocation::Subject { subject: "alice".into(), until: now() }, now()).expect("revoked");
     assert_eq!(code(one.list("").await.expect_err("refused")), Code::TOKEN_REVOKED);
     assert_eq!(names(&two).await, ["same"]);
+    // Nor is it believed there instead, where its key is known too: the first namespace that knows the key decides.
+    trusts[1].replace(Anchors::new(Keyring::new([keys[0].verifying_key(), keys[1].verifying_key()])));
+    assert_eq!(code(client(0).list("").await.expect_err("refused")), Code::TOKEN_REVOKED);
     drop((one, two, session));
     drop(stop);
     running.await.expect("no panic");
