@@ -7,13 +7,14 @@
 //! ```
 
 use core::time::Duration;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use mainstay_checker::history::{Entry, Event, read_dump};
+use mainstay_checker::history::{Entry, Event, Record, read_dump};
 use mainstay_checker::verdict::Verdict;
 use mainstay_client::Config;
 use mainstay_protocol::session::Operation;
@@ -62,7 +63,6 @@ const PROVOKED: &[&str] = &[
     "batches",
     "changes",
     "complete-reads",
-    "deduplicated",
     "deeds",
     "fenced",
     "messages",
@@ -78,8 +78,10 @@ impl How {
     fn provokes(self) -> (u64, &'static [&'static str]) {
         match self {
             Self::Power => (20, &["power-cut"]),
-            Self::Kill if strace_is_there() => (100, &["kill", "kill-at-call", "kill-in-recovery", "gaps"]),
-            Self::Kill => (100, &["kill", "kill-in-recovery", "gaps"]),
+            Self::Kill if strace_is_there() => {
+                (100, &["kill", "kill-at-call", "kill-in-recovery", "deduplicated", "gaps", "tables", "zombies-fenced"])
+            }
+            Self::Kill => (100, &["kill", "kill-in-recovery", "deduplicated", "gaps", "tables", "zombies-fenced"]),
         }
     }
 }
@@ -91,7 +93,11 @@ const LONGEST_START: Duration = Duration::from_secs(2);
 struct Total {
     acknowledged: u64,
     starts: Vec<Duration>,
-    provoked: std::collections::BTreeMap<String, u64>,
+    provoked: BTreeMap<String, u64>,
+    /// What earlier rounds left in the directory that is in use.
+    left: BTreeMap<String, Vec<Record>>,
+    /// What of that is not as it was.
+    changed: Vec<String>,
 }
 
 /// Runs a campaign and tells what it saw. False if a promise was broken.
@@ -121,7 +127,8 @@ pub async fn run(campaign: Campaign) -> Findings {
             },
         };
         let data = disk.as_ref().map_or_else(|| temp.path().join("data"), |disk| disk.root().join("data"));
-        let mut server = Server::start_in(&data, &[]).await;
+        total.left.clear();
+        let mut server = Server::start_in(&data, SMALL).await;
         let log = temp.path().join("log");
         server.log_to(log.clone());
         for round in 0..ROUNDS {
@@ -139,6 +146,8 @@ pub async fn run(campaign: Campaign) -> Findings {
             let verdict = mainstay_checker::check(entries, &required);
             tell(&verdict, &session, done, cycles);
             total.add(&verdict);
+            total.changed.drain(..).for_each(|text| wrong.tell(text));
+            *total.provoked.entry("tables".into()).or_default() += tables(server.dir());
             wrong.add(Findings::of(&verdict));
             panics(&log).into_iter().for_each(|panic| wrong.tell(panic));
             evidence.sound = wrong.is_sound();
@@ -150,6 +159,17 @@ pub async fn run(campaign: Campaign) -> Findings {
         total.missing(campaign.how, done).into_iter().for_each(|text| wrong.tell(text));
     }
     wrong
+}
+
+/// Tables are written after every half megabyte, so that they are also while there are crashes.
+const SMALL: &[&str] = &["--set", "store.memtable_bytes=524288"];
+
+/// How many tables there are on the disk, beside those that the engine has for itself.
+fn tables(data: &Path) -> u64 {
+    let list = |dir: &Path| std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let keyspaces = list(&data.join("store").join("log").join("keyspaces"));
+    let ours = keyspaces.filter(|keyspace| keyspace.file_name() != "0");
+    ours.map(|keyspace| list(&keyspace.path().join("tables")).count() as u64).sum()
 }
 
 /// One round: a workload on a session of its own, and so many crashes under it.
@@ -201,6 +221,7 @@ async fn round(
     server.kill().await;
     let at = entries.last().map_or(0, |entry| entry.at);
     let mut dumped = dump(server.dir()).expect("the data directory is whole");
+    total.compare(&dumped);
     for name in [session.to_owned(), format!("{session}x")] {
         let is = |event: &mut Event| matches!(event, Event::Final { session, .. } if *session == name);
         // One that is not there has no records, which the checker compares with what was read.
@@ -384,6 +405,26 @@ fn keep(entries: &[Entry], session: &str) {
 }
 
 impl Total {
+    /// What earlier rounds left in this directory is there as it was, whatever has been done since.
+    fn compare(&mut self, dumped: &[Event]) {
+        for (session, before) in &self.left {
+            let is = dumped.iter().find_map(|event| match event {
+                Event::Final { session: of, records, compacted, .. } if of == session => Some((records, *compacted)),
+                _ => None,
+            });
+            // Who was a member when the server was killed leaves later; messages may be put together.
+            let same = is.is_some_and(|(records, compacted)| compacted || records.starts_with(before));
+            if !same {
+                self.changed.push(format!("{session}, of an earlier round, is not what it was"));
+            }
+        }
+        for event in dumped {
+            if let Event::Final { session, records, .. } = event {
+                self.left.insert(session.clone(), records.clone());
+            }
+        }
+    }
+
     fn add(&mut self, verdict: &Verdict) {
         self.acknowledged += verdict.counts.get("acknowledged").copied().unwrap_or(0);
         for (what, count) in &verdict.counts {

@@ -767,9 +767,21 @@ impl Actor {
         let session = self.attach().await;
         let mut producer = self.open(&session, &name).await;
         let lease = Duration::from_secs(1);
+        let mut live = self.live(&session).await;
         for turn in 0..self.size.turns {
             if self.is_over() {
                 break;
+            }
+            // What another one has lost, or let go, is taken over.
+            self.catch_up(&mut live).await;
+            let lost = live.view().runs().current().iter().find(|run| run.lost.is_some()).map(|run| run.id);
+            if let Some(id) = lost.filter(|_| self.random.chance(0.5))
+                && let Some(run) = self.take(&session, id, lease).await
+            {
+                self.recorder.noticed("stood-by");
+                if !self.speak(&session, &producer, &run, &name, turn * 100).await {
+                    producer = self.open(&session, &name).await;
+                }
             }
             let id = RunId(self.random.array());
             let (session_name, run_name) = (self.session.clone(), id.to_string());
@@ -783,17 +795,24 @@ impl Actor {
             };
             if turn % 2 == 1 {
                 // Let go, it is lost; whoever stands by goes on with it.
-                self.speak(&session, &producer, &run, &name, turn * 100).await;
-                let epoch = run.epoch();
+                self.speak(&session, &producer, &run, &name, turn * 100 + 10).await;
+                let holder = producer.of_run(&run);
                 run.release().await.expect("released");
-                let (session_name, run_name) = (self.session.clone(), id.to_string());
-                let op = self.recorder.invoke(&self.name, Call::TakeRun { session: session_name, run: run_name });
-                let taken = session.take_run(Some(id), lease).await;
-                self.recorder.answered(&self.name, op, &taken.as_ref().map(Run::epoch).map_err(Clone::clone));
-                match taken {
-                    Ok(taken) => run = taken,
-                    Err(error) => {
-                        tracing::debug!(%error, epoch, "not taken over");
+                if self.random.chance(0.5) {
+                    // It goes on as if it held it, also once another one does.
+                    let mut alive = true;
+                    for step in 0..4 {
+                        self.pause().await;
+                        alive &= self.haunt(&session, &holder, &name, id, turn * 100 + 90 + step).await;
+                    }
+                    if !alive {
+                        producer = self.open(&session, &name).await;
+                    }
+                    continue;
+                }
+                match self.take(&session, id, lease).await {
+                    Some(taken) => run = taken,
+                    None => {
                         continue;
                     }
                 }
@@ -813,6 +832,33 @@ impl Actor {
             }
             self.pause().await;
         }
+    }
+
+    /// Takes over a run that was lost. `None` if it is over, or another one was first and keeps it.
+    async fn take(&mut self, session: &Session, id: RunId, lease: Duration) -> Option<Run> {
+        let call = Call::TakeRun { session: self.session.clone(), run: id.to_string() };
+        let op = self.recorder.invoke(&self.name, call);
+        // Whoever gives up has no answer, and holds it or does not.
+        let taken = timeout(lease * 4, session.take_run(Some(id), lease)).await.ok()?;
+        self.recorder.answered(&self.name, op, &taken.as_ref().map(Run::epoch).map_err(Clone::clone));
+        taken.ok()
+    }
+
+    /// Writes for a run that it does not hold any more. False once its producer has ended.
+    async fn haunt(&mut self, session: &Session, holder: &Producer, name: &str, run: RunId, sequence: u64) -> bool {
+        let text = format!("{}/{sequence}", self.name);
+        let op = self.append(name, holder.epoch(), sequence, vec![text.clone()], Some(run));
+        let result = match holder.append_batch(&[session.main().data(text)]).await {
+            Ok(ticket) => ticket.wait().await,
+            Err(error) => Err(error),
+        };
+        let fenced =
+            matches!(&result, Err(AppendError { error: ClientError::Refused { code: Code::RUN_FENCED, .. }, .. }));
+        if fenced {
+            self.recorder.noticed("zombies-fenced");
+        }
+        self.recorder.stored(&self.name, op, &result);
+        !producer_has_ended(&result)
     }
 
     /// Says something for a run: records of its own and a message. False once its producer has ended.

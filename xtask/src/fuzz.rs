@@ -179,7 +179,7 @@ fn minimise(target: &str) -> Outcome {
     fs::create_dir_all(&less).map_err(|error| format!("{}: {error}", less.display()))?;
     let mut merge = nightly_cargo();
     merge.args(["fuzz", "run", target]).arg(&less).arg(corpus(target)?).args(kept(target));
-    step(&format!("minimise {target}"), merge.args(["--", "-set_cover_merge=1", "-max_len=1024"]))?;
+    step(&format!("minimise {target}"), merge.args(["--", "-set_cover_merge=1", "-max_len=65536"]))?;
     let mut pack = Command::new("tar");
     pack.args(["--sort=name", "--mtime=@0", "--owner=0", "--group=0", "--numeric-owner", "-czf"]);
     step(&format!("keep {target}"), pack.arg(archive(target)).arg("-C").arg(&less).arg("."))

@@ -87,6 +87,7 @@ struct IssuerSettings {
 #[serde(deny_unknown_fields, default)]
 struct StoreSettings {
     reserve_bytes: Option<u64>,
+    memtable_bytes: Option<u64>,
     compact_after: Option<String>,
 }
 
@@ -174,6 +175,9 @@ impl Settings {
         let mut config = StoreConfig::default();
         if let Some(reserve) = self.store.reserve_bytes {
             config.reserve = reserve;
+        }
+        if let Some(memtable) = self.store.memtable_bytes {
+            config.memtable_bytes = memtable;
         }
         config
     }
