@@ -333,13 +333,17 @@ impl<'a> Evidence<'a> {
         self.lives.iter().filter(move |((name, _), _)| *name == session)
     }
 
-    /// The latest seq below which somebody asked that everything be given up, and may have been heard.
-    pub fn given_up(&self, session: &str) -> u64 {
-        let trims = self.operations.iter().filter(|operation| !operation.has_failed()).filter_map(|operation| {
+    /// When somebody asked that everything below a seq be given up, and may have been heard; and that seq.
+    pub fn trims(&self, session: &str) -> impl Iterator<Item = (u64, u64)> {
+        self.operations.iter().filter(|operation| !operation.has_failed()).filter_map(move |operation| {
             let Call::Trim { session: of, before } = operation.call else { return None };
-            (of == session).then_some(*before)
-        });
-        trims.max().unwrap_or(0)
+            (of == session).then_some((operation.invoked, *before))
+        })
+    }
+
+    /// The latest of those seqs.
+    pub fn given_up(&self, session: &str) -> u64 {
+        self.trims(session).map(|(_, before)| before).max().unwrap_or(0)
     }
 
     /// Sessions that somebody may have deleted.

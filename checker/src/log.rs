@@ -89,12 +89,34 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
     let first = evidence.given_up(session);
     let mut invoked: BTreeSet<&str> = BTreeSet::new();
     let mut order: BTreeMap<(&str, &str), Vec<(u64, u64)>> = BTreeMap::new();
+    let mut authors: BTreeMap<&str, &str> = BTreeMap::new();
     for append in appends {
         let Append { operation, producer, sequence, records } = append;
         let texts = || format!("operation {} of {}: {records:?}", operation.op, operation.process);
         let found: Vec<Option<(&str, u64, u64)>> =
             records.iter().map(|text| places.get(text.as_str()).and_then(|all| all.first().copied())).collect();
         invoked.extend(records.iter().map(String::as_str));
+        let run = match operation.call {
+            Call::Append { run, .. } => run.as_deref(),
+            _ => None,
+        };
+        for (incarnation, seq, _) in found.iter().flatten() {
+            let Some(seen) = evidence.lives.get(&(session, *incarnation)).and_then(|life| life.seen.get(seq)) else {
+                continue;
+            };
+            // A process is one client, which the server knows by one name.
+            let author = *authors.entry(operation.process).or_insert(&seen.record.author);
+            if author != seen.record.author {
+                verdict.report(Class::Phantom, session, || {
+                    format!("seq {seq} is under {} and not under {author}: {}", seen.record.author, texts())
+                });
+            }
+            if run != seen.record.run.as_deref() {
+                verdict.report(Class::LostWrite, session, || {
+                    format!("seq {seq} is of run {:?} and not of {run:?}: {}", seen.record.run, texts())
+                });
+            }
+        }
         for (text, all) in records.iter().filter_map(|text| Some((text, places.get(text.as_str())?))) {
             if all.len() > 1 {
                 verdict.report(Class::Duplicate, session, || format!("{text:?} is stored at {all:?}"));

@@ -1,6 +1,6 @@
 //! K1–K4: keys, and views of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::evidence::{Complete, Evidence, Life, Operation, Outcome, Viewed};
 use crate::fold::Fold;
@@ -81,6 +81,9 @@ fn changes(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verd
     let records: BTreeMap<u64, &Record> = complete.records.iter().map(|record| (record.seq, record)).collect();
     let keys = versions(complete.records);
     let none = Versions::new();
+    let puts = complete.records.iter().filter(|record| record.kind == "state.put");
+    let puts: BTreeMap<_, u64> =
+        puts.map(|record| ((record.key.as_deref(), record.value.as_deref()), record.seq)).collect();
     let bounds = Bounds::of(evidence, session, complete.tail);
     for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
         let (key, expected) = match operation.call {
@@ -90,15 +93,23 @@ fn changes(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verd
         };
         let versions = keys.get(key.as_str()).unwrap_or(&none);
         let wrong = |what: String| format!("operation {} {:?}: {what}", operation.op, operation.call);
+        let done = match (operation.outcome, operation.call) {
+            (Outcome::Done(seq), _) => seq,
+            // What nobody was told of is known by its value.
+            (Outcome::Unknown, Call::Put { value, .. }) => {
+                puts.get(&(Some(key.as_str()), Some(value.as_str()))).copied()
+            }
+            _ => None,
+        };
+        let old = done.and_then(|seq| before(versions, seq));
+        let revision = old.map_or(0, |(_, revision)| revision.saturating_add(1));
+        if let (Some(seq), Some(expected)) = (done, expected.filter(|expected| *expected != revision)) {
+            let what = wrong(format!("done at {seq}, where {revision} was to be expected and not {expected}"));
+            verdict.report(Class::WrongChange, session, || what);
+        }
         match operation.outcome {
             Outcome::Done(Some(seq)) => {
                 verdict.count("changes", 1);
-                let old = before(versions, seq);
-                let revision = old.map_or(0, |(_, revision)| revision.saturating_add(1));
-                if let Some(expected) = expected.filter(|expected| *expected != revision) {
-                    let what = wrong(format!("done at {seq}, where {revision} was to be expected and not {expected}"));
-                    verdict.report(Class::WrongChange, session, || what);
-                }
                 let stored = records.get(&seq);
                 let (kind, value) = match operation.call {
                     Call::Put { value, .. } => ("state.put", Some(value.clone())),
@@ -133,8 +144,8 @@ fn changes(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verd
 struct Account<'a> {
     /// Values that were asked for, and whether each certainly was not given.
     puts: BTreeMap<&'a str, bool>,
-    /// Somebody asked for it to grow.
-    grows: bool,
+    /// By how much somebody asked for it to grow.
+    steps: BTreeSet<i64>,
     /// How often something else may have been done at least, and at most.
     increments: (u64, u64),
     deletions: (u64, u64),
@@ -149,9 +160,9 @@ fn accounted(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, ve
             Call::Put { key, value, .. } => {
                 keys.entry(key).or_default().puts.insert(value, operation.has_failed());
             }
-            Call::Increment { key, .. } => {
+            Call::Increment { key, by, .. } => {
                 let account = keys.entry(key).or_default();
-                account.grows = true;
+                account.steps.insert(*by);
                 let (least, most) = &mut account.increments;
                 (*least, *most) = (*least + done, *most + may);
             }
@@ -164,8 +175,11 @@ fn accounted(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, ve
     }
     let mut given: BTreeMap<(&str, &str), u64> = BTreeMap::new();
     let mut counted: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
-    for record in complete.records {
+    let mut sums: BTreeMap<&str, Option<i64>> = BTreeMap::new();
+    for record in complete.records.iter().filter(|record| record.kind.starts_with("state.")) {
         let Some(key) = record.key.as_deref() else { continue };
+        let sum = record.value.as_deref().map_or(Some(0), |value| value.parse::<i64>().ok());
+        let old = sums.insert(key, sum).unwrap_or(Some(0));
         let account = keys.get(key);
         let (increments, deletions) = counted.entry(key).or_default();
         match (record.kind.as_str(), record.value.as_deref()) {
@@ -180,7 +194,14 @@ fn accounted(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, ve
                         verdict.report(Class::AbortedRead, session, || format!("{record:?} failed"));
                     }
                 }
-                None if account.is_some_and(|account| account.grows) => *increments += 1,
+                None if account.is_some_and(|account| !account.steps.is_empty()) => {
+                    *increments += 1;
+                    let step = old.zip(sum).and_then(|(old, sum)| sum.checked_sub(old));
+                    if !step.is_some_and(|step| account.is_some_and(|account| account.steps.contains(&step))) {
+                        let what = || format!("{record:?}, behind {old:?}, is no step that was asked for");
+                        verdict.report(Class::WrongChange, session, what);
+                    }
+                }
                 None => verdict.report(Class::Phantom, session, || format!("{record:?}")),
             },
             ("state.deleted", _) => *deletions += 1,

@@ -23,8 +23,8 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     }
     for (number, subscription) in &evidence.subscriptions {
         let Some(life) = evidence.lives.get(&(subscription.session, subscription.incarnation)) else { continue };
-        let given_up = evidence.given_up(subscription.session);
-        Following { number: *number, subscription, life, next: None, left: false, restarted: true, given_up }.follow(
+        let trims = evidence.trims(subscription.session).collect();
+        Following { number: *number, subscription, life, next: None, left: false, restarted: true, trims }.follow(
             evidence,
             &acknowledged,
             verdict,
@@ -117,8 +117,8 @@ struct Following<'e, 'a> {
     left: bool,
     /// Nothing was delivered since it began.
     restarted: bool,
-    /// What is below this may be gone.
-    given_up: u64,
+    /// When it was asked for that what is below a seq be given up.
+    trims: Vec<(u64, u64)>,
 }
 
 impl Following<'_, '_> {
@@ -175,9 +175,11 @@ impl Following<'_, '_> {
             }
             Event::Gap { from, to, .. } => {
                 verdict.count("gaps", 1);
-                if *to > self.given_up {
+                let asked = self.trims.iter().filter(|(asked, _)| *asked < at);
+                let given_up = asked.map(|(_, before)| *before).max().unwrap_or(0);
+                if *to > given_up {
                     self.report(Class::SkippedDelivery, verdict, || {
-                        format!("a gap up to {to}, and nobody gave up more than what is below {}", self.given_up)
+                        format!("a gap up to {to}, and nobody had given up more than what is below {given_up}")
                     });
                 }
                 if *from > next {

@@ -128,7 +128,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
                         operation.op
                     )
                 });
-            } else {
+            } else if operation.outcome == Outcome::Failed("FENCED") {
                 verdict.count("fenced", 1);
             }
         }

@@ -159,6 +159,15 @@ fn change_places(entries: &mut [Entry], random: &mut Random, same: bool) -> bool
     true
 }
 
+/// Nobody is told what became of an operation.
+fn forget_the_answer(entries: &mut [Entry], op: u64) {
+    for entry in entries {
+        if matches!(entry.event, Event::Ok { op: of, .. } if of == op) {
+            entry.event = Event::Unknown { op };
+        }
+    }
+}
+
 /// Puts an entry behind another one.
 fn behind(entries: &mut Vec<Entry>, index: usize, event: Event) {
     let Entry { at, process, .. } = entries[index].clone();
@@ -895,6 +904,64 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let Some(index) = pick(entries, random, event) else { return false };
         let Event::Attached { positions, .. } = &mut entries[index].event else { return false };
         positions[0].epoch += 1000;
+        true
+    }),
+    ("a change that nobody was told of is stored against its condition", Class::WrongChange, |entries, random| {
+        let conditional = |call: &Call| matches!(call, Call::Put { expected: Some(_), .. });
+        let Some((op, _)) = random.pick(&answered(entries, conditional)) else { return false };
+        let index = invoked(entries, op);
+        let Event::Invoke { call: Call::Put { expected: Some(expected), .. }, .. } = &mut entries[index].event else {
+            return false;
+        };
+        *expected += 1;
+        forget_the_answer(entries, op);
+        true
+    }),
+    ("an increment that nobody was told of adds something else", Class::WrongChange, |entries, random| {
+        let increments = answered(entries, |call| matches!(call, Call::Increment { .. }));
+        let Some((_, seq)) = random.pick(&increments) else { return false };
+        everywhere(entries, |record| {
+            if record.seq == seq {
+                record.value = Some("100000".into());
+            }
+        });
+        // Those behind it add to what it left.
+        increments.iter().for_each(|(op, _)| forget_the_answer(entries, *op));
+        true
+    }),
+    ("an append of a run is stored without it", Class::LostWrite, |entries, random| {
+        let (_, records) = complete(entries);
+        let of_runs: Vec<u64> = records
+            .iter()
+            .filter(|record| record.kind == "data" && record.run.is_some())
+            .map(|record| record.seq)
+            .collect();
+        let Some(seq) = random.pick(&of_runs) else { return false };
+        everywhere(entries, |record| {
+            if record.seq == seq {
+                record.run = None;
+            }
+        });
+        true
+    }),
+    ("a record stands under the name of somebody else", Class::Phantom, |entries, random| {
+        let (_, records) = complete(entries);
+        let data: Vec<&Record> = records.iter().filter(|record| record.kind == "data").collect();
+        let Some(of) = random.pick(&data).map(|record| (record.seq, record.author.clone())) else { return false };
+        everywhere(entries, |record| {
+            if record.seq == of.0 {
+                record.author = "somebody else".into();
+            }
+        });
+        // Of the only one nobody knows how it should be.
+        data.iter().filter(|record| record.author == of.1).count() > 1
+    }),
+    ("a gap is told before anybody asked for a trim", Class::SkippedDelivery, |entries, random| {
+        let Some(index) = random.pick(&deliveries(entries, |of| !is_filtered(entries, of), 1)) else { return false };
+        let Event::Records { subscription, from, next, .. } = entries[index].event else { return false };
+        entries[index].event = Event::Gap { subscription, from, to: next };
+        let (at, call) = (entries.last().expect("entries").at, Call::Trim { session: "s".into(), before: next });
+        entries.push(Entry { at, process: "late".into(), event: Event::Invoke { op: 1 << 40, call } });
         true
     }),
     ("nothing was read at the end", Class::NothingProvoked, |entries, _| {

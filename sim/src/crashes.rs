@@ -68,7 +68,6 @@ const PROVOKED: &[&str] = &[
     "messages",
     "positions",
     "resumes",
-    "runs",
     "unknown",
     "views",
 ];
@@ -78,10 +77,22 @@ impl How {
     fn provokes(self) -> (u64, &'static [&'static str]) {
         match self {
             Self::Power => (20, &["power-cut"]),
-            Self::Kill if strace_is_there() => {
-                (100, &["kill", "kill-at-call", "kill-in-recovery", "deduplicated", "gaps", "tables", "zombies-fenced"])
+            Self::Kill if strace_is_there() => (
+                100,
+                &[
+                    "kill",
+                    "kill-at-call",
+                    "kill-in-recovery",
+                    "deduplicated",
+                    "gaps",
+                    "runs",
+                    "tables",
+                    "zombies-fenced",
+                ],
+            ),
+            Self::Kill => {
+                (100, &["kill", "kill-in-recovery", "deduplicated", "gaps", "runs", "tables", "zombies-fenced"])
             }
-            Self::Kill => (100, &["kill", "kill-in-recovery", "deduplicated", "gaps", "tables", "zombies-fenced"]),
         }
     }
 }

@@ -772,8 +772,8 @@ impl Actor {
             if self.is_over() {
                 break;
             }
-            // What another one has lost, or let go, is taken over.
-            self.catch_up(&mut live).await;
+            // What another one has lost, or let go, is taken over. Where everybody writes all the time nobody has seen everything.
+            let _ = timeout(Duration::from_millis(20), self.catch_up(&mut live)).await;
             let lost = live.view().runs().current().iter().find(|run| run.lost.is_some()).map(|run| run.id);
             if let Some(id) = lost.filter(|_| self.random.chance(0.5))
                 && let Some(run) = self.take(&session, id, lease).await
