@@ -92,6 +92,13 @@ impl Attachment {
         let _ = self.alive.acquire().await;
     }
 
+    /// Waits that long, or until nothing can be answered on it any more.
+    pub(crate) async fn rest(&self, pause: Duration) {
+        if !pause.is_zero() {
+            let _ = tokio::time::timeout(pause, self.ended()).await;
+        }
+    }
+
     /// True once nothing can be answered on it.
     pub(crate) fn has_ended(&self) -> bool {
         self.alive.is_closed()
@@ -322,10 +329,7 @@ const REST: Duration = Duration::from_millis(100);
 
 /// Reads no request for a moment if too many were refused (spec LIM-7).
 async fn rest(conn: &Conn, attachment: &Attachment) {
-    let pause = conn.later().min(REST);
-    if !pause.is_zero() {
-        let _ = tokio::time::timeout(pause, attachment.ended()).await;
-    }
+    attachment.rest(conn.later().min(REST)).await;
 }
 
 /// Reads requests until the client ends the stream. Their answers come in the order of their effects (spec SESS-11).

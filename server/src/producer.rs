@@ -1,6 +1,5 @@
 //! One producer's QUIC stream: batches in, to the owner, credit back.
 
-use core::time::Duration;
 use std::sync::Arc;
 
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -80,7 +79,7 @@ async fn pump<R: RecvStream>(
                 let left = until.saturating_duration_since(Instant::now());
                 link.refuse(sequence, &too_often(left, "a batch before it was refused"));
                 if refusals.is_regardless(sequence, size, window) {
-                    rest(link, conn.regardless()).await;
+                    link.attachment.rest(conn.regardless()).await;
                 }
                 continue;
             }
@@ -107,7 +106,7 @@ async fn pump<R: RecvStream>(
                     } else if refusals.is_regardless(sequence, size, window) {
                         pause = conn.regardless();
                     }
-                    rest(link, pause).await;
+                    link.attachment.rest(pause).await;
                 }
             }
             if batches.len() >= PRODUCER_WINDOW {
@@ -130,13 +129,6 @@ async fn pump<R: RecvStream>(
                 }
             }
         }
-    }
-}
-
-/// Reads nothing for a while, unless the attachment ends.
-async fn rest(link: &ProducerLink, pause: Duration) {
-    if !pause.is_zero() {
-        let _ = tokio::time::timeout(pause, link.attachment.ended()).await;
     }
 }
 

@@ -187,14 +187,19 @@ async fn completions_and_manual_pages_are_made_from_the_command_line() {
     assert!(dir.path().join("mainstay-append.1").exists());
 }
 
+/// A server that reads what it tells of old records from a disk.
+fn over_a_disk() -> (SimulatedDisk, QuicServer) {
+    let disk = SimulatedDisk::new(1);
+    let mut config = mainstay_server::Config::default();
+    config.ring_bytes = 0;
+    let server = QuicServer::start(Arc::new(disk.clone()), config);
+    (disk, server)
+}
+
 /// What a running server cannot read any more is told by session and seq, and the others are looked at all the same.
 #[tokio::test]
 async fn verify_online_names_what_a_server_cannot_read() {
-    let disk = SimulatedDisk::new(1);
-    let mut config = mainstay_server::Config::default();
-    // Nothing is read from memory.
-    config.ring_bytes = 0;
-    let server = QuicServer::start(Arc::new(disk.clone()), config);
+    let (disk, server) = over_a_disk();
     let client = server.client();
     let mut rotten = None;
     for name in ["a-rotten", "whole"] {
@@ -244,10 +249,7 @@ fn tampered(chunk: &Chunk, before: &[u8], after: &[u8]) -> Chunk {
 /// A server whose records are not those that its view was made of.
 #[tokio::test]
 async fn verify_online_notices_a_server_that_lies() {
-    let disk = SimulatedDisk::new(1);
-    let mut config = mainstay_server::Config::default();
-    config.ring_bytes = 0;
-    let server = QuicServer::start(Arc::new(disk.clone()), config);
+    let (disk, server) = over_a_disk();
     let client = server.client();
     let session = client.session("s").expect("a name").create().attach().await.expect("attach");
     let producer = session.producer("p").await.expect("a producer");

@@ -147,6 +147,8 @@ async fn a_configuration_is_checked_before_it_is_used() {
         ("[[namespaces]]\nname = \"acme\"\n", "no key to verify tokens with"),
         ("[[namespaces]]\nname = \"acme\"\nauth = { keys = [\"nonsense\"] }\n", "namespace acme"),
         ("[log]\nfilter = \"((x\"\n", "log.filter"),
+        ("[store]\nmemtable_bytes = 100\n", "store.memtable_bytes is too small"),
+        ("[store]\nmemtable_bytes = 1000000000\n", "store.memtable_bytes is at most"),
     ] {
         let server = Earnest::new(&[&key()], more);
         let path = server.settings().display().to_string();

@@ -207,7 +207,9 @@ impl Settings {
                 args::compact_after(text).map_err(|error| usage(format!("[store] compact_after: {error}")))?;
             config.compact_after = after;
         }
+        let memtable = self.store().memtable_bytes;
         for (name, is_none) in [
+            ("store.memtable_bytes", memtable < 64 << 10),
             ("limits.connections", config.connections == 0),
             ("limits.attachments", config.attachments == 0),
             ("limits.producers", config.producers == 0),
@@ -222,6 +224,8 @@ impl Settings {
         }
         const DAY: Duration = Duration::from_secs(86_400);
         for (name, is_much, most) in [
+            // The journal holds it until it is written, and at most twice as much.
+            ("store.memtable_bytes", memtable > 64 << 20, "67108864"),
             ("limits.connections", config.connections > 1 << 20, "1048576"),
             ("limits.attachments", config.attachments > 1 << 16, "65536"),
             ("limits.producers", config.producers > 1 << 12, "4096"),
