@@ -28,8 +28,10 @@ pub struct Operation<'a> {
     pub call: &'a Call,
     /// When.
     pub invoked: u64,
-    /// When the answer came; the end of time for one that has none.
+    /// From when on it cannot happen any more: when the answer came; the end of time for what may have been done.
     pub returned: u64,
+    /// When its process was told anything of it; the end of time for what it was told nothing of.
+    pub told: u64,
     /// The answer.
     pub outcome: Outcome<'a>,
 }
@@ -199,12 +201,16 @@ pub struct Evidence<'a> {
     pub provoked: Vec<u64>,
     /// When processes died.
     pub gone: BTreeMap<&'a str, u64>,
-    /// The tail of each session when everybody had had time after the last fault.
-    pub quiet: BTreeMap<&'a str, u64>,
+    /// When everybody had had time after the last fault, and the tail then, of each session.
+    pub quiet: BTreeMap<&'a str, (u64, u64)>,
 }
 
 /// The end of time.
 pub const NEVER: u64 = u64::MAX;
+
+/// How long, in nanoseconds, whatever was done to the system may keep somebody from it: a client that could not reach it for a while waits
+/// for longer and longer before it tries again.
+const AWAY: u64 = 60_000_000_000;
 
 impl<'a> Evidence<'a> {
     /// Puts a history, whose entries are in the order of time, in order. What contradicts itself is reported.
@@ -220,7 +226,8 @@ impl<'a> Evidence<'a> {
                             .report(Class::Malformed, call.session(), || format!("operation {op} is asked for twice"));
                     }
                     let outcome = Outcome::Unknown;
-                    this.operations.push(Operation { op: *op, process, call, invoked: *at, returned: NEVER, outcome });
+                    let (invoked, returned, told) = (*at, NEVER, NEVER);
+                    this.operations.push(Operation { op: *op, process, call, invoked, returned, told, outcome });
                 }
                 Event::Ok { op, .. } | Event::Fail { op, .. } | Event::Unknown { op } => {
                     let outcome = match event {
@@ -229,8 +236,8 @@ impl<'a> Evidence<'a> {
                         _ => Outcome::Unknown,
                     };
                     match asked.get(op).map(|index| &mut this.operations[*index]) {
-                        Some(operation) if operation.returned == NEVER => {
-                            operation.outcome = outcome;
+                        Some(operation) if operation.told == NEVER => {
+                            (operation.outcome, operation.told) = (outcome, *at);
                             // What may have been done may yet happen.
                             operation.returned = if outcome == Outcome::Unknown { NEVER } else { *at };
                         }
@@ -279,7 +286,7 @@ impl<'a> Evidence<'a> {
                     verdict.count(what, *count);
                     this.provoked.push(*at);
                 }
-                Event::Quiet { session, tail } => drop(this.quiet.insert(session, *tail)),
+                Event::Quiet { session, tail } => drop(this.quiet.insert(session, (*at, *tail))),
             }
         }
         this.see(entries, verdict);
@@ -331,6 +338,19 @@ impl<'a> Evidence<'a> {
     /// The lives of a session.
     pub fn lives_of(&self, session: &str) -> impl Iterator<Item = (&LifeKey<'a>, &Life<'a>)> {
         self.lives.iter().filter(move |((name, _), _)| *name == session)
+    }
+
+    /// True if nothing that was done to the system between these moments, or not long before, can have kept anybody from it.
+    pub fn is_undisturbed(&self, from: u64, to: u64) -> bool {
+        let next = self.provoked.partition_point(|at| *at < from.saturating_sub(AWAY));
+        self.provoked.get(next).is_none_or(|at| *at > to)
+    }
+
+    /// When what is stored at a seq certainly was not stored yet: something below it was asked for then.
+    pub fn not_before(&self, session: &str, seq: u64) -> u64 {
+        let of = self.operations.iter().filter(|operation| operation.call.session() == session);
+        let below = of.filter(|operation| operation.stored().is_some_and(|stored| stored < seq));
+        below.map(|operation| operation.invoked).max().unwrap_or(0)
     }
 
     /// When somebody asked that everything below a seq be given up, and may have been heard; and that seq.

@@ -90,6 +90,9 @@ pub enum Event {
         /// The seq that was asked for, where it was one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         from: Option<u64>,
+        /// It was asked for with the view first.
+        #[serde(default, skip_serializing_if = "is_false")]
+        view: bool,
         /// What is left out of it.
         #[serde(default)]
         filter: Filter,
@@ -120,6 +123,8 @@ pub enum Event {
         subscription: u64,
         /// Where the view is.
         next: u64,
+        /// Its hash.
+        hash: String,
     },
     /// The server said that everything below `tail` was delivered.
     CaughtUp {
@@ -219,6 +224,10 @@ fn one() -> u64 {
     1
 }
 
+fn is_false(is: &bool) -> bool {
+    !is
+}
+
 /// What is asked for.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "snake_case")]
@@ -254,6 +263,8 @@ pub enum Call {
         sequence: u64,
         /// What the records hold: texts that no other record of the history has.
         records: Vec<String>,
+        /// The stream of all of them.
+        stream: String,
         /// The run that they are part of.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         run: Option<String>,
@@ -275,6 +286,9 @@ pub enum Call {
         key: String,
         /// The value.
         value: String,
+        /// Milliseconds that it lasts; without it, for ever.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        lasts: Option<u64>,
         /// Only if this is the key's revision plus one; 0 for only if it has no value.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         expected: Option<u64>,
@@ -329,6 +343,13 @@ pub enum Call {
         /// Its id.
         run: String,
     },
+    /// Hold a run no more, so that it is lost.
+    ReleaseRun {
+        /// The session.
+        session: String,
+        /// Its id.
+        run: String,
+    },
     /// End a run.
     EndRun {
         /// The session.
@@ -366,6 +387,7 @@ impl Call {
             | Self::Leave { session, .. }
             | Self::StartRun { session, .. }
             | Self::TakeRun { session, .. }
+            | Self::ReleaseRun { session, .. }
             | Self::EndRun { session, .. }
             | Self::Trim { session, .. }
             | Self::DeleteSession { session } => session,
@@ -383,7 +405,7 @@ impl Call {
         match self {
             Self::Attach { .. } | Self::AttachAt { .. } => "read",
             Self::Join { .. } | Self::Leave { .. } => "join",
-            Self::StartRun { .. } | Self::TakeRun { .. } | Self::EndRun { .. } => "run",
+            Self::StartRun { .. } | Self::TakeRun { .. } | Self::ReleaseRun { .. } | Self::EndRun { .. } => "run",
             Self::Trim { .. } | Self::DeleteSession { .. } => "manage",
             _ => "append",
         }

@@ -13,14 +13,16 @@ struct Append<'a> {
     producer: &'a str,
     sequence: u64,
     records: &'a [String],
+    stream: &'a str,
+    run: Option<&'a str>,
 }
 
 /// Checks all appends and all that was seen of them.
 pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     let mut appends: BTreeMap<&str, Vec<Append<'_>>> = BTreeMap::new();
     for operation in &evidence.operations {
-        if let Call::Append { session, producer, sequence, records, .. } = operation.call {
-            let append = Append { operation, producer, sequence: *sequence, records };
+        if let Call::Append { session, producer, sequence, records, stream, run, .. } = operation.call {
+            let append = Append { operation, producer, sequence: *sequence, records, stream, run: run.as_deref() };
             appends.entry(session).or_default().push(append);
         }
     }
@@ -91,15 +93,11 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
     let mut order: BTreeMap<(&str, &str), Vec<(u64, u64)>> = BTreeMap::new();
     let mut authors: BTreeMap<&str, &str> = BTreeMap::new();
     for append in appends {
-        let Append { operation, producer, sequence, records } = append;
+        let Append { operation, producer, sequence, records, stream, run } = append;
         let texts = || format!("operation {} of {}: {records:?}", operation.op, operation.process);
         let found: Vec<Option<(&str, u64, u64)>> =
             records.iter().map(|text| places.get(text.as_str()).and_then(|all| all.first().copied())).collect();
         invoked.extend(records.iter().map(String::as_str));
-        let run = match operation.call {
-            Call::Append { run, .. } => run.as_deref(),
-            _ => None,
-        };
         for (incarnation, seq, _) in found.iter().flatten() {
             let Some(seen) = evidence.lives.get(&(session, *incarnation)).and_then(|life| life.seen.get(seq)) else {
                 continue;
@@ -111,9 +109,10 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
                     format!("seq {seq} is under {} and not under {author}: {}", seen.record.author, texts())
                 });
             }
-            if run != seen.record.run.as_deref() {
+            let stored = (seen.record.stream.as_str(), seen.record.run.as_deref());
+            if stored != (*stream, *run) {
                 verdict.report(Class::LostWrite, session, || {
-                    format!("seq {seq} is of run {:?} and not of {run:?}: {}", seen.record.run, texts())
+                    format!("seq {seq} is of stream and run {stored:?} and not of {stream:?} and {run:?}: {}", texts())
                 });
             }
         }

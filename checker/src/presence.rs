@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::evidence::{Evidence, Life, Operation, Outcome};
+use crate::evidence::{Evidence, Life, Operation, Outcome, Seen};
 use crate::fold::Fold;
-use crate::history::{Call, Event, Record};
+use crate::history::{Call, Event};
 use crate::verdict::{Class, Verdict};
 
 /// Checks who joined and left, and who is there at the end.
@@ -27,16 +27,26 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
             }
             fold.add(record);
         }
-        outstayed(evidence, session, life, verdict);
+        let left = departures(life);
+        outstayed(evidence, session, &left, verdict);
+        thrown_out(evidence, session, &left, verdict);
         if evidence.quiet.contains_key(session) && evidence.lives_of(session).count() == 1 {
             at_the_end(evidence, session, life, &fold, verdict);
         }
     }
 }
 
+/// Departures, by author and generation.
+type Departures<'e, 'a> = BTreeMap<(&'a str, u64), &'e Seen<'a>>;
+
+fn departures<'e, 'a>(life: &'e Life<'a>) -> Departures<'e, 'a> {
+    let left = life.seen.values().filter(|seen| seen.record.kind == "presence.left");
+    left.filter_map(|seen| Some(((seen.record.member.as_deref()?, seen.record.generation?), seen))).collect()
+}
+
 /// Who was told to have left longer after its process was gone than its lease lasted, though nothing was in the way: neither to the server,
 /// which may need a lease to come back from what was done to it, nor to who was told.
-fn outstayed(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &mut Verdict) {
+fn outstayed(evidence: &Evidence<'_>, session: &str, departures: &Departures<'_, '_>, verdict: &mut Verdict) {
     for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
         let Call::Join { author, lease: Some(lease), .. } = operation.call else { continue };
         let (Some(generation), Some(gone)) = (operation.seq(), evidence.gone.get(operation.process)) else { continue };
@@ -45,10 +55,7 @@ fn outstayed(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &
         if evidence.provoked.get(next).is_some_and(|at| *at <= end) {
             continue;
         }
-        let left = life.seen.values().find(|seen| {
-            let Record { kind, member, generation: of, .. } = seen.record;
-            kind == "presence.left" && member.as_ref() == Some(author) && *of == Some(generation)
-        });
+        let left = departures.get(&(author.as_str(), generation));
         let Some((left, subscription)) = left.and_then(|left| Some((left, left.subscription?))) else { continue };
         let events = &evidence.subscriptions[&subscription].events;
         let connects = |event: &Event| matches!(event, Event::Started { .. } | Event::Resumed { .. });
@@ -64,6 +71,26 @@ fn outstayed(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &
                 format!("{author} was gone at {gone}, and was there until {} instead of {end}", left.at)
             });
         }
+    }
+}
+
+/// Who was told to have left, though he had not asked for that, and nothing was in the way of saying that he is there.
+fn thrown_out(evidence: &Evidence<'_>, session: &str, departures: &Departures<'_, '_>, verdict: &mut Verdict) {
+    for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
+        let (Call::Join { author, .. }, Some(generation)) = (operation.call, operation.seq()) else { continue };
+        let Some(left) = departures.get(&(author.as_str(), generation)) else { continue };
+        let asked = evidence.operations.iter().any(|other| {
+            let leaves = matches!(other.call, Call::Leave { author: of, .. } if of == author);
+            leaves && other.process == operation.process && (operation.told..left.at).contains(&other.invoked)
+        });
+        let gone = evidence.gone.get(operation.process).is_some_and(|gone| *gone < left.at);
+        let from = operation.invoked.max(evidence.not_before(session, left.record.seq));
+        if asked || gone || !evidence.is_undisturbed(from, left.at) {
+            continue;
+        }
+        verdict.report(Class::MissingMember, session, || {
+            format!("{author} did not leave, and is told at {} to have left: {:?}", left.at, left.record)
+        });
     }
 }
 

@@ -1,7 +1,8 @@
 //! R1–R3: who holds a run.
 
-use crate::evidence::Evidence;
-use crate::fold::Fold;
+use crate::evidence::{Evidence, Life};
+use crate::fold::{Fold, Run};
+use crate::history::{Call, Record};
 use crate::verdict::{Class, Verdict};
 
 /// Checks each record that is part of a run against who holds it there.
@@ -27,6 +28,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
                         if run.holder.is_none() || record.epoch != Some(run.epoch) {
                             verdict.report(Class::TwoHolders, session, what);
                         }
+                        taken_away(evidence, session, life, record, run, verdict);
                     }
                     (_, Some(run)) if run.holder.as_ref() == Some(&record.author) => {}
                     _ => verdict.report(Class::ZombieWrite, session, what),
@@ -34,5 +36,36 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
             }
             fold.add(record);
         }
+    }
+}
+
+/// Whose run is told to be lost, though its holder had not let go of it, and nothing was in the way of saying that it holds it.
+fn taken_away(
+    evidence: &Evidence<'_>,
+    session: &str,
+    life: &Life<'_>,
+    lost: &Record,
+    run: &Run,
+    verdict: &mut Verdict,
+) {
+    let of = |call: &Call| match call {
+        Call::StartRun { session: of, run } | Call::TakeRun { session: of, run } => {
+            of == session && lost.run.as_ref() == Some(run)
+        }
+        _ => false,
+    };
+    let holds = evidence.operations.iter().find(|other| of(other.call) && other.seq() == Some(run.epoch));
+    let (Some(holds), Some(seen)) = (holds, life.seen.get(&lost.seq)) else { return };
+    let let_go = evidence.operations.iter().any(|other| {
+        let releases = matches!(other.call, Call::ReleaseRun { run, .. } if lost.run.as_ref() == Some(run));
+        releases && other.process == holds.process && (holds.told..seen.at).contains(&other.invoked)
+    });
+    let gone = evidence.gone.get(holds.process).is_some_and(|gone| *gone < seen.at);
+    let from = holds.invoked.max(evidence.not_before(session, lost.seq));
+    if let_go {
+        verdict.count("released", 1);
+    }
+    if !let_go && !gone && evidence.is_undisturbed(from, seen.at) {
+        verdict.report(Class::TwoHolders, session, || format!("{lost:?}, and {} had not let go of it", holds.process));
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::evidence::{Complete, Evidence, Life, Operation, Outcome, Viewed};
 use crate::fold::Fold;
-use crate::history::{Call, Record};
+use crate::history::{Call, Event, Record};
 use crate::verdict::{Class, Verdict};
 
 /// Checks changes of keys, and every view.
@@ -21,6 +21,16 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         for attached in &evidence.attached {
             if (attached.session, attached.incarnation) == (*session, *incarnation) {
                 same_hash(&mut hashes, session, attached.tail, attached.hash, attached.process, verdict);
+            }
+        }
+        for subscription in evidence.subscriptions.values() {
+            if (subscription.session, subscription.incarnation) != (*session, *incarnation) {
+                continue;
+            }
+            for (_, event) in &subscription.events {
+                if let Event::Skipped { next, hash, .. } = event {
+                    same_hash(&mut hashes, session, *next, hash, subscription.process, verdict);
+                }
             }
         }
         for complete in &life.complete {
@@ -142,8 +152,8 @@ fn changes(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verd
 /// What changes of a key account for.
 #[derive(Default)]
 struct Account<'a> {
-    /// Values that were asked for, and whether each certainly was not given.
-    puts: BTreeMap<&'a str, bool>,
+    /// Values that were asked for, whether each certainly was not given, and whether it lasts for ever.
+    puts: BTreeMap<&'a str, (bool, bool)>,
     /// By how much somebody asked for it to grow.
     steps: BTreeSet<i64>,
     /// How often something else may have been done at least, and at most.
@@ -157,8 +167,8 @@ fn accounted(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, ve
     for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
         let (done, may) = (u64::from(operation.is_done()), u64::from(!operation.has_failed()));
         match operation.call {
-            Call::Put { key, value, .. } => {
-                keys.entry(key).or_default().puts.insert(value, operation.has_failed());
+            Call::Put { key, value, lasts, .. } => {
+                keys.entry(key).or_default().puts.insert(value, (operation.has_failed(), lasts.is_none()));
             }
             Call::Increment { key, by, .. } => {
                 let account = keys.entry(key).or_default();
@@ -176,6 +186,8 @@ fn accounted(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, ve
     let mut given: BTreeMap<(&str, &str), u64> = BTreeMap::new();
     let mut counted: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
     let mut sums: BTreeMap<&str, Option<i64>> = BTreeMap::new();
+    // Keys whose value may go by itself.
+    let mut passing: BTreeSet<&str> = BTreeSet::new();
     for record in complete.records.iter().filter(|record| record.kind.starts_with("state.")) {
         let Some(key) = record.key.as_deref() else { continue };
         let sum = record.value.as_deref().map_or(Some(0), |value| value.parse::<i64>().ok());
@@ -184,7 +196,11 @@ fn accounted(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, ve
         let (increments, deletions) = counted.entry(key).or_default();
         match (record.kind.as_str(), record.value.as_deref()) {
             ("state.put", Some(value)) => match account.and_then(|account| account.puts.get(value)) {
-                Some(failed) => {
+                Some((failed, lasts_for_ever)) => {
+                    match lasts_for_ever {
+                        true => passing.remove(key),
+                        false => passing.insert(key),
+                    };
                     let times = given.entry((key, value)).or_default();
                     *times += 1;
                     if *times > 1 {
@@ -204,7 +220,17 @@ fn accounted(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, ve
                 }
                 None => verdict.report(Class::Phantom, session, || format!("{record:?}")),
             },
-            ("state.deleted", _) => *deletions += 1,
+            ("state.deleted", _) => {
+                passing.remove(key);
+                *deletions += 1;
+            }
+            ("state.expired", _) => {
+                verdict.count("expired", 1);
+                if !passing.remove(key) {
+                    let what = || format!("{record:?}, and what it was given was to last");
+                    verdict.report(Class::WrongChange, session, what);
+                }
+            }
             _ => {}
         }
     }

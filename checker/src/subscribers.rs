@@ -24,11 +24,8 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     for (number, subscription) in &evidence.subscriptions {
         let Some(life) = evidence.lives.get(&(subscription.session, subscription.incarnation)) else { continue };
         let trims = evidence.trims(subscription.session).collect();
-        Following { number: *number, subscription, life, next: None, left: false, restarted: true, trims }.follow(
-            evidence,
-            &acknowledged,
-            verdict,
-        );
+        Following { number: *number, subscription, life, next: None, left: false, restarted: true, owed: false, trims }
+            .follow(evidence, &acknowledged, verdict);
     }
 }
 
@@ -117,6 +114,8 @@ struct Following<'e, 'a> {
     left: bool,
     /// Nothing was delivered since it began.
     restarted: bool,
+    /// A view was asked for, and has not come.
+    owed: bool,
     /// When it was asked for that what is below a seq be given up.
     trims: Vec<(u64, u64)>,
 }
@@ -127,7 +126,7 @@ impl Following<'_, '_> {
             self.event(*at, event, acknowledged, verdict);
         }
         let end = evidence.quiet.get(self.subscription.session);
-        if let (Some(end), false) = (end, self.left)
+        if let (Some((_, end)), false) = (end, self.left)
             && !evidence.gone.contains_key(self.subscription.process)
             && self.next.is_some_and(|next| next < *end)
         {
@@ -143,7 +142,8 @@ impl Following<'_, '_> {
     fn event(&mut self, at: u64, event: &Event, acknowledged: &Acknowledged<'_>, verdict: &mut Verdict) {
         let next = self.next.unwrap_or_default();
         match event {
-            Event::Started { next: begins, tail, incarnation, from, .. } => {
+            Event::Started { next: begins, tail, incarnation, from, view, .. } => {
+                self.owed = *view;
                 if let Some(from) = from.filter(|from| from != begins) {
                     self.report(Class::WrongResume, verdict, || {
                         format!("begins at {begins}, and {from} was asked for")
@@ -169,6 +169,9 @@ impl Following<'_, '_> {
                 } else if *from > next {
                     self.report(Class::SkippedDelivery, verdict, || format!("from {from} where {next} is due"));
                 }
+                if self.owed {
+                    self.report(Class::SkippedDelivery, verdict, || "records, and the view was to come first".into());
+                }
                 self.records(*from, *to, records, verdict);
                 self.next = Some(next.max(*to));
                 self.restarted = false;
@@ -189,6 +192,10 @@ impl Following<'_, '_> {
             }
             Event::Skipped { next: to, .. } => {
                 verdict.count("snapshots", 1);
+                if !self.owed {
+                    self.report(Class::SkippedDelivery, verdict, || format!("a view at {to}, which was not asked for"));
+                }
+                self.owed = false;
                 if *to < next {
                     self.report(Class::NonmonotonicDelivery, verdict, || format!("a view at {to} where {next} is due"));
                 }

@@ -33,6 +33,7 @@ pub enum Class {
     Lagging,
     UnfencedWrite,
     EpochReused,
+    Unanswered,
     WrongPosition,
     WrongChange,
     FalseConflict,
@@ -81,6 +82,7 @@ impl Class {
         Self::Lagging,
         Self::UnfencedWrite,
         Self::EpochReused,
+        Self::Unanswered,
         Self::WrongPosition,
         Self::WrongChange,
         Self::FalseConflict,
@@ -133,11 +135,14 @@ impl Class {
             Self::Lagging => ("S10", "a subscription has not reached the end after the faults were over"),
             Self::UnfencedWrite => ("W1", "a producer wrote after a newer one had taken its place"),
             Self::EpochReused => ("W1", "an epoch was granted that is not above those before it"),
+            Self::Unanswered => {
+                ("W1", "nobody was told what became of an append, though nothing was in the way of that")
+            }
             Self::WrongPosition => {
                 ("W2", "a producer was told to go on elsewhere than behind its last batch that is stored")
             }
             Self::WrongChange => {
-                ("K2", "a change of a key is not stored as it was answered, or did not meet its condition")
+                ("K2", "a key changed otherwise than was asked for and answered, or against the condition for it")
             }
             Self::FalseConflict => ("K2", "a change was refused for a condition that held all the time"),
             Self::StateDivergence => ("K3", "a view has other keys than the fold of its log"),
@@ -148,7 +153,7 @@ impl Class {
             Self::MissingMember => ("P1", "a member is not there whose process joined and lives"),
             Self::LateLeave => ("P3", "a member left under a generation that is not the one that was there"),
             Self::ZombieWrite => ("R1", "a record is part of a run that its author does not hold"),
-            Self::TwoHolders => ("R2", "a run was taken over from somebody who held it"),
+            Self::TwoHolders => ("R2", "a run was taken from somebody who held it"),
             Self::EndedTwice => ("R3", "a run went on, or ended again, after its end"),
             Self::Unauthorized => ("A1", "something was done without a right to it"),
             Self::RevokedDelivery => ("A2", "records were delivered long after the right to them was revoked"),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::evidence::{Evidence, Operation, Outcome};
+use crate::evidence::{Evidence, NEVER, Operation, Outcome};
 use crate::history::{Call, Position};
 use crate::verdict::{Class, Verdict};
 
@@ -119,6 +119,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
             }
         }
         for (operation, epoch) in &appends {
+            unanswered(evidence, session, operation, verdict);
             let fence = openings.iter().find(|(_, answered, newer)| *answered < operation.invoked && newer > epoch);
             let Some((.., newer)) = fence else { continue };
             if operation.is_done() {
@@ -141,5 +142,19 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
                 format!("{name}: operation {} of epoch {} stands behind epoch {}", pair[1].2, pair[1].1, pair[0].1)
             });
         }
+    }
+}
+
+/// Nobody is left waiting, and nobody is told that he cannot know, where nothing was in the way of telling him.
+fn unanswered(evidence: &Evidence<'_>, session: &str, operation: &Operation<'_>, verdict: &mut Verdict) {
+    if operation.outcome != Outcome::Unknown || evidence.gone.contains_key(operation.process) {
+        return;
+    }
+    let until = operation.told.min(evidence.quiet.get(session).map_or(NEVER, |(at, _)| *at));
+    // A history that ends before is silent about it.
+    if until != NEVER && evidence.is_undisturbed(operation.invoked, until) {
+        verdict.report(Class::Unanswered, session, || {
+            format!("operation {} of {}, asked for at {}", operation.op, operation.process, operation.invoked)
+        });
     }
 }

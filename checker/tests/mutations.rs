@@ -8,7 +8,7 @@ use mainstay_checker::check;
 use mainstay_checker::history::{Call, Entry, Event, Record, read, read_dump};
 use mainstay_checker::verdict::Class;
 
-use legal::{Random, TICK, history};
+use legal::{Random, TICK, history, sides};
 
 /// Changes one thing. False if the history has nothing to change.
 type Mutation = fn(&mut Vec<Entry>, &mut Random) -> bool;
@@ -202,6 +202,7 @@ fn of_subscription(event: &Event) -> Option<u64> {
     match event {
         Event::Started { subscription, .. }
         | Event::Records { subscription, .. }
+        | Event::Skipped { subscription, .. }
         | Event::CaughtUp { subscription, .. }
         | Event::Resumed { subscription, .. } => Some(*subscription),
         _ => None,
@@ -548,7 +549,8 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
             return false;
         }
         let at = entries.last().expect("entries").at + TICK;
-        let call = Call::Put { session: "s".into(), key, value: "late".into(), expected: Some(last.seq + 1) };
+        let call =
+            Call::Put { session: "s".into(), key, value: "late".into(), lasts: None, expected: Some(last.seq + 1) };
         // Whatever may still happen would be a reason.
         entries.retain(|entry| !matches!(entry.event, Event::Unknown { .. }));
         let process = "late".to_owned();
@@ -964,11 +966,183 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         entries.push(Entry { at, process: "late".into(), event: Event::Invoke { op: 1 << 40, call } });
         true
     }),
+    ("what was to last for ever expires", Class::WrongChange, |entries, random| {
+        let Some(seq) = seq_of(entries, random, "state.expired") else { return false };
+        let (_, records) = complete(entries);
+        let expired = records.iter().find(|record| record.seq == seq).expect("a record");
+        let puts =
+            records.iter().filter(|record| record.seq < seq && record.kind == "state.put" && record.key == expired.key);
+        let Some(value) = puts.last().and_then(|record| record.value.clone()) else { return false };
+        entries.iter_mut().any(|entry| match &mut entry.event {
+            Event::Invoke { call: Call::Put { value: of, lasts, .. }, .. } if *of == value => {
+                *lasts = None;
+                true
+            }
+            _ => false,
+        })
+    }),
+    ("a key expires that has no value", Class::WrongChange, |entries, random| {
+        let Some(seq) = seq_of(entries, random, "state.deleted") else { return false };
+        let (_, records) = complete(entries);
+        let key = |of: u64| records.iter().find(|record| record.seq == of).and_then(|record| record.key.clone());
+        let next = records.iter().find(|record| record.seq > seq && record.key == key(seq));
+        let Some(next) = next.filter(|next| next.kind == "state.deleted").map(|next| next.seq) else { return false };
+        everywhere(entries, |record| {
+            if record.seq == next {
+                record.kind = "state.expired".into();
+            }
+        });
+        true
+    }),
+    ("a reader is jumped by a view that he did not ask for", Class::SkippedDelivery, |entries, random| {
+        let Some(index) = random.pick(&deliveries(entries, |_| true, 0)) else { return false };
+        let Event::Records { subscription, next, .. } = entries[index].event else { return false };
+        entries[index].event = Event::Skipped { subscription, next, hash: format!("h{next}") };
+        true
+    }),
+    ("a view that was asked for does not come", Class::SkippedDelivery, |entries, _| {
+        let Some(index) = indices(entries, |event| matches!(event, Event::Skipped { .. })).pop() else { return false };
+        let subscription = of_subscription(&entries[index].event);
+        entries.remove(index);
+        let mut later = entries[index..].iter().filter(|entry| of_subscription(&entry.event) == subscription);
+        later.any(|entry| matches!(entry.event, Event::Records { .. }))
+    }),
+    ("a view that a reader begins with is another", Class::HashDivergence, |entries, random| {
+        let Some(index) = pick(entries, random, |event| matches!(event, Event::Skipped { .. })) else { return false };
+        let Event::Skipped { next: at, hash, .. } = &mut entries[index].event else { return false };
+        *hash = "other".into();
+        let at = *at;
+        entries.iter().any(|entry| matches!(entry.event, Event::Attached { tail, .. } if tail == at))
+    }),
+    ("a record stands in another stream", Class::LostWrite, |entries, random| {
+        let Some(seq) = seq_of(entries, random, "data") else { return false };
+        everywhere(entries, |record| {
+            if record.seq == seq {
+                record.stream = "elsewhere".into();
+            }
+        });
+        true
+    }),
+    ("a run is lost that nobody let go of", Class::TwoHolders, |entries, _| {
+        is_calm(entries) && unask(entries, |call| matches!(call, Call::ReleaseRun { .. })) && loses(entries)
+    }),
+    ("a member has left that did not ask for it", Class::MissingMember, |entries, _| {
+        is_calm(entries) && unask(entries, |call| matches!(call, Call::Leave { .. }))
+    }),
+    ("nobody is told what became of an append", Class::Unanswered, |entries, random| {
+        let Some((_, op, ..)) = random.pick(&acknowledged(entries)) else { return false };
+        forget_the_answer(entries, op);
+        is_calm(entries)
+    }),
+    ("an append is never answered", Class::Unanswered, |entries, random| {
+        let Some((index, ..)) = random.pick(&acknowledged(entries)) else { return false };
+        entries.remove(index);
+        is_calm(entries)
+    }),
     ("nothing was read at the end", Class::NothingProvoked, |entries, _| {
         entries.retain(|entry| !matches!(entry.event, Event::Final { .. }));
         true
     }),
 ];
+
+/// The same of sessions beside: see `legal::sides`.
+const BESIDE: &[(&str, Class, Mutation)] = &[
+    ("a gap is longer than what was given up", Class::SkippedDelivery, |entries, random| {
+        let Some(index) = pick(entries, random, |event| matches!(event, Event::Gap { .. })) else { return false };
+        let Event::Gap { to, .. } = &mut entries[index].event else { return false };
+        *to += 1;
+        true
+    }),
+    ("what was given up is passed over in silence", Class::SkippedDelivery, |entries, random| {
+        let Some(index) = pick(entries, random, |event| matches!(event, Event::Gap { .. })) else { return false };
+        entries.remove(index);
+        matches!(entries[index].event, Event::Records { .. })
+    }),
+    ("more is gone than was given up", Class::Hole, |entries, _| {
+        entries.iter_mut().any(|entry| match &mut entry.event {
+            Event::Final { session, first, records, .. } if session == "trimmed" && !records.is_empty() => {
+                records.remove(0);
+                *first += 1;
+                true
+            }
+            _ => false,
+        })
+    }),
+    ("who asks for a life that is over goes on in it", Class::MixedTimelines, |entries, random| {
+        let gone = |event: &Event| matches!(event, Event::Fail { code, .. } if code == "GONE");
+        let Some(index) = pick(entries, random, gone) else { return false };
+        let Event::Fail { op, .. } = entries[index].event else { return false };
+        entries[index].event = Event::Ok { op, seq: Some(0) };
+        true
+    }),
+    ("a message that was put together lacks a part", Class::LostWrite, |entries, _| {
+        everywhere(entries, |record| {
+            if record.kind == "message.replace" {
+                record.data = record.data.as_ref().map(|text| text.chars().skip(3).collect());
+            }
+        });
+        true
+    }),
+    ("a member outstays its lease", Class::Ghost, |entries, _| {
+        let dead: Vec<String> = entries
+            .iter()
+            .filter(|entry| matches!(entry.event, Event::Gone {}))
+            .map(|entry| entry.process.clone())
+            .collect();
+        for entry in &mut *entries {
+            if let Event::Invoke { call: Call::Join { author, lease, .. }, .. } = &mut entry.event
+                && dead.contains(author)
+            {
+                *lease = Some(1);
+            }
+        }
+        !dead.is_empty()
+    }),
+    ("a member that died never leaves", Class::Ghost, |entries, _| {
+        let dead = |event: &Event| matches!(event, Event::Gone {});
+        let Some(author) = indices(entries, dead).first().map(|index| entries[*index].process.clone()) else {
+            return false;
+        };
+        let left = |record: &Record| record.kind == "presence.left" && record.member.as_ref() == Some(&author);
+        for entry in entries {
+            if let Event::Records { records, .. } | Event::Final { records, .. } = &mut entry.event {
+                records.retain(|record| !left(record));
+            }
+        }
+        true
+    }),
+];
+
+/// Nothing was in the way of anybody.
+fn is_calm(entries: &[Entry]) -> bool {
+    !entries.iter().any(|entry| matches!(entry.event, Event::Provoked { .. }))
+}
+
+/// Nobody asked for anything of this sort, whatever came of it. False if nobody did before either.
+fn unask(entries: &mut Vec<Entry>, sort: impl Fn(&Call) -> bool) -> bool {
+    let ops = done(entries, sort);
+    entries.retain(|entry| match entry.event {
+        Event::Invoke { op, .. } | Event::Ok { op, .. } | Event::Fail { op, .. } => !ops.contains(&op),
+        _ => true,
+    });
+    !ops.is_empty()
+}
+
+/// Operations of this sort that were done.
+fn done(entries: &[Entry], sort: impl Fn(&Call) -> bool) -> Vec<u64> {
+    let asked = entries.iter().filter_map(|entry| match &entry.event {
+        Event::Invoke { op, call } if sort(call) => Some(*op),
+        _ => None,
+    });
+    asked
+        .filter(|op| entries.iter().any(|entry| matches!(entry.event, Event::Ok { op: of, .. } if of == *op)))
+        .collect()
+}
+
+/// A run is lost in it.
+fn loses(entries: &[Entry]) -> bool {
+    complete(entries).1.iter().any(|record| record.kind == "run.lost")
+}
 
 /// When which producer was opened anew, as answered, and under which epoch.
 fn openings(entries: &[Entry]) -> Vec<(u64, String, u64)> {
@@ -993,25 +1167,38 @@ fn seed() -> u64 {
     seed
 }
 
+/// What is in some of them.
+const ALL_SORTS: [&str; 8] =
+    ["fenced", "conflicts", "takeovers", "members", "gaps", "lives-over", "leases-ended", "resumes-gap"];
+
 #[test]
 fn what_a_faultless_service_does_is_sound() {
     let mut random = Random(seed());
+    let mut counts: BTreeMap<String, u64> = BTreeMap::new();
     for round in 0..300 {
-        let entries = history(&mut random);
-        let verdict = check(entries, &["fenced", "conflicts", "takeovers", "members"].map(str::to_owned));
+        let mut entries = history(&mut random);
+        entries.extend(sides::all(&mut random));
+        let verdict = check(entries, &ALL_SORTS.map(str::to_owned));
         let missing = |class: &Class| *class == Class::NothingProvoked;
         let broken: Vec<_> = verdict.violations.iter().filter(|violation| !missing(&violation.class)).collect();
         assert!(broken.is_empty(), "round {round}: {broken:#?}");
+        for (what, count) in verdict.counts {
+            *counts.entry(what).or_default() += count;
+        }
+    }
+    for what in ALL_SORTS {
+        assert!(counts.contains_key(what), "{what} is in no history");
     }
 }
 
 #[test]
 fn each_change_of_a_sound_history_is_found_for_what_it_is() {
     let mut random = Random(seed());
-    for (what, class, mutation) in MUTATIONS {
+    let all = MUTATIONS.iter().map(|mutation| (mutation, false)).chain(BESIDE.iter().map(|mutation| (mutation, true)));
+    for ((what, class, mutation), beside) in all {
         let mut done = 0;
         for _ in 0..400 {
-            let mut entries = history(&mut random);
+            let mut entries = if beside { sides::all(&mut random) } else { history(&mut random) };
             if !mutation(&mut entries, &mut random) {
                 continue;
             }

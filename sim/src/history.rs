@@ -131,9 +131,10 @@ impl Recorder {
                 tail: *tail,
                 asked: of.asked,
                 from: of.from,
+                view: of.view,
                 filter: of.filter.clone(),
             },
-            Seen::Snapshot(view) => Event::Skipped { subscription, next: view.next() },
+            Seen::Snapshot(view) => Event::Skipped { subscription, next: view.next(), hash: view.hash().to_string() },
             Seen::Records(batch) => {
                 let records = batch.iter().map(|read| record(&read.expect("a record"))).collect();
                 Event::Records { subscription, from: batch.from(), next: batch.next(), records }
@@ -234,6 +235,20 @@ pub struct Reading {
     pub asked: u64,
     /// The seq that was asked for, where it was one.
     pub from: Option<u64>,
+    /// The view was asked for first.
+    pub view: bool,
+}
+
+impl Reading {
+    /// Of a session, as the history knows it, from `start` on.
+    pub fn of(session: &str, filter: &Filter, start: Start, asked: u64) -> Self {
+        let from = match start {
+            Start::Seq(seq) => Some(seq),
+            _ => None,
+        };
+        let (session, filter) = (session.to_owned(), filter.clone());
+        Self { session, filter, asked, from, view: start == Start::Snapshot }
+    }
 }
 
 /// Producers of this name store nothing but what [`Call::Append`] says: what changes keys, speaks or holds a run does more.

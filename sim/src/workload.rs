@@ -364,9 +364,21 @@ impl Actor {
     }
 
     fn append(&self, producer: &str, epoch: u64, sequence: u64, records: Vec<String>, run: Option<RunId>) -> u64 {
-        let (session, producer) = (self.session.clone(), producer.to_owned());
+        self.append_to("main", producer, epoch, sequence, records, run)
+    }
+
+    fn append_to(
+        &self,
+        stream: &str,
+        producer: &str,
+        epoch: u64,
+        sequence: u64,
+        records: Vec<String>,
+        run: Option<RunId>,
+    ) -> u64 {
+        let (session, producer, stream) = (self.session.clone(), producer.to_owned(), stream.to_owned());
         let run = run.map(|run| run.to_string());
-        self.recorder.invoke(&self.name, Call::Append { session, producer, epoch, sequence, records, run })
+        self.recorder.invoke(&self.name, Call::Append { session, producer, epoch, sequence, records, stream, run })
     }
 
     /// Appends records and batches, pipelined; opens its producer anew now and then, and when another one took its name.
@@ -382,11 +394,11 @@ impl Actor {
                 break;
             }
             let count = [1, 1, 2, 5][self.random.below(4) as usize];
-            let stream = if self.random.chance(0.3) { side } else { session.main() };
+            let (stream_name, stream) = if self.random.chance(0.3) { ("side", side) } else { ("main", session.main()) };
             loop {
                 sequence += 1;
                 let texts: Vec<String> = (0..count).map(|n| format!("{}/{sequence}/{n}", self.name)).collect();
-                let op = self.append(&name, producer.epoch(), sequence, texts.clone(), None);
+                let op = self.append_to(stream_name, &name, producer.epoch(), sequence, texts.clone(), None);
                 let batch: Vec<_> = texts.into_iter().map(|text| stream.data(text)).collect();
                 match producer.append_batch(&batch).await {
                     Ok(ticket) => break tell.send((op, ticket)).await.expect(GONE),
@@ -470,8 +482,9 @@ impl Actor {
         // Some values are gone soon: before everybody has rested, or what is complete would change behind that.
         let soon = (self.size.rest / 3).as_millis().min(1000) as u64;
         let lasts = if self.random.chance(0.2) { self.random.below(soon + 1) } else { 0 };
-        let put = Change::Put { value: value.clone().into(), lasts };
-        (Call::Put { session, key: key_name, value, expected }, StateChange { key, expected: condition, change: put })
+        let change = Change::Put { value: value.clone().into(), lasts };
+        let lasts = (lasts > 0).then_some(lasts);
+        (Call::Put { session, key: key_name, value, lasts, expected }, StateChange { key, expected: condition, change })
     }
 
     async fn live(&mut self, session: &Session) -> LiveView {
@@ -668,8 +681,7 @@ impl Actor {
     /// Reads from `start` on until everything that is there was seen. False if the session was deleted first.
     async fn read_through(&mut self, session: &Session, start: Start) -> bool {
         let (subscription, asked) = (self.recorder.subscription(), self.recorder.moment());
-        let from = seq_of(&start);
-        let of = Reading { session: self.session.clone(), filter: Filter::default(), asked, from };
+        let of = Reading::of(&self.session, &Filter::default(), start, asked);
         let Ok(mut reading) = session.subscribe(start).open().await else { return false };
         loop {
             let event = match reading.next().await {
@@ -720,7 +732,7 @@ impl Actor {
             Err(error) => return self.is_revoked(&error),
         };
         let (subscription, asked, start) = (self.recorder.subscription(), self.recorder.moment(), Start::Earliest);
-        let of = Reading { session: self.session.clone(), filter: Filter::default(), asked, from: seq_of(&start) };
+        let of = Reading::of(&self.session, &Filter::default(), start, asked);
         let mut reading = match session.subscribe(start).open().await {
             Ok(reading) => reading,
             Err(error) => return self.is_revoked(&error),
@@ -782,6 +794,7 @@ impl Actor {
                 if !self.speak(&session, &producer, &run, &name, turn * 100).await {
                     producer = self.open(&session, &name).await;
                 }
+                self.let_go(run).await;
             }
             let id = RunId(self.random.array());
             let (session_name, run_name) = (self.session.clone(), id.to_string());
@@ -797,7 +810,7 @@ impl Actor {
                 // Let go, it is lost; whoever stands by goes on with it.
                 self.speak(&session, &producer, &run, &name, turn * 100 + 10).await;
                 let holder = producer.of_run(&run);
-                run.release().await.expect("released");
+                self.let_go(run).await;
                 if self.random.chance(0.5) {
                     // It goes on as if it held it, also once another one does.
                     let mut alive = true;
@@ -826,8 +839,8 @@ impl Actor {
                     Err(error) => Err(error),
                 };
                 self.recorder.stored(&self.name, op, &ended);
-            }
-            if !alive {
+            } else {
+                self.let_go(run).await;
                 producer = self.open(&session, &name).await;
             }
             self.pause().await;
@@ -842,6 +855,14 @@ impl Actor {
         let taken = timeout(lease * 4, session.take_run(Some(id), lease)).await.ok()?;
         self.recorder.answered(&self.name, op, &taken.as_ref().map(Run::epoch).map_err(Clone::clone));
         taken.ok()
+    }
+
+    /// Holds a run no more, so that it is lost.
+    async fn let_go(&self, run: Run) {
+        let call = Call::ReleaseRun { session: self.session.clone(), run: run.id().to_string() };
+        let op = self.recorder.invoke(&self.name, call);
+        let released = run.release().await;
+        self.recorder.answered(&self.name, op, &released.map(|()| 0));
     }
 
     /// Writes for a run that it does not hold any more. False once its producer has ended.
@@ -902,7 +923,7 @@ impl Actor {
         loop {
             let subscription = self.recorder.subscription();
             let asked = self.recorder.moment();
-            let of = Reading { session: self.session.clone(), filter: filter.clone(), asked, from: seq_of(&start) };
+            let of = Reading::of(&self.session, &filter, start, asked);
             let mut wanted = session.subscribe(start);
             for stream in &filter.streams {
                 wanted = wanted.stream(stream.clone());
@@ -918,8 +939,9 @@ impl Actor {
             self.recorder.say(&self.name, Event::Left { subscription });
             drop(reading);
             self.pause().await;
-            start = match self.random.below(3) {
+            start = match self.random.below(4) {
                 0 => Start::Latest,
+                3 => Start::Snapshot,
                 1 => Start::Last(self.random.below(20)),
                 _ => Start::Seq(next),
             };
@@ -1010,14 +1032,6 @@ fn producer_has_ended(result: &Result<u64, AppendError>) -> bool {
     let Err(AppendError { error, .. }) = result else { return false };
     let fatal = ["FENCED", "PRODUCER_UNKNOWN", "CLOSED", "GONE"];
     fatal.contains(&error.name().as_str()) || matches!(error, ClientError::Unreachable { .. })
-}
-
-/// The seq that a subscription is to begin at, where it is told.
-fn seq_of(start: &Start) -> Option<u64> {
-    match start {
-        Start::Seq(seq) => Some(*seq),
-        _ => None,
-    }
 }
 
 fn kind_of(name: &str) -> Kind {

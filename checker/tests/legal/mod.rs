@@ -1,6 +1,8 @@
 //! Histories of a service that does everything right, from a seed.
 
-use std::collections::BTreeMap;
+pub(crate) mod sides;
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use mainstay_checker::fold::Fold;
 use mainstay_checker::history::{Call, Entry, Event, Filter, Position, Record, View};
@@ -39,6 +41,8 @@ struct Reader {
     process: String,
     filter: Filter,
     next: u64,
+    /// It begins with the view.
+    view: bool,
     begun: bool,
 }
 
@@ -56,8 +60,12 @@ struct World<'r> {
     /// Batches of each producer.
     batches: BTreeMap<String, u64>,
     held: BTreeMap<(String, String), u64>,
+    /// Keys whose value goes by itself.
+    passing: BTreeSet<String>,
     sequences: BTreeMap<String, u64>,
     readers: Vec<Reader>,
+    /// Nothing is in the way of anybody.
+    calm: bool,
 }
 
 const WRITERS: u64 = 3;
@@ -65,8 +73,10 @@ const KEYS: [&str; 3] = ["a", "b", "n"];
 
 /// A history of some dozens of operations, whole and sound.
 pub(crate) fn history(random: &mut Random) -> Vec<Entry> {
+    let calm = random.below(2) == 0;
     let mut world = World {
         random,
+        calm,
         at: 1,
         entries: Vec::new(),
         log: Vec::new(),
@@ -76,6 +86,7 @@ pub(crate) fn history(random: &mut Random) -> Vec<Entry> {
         epochs: BTreeMap::new(),
         batches: BTreeMap::new(),
         held: BTreeMap::new(),
+        passing: BTreeSet::new(),
         sequences: BTreeMap::new(),
         readers: Vec::new(),
     };
@@ -99,6 +110,7 @@ impl World<'_> {
             7..9 => self.answer(),
             9 if self.readers.len() < 5 && step.is_multiple_of(7) => self.subscribe(),
             9..11 => self.deliver(),
+            11 if step.is_multiple_of(3) => self.expire(),
             _ => self.look(),
         }
     }
@@ -135,7 +147,8 @@ impl World<'_> {
                 let of_run =
                     self.fold.runs.iter().find(|(_, run)| !run.over && run.holder.as_deref() == Some(writer.as_str()));
                 let run = of_run.map(|(id, _)| id.clone()).filter(|_| sequence.is_multiple_of(2));
-                self.invoke(&writer, Call::Append { session, producer, epoch, sequence, records, run });
+                let stream = if sequence.is_multiple_of(3) { "side".to_owned() } else { "main".to_owned() };
+                self.invoke(&writer, Call::Append { session, producer, epoch, sequence, records, stream, run });
             }
             6 => {
                 // What is on its way under the older epoch would be decided behind the new one.
@@ -151,7 +164,8 @@ impl World<'_> {
                 let expected = [None, Some(known), Some(known + 500)][self.random.below(3) as usize];
                 self.ops += 1;
                 let value = format!("v{}", self.ops);
-                self.invoke(&writer, Call::Put { session, key, value, expected });
+                let lasts = (self.random.below(3) == 0).then_some(1000);
+                self.invoke(&writer, Call::Put { session, key, value, lasts, expected });
             }
             9 => self.invoke(&writer, Call::Increment { session, key: "n".into(), by: 3 }),
             10 => {
@@ -177,16 +191,14 @@ impl World<'_> {
         let held = runs.iter().find(|(_, run)| !run.over && run.holder.as_deref() == Some(writer));
         match (held, runs.iter().find(|(_, run)| !run.over && run.holder.is_none())) {
             (Some((id, run)), _) => {
-                if self.random.below(2) == 0 {
-                    let record = Record {
-                        kind: "run.lost".into(),
-                        run: Some(id.clone()),
-                        epoch: Some(run.epoch),
-                        ..Record::default()
-                    };
-                    self.store("server", record);
-                } else {
-                    self.invoke(writer, Call::EndRun { session, run: id.clone() });
+                match self.random.below(4) {
+                    // Whoever is kept from it loses it.
+                    0 if !self.calm => {
+                        self.disturb();
+                        self.lose(id, run.epoch);
+                    }
+                    0 | 1 => self.invoke(writer, Call::ReleaseRun { session, run: id.clone() }),
+                    _ => self.invoke(writer, Call::EndRun { session, run: id.clone() }),
                 }
             }
             (None, Some((id, _))) => self.invoke(writer, Call::TakeRun { session, run: id.clone() }),
@@ -197,11 +209,29 @@ impl World<'_> {
         }
     }
 
+    /// Something is in the way of everybody.
+    fn disturb(&mut self) {
+        self.say("world", Event::Provoked { what: "loss".into(), count: 1 });
+    }
+
+    fn lose(&mut self, run: &str, epoch: u64) {
+        let (run, epoch) = (Some(run.to_owned()), Some(epoch));
+        self.store("server", Record { kind: "run.lost".into(), run, epoch, ..Record::default() });
+    }
+
+    /// A value goes by itself that was not to last.
+    fn expire(&mut self) {
+        let passing: Vec<String> = self.passing.iter().cloned().collect();
+        let Some(key) = self.random.pick(&passing) else { return };
+        self.passing.remove(&key);
+        self.store("server", Record { kind: "state.expired".into(), key: Some(key), ..Record::default() });
+    }
+
     /// Stores a record and returns its seq.
     fn store(&mut self, author: &str, record: Record) -> u64 {
         let seq = self.log.len() as u64;
-        let stream = if seq.is_multiple_of(3) { "side" } else { "main" };
-        let record = Record { seq, author: author.into(), stream: stream.into(), ..record };
+        let stream = if record.stream.is_empty() { "main".to_owned() } else { record.stream.clone() };
+        let record = Record { seq, author: author.into(), stream, ..record };
         self.fold.add(&record);
         self.log.push(record);
         seq
@@ -240,7 +270,7 @@ impl World<'_> {
                 self.held.insert((process.to_owned(), producer.clone()), *epoch);
                 return Ok(Some(*epoch));
             }
-            Call::Append { producer, epoch, records, run, .. } => {
+            Call::Append { producer, epoch, records, stream, run, .. } => {
                 if self.epochs.get(producer) != Some(epoch) {
                     return Err("FENCED");
                 }
@@ -252,15 +282,20 @@ impl World<'_> {
                 let first = self.log.len() as u64;
                 *self.batches.entry(producer.clone()).or_default() += 1;
                 for text in records {
-                    self.store(process, Record { data: Some(text.clone()), run: run.clone(), ..kind("data") });
+                    let (data, stream, run) = (Some(text.clone()), stream.clone(), run.clone());
+                    self.store(process, Record { data, stream, run, ..kind("data") });
                 }
                 first
             }
-            Call::Put { key, value, expected, .. } => {
+            Call::Put { key, value, lasts, expected, .. } => {
                 let revision = self.fold.state.get(key).map_or(0, |(_, revision)| *revision + 1);
                 if expected.is_some_and(|expected| expected != revision) {
                     return Err("CONFLICT");
                 }
+                match lasts {
+                    Some(_) => self.passing.insert(key.clone()),
+                    None => self.passing.remove(key),
+                };
                 self.store(process, state("state.put", key, Some(value.clone())))
             }
             Call::Speak { message, text, .. } => {
@@ -276,7 +311,10 @@ impl World<'_> {
                 self.store(process, part("message.append", Some(two)));
                 self.store(process, part("message.end", None))
             }
-            Call::Delete { key, .. } => self.store(process, state("state.deleted", key, None)),
+            Call::Delete { key, .. } => {
+                self.passing.remove(key);
+                self.store(process, state("state.deleted", key, None))
+            }
             Call::Increment { key, by, .. } => {
                 let old: i64 = self.fold.state.get(key).map_or(0, |(value, _)| value.parse().expect("a number"));
                 self.store(process, state("state.put", key, Some((old + by).to_string())))
@@ -300,6 +338,16 @@ impl World<'_> {
                 }
                 _ => return Err("RUN_FENCED"),
             },
+            Call::ReleaseRun { run, .. } => {
+                if let Some(known) = self.fold.runs.get(run)
+                    && known.holder.as_deref() == Some(process)
+                    && !known.over
+                {
+                    let epoch = known.epoch;
+                    self.lose(run, epoch);
+                }
+                return Ok(None);
+            }
             Call::EndRun { run, .. } => match self.fold.runs.get(run) {
                 Some(known) if known.holder.as_deref() == Some(process) && !known.over => {
                     self.store(process, Record { run: Some(run.clone()), ..kind("run.end") })
@@ -318,8 +366,12 @@ impl World<'_> {
             (0..self.pending.len()).filter(|index| self.pending[*index].answer.is_some()).collect();
         let Some(index) = self.random.pick(&decided) else { return };
         let Pending { op, process, answer, .. } = self.pending.remove(index);
+        let unknown = !self.calm && self.random.below(8) == 0;
+        if unknown {
+            self.disturb();
+        }
         let answer = match answer.expect("decided") {
-            _ if self.random.below(8) == 0 => Event::Unknown { op },
+            _ if unknown => Event::Unknown { op },
             Ok(seq) => Event::Ok { op, seq },
             Err(code) => Event::Fail { op, code: code.into() },
         };
@@ -333,8 +385,8 @@ impl World<'_> {
             2 => Filter { streams: Vec::new(), kinds: vec!["data".into()] },
             _ => Filter::default(),
         };
-        let process = format!("reader-{number}");
-        self.readers.push(Reader { number, process, filter, next: 0, begun: false });
+        let (process, view) = (format!("reader-{number}"), number == 3);
+        self.readers.push(Reader { number, process, filter, next: 0, view, begun: false });
     }
 
     fn deliver(&mut self) {
@@ -346,17 +398,20 @@ impl World<'_> {
 
     fn deliver_to(&mut self, index: usize, most: u64) {
         let tail = self.log.len() as u64;
-        let Reader { number, process, filter, next, begun } = &mut self.readers[index];
-        let (subscription, process) = (*number, process.clone());
+        let Reader { number, process, filter, next, view, begun } = &mut self.readers[index];
+        let (subscription, view, process) = (*number, *view, process.clone());
         if !*begun {
             *begun = true;
             *next = if subscription.is_multiple_of(2) { 0 } else { tail };
             let (session, incarnation, filter, next) = ("s".to_owned(), "i".to_owned(), filter.clone(), *next);
             let asked = self.at;
-            return self.say(
-                &process,
-                Event::Started { subscription, session, incarnation, next, tail, asked, from: None, filter },
-            );
+            let started =
+                Event::Started { subscription, session, incarnation, next, tail, asked, from: None, view, filter };
+            self.say(&process, started);
+            if view {
+                self.say(&process, Event::Skipped { subscription, next, hash: format!("h{next}") });
+            }
+            return;
         }
         let (from, to) = (*next, (*next + most).min(tail));
         *next = to;
@@ -392,8 +447,9 @@ impl World<'_> {
             let before = self.pending.iter().filter(|pending| pending.answer.is_none()).count();
             self.decide();
             let after = self.pending.iter().filter(|pending| pending.answer.is_none()).count();
-            if before == after && self.random.below(50) == 0 {
+            if !self.calm && before == after && self.random.below(50) == 0 {
                 // What never was decided may have been anything.
+                self.disturb();
                 self.pending.retain(|pending| pending.answer.is_some());
             }
         }
