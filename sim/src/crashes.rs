@@ -193,6 +193,7 @@ async fn round(
         agents: 1,
         renewers: 1,
         trimmers: 1,
+        trims: u64::MAX / 3,
         askers: 1,
         looks: 0.01,
         pause: Duration::from_millis(3),

@@ -225,8 +225,9 @@ async fn serves_nothing_wrong(store: &FjallStore, stored: &Stored) -> Result<(),
 struct Whole {
     server: Server,
     image: Image,
-    /// Where the server's log is.
+    /// Where the server's log is, and how much of it was looked at.
     log: PathBuf,
+    read: usize,
 }
 
 /// Records of each of its sessions.
@@ -265,7 +266,7 @@ impl Whole {
             }
         }
         copy(&data, &dir).expect("copy");
-        Self { server, image: Image { dir, earlier, stored, _temp: temp }, log }
+        Self { server, image: Image { dir, earlier, stored, _temp: temp }, log, read: 0 }
     }
 
     /// Damages a file, and looks what `verify` and the server say. `None` if there was nothing to damage.
@@ -278,7 +279,9 @@ impl Whole {
         let what = damage(&self.image, &data, &files, random).expect("damage")?;
         let judged = self.judge(&data).await;
         self.server.kill().await;
-        let said = fs::read_to_string(&self.log).unwrap_or_default();
+        let log = fs::read_to_string(&self.log).expect("the log");
+        let said = log.get(self.read..).expect("it grows");
+        self.read = log.len();
         // The engine panics on some damage, which is caught (`store/fjall`): what comes of it is looked at as everything else is.
         let ours =
             |line: &&str| line.contains("panicked at") && !line.contains("/fjall-") && !line.contains("/lsm-tree-");

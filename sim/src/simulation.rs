@@ -316,8 +316,16 @@ impl World {
             2 => {
                 // And once more, while the one before looks at what it found.
                 self.crash();
-                sleep(Duration::from_micros(self.random.below(30_000))).await;
-                self.recorder.provoked("crash-in-recovery");
+                let most = 1 + self.random.below(30);
+                for _ in 0..LOOKED_FOR {
+                    match self.home.disk.recovering() {
+                        Some(asked) if asked < most => sleep(LOOK).await,
+                        _ => break,
+                    }
+                }
+                if self.home.disk.recovering().is_some_and(|asked| asked > 0) {
+                    self.recorder.provoked("crash-in-recovery");
+                }
                 self.crash();
             }
             3 | 4 => {
@@ -360,6 +368,11 @@ impl World {
     }
 }
 
+/// How often it is looked whether a server that has begun again is at work, and how many times at most: clients that could not reach it for a
+/// while take seconds to come back.
+const LOOK: Duration = Duration::from_micros(300);
+const LOOKED_FOR: u64 = 10_000;
+
 /// The subject whose tokens may be revoked.
 const FORMER: &str = "former";
 
@@ -382,6 +395,7 @@ async fn live(seed: u64, recorder: &Recorder) {
         agents: random.below(3),
         renewers: random.below(2),
         trimmers: random.below(2),
+        trims: 4 + random.below(12),
         askers: random.below(2),
         looks: 0.5,
         pause: Duration::from_millis(5 + random.below(200)),

@@ -49,6 +49,8 @@ pub struct Size {
     pub renewers: u64,
     /// Those that give up what is old, in a session beside, and as many guests who must not read there.
     pub trimmers: u64,
+    /// How often each does.
+    pub trims: u64,
     /// Those that ask people for something, which is answered or expires.
     pub askers: u64,
     /// The chance that a view that has caught up is written down.
@@ -74,6 +76,7 @@ impl Default for Size {
             agents: 2,
             renewers: 1,
             trimmers: 1,
+            trims: 4,
             askers: 1,
             looks: 0.5,
             pause: Duration::from_millis(40),
@@ -174,6 +177,8 @@ impl Workload {
             this.working.spawn(actor.trim(format!("trimmer-{n}")));
             let guest = this.actor("guest", n, client(session), random);
             this.working.spawn(guest.visit());
+            let laggard = this.actor("laggard", n, client(""), random);
+            this.watching.spawn(laggard.lag());
         }
         for n in 0..size.readers {
             let actor = this.actor("reader", n, client(""), random);
@@ -650,7 +655,10 @@ impl Actor {
         let session = self.attach().await;
         let mut producer = self.open(&session, &name).await;
         let mut tail = 0;
-        for sequence in 1..12 {
+        for sequence in 1..=self.size.trims * 3 {
+            if self.is_over() {
+                break;
+            }
             let texts: Vec<String> = (0..3).map(|n| format!("{}/{sequence}/{n}", self.name)).collect();
             let op = self.append(&name, producer.epoch(), sequence, texts.clone(), None);
             let batch: Vec<_> = texts.into_iter().map(|text| session.main().data(text)).collect();
@@ -676,6 +684,37 @@ impl Actor {
             }
             self.pause().await;
         }
+    }
+
+    /// Reads what is given up at the same time, and takes its time: now and then what follows is gone when it comes back.
+    async fn lag(mut self) {
+        self.session = beside(&self.session);
+        let session = self.attach().await;
+        let (subscription, asked, start) = (self.recorder.subscription(), self.recorder.moment(), Start::Earliest);
+        let of = Reading::of(&self.session, &Filter::default(), start, asked);
+        let mut reading = session.subscribe(start).open().await.expect("subscribe");
+        let mut caught_up = false;
+        loop {
+            let over = self.end.borrow_and_update().is_some();
+            if over && caught_up {
+                break;
+            }
+            let event = tokio::select! {
+                biased;
+                event = timeout(self.size.patience, reading.next()) => event,
+                _ = self.end.changed(), if !over => continue,
+            };
+            // Who does not come to the end now never does.
+            let Ok(event) = event else { break };
+            let event = event.expect("an event").unwrap_or_else(|error| panic!("{}: {error}", self.name));
+            self.recorder.saw(&self.name, subscription, &of, &event);
+            caught_up = matches!(event, Seen::CaughtUp { .. });
+            if !over {
+                self.pause().await;
+                self.pause().await;
+            }
+        }
+        self.recorder.say(&self.name, Event::Left { subscription });
     }
 
     /// Reads from `start` on until everything that is there was seen. False if the session was deleted first.

@@ -269,27 +269,30 @@ pub(crate) fn open_checked(layout: &Layout, config: &Config, format: &Format, se
     Ok(engine)
 }
 
-/// Checks what fjall believes without looking: that each keyspace names its current version file, and that the file is what was
-/// written. fjall would panic on some damage there, or remove the keyspace.
+/// Checks of each keyspace of the store what [`check_keyspace`] does.
 pub(crate) fn check_keyspaces(log: &Path, format: &Format) -> Result<(), OpenError> {
-    for number in [0].iter().chain(&format.keyspaces) {
-        let dir = log.join("keyspaces").join(number.to_string());
-        let damaged = |what: &str| OpenError::Damaged(format!("{}: {what}", dir.display()));
-        let read = |name: &str| match fs::read(dir.join(name)) {
-            Ok(bytes) => Ok(bytes),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(damaged(&format!("{name} is missing"))),
-            Err(error) => Err(OpenError::Io(dir.join(name), error)),
-        };
-        // current = version id u64 | XXH3-128 of the version file u128 | 0, little-endian
-        let current: [u8; 25] =
-            read("current")?.try_into().map_err(|_| damaged("`current` does not have its length"))?;
-        let (id, checksum) = (current[..8].try_into(), current[8..24].try_into());
-        let (id, checksum) = (id.map(u64::from_le_bytes), checksum.map(u128::from_le_bytes));
-        let (Ok(id), Ok(checksum)) = (id, checksum) else { return Err(damaged("`current` does not have its length")) };
-        let version = read(&format!("v{id}"))?;
-        if current[24] != 0 || xxhash_rust::xxh3::xxh3_128(&version) != checksum {
-            return Err(damaged("the version file is not the one that `current` names"));
-        }
+    let keyspaces = log.join("keyspaces");
+    [0].iter().chain(&format.keyspaces).try_for_each(|number| check_keyspace(&keyspaces.join(number.to_string())))
+}
+
+/// Checks what fjall believes without looking: that the keyspace in `dir` names its current version file, and that the file is what was
+/// written. fjall would remove the keyspace on some damage there; on other damage it panics, and once more while that unwinds, which ends
+/// the process.
+pub(crate) fn check_keyspace(dir: &Path) -> Result<(), OpenError> {
+    let damaged = |what: &str| OpenError::Damaged(format!("{}: {what}", dir.display()));
+    let read = |name: &str| match fs::read(dir.join(name)) {
+        Ok(bytes) => Ok(bytes),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(damaged(&format!("{name} is missing"))),
+        Err(error) => Err(OpenError::Io(dir.join(name), error)),
+    };
+    // current = version id u64 | XXH3-128 of the version file u128 | 0, little-endian
+    let current: [u8; 25] = read("current")?.try_into().map_err(|_| damaged("`current` does not have its length"))?;
+    let (id, checksum) = (current[..8].try_into(), current[8..24].try_into());
+    let (id, checksum) = (id.map(u64::from_le_bytes), checksum.map(u128::from_le_bytes));
+    let (Ok(id), Ok(checksum)) = (id, checksum) else { return Err(damaged("`current` does not have its length")) };
+    let version = read(&format!("v{id}"))?;
+    if current[24] != 0 || xxhash_rust::xxh3::xxh3_128(&version) != checksum {
+        return Err(damaged("the version file is not the one that `current` names"));
     }
     Ok(())
 }

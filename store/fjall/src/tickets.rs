@@ -9,6 +9,8 @@ use std::sync::{Mutex, PoisonError};
 
 use fjall::{Database, Keyspace, KeyspaceCreateOptions};
 
+use crate::open::{OpenError, check_keyspace};
+
 /// Tickets of one generation. There are two, and when the younger is full the elder goes: a hundred thousand tickets, some 60 MB, at
 /// most, whatever clients do; a client that is away so long that its ticket has gone needs one round trip more.
 const GENERATION: usize = 50_000;
@@ -46,6 +48,19 @@ fn boot() -> Option<Vec<u8>> {
     fs::read("/proc/sys/kernel/random/boot_id").ok()
 }
 
+/// Looks at what the engine would not survive. A directory that is not there yet has nothing to look at.
+fn check(dir: &Path) -> Result<(), OpenError> {
+    let keyspaces = dir.join("keyspaces");
+    if !keyspaces.exists() {
+        return Ok(());
+    }
+    let wrong = |error| OpenError::Io(keyspaces.clone(), error);
+    for entry in fs::read_dir(&keyspaces).map_err(wrong)? {
+        check_keyspace(&entry.map_err(wrong)?.path())?;
+    }
+    Ok(())
+}
+
 impl Tickets {
     /// Opens the directory, or makes it. One that does not open is made anew: it is disposable. Errors: the file system, or the
     /// engine, cannot even do that.
@@ -69,6 +84,7 @@ impl Tickets {
     }
 
     fn try_open(dir: &Path) -> Result<Self, String> {
+        check(dir).map_err(|error| error.to_string())?;
         let opened = catch_unwind(AssertUnwindSafe(|| {
             let db =
                 Database::builder(dir).cache_size(1 << 20).max_journaling_size(64 << 20).worker_threads(1).open()?;
@@ -131,6 +147,34 @@ impl Tickets {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// fjall asserts what stands there, and panics again while it unwinds.
+    #[test]
+    fn tickets_whose_version_file_is_damaged_are_given_up() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("tickets");
+        let open = || Tickets::open(&path).expect("open");
+        assert!(open().put(b"id", b"value"));
+        let keyspaces: Vec<_> = fs::read_dir(path.join("keyspaces")).expect("keyspaces").flatten().collect();
+        assert!(keyspaces.len() > 3, "{keyspaces:?}");
+        for keyspace in keyspaces {
+            let files = fs::read_dir(keyspace.path()).expect("files").flatten().map(|file| file.path());
+            let is_version = |path: &std::path::PathBuf| {
+                path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('v'))
+            };
+            let versions: Vec<_> = files.filter(is_version).collect();
+            assert!(!versions.is_empty(), "{keyspace:?}");
+            for version in versions {
+                let mut bytes = fs::read(&version).expect("a version file");
+                // How many levels there are.
+                bytes[8] ^= 1 << 2;
+                fs::write(&version, bytes).expect("written");
+            }
+            let tickets = open();
+            assert!(tickets.take(b"id").is_none(), "{keyspace:?}");
+            assert!(tickets.put(b"id", b"value"));
+        }
+    }
 
     #[test]
     fn a_ticket_is_given_once_over_restarts() {

@@ -65,6 +65,9 @@ struct Disk {
     pending: BTreeMap<u64, (Writer, Arc<Chunk>, Option<u64>)>,
     appends: u64,
     torn: u64,
+    /// What this process has asked for, and whether it has asked for an append.
+    asked: u64,
+    appended: bool,
     /// Where those that are dead would be answered.
     unanswered: Vec<oneshot::Sender<Outcome>>,
 }
@@ -91,6 +94,8 @@ impl SimulatedDisk {
             pending: BTreeMap::new(),
             appends: 0,
             torn: 0,
+            asked: 0,
+            appended: false,
             unanswered: Vec::new(),
         };
         Self { durable: MemoryStore::new(), disk: Arc::new(Mutex::new(disk)), life: 0 }
@@ -110,7 +115,7 @@ impl SimulatedDisk {
     pub fn crash(&self) -> Self {
         let mut disk = self.lock();
         disk.life += 1;
-        disk.failed = false;
+        (disk.failed, disk.asked, disk.appended) = (false, 0, false);
         for (writer, chunk, wake) in core::mem::take(&mut disk.pending).into_values() {
             let bytes = chunk.bytes();
             let written = match disk.random.below(3) {
@@ -124,6 +129,12 @@ impl SimulatedDisk {
             }
         }
         Self { life: disk.life, ..self.clone() }
+    }
+
+    /// How much the process that has the disk has asked for, while it only looked at what it found: `None` once it appended.
+    pub fn recovering(&self) -> Option<u64> {
+        let disk = self.lock();
+        (!disk.appended).then_some(disk.asked)
     }
 
     /// Of how many chunks a crash left a part.
@@ -152,6 +163,7 @@ impl SimulatedDisk {
 
     fn fate(&self, writes: bool) -> Fate {
         let mut disk = self.lock();
+        disk.asked += 1;
         let Wear { latency, stalls, overloaded, full, .. } = disk.wear;
         let (early, stalled) = (disk.random.below(2) == 0, disk.random.below(1000) < u64::from(stalls));
         let takes = Duration::from_micros(disk.random.below(latency.as_micros() as u64 + 1));
@@ -287,6 +299,7 @@ impl Store for SimulatedDisk {
             self.lock().unanswered.push(answer);
             return committing;
         }
+        self.lock().appended = true;
         let fate = self.fate(true);
         if let Some(error) = fate.refused {
             let certain = matches!(error, StoreError::NoSpace | StoreError::Overloaded);
