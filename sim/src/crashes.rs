@@ -3,7 +3,7 @@
 //! ```text
 //! round:  begin a workload on a session of its own
 //!         cycle:  let it work ─▶ kill, or cut the power ─▶ start again         (many times)
-//!         settle, read everything, kill, `verify --dump`, check all three
+//!         back up, settle, read everything, kill, `verify --dump`, restore the backup elsewhere, check all of it
 //! ```
 
 use core::time::Duration;
@@ -16,11 +16,9 @@ use std::process::{Command, Stdio};
 
 use mainstay_checker::history::{Entry, Event, Record, read_dump};
 use mainstay_checker::verdict::Verdict;
-use mainstay_client::Config;
-use mainstay_protocol::session::Operation;
+use mainstay_client::{Client, Config};
 use mainstay_server::auth::SigningKey;
-use mainstay_tests::harness::claims;
-use mainstay_tests::process::{Server, binary};
+use mainstay_tests::process::{self, Server, binary};
 use mainstay_transport::sim::Random;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::time::{Instant, sleep};
@@ -28,7 +26,7 @@ use tokio::time::{Instant, sleep};
 use crate::findings::Findings;
 use crate::history::Recorder;
 use crate::power::Disk;
-use crate::workload::{Size, Workload};
+use crate::workload::{Rights, Size, Workload};
 
 /// What kills the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,11 +56,23 @@ const ROUND: u64 = 20;
 const ROUNDS: u64 = 5;
 
 /// What has to happen in as many crashes as CI makes, of whatever kind.
-const PROVOKED: &[&str] =
-    &["acknowledged", "batches", "changes", "complete-reads", "deeds", "fenced", "positions", "resumes", "unknown"];
+const PROVOKED: &[&str] = &[
+    "acknowledged",
+    "batches",
+    "changes",
+    "complete-reads",
+    "deeds",
+    "fenced",
+    "namespaces-compared",
+    "positions",
+    "restored",
+    "resumes",
+    "told-that-it-is-revoked",
+    "unknown",
+];
 
 /// The same of kills; the first only where there is strace.
-const KILLED: [&str; 10] = [
+const KILLED: [&str; 11] = [
     "kill-at-call",
     "kill",
     "kill-in-recovery",
@@ -72,6 +82,7 @@ const KILLED: [&str; 10] = [
     "runs",
     "tables",
     "views",
+    "withheld",
     "zombies-fenced",
 ];
 
@@ -128,7 +139,10 @@ pub async fn run(campaign: Campaign) -> Findings {
         };
         let data = disk.as_ref().map_or_else(|| temp.path().join("data"), |disk| disk.root().join("data"));
         total.left.clear();
-        let mut server = Server::start_in(&data, SMALL).await;
+        let elsewhere = SigningKey::generate().expect("a key");
+        let config = temp.path().join("config");
+        std::fs::write(&config, settings(&elsewhere)).expect("a file");
+        let mut server = Server::start_in(&data, &["--config", config.to_str().expect("a path")]).await;
         let log = temp.path().join("log");
         server.log_to(log.clone());
         for round in 0..ROUNDS {
@@ -137,7 +151,7 @@ pub async fn run(campaign: Campaign) -> Findings {
                 break;
             }
             let session = format!("round-{}-{round}", done);
-            let under = Under { disk: disk.as_ref(), planted: campaign.planted, lives: false };
+            let under = Under { disk: disk.as_ref(), planted: campaign.planted, lives: false, elsewhere: &elsewhere };
             let (recorder, data) = (Recorder::default(), server.dir().to_owned());
             let mut evidence = Evidence { recorder: recorder.clone(), data, session: session.clone(), sound: false };
             let entries = self::round(&mut server, &under, &recorder, &session, cycles, &mut random, &mut total).await;
@@ -161,8 +175,12 @@ pub async fn run(campaign: Campaign) -> Findings {
     wrong
 }
 
-/// Tables are written after every half megabyte, so that they are also while there are crashes.
-const SMALL: &[&str] = &["--set", "store.memtable_bytes=524288"];
+/// Tables are written after every half megabyte, so that they are also while there are crashes; there is another namespace, which has this
+/// key.
+fn settings(elsewhere: &SigningKey) -> String {
+    let key = elsewhere.verifying_key().to_paserk();
+    format!("store.memtable_bytes = 524288\n\n[[namespaces]]\nname = \"elsewhere\"\nauth.keys = [\"{key}\"]\n")
+}
 
 /// How many tables there are on the disk, beside those that the engine has for itself.
 fn tables(data: &Path) -> u64 {
@@ -189,7 +207,8 @@ async fn round(
         changers: 2,
         changes: u64::MAX,
         turns: 40,
-        members: 1,
+        members: 2,
+        grace: Duration::from_secs(1),
         agents: 1,
         renewers: 1,
         trimmers: 1,
@@ -197,32 +216,51 @@ async fn round(
         askers: 1,
         looks: 0.01,
         pause: Duration::from_millis(3),
-        rest: Duration::from_millis(2400),
+        // Longer than it takes until a member that died is told to be gone.
+        rest: Duration::from_secs(5),
         patience: Duration::from_secs(60),
     };
-    let client = |server: &Server, prefix: &str| {
-        let mut config = Config::default();
-        config.give_up_after = None;
-        config.token = Some(token(server.dir(), prefix));
-        server.client(config)
-    };
-    let work = Workload::begin(session, &size, recorder, random, |prefix| client(server, prefix));
+    let own = own_key(server.dir());
+    let mut work = Workload::begin(session, &size, recorder, random, |rights| client(server, &own, rights));
+    work.tenant(|rights| client(server, under.elsewhere, rights), random);
+    let subject = format!("former-{session}");
+    let former = work.former(&subject, |rights| client(server, &own, rights), random);
+    let (believed_until, mut is_revoked) = (1 + random.below(cycles.div_ceil(2)), false);
     for cycle in 1..=cycles {
         sleep(Duration::from_micros(40_000 + random.below(140_000))).await;
         crash(server, under.disk, random, recorder).await;
         // Nobody is there to start it again behind the last one.
         let lives = cycle == cycles;
         start(server, random, &Under { lives, ..*under }, recorder, total).await;
+        // A server that is killed over it is told again.
+        if cycle >= believed_until && !is_revoked {
+            is_revoked = on(server, &["token", "revoke", "--subject", &subject]).await.is_ok();
+            if is_revoked {
+                recorder.say(&former, Event::Revoked {});
+            }
+        }
     }
     sleep(Duration::from_millis(300)).await;
+    let observer = client(server, &own, Rights::ALL);
+    let tail = observer.session(session).expect("a name").attach().await.expect("attach").info().tail;
+    let backup = tempfile::tempdir().expect("a directory");
+    let file = backup.path().join("backup");
+    let saved = on(server, &["backup", file.to_str().expect("a path")]).await;
     work.wind_down();
-    let observer = client(server, "");
     work.settle(&observer).await;
     let mut entries = recorder.entries();
     server.kill().await;
     let at = entries.last().map_or(0, |entry| entry.at);
     let mut dumped = dump(server.dir()).expect("the data directory is whole");
     total.compare(&dumped);
+    let restored = match saved {
+        Ok(()) => restored(&file, &backup.path().join("data"), &dumped, (session, tail)).await,
+        Err(why) => Err(why),
+    };
+    match restored {
+        Ok(records) => *total.provoked.entry("restored".into()).or_default() += records,
+        Err(why) => total.changed.push(format!("the backup of {session}: {why}")),
+    }
     for name in [session.to_owned(), format!("{session}x")] {
         let is = |event: &mut Event| matches!(event, Event::Final { session, .. } if *session == name);
         // One that is not there has no records, which the checker compares with what was read.
@@ -242,13 +280,69 @@ async fn round(
     entries
 }
 
-/// A token of the development server for everything under a prefix.
-fn token(data: &Path, prefix: &str) -> String {
+/// The key of a development server.
+fn own_key(data: &Path) -> SigningKey {
     let key = std::fs::read_to_string(data.join("keys").join("signing")).expect("the key of a development server");
-    let key = SigningKey::from_paserk(&key).expect("a key");
-    let mut claims = claims("tester", prefix, Operation::ALL);
-    claims.expires += 24 * 3600;
-    key.mint(&claims).expect("a token")
+    SigningKey::from_paserk(&key).expect("a key")
+}
+
+/// A client that has these rights by a token that this key signs.
+fn client(server: &Server, key: &SigningKey, rights: Rights<'_>) -> Client {
+    let mut config = Config::default();
+    config.give_up_after = None;
+    let now = mainstay_tests::harness::now();
+    config.token = Some(key.mint(&rights.claims(now, now + 24 * 3600)).expect("a token"));
+    server.client(config)
+}
+
+/// Runs a command of the operator's on a server's data directory. Errors: what it said when it failed.
+async fn on(server: &Server, args: &[&str]) -> Result<(), String> {
+    let mut command = tokio::process::Command::new(binary());
+    command.args(args).arg("--data").arg(server.dir());
+    said(&process::run(command).await)
+}
+
+fn said(output: &std::process::Output) -> Result<(), String> {
+    if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
+}
+
+/// Brings a backup back in a directory of its own. It has what a session had at its tail when it was begun, and nothing but what the
+/// directory holds now that was saved, save what was given up or put together since. Returns how many records were compared.
+async fn restored(file: &Path, data: &Path, dumped: &[Event], (session, begun_at): (&str, u64)) -> Result<u64, String> {
+    let mut restore = tokio::process::Command::new(binary());
+    restore.arg("restore").arg(file).arg("--data").arg(data);
+    said(&process::run(restore).await)?;
+    let (mut compared, mut reach) = (0, None);
+    for event in dump(data).map_err(|error| error.to_string())? {
+        let Event::Final { session: name, tail, compacted: was, records, .. } = event else { continue };
+        if name == session {
+            reach = Some(tail);
+        }
+        let now = dumped.iter().find_map(|event| match event {
+            Event::Final { session: of, first, compacted, records, .. } if *of == name => {
+                Some((*first, *compacted, records))
+            }
+            _ => None,
+        });
+        // One that is deleted and made again may be gone, or have another life.
+        let Some((first, compacted, now)) = now.filter(|_| !name.contains("-renewed-")) else { continue };
+        if was || compacted {
+            continue;
+        }
+        for record in records.iter().filter(|record| record.seq >= first) {
+            let same = now.binary_search_by_key(&record.seq, |record| record.seq).ok().map(|at| &now[at]);
+            if same != Some(record) {
+                return Err(format!("{name} comes back with {record:?}, where {same:?} is"));
+            }
+            compared += 1;
+        }
+    }
+    match reach {
+        Some(tail) if tail >= begun_at => Ok(compared),
+        other => {
+            Err(format!("{session} comes back with the tail {other:?}, and was at {begun_at} before it was saved"))
+        }
+    }
 }
 
 /// What the data directory holds.
@@ -325,6 +419,8 @@ struct Under<'a> {
     planted: Option<&'static str>,
     /// It is not killed by what it does itself.
     lives: bool,
+    /// The key of its other namespace.
+    elsewhere: &'a SigningKey,
 }
 
 /// Starts the server again; now and then it is killed while it looks at what it finds.

@@ -12,9 +12,7 @@ use std::thread;
 use mainstay_checker::history::{Entry, Event as HistoryEvent};
 use mainstay_checker::verdict::{Class, Verdict};
 use mainstay_client::{Client, ClientError, Code, Config as ClientConfig, Event, Start};
-use mainstay_protocol::session::{Grant, Grants, Operation};
-use mainstay_protocol::wire::Subject;
-use mainstay_server::auth::{Claims, Keyring, Revocation, SigningKey, Trust};
+use mainstay_server::auth::{Keyring, Revocation, SigningKey, Trust};
 use mainstay_server::{Config, Namespace, ResumeKeys, Server, Stop};
 use mainstay_store::testing::{SimulatedDisk, Wear};
 use mainstay_store::{Health, Store};
@@ -28,7 +26,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::history::Recorder;
 use crate::rotten::{Readout, Row};
-use crate::workload::{Size, Workload};
+use crate::workload::{Rights, Size, Workload};
 
 /// What came of a seed.
 #[derive(Debug)]
@@ -278,19 +276,17 @@ impl World {
         self.serve(listener);
     }
 
-    /// A client that may do everything with the sessions under `prefix`.
-    fn client(&self, prefix: &str) -> Client {
-        self.client_of(&self.home, "tester", prefix)
+    /// A client that has these rights in the namespace in which nearly everything happens.
+    fn client(&self, rights: Rights<'_>) -> Client {
+        self.client_of(&self.home, rights)
     }
 
-    fn client_of(&self, tenant: &Tenant, subject: &str, prefix: &str) -> Client {
+    fn client_of(&self, tenant: &Tenant, rights: Rights<'_>) -> Client {
         let mut config = ClientConfig::default();
         config.give_up_after = None;
         let now = (clock() / 1000) as i64;
-        let grant = Grant { prefix: prefix.into(), operations: Operation::ALL.into_iter().collect() };
-        let subject = Subject::new(subject).expect("a subject");
         // Clocks jump.
-        let claims = Claims::new(subject, Grants(vec![grant]), now - 1_000_000, now + 100_000_000);
+        let claims = rights.claims(now - 1_000_000, now + 100_000_000);
         config.token = Some(tenant.key.mint(&claims).expect("a token"));
         Client::new(self.network.clone(), config)
     }
@@ -392,6 +388,7 @@ async fn live(seed: u64, recorder: &Recorder) {
         changes: 15,
         turns: 3,
         members: random.below(3),
+        grace: Duration::from_secs(5),
         agents: random.below(3),
         renewers: random.below(2),
         trimmers: random.below(2),
@@ -402,10 +399,10 @@ async fn live(seed: u64, recorder: &Recorder) {
         rest: Duration::from_secs(30),
         patience: PATIENCE,
     };
-    let observer = world.client("");
-    let mut work = Workload::begin("s", &size, recorder, &mut random, |prefix| world.client(prefix));
-    work.tenant(world.client_of(&world.elsewhere, "tester", ""), &mut random);
-    let former = work.former(world.client_of(&world.home, FORMER, "s"), &mut random);
+    let observer = world.client(Rights::ALL);
+    let mut work = Workload::begin("s", &size, recorder, &mut random, |rights| world.client(rights));
+    work.tenant(|rights| world.client_of(&world.elsewhere, rights), &mut random);
+    let former = work.former(FORMER, |rights| world.client(rights), &mut random);
     let troubles = random.below(12);
     for _ in 0..troubles {
         tokio::select! {
@@ -466,7 +463,7 @@ impl World {
         self.home.disk.rot(stat.session.incarnation, number);
         drop(session);
         self.crash();
-        let client = self.client("");
+        let client = self.client(Rights::ALL);
         let (part, ended) = read(&client, "s").await;
         // Messages may be put together at any moment, also while one of the two reads.
         let same = part.goes_on_as(&whole);
@@ -500,8 +497,8 @@ mod tests {
             let (world, _) = World::new(&mut random, &recorder);
             let size =
                 Size { askers: 3, turns: 8, rest: Duration::from_secs(30), patience: PATIENCE, ..Size::default() };
-            let observer = world.client("");
-            let work = Workload::begin("s", &size, &recorder, &mut random, |prefix| world.client(prefix));
+            let observer = world.client(Rights::ALL);
+            let work = Workload::begin("s", &size, &recorder, &mut random, |rights| world.client(rights));
             for _ in 0..10 {
                 sleep(Duration::from_millis(300)).await;
                 set_clock(-100_000);

@@ -11,8 +11,9 @@ use mainstay_client::{
     AppendError, Change, Client, ClientError, Code, Cursor, Doing, Event as Seen, Expected, Key, Kind, LiveView,
     MessageWriter, Producer, Run, RunId, Session, Start, StateChange, Status, StreamId, Ticket, Update,
 };
-use mainstay_protocol::session::{Intent, RequestId, RequestOpened, RequestOutcome};
-use mainstay_protocol::wire::Label;
+use mainstay_protocol::session::{Grant, Grants, Intent, Operation, RequestId, RequestOpened, RequestOutcome};
+use mainstay_protocol::wire::{Label, Subject};
+use mainstay_server::auth::Claims;
 use mainstay_transport::entropy;
 use mainstay_transport::sim::Random;
 use tokio::sync::{mpsc, watch};
@@ -21,10 +22,9 @@ use tokio::time::{sleep, timeout};
 
 use crate::history::{Reading, Recorder};
 
-/// What a member that is not heard of has before it is lost.
-const GRACE: Duration = Duration::from_secs(5);
-/// In which time that is told to everybody: a second for the server (spec PRES-4), and the rest for the network.
-const LEASE: Duration = Duration::from_secs(8);
+/// In which time it is told to everybody that a member is lost whose grace is over: a second for the server (spec PRES-4), and the rest for
+/// the network.
+const TOLD: Duration = Duration::from_secs(3);
 
 /// How much of what.
 #[derive(Debug, Clone)]
@@ -43,6 +43,8 @@ pub struct Size {
     pub turns: u64,
     /// Members.
     pub members: u64,
+    /// What a member that is not heard of has before it is lost.
+    pub grace: Duration,
     /// Agents that hold runs.
     pub agents: u64,
     /// Those that delete a session and make it again.
@@ -63,6 +65,13 @@ pub struct Size {
     pub patience: Duration,
 }
 
+impl Size {
+    /// How long somebody is a member at most once he is gone.
+    fn lease(&self) -> Duration {
+        self.grace + TOLD
+    }
+}
+
 impl Default for Size {
     fn default() -> Self {
         Self {
@@ -73,6 +82,7 @@ impl Default for Size {
             changes: 15,
             turns: 3,
             members: 2,
+            grace: Duration::from_secs(5),
             agents: 2,
             renewers: 1,
             trimmers: 1,
@@ -85,6 +95,42 @@ impl Default for Size {
         }
     }
 }
+
+/// What somebody has a right to.
+#[derive(Debug, Clone, Copy)]
+pub struct Rights<'a> {
+    /// Who he is.
+    pub subject: &'a str,
+    /// On sessions under this prefix.
+    pub prefix: &'a str,
+    /// To do this.
+    pub operations: &'a [Operation],
+}
+
+impl Rights<'_> {
+    /// To do everything with everything.
+    pub const ALL: Self = Self { subject: SUBJECT, prefix: "", operations: &Operation::ALL };
+
+    /// What its token claims, from `issued` to `expires`.
+    ///
+    /// # Panics
+    ///
+    /// If the subject is no name.
+    pub fn claims(&self, issued: i64, expires: i64) -> Claims {
+        let grant = Grant { prefix: self.prefix.into(), operations: self.operations.iter().copied().collect() };
+        Claims::new(Subject::new(self.subject).expect("a subject"), Grants(vec![grant]), issued, expires)
+    }
+}
+
+/// The subject of everybody whose rights stay.
+const SUBJECT: &str = "tester";
+
+const READS: &[Operation] = &[Operation::Read, Operation::Create];
+const WRITES: &[Operation] = &[Operation::Read, Operation::Append, Operation::Create];
+const JOINS: &[Operation] = &[Operation::Read, Operation::Join, Operation::Create];
+const RUNS: &[Operation] = &[Operation::Read, Operation::Append, Operation::Run, Operation::Create];
+const MANAGES: &[Operation] = &[Operation::Read, Operation::Append, Operation::Manage, Operation::Create];
+const ASKS: &[Operation] = &[Operation::Read, Operation::Append, Operation::Signal, Operation::Create];
 
 /// Somebody who takes part, and what he needs for that.
 struct Actor {
@@ -128,13 +174,13 @@ pub struct Workload {
 }
 
 impl Workload {
-    /// Everybody begins to use `session` over clients that `client` makes: one each, which may do everything with the sessions under a prefix.
+    /// Everybody begins to use `session` over clients that `client` makes: one each, with the rights that he needs.
     pub fn begin(
         session: &str,
         size: &Size,
         recorder: &Recorder,
         random: &mut Random,
-        mut client: impl FnMut(&str) -> Client,
+        mut client: impl FnMut(Rights<'_>) -> Client,
     ) -> Self {
         let mut this = Self {
             recorder: recorder.clone(),
@@ -148,40 +194,44 @@ impl Workload {
             busy: Arc::default(),
             clients: Vec::new(),
         };
+        let mut come = |this: &mut Self, role: &str, n: u64, prefix: &str, operations: &[Operation]| {
+            let rights = Rights { subject: SUBJECT, prefix, operations };
+            this.actor(role, n, client(rights), rights, "", random)
+        };
         for n in 0..size.writers {
-            let actor = this.actor("writer", n, client(""), random);
+            let actor = come(&mut this, "writer", n, "", WRITES);
             this.working.spawn(actor.write(format!("p{}", n * 2 / 3)));
         }
         for n in 0..size.changers {
-            let actor = this.actor("changer", n, client(""), random);
+            let actor = come(&mut this, "changer", n, "", WRITES);
             this.working.spawn(actor.change(format!("changer-{n}")));
         }
         for n in 0..size.members {
-            let actor = this.actor("member", n, client(""), random);
+            let actor = come(&mut this, "member", n, "", JOINS);
             this.working.spawn(actor.belong());
         }
         for n in 0..size.agents {
-            let actor = this.actor("agent", n, client(""), random);
+            let actor = come(&mut this, "agent", n, "", RUNS);
             this.working.spawn(actor.serve(format!("agent-{n}")));
         }
         for n in 0..size.renewers {
-            let actor = this.actor("renewer", n, client(""), random);
+            let actor = come(&mut this, "renewer", n, "", MANAGES);
             this.working.spawn(actor.renew(format!("{session}-renewed-{n}")));
         }
         for n in 0..size.askers {
-            let actor = this.actor("asker", n, client(""), random);
+            let actor = come(&mut this, "asker", n, "", ASKS);
             this.working.spawn(actor.ask(format!("asker-{n}")));
         }
         for n in 0..size.trimmers {
-            let actor = this.actor("trimmer", n, client(""), random);
+            let actor = come(&mut this, "trimmer", n, "", MANAGES);
             this.working.spawn(actor.trim(format!("trimmer-{n}")));
-            let guest = this.actor("guest", n, client(session), random);
+            let guest = come(&mut this, "guest", n, session, &[Operation::Read]);
             this.working.spawn(guest.visit());
-            let laggard = this.actor("laggard", n, client(""), random);
+            let laggard = come(&mut this, "laggard", n, "", READS);
             this.watching.spawn(laggard.lag());
         }
         for n in 0..size.readers {
-            let actor = this.actor("reader", n, client(""), random);
+            let actor = come(&mut this, "reader", n, "", READS);
             let filter = match n % 3 {
                 1 => Filter { streams: vec!["side".into()], kinds: Vec::new() },
                 2 => Filter { streams: Vec::new(), kinds: vec!["data".into(), "state.put".into()] },
@@ -189,29 +239,43 @@ impl Workload {
             };
             this.watching.spawn(actor.read(filter, n % 2 == 1));
         }
-        let viewer = this.actor("viewer", 0, client(""), random);
+        let viewer = come(&mut this, "viewer", 0, "", READS);
         this.watching.spawn(viewer.view());
         this
     }
 
     /// Adds somebody in another namespace, who has a session and a producer of the same names there.
-    pub fn tenant(&mut self, client: Client, random: &mut Random) {
-        let mut actor = self.actor("tenant", 0, client, random);
+    pub fn tenant(&mut self, client: impl FnOnce(Rights<'_>) -> Client, random: &mut Random) {
+        let rights = Rights { operations: WRITES, ..Rights::ALL };
+        let mut actor = self.actor("tenant", 0, client(rights), rights, "elsewhere", random);
         actor.session = elsewhere(&self.session);
         self.working.spawn(actor.dwell(self.session.clone()));
     }
 
-    /// Adds somebody who reads until that is forbidden. Returns his name in the history.
-    pub fn former(&mut self, client: Client, random: &mut Random) -> String {
-        let actor = self.actor("former", 0, client, random);
+    /// Adds somebody called `subject` who reads until that is forbidden. Returns his name in the history.
+    pub fn former(&mut self, subject: &str, client: impl FnOnce(Rights<'_>) -> Client, random: &mut Random) -> String {
+        let prefix = self.session.clone();
+        let rights = Rights { subject, prefix: &prefix, operations: &[Operation::Read] };
+        let actor = self.actor("former", 0, client(rights), rights, "", random);
         let name = actor.name.clone();
         self.watching.spawn(actor.read_while_allowed());
         name
     }
 
-    fn actor(&mut self, role: &str, n: u64, client: Client, random: &mut Random) -> Actor {
+    fn actor(
+        &mut self,
+        role: &str,
+        n: u64,
+        client: Client,
+        rights: Rights<'_>,
+        namespace: &str,
+        random: &mut Random,
+    ) -> Actor {
         self.clients.push(client.clone());
         let name = format!("{role}-{n}");
+        let (prefix, namespace) = (rights.prefix.to_owned(), namespace.to_owned());
+        let operations = rights.operations.iter().map(|operation| operation.as_str().to_owned()).collect();
+        self.recorder.say(&name, Event::Granted { prefix, operations, namespace });
         self.busy.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
         Actor {
             name: name.clone(),
@@ -262,8 +326,9 @@ impl Workload {
                 busy.iter().filter(|name| !name.starts_with("reader") && !name.starts_with("viewer")).collect();
             panic!("not done in time: {workers:?}");
         }
-        if self.size.rest > 2 * LEASE {
-            sleep(LEASE + Duration::from_secs(1)).await;
+        let lease = self.size.lease();
+        if self.size.rest > 2 * lease {
+            sleep(lease + Duration::from_secs(1)).await;
         }
         self.dusk.send_replace(true);
         sleep(self.size.rest).await;
@@ -276,7 +341,9 @@ impl Workload {
         self.recorder.say("world", Event::Quiet { session: self.session.clone(), tail });
         self.recorder.complete(observer, &self.session).await;
         if self.size.trimmers > 0 {
-            self.recorder.complete(observer, &beside(&self.session)).await;
+            let session = beside(&self.session);
+            let tail = self.recorder.complete(observer, &session).await;
+            self.recorder.say("world", Event::Quiet { session, tail });
         }
         self.recorder
     }
@@ -514,11 +581,11 @@ impl Actor {
             let join = Call::Join {
                 session: self.session.clone(),
                 author: author.clone(),
-                lease: Some(LEASE.as_nanos() as u64),
+                lease: Some(self.size.lease().as_nanos() as u64),
             };
             let op = self.recorder.invoke(&self.name, join);
             let doing = Doing::new("idle").expect("a word");
-            let joined = session.join(&self.name, GRACE, doing).await;
+            let joined = session.join(&self.name, self.size.grace, doing).await;
             let generation = joined.as_ref().map(|member| member.generation()).map_err(Clone::clone);
             self.recorder.answered(&self.name, op, &generation);
             let member = joined.expect("joined");
@@ -693,28 +760,26 @@ impl Actor {
         let (subscription, asked, start) = (self.recorder.subscription(), self.recorder.moment(), Start::Earliest);
         let of = Reading::of(&self.session, &Filter::default(), start, asked);
         let mut reading = session.subscribe(start).open().await.expect("subscribe");
-        let mut caught_up = false;
-        loop {
-            let over = self.end.borrow_and_update().is_some();
-            if over && caught_up {
-                break;
-            }
+        let (mut next, mut tail) = (0, None);
+        while tail.is_none_or(|tail| next < tail) {
             let event = tokio::select! {
                 biased;
                 event = timeout(self.size.patience, reading.next()) => event,
-                _ = self.end.changed(), if !over => continue,
+                _ = self.end.changed(), if tail.is_none() => {
+                    tail = Some(self.attach().await.info().tail);
+                    continue;
+                }
             };
             // Who does not come to the end now never does.
-            let Ok(event) = event else { break };
+            let Ok(event) = event else { return };
             let event = event.expect("an event").unwrap_or_else(|error| panic!("{}: {error}", self.name));
             self.recorder.saw(&self.name, subscription, &of, &event);
-            caught_up = matches!(event, Seen::CaughtUp { .. });
-            if !over {
+            next = next_of(&event).unwrap_or(next);
+            if tail.is_none() {
                 self.pause().await;
                 self.pause().await;
             }
         }
-        self.recorder.say(&self.name, Event::Left { subscription });
     }
 
     /// Reads from `start` on until everything that is there was seen. False if the session was deleted first.
@@ -738,7 +803,6 @@ impl Actor {
 
     /// Writes in another namespace, in a session of the same name and through a producer of the same name, and reads all of it again and again.
     async fn dwell(mut self, session: String) {
-        self.granted(String::new(), "elsewhere");
         let name = "p0".to_owned();
         let handle = self.attach_to(&session).await;
         let mut producer = self.open(&handle, &name).await;
@@ -764,7 +828,6 @@ impl Actor {
 
     /// Reads until everything was seen, or that is forbidden.
     async fn read_while_allowed(mut self) {
-        self.granted(self.session.clone(), "");
         let attached = self.client.session(&self.session).expect("a name").wait().attach().await;
         let session = match attached {
             Ok(session) => session,
@@ -793,24 +856,41 @@ impl Actor {
         self.recorder.noticed("told-that-it-is-revoked");
     }
 
-    /// From now on this one may do everything under a prefix, in a namespace.
-    fn granted(&self, prefix: String, namespace: &str) {
-        let operations = ["read", "append", "create", "manage", "join", "run", "signal", "notify"];
-        let operations = operations.map(str::to_owned).to_vec();
-        self.recorder.say(&self.name, Event::Granted { prefix, operations, namespace: namespace.to_owned() });
-    }
-
-    /// May use the one session, and asks for the one beside.
+    /// May read the one session: asks for the one beside, and to do more than read.
     async fn visit(mut self) {
-        self.granted(self.session.clone(), "");
         let names = [self.session.clone(), beside(&self.session), format!("{}:below", self.session)];
         for name in names.iter().cycle().take(9) {
             let op = self.recorder.invoke(&self.name, Call::Attach { session: name.clone() });
             let attached = self.client.session(name).expect("a name").attach().await;
-            let tail = attached.map(|session| session.info().tail);
+            let tail = attached.as_ref().map(|session| session.info().tail).map_err(Clone::clone);
             self.recorder.answered(&self.name, op, &tail);
+            if let Ok(session) = attached {
+                self.overstep(&session).await;
+            }
             self.pause().await;
         }
+    }
+
+    /// Asks for something that needs another right than that to read.
+    async fn overstep(&mut self, session: &Session) {
+        let of = self.session.clone();
+        let id = RunId(self.random.array());
+        let call = match self.random.below(4) {
+            0 => Call::OpenProducer { session: of, producer: self.name.clone() },
+            1 => Call::Trim { session: of, before: 1 },
+            2 => Call::StartRun { session: of, run: id.to_string() },
+            _ => Call::DeleteSession { session: of },
+        };
+        let op = self.recorder.invoke(&self.name, call.clone());
+        let result = match call {
+            Call::OpenProducer { .. } => session.producer(&self.name).await.map(|producer| producer.epoch()),
+            Call::Trim { before, .. } => session.trim(before).await,
+            Call::StartRun { .. } => {
+                session.start_run_as(id, Duration::from_secs(1), None).await.map(|run| run.epoch())
+            }
+            _ => session.clone().delete().await.map(|()| 0),
+        };
+        self.recorder.answered(&self.name, op, &result);
     }
 
     /// Holds runs: starts one, or takes over what others lost; writes a message for it, and ends it or lets it be lost.
@@ -1023,13 +1103,7 @@ impl Actor {
             };
             self.recorder.saw(&self.name, subscription, of, &event);
             told += 1;
-            match &event {
-                Seen::Records(batch) => next = batch.next(),
-                Seen::Started { next: begins, .. } => next = *begins,
-                Seen::Gap { to, .. } => next = *to,
-                Seen::Snapshot(view) => next = view.next(),
-                _ => {}
-            }
+            next = next_of(&event).unwrap_or(next);
         }
     }
 
@@ -1063,6 +1137,17 @@ impl Actor {
             }
         }
         self.recorder.view(&self.name, &self.session, incarnation, live.view());
+    }
+}
+
+/// The first seq that a subscription has not covered behind this, where it goes on.
+fn next_of(event: &Seen) -> Option<u64> {
+    match event {
+        Seen::Records(batch) => Some(batch.next()),
+        Seen::Started { next, .. } => Some(*next),
+        Seen::Gap { to, .. } => Some(*to),
+        Seen::Snapshot(view) => Some(view.next()),
+        _ => None,
     }
 }
 
