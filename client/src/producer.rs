@@ -689,7 +689,8 @@ fn gather(shared: &Shared, link: u64, out: &mut Writer) -> Next {
             shared.settle(state);
             return Next::Wait;
         }
-        let Some(batch) = state.ready.pop_front() else { break };
+        let next = if planted(Bug::NewestFirst) { state.ready.pop_back() } else { state.ready.pop_front() };
+        let Some(batch) = next else { break };
         let (sequence, stored) = (state.next, state.stored);
         state.next += 1;
         let Batch { count, group, run, valid_until, done, records } = batch;

@@ -94,6 +94,26 @@ bugs! {
     TrimTooFar = "trim-too-far",
     /// Another life of a session goes on where the one before was.
     IncarnationIgnored = "incarnation-ignored",
+    /// A subscription that has caught up is not woken any more by what comes.
+    NeverWoken = "never-woken",
+    /// Of several kinds that a filter names it lets the first one through.
+    FirstKindAlone = "first-kind-alone",
+    /// The position that a producer is told is that behind its next batch.
+    PositionTooFar = "position-too-far",
+    /// A member is lost after a tenth of its grace.
+    GraceTooShort = "grace-too-short",
+    /// A run that is over can be begun again.
+    BegunAgain = "begun-again",
+    /// A prefix does not match the session of its name.
+    PrefixWithoutName = "prefix-without-name",
+    /// A client that was given anything takes itself to have caught up.
+    CaughtUpWithAnything = "caught-up-with-anything",
+    /// Of what waits in a client the newest is sent first.
+    NewestFirst = "newest-first",
+    /// The fold of a view keeps members that were lost.
+    DepartureNotFolded = "departure-not-folded",
+    /// The hash of a value is kept where a key changes.
+    DigestKept = "digest-kept",
     /// A store that comes back is not held to what its witness says.
     WitnessIgnored = "witness-ignored",
     /// The witness is told of a commit before that is synced.

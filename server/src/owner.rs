@@ -721,7 +721,9 @@ impl Owner {
         if self.seen_members != Some(view.members().changes()) {
             self.seen_members = Some(view.members().changes());
             let members = view.members().iter();
-            self.leases.follow(now + skew, members.map(|(author, of)| (author.clone(), of.generation, of.grace)));
+            let grace = |grace: u64| if planted(Bug::GraceTooShort) { grace / 10 } else { grace };
+            self.leases
+                .follow(now + skew, members.map(|(author, of)| (author.clone(), of.generation, grace(of.grace))));
             self.present.retain(|author, attachment| {
                 let here = view.members().get(author).is_some();
                 if !here {
@@ -1170,6 +1172,7 @@ impl Owner {
             .into_iter()
             .filter(|(key, _, _)| key.subject == *subject)
             .take(MAX_POSITIONS)
+            .map(|(key, epoch, next)| (key, epoch, next + u64::from(planted(Bug::PositionTooFar))))
             .map(|(key, epoch, next)| Position { producer: key.name.clone(), epoch, next })
             .collect();
         let standing = Standing {

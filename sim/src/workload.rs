@@ -916,12 +916,8 @@ impl Actor {
                 self.let_go(run).await;
             }
             let id = RunId(self.random.array());
-            let (session_name, run_name) = (self.session.clone(), id.to_string());
-            let op = self.recorder.invoke(&self.name, Call::StartRun { session: session_name, run: run_name });
-            let started = session.start_run_as(id, lease, None).await;
-            self.recorder.started(&self.name, op, &started.as_ref().map(Run::epoch).map_err(Clone::clone));
             // Another agent may hold the only one.
-            let Ok(mut run) = started else {
+            let Some(mut run) = self.start(&session, id, lease).await else {
                 self.pause().await;
                 continue;
             };
@@ -958,12 +954,25 @@ impl Actor {
                     Err(error) => Err(error),
                 };
                 self.recorder.stored(&self.name, op, &ended);
+                if ended.is_ok() && self.random.chance(0.3) {
+                    // It is over, and stays so.
+                    drop(self.start(&session, id, lease).await);
+                }
             } else {
                 self.let_go(run).await;
                 producer = self.open(&session, &name).await;
             }
             self.pause().await;
         }
+    }
+
+    /// Begins a run. `None` if that is refused, or nobody knows.
+    async fn start(&self, session: &Session, id: RunId, lease: Duration) -> Option<Run> {
+        let op =
+            self.recorder.invoke(&self.name, Call::StartRun { session: self.session.clone(), run: id.to_string() });
+        let started = session.start_run_as(id, lease, None).await;
+        self.recorder.started(&self.name, op, &started.as_ref().map(Run::epoch).map_err(Clone::clone));
+        started.ok()
     }
 
     /// Takes over a run that was lost. `None` if it is over, or another one was first and keeps it.

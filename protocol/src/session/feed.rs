@@ -36,7 +36,8 @@ impl Filter {
 
     pub(super) fn passes(&self, head: &Head, streams: &Streams) -> bool {
         let name = || streams.name(head.stream);
-        (self.kinds.is_empty() || self.kinds.contains(&head.kind.0) || planted(Bug::KindsIgnored))
+        let kinds = if planted(Bug::FirstKindAlone) { self.kinds.get(..1).unwrap_or_default() } else { &self.kinds };
+        (kinds.is_empty() || kinds.contains(&head.kind.0) || planted(Bug::KindsIgnored))
             && (self.streams.is_empty() || name().is_some_and(|name| self.streams.contains(name)))
     }
 }

@@ -141,7 +141,7 @@ impl Grant {
             Some(rest) => {
                 self.prefix.is_empty()
                     || planted(Bug::PrefixWithoutBorder)
-                    || rest.is_empty()
+                    || rest.is_empty() && !planted(Bug::PrefixWithoutName)
                     || self.prefix.ends_with(SEPARATORS)
                     || rest.starts_with(SEPARATORS)
             }

@@ -3,6 +3,7 @@
 use super::view::View;
 use super::words::Verdict;
 use crate::error::ProtocolError;
+use crate::planted::{Bug, planted};
 use crate::registry::{FOLD_VERSION, MAX_VIEW};
 use crate::wire::Snapshot;
 
@@ -127,7 +128,8 @@ impl Progress {
 
     /// The tail, if everything below it is covered now and was not before (spec SUB-10).
     pub fn caught_up(&mut self) -> Option<u64> {
-        let caught_up = self.owed.is_none() && self.behind && self.next >= self.tail;
+        let everything = self.next >= self.tail || planted(Bug::CaughtUpWithAnything);
+        let caught_up = self.owed.is_none() && self.behind && everything;
         self.behind &= !caught_up;
         caught_up.then_some(self.tail)
     }

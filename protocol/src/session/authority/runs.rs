@@ -121,6 +121,7 @@ impl<T> Authority<T> {
             Some(RunStanding::Active { epoch, .. }) => {
                 return refused(Code::RUN_ACTIVE, epoch, "somebody else holds the run");
             }
+            Some(RunStanding::Over) if planted(Bug::BegunAgain) => {}
             Some(RunStanding::Over) => return refused(Code::RUN_OVER, 0, "the run is over; a new one has a new id"),
             Some(RunStanding::Lost { .. }) => {
                 return match self.lost_run(Some(run), lease) {

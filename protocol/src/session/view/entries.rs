@@ -7,6 +7,7 @@ use bytes::Bytes;
 
 use super::{Digest, Form};
 use crate::error::ProtocolError;
+use crate::planted::{Bug, planted};
 use crate::registry::{MAX_STATE_BYTES, MAX_STATE_KEYS};
 use crate::session::words::{Author, Key};
 use crate::wire::{Field, Reader, Writer};
@@ -73,12 +74,13 @@ impl Entries {
         if bytes > MAX_STATE_BYTES || before.is_none() && self.by_key.len() == MAX_STATE_KEYS {
             return;
         }
+        let known = self.by_key.get(&key).filter(|_| planted(Bug::DigestKept)).map(|(_, digest)| digest.clone());
         self.remove(&key);
         self.bytes = bytes;
         if let Some(at) = entry.expires {
             self.deadlines.insert((at, key.clone()));
         }
-        self.by_key.insert(key, (entry, Digest::default()));
+        self.by_key.insert(key, (entry, known.unwrap_or_default()));
     }
 
     pub(super) fn remove(&mut self, key: &Key) {

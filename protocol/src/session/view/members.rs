@@ -90,7 +90,7 @@ impl Members {
             .here
             .get(author)
             .is_some_and(|member| member.generation == generation || planted(Bug::LeaveWithoutGeneration));
-        if here {
+        if here && !planted(Bug::DepartureNotFolded) {
             self.here.remove(author);
             self.changes.add();
         }
