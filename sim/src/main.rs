@@ -22,7 +22,7 @@ enum What {
     /// Run worlds: as many as asked for, or the one of a seed.
     Run {
         /// How many seeds.
-        #[arg(long, default_value_t = 500)]
+        #[arg(long, default_value_t = 500, value_parser = at_least_one())]
         seeds: u64,
         /// The first of them.
         #[arg(long, default_value_t = 0)]
@@ -51,7 +51,7 @@ enum What {
     /// Damage copies of a data directory, and look whether it is reported or harmless.
     Damage {
         /// How many.
-        #[arg(long, default_value_t = 2000)]
+        #[arg(long, default_value_t = 2000, value_parser = at_least_one())]
         images: u64,
         /// Decides everything random; a new one if there is none.
         #[arg(long)]
@@ -60,13 +60,13 @@ enum What {
     /// Attack the real server from many connections beside honest ones, and look whether those notice.
     Hostile {
         /// Hostile connections at once.
-        #[arg(long, default_value_t = 100)]
+        #[arg(long, default_value_t = 100, value_parser = at_least_one())]
         connections: u64,
         /// For how long.
-        #[arg(long, default_value_t = 20)]
+        #[arg(long, default_value_t = 20, value_parser = at_least_one())]
         seconds: u64,
         /// Honest sessions.
-        #[arg(long, default_value_t = 50)]
+        #[arg(long, default_value_t = 50, value_parser = at_least_one())]
         honest: u64,
         /// This way of attacking alone; may be repeated.
         #[arg(long)]
@@ -87,13 +87,13 @@ enum What {
     /// Write five times as much as the real server can take, and look what it gets done and what is lost.
     Overload {
         /// How long each half is measured.
-        #[arg(long, default_value_t = 5)]
+        #[arg(long, default_value_t = 5, value_parser = at_least_one())]
         seconds: u64,
         /// Sessions that saturate it.
-        #[arg(long, default_value_t = 16)]
+        #[arg(long, default_value_t = 16, value_parser = at_least_one())]
         sessions: u64,
         /// How many times as many there are then.
-        #[arg(long, default_value_t = 5)]
+        #[arg(long, default_value_t = 5, value_parser = at_least_one())]
         times: u64,
         /// Fail if less than nine tenths of the peak are done: for a release build on a machine that does nothing else.
         #[arg(long)]
@@ -103,7 +103,7 @@ enum What {
     #[cfg(feature = "planted")]
     Planted {
         /// At most so many seeds for each.
-        #[arg(long, default_value_t = 4000)]
+        #[arg(long, default_value_t = 4000, value_parser = at_least_one())]
         seeds: u64,
         /// The first of them; power cuts and damage are decided by it too.
         #[arg(long, default_value_t = 0)]
@@ -114,10 +114,15 @@ enum What {
     },
 }
 
+/// A campaign of nothing would be sound.
+fn at_least_one() -> impl clap::builder::TypedValueParser<Value = u64> {
+    clap::value_parser!(u64).range(1..)
+}
+
 #[derive(clap::Args)]
 struct Crashes {
     /// How often.
-    #[arg(long, default_value_t = 100)]
+    #[arg(long, default_value_t = 100, value_parser = at_least_one())]
     cycles: u64,
     /// Decides everything random; a new one if there is none.
     #[arg(long)]

@@ -169,8 +169,23 @@ fn coverage(targets: &[String]) -> Outcome {
         }
         report.arg(object);
     }
-    step("report", report.arg("-sources").arg(root().join("protocol").join("src")))
+    let report = report.arg("-sources").arg(root().join("protocol").join("src")).output();
+    let report = report.map_err(|error| format!("llvm-cov: {error}"))?;
+    let text = String::from_utf8_lossy(&report.stdout);
+    print!("{text}");
+    // Regions, functions and lines, each with how many there are, how many are missed, and the share.
+    let total = text.lines().find(|line| line.starts_with("TOTAL"));
+    let lines = total.and_then(|total| total.split_whitespace().nth(9)?.trim_end_matches('%').parse::<f64>().ok());
+    match lines {
+        // Of one target alone it is told what that one reaches.
+        Some(lines) if lines >= COVERED || targets.len() == 1 => Ok(()),
+        Some(lines) => Err(format!("{lines} % of the lines of protocol/ are reached, and {COVERED} % have to be")),
+        None => Err(format!("llvm-cov: {}", String::from_utf8_lossy(&report.stderr))),
+    }
 }
+
+/// So much of the core, in hundredths of its lines, the inputs of all targets reach together.
+const COVERED: f64 = 90.0;
 
 /// Keeps of all inputs that a target has those that reach something that no other one does: in the repository, as one archive.
 fn minimise(target: &str) -> Outcome {
