@@ -970,9 +970,9 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let Some(seq) = seq_of(entries, random, "state.expired") else { return false };
         let (_, records) = complete(entries);
         let expired = records.iter().find(|record| record.seq == seq).expect("a record");
-        let puts =
+        let mut puts =
             records.iter().filter(|record| record.seq < seq && record.kind == "state.put" && record.key == expired.key);
-        let Some(value) = puts.last().and_then(|record| record.value.clone()) else { return false };
+        let Some(value) = puts.next_back().and_then(|record| record.value.clone()) else { return false };
         entries.iter_mut().any(|entry| match &mut entry.event {
             Event::Invoke { call: Call::Put { value: of, lasts, .. }, .. } if *of == value => {
                 *lasts = None;
