@@ -33,7 +33,17 @@ impl Layers {
         };
         let mut sources = Vec::new();
         for (name, value) in environment {
-            let Some(key) = key_of(&name) else { continue };
+            let Some(key) = key_of(&name) else {
+                match meant(&name) {
+                    Some(meant) => {
+                        let what = format!(
+                            "{name} is not a setting, and {meant} is: parts are put together with two underscores"
+                        );
+                        return Err(Failure::usage(what));
+                    }
+                    None => continue,
+                }
+            };
             put(&mut table, &key, parse(&value)).map_err(|error| Failure::usage(format!("{name}: {error}")))?;
             sources.push(name);
         }
@@ -70,6 +80,31 @@ fn key_of(variable: &str) -> Option<String> {
     let name = variable.strip_prefix(PREFIX)?.to_ascii_lowercase();
     (PLAIN.contains(&name.as_str()) || name.contains("__")).then(|| name.replace("__", "."))
 }
+
+/// The variable of a setting that somebody wrote with single underscores. Of others that begin so nobody knows: a system may set them for a
+/// service of this name.
+fn meant(variable: &str) -> Option<String> {
+    let words: Vec<&str> = variable.strip_prefix(PREFIX)?.split('_').collect();
+    // No setting has more.
+    if !(2..=MOST_WORDS).contains(&words.len()) {
+        return None;
+    }
+    (1..1u32 << (words.len() - 1)).find_map(|parts| {
+        let mut name = words[0].to_owned();
+        for (at, word) in words.iter().enumerate().skip(1) {
+            name.push_str(if parts >> (at - 1) & 1 == 1 { "__" } else { "_" });
+            name.push_str(word);
+        }
+        let mut table = Table::new();
+        put(&mut table, &name.to_ascii_lowercase().replace("__", "."), Value::Boolean(true)).ok()?;
+        let known =
+            Settings::deserialize(table).err().is_none_or(|error| !error.message().starts_with("unknown field"));
+        known.then(|| format!("{PREFIX}{name}"))
+    })
+}
+
+/// Words of the longest name of a setting, and some more.
+const MOST_WORDS: usize = 8;
 
 /// A value as TOML writes it; whatever is none is text.
 fn parse(text: &str) -> Value {
@@ -131,6 +166,17 @@ mod tests {
     fn what_is_not_known_is_refused_wherever_it_is_said() {
         let wrong = read("[limits]\nconections = 1\n", &[], &[]).expect_err("not known");
         assert!(wrong.contains("conections") && wrong.contains("line 2"), "{wrong}");
+        for (single, meant) in [
+            ("MAINSTAY_LIMITS_CONNECTIONS", "MAINSTAY_LIMITS__CONNECTIONS"),
+            ("MAINSTAY_LIMITS_SUBJECT_SIGNALS", "MAINSTAY_LIMITS__SUBJECT__SIGNALS"),
+            ("MAINSTAY_TLS_CLIENT_CA", "MAINSTAY_TLS__CLIENT_CA"),
+        ] {
+            let wrong = read("", &[(single, "1")], &[]).expect_err("not a setting");
+            assert!(wrong.contains(single) && wrong.contains(meant), "{wrong}");
+        }
+        // As an orchestrator sets them for a service.
+        let others = [("MAINSTAY_SERVICE_HOST", "10.0.0.1"), ("MAINSTAY_AUTH_SERVICE_PORT", "4433")];
+        assert!(read("", &others, &[]).is_ok());
         let wrong = read("", &[("MAINSTAY_LIMITS__CONECTIONS", "1")], &[]).expect_err("not known");
         assert!(wrong.contains("MAINSTAY_LIMITS__CONECTIONS") && wrong.contains("conections"), "{wrong}");
         let wrong = read("", &[], &["limit.x=1"]).expect_err("not known");
