@@ -247,13 +247,17 @@ impl Sessions {
         });
     }
 
-    /// Counts anew what is under each prefix that has quotas, and what is stored of the sessions in memory that have reached theirs: what was
-    /// trimmed or compacted makes room again.
-    pub(crate) async fn count_prefixes(self: &Arc<Self>) {
-        if let Some(limit) = self.config.quotas.session.stored_bytes {
-            let (hot, _) = self.all();
-            hot.iter().filter(|session| session.used.bytes() >= limit).for_each(|session| self.measure(session));
+    /// Something of a session was removed: one that has reached its quota may have room again.
+    pub(crate) fn removed(self: &Arc<Self>, session: &Arc<Session>) {
+        if self.config.quotas.session.stored_bytes.is_some_and(|limit| session.used.bytes() >= limit) {
+            self.measure(session);
         }
+    }
+
+    /// Counts anew what is under each prefix that has quotas, and what is stored of the sessions in memory that have reached theirs.
+    pub(crate) async fn count_prefixes(self: &Arc<Self>) {
+        let (hot, _) = self.all();
+        hot.iter().for_each(|session| self.removed(session));
         for prefix in &self.prefixes {
             let before = prefix.counted();
             match self.count_one(prefix).await {

@@ -286,9 +286,13 @@ impl Upkeep {
                 self.work = Work::Trim { running, first };
                 return;
             }
-            (Work::Trim { first, .. }, _) => self.released = first,
+            (Work::Trim { first, .. }, _) => {
+                self.released = first;
+                self.sessions.removed(&self.session);
+            }
             (Work::Compaction { .. }, Done::Compacted(Passed { compaction, more })) => {
                 self.compaction = compaction;
+                self.sessions.removed(&self.session);
                 match more {
                     // So that others come in between.
                     true => self.compact_at = Some(now.saturating_add(AGAIN)),

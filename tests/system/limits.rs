@@ -463,7 +463,7 @@ async fn a_client_that_is_too_fast_loses_nothing() {
 }
 
 #[tokio::test]
-async fn stored_bytes_of_a_session_and_of_a_prefix_are_bounded_and_a_deletion_makes_room_for_another() {
+async fn stored_bytes_of_a_session_and_of_a_prefix_are_bounded_and_what_is_removed_makes_room() {
     let server = server(|quotas| quotas.session.stored_bytes = Some(20_000));
     let mut raw = Raw::hello(&server).await;
     let mut attachment = raw.attach("s").await;
@@ -471,6 +471,29 @@ async fn stored_bytes_of_a_session_and_of_a_prefix_are_bounded_and_a_deletion_ma
     assert_eq!(refused, (Code::QUOTA_EXCEEDED, 20_000));
     assert!((4..6).contains(&stored), "{stored}");
     lives(&mut raw).await;
+    // What is trimmed makes room for batches.
+    attachment
+        .0
+        .write(&mut [Frame::from(mainstay_protocol::wire::Trim { before: stored }).to_bytes()])
+        .await
+        .expect("write");
+    assert!(matches!(timeout(PATIENCE, attachment.1.next()).await, Ok(Ok(Some(Frame::Trimmed(_))))));
+    let mut again = raw.attach("s").await;
+    let mut batches = raw.producer(&mut again, 3).await;
+    let mut sequence = 0;
+    mainstay_tests::until("there is room again", async || {
+        batches.write(&mut [append(sequence, 5000)]).await.expect("write");
+        match timeout(PATIENCE, again.1.next()).await.expect("an answer") {
+            Ok(Some(Frame::Ack(_))) => true,
+            Ok(Some(Frame::Refused(refused))) => {
+                assert_eq!((refused.code, refused.sequence), (Code::QUOTA_EXCEEDED, sequence));
+                sequence += 1;
+                false
+            }
+            other => panic!("{other:?}"),
+        }
+    })
+    .await;
     // Another session has its own.
     let mut other = raw.attach("t").await;
     let mut batches = raw.producer(&mut other, 2).await;
@@ -663,6 +686,13 @@ async fn memory_that_is_full_sheds_work_in_order_and_lets_live_followers_go_on()
     };
     assert_eq!(append().await, Ok(0));
     next(&mut follower, 1).await;
+    // More than is kept in memory of a session.
+    const OLD: u64 = 16;
+    let old = here.session("old").expect("a name").create().attach().await.expect("attach");
+    let of_old = old.producer("p").await.expect("a producer");
+    for _ in 0..OLD {
+        of_old.append(old.main(), vec![b'x'; 32 << 10]).await.expect("append").await.expect("stored");
+    }
 
     level(70, 1).await;
     assert!(client("late").connected().await.is_err(), "no new connections");
@@ -681,6 +711,21 @@ async fn memory_that_is_full_sheds_work_in_order_and_lets_live_followers_go_on()
     assert_eq!(here.list("").await.expect_err("shed").name(), "OVERLOADED");
     assert_eq!(append().await, Ok(1));
     next(&mut follower, 2).await;
+    // Who reads from memory does, and who has to read the store waits until there is less to do.
+    let mut behind = old.subscribe(mainstay_client::Start::Earliest).open().await.expect("subscribe");
+    mainstay_tests::until("who reads the store waits", async || {
+        let of = server.status(10).connections.into_iter().flat_map(|connection| connection.subscriptions);
+        of.into_iter().any(|of| of.session == "old" && of.doing == "waits until the server has less to do")
+    })
+    .await;
+    // A view is refused, and asked for again by the client.
+    let mut viewing = session.subscribe(mainstay_client::Start::Snapshot).open().await.expect("subscribe");
+    let come = timeout(Duration::from_millis(200), viewing.next()).await;
+    assert!(come.is_err(), "{come:?}");
+    level(0, 0).await;
+    next(&mut behind, OLD).await;
+    let begun = timeout(PATIENCE, viewing.next()).await.expect("in time");
+    assert!(matches!(begun, Some(Ok(mainstay_client::Event::Started { .. }))), "{begun:?}");
 
     level(91, 4).await;
     let idle = || mainstay_client::Doing::new("idle").expect("a word");

@@ -20,7 +20,7 @@ use mainstay_tests::raw::{Raw, refusal};
 use mainstay_transport::SendStream;
 use mainstay_transport::memory::MemoryNetwork;
 use mainstay_transport::quic::{
-    ClientCertificates, Identity, QuicConnector, QuicListener, ServerKeys, Trust, bind, read_certificates,
+    ClientCertificates, Identity, Peers, QuicConnector, QuicListener, ServerKeys, Trust, bind, read_certificates,
 };
 use ring::signature::{Ed25519KeyPair, KeyPair};
 use serde_json::json;
@@ -607,9 +607,10 @@ async fn a_token_that_is_bound_to_a_certificate_is_good_only_with_its_key() {
     let config = Config::default();
     let limits = config.transport_limits();
     let roots = read_certificates(&dir.path().join("ca.pem")).expect("roots");
-    let clients = Some(ClientCertificates { roots, required: true });
+    let certificates = Some(ClientCertificates { roots, required: true });
+    let peers = Peers { certificates, ..Peers::default() };
     let keys = ServerKeys::generate();
-    let listener = QuicListener::asking(socket, identity, clients, &keys, None, &limits, ALPN).expect("a listener");
+    let listener = QuicListener::taking(socket, identity, peers, &keys, None, &limits, ALPN).expect("a listener");
     let key = SigningKey::generate().expect("a key");
     let resume = ResumeKeys::generate().expect("a key");
     let server = Server::new(Arc::new(MemoryStore::new()), trusting(&key), resume, config);

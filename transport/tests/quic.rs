@@ -1,18 +1,20 @@
 //! quinn as the transport binds it, on a simulated network: early data, paths, restarts, ends of streams.
 
+use core::sync::atomic::{AtomicUsize, Ordering};
 use core::time::Duration;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use mainstay_transport::quic::{
-    GatheringRuntime, IDLE, Identity, MemoryTickets, QuicConnection, QuicConnector, QuicListener, ServerKeys,
-    TicketStore, Trust,
+    Admission, GatheringRuntime, IDLE, Identity, MemoryTickets, Peers, QuicConnection, QuicConnector, QuicListener,
+    ServerKeys, TicketStore, Trust, bind,
 };
 use mainstay_transport::sim::{Faults, SimHost, SimNetwork};
 use mainstay_transport::{
     Connection, ConnectionError, Connector, Limits, Listener, RecvStream, SendStream, StreamError,
 };
+use tokio::net::UdpSocket;
 use tokio::time::{Instant, timeout};
 
 const RTT: Duration = Duration::from_millis(60);
@@ -255,6 +257,66 @@ async fn a_handshake_that_stops_is_ended_in_time() {
     let (connection, accepted) = tokio::join!(connector.connect(true), listener.accept());
     tokio::spawn(echo(accepted.expect("a connection")));
     say(&connection.expect("a connection")).await.expect("an answer");
+}
+
+/// Spec LIM-1: whoever says nothing any more, and acknowledges nothing, is gone after the idle timeout and not before.
+#[tokio::test(start_paused = true)]
+async fn a_connection_without_a_packet_is_lost_after_the_idle_timeout() {
+    let world = World::new();
+    let (listener, connector) = (world.listen(&limits()), world.connector());
+    let (connection, accepted) = tokio::join!(connector.connect(true), listener.accept());
+    let (connection, accepted) = (connection.expect("a connection"), accepted.expect("a connection"));
+    assert!(connection.confirmed().await.is_ok() && accepted.confirmed().await.is_ok());
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let silent = Instant::now();
+    world.host.move_to(None);
+    assert_eq!(accepted.closed().await, ConnectionError::TimedOut);
+    let took = silent.elapsed();
+    assert!((IDLE - Duration::from_secs(6)..IDLE + Duration::from_secs(2)).contains(&took), "{took:?}");
+}
+
+/// Spec LIM-5: where handshakes are too many a peer has to show that it gets what is sent to its address, and is taken then.
+#[tokio::test]
+async fn under_a_flood_a_peer_is_asked_to_come_again() {
+    // Version 1 has packets of the type Retry alone among those that begin so.
+    let is_retry = |packet: &[u8]| packet.first().is_some_and(|first| first & 0xf0 == 0xf0);
+    for (retry_from, asked) in [(64, false), (0, true)] {
+        let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
+        let identity = Identity::self_signed(&Identity::generate_key().expect("a key"), 1_800_000_000).expect("one");
+        let trust = Trust::Pin(identity.pin().expect("a pin"));
+        let admission = Admission { retry_from, ..Admission::default() };
+        let peers = Peers { admission, ..Peers::default() };
+        let socket = bind(loopback).expect("a socket");
+        let server = socket.local_addr().expect("an address");
+        let keys = ServerKeys::generate();
+        let listener = QuicListener::taking(socket, identity, peers, &keys, None, &limits(), ALPN).expect("a listener");
+        // Between the two, so that it is seen what is sent.
+        let relay = UdpSocket::bind(loopback).await.expect("a socket");
+        let between = relay.local_addr().expect("an address");
+        let seen = Arc::new(AtomicUsize::new(0));
+        let retries = seen.clone();
+        let relaying = tokio::spawn(async move {
+            let (mut packet, mut client) = ([0; 2048], None);
+            loop {
+                let (len, from) = relay.recv_from(&mut packet).await.expect("a packet");
+                let to = if from == server { client } else { Some(server) };
+                if from == server {
+                    retries.fetch_add(usize::from(is_retry(&packet[..len])), Ordering::Relaxed);
+                } else {
+                    client = Some(from);
+                }
+                if let Some(to) = to {
+                    relay.send_to(&packet[..len], to).await.expect("sent");
+                }
+            }
+        });
+        let connector = QuicConnector::new(between, &trust, &limits(), ALPN).expect("a connector");
+        let (connection, accepted) = tokio::join!(connector.connect(true), listener.accept());
+        tokio::spawn(echo(accepted.expect("a connection")));
+        say(&connection.expect("a connection")).await.expect("an answer");
+        assert_eq!(seen.load(Ordering::Relaxed), usize::from(asked), "from {retry_from} handshakes on");
+        relaying.abort();
+    }
 }
 
 /// Spec CONN-8.

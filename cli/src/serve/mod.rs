@@ -95,7 +95,7 @@ fn check(settings: &Settings, dev: bool, output: Output) -> Result<(), Failure> 
         let identity = settings.identity(dev, &data)?;
         identity.pin().map_err(Failure::usage)?;
     }
-    settings.client_certificates()?;
+    settings.peers()?;
     let event = json!({
         "event": "checked",
         "data": data.dir().display().to_string(),
@@ -123,7 +123,7 @@ async fn serve(args: args::Serve, layers: Layers, settings: Settings, output: Ou
     let dev = if args.dev { Some(data.signing_key()?) } else { None };
     let anchors = settings.anchors(&namespaces, dev.as_ref())?;
     let identity = settings.identity(args.dev, &data)?;
-    let clients = settings.client_certificates()?;
+    let peers = settings.peers()?;
     let pin = identity.pin().map_err(Failure::usage)?;
     let server_keys = data.server_keys()?;
     let internal = |error: String| Failure::failed("INTERNAL", error);
@@ -132,7 +132,7 @@ async fn serve(args: args::Serve, layers: Layers, settings: Settings, output: Ou
         // The server that runs must not give its place to one that cannot serve.
         let socket = bind(([127, 0, 0, 1], 0).into()).map_err(|error| Failure::io("a socket", &error))?;
         let identity = settings.identity(args.dev, &data)?;
-        QuicListener::asking(socket, identity, clients.clone(), &server_keys, None, &limits, ALPN).map_err(internal)?;
+        QuicListener::taking(socket, identity, peers.clone(), &server_keys, None, &limits, ALPN).map_err(internal)?;
         for Namespaced { data, .. } in &namespaces {
             FjallStore::check_version(&data.store())?;
         }
@@ -159,7 +159,7 @@ async fn serve(args: args::Serve, layers: Layers, settings: Settings, output: Ou
     let dir = data.tickets();
     let tickets = Tickets::open(&dir).map_err(|error| Failure::io(dir.display(), &error))?;
     let tickets = Arc::new(KeptTickets(tickets));
-    let listener = QuicListener::asking(socket, identity, clients, &server_keys, Some(tickets), &limits, ALPN);
+    let listener = QuicListener::taking(socket, identity, peers, &server_keys, Some(tickets), &limits, ALPN);
     let listener = listener.map_err(internal)?;
     let showcase = listener.showcase();
     let connect = match &dev {

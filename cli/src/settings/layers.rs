@@ -204,6 +204,8 @@ mod tests {
         let server = |settings: &Settings| format!("{:?}", settings.server(false).expect("a configuration"));
         assert_eq!(server(&with), server(&without));
         assert_eq!(format!("{:?}", with.store()), format!("{:?}", without.store()));
+        let peers = |settings: &Settings| format!("{:?}", settings.peers().expect("peers"));
+        assert_eq!(peers(&with), peers(&without));
         assert!(REFERENCE.lines().any(|line| line.starts_with("#: ")), "it names defaults");
     }
 }

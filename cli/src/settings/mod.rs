@@ -11,7 +11,7 @@ use std::time::Duration;
 use mainstay_server::auth::{Algorithm, Anchors, JwtIssuer, Keyring, SigningKey, VerifyingKey};
 use mainstay_server::{Config, Quotas};
 use mainstay_store_fjall::Config as StoreConfig;
-use mainstay_transport::quic::{ClientCertificates, Identity};
+use mainstay_transport::quic::{ClientCertificates, Identity, Peers};
 use serde::Deserialize;
 
 use crate::args::{self, CompactAfter};
@@ -19,7 +19,7 @@ use crate::data::{DEFAULT_NAMESPACE, Data, now};
 use crate::failure::Failure;
 
 pub(crate) use layers::Layers;
-use quotas::{PrefixSettings, SessionSettings, Setting, SubjectSettings};
+use quotas::{HandshakeSettings, PrefixSettings, SessionSettings, Setting, SubjectSettings};
 
 /// Everything that can be set, with what it means without: `mainstay serve --print-config`.
 pub(crate) const REFERENCE: &str = include_str!("reference.toml");
@@ -117,6 +117,7 @@ struct LimitSettings {
     hello_secs: Option<u64>,
     idle_secs: Option<u64>,
     ingest_bytes: Option<usize>,
+    handshakes: HandshakeSettings,
     subject: SubjectSettings,
     session: SessionSettings,
     prefixes: Vec<PrefixSettings>,
@@ -369,8 +370,14 @@ impl Settings {
         [&self.tls.cert, &self.tls.key].into_iter().flatten().map(PathBuf::as_path).collect()
     }
 
+    /// Whom the server takes. Errors: certificates that cannot be read, handshakes that are too few or too many.
+    pub(crate) fn peers(&self) -> Result<Peers, Failure> {
+        let admission = self.limits.handshakes.admission().map_err(usage)?;
+        Ok(Peers { certificates: self.client_certificates()?, admission })
+    }
+
     /// Whose certificates clients have to show.
-    pub(crate) fn client_certificates(&self) -> Result<Option<ClientCertificates>, Failure> {
+    fn client_certificates(&self) -> Result<Option<ClientCertificates>, Failure> {
         match (&self.tls.client_ca, self.tls.client_auth) {
             (None, None) => Ok(None),
             (None, Some(_)) => {

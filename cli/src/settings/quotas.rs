@@ -1,6 +1,7 @@
 //! Quotas as they are written: a number, a rate, or `"none"`.
 
 use mainstay_server::{PrefixQuotas, Rate, SessionQuotas, SubjectQuotas};
+use mainstay_transport::quic::Admission;
 use serde::Deserialize as Derived;
 use serde::de::{Deserialize, DeserializeOwned, Deserializer, Error};
 use toml::Value;
@@ -93,6 +94,40 @@ impl SubjectSettings {
             refusals
         );
         Ok(())
+    }
+}
+
+/// Which handshakes are let in.
+#[derive(Debug, Clone, Default, Derived)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct HandshakeSettings {
+    at_once: Option<usize>,
+    at_once_per_network: Option<usize>,
+    retry_from: Option<usize>,
+    begun: RateOf,
+    begun_per_network: RateOf,
+}
+
+/// More than so many at once would be more than a machine can do.
+const MOST_HANDSHAKES: usize = 1 << 14;
+
+impl HandshakeSettings {
+    pub(crate) fn admission(&self) -> Result<Admission, String> {
+        let mut admission = Admission::default();
+        for (name, set, into) in [
+            ("at_once", self.at_once, &mut admission.handshakes),
+            ("at_once_per_network", self.at_once_per_network, &mut admission.per_network),
+        ] {
+            let Some(set) = set else { continue };
+            if !(1..=MOST_HANDSHAKES).contains(&set) {
+                return Err(format!("limits.handshakes.{name} is from 1 to {MOST_HANDSHAKES}"));
+            }
+            *into = set;
+        }
+        admission.retry_from = self.retry_from.unwrap_or(admission.retry_from);
+        rate("limits.handshakes.begun", &self.begun, &mut admission.rate)?;
+        rate("limits.handshakes.begun_per_network", &self.begun_per_network, &mut admission.network_rate)?;
+        Ok(admission)
     }
 }
 

@@ -43,6 +43,16 @@ pub struct ClientCertificates {
     pub required: bool,
 }
 
+/// Whom a listener takes. Nobody is asked for a certificate by default.
+#[derive(Debug, Clone, Default)]
+pub struct Peers {
+    /// Whose certificates they have to show. Where they are asked for any there is no early data: whose certificate it is would not be
+    /// known when it comes.
+    pub certificates: Option<ClientCertificates>,
+    /// How many of them at once, and how fast.
+    pub admission: Admission,
+}
+
 /// What does not change while a listener listens.
 #[derive(Debug, Clone)]
 struct Terms {
@@ -109,24 +119,25 @@ impl QuicListener {
         limits: &Limits,
         alpn: &[u8],
     ) -> Result<Self, String> {
-        Self::asking(socket, identity, None, keys, tickets, limits, alpn)
+        Self::taking(socket, identity, Peers::default(), keys, tickets, limits, alpn)
     }
 
-    /// The same, which asks clients for certificates. There is no early data then: whose certificate it is would not be known when it comes.
+    /// The same, which takes only some peers.
     ///
     /// Errors: what is wrong with the identity, the certificates or the socket.
-    pub fn asking(
+    pub fn taking(
         socket: UdpSocket,
         identity: Identity,
-        clients: Option<ClientCertificates>,
+        peers: Peers,
         keys: &ServerKeys,
         tickets: Option<Arc<dyn TicketStore>>,
         limits: &Limits,
         alpn: &[u8],
     ) -> Result<Self, String> {
         let socket = GatheringRuntime.wrap_udp_socket(socket).map_err(|error| error.to_string())?;
+        let Peers { certificates: clients, admission } = peers;
         let terms = Terms { keys: keys.clone(), tickets, limits: *limits, clients, alpn: alpn.to_vec() };
-        Self::on(socket, Arc::new(GatheringRuntime), identity, terms)
+        Self::on(socket, Arc::new(GatheringRuntime), identity, terms, admission)
     }
 
     /// Listens on any socket that quinn accepts.
@@ -140,7 +151,7 @@ impl QuicListener {
         alpn: &[u8],
     ) -> Result<Self, String> {
         let terms = Terms { keys: keys.clone(), tickets, limits: *limits, clients: None, alpn: alpn.to_vec() };
-        Self::on(socket, runtime, identity, terms)
+        Self::on(socket, runtime, identity, terms, Admission::default())
     }
 
     fn on(
@@ -148,13 +159,14 @@ impl QuicListener {
         runtime: Arc<dyn Runtime>,
         identity: Identity,
         terms: Terms,
+        admission: Admission,
     ) -> Result<Self, String> {
         let config = terms.config(identity)?;
         let endpoint = Endpoint::new_with_abstract_socket(endpoint_config(&terms.keys), Some(config), socket, runtime)
             .map_err(|error| error.to_string())?;
         let (connections, ready) = mpsc::channel(READY);
         let refusing = Arc::new(AtomicBool::new(false));
-        let door = Door::new(Admission::default());
+        let door = Door::new(admission);
         let acceptor = tokio::spawn(accept(endpoint.clone(), refusing.clone(), door, connections));
         Ok(Self { endpoint, ready: Mutex::new(ready), refusing, acceptor, terms })
     }

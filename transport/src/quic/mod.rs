@@ -29,7 +29,7 @@ pub use connection::{QuicConnection, QuicRecv, QuicSend};
 pub use connector::{Address, QuicConnector, Reach, Trust, reach};
 pub use identity::{Identity, Pin, read_certificates};
 pub use keys::ServerKeys;
-pub use listener::{ClientCertificates, QuicListener, Showcase};
+pub use listener::{ClientCertificates, Peers, QuicListener, Showcase};
 pub use socket::{Sockets, UdpSockets, bind};
 pub use tickets::{MemoryTickets, TicketStore};
 
