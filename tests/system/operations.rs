@@ -364,6 +364,24 @@ async fn namespaces_have_stores_of_their_own() {
     }
 }
 
+/// As a certificate is renewed by a program that knows nothing of this one.
+#[tokio::test]
+async fn a_certificate_that_is_another_is_shown_without_being_told() {
+    let key = key();
+    let mut server = Earnest::new(&[&key], "");
+    server.start().await;
+    let before = server.client(&key, "alice");
+    before.list("").await.expect("the old certificate");
+    certificate(server.dir.path());
+    mainstay_tests::until("the server sees it", async || {
+        std::fs::read_to_string(server.log()).is_ok_and(|said| said.contains("the certificate changed"))
+    })
+    .await;
+    server.client(&key, "bob").list("").await.expect("the new certificate");
+    before.list("").await.expect("the connection lives");
+    assert_eq!(server.stop().await, Some(0));
+}
+
 /// A certificate that cannot be read is no reason to show none.
 #[tokio::test]
 async fn an_identity_that_is_broken_is_told_by_its_file() {
