@@ -875,7 +875,7 @@ pub(crate) enum TokenAction {
         #[arg(long, value_name = "PREFIX=OPS", required = true)]
         grant: Vec<String>,
         /// Seconds until it expires.
-        #[arg(long, value_name = "SECS", default_value_t = 3600)]
+        #[arg(long, value_name = "SECS", default_value_t = 3600, value_parser = clap::value_parser!(u32).range(1..))]
         ttl: u32,
         /// Bind it to one client instance (32 hexadecimal digits).
         #[arg(long, value_name = "ID")]
@@ -899,7 +899,7 @@ pub(crate) enum TokenAction {
         #[arg(long, value_name = "PREFIX=OPS", required = true)]
         grant: Vec<String>,
         /// Seconds until it expires, and never later than the other one.
-        #[arg(long, value_name = "SECS", default_value_t = 3600)]
+        #[arg(long, value_name = "SECS", default_value_t = 3600, value_parser = clap::value_parser!(u32).range(1..))]
         ttl: u32,
         /// Bind it to one client instance (32 hexadecimal digits).
         #[arg(long, value_name = "ID")]

@@ -33,6 +33,7 @@ impl Data {
     /// The directory given, else the one that the environment names, else the per-user default.
     pub(crate) fn new(dir: Option<&Path>) -> Result<Self, Failure> {
         let dir = match dir {
+            Some(dir) if dir.as_os_str().is_empty() => return Err(Failure::usage("the data directory has no name")),
             Some(dir) => dir.to_owned(),
             None => default_dir()?,
         };

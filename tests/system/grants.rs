@@ -129,6 +129,25 @@ async fn prepared() -> QuicServer {
     server
 }
 
+/// What a client may ask for on an attachment is looked at here, all of it.
+#[test]
+fn every_request_of_an_attachment_is_in_the_matrix() {
+    // The one with which it begins, and what ends something of the asking one's own.
+    let needs_nothing_more = ["ATTACH", "UNSUBSCRIBE", "LEAVE"];
+    let registry: toml::Table = toml::from_str(include_str!("../../spec/registry.toml")).expect("the registry");
+    let frames = registry["frames"].as_table().expect("frames");
+    let asked = frames.iter().filter(|(_, frame)| {
+        let text = |name: &str| frame[name].as_str().expect("a word");
+        text("on").contains("attachment") && text("from") != "server"
+    });
+    let asked: Vec<&str> = asked.map(|(name, _)| name.as_str()).collect();
+    assert!(asked.len() > 15, "{asked:?}");
+    let known: Vec<_> = requests().into_iter().map(|(request, _)| request.name().to_owned()).collect();
+    for name in asked.into_iter().filter(|name| !needs_nothing_more.contains(name)) {
+        assert!(known.iter().any(|known| known == name), "{name} is not in the matrix");
+    }
+}
+
 #[tokio::test]
 async fn every_request_is_refused_without_its_grant_and_allowed_with_it() {
     let mut looked_at = 0;
@@ -142,10 +161,12 @@ async fn every_request_is_refused_without_its_grant_and_allowed_with_it() {
             false => None,
         };
         assert_eq!(answer, expected, "{} with everything but {needs:?}", request.name());
-        // With each single one that is not it.
+        // With each single one that is not it, and what an attach needs.
         for one in &others {
-            let answer = ask(&server, &[*one], &request).await;
-            assert_ne!(answer, Some(Answer::Allowed), "{} with {one:?} alone", request.name());
+            let attaches = [Operation::Read, Operation::Append].into_iter().find(|by| !needs.contains(by));
+            let attaches = attaches.expect("one of them is not needed");
+            let answer = ask(&server, &[*one, attaches], &request).await;
+            assert_eq!(answer, Some(Answer::Forbidden), "{} with {one:?} and {attaches:?} alone", request.name());
             looked_at += 1;
         }
         // With what it needs, and what an attach needs.

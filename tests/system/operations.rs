@@ -364,6 +364,22 @@ async fn namespaces_have_stores_of_their_own() {
     }
 }
 
+#[tokio::test]
+async fn a_key_that_is_not_that_of_the_certificate_is_noticed_before_the_start() {
+    let key = key();
+    let server = Earnest::new(&[&key], "");
+    let settings = server.settings();
+    let check = ["serve", "--check", "--config", settings.to_str().expect("a path")];
+    assert!(mainstay(&check).await.status.success());
+    let other = tempfile::tempdir().expect("a directory");
+    certificate(other.path());
+    std::fs::copy(other.path().join("key.pem"), server.dir.path().join("key.pem")).expect("a key");
+    let checked = mainstay(&check).await;
+    assert_eq!(checked.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&checked.stderr);
+    assert!(said.contains("key.pem is not the key of the certificate in") && said.contains("chain.pem"), "{said}");
+}
+
 /// As a certificate is renewed by a program that knows nothing of this one.
 #[tokio::test]
 async fn a_certificate_that_is_another_is_shown_without_being_told() {

@@ -3,6 +3,7 @@
 mod layers;
 mod quotas;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -88,7 +89,24 @@ struct IssuerSettings {
 struct StoreSettings {
     reserve_bytes: Option<u64>,
     memtable_bytes: Option<u64>,
-    compact_after: Option<String>,
+    compact_after: Option<CompactAfterSetting>,
+}
+
+/// A number of seconds, or a word.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum CompactAfterSetting {
+    Seconds(f64),
+    Text(String),
+}
+
+impl CompactAfterSetting {
+    fn text(&self) -> String {
+        match self {
+            Self::Seconds(seconds) => seconds.to_string(),
+            Self::Text(text) => text.clone(),
+        }
+    }
 }
 
 /// How logs are written.
@@ -151,6 +169,9 @@ pub(crate) struct Namespaced {
     pub(crate) quotas: Quotas,
 }
 
+/// A server that does nothing uses half as much.
+const LEAST_MEMORY: usize = 64 << 20;
+
 /// Namespaces of one process: each has a store and a thread of its own.
 const MAX_NAMESPACES: usize = 64;
 
@@ -203,14 +224,15 @@ impl Settings {
             Some(set) => set.0,
             None => crate::memory::of_machine().map(|bytes| bytes / 4 * 3),
         };
-        if let Some(text) = &self.store.compact_after {
+        if let Some(set) = &self.store.compact_after {
             let CompactAfter(after) =
-                args::compact_after(text).map_err(|error| usage(format!("[store] compact_after: {error}")))?;
+                args::compact_after(&set.text()).map_err(|error| usage(format!("[store] compact_after: {error}")))?;
             config.compact_after = after;
         }
         let memtable = self.store().memtable_bytes;
         for (name, is_none) in [
             ("store.memtable_bytes", memtable < 64 << 10),
+            ("limits.memory_bytes", config.memory.is_some_and(|bytes| bytes < LEAST_MEMORY)),
             ("limits.connections", config.connections == 0),
             ("limits.attachments", config.attachments == 0),
             ("limits.producers", config.producers == 0),
@@ -227,6 +249,7 @@ impl Settings {
         for (name, is_much, most) in [
             // The journal holds it until it is written, and at most twice as much.
             ("store.memtable_bytes", memtable > 64 << 20, "67108864"),
+            ("store.reserve_bytes", self.store().reserve > 1 << 44, "17592186044416"),
             ("limits.connections", config.connections > 1 << 20, "1048576"),
             ("limits.attachments", config.attachments > 1 << 16, "65536"),
             ("limits.producers", config.producers > 1 << 12, "4096"),
@@ -258,6 +281,10 @@ impl Settings {
         subject.apply(&mut quotas.subject).map_err(usage)?;
         session.apply(&mut quotas.session).map_err(usage)?;
         quotas.prefixes = prefixes.iter().map(PrefixSettings::quotas).collect::<Result<_, _>>().map_err(usage)?;
+        let mut seen = BTreeSet::new();
+        if let Some(twice) = quotas.prefixes.iter().find(|one| !seen.insert(&one.prefix)) {
+            return Err(usage(format!("limits.prefixes has two entries for {:?}", twice.prefix)));
+        }
         Ok(quotas)
     }
 

@@ -148,15 +148,22 @@ impl SessionSettings {
     pub(crate) fn apply(&self, quotas: &mut SessionQuotas) -> Result<(), String> {
         count(&self.attachments, usize::MAX, &mut quotas.attachments);
         count(&self.subscriptions, usize::MAX, &mut quotas.subscriptions);
+        for (name, most) in [("attachments", quotas.attachments), ("subscriptions", quotas.subscriptions)] {
+            if most == 0 {
+                return Err(format!("limits.session.{name} is too small for anything to be done"));
+            }
+        }
         let bounds = &mut quotas.bounds;
-        for (set, into) in [
-            (self.members, &mut bounds.members),
-            (self.state_keys, &mut bounds.state_keys),
-            (self.state_bytes, &mut bounds.state_bytes),
+        for (name, set, into) in [
+            ("members", self.members, &mut bounds.members),
+            ("state_keys", self.state_keys, &mut bounds.state_keys),
+            ("state_bytes", self.state_bytes, &mut bounds.state_bytes),
         ] {
-            if let Some(set) = set {
+            match set {
                 // More than the protocol allows would promise what nobody gets.
-                *into = set.min(*into);
+                Some(set) if set > *into => return Err(format!("limits.session.{name} is at most {into}")),
+                Some(set) => *into = set,
+                None => {}
             }
         }
         rates!("limits.session", self, quotas, appends, append_bytes);
@@ -172,9 +179,9 @@ impl SessionSettings {
 pub(crate) struct PrefixSettings {
     prefix: String,
     #[serde(default)]
-    sessions: Option<u64>,
+    sessions: Count<u64>,
     #[serde(default)]
-    stored_bytes: Option<u64>,
+    stored_bytes: Count<u64>,
     #[serde(default)]
     appends: RateOf,
     #[serde(default)]
@@ -185,7 +192,8 @@ impl PrefixSettings {
     pub(crate) fn quotas(&self) -> Result<PrefixQuotas, String> {
         let mut quotas = PrefixQuotas::default();
         quotas.prefix.clone_from(&self.prefix);
-        (quotas.sessions, quotas.stored_bytes) = (self.sessions, self.stored_bytes);
+        let set = |set: &Count<u64>| set.as_ref().and_then(|Setting(set)| *set);
+        (quotas.sessions, quotas.stored_bytes) = (set(&self.sessions), set(&self.stored_bytes));
         rates!("limits.prefixes", self, quotas, appends, append_bytes);
         Ok(quotas)
     }

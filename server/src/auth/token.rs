@@ -109,8 +109,9 @@ impl SigningKey {
         VerifyingKey { key: self.pair.public.clone() }
     }
 
-    /// Signs a token. Errors: the claims do not fit into a token.
+    /// Signs a token. Errors: the claims do not fit into a token; the subject is one that no server believes.
     pub fn mint(&self, claims: &Claims) -> Result<String, String> {
+        subject(claims.subject.as_str()).map_err(|error| error.detail.to_string())?;
         let time = |seconds| jiff::Timestamp::from_second(seconds).map(|time| time.to_string());
         let text = ClaimsText {
             sub: claims.subject.as_str().to_owned(),

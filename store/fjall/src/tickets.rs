@@ -48,6 +48,14 @@ fn boot() -> Option<Vec<u8>> {
     fs::read("/proc/sys/kernel/random/boot_id").ok()
 }
 
+/// Makes a directory that its owner alone may look into, or one of one that is there.
+fn secret(dir: &Path) -> io::Result<()> {
+    fs::create_dir_all(dir)?;
+    #[cfg(unix)]
+    fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o700))?;
+    Ok(())
+}
+
 /// Looks at what the engine would not survive. A directory that is not there yet has nothing to look at.
 fn check(dir: &Path) -> Result<(), OpenError> {
     let keyspaces = dir.join("keyspaces");
@@ -84,6 +92,8 @@ impl Tickets {
     }
 
     fn try_open(dir: &Path) -> Result<Self, String> {
+        // Whoever has what is in them may read early data that was sent with them.
+        secret(dir).map_err(|error| error.to_string())?;
         check(dir).map_err(|error| error.to_string())?;
         let opened = catch_unwind(AssertUnwindSafe(|| {
             let db =
@@ -147,6 +157,18 @@ impl Tickets {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn the_owner_alone_looks_into_the_directory() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("tickets");
+        fs::create_dir(&path).expect("a directory");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("permissions");
+        drop(Tickets::open(&path).expect("open"));
+        assert_eq!(fs::metadata(&path).expect("the directory").permissions().mode() & 0o777, 0o700);
+    }
 
     /// fjall asserts what stands there, and panics again while it unwinds.
     #[test]

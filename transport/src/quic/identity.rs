@@ -7,7 +7,10 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::sign::CertifiedKey;
 use rustls::{CertificateError, DigitallySignedStruct, SignatureScheme};
+
+use super::provider;
 
 /// SHA-256 of a certificate's public key (SubjectPublicKeyInfo): what a client pins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,13 +73,22 @@ impl Identity {
         Ok(Self { chain: vec![certificate.der().clone()], key: der })
     }
 
-    /// Reads a chain and a key from PEM files. Errors: what is wrong with which file.
+    /// Reads a chain and a key from PEM files. Errors: what is wrong with which file; that the key is not the one of the certificate.
     pub fn from_pem_files(chain: &Path, key: &Path) -> Result<Self, String> {
+        let file = chain;
         let at = |path: &Path, error: rustls::pki_types::pem::Error| format!("{}: {error}", path.display());
         let certificates = CertificateDer::pem_file_iter(chain).map_err(|error| at(chain, error))?;
         let chain = certificates.collect::<Result<_, _>>().map_err(|error| at(chain, error))?;
-        let key = PrivateKeyDer::from_pem_file(key).map_err(|error| at(key, error))?;
-        Ok(Self { chain, key })
+        let (path, key) = (key, PrivateKeyDer::from_pem_file(key).map_err(|error| at(key, error))?);
+        let this = Self { chain, key };
+        let pair = CertifiedKey::from_der(this.chain.clone(), this.key.clone_key(), &provider());
+        pair.map_err(|error| match error {
+            rustls::Error::InconsistentKeys(_) => {
+                format!("{} is not the key of the certificate in {}; export both again", path.display(), file.display())
+            }
+            error => format!("{} and {}: {error}", file.display(), path.display()),
+        })?;
+        Ok(this)
     }
 
     /// A new P-256 key, PKCS #8 PEM. Errors: the random generator failed.
