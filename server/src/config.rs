@@ -48,8 +48,38 @@ pub struct Config {
     pub unauthenticated: Duration,
     /// Bytes of memory from which on load is shed, and never reached (spec LIM-6); `None` for no bound.
     pub memory: Option<usize>,
+    /// What one connection may do, whoever it is.
+    pub connection: ConnectionQuotas,
     /// Who may have and do how much.
     pub quotas: Quotas,
+}
+
+/// What one connection may do before it is known what it wants: no program that keeps to the protocol comes near that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ConnectionQuotas {
+    /// QUIC streams opened: an application that attaches to everything it has, again and again.
+    pub streams: Rate,
+    /// Streams opened, and requests refused, before a token is in force: what comes with the first flight, and now and then something more.
+    pub without_token: Rate,
+    /// PINGs: a sign of life of every membership there can be, each second.
+    pub pings: Rate,
+    /// TOKENs: the one of a client is good for minutes.
+    pub tokens: Rate,
+    /// Streams that break the protocol, and tokens that are not believed. One is a bug of a program; this many are its purpose.
+    pub violations: usize,
+}
+
+impl Default for ConnectionQuotas {
+    fn default() -> Self {
+        Self {
+            streams: Rate { per_second: 1000, burst: 4096 },
+            without_token: Rate { per_second: 1, burst: 16 },
+            pings: Rate { per_second: 1024, burst: 4096 },
+            tokens: Rate { per_second: 1, burst: 20 },
+            violations: 16,
+        }
+    }
 }
 
 impl Default for Config {
@@ -72,6 +102,7 @@ impl Default for Config {
             connections: 16_384,
             unauthenticated: Duration::from_secs(10),
             memory: None,
+            connection: ConnectionQuotas::default(),
             quotas: Quotas::default(),
         }
     }

@@ -699,7 +699,7 @@ pub(crate) async fn run<C: Connection>(transport: C, server: Arc<Shared>, id: u6
                 certificate: transport.certificate(),
             })
         },
-        conduct: Conduct::new(),
+        conduct: Conduct::new(&server.config().connection),
         thrown_out: watch::channel(None).0,
         begun: Instant::now(),
         held: Semaphore::new(usize::try_from(server.config().delivery_budget).unwrap_or(Semaphore::MAX_PERMITS)),

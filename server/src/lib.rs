@@ -32,7 +32,7 @@ mod status;
 mod subscription;
 mod upkeep;
 
-pub use config::{Config, PrefixQuotas, Quotas, SessionQuotas, SubjectQuotas};
+pub use config::{Config, ConnectionQuotas, PrefixQuotas, Quotas, SessionQuotas, SubjectQuotas};
 pub use mainstay_transport::rate::Rate;
 pub use namespace::Namespace;
 pub use resume::ResumeKeys;

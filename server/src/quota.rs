@@ -16,7 +16,7 @@ use mainstay_transport::rate::{Limiter, Rate};
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::time::Instant;
 
-use crate::config::{PrefixQuotas, Quotas, SubjectQuotas};
+use crate::config::{ConnectionQuotas, PrefixQuotas, Quotas, SubjectQuotas};
 use crate::metrics::{Counted, Limit, Metrics};
 
 /// Refuses what comes too often.
@@ -81,28 +81,20 @@ pub(crate) struct Conduct {
     strange: Option<Limiter>,
     questions: Option<Limiter>,
     tokens: Option<Limiter>,
+    /// How often it may break the protocol, and how often it did.
+    most_violations: usize,
     violations: AtomicUsize,
 }
 
 impl Conduct {
-    /// QUIC streams that are opened: an application that attaches to everything it has, again and again.
-    const STREAMS: Rate = Rate { per_second: 1000, burst: 4096 };
-    /// Streams, and refusals, before a token is in force: what comes with the first flight, and now and then something more.
-    const STRANGE: Rate = Rate { per_second: 1, burst: 16 };
-    /// PINGs: a sign of life of every membership there can be, each second.
-    const QUESTIONS: Rate = Rate { per_second: 1024, burst: 4096 };
-    /// TOKENs: the one of a client is good for minutes.
-    const TOKENS: Rate = Rate { per_second: 1, burst: 20 };
-    /// Streams that break the protocol, and tokens that are not believed. One is a bug of a program; this many are its purpose.
-    const VIOLATIONS: usize = 16;
-
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(quotas: &ConnectionQuotas) -> Self {
         let limiter = |rate| Limiter::new(Some(rate));
         Self {
-            streams: limiter(Self::STREAMS),
-            strange: limiter(Self::STRANGE),
-            questions: limiter(Self::QUESTIONS),
-            tokens: limiter(Self::TOKENS),
+            streams: limiter(quotas.streams),
+            strange: limiter(quotas.without_token),
+            questions: limiter(quotas.pings),
+            tokens: limiter(quotas.tokens),
+            most_violations: quotas.violations,
             violations: AtomicUsize::new(0),
         }
     }
@@ -143,7 +135,7 @@ impl Conduct {
 
     /// It broke the protocol. True if that was once too often.
     pub(crate) fn violated(&self) -> bool {
-        self.violations.fetch_add(1, Ordering::Relaxed) >= Self::VIOLATIONS
+        self.violations.fetch_add(1, Ordering::Relaxed) >= self.most_violations
     }
 }
 
@@ -554,14 +546,15 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn streams_and_questions_of_a_connection_keep_to_their_rates() {
-        let conduct = Conduct::new();
+        let quotas = ConnectionQuotas::default();
+        let conduct = Conduct::new(&quotas);
         let trusted = SubjectUsage::new(&SubjectQuotas::default());
-        for _ in 0..Conduct::STREAMS.burst {
+        for _ in 0..quotas.streams.burst {
             assert!(conduct.stream(Some(&trusted)).is_zero());
         }
         let streams = in_a_second(|| conduct.stream(Some(&trusted))).await;
         assert!((900..=1001).contains(&streams), "{streams}");
-        for _ in 0..Conduct::QUESTIONS.burst {
+        for _ in 0..quotas.pings.burst {
             assert!(conduct.question().is_zero());
         }
         let questions = in_a_second(|| conduct.question()).await;
@@ -574,7 +567,8 @@ mod tests {
         let rate = |per_second, burst| Some(Rate { per_second, burst });
         let quotas = SubjectQuotas { streams: rate(2, 3), refusals: rate(1, 2), ..SubjectQuotas::default() };
         let (subject, other) = (SubjectUsage::new(&quotas), SubjectUsage::new(&quotas));
-        let connections = [Conduct::new(), Conduct::new()];
+        let own = ConnectionQuotas::default();
+        let connections = [Conduct::new(&own), Conduct::new(&own)];
         let streams: Vec<_> = (0..4).map(|n| connections[n % 2].stream(Some(&subject))).collect();
         assert_eq!(streams, [Duration::ZERO, Duration::ZERO, Duration::ZERO, LATER]);
         let refusals: Vec<_> = (0..3).map(|n| connections[n % 2].refusal(Some(&subject))).collect();
@@ -583,7 +577,7 @@ mod tests {
         tokio::time::sleep(LATER).await;
         assert_eq!(connections[0].refusal(Some(&subject)), Duration::ZERO);
         // Nobody that is known has as much as comes with a first flight, for both.
-        let strange: Vec<_> = (0..Conduct::STRANGE.burst).map(|_| connections[0].stream(None)).collect();
+        let strange: Vec<_> = (0..own.without_token.burst).map(|_| connections[0].stream(None)).collect();
         assert!(strange.iter().all(Duration::is_zero));
         assert_eq!(connections[0].refusal(None), LATER);
         assert_eq!(connections[1].refusal(None), Duration::ZERO, "each connection for itself");

@@ -828,7 +828,8 @@ fn the_numbers_of_the_specification_are_those_of_the_server() {
         format!("{}/s, {} at once", bytes(rate.per_second.into()), bytes(rate.burst.into()))
     };
     let (config, quotas, door) = (Config::default(), Quotas::public(), mainstay_transport::quic::Admission::default());
-    let (subject, session) = (&quotas.subject, &quotas.session);
+    let (subject, session, own) = (&quotas.subject, &quotas.session, &config.connection);
+    let least = mainstay_protocol::registry::MIN_BULK_WINDOW;
     let seconds = |duration: Duration| format!("{} s", duration.as_secs());
     let expected = [
         (("22.1", "handshake"), seconds(door.patience)),
@@ -860,7 +861,40 @@ fn the_numbers_of_the_specification_are_those_of_the_server() {
         (("22.3", "records appended"), rate(session.appends)),
         (("22.3", "bytes appended"), byte_rate(session.append_bytes)),
         (("22.3", "bytes stored"), session.stored_bytes.map_or_else(|| "none".into(), bytes)),
+        (("22.1", "frame before a token is in force"), "`max_frame_unauthenticated`".into()),
+        (("22.1", "QUIC streams opened"), rate(Some(own.streams))),
+        (
+            ("22.1", "QUIC streams opened, and requests refused, without a token in force"),
+            rate(Some(own.without_token)),
+        ),
+        (("22.1", "PINGs"), rate(Some(own.pings))),
+        (("22.1", "TOKENs"), rate(Some(own.tokens))),
+        (
+            ("22.1", "QUIC streams that break the protocol, and tokens that are not believed"),
+            own.violations.to_string(),
+        ),
+        (("22.1", "subscriptions"), format!("N of HELLO, up to {}", grouped(config.delivery_budget / least))),
+        (("22.1", "control that the peer does not read"), "`control_reserve`".into()),
         (("22.4", "connections"), grouped(config.connections as u64)),
+        (
+            ("22.4", "datagrams that wait for a handshake"),
+            format!(
+                "{}, {} connections, {} of each",
+                bytes(door.waiting_bytes_of_all),
+                grouped(door.waiting as u64),
+                bytes(door.waiting_bytes)
+            ),
+        ),
+        (("22.4", "batches of one session that are accepted and in no commit"), bytes(config.session_backlog as u64)),
+        (("22.4", "TLS sessions that may be resumed"), grouped(mainstay_store_fjall::MAX_TICKETS as u64)),
+        (
+            ("22.4", "revocations"),
+            format!(
+                "{} for each namespace, {} of them for keys and subjects alone",
+                grouped(mainstay_server::auth::MAX_REVOCATIONS as u64),
+                grouped(mainstay_server::auth::RESERVED_REVOCATIONS as u64)
+            ),
+        ),
         (
             ("22.4", "batches between arrival and answer"),
             format!("{} for each namespace", bytes(config.ingest_budget as u64)),
@@ -870,7 +904,10 @@ fn the_numbers_of_the_specification_are_those_of_the_server() {
             format!("{}, {} for each session", bytes(config.ring_budget as u64), bytes(config.ring_bytes as u64)),
         ),
     ];
-    for (row, expected) in expected {
-        assert_eq!(rows.get(&row).copied(), Some(expected.as_str()), "{row:?}");
+    for (row, expected) in &expected {
+        assert_eq!(rows.get(row).copied(), Some(expected.as_str()), "{row:?}");
     }
+    // None is written that nothing is compared with.
+    let missing: Vec<_> = rows.keys().filter(|row| expected.iter().all(|(known, _)| known != *row)).collect();
+    assert!(missing.is_empty(), "{missing:?}");
 }

@@ -16,7 +16,7 @@ use mainstay_protocol::session::{Grants, Instance};
 use mainstay_protocol::wire::Subject;
 
 pub use jwt::{Algorithm, JwtIssuer};
-pub use revocation::{MAX_REVOCATIONS, Revocation, Revocations};
+pub use revocation::{MAX_REVOCATIONS, RESERVED_REVOCATIONS, Revocation, Revocations};
 pub use token::{Keyring, SigningKey, VerifyingKey, read};
 pub use trust::{Anchors, Trust, Verified};
 

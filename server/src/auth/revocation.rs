@@ -38,7 +38,7 @@ pub enum Revocation {
 pub const MAX_REVOCATIONS: usize = 65_536;
 
 /// Of those, places that are not for tokens: what stands for many can be revoked when there are too many.
-const RESERVED: usize = 1024;
+pub const RESERVED_REVOCATIONS: usize = 1024;
 
 /// Everything that was revoked.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,7 +77,7 @@ impl Revocations {
     pub fn add(&mut self, revocation: Revocation, now: i64) -> Result<bool, String> {
         revocation.check()?;
         let (known, room) = match &revocation {
-            Revocation::Token { id } => (self.tokens.contains(id), MAX_REVOCATIONS - RESERVED),
+            Revocation::Token { id } => (self.tokens.contains(id), MAX_REVOCATIONS - RESERVED_REVOCATIONS),
             Revocation::Key { id } => (self.keys.contains(id), MAX_REVOCATIONS),
             Revocation::Subject { subject, .. } => (self.subjects.contains_key(subject), MAX_REVOCATIONS),
         };
@@ -198,13 +198,13 @@ mod tests {
     #[test]
     fn there_are_no_more_than_are_kept() {
         let mut revoked = Revocations::default();
-        for at in 0..MAX_REVOCATIONS - RESERVED {
+        for at in 0..MAX_REVOCATIONS - RESERVED_REVOCATIONS {
             assert_eq!(revoked.add(Revocation::Token { id: at.to_string() }, 0), Ok(true));
         }
         assert!(revoked.add(Revocation::Token { id: "one more".into() }, 0).is_err());
         assert_eq!(revoked.add(Revocation::Token { id: "1".into() }, 0), Ok(false), "it is revoked");
         // What stands for many has places of its own.
-        for at in 0..RESERVED {
+        for at in 0..RESERVED_REVOCATIONS {
             assert_eq!(revoked.add(Revocation::Key { id: format!("k4.pid.{at}") }, 0), Ok(true));
         }
         assert!(revoked.add(Revocation::Key { id: "k4.pid.more".into() }, 0).is_err());

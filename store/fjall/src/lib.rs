@@ -48,4 +48,4 @@ mod witness;
 
 pub use open::{Config, OpenError};
 pub use store::FjallStore;
-pub use tickets::Tickets;
+pub use tickets::{MAX_TICKETS, Tickets};

@@ -11,9 +11,11 @@ use fjall::{Database, Keyspace, KeyspaceCreateOptions};
 
 use crate::open::{OpenError, check_keyspace};
 
-/// Tickets of one generation. There are two, and when the younger is full the elder goes: a hundred thousand tickets, some 60 MB, at
-/// most, whatever clients do; a client that is away so long that its ticket has gone needs one round trip more.
-const GENERATION: usize = 50_000;
+/// Tickets at most, some 60 MB, whatever clients do (spec LIM-5): a client that is away so long that its ticket has gone needs one round
+/// trip more.
+pub const MAX_TICKETS: usize = 100_000;
+/// Tickets of one generation. There are two, and when the younger is full the elder goes.
+const GENERATION: usize = MAX_TICKETS / 2;
 /// Where the limits are kept, the boot of the machine, and which generation is the younger one.
 const META: &str = "meta";
 const LIMITS: &[u8] = b"limits";

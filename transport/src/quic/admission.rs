@@ -24,6 +24,12 @@ pub struct Admission {
     pub network_rate: Option<Rate>,
     /// How long a handshake may take.
     pub patience: Duration,
+    /// Connections whose first datagrams may wait until their handshake is looked at; what comes beyond these is dropped.
+    pub waiting: usize,
+    /// Bytes of datagrams of one of them that may.
+    pub waiting_bytes: u64,
+    /// Bytes of all of them together.
+    pub waiting_bytes_of_all: u64,
 }
 
 impl Default for Admission {
@@ -36,6 +42,9 @@ impl Default for Admission {
             rate: Some(Rate { per_second: 500, burst: 10_000 }),
             network_rate: Some(Rate { per_second: 128, burst: 1024 }),
             patience,
+            waiting: 1024,
+            waiting_bytes: 64 << 10,
+            waiting_bytes_of_all: 16 << 20,
         }
     }
 }
@@ -142,7 +151,10 @@ mod tests {
 
     fn door() -> Arc<Door> {
         let patience = Duration::ZERO;
-        Door::new(Admission { handshakes: 4, per_network: 3, retry_from: 2, rate: None, network_rate: None, patience })
+        let (handshakes, per_network, retry_from, rate, network_rate) = (4, 3, 2, None, None);
+        let rules =
+            Admission { handshakes, per_network, retry_from, rate, network_rate, patience, ..Admission::default() };
+        Door::new(rules)
     }
 
     fn ip(text: &str) -> IpAddr {

@@ -60,6 +60,7 @@ struct Terms {
     tickets: Option<Arc<dyn TicketStore>>,
     limits: Limits,
     clients: Option<ClientCertificates>,
+    admission: Admission,
     alpn: Vec<u8>,
 }
 
@@ -99,9 +100,9 @@ impl Terms {
         let mut config = ServerConfig::new(Arc::new(crypto), Arc::new(token_key));
         config
             .transport_config(Arc::new(transport_config(&self.limits, Side::Server)))
-            .max_incoming(1024)
-            .incoming_buffer_size(64 << 10)
-            .incoming_buffer_size_total(16 << 20);
+            .max_incoming(self.admission.waiting)
+            .incoming_buffer_size(self.admission.waiting_bytes)
+            .incoming_buffer_size_total(self.admission.waiting_bytes_of_all);
         Ok(config)
     }
 }
@@ -136,8 +137,8 @@ impl QuicListener {
     ) -> Result<Self, String> {
         let socket = GatheringRuntime.wrap_udp_socket(socket).map_err(|error| error.to_string())?;
         let Peers { certificates: clients, admission } = peers;
-        let terms = Terms { keys: keys.clone(), tickets, limits: *limits, clients, alpn: alpn.to_vec() };
-        Self::on(socket, Arc::new(GatheringRuntime), identity, terms, admission)
+        let terms = Terms { keys: keys.clone(), tickets, limits: *limits, clients, admission, alpn: alpn.to_vec() };
+        Self::on(socket, Arc::new(GatheringRuntime), identity, terms)
     }
 
     /// Listens on any socket that quinn accepts.
@@ -150,8 +151,9 @@ impl QuicListener {
         limits: &Limits,
         alpn: &[u8],
     ) -> Result<Self, String> {
-        let terms = Terms { keys: keys.clone(), tickets, limits: *limits, clients: None, alpn: alpn.to_vec() };
-        Self::on(socket, runtime, identity, terms, Admission::default())
+        let Peers { certificates: clients, admission } = Peers::default();
+        let terms = Terms { keys: keys.clone(), tickets, limits: *limits, clients, admission, alpn: alpn.to_vec() };
+        Self::on(socket, runtime, identity, terms)
     }
 
     fn on(
@@ -159,14 +161,13 @@ impl QuicListener {
         runtime: Arc<dyn Runtime>,
         identity: Identity,
         terms: Terms,
-        admission: Admission,
     ) -> Result<Self, String> {
         let config = terms.config(identity)?;
         let endpoint = Endpoint::new_with_abstract_socket(endpoint_config(&terms.keys), Some(config), socket, runtime)
             .map_err(|error| error.to_string())?;
         let (connections, ready) = mpsc::channel(READY);
         let refusing = Arc::new(AtomicBool::new(false));
-        let door = Door::new(admission);
+        let door = Door::new(terms.admission);
         let acceptor = tokio::spawn(accept(endpoint.clone(), refusing.clone(), door, connections));
         Ok(Self { endpoint, ready: Mutex::new(ready), refusing, acceptor, terms })
     }
