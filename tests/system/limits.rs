@@ -908,6 +908,8 @@ fn the_numbers_of_the_specification_are_those_of_the_server() {
         assert_eq!(rows.get(row).copied(), Some(expected.as_str()), "{row:?}");
     }
     // None is written that nothing is compared with.
-    let missing: Vec<_> = rows.keys().filter(|row| expected.iter().all(|(known, _)| known != *row)).collect();
+    let is_limit = |name: &str| !name.starts_with("limit") && name != "level" && name.parse::<u8>().is_err();
+    let rows = rows.keys().filter(|(_, name)| is_limit(name));
+    let missing: Vec<_> = rows.filter(|row| expected.iter().all(|(known, _)| known != *row)).collect();
     assert!(missing.is_empty(), "{missing:?}");
 }
