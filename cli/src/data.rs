@@ -307,10 +307,15 @@ pub(crate) async fn patiently<T>(
     };
     // What else is in the way is told of the connection.
     if reachable {
-        output.warning(
-            "WAITING",
-            &format!("session {session} does not exist yet, or the server cannot do it now; waiting for it"),
-        )?;
+        match client.refusal() {
+            Some(error) if error.name() == "SESSION_NOT_FOUND" => {
+                output.warning("WAITING", &format!("session {session} does not exist yet; waiting for it"))?;
+            }
+            Some(error) => output.warning(&error.name(), &format!("session {session}: {error}; trying again"))?,
+            None => {
+                output.warning("WAITING", &format!("session {session}: the server takes its time; waiting for it"))?
+            }
+        }
     }
     Ok(work.await?)
 }

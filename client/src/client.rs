@@ -51,6 +51,8 @@ pub(crate) trait Core: Send + Sync {
     fn paths(&self) -> watch::Receiver<Paths>;
     /// Why there is no connection, once that is known.
     fn trouble(&self) -> watch::Receiver<Option<ClientError>>;
+    /// Why the server does not attach a session now that waits for it.
+    fn refusal(&self) -> Option<ClientError>;
     /// The application knows something about its network.
     fn nudge(&self, nudge: Nudge);
     /// Closes the connection for good.
@@ -69,6 +71,7 @@ struct Wired<C: Connection> {
     tokens: Arc<Tokens>,
     paths: watch::Receiver<Paths>,
     trouble: watch::Receiver<Option<ClientError>>,
+    refused: watch::Sender<Option<ClientError>>,
     nudges: mpsc::Sender<Nudge>,
 }
 
@@ -79,7 +82,8 @@ impl<C: Connection> Core for Wired<C> {
         commands: mpsc::Receiver<SessionCommand>,
         again: mpsc::WeakSender<SessionCommand>,
     ) {
-        tokio::spawn(Driver::new(self.links.clone(), session, commands, again, &self.config).run());
+        let refused = self.refused.clone();
+        tokio::spawn(Driver::new(self.links.clone(), session, commands, again, refused, &self.config).run());
     }
 
     fn connected(&self) -> BoxFuture<'_, Result<(), ClientError>> {
@@ -169,6 +173,10 @@ impl<C: Connection> Core for Wired<C> {
 
     fn trouble(&self) -> watch::Receiver<Option<ClientError>> {
         self.trouble.clone()
+    }
+
+    fn refusal(&self) -> Option<ClientError> {
+        self.refused.borrow().clone()
     }
 
     fn nudge(&self, nudge: Nudge) {
@@ -261,6 +269,7 @@ impl Client {
         let (count, paths) = watch::channel(Paths::default());
         let (complain, trouble) = watch::channel(None);
         let (nudges, nudged) = mpsc::channel(4);
+        let refused = watch::channel(None).0;
         let tokens = Arc::new(Tokens::new(config.token.clone()));
         let supervised = Supervised {
             config: config.clone(),
@@ -274,7 +283,8 @@ impl Client {
         };
         tokio::spawn(supervise(connector, supervised, stopping));
         let renewal = config.renewal.clone();
-        let wired = Arc::new(Wired { links, config, connected, stop, finished, tokens, paths, trouble, nudges });
+        let wired =
+            Arc::new(Wired { links, config, connected, stop, finished, tokens, paths, trouble, refused, nudges });
         if let Some(renewal) = renewal {
             tokio::spawn(renew(renewal, wired.tokens.clone(), wired.finished.clone(), Arc::downgrade(&wired)));
         }
@@ -347,6 +357,12 @@ impl Client {
         let (paths, trouble) = (self.core.paths(), self.core.trouble());
         let seen = *paths.borrow();
         PathWatch { paths, trouble, seen }
+    }
+
+    /// Why the server does not attach a session now that waits to be attached: what it said last, `None` once one is attached. The client
+    /// asks again by itself until [`Config::give_up_after`]; this is for whoever wants to tell people why that takes long.
+    pub fn refusal(&self) -> Option<ClientError> {
+        self.core.refusal()
     }
 
     /// Says that the network is another one now, or back: for hosts that are told so by their system and know it better than this library,

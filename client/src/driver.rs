@@ -299,8 +299,9 @@ pub(crate) struct Driver<C: Connection> {
     give_up_after: Option<Duration>,
     /// There is a source of tokens.
     renews: bool,
-    /// Since when attaching is refused.
+    /// Since when attaching is refused, and who is told why.
     refused_since: Option<Instant>,
+    refused: watch::Sender<Option<ClientError>>,
 }
 
 impl<C: Connection> Driver<C> {
@@ -309,9 +310,11 @@ impl<C: Connection> Driver<C> {
         request: Attaching,
         commands: mpsc::Receiver<SessionCommand>,
         again: mpsc::WeakSender<SessionCommand>,
+        refused: watch::Sender<Option<ClientError>>,
         config: &Config,
     ) -> Self {
         Self {
+            refused,
             give_up_after: config.give_up_after,
             renews: config.renewal.is_some(),
             continuity: config.continuity.clone(),
@@ -781,6 +784,7 @@ impl<C: Connection> Driver<C> {
         }
         self.incarnation.send_replace(Some(answer.incarnation));
         self.refused_since = None;
+        self.refused.send_replace(None);
         // The cursor of the request was for the first attach; subscriptions keep their own.
         self.request.cursor = None;
         let info = SessionInfo::new(self.request.name.clone(), answer);
@@ -1104,6 +1108,7 @@ impl<C: Connection> Driver<C> {
             Frame::Error(error) if error.about == Attach::KIND || error.about == 0 => {
                 let waits = self.request.wait && self.info.is_none() && error.code == Code::SESSION_NOT_FOUND;
                 let known = self.info.is_some();
+                self.refused.send_replace(Some(ClientError::answered(&error)));
                 return Err(match error.code {
                     Code::SESSION_GONE => Over::Failed(ClientError::Gone),
                     Code::SESSION_NOT_FOUND if known => Over::Failed(ClientError::Gone),

@@ -11,7 +11,7 @@ use mainstay_protocol::wire::Writer;
 use mainstay_store::testing::SimulatedDisk;
 use mainstay_store::{ReadFrom, Store as _};
 use mainstay_tests::harness::{QuicServer, claims};
-use mainstay_tests::process::{Server, binary, events, named, run};
+use mainstay_tests::process::{Rows, Server, binary, events, named, run};
 use mainstay_transport::quic::Trust;
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
@@ -133,6 +133,24 @@ async fn exit_codes_and_error_names_are_those_of_the_contract() {
         (unreachable.status.code(), events(&unreachable.stdout)[0]["code"].as_str()),
         (Some(4), Some("UNREACHABLE"))
     );
+}
+
+/// Who waits is told for what, by the code of the server.
+#[tokio::test]
+async fn what_a_session_waits_for_is_told() {
+    let full = ["--set", "limits.prefixes=[{ prefix = \"full\", sessions = 0 }]"];
+    let server = Server::start_with(&full).await;
+    for (args, code) in
+        [(["append", "--json", "full/s"], "QUOTA_EXCEEDED"), (["tail", "--json", "nobody-made-it"], "WAITING")]
+    {
+        let mut command = server.command(&args);
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn().expect("a child");
+        let mut lines = Rows::of(child.stdout.take().expect("an output"));
+        let told = lines.until("warning").await;
+        assert_eq!(told.last().expect("a warning")["code"], code, "{told:?}");
+        child.kill().await.expect("killed");
+    }
 }
 
 #[tokio::test]
