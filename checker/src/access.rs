@@ -2,21 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use crate::evidence::{Evidence, Granted, NEVER, Outcome};
+use crate::evidence::{Evidence, Granted, NEVER, Outcome, Viewed};
 use crate::history::{Call, Event};
 use crate::verdict::{Class, Verdict};
 
 /// How long what was asked for before a right was revoked may go on, in nanoseconds.
 const GRACE: u64 = 1_000_000_000;
-
-/// True if the right is about this session: a prefix ends at a border.
-fn covers(prefix: &str, session: &str) -> bool {
-    let border = |c: char| c == ':' || c == '/';
-    match session.strip_prefix(prefix) {
-        Some(rest) => prefix.is_empty() || rest.is_empty() || prefix.ends_with(border) || rest.starts_with(border),
-        None => false,
-    }
-}
 
 /// A3: nobody reads what was written in another namespace.
 fn namespaces(evidence: &Evidence<'_>, verdict: &mut Verdict) {
@@ -24,8 +15,12 @@ fn namespaces(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     let of = |process: &str| of.get(process).copied().unwrap_or_default();
     let mut written: BTreeMap<&str, &str> = BTreeMap::new();
     for operation in &evidence.operations {
-        if let Call::Append { records, .. } = operation.call {
-            written.extend(records.iter().map(|text| (text.as_str(), of(operation.process))));
+        match operation.call {
+            Call::Append { records, .. } => {
+                written.extend(records.iter().map(|text| (text.as_str(), of(operation.process))));
+            }
+            Call::Put { value, .. } => drop(written.insert(value, of(operation.process))),
+            _ => {}
         }
     }
     for subscription in evidence.subscriptions.values() {
@@ -35,7 +30,7 @@ fn namespaces(evidence: &Evidence<'_>, verdict: &mut Verdict) {
             if !theirs.is_empty() {
                 verdict.count("namespaces-compared", records.len() as u64);
             }
-            for text in records.iter().filter_map(|record| record.data.as_deref()) {
+            for text in records.iter().flat_map(|record| [record.data.as_deref(), record.value.as_deref()]).flatten() {
                 if let Some(other) = written.get(text).filter(|other| **other != theirs) {
                     verdict.report(Class::CrossedNamespaces, subscription.session, || {
                         format!("{} of {theirs:?} was given {text:?} of {other:?}", subscription.process)
@@ -52,26 +47,27 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     let of = |process: &str| -> Vec<&Granted<'_>> {
         evidence.grants.iter().filter(|granted| granted.process == process).collect()
     };
-    let allows = |granted: &Granted<'_>, operation: &str, session: &str| {
-        covers(granted.prefix, session) && granted.operations.iter().any(|allowed| allowed == operation)
-    };
     for operation in &evidence.operations {
         let rights = of(operation.process);
         if rights.is_empty() {
             continue;
         }
         let (session, needs) = (operation.call.session(), operation.call.needs());
-        let mut matching = rights.iter().filter(|granted| allows(granted, needs, session));
+        let mut matching = rights.iter().filter(|granted| granted.allows(needs, session));
         let what = || format!("operation {} of {}, which needs {needs}", operation.op, operation.process);
+        let during = |granted: &&&Granted<'_>| {
+            granted.from <= operation.returned && granted.until.saturating_add(GRACE) >= operation.invoked
+        };
         match operation.outcome {
             Outcome::Done(_) => {
                 verdict.count("allowed", 1);
-                let mut during = matching.filter(|granted| {
-                    granted.from <= operation.returned && granted.until.saturating_add(GRACE) >= operation.invoked
-                });
-                if during.next().is_none() {
+                if !matching.any(|granted| during(&granted)) {
                     verdict.report(Class::Unauthorized, session, what);
                 }
+            }
+            // Nobody was told so, and it is there.
+            Outcome::Unknown if operation.found.is_some() && !matching.any(|granted| during(&granted)) => {
+                verdict.report(Class::Unauthorized, session, what);
             }
             Outcome::Failed("FORBIDDEN") => {
                 verdict.count("forbidden", 1);
@@ -98,15 +94,32 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
             });
             verdict.count("withheld", later.count() as u64);
         }
-        let matching: Vec<_> = rights.iter().filter(|granted| allows(granted, "read", subscription.session)).collect();
         for (at, event) in &subscription.events {
-            let Event::Records { records, .. } = event else { continue };
-            let within = |granted: &&&&Granted<'_>| granted.from <= *at && granted.until.saturating_add(GRACE) >= *at;
-            if !records.is_empty() && !matching.iter().any(|granted| within(&granted)) {
-                let class = if matching.is_empty() { Class::Unauthorized } else { Class::RevokedDelivery };
+            let tells = match event {
+                Event::Records { records, .. } => !records.is_empty(),
+                Event::Skipped { .. } => true,
+                _ => false,
+            };
+            if tells {
                 let what = || format!("subscription {number} of {} at {at}", subscription.process);
-                verdict.report(class, subscription.session, what);
+                reads(&rights, subscription.session, *at, what, verdict);
             }
         }
+    }
+    for Viewed { process, session, at, .. } in &evidence.views {
+        let rights = of(process);
+        if !rights.is_empty() {
+            reads(&rights, session, *at, || format!("a view of {process} at {at}"), verdict);
+        }
+    }
+}
+
+/// Somebody was given something of the session.
+fn reads(rights: &[&Granted<'_>], session: &str, at: u64, what: impl FnOnce() -> String, verdict: &mut Verdict) {
+    let matching: Vec<_> = rights.iter().filter(|granted| granted.allows("read", session)).collect();
+    let within = |granted: &&&Granted<'_>| granted.from <= at && granted.until.saturating_add(GRACE) >= at;
+    if !matching.iter().any(|granted| within(granted)) {
+        let class = if matching.is_empty() { Class::Unauthorized } else { Class::RevokedDelivery };
+        verdict.report(class, session, what);
     }
 }

@@ -34,6 +34,8 @@ pub struct Operation<'a> {
     pub told: u64,
     /// The answer.
     pub outcome: Outcome<'a>,
+    /// Where it is stored, if it may have been done and that was seen: by its text or value, whatever was answered.
+    pub found: Option<u64>,
 }
 
 impl Operation<'_> {
@@ -42,6 +44,15 @@ impl Operation<'_> {
         match self.outcome {
             Outcome::Done(seq) => seq,
             _ => None,
+        }
+    }
+
+    /// The seq of what it is about, if it was done: as answered, or found.
+    pub fn place(&self) -> Option<u64> {
+        match self.outcome {
+            Outcome::Done(seq) => seq,
+            Outcome::Unknown => self.found,
+            Outcome::Failed(_) => None,
         }
     }
 
@@ -137,6 +148,8 @@ pub struct Viewed<'a> {
     pub incarnation: &'a str,
     /// The fold of everything below.
     pub next: u64,
+    /// When it was looked at.
+    pub at: u64,
     /// The view.
     pub view: &'a View,
 }
@@ -177,6 +190,22 @@ pub struct Granted<'a> {
     pub from: u64,
     /// Until when.
     pub until: u64,
+}
+
+impl Granted<'_> {
+    /// True if it is a right to this, while it lasts.
+    pub fn allows(&self, operation: &str, session: &str) -> bool {
+        covers(self.prefix, session) && self.operations.iter().any(|allowed| allowed == operation)
+    }
+}
+
+/// True if the right is about this session: a prefix ends at a border.
+fn covers(prefix: &str, session: &str) -> bool {
+    let border = |c: char| c == ':' || c == '/';
+    match session.strip_prefix(prefix) {
+        Some(rest) => prefix.is_empty() || rest.is_empty() || prefix.ends_with(border) || rest.starts_with(border),
+        None => false,
+    }
 }
 
 /// One life of a session, by name and incarnation.
@@ -226,8 +255,8 @@ impl<'a> Evidence<'a> {
                             .report(Class::Malformed, call.session(), || format!("operation {op} is asked for twice"));
                     }
                     let outcome = Outcome::Unknown;
-                    let (invoked, returned, told) = (*at, NEVER, NEVER);
-                    this.operations.push(Operation { op: *op, process, call, invoked, returned, told, outcome });
+                    let (invoked, returned, told, found) = (*at, NEVER, NEVER, None);
+                    this.operations.push(Operation { op: *op, process, call, invoked, returned, told, outcome, found });
                 }
                 Event::Ok { op, .. } | Event::Fail { op, .. } | Event::Unknown { op } => {
                     let outcome = match event {
@@ -269,7 +298,7 @@ impl<'a> Evidence<'a> {
                     }
                 },
                 Event::View { session, incarnation, next, view } => {
-                    this.views.push(Viewed { process, session, incarnation, next: *next, view });
+                    this.views.push(Viewed { process, session, incarnation, next: *next, at: *at, view });
                 }
                 // Behind everything that clients saw: see below.
                 Event::Final { .. } => {}
@@ -290,6 +319,7 @@ impl<'a> Evidence<'a> {
             }
         }
         this.see(entries, verdict);
+        this.find();
         this
     }
 
@@ -335,6 +365,32 @@ impl<'a> Evidence<'a> {
         }
     }
 
+    /// Where operations are of which it is known by what they wrote.
+    fn find(&mut self) {
+        let mut places: BTreeMap<(&str, &str), u64> = BTreeMap::new();
+        for ((session, _), life) in &self.lives {
+            for (seq, seen) in &life.seen {
+                let written = match seen.record.kind.as_str() {
+                    "data" => seen.record.data.as_deref(),
+                    "state.put" => seen.record.value.as_deref(),
+                    _ => None,
+                };
+                if let Some(written) = written {
+                    places.entry((session, written)).or_insert(*seq);
+                }
+            }
+        }
+        for operation in &mut self.operations {
+            operation.found = match operation.call {
+                Call::Append { session, records, .. } => {
+                    records.iter().find_map(|text| places.get(&(session.as_str(), text.as_str())).copied())
+                }
+                Call::Put { session, value, .. } => places.get(&(session.as_str(), value.as_str())).copied(),
+                _ => None,
+            };
+        }
+    }
+
     /// The lives of a session.
     pub fn lives_of(&self, session: &str) -> impl Iterator<Item = (&LifeKey<'a>, &Life<'a>)> {
         self.lives.iter().filter(move |((name, _), _)| *name == session)
@@ -366,14 +422,31 @@ impl<'a> Evidence<'a> {
         self.trims(session).map(|(_, before)| before).max().unwrap_or(0)
     }
 
-    /// Sessions that somebody may have deleted.
+    /// Sessions that somebody may have deleted who may do that.
     pub fn deletions(&self) -> impl Iterator<Item = &'a str> {
+        self.deleted().map(|(session, _)| session)
+    }
+
+    /// From when on nobody deletes the session any more: what is appended then stays.
+    pub fn lasts_from(&self, session: &str) -> u64 {
+        self.deleted().filter(|(of, _)| *of == session).map(|(_, until)| until).max().unwrap_or(0)
+    }
+
+    /// Sessions that may have been deleted, and until when.
+    fn deleted(&self) -> impl Iterator<Item = (&'a str, u64)> {
         self.operations.iter().filter(|operation| !operation.has_failed()).filter_map(|operation| {
             match operation.call {
-                Call::DeleteSession { session } => Some(session.as_str()),
+                Call::DeleteSession { session } if self.may(operation) => Some((session.as_str(), operation.returned)),
                 _ => None,
             }
         })
+    }
+
+    /// True if the process may have had the right that the operation needs.
+    pub fn may(&self, operation: &Operation<'_>) -> bool {
+        let mut theirs = self.grants.iter().filter(|granted| granted.process == operation.process).peekable();
+        theirs.peek().is_none()
+            || theirs.any(|granted| granted.allows(operation.call.needs(), operation.call.session()))
     }
 }
 

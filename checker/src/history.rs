@@ -1,15 +1,15 @@
 //! What a history holds: one JSON object a line.
 //!
 //! ```text
-//! {"at":1200,"process":"writer-1","event":"invoke","op":7,"call":{"do":"append","session":"s","producer":"p","records":["a","b"]}}
+//! {"at":1200,"process":"writer-1","event":"invoke","op":7,"call":{"do":"append","session":"s","producer":"p","epoch":1,"sequence":0,"records":["a"]}}
 //! {"at":1950,"process":"writer-1","event":"ok","op":7,"seq":40}
-//! {"at":2000,"process":"reader-1","event":"records","subscription":3,"from":40,"next":42,"records":[{"seq":40,"kind":"data","data":"a"},…]}
+//! {"at":2000,"process":"reader-1","event":"records","subscription":3,"from":40,"next":41,"records":[{"seq":40,"kind":"data","data":"a"}]}
 //! ```
 //!
 //! `at` is in nanoseconds of one clock that all processes share. An operation that has no `ok` and no `fail` at the end, or an `unknown`,
 //! may have happened at any time after it was asked for, or never.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead};
 
 use serde::{Deserialize, Serialize};
@@ -87,12 +87,9 @@ pub enum Event {
         tail: u64,
         /// When it was asked for.
         asked: u64,
-        /// The seq that was asked for, where it was one.
+        /// Where it was asked to begin; without it that is not looked at.
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        from: Option<u64>,
-        /// It was asked for with the view first.
-        #[serde(default, skip_serializing_if = "is_false")]
-        view: bool,
+        from: Option<Begin>,
         /// What is left out of it.
         #[serde(default)]
         filter: Filter,
@@ -123,8 +120,9 @@ pub enum Event {
         subscription: u64,
         /// Where the view is.
         next: u64,
-        /// Its hash.
-        hash: String,
+        /// Its hash, where it was told.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        hash: Option<String>,
     },
     /// The server said that everything below `tail` was delivered.
     CaughtUp {
@@ -224,8 +222,20 @@ fn one() -> u64 {
     1
 }
 
-fn is_false(is: &bool) -> bool {
-    !is
+/// Where a subscription is asked to begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Begin {
+    /// At the first record that is kept.
+    Earliest,
+    /// Behind the last one.
+    Latest,
+    /// So many before the end.
+    Last(u64),
+    /// At a seq.
+    Seq(u64),
+    /// With the view, and behind it.
+    View,
 }
 
 /// What is asked for.
@@ -263,8 +273,9 @@ pub enum Call {
         sequence: u64,
         /// What the records hold: texts that no other record of the history has.
         records: Vec<String>,
-        /// The stream of all of them.
-        stream: String,
+        /// The stream of all of them; without it that is not looked at.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        stream: Option<String>,
         /// The run that they are part of.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         run: Option<String>,
@@ -284,7 +295,7 @@ pub enum Call {
         session: String,
         /// The key.
         key: String,
-        /// The value.
+        /// The value: a text, no number, that no other put of the key gives.
         value: String,
         /// Milliseconds that it lasts; without it, for ever.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -335,6 +346,9 @@ pub enum Call {
         session: String,
         /// Its id.
         run: String,
+        /// Nanoseconds after which at the latest it is lost once its process is gone, if nothing else happens.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        lease: Option<u64>,
     },
     /// Go on with a run that was lost. `ok.seq` is the epoch.
     TakeRun {
@@ -470,6 +484,9 @@ pub struct Record {
     /// `presence.left`: which life of the membership.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generation: Option<u64>,
+    /// `message.end`, `run.end`: how.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<String>,
     /// `run.lost`: which one was lost.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub epoch: Option<u64>,
@@ -501,6 +518,32 @@ pub struct Position {
     pub epoch: u64,
     /// The sequence of its next batch.
     pub next: u64,
+}
+
+/// What a dump has of the sessions of a history and of no others: one that it does not have is empty there.
+pub fn complete(entries: &[Entry], mut dumped: Vec<Event>) -> Vec<Event> {
+    let known: BTreeSet<&str> = entries
+        .iter()
+        .filter_map(|entry| match &entry.event {
+            Event::Started { session, .. } | Event::Attached { session, .. } => Some(session.as_str()),
+            Event::Invoke { call, .. } => Some(call.session()),
+            _ => None,
+        })
+        .collect();
+    let is_there =
+        |name: &str| dumped.iter().any(|event| matches!(event, Event::Final { session, .. } if session == name));
+    let missing: Vec<String> = known.iter().filter(|name| !is_there(name)).map(|name| (*name).to_owned()).collect();
+    dumped.retain(|event| matches!(event, Event::Final { session, .. } if known.contains(session.as_str())));
+    dumped.extend(missing.into_iter().map(|session| Event::Final {
+        session,
+        incarnation: String::new(),
+        first: 0,
+        tail: 0,
+        compacted: false,
+        hash: None,
+        records: Vec::new(),
+    }));
+    dumped
 }
 
 /// Reads a history. Errors: it cannot be read; a line is no entry.

@@ -13,7 +13,7 @@ struct Append<'a> {
     producer: &'a str,
     sequence: u64,
     records: &'a [String],
-    stream: &'a str,
+    stream: Option<&'a str>,
     run: Option<&'a str>,
 }
 
@@ -22,7 +22,8 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     let mut appends: BTreeMap<&str, Vec<Append<'_>>> = BTreeMap::new();
     for operation in &evidence.operations {
         if let Call::Append { session, producer, sequence, records, stream, run, .. } = operation.call {
-            let append = Append { operation, producer, sequence: *sequence, records, stream, run: run.as_deref() };
+            let (sequence, stream, run) = (*sequence, stream.as_deref(), run.as_deref());
+            let append = Append { operation, producer, sequence, records, stream, run };
             appends.entry(session).or_default().push(append);
         }
     }
@@ -33,6 +34,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     for session in sessions {
         let appends = appends.get(session).map_or(&[][..], Vec::as_slice);
         stored(evidence, session, appends, deleted.contains(session), verdict);
+        read_whole(evidence, session, deleted.contains(session), verdict);
         realtime(evidence, session, deleted.contains(session), verdict);
         if evidence.lives_of(session).count() == 1 && !deleted.contains(session) {
             for (_, life) in evidence.lives_of(session) {
@@ -73,6 +75,22 @@ fn lives(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     }
 }
 
+/// L1, L9: whatever was acknowledged is looked for, and a session has another life only if somebody deleted the one before.
+fn read_whole(evidence: &Evidence<'_>, session: &str, deleted: bool, verdict: &mut Verdict) {
+    if deleted {
+        return;
+    }
+    let mut lives = evidence.lives_of(session);
+    if let (Some(((_, one), _)), Some(((_, other), _))) = (lives.next(), lives.next()) {
+        verdict.report(Class::MixedTimelines, session, || format!("it is {one} and {other}, and nobody deleted it"));
+    }
+    let told = evidence.operations.iter().any(|of| of.call.session() == session && of.stored().is_some());
+    if told && evidence.lives_of(session).all(|(_, life)| life.complete.is_empty()) {
+        let what = || "something was acknowledged, and nobody read it as a whole at the end".into();
+        verdict.report(Class::NothingProvoked, session, what);
+    }
+}
+
 /// Where each text is stored, in which life.
 type Places<'a> = BTreeMap<&'a str, Vec<(&'a str, u64, u64)>>;
 
@@ -88,10 +106,10 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
     }
     let read = evidence.lives_of(session).any(|(_, life)| !life.complete.is_empty());
     // A complete read that begins behind it has a hole there.
-    let first = evidence.given_up(session);
+    let (first, lasts) = (evidence.given_up(session), evidence.lasts_from(session));
     let mut invoked: BTreeSet<&str> = BTreeSet::new();
     let mut order: BTreeMap<(&str, &str), Vec<(u64, u64)>> = BTreeMap::new();
-    let mut authors: BTreeMap<&str, &str> = BTreeMap::new();
+    let (mut authors, mut processes): (BTreeMap<&str, &str>, BTreeMap<&str, &str>) = Default::default();
     for append in appends {
         let Append { operation, producer, sequence, records, stream, run } = append;
         let texts = || format!("operation {} of {}: {records:?}", operation.op, operation.process);
@@ -102,14 +120,19 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
             let Some(seen) = evidence.lives.get(&(session, *incarnation)).and_then(|life| life.seen.get(seq)) else {
                 continue;
             };
-            // A process is one client, which the server knows by one name.
+            // A process is one client, which the server knows by one name, and nobody else by that.
             let author = *authors.entry(operation.process).or_insert(&seen.record.author);
-            if author != seen.record.author {
+            let process = *processes.entry(&seen.record.author).or_insert(operation.process);
+            if author != seen.record.author || process != operation.process {
                 verdict.report(Class::Phantom, session, || {
-                    format!("seq {seq} is under {} and not under {author}: {}", seen.record.author, texts())
+                    format!(
+                        "seq {seq} is under {}, who is {process}, and not under {author}: {}",
+                        seen.record.author,
+                        texts()
+                    )
                 });
             }
-            let stored = (seen.record.stream.as_str(), seen.record.run.as_deref());
+            let stored = (stream.map(|_| seen.record.stream.as_str()), seen.record.run.as_deref());
             if stored != (*stream, *run) {
                 verdict.report(Class::LostWrite, session, || {
                     format!("seq {seq} is of stream and run {stored:?} and not of {stream:?} and {run:?}: {}", texts())
@@ -141,7 +164,7 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
                 for (index, found) in found.iter().enumerate() {
                     let place = seq.saturating_add(index as u64);
                     match found {
-                        None if read && !deleted && place >= first => {
+                        None if read && operation.invoked >= lasts && place >= first => {
                             verdict.report(Class::LostWrite, session, || format!("seq {place}: {}", texts()));
                         }
                         Some((_, at, _)) if *at != place => {
@@ -197,10 +220,21 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
     }
 }
 
-/// L1, L6: what messages say is what was written, all of it once that was acknowledged; whether it was put together or not.
+/// L1, L2, L6: what messages say is what was written, all of it once that was acknowledged, and its end where it was said; whether it was put
+/// together or not.
 fn messages(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verdict: &mut Verdict) {
     let mut fold = Fold::default();
-    complete.records.iter().for_each(|record| fold.add(record));
+    let mut bounds: BTreeMap<(&str, &str), u64> = BTreeMap::new();
+    for record in complete.records {
+        fold.add(record);
+        if let (Some(message), "message.start" | "message.end") = (&record.message, record.kind.as_str()) {
+            let times = bounds.entry((message, &record.kind)).or_default();
+            *times += 1;
+            if *times > 1 {
+                verdict.report(Class::Duplicate, session, || format!("{record:?} is there once more"));
+            }
+        }
+    }
     let mut written: BTreeSet<&str> = BTreeSet::new();
     for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
         let Call::Speak { message, text, .. } = operation.call else { continue };
@@ -208,8 +242,16 @@ fn messages(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, ver
         verdict.count("messages", 1);
         let stored = fold.messages.get(message);
         let told = || format!("operation {} wrote {text:?} as {message}, and {stored:?} is stored", operation.op);
-        if operation.is_done() && stored != Some(text) {
+        let ends = |record: &Record| record.kind == "message.end" && record.message.as_ref() == Some(message);
+        let end = complete.records.iter().find(|record| ends(record));
+        if operation.is_done() && (stored != Some(text) || end.map(|end| end.seq) != operation.seq()) {
             verdict.report(Class::LostWrite, session, told);
+        }
+        if let Some(status) = end.and_then(|end| end.status.as_deref()).filter(|status| *status != "complete") {
+            verdict.report(Class::LostWrite, session, || format!("{message} was ended as complete, and is {status}"));
+        }
+        if operation.has_failed() && end.is_some() {
+            verdict.report(Class::AbortedRead, session, told);
         }
         if stored.is_some_and(|stored| !text.starts_with(stored)) {
             verdict.report(Class::Phantom, session, told);
@@ -279,7 +321,7 @@ fn realtime(evidence: &Evidence<'_>, session: &str, deleted: bool, verdict: &mut
         while let Some((_, seq, op)) = answered.next_if(|(returned, ..)| *returned < operation.invoked) {
             latest = latest.max(Some((seq, op)));
         }
-        let Some(seq) = operation.seq() else { continue };
+        let Some(seq) = operation.place() else { continue };
         if let Some((before, op)) = latest.filter(|(before, _)| *before >= seq) {
             verdict.report(Class::RealtimeLag, session, || {
                 format!(
@@ -301,6 +343,13 @@ fn complete(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &m
             });
         }
         let mut next = complete.first;
+        if let Some(record) =
+            complete.records.iter().find(|record| !(complete.first..complete.tail).contains(&record.seq))
+        {
+            verdict.report(Class::Malformed, session, || {
+                format!("a complete read from {} to {} has {record:?}", complete.first, complete.tail)
+            });
+        }
         for record in complete.records {
             // A part that was put together is in another one.
             let passed =

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use mainstay_checker::check;
-use mainstay_checker::history::{Entry, read, read_dump};
+use mainstay_checker::history::{Entry, complete, read, read_dump};
 use mainstay_checker::verdict::Verdict;
 
 /// Check what Mainstay's clients saw against what it promises.
@@ -51,7 +51,8 @@ fn run(args: &Args) -> io::Result<bool> {
         let mut entries = open(&path).and_then(read).map_err(|error| named(&path, &error))?;
         if let Some(dump) = &args.dump {
             let at = entries.iter().map(|entry| entry.at).max().unwrap_or(0);
-            let complete = open(dump).and_then(read_dump).map_err(|error| named(dump, &error))?;
+            let dumped = open(dump).and_then(read_dump).map_err(|error| named(dump, &error))?;
+            let complete = complete(&entries, dumped);
             entries.extend(complete.into_iter().map(|event| Entry { at, process: "disk".into(), event }));
         }
         let verdict = check(entries, &args.require);

@@ -12,7 +12,14 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     for ((session, _), life) in &evidence.lives {
         let Some(complete) = life.complete.iter().find(|complete| complete.first == 0) else { continue };
         let mut fold = Fold::default();
+        let mut again = joined_again(evidence, session);
         for record in complete.records {
+            if record.kind == "presence.joined" && fold.members.contains_key(&record.author) {
+                match again.get_mut(record.author.as_str()).filter(|times| **times > 0) {
+                    Some(times) => *times -= 1,
+                    None => verdict.report(Class::Duplicate, session, || format!("{record:?}, who is there already")),
+                }
+            }
             if let ("presence.left", Some(member)) = (record.kind.as_str(), &record.member) {
                 verdict.count("departures", 1);
                 let there = fold.members.get(member).copied();
@@ -34,6 +41,24 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
             at_the_end(evidence, session, life, &fold, verdict);
         }
     }
+}
+
+/// How often each author may have asked to be there while he was.
+fn joined_again<'a>(evidence: &Evidence<'a>, session: &str) -> BTreeMap<&'a str, u64> {
+    let mut times = BTreeMap::new();
+    let mut here: BTreeMap<&str, bool> = BTreeMap::new();
+    for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
+        match operation.call {
+            Call::Join { author, .. } if !operation.has_failed() => {
+                if here.insert(author, true) == Some(true) {
+                    *times.entry(author.as_str()).or_default() += 1;
+                }
+            }
+            Call::Leave { author, .. } if operation.is_done() => drop(here.insert(author, false)),
+            _ => {}
+        }
+    }
+    times
 }
 
 /// Departures, by author and generation.
@@ -80,7 +105,8 @@ fn thrown_out(evidence: &Evidence<'_>, session: &str, departures: &Departures<'_
         let (Call::Join { author, .. }, Some(generation)) = (operation.call, operation.seq()) else { continue };
         let Some(left) = departures.get(&(author.as_str(), generation)) else { continue };
         let asked = evidence.operations.iter().any(|other| {
-            let leaves = matches!(other.call, Call::Leave { author: of, .. } if of == author);
+            let leaves =
+                matches!(other.call, Call::Leave { session: from, author: of } if from == session && of == author);
             leaves && other.process == operation.process && (operation.told..left.at).contains(&other.invoked)
         });
         let gone = evidence.gone.get(operation.process).is_some_and(|gone| *gone < left.at);

@@ -38,6 +38,24 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
             }
             fold.add(record);
         }
+        kept(evidence, session, &fold, verdict);
+    }
+}
+
+/// Runs that somebody holds at the end whose process was gone for longer than the lease, where everybody had had time.
+fn kept(evidence: &Evidence<'_>, session: &str, fold: &Fold, verdict: &mut Verdict) {
+    let Some((quiet, _)) = evidence.quiet.get(session) else { return };
+    for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
+        let Call::StartRun { run: id, lease: Some(lease), .. } = operation.call else { continue };
+        let gone = evidence.gone.get(operation.process).filter(|gone| gone.saturating_add(*lease) < *quiet);
+        let Some((run, gone)) = fold.runs.get(id).filter(|run| operation.seq() == Some(run.epoch)).zip(gone) else {
+            continue;
+        };
+        verdict.count("abandoned", 1);
+        if run.holder.is_some() && !run.over {
+            verdict
+                .report(Class::TwoHolders, session, || format!("run {id} is held by {:?}, gone at {gone}", run.holder));
+        }
     }
 }
 
@@ -51,7 +69,7 @@ fn taken_away(
     verdict: &mut Verdict,
 ) {
     let of = |call: &Call| match call {
-        Call::StartRun { session: of, run } | Call::TakeRun { session: of, run } => {
+        Call::StartRun { session: of, run, .. } | Call::TakeRun { session: of, run } => {
             of == session && lost.run.as_ref() == Some(run)
         }
         _ => false,
@@ -59,7 +77,7 @@ fn taken_away(
     let holds = evidence.operations.iter().find(|other| of(other.call) && other.seq() == Some(run.epoch));
     let (Some(holds), Some(seen)) = (holds, life.seen.get(&lost.seq)) else { return };
     let let_go = evidence.operations.iter().any(|other| {
-        let releases = matches!(other.call, Call::ReleaseRun { run, .. } if lost.run.as_ref() == Some(run));
+        let releases = matches!(other.call, Call::ReleaseRun { session: of, run } if of == session && lost.run.as_ref() == Some(run));
         releases && other.process == holds.process && (holds.told..seen.at).contains(&other.invoked)
     });
     let gone = evidence.gone.get(holds.process).is_some_and(|gone| *gone < seen.at);

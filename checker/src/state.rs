@@ -14,6 +14,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         let Some(complete) = life.complete.iter().find(|complete| complete.first == 0) else { continue };
         if evidence.lives_of(session).count() == 1 {
             changes(evidence, session, complete, verdict);
+            expiries(evidence, session, life, verdict);
             accounted(evidence, session, complete, verdict);
         }
         let views = evidence.views.iter().filter(|view| view.session == *session && view.incarnation == *incarnation);
@@ -28,7 +29,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
                 continue;
             }
             for (_, event) in &subscription.events {
-                if let Event::Skipped { next, hash, .. } = event {
+                if let Event::Skipped { next, hash: Some(hash), .. } = event {
                     same_hash(&mut hashes, session, *next, hash, subscription.process, verdict);
                 }
             }
@@ -149,6 +150,44 @@ fn changes(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verd
     }
 }
 
+/// K2: where no clock was set, a value that was to last so long is there for so long.
+fn expiries(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &mut Verdict) {
+    let mut puts: BTreeMap<(&str, &str), &Operation<'_>> = BTreeMap::new();
+    for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
+        if let Call::Put { key, value, .. } = operation.call {
+            puts.insert((key, value), operation);
+        }
+    }
+    let mut values: BTreeMap<&str, &str> = BTreeMap::new();
+    for (seq, seen) in &life.seen {
+        match (seen.record.kind.as_str(), seen.record.key.as_deref(), seen.record.value.as_deref()) {
+            ("state.put", Some(key), Some(value)) => drop(values.insert(key, value)),
+            ("state.expired", Some(key), _) => {
+                let put = values.remove(key).and_then(|value| puts.get(&(key, value)));
+                let Some((put, lasts)) = put.and_then(|put| match put.call {
+                    Call::Put { lasts: Some(lasts), .. } => Some((put, lasts)),
+                    _ => None,
+                }) else {
+                    continue;
+                };
+                if !evidence.is_undisturbed(put.invoked, seen.at) {
+                    continue;
+                }
+                verdict.count("expiries-timed", 1);
+                if seen.at < put.invoked.saturating_add(lasts.saturating_mul(1_000_000)) {
+                    verdict.report(Class::WrongChange, session, || {
+                        format!(
+                            "{key}, put by operation {} for {lasts} ms, expired at seq {seq} by {}",
+                            put.op, seen.at
+                        )
+                    });
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
 /// What changes of a key account for.
 #[derive(Default)]
 struct Account<'a> {
@@ -172,7 +211,9 @@ fn accounted(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, ve
             }
             Call::Increment { key, by, .. } => {
                 let account = keys.entry(key).or_default();
-                account.steps.insert(*by);
+                if !operation.has_failed() {
+                    account.steps.insert(*by);
+                }
                 let (least, most) = &mut account.increments;
                 (*least, *most) = (*least + done, *most + may);
             }
@@ -342,8 +383,16 @@ fn compare<'a>(
                 });
             }
         }
+        if !apart && due == *next && fold.messages.len() <= KEPT_MESSAGES {
+            for (id, text) in fold.messages.iter().filter(|(id, _)| !view.messages.contains_key(*id)) {
+                verdict.report(Class::MessageDivergence, session, || at(format!("{id} is not in it: {text:?}")));
+            }
+        }
         if let Some(hash) = &view.hash {
             same_hash(&mut hashes, session, *next, hash, process, verdict);
         }
     }
 }
+
+/// So many messages a view keeps at least (registry, `kept_messages`), where they are not too long.
+const KEPT_MESSAGES: usize = 100;

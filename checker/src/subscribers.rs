@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 
 use crate::evidence::{Evidence, Life, Operation, Subscription, is_part};
-use crate::history::Event;
+use crate::history::{Begin, Event};
 use crate::verdict::{Class, Verdict};
 
 /// Checks all subscriptions.
 pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     let acknowledged = Acknowledged::of(evidence);
     told(evidence, verdict);
+    beyond(evidence, verdict);
     for attached in &evidence.attached {
         let known = acknowledged.before(attached.session, attached.asked);
         if let Some(known) = known.filter(|known| attached.tail <= *known) {
@@ -67,6 +68,33 @@ fn told(evidence: &Evidence<'_>, verdict: &mut Verdict) {
                     format!("{process} knew everything below {reach}, and was told the tail {tail} then")
                 });
             }
+        }
+    }
+}
+
+/// L7: what anybody was told to be there is there at the end.
+fn beyond(evidence: &Evidence<'_>, verdict: &mut Verdict) {
+    let end = |session: &str, incarnation: &str| {
+        let life = evidence.lives.get(&(session, incarnation))?;
+        life.complete.iter().map(|complete| complete.tail).max()
+    };
+    let attached = evidence.attached.iter().map(|of| (of.session, of.incarnation, of.tail, of.process));
+    let viewed = evidence.views.iter().map(|of| (of.session, of.incarnation, of.next, of.process));
+    let followed = evidence.subscriptions.values().flat_map(|of| {
+        let told = of.events.iter().filter_map(|(_, event)| match event {
+            Event::Started { tail, .. } | Event::CaughtUp { tail, .. } => Some(*tail),
+            Event::Records { next, .. } | Event::Skipped { next, .. } => Some(*next),
+            _ => None,
+        });
+        told.max().map(|told| (of.session, of.incarnation, told, of.process))
+    });
+    let deleted: Vec<&str> = evidence.deletions().collect();
+    for (session, incarnation, told, process) in attached.chain(viewed).chain(followed) {
+        if deleted.contains(&session) {
+            continue;
+        }
+        if let Some(end) = end(session, incarnation).filter(|end| *end < told) {
+            verdict.report(Class::Vanished, session, || format!("{process} was told of {told}, and it ends at {end}"));
         }
     }
 }
@@ -134,6 +162,12 @@ impl Following<'_, '_> {
         }
     }
 
+    /// What anybody had asked for until then to be given up.
+    fn given_up(&self, at: u64) -> u64 {
+        let asked = self.trims.iter().filter(|(asked, _)| *asked < at);
+        asked.map(|(_, before)| *before).max().unwrap_or(0)
+    }
+
     fn report(&self, class: Class, verdict: &mut Verdict, what: impl FnOnce() -> String) {
         let (number, process) = (self.number, self.subscription.process);
         verdict.report(class, self.subscription.session, || format!("subscription {number} of {process}: {}", what()));
@@ -142,11 +176,22 @@ impl Following<'_, '_> {
     fn event(&mut self, at: u64, event: &Event, acknowledged: &Acknowledged<'_>, verdict: &mut Verdict) {
         let next = self.next.unwrap_or_default();
         match event {
-            Event::Started { next: begins, tail, incarnation, from, view, .. } => {
-                self.owed = *view;
-                if let Some(from) = from.filter(|from| from != begins) {
+            Event::Started { next: begins, tail, incarnation, from, .. } => {
+                self.owed = *from == Some(Begin::View);
+                // Only what was given up is not there.
+                let first = self.given_up(at);
+                let right = from.is_none_or(|from| match from {
+                    Begin::Earliest => *begins <= first,
+                    Begin::Latest | Begin::View => begins == tail,
+                    Begin::Last(count) => {
+                        let wanted = tail.saturating_sub(count);
+                        *begins == wanted || (wanted..=first).contains(begins)
+                    }
+                    Begin::Seq(seq) => *begins == seq,
+                });
+                if !right {
                     self.report(Class::WrongResume, verdict, || {
-                        format!("begins at {begins}, and {from} was asked for")
+                        format!("begins at {begins} of {tail}, and {from:?} was asked for")
                     });
                 }
                 if !self.restarted {
@@ -178,8 +223,7 @@ impl Following<'_, '_> {
             }
             Event::Gap { from, to, .. } => {
                 verdict.count("gaps", 1);
-                let asked = self.trims.iter().filter(|(asked, _)| *asked < at);
-                let given_up = asked.map(|(_, before)| *before).max().unwrap_or(0);
+                let given_up = self.given_up(at);
                 if *to > given_up {
                     self.report(Class::SkippedDelivery, verdict, || {
                         format!("a gap up to {to}, and nobody had given up more than what is below {given_up}")

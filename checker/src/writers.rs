@@ -122,7 +122,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
             unanswered(evidence, session, operation, verdict);
             let fence = openings.iter().find(|(_, answered, newer)| *answered < operation.invoked && newer > epoch);
             let Some((.., newer)) = fence else { continue };
-            if operation.is_done() {
+            if operation.is_done() || operation.place().is_some() {
                 verdict.report(Class::UnfencedWrite, session, || {
                     format!(
                         "{name}: operation {} of epoch {epoch} was stored behind the grant of {newer}",
@@ -135,7 +135,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         }
         // Epochs stand in the log in their order.
         let mut stored: Vec<(u64, u64, u64)> =
-            appends.iter().filter_map(|(operation, epoch)| Some((operation.seq()?, *epoch, operation.op))).collect();
+            appends.iter().filter_map(|(operation, epoch)| Some((operation.place()?, *epoch, operation.op))).collect();
         stored.sort_unstable();
         for pair in stored.windows(2).filter(|pair| pair[1].1 < pair[0].1) {
             verdict.report(Class::UnfencedWrite, session, || {

@@ -14,7 +14,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use mainstay_checker::history::{Entry, Event, Record, read_dump};
+use mainstay_checker::evidence::is_part;
+use mainstay_checker::history::{self, Entry, Event, Record, read_dump};
 use mainstay_checker::verdict::Verdict;
 use mainstay_client::{Client, Config};
 use mainstay_server::auth::SigningKey;
@@ -26,7 +27,7 @@ use tokio::time::{Instant, sleep};
 use crate::findings::Findings;
 use crate::history::Recorder;
 use crate::power::Disk;
-use crate::workload::{Rights, Size, Workload};
+use crate::workload::{Rights, Size, Workload, elsewhere};
 
 /// What kills the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,10 +73,11 @@ const PROVOKED: &[&str] = &[
 ];
 
 /// The same of kills; the first only where there is strace.
-const KILLED: [&str; 11] = [
+const KILLED: [&str; 12] = [
     "kill-at-call",
     "kill",
     "kill-in-recovery",
+    "compacted",
     "deduplicated",
     "gaps",
     "messages",
@@ -131,6 +133,11 @@ pub async fn run(campaign: Campaign) -> Findings {
             How::Kill => None,
             How::Power => match Disk::make(temp.path()) {
                 Ok(disk) => Some(disk),
+                // Once there was one it is no skip.
+                Err(why) if done > 0 => {
+                    wrong.tell(format!("no disk any more: {why}"));
+                    break;
+                }
                 Err(why) => {
                     mainstay_tests::skipped("power cuts", &why);
                     return Findings::default();
@@ -175,11 +182,13 @@ pub async fn run(campaign: Campaign) -> Findings {
     wrong
 }
 
-/// Tables are written after every half megabyte, so that they are also while there are crashes; there is another namespace, which has this
-/// key.
+/// Tables are written after every half megabyte, and messages put together soon, so that both happen while there are crashes; there is
+/// another namespace, which has this key.
 fn settings(elsewhere: &SigningKey) -> String {
     let key = elsewhere.verifying_key().to_paserk();
-    format!("store.memtable_bytes = 524288\n\n[[namespaces]]\nname = \"elsewhere\"\nauth.keys = [\"{key}\"]\n")
+    format!(
+        "[store]\nmemtable_bytes = 524288\ncompact_after = 0.2\n\n[[namespaces]]\nname = \"elsewhere\"\nauth.keys = [\"{key}\"]\n"
+    )
 }
 
 /// How many tables there are on the disk, beside those that the engine has for itself.
@@ -251,8 +260,10 @@ async fn round(
     let mut entries = recorder.entries();
     server.kill().await;
     let at = entries.last().map_or(0, |entry| entry.at);
-    let mut dumped = dump(server.dir()).expect("the data directory is whole");
+    let dumped = dumps(server.dir()).expect("the data directories are whole");
     total.compare(&dumped);
+    let compacted = dumped.iter().filter(|event| matches!(event, Event::Final { compacted: true, .. })).count();
+    *total.provoked.entry("compacted".into()).or_default() += compacted as u64;
     let restored = match saved {
         Ok(()) => restored(&file, &backup.path().join("data"), &dumped, (session, tail)).await,
         Err(why) => Err(why),
@@ -261,21 +272,8 @@ async fn round(
         Ok(records) => *total.provoked.entry("restored".into()).or_default() += records,
         Err(why) => total.changed.push(format!("the backup of {session}: {why}")),
     }
-    for name in [session.to_owned(), format!("{session}x")] {
-        let is = |event: &mut Event| matches!(event, Event::Final { session, .. } if *session == name);
-        // One that is not there has no records, which the checker compares with what was read.
-        let empty = Event::Final {
-            session: name.clone(),
-            incarnation: String::new(),
-            first: 0,
-            tail: 0,
-            compacted: false,
-            hash: None,
-            records: Vec::new(),
-        };
-        let event = dumped.extract_if(.., is).next().unwrap_or(empty);
-        entries.push(Entry { at, process: "disk".into(), event });
-    }
+    let dumped = history::complete(&entries, dumped).into_iter();
+    entries.extend(dumped.map(|event| Entry { at, process: "disk".into(), event }));
     start(server, random, &Under { planted: None, lives: true, ..*under }, recorder, total).await;
     entries
 }
@@ -326,10 +324,8 @@ async fn restored(file: &Path, data: &Path, dumped: &[Event], (session, begun_at
         });
         // One that is deleted and made again may be gone, or have another life.
         let Some((first, compacted, now)) = now.filter(|_| !name.contains("-renewed-")) else { continue };
-        if was || compacted {
-            continue;
-        }
-        for record in records.iter().filter(|record| record.seq >= first) {
+        let kept = |record: &&Record| record.seq >= first && !((was || compacted) && is_part(&record.kind));
+        for record in records.iter().filter(kept) {
             let same = now.binary_search_by_key(&record.seq, |record| record.seq).ok().map(|at| &now[at]);
             if same != Some(record) {
                 return Err(format!("{name} comes back with {record:?}, where {same:?} is"));
@@ -352,6 +348,18 @@ fn dump(data: &Path) -> io::Result<Vec<Event>> {
         return Err(io::Error::other(String::from_utf8_lossy(&output.stderr).into_owned()));
     }
     read_dump(&output.stdout[..])
+}
+
+/// What the data directories of both namespaces hold, by the names that the history has.
+fn dumps(data: &Path) -> io::Result<Vec<Event>> {
+    let mut all = dump(data)?;
+    for mut event in dump(&data.join("namespaces").join("elsewhere"))? {
+        if let Event::Final { session, .. } = &mut event {
+            *session = elsewhere(session);
+        }
+        all.push(event);
+    }
+    Ok(all)
 }
 
 /// System calls that change files.
@@ -448,8 +456,8 @@ async fn start(server: &mut Server, random: &mut Random, under: &Under<'_>, reco
 
 /// What a server said of panics in it.
 fn panics(log: &Path) -> Vec<String> {
-    let said = std::fs::read_to_string(log).unwrap_or_default();
-    said.lines().filter(|line| line.contains("panicked at")).map(str::to_owned).collect()
+    let said = std::fs::read(log).expect("the log");
+    String::from_utf8_lossy(&said).lines().filter(|line| line.contains("panicked at")).map(str::to_owned).collect()
 }
 
 fn tell(verdict: &Verdict, session: &str, done: u64, crashes: u64) {
@@ -510,7 +518,13 @@ impl Total {
                 _ => None,
             });
             // Who was a member when the server was killed leaves later; messages may be put together.
-            let same = is.is_some_and(|(records, compacted)| compacted || records.starts_with(before));
+            let same = is.is_some_and(|(records, compacted)| match compacted {
+                false => records.starts_with(before),
+                true => before.iter().all(|record| {
+                    let at = records.binary_search_by_key(&record.seq, |record| record.seq).ok();
+                    is_part(&record.kind) || at.is_some_and(|at| records[at] == *record)
+                }),
+            });
             if !same {
                 self.changed.push(format!("{session}, of an earlier round, is not what it was"));
             }

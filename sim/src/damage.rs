@@ -520,12 +520,12 @@ pub fn run(images: u64, seed: u64) -> Findings {
         wrong.texts.len(),
         begun.elapsed().as_secs_f64()
     );
-    if reported < images / 4 {
+    if reported * 4 < images {
         wrong.tell("hardly any damage hit anything".into());
     }
     // A start of a process costs as much as thirty of an engine.
     if wrong.is_sound() {
-        wrong.add(runtime.block_on(whole(images / 30, seed)));
+        wrong.add(runtime.block_on(whole(images.div_ceil(30), seed)));
     }
     wrong
 }

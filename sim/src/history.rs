@@ -2,10 +2,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mainstay_checker::history::{Call, Entry, Event, Filter, Position, Record, View};
+use mainstay_checker::history::{Begin, Call, Entry, Event, Filter, Position, Record, View};
 use mainstay_client::{
-    AppendError, Client, ClientError, Code, Event as Seen, Incarnation, Kind, Payload, PresenceLeft, ReadRecord,
-    RunLost, RunStart, Session, Start, StateDeleted, StateExpired, StatePut, Stored,
+    AppendError, Client, ClientError, Code, Event as Seen, Incarnation, Kind, MessageEnd, Payload, PresenceLeft,
+    ReadRecord, RunEnd, RunLost, RunStart, Session, Start, StateDeleted, StateExpired, StatePut, Stored,
 };
 use tokio::time::{Instant, timeout};
 
@@ -131,10 +131,11 @@ impl Recorder {
                 tail: *tail,
                 asked: of.asked,
                 from: of.from,
-                view: of.view,
                 filter: of.filter.clone(),
             },
-            Seen::Snapshot(view) => Event::Skipped { subscription, next: view.next(), hash: view.hash().to_string() },
+            Seen::Snapshot(view) => {
+                Event::Skipped { subscription, next: view.next(), hash: Some(view.hash().to_string()) }
+            }
             Seen::Records(batch) => {
                 let records = batch.iter().map(|read| record(&read.expect("a record"))).collect();
                 Event::Records { subscription, from: batch.from(), next: batch.next(), records }
@@ -189,6 +190,21 @@ impl Recorder {
         self.complete_as(client, session, session).await
     }
 
+    /// The same, of a session that may have been deleted.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be read.
+    pub async fn complete_if_there(&self, client: &Client, session: &str) {
+        match client.session(session).expect("a name").attach().await {
+            Err(ClientError::Refused { code: Code::SESSION_NOT_FOUND, .. }) => {}
+            attached => {
+                drop(attached.expect("attach"));
+                self.complete(client, session).await;
+            }
+        }
+    }
+
     /// The same, of a session that the history knows as `name`.
     ///
     /// # Panics
@@ -233,21 +249,21 @@ pub struct Reading {
     pub filter: Filter,
     /// When it was asked for.
     pub asked: u64,
-    /// The seq that was asked for, where it was one.
-    pub from: Option<u64>,
-    /// The view was asked for first.
-    pub view: bool,
+    /// Where it is to begin.
+    pub from: Option<Begin>,
 }
 
 impl Reading {
     /// Of a session, as the history knows it, from `start` on.
     pub fn of(session: &str, filter: &Filter, start: Start, asked: u64) -> Self {
         let from = match start {
-            Start::Seq(seq) => Some(seq),
-            _ => None,
+            Start::Earliest => Begin::Earliest,
+            Start::Latest => Begin::Latest,
+            Start::Last(count) => Begin::Last(count),
+            Start::Seq(seq) => Begin::Seq(seq),
+            Start::Snapshot => Begin::View,
         };
-        let (session, filter) = (session.to_owned(), filter.clone());
-        Self { session, filter, asked, from, view: start == Start::Snapshot }
+        Self { session: session.to_owned(), filter: filter.clone(), asked, from: Some(from) }
     }
 }
 
@@ -282,6 +298,8 @@ pub fn record(read: &ReadRecord<'_>) -> Record {
             let left = PresenceLeft::of(record).expect("a departure");
             (row.member, row.generation) = (Some(left.member.to_string()), Some(left.generation));
         }
+        Kind::MESSAGE_END => row.status = Some(MessageEnd::of(record).expect("an end").status.as_str().to_owned()),
+        Kind::RUN_END => row.status = Some(RunEnd::of(record).expect("an end").status.as_str().to_owned()),
         Kind::RUN_START => row.lost_epoch = RunStart::of(record).expect("a start").lost,
         Kind::RUN_LOST => row.epoch = Some(RunLost::of(record).expect("a loss").epoch),
         _ => {}

@@ -216,7 +216,7 @@ impl Workload {
         }
         for n in 0..size.renewers {
             let actor = come(&mut this, "renewer", n, "", MANAGES);
-            this.working.spawn(actor.renew(format!("{session}-renewed-{n}")));
+            this.working.spawn(actor.renew(renewed(session, n)));
         }
         for n in 0..size.askers {
             let actor = come(&mut this, "asker", n, "", ASKS);
@@ -340,6 +340,9 @@ impl Workload {
         }
         self.recorder.say("world", Event::Quiet { session: self.session.clone(), tail });
         self.recorder.complete(observer, &self.session).await;
+        for n in 0..self.size.renewers {
+            self.recorder.complete_if_there(observer, &renewed(&self.session, n)).await;
+        }
         if self.size.trimmers > 0 {
             let session = beside(&self.session);
             let tail = self.recorder.complete(observer, &session).await;
@@ -357,6 +360,11 @@ pub fn elsewhere(session: &str) -> String {
 /// The session that is trimmed: its name begins as that of the other one.
 fn beside(session: &str) -> String {
     format!("{session}x")
+}
+
+/// A session that is deleted and made again.
+fn renewed(session: &str, n: u64) -> String {
+    format!("{session}-renewed-{n}")
 }
 
 const GONE: &str = "the recorder reads as long as somebody writes";
@@ -448,7 +456,7 @@ impl Actor {
         records: Vec<String>,
         run: Option<RunId>,
     ) -> u64 {
-        let (session, producer, stream) = (self.session.clone(), producer.to_owned(), stream.to_owned());
+        let (session, producer, stream) = (self.session.clone(), producer.to_owned(), Some(stream.to_owned()));
         let run = run.map(|run| run.to_string());
         self.recorder.invoke(&self.name, Call::Append { session, producer, epoch, sequence, records, stream, run })
     }
@@ -878,7 +886,7 @@ impl Actor {
         let call = match self.random.below(4) {
             0 => Call::OpenProducer { session: of, producer: self.name.clone() },
             1 => Call::Trim { session: of, before: 1 },
-            2 => Call::StartRun { session: of, run: id.to_string() },
+            2 => Call::StartRun { session: of, run: id.to_string(), lease: None },
             _ => Call::DeleteSession { session: of },
         };
         let op = self.recorder.invoke(&self.name, call.clone());
@@ -964,12 +972,25 @@ impl Actor {
             }
             self.pause().await;
         }
+        if self.random.chance(0.5) {
+            let id = RunId(self.random.array());
+            self.abandon(&session, lease, id).await;
+        }
+    }
+
+    /// Begins a run and dies.
+    async fn abandon(self, session: &Session, lease: Duration, id: RunId) {
+        let started = self.start(session, id, lease).await;
+        self.client.close();
+        self.recorder.say(&self.name, Event::Gone {});
+        drop(started);
     }
 
     /// Begins a run. `None` if that is refused, or nobody knows.
     async fn start(&self, session: &Session, id: RunId, lease: Duration) -> Option<Run> {
-        let op =
-            self.recorder.invoke(&self.name, Call::StartRun { session: self.session.clone(), run: id.to_string() });
+        let told = (lease + TOLD).as_nanos() as u64;
+        let call = Call::StartRun { session: self.session.clone(), run: id.to_string(), lease: Some(told) };
+        let op = self.recorder.invoke(&self.name, call);
         let started = session.start_run_as(id, lease, None).await;
         self.recorder.started(&self.name, op, &started.as_ref().map(Run::epoch).map_err(Clone::clone));
         started.ok()

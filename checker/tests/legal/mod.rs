@@ -2,10 +2,10 @@
 
 pub(crate) mod sides;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use mainstay_checker::fold::Fold;
-use mainstay_checker::history::{Call, Entry, Event, Filter, Position, Record, View};
+use mainstay_checker::history::{Begin, Call, Entry, Event, Filter, Position, Record, View};
 
 /// Nanoseconds between two entries.
 pub(crate) const TICK: u64 = 100_000_000;
@@ -61,7 +61,8 @@ struct World<'r> {
     batches: BTreeMap<String, u64>,
     held: BTreeMap<(String, String), u64>,
     /// Keys whose value goes by itself.
-    passing: BTreeSet<String>,
+    /// When it may.
+    passing: BTreeMap<String, u64>,
     sequences: BTreeMap<String, u64>,
     readers: Vec<Reader>,
     /// Nothing is in the way of anybody.
@@ -86,7 +87,7 @@ pub(crate) fn history(random: &mut Random) -> Vec<Entry> {
         epochs: BTreeMap::new(),
         batches: BTreeMap::new(),
         held: BTreeMap::new(),
-        passing: BTreeSet::new(),
+        passing: BTreeMap::new(),
         sequences: BTreeMap::new(),
         readers: Vec::new(),
     };
@@ -147,7 +148,7 @@ impl World<'_> {
                 let of_run =
                     self.fold.runs.iter().find(|(_, run)| !run.over && run.holder.as_deref() == Some(writer.as_str()));
                 let run = of_run.map(|(id, _)| id.clone()).filter(|_| sequence.is_multiple_of(2));
-                let stream = if sequence.is_multiple_of(3) { "side".to_owned() } else { "main".to_owned() };
+                let stream = Some(if sequence.is_multiple_of(3) { "side".to_owned() } else { "main".to_owned() });
                 self.invoke(&writer, Call::Append { session, producer, epoch, sequence, records, stream, run });
             }
             6 => {
@@ -204,7 +205,7 @@ impl World<'_> {
             (None, Some((id, _))) => self.invoke(writer, Call::TakeRun { session, run: id.clone() }),
             (None, None) => {
                 self.ops += 1;
-                self.invoke(writer, Call::StartRun { session, run: format!("r{}", self.ops) });
+                self.invoke(writer, Call::StartRun { session, run: format!("r{}", self.ops), lease: None });
             }
         }
     }
@@ -221,7 +222,8 @@ impl World<'_> {
 
     /// A value goes by itself that was not to last.
     fn expire(&mut self) {
-        let passing: Vec<String> = self.passing.iter().cloned().collect();
+        let due = self.passing.iter().filter(|(_, at)| **at < self.at);
+        let passing: Vec<String> = due.map(|(key, _)| key.clone()).collect();
         let Some(key) = self.random.pick(&passing) else { return };
         self.passing.remove(&key);
         self.store("server", Record { kind: "state.expired".into(), key: Some(key), ..Record::default() });
@@ -282,7 +284,7 @@ impl World<'_> {
                 let first = self.log.len() as u64;
                 *self.batches.entry(producer.clone()).or_default() += 1;
                 for text in records {
-                    let (data, stream, run) = (Some(text.clone()), stream.clone(), run.clone());
+                    let (data, stream, run) = (Some(text.clone()), stream.clone().unwrap_or_default(), run.clone());
                     self.store(process, Record { data, stream, run, ..kind("data") });
                 }
                 first
@@ -293,7 +295,7 @@ impl World<'_> {
                     return Err("CONFLICT");
                 }
                 match lasts {
-                    Some(_) => self.passing.insert(key.clone()),
+                    Some(lasts) => self.passing.insert(key.clone(), self.at + lasts * 1_000_000),
                     None => self.passing.remove(key),
                 };
                 self.store(process, state("state.put", key, Some(value.clone())))
@@ -309,7 +311,7 @@ impl World<'_> {
                 self.store(process, part("message.start", None));
                 self.store(process, part("message.append", Some(one)));
                 self.store(process, part("message.append", Some(two)));
-                self.store(process, part("message.end", None))
+                self.store(process, Record { status: Some("complete".into()), ..part("message.end", None) })
             }
             Call::Delete { key, .. } => {
                 self.passing.remove(key);
@@ -402,14 +404,24 @@ impl World<'_> {
         let (subscription, view, process) = (*number, *view, process.clone());
         if !*begun {
             *begun = true;
-            *next = if subscription.is_multiple_of(2) { 0 } else { tail };
+            let from = match (view, subscription % 3) {
+                (true, _) => Begin::View,
+                (_, 0) => Begin::Earliest,
+                (_, 1) => Begin::Latest,
+                _ => Begin::Last(3),
+            };
+            *next = match from {
+                Begin::Earliest => 0,
+                Begin::Last(count) => tail.saturating_sub(count),
+                _ => tail,
+            };
             let (session, incarnation, filter, next) = ("s".to_owned(), "i".to_owned(), filter.clone(), *next);
             let asked = self.at;
             let started =
-                Event::Started { subscription, session, incarnation, next, tail, asked, from: None, view, filter };
+                Event::Started { subscription, session, incarnation, next, tail, asked, from: Some(from), filter };
             self.say(&process, started);
             if view {
-                self.say(&process, Event::Skipped { subscription, next, hash: format!("h{next}") });
+                self.say(&process, Event::Skipped { subscription, next, hash: Some(format!("h{next}")) });
             }
             return;
         }

@@ -1,6 +1,6 @@
 //! What a faultless service does beside: sessions that are trimmed, put together, deleted and made again, and members that die.
 
-use mainstay_checker::history::{Call, Entry, Event, Filter, Record};
+use mainstay_checker::history::{Begin, Call, Entry, Event, Filter, Record};
 
 use super::{Random, TICK};
 
@@ -55,7 +55,7 @@ impl<'r> Side<'r> {
         for text in texts {
             self.store("writer", "data", Record { data: Some(text.clone()), ..Record::default() });
         }
-        let (session, producer, stream) = (self.session.to_owned(), "p".to_owned(), "main".to_owned());
+        let (session, producer, stream) = (self.session.to_owned(), "p".to_owned(), Some("main".to_owned()));
         let (epoch, sequence, records) = (1, self.at, texts.to_vec());
         let call = Call::Append { session, producer, epoch, sequence, records, stream, run: None };
         self.ask(&format!("{}-writer", self.session), call, Ok(Some(first)));
@@ -65,9 +65,8 @@ impl<'r> Side<'r> {
         self.named += 1;
         let subscription = self.named;
         let (session, incarnation, tail) = (self.session.to_owned(), self.incarnation.clone(), self.tail);
-        let (asked, from, filter) = (self.at, Some(next), Filter::default());
-        let started =
-            Event::Started { subscription, session, incarnation, next, tail, asked, from, view: false, filter };
+        let (asked, from, filter) = (self.at, Some(Begin::Seq(next)), Filter::default());
+        let started = Event::Started { subscription, session, incarnation, next, tail, asked, from, filter };
         self.say(process, started);
         subscription
     }
