@@ -582,7 +582,11 @@ pub fn read_dump(from: impl BufRead) -> io::Result<Vec<Event>> {
     for (number, line) in from.lines().enumerate() {
         let wrong = |error| invalid(format!("line {}: {error}", number + 1));
         match serde_json::from_str(&line?).map_err(wrong)? {
-            Row::Record { session, record } => open.entry(session).or_default().push(*record),
+            Row::Record { session, mut record } => {
+                // What members do has this name too.
+                record.status.take_if(|_| !matches!(record.kind.as_str(), "message.end" | "run.end"));
+                open.entry(session).or_default().push(*record);
+            }
             Row::Session { name: session, first, tail, compacted, view_hash } => {
                 let records = open.remove(&session).unwrap_or_default();
                 let (incarnation, hash) = (String::new(), Some(view_hash));
