@@ -42,15 +42,23 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
     let Some((name, size, short, long)) = known else { return Err(format!("unknown campaign {name}\n\n{USAGE}")) };
     let is_short = rest.contains(&"--short");
     let mut given: Vec<&str> = rest.iter().copied().filter(|arg| *arg != "--short").collect();
-    if !given.contains(size) && !given.contains(&"--bug") {
+    let is_given = |option: &str| given.iter().any(|arg| arg.split('=').next() == Some(option));
+    if !is_given(size) && !is_given("--bug") {
         given.extend([*size, if is_short { *short } else { *long }]);
     }
-    let program = if *name == "planted" {
-        simulator()?
-    } else {
-        // As the tests are built, so that nothing is built twice.
-        step("build", &mut cargo(&["build", "--workspace", "--all-targets", "--locked"]))?;
-        root().join("target").join("debug").join("mainstay-sim")
+    let program = match *name {
+        "planted" => simulator()?,
+        // Figures are those of a release, and have to be reached.
+        "hostile" | "overload" if !is_short => {
+            given.push("--strict");
+            step("build", &mut cargo(&["build", "--release", "--locked", "-p", "mainstay", "-p", "mainstay-sim"]))?;
+            root().join("target").join("release").join("mainstay-sim")
+        }
+        _ => {
+            // As the tests are built, so that nothing is built twice.
+            step("build", &mut cargo(&["build", "--workspace", "--all-targets", "--locked"]))?;
+            root().join("target").join("debug").join("mainstay-sim")
+        }
     };
     step(&format!("campaign {name}"), Command::new(program).arg(name).args(given).current_dir(root()))
 }
