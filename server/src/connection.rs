@@ -229,8 +229,11 @@ impl Conn {
 
     /// A producer goes on regardless: for how long nothing is read of it.
     pub(crate) fn regardless(&self) -> Duration {
-        self.served_later(Limit::ProducerRegardless, Refusals::DEAF);
-        Refusals::DEAF
+        // Many who begin at once do not come back at once.
+        let spread: [u8; 1] = entropy::random();
+        let deaf = Refusals::DEAF + Refusals::DEAF.mul_f64(f64::from(spread[0]) / 256.0);
+        self.served_later(Limit::ProducerRegardless, deaf);
+        deaf
     }
 
     /// Waits that long, on a QUIC stream of its own for one request, unless the server is about to stop.

@@ -14,7 +14,7 @@ pub struct Refusals {
 }
 
 impl Refusals {
-    /// For how long nothing is read of a producer that goes on regardless.
+    /// For how long at least nothing is read of a producer that goes on regardless: up to twice as long, by chance (spec LIM-7).
     pub const DEAF: Duration = Duration::from_secs(16);
 
     /// A batch is not refused. If it is the one that had to come next, nothing is due any more.
