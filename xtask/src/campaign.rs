@@ -42,7 +42,7 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
     let Some((name, size, short, long)) = known else { return Err(format!("unknown campaign {name}\n\n{USAGE}")) };
     let is_short = rest.contains(&"--short");
     let mut given: Vec<&str> = rest.iter().copied().filter(|arg| *arg != "--short").collect();
-    let is_given = |option: &str| given.iter().any(|arg| arg.split('=').next() == Some(option));
+    let is_given = |option: &str| rest.iter().any(|arg| arg.split('=').next() == Some(option));
     if !is_given(size) && !is_given("--bug") {
         given.extend([*size, if is_short { *short } else { *long }]);
     }
