@@ -6,8 +6,9 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::Instant;
 
-use mainstay_client::{Client, Config, ConnectFile};
+use mainstay_client::{Client, ClientError, Config, ConnectFile};
 use mainstay_server::auth::Verified;
+use mainstay_transport::ConnectionError;
 use serde_json::{Value, json};
 use x509_cert::der::Decode;
 
@@ -389,7 +390,12 @@ async fn way(path: &Path, report: &mut Report) -> Result<(), Failure> {
             }
         }
         Err(error) => {
-            let advice = "see whether the server runs there, and whether UDP to this port is let through, both ways";
+            let advice = match &error {
+                ClientError::Unreachable { last: ConnectionError::Untrusted(_), .. } => {
+                    "a server answers, and is not the one that the file names: take its connection file anew, or find out who it is"
+                }
+                _ => "see whether the server runs there, and whether UDP to this port is let through, both ways",
+            };
             report.wrong(&addr, &error.to_string(), advice)?;
         }
     }
