@@ -261,11 +261,12 @@ async fn round(
     server.kill().await;
     let at = entries.last().map_or(0, |entry| entry.at);
     let dumped = dumps(server.dir()).expect("the data directories are whole");
+    let earlier = total.left.clone();
     total.compare(&dumped);
     let compacted = dumped.iter().filter(|event| matches!(event, Event::Final { compacted: true, .. })).count();
     *total.provoked.entry("compacted".into()).or_default() += compacted as u64;
     let restored = match saved {
-        Ok(()) => restored(&file, &backup.path().join("data"), &dumped, (session, tail)).await,
+        Ok(()) => restored(&file, &backup.path().join("data"), &dumped, &earlier, (session, tail)).await,
         Err(why) => Err(why),
     };
     match restored {
@@ -304,14 +305,33 @@ fn said(output: &std::process::Output) -> Result<(), String> {
     if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
 }
 
-/// Brings a backup back in a directory of its own. It has what a session had at its tail when it was begun, and nothing but what the
-/// directory holds now that was saved, save what was given up or put together since. Returns how many records were compared.
-async fn restored(file: &Path, data: &Path, dumped: &[Event], (session, begun_at): (&str, u64)) -> Result<u64, String> {
+/// Brings a backup back in a directory of its own. It has what earlier rounds left, what a session had at its tail when it was begun, and
+/// nothing but what the directory holds now that was saved, save what was given up or put together since. Returns how many records were
+/// compared.
+async fn restored(
+    file: &Path,
+    data: &Path,
+    dumped: &[Event],
+    earlier: &BTreeMap<String, Vec<Record>>,
+    (session, begun_at): (&str, u64),
+) -> Result<u64, String> {
     let mut restore = tokio::process::Command::new(binary());
     restore.arg("restore").arg(file).arg("--data").arg(data);
     said(&process::run(restore).await)?;
     let (mut compared, mut reach) = (0, None);
-    for event in dump(data).map_err(|error| error.to_string())? {
+    let back = dump(data).map_err(|error| error.to_string())?;
+    // Of one that is deleted and made again another life may be there, and another namespace has a backup of its own.
+    let stays = |name: &str| !name.contains("-renewed-") && !name.contains('!');
+    for (name, before) in earlier.iter().filter(|(name, _)| stays(name)) {
+        let is = back.iter().find_map(|event| match event {
+            Event::Final { session: of, records, .. } if of == name => Some(records),
+            _ => None,
+        });
+        if !is.is_some_and(|records| holds(records, before)) {
+            return Err(format!("{name}, of an earlier round, does not come back as it was"));
+        }
+    }
+    for event in back {
         let Event::Final { session: name, tail, compacted: was, records, .. } = event else { continue };
         if name == session {
             reach = Some(tail);
@@ -322,8 +342,7 @@ async fn restored(file: &Path, data: &Path, dumped: &[Event], (session, begun_at
             }
             _ => None,
         });
-        // One that is deleted and made again may be gone, or have another life.
-        let Some((first, compacted, now)) = now.filter(|_| !name.contains("-renewed-")) else { continue };
+        let Some((first, compacted, now)) = now.filter(|_| stays(&name)) else { continue };
         let kept = |record: &&Record| record.seq >= first && !((was || compacted) && is_part(&record.kind));
         for record in records.iter().filter(kept) {
             let same = now.binary_search_by_key(&record.seq, |record| record.seq).ok().map(|at| &now[at]);
@@ -348,6 +367,14 @@ fn dump(data: &Path) -> io::Result<Vec<Event>> {
         return Err(io::Error::other(String::from_utf8_lossy(&output.stderr).into_owned()));
     }
     read_dump(&output.stdout[..])
+}
+
+/// True if these records are there as they were, but for parts that may have been put together.
+fn holds(records: &[Record], before: &[Record]) -> bool {
+    before.iter().all(|record| {
+        let at = records.binary_search_by_key(&record.seq, |record| record.seq).ok();
+        is_part(&record.kind) || at.is_some_and(|at| records[at] == *record)
+    })
 }
 
 /// What the data directories of both namespaces hold, by the names that the history has.
@@ -520,10 +547,7 @@ impl Total {
             // Who was a member when the server was killed leaves later; messages may be put together.
             let same = is.is_some_and(|(records, compacted)| match compacted {
                 false => records.starts_with(before),
-                true => before.iter().all(|record| {
-                    let at = records.binary_search_by_key(&record.seq, |record| record.seq).ok();
-                    is_part(&record.kind) || at.is_some_and(|at| records[at] == *record)
-                }),
+                true => holds(records, before),
             });
             if !same {
                 self.changed.push(format!("{session}, of an earlier round, is not what it was"));
