@@ -118,7 +118,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
 fn reads(rights: &[&Granted<'_>], session: &str, at: u64, what: impl FnOnce() -> String, verdict: &mut Verdict) {
     let matching: Vec<_> = rights.iter().filter(|granted| granted.allows("read", session)).collect();
     let within = |granted: &&&Granted<'_>| granted.from <= at && granted.until.saturating_add(GRACE) >= at;
-    if !matching.iter().any(|granted| within(granted)) {
+    if !matching.iter().any(within) {
         let class = if matching.is_empty() { Class::Unauthorized } else { Class::RevokedDelivery };
         verdict.report(class, session, what);
     }

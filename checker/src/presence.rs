@@ -50,9 +50,8 @@ fn joined_again<'a>(evidence: &Evidence<'a>, session: &str) -> BTreeMap<&'a str,
     for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
         match operation.call {
             Call::Join { author, .. } if !operation.has_failed() => {
-                if here.insert(author, true) == Some(true) {
-                    *times.entry(author.as_str()).or_default() += 1;
-                }
+                let again = here.insert(author, true) == Some(true);
+                *times.entry(author.as_str()).or_default() += u64::from(again);
             }
             Call::Leave { author, .. } if operation.is_done() => drop(here.insert(author, false)),
             _ => {}
