@@ -52,7 +52,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         if rights.is_empty() {
             continue;
         }
-        let (session, needs) = (operation.call.session(), operation.call.needs());
+        let (session, Some(needs)) = (operation.call.session(), operation.call.needs()) else { continue };
         let mut matching = rights.iter().filter(|granted| granted.allows(needs, session));
         let what = || format!("operation {} of {}, which needs {needs}", operation.op, operation.process);
         let during = |granted: &&&Granted<'_>| {
@@ -109,7 +109,11 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     for Viewed { process, session, at, .. } in &evidence.views {
         let rights = of(process);
         if !rights.is_empty() {
-            reads(&rights, session, *at, || format!("a view of {process} at {at}"), verdict);
+            // What somebody has he may look at for ever.
+            let until =
+                rights.iter().filter(|granted| granted.allows("read", session)).map(|granted| granted.until).max();
+            let had = until.map_or(*at, |until| until.min(*at));
+            reads(&rights, session, had, || format!("a view of {process} at {at}"), verdict);
         }
     }
 }

@@ -396,10 +396,20 @@ impl<'a> Evidence<'a> {
         self.lives.iter().filter(move |((name, _), _)| *name == session)
     }
 
-    /// True if nothing that was done to the system between these moments, or not long before, can have kept anybody from it.
-    pub fn is_undisturbed(&self, from: u64, to: u64) -> bool {
+    /// True if nothing that was done to the system between these moments, or not long before, can have kept the process from it, and it lost
+    /// no right.
+    pub fn is_undisturbed(&self, process: &str, from: u64, to: u64) -> bool {
+        let revoked = self.grants.iter().any(|granted| granted.process == process && granted.until <= to);
+        if from > to || revoked {
+            return false;
+        }
         let next = self.provoked.partition_point(|at| *at < from.saturating_sub(AWAY));
         self.provoked.get(next).is_none_or(|at| *at > to)
+    }
+
+    /// True if the session has one life alone, so that a seq names one record.
+    pub fn has_one_life(&self, session: &str) -> bool {
+        self.lives_of(session).count() == 1 && self.deletions().all(|deleted| deleted != session)
     }
 
     /// When what is stored at a seq certainly was not stored yet: something below it was asked for then.
@@ -413,6 +423,9 @@ impl<'a> Evidence<'a> {
     pub fn trims(&self, session: &str) -> impl Iterator<Item = (u64, u64)> {
         self.operations.iter().filter(|operation| !operation.has_failed()).filter_map(move |operation| {
             let Call::Trim { session: of, before } = operation.call else { return None };
+            if !self.may(operation) {
+                return None;
+            }
             (of == session).then_some((operation.invoked, *before))
         })
     }
@@ -444,9 +457,9 @@ impl<'a> Evidence<'a> {
 
     /// True if the process may have had the right that the operation needs.
     pub fn may(&self, operation: &Operation<'_>) -> bool {
+        let Some(needs) = operation.call.needs() else { return true };
         let mut theirs = self.grants.iter().filter(|granted| granted.process == operation.process).peekable();
-        theirs.peek().is_none()
-            || theirs.any(|granted| granted.allows(operation.call.needs(), operation.call.session()))
+        theirs.peek().is_none() || theirs.any(|granted| granted.allows(needs, operation.call.session()))
     }
 }
 

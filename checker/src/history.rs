@@ -201,7 +201,7 @@ pub enum Event {
         /// What.
         what: String,
     },
-    /// Something was done to the system under test.
+    /// Something was done to the system under test. What lasts longer than a minute is said again.
     Provoked {
         /// What: `kill`, `loss`, `resume`, `duplicate`, …
         what: String,
@@ -414,15 +414,16 @@ impl Call {
         matches!(self, Self::Append { .. } | Self::Put { .. } | Self::Delete { .. } | Self::Increment { .. })
     }
 
-    /// The word of the right that it needs.
-    pub fn needs(&self) -> &'static str {
-        match self {
+    /// The word of the right that it needs; `None` for what ends something of one's own.
+    pub fn needs(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Leave { .. } => return None,
             Self::Attach { .. } | Self::AttachAt { .. } => "read",
-            Self::Join { .. } | Self::Leave { .. } => "join",
+            Self::Join { .. } => "join",
             Self::StartRun { .. } | Self::TakeRun { .. } | Self::ReleaseRun { .. } | Self::EndRun { .. } => "run",
             Self::Trim { .. } | Self::DeleteSession { .. } => "manage",
             _ => "append",
-        }
+        })
     }
 }
 
@@ -520,7 +521,7 @@ pub struct Position {
     pub next: u64,
 }
 
-/// What a dump has of the sessions of a history and of no others: one that it does not have is empty there.
+/// What a dump has of the sessions of a history and of no others: one that it does not have, and that nobody wanted to delete, is empty there.
 pub fn complete(entries: &[Entry], mut dumped: Vec<Event>) -> Vec<Event> {
     let known: BTreeSet<&str> = entries
         .iter()
@@ -530,9 +531,18 @@ pub fn complete(entries: &[Entry], mut dumped: Vec<Event>) -> Vec<Event> {
             _ => None,
         })
         .collect();
+    // Whoever deletes, perhaps late, leaves nothing.
+    let deleted: BTreeSet<&str> = entries
+        .iter()
+        .filter_map(|entry| match &entry.event {
+            Event::Invoke { call: Call::DeleteSession { session }, .. } => Some(session.as_str()),
+            _ => None,
+        })
+        .collect();
     let is_there =
         |name: &str| dumped.iter().any(|event| matches!(event, Event::Final { session, .. } if session == name));
-    let missing: Vec<String> = known.iter().filter(|name| !is_there(name)).map(|name| (*name).to_owned()).collect();
+    let is_missing = |name: &&&str| !is_there(name) && !deleted.contains(**name);
+    let missing: Vec<String> = known.iter().filter(is_missing).map(|name| (*name).to_owned()).collect();
     dumped.retain(|event| matches!(event, Event::Final { session, .. } if known.contains(session.as_str())));
     dumped.extend(missing.into_iter().map(|session| Event::Final {
         session,

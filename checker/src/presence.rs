@@ -36,7 +36,9 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         }
         let left = departures(life);
         outstayed(evidence, session, &left, verdict);
-        thrown_out(evidence, session, &left, verdict);
+        if evidence.has_one_life(session) {
+            thrown_out(evidence, session, &left, verdict);
+        }
         if evidence.quiet.contains_key(session) && evidence.lives_of(session).count() == 1 {
             at_the_end(evidence, session, life, &fold, verdict);
         }
@@ -106,11 +108,12 @@ fn thrown_out(evidence: &Evidence<'_>, session: &str, departures: &Departures<'_
         let asked = evidence.operations.iter().any(|other| {
             let leaves =
                 matches!(other.call, Call::Leave { session: from, author: of } if from == session && of == author);
-            leaves && other.process == operation.process && (operation.told..left.at).contains(&other.invoked)
+            let may_be_behind = other.told > operation.invoked && other.invoked < left.at;
+            leaves && other.process == operation.process && may_be_behind
         });
         let gone = evidence.gone.get(operation.process).is_some_and(|gone| *gone < left.at);
         let from = operation.invoked.max(evidence.not_before(session, left.record.seq));
-        if asked || gone || !evidence.is_undisturbed(from, left.at) {
+        if asked || gone || !evidence.is_undisturbed(operation.process, from, left.at) {
             continue;
         }
         verdict.report(Class::MissingMember, session, || {

@@ -30,7 +30,9 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
                         if run.holder.is_none() || record.epoch != Some(run.epoch) {
                             verdict.report(Class::TwoHolders, session, what);
                         }
-                        taken_away(evidence, session, life, record, run, verdict);
+                        if evidence.has_one_life(session) {
+                            taken_away(evidence, session, life, record, run, verdict);
+                        }
                     }
                     (_, Some(run)) if run.holder.as_ref() == Some(&record.author) => {}
                     _ => verdict.report(Class::ZombieWrite, session, what),
@@ -44,7 +46,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
 
 /// Runs that somebody holds at the end whose process was gone for longer than the lease, where everybody had had time.
 fn kept(evidence: &Evidence<'_>, session: &str, fold: &Fold, verdict: &mut Verdict) {
-    let Some((quiet, _)) = evidence.quiet.get(session) else { return };
+    let Some((quiet, _)) = evidence.quiet.get(session).filter(|_| evidence.has_one_life(session)) else { return };
     for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
         let Call::StartRun { run: id, lease: Some(lease), .. } = operation.call else { continue };
         let gone = evidence.gone.get(operation.process).filter(|gone| gone.saturating_add(*lease) < *quiet);
@@ -85,7 +87,7 @@ fn taken_away(
     if let_go {
         verdict.count("released", 1);
     }
-    if !let_go && !gone && evidence.is_undisturbed(from, seen.at) {
+    if !let_go && !gone && evidence.is_undisturbed(holds.process, from, seen.at) {
         verdict.report(Class::TwoHolders, session, || format!("{lost:?}, and {} had not let go of it", holds.process));
     }
 }

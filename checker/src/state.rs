@@ -170,11 +170,12 @@ fn expiries(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &m
                 }) else {
                     continue;
                 };
-                if !evidence.is_undisturbed(put.invoked, seen.at) {
+                if !evidence.is_undisturbed(put.process, put.invoked, seen.at) {
                     continue;
                 }
                 verdict.count("expiries-timed", 1);
-                if seen.at < put.invoked.saturating_add(lasts.saturating_mul(1_000_000)) {
+                // A server counts whole milliseconds.
+                if seen.at < put.invoked.saturating_add(lasts.saturating_sub(1).saturating_mul(1_000_000)) {
                     verdict.report(Class::WrongChange, session, || {
                         format!(
                             "{key}, put by operation {} for {lasts} ms, expired at seq {seq} by {}",
@@ -383,7 +384,8 @@ fn compare<'a>(
                 });
             }
         }
-        if !apart && due == *next && fold.messages.len() <= KEPT_MESSAGES {
+        let bytes: usize = fold.messages.values().map(String::len).sum();
+        if !apart && due == *next && fold.messages.len() <= KEPT_MESSAGES && bytes <= KEPT_BYTES {
             for (id, text) in fold.messages.iter().filter(|(id, _)| !view.messages.contains_key(*id)) {
                 verdict.report(Class::MessageDivergence, session, || at(format!("{id} is not in it: {text:?}")));
             }
@@ -394,5 +396,6 @@ fn compare<'a>(
     }
 }
 
-/// So many messages a view keeps at least (registry, `kept_messages`), where they are not too long.
+/// So many messages a view keeps at least (registry, `kept_messages`), with so many bytes together (`kept_message_bytes`).
 const KEPT_MESSAGES: usize = 100;
+const KEPT_BYTES: usize = 1 << 20;

@@ -152,7 +152,7 @@ fn unanswered(evidence: &Evidence<'_>, session: &str, operation: &Operation<'_>,
     }
     let until = operation.told.min(evidence.quiet.get(session).map_or(NEVER, |(at, _)| *at));
     // A history that ends before is silent about it.
-    if until != NEVER && evidence.is_undisturbed(operation.invoked, until) {
+    if until != NEVER && evidence.is_undisturbed(operation.process, operation.invoked, until) {
         verdict.report(Class::Unanswered, session, || {
             format!("operation {} of {}, asked for at {}", operation.op, operation.process, operation.invoked)
         });

@@ -307,7 +307,7 @@ pub(crate) async fn patiently<T>(
     };
     // What else is in the way is told of the connection.
     if reachable {
-        match client.refusal() {
+        match client.refusal(session) {
             Some(error) if error.name() == "SESSION_NOT_FOUND" => {
                 output.warning("WAITING", &format!("session {session} does not exist yet; waiting for it"))?;
             }

@@ -3,7 +3,7 @@
 use core::future::Future;
 use core::pin::Pin;
 use core::time::Duration;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 
 use bytes::Bytes;
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -15,7 +15,7 @@ use mainstay_transport::{Connection, Connector, FrameError, FrameReader, SendStr
 use tokio::sync::{mpsc, watch};
 
 use crate::config::{Config, ConnectFile};
-use crate::driver::{Driver, SessionCommand};
+use crate::driver::{Driver, Refused, SessionCommand};
 use crate::error::ClientError;
 use crate::jobs::{self, Jobs};
 use crate::roam::{Links, Nudge, PathEvent, Paths, Status, Supervised, supervise, up};
@@ -52,7 +52,7 @@ pub(crate) trait Core: Send + Sync {
     /// Why there is no connection, once that is known.
     fn trouble(&self) -> watch::Receiver<Option<ClientError>>;
     /// Why the server does not attach a session now that waits for it.
-    fn refusal(&self) -> Option<ClientError>;
+    fn refusal(&self, session: &str) -> Option<ClientError>;
     /// The application knows something about its network.
     fn nudge(&self, nudge: Nudge);
     /// Closes the connection for good.
@@ -71,7 +71,7 @@ struct Wired<C: Connection> {
     tokens: Arc<Tokens>,
     paths: watch::Receiver<Paths>,
     trouble: watch::Receiver<Option<ClientError>>,
-    refused: watch::Sender<Option<ClientError>>,
+    refused: Refused,
     nudges: mpsc::Sender<Nudge>,
 }
 
@@ -175,8 +175,9 @@ impl<C: Connection> Core for Wired<C> {
         self.trouble.clone()
     }
 
-    fn refusal(&self) -> Option<ClientError> {
-        self.refused.borrow().clone()
+    fn refusal(&self, session: &str) -> Option<ClientError> {
+        let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        refused.iter().find(|(name, _)| name.as_str() == session).map(|(_, error)| error.clone())
     }
 
     fn nudge(&self, nudge: Nudge) {
@@ -269,7 +270,7 @@ impl Client {
         let (count, paths) = watch::channel(Paths::default());
         let (complain, trouble) = watch::channel(None);
         let (nudges, nudged) = mpsc::channel(4);
-        let refused = watch::channel(None).0;
+        let refused = Refused::default();
         let tokens = Arc::new(Tokens::new(config.token.clone()));
         let supervised = Supervised {
             config: config.clone(),
@@ -359,10 +360,10 @@ impl Client {
         PathWatch { paths, trouble, seen }
     }
 
-    /// Why the server does not attach a session now that waits to be attached: what it said last, `None` once one is attached. The client
-    /// asks again by itself until [`Config::give_up_after`]; this is for whoever wants to tell people why that takes long.
-    pub fn refusal(&self) -> Option<ClientError> {
-        self.core.refusal()
+    /// Why the server does not attach this session now, which waits for that: what it said last, `None` where nothing waits or nothing was said.
+    /// The client asks again by itself until [`Config::give_up_after`]; this is for whoever wants to tell people why that takes long.
+    pub fn refusal(&self, session: &str) -> Option<ClientError> {
+        self.core.refusal(session)
     }
 
     /// Says that the network is another one now, or back: for hosts that are told so by their system and know it better than this library,

@@ -1,15 +1,16 @@
 //! The driver of one session: attaches, attaches again when the connection is lost, and passes requests and answers on.
 
 use core::time::Duration;
-use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use mainstay_protocol::error::{Code, ProtocolError};
 use mainstay_protocol::registry::{MAX_FRAME, MAX_RUNS};
 use mainstay_protocol::session::{
-    Activity, Backoff, Cursor, Incarnation, InputPolicy, MessageId, Progress, Record, RunId, RunMode, Verdict,
+    Activity, Backoff, Cursor, Incarnation, InputPolicy, MessageId, Progress, Record, RunId, RunMode, SessionName,
+    Verdict,
 };
 use mainstay_protocol::wire::{
     Attach, AttachMode, Attached, Body, CloseSession, Configure, DefineStream, DeleteSession, Early, Frame, Granted,
@@ -301,7 +302,32 @@ pub(crate) struct Driver<C: Connection> {
     renews: bool,
     /// Since when attaching is refused, and who is told why.
     refused_since: Option<Instant>,
-    refused: watch::Sender<Option<ClientError>>,
+    waiting: Waiting,
+}
+
+/// Why the server does not attach sessions now that wait for it, by their names. As many as wait.
+pub(crate) type Refused = Arc<Mutex<BTreeMap<SessionName, ClientError>>>;
+
+/// What one session has said there, until it waits no more.
+struct Waiting {
+    name: SessionName,
+    refused: Refused,
+}
+
+impl Waiting {
+    fn say(&self, error: Option<ClientError>) {
+        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        match error {
+            Some(error) => refused.insert(self.name.clone(), error),
+            None => refused.remove(&self.name),
+        };
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.say(None);
+    }
 }
 
 impl<C: Connection> Driver<C> {
@@ -310,11 +336,11 @@ impl<C: Connection> Driver<C> {
         request: Attaching,
         commands: mpsc::Receiver<SessionCommand>,
         again: mpsc::WeakSender<SessionCommand>,
-        refused: watch::Sender<Option<ClientError>>,
+        refused: Refused,
         config: &Config,
     ) -> Self {
         Self {
-            refused,
+            waiting: Waiting { name: request.name.clone(), refused },
             give_up_after: config.give_up_after,
             renews: config.renewal.is_some(),
             continuity: config.continuity.clone(),
@@ -784,7 +810,7 @@ impl<C: Connection> Driver<C> {
         }
         self.incarnation.send_replace(Some(answer.incarnation));
         self.refused_since = None;
-        self.refused.send_replace(None);
+        self.waiting.say(None);
         // The cursor of the request was for the first attach; subscriptions keep their own.
         self.request.cursor = None;
         let info = SessionInfo::new(self.request.name.clone(), answer);
@@ -1108,8 +1134,7 @@ impl<C: Connection> Driver<C> {
             Frame::Error(error) if error.about == Attach::KIND || error.about == 0 => {
                 let waits = self.request.wait && self.info.is_none() && error.code == Code::SESSION_NOT_FOUND;
                 let known = self.info.is_some();
-                self.refused.send_replace(Some(ClientError::answered(&error)));
-                return Err(match error.code {
+                let over = match error.code {
                     Code::SESSION_GONE => Over::Failed(ClientError::Gone),
                     Code::SESSION_NOT_FOUND if known => Over::Failed(ClientError::Gone),
                     code if waits => {
@@ -1127,7 +1152,11 @@ impl<C: Connection> Driver<C> {
                         Over::Again(Duration::ZERO)
                     }
                     _ => Over::Failed(ClientError::answered(&error)),
-                });
+                };
+                if matches!(over, Over::Again(_)) {
+                    self.waiting.say(Some(ClientError::answered(&error)));
+                }
+                return Err(over);
             }
             _ if !attached => {}
             Frame::Ack(ack) => {

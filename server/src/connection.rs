@@ -229,9 +229,8 @@ impl Conn {
 
     /// A producer goes on regardless: for how long nothing is read of it.
     pub(crate) fn regardless(&self) -> Duration {
-        // Many who begin at once do not come back at once.
-        let spread: [u8; 1] = entropy::random();
-        let deaf = Refusals::DEAF + Refusals::DEAF.mul_f64(f64::from(spread[0]) / 256.0);
+        let [chance] = entropy::random();
+        let deaf = Refusals::deaf(chance);
         self.served_later(Limit::ProducerRegardless, deaf);
         deaf
     }

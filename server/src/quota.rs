@@ -5,7 +5,7 @@
 
 use core::time::Duration;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mainstay_protocol::error::{Code, ProtocolError};
@@ -319,6 +319,8 @@ pub(crate) struct SessionUsage {
     /// Bytes of its chunks: those that came since it was loaded, until the store was read for the others.
     stored: AtomicU64,
     is_measured: AtomicBool,
+    /// Looks at the store: none, one, or one and another one that is wanted behind it.
+    measuring: AtomicU8,
     attachments: Seats,
     subscriptions: Seats,
 }
@@ -330,6 +332,7 @@ impl SessionUsage {
             append_bytes: Limiter::new(quotas.session.append_bytes),
             stored: AtomicU64::new(0),
             is_measured: AtomicBool::new(false),
+            measuring: AtomicU8::new(0),
             attachments: Seats::default(),
             subscriptions: Seats::default(),
         }
@@ -340,10 +343,18 @@ impl SessionUsage {
         self.stored.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// A look at the store that began when `before` was known found so many.
-    pub(crate) fn measured(&self, before: u64, bytes: u64) {
+    /// Begins a look at the store. False if one runs, which looks once more when it is done.
+    pub(crate) fn begin_measuring(&self) -> bool {
+        let before = self.measuring.fetch_update(Ordering::AcqRel, Ordering::Acquire, |now| Some((now + 1).min(AGAIN)));
+        before == Ok(0)
+    }
+
+    /// A look at the store that began when `before` was known found so many. True if it has to be looked once more.
+    pub(crate) fn measured(&self, before: u64, bytes: u64) -> bool {
         correct(&self.stored, before, bytes);
         self.is_measured.store(true, Ordering::Release);
+        let was = self.measuring.fetch_update(Ordering::AcqRel, Ordering::Acquire, |now| Some(now.saturating_sub(1)));
+        was == Ok(AGAIN)
     }
 
     /// Bytes that are stored, as far as they are known.
@@ -473,6 +484,9 @@ impl PrefixUsage {
         correct(&self.stored, before.1, stored);
     }
 }
+
+/// A look at the store runs, and another one is wanted behind it.
+const AGAIN: u8 = 2;
 
 /// Sets a counter to what was found, and to what has come to it or gone since `before`.
 fn correct(counter: &AtomicU64, before: u64, found: u64) {

@@ -229,17 +229,24 @@ impl Sessions {
 
     /// Finds out how many bytes of a session are stored, in the background.
     fn measure(self: &Arc<Self>, session: &Arc<Session>) {
+        if !session.used.begin_measuring() {
+            return;
+        }
         let (this, id, session) = (self.clone(), session.id.clone(), Arc::downgrade(session));
         tokio::spawn(async move {
             while let Some(session) = session.upgrade() {
                 let before = session.used.bytes();
-                match this.store.size(id.clone()).await {
-                    Ok(size) => return session.used.measured(before, size),
+                let found = match this.store.size(id.clone()).await {
+                    Ok(size) => Some(size),
                     // One that is damaged is as large as nobody knows: it is refused for that.
-                    Err(error) if !error.is_retryable() => return session.used.measured(before, 0),
+                    Err(error) if !error.is_retryable() => Some(0),
                     Err(error) => {
-                        tracing::debug!(session = %id.name, %error, "cannot read the size of the session now")
+                        tracing::debug!(session = %id.name, %error, "cannot read the size of the session now");
+                        None
                     }
+                };
+                if found.is_some_and(|found| !session.used.measured(before, found)) {
+                    return;
                 }
                 drop(session);
                 tokio::time::sleep(MEASURE_AGAIN).await;

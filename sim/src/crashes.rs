@@ -342,7 +342,10 @@ async fn restored(
             }
             _ => None,
         });
-        let Some((first, compacted, now)) = now.filter(|_| stays(&name)) else { continue };
+        if !stays(&name) {
+            continue;
+        }
+        let Some((first, compacted, now)) = now else { return Err(format!("{name} comes back, and is not there")) };
         let kept = |record: &&Record| record.seq >= first && !((was || compacted) && is_part(&record.kind));
         for record in records.iter().filter(kept) {
             let same = now.binary_search_by_key(&record.seq, |record| record.seq).ok().map(|at| &now[at]);

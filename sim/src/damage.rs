@@ -281,8 +281,8 @@ impl Whole {
         let of_store = what.starts_with("store/");
         let judged = self.judge(&data, of_store).await;
         self.server.kill().await;
-        let log = fs::read_to_string(&self.log).expect("the log");
-        let said = log.get(self.read..).expect("it grows");
+        let log = fs::read(&self.log).expect("the log");
+        let said = String::from_utf8_lossy(log.get(self.read..).expect("it grows"));
         self.read = log.len();
         // The engine panics on some damage, which is caught (`store/fjall`): what comes of it is looked at as everything else is.
         let ours =

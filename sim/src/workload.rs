@@ -367,6 +367,9 @@ fn renewed(session: &str, n: u64) -> String {
     format!("{session}-renewed-{n}")
 }
 
+/// Longer than any world or campaign lasts.
+const FOREVER: Duration = Duration::from_secs(7 * 24 * 3600);
+
 const GONE: &str = "the recorder reads as long as somebody writes";
 
 impl Actor {
@@ -772,7 +775,7 @@ impl Actor {
         while tail.is_none_or(|tail| next < tail) {
             let event = tokio::select! {
                 biased;
-                event = timeout(self.size.patience, reading.next()) => event,
+                event = timeout(if tail.is_some() { self.size.patience } else { FOREVER }, reading.next()) => event,
                 _ = self.end.changed(), if tail.is_none() => {
                     tail = Some(self.attach().await.info().tail);
                     continue;

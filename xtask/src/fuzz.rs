@@ -173,6 +173,9 @@ fn coverage(targets: &[String]) -> Outcome {
     let report = report.map_err(|error| format!("llvm-cov: {error}"))?;
     let text = String::from_utf8_lossy(&report.stdout);
     print!("{text}");
+    if !report.status.success() {
+        return Err(format!("llvm-cov: {}", String::from_utf8_lossy(&report.stderr)));
+    }
     // Regions, functions and lines, each with how many there are, how many are missed, and the share.
     let total = text.lines().find(|line| line.starts_with("TOTAL"));
     let lines = total.and_then(|total| total.split_whitespace().nth(9)?.trim_end_matches('%').parse::<f64>().ok());

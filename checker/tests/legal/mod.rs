@@ -60,8 +60,7 @@ struct World<'r> {
     /// Batches of each producer.
     batches: BTreeMap<String, u64>,
     held: BTreeMap<(String, String), u64>,
-    /// Keys whose value goes by itself.
-    /// When it may.
+    /// Keys whose value goes by itself, and when it may.
     passing: BTreeMap<String, u64>,
     sequences: BTreeMap<String, u64>,
     readers: Vec<Reader>,

@@ -232,7 +232,7 @@ impl Settings {
         let memtable = self.store().memtable_bytes;
         for (name, is_none) in [
             ("store.memtable_bytes", memtable < 64 << 10),
-            ("limits.memory_bytes", config.memory.is_some_and(|bytes| bytes < LEAST_MEMORY)),
+            ("limits.memory_bytes", matches!(limits.memory_bytes, Some(Setting(Some(bytes))) if bytes < LEAST_MEMORY)),
             ("limits.connections", config.connections == 0),
             ("limits.attachments", config.attachments == 0),
             ("limits.producers", config.producers == 0),

@@ -124,6 +124,10 @@ impl HandshakeSettings {
             }
             *into = set;
         }
+        if self.at_once_per_network.is_some_and(|most| most > admission.handshakes) {
+            return Err("limits.handshakes.at_once_per_network is at most limits.handshakes.at_once".into());
+        }
+        admission.per_network = admission.per_network.min(admission.handshakes);
         admission.retry_from = self.retry_from.unwrap_or(admission.retry_from);
         rate("limits.handshakes.begun", &self.begun, &mut admission.rate)?;
         rate("limits.handshakes.begun_per_network", &self.begun_per_network, &mut admission.network_rate)?;

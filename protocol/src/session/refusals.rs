@@ -14,8 +14,14 @@ pub struct Refusals {
 }
 
 impl Refusals {
-    /// For how long at least nothing is read of a producer that goes on regardless: up to twice as long, by chance (spec LIM-7).
+    /// For how long at least nothing is read of a producer that goes on regardless.
     pub const DEAF: Duration = Duration::from_secs(16);
+
+    /// For how long nothing is read of one that does: from [`Refusals::DEAF`] to nearly twice as long, as `chance` says, so that many who
+    /// begin at once do not come back at once (spec LIM-7).
+    pub fn deaf(chance: u8) -> Duration {
+        Self::DEAF + Self::DEAF * u32::from(chance) / 256
+    }
 
     /// A batch is not refused. If it is the one that had to come next, nothing is due any more.
     pub fn taken(&mut self, sequence: u64) {
@@ -72,6 +78,13 @@ mod tests {
     }
 
     /// Spec LIM-7.
+    #[test]
+    fn nobody_is_deaf_for_less_than_it_is_said_or_for_twice_as_long() {
+        assert_eq!(Refusals::deaf(0), Refusals::DEAF);
+        let longest = Refusals::deaf(u8::MAX);
+        assert!(longest < 2 * Refusals::DEAF && longest > Refusals::DEAF * 19 / 10, "{longest:?}");
+    }
+
     #[test]
     fn who_goes_on_regardless_is_noticed_by_bytes_and_by_batches() {
         let mut refusals = Refusals::default();

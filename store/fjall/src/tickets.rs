@@ -50,7 +50,7 @@ fn boot() -> Option<Vec<u8>> {
     fs::read("/proc/sys/kernel/random/boot_id").ok()
 }
 
-/// Makes a directory that its owner alone may look into, or one of one that is there.
+/// Makes a directory that its owner alone may look into, or makes one that is there so.
 fn secret(dir: &Path) -> io::Result<()> {
     fs::create_dir_all(dir)?;
     #[cfg(unix)]
