@@ -22,6 +22,15 @@ fn everywhere(entries: &mut [Entry], mut change: impl FnMut(&mut Record)) {
     }
 }
 
+/// The record at a seq, wherever it was seen.
+fn change_at(entries: &mut [Entry], seq: u64, mut change: impl FnMut(&mut Record)) {
+    everywhere(entries, |record| {
+        if record.seq == seq {
+            change(record);
+        }
+    });
+}
+
 /// The indices of the entries that this holds for.
 fn indices(entries: &[Entry], holds: impl Fn(&Event) -> bool) -> Vec<usize> {
     entries.iter().enumerate().filter(|(_, entry)| holds(&entry.event)).map(|(index, _)| index).collect()
@@ -263,10 +272,8 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let (_, records) = complete(entries);
         let data: Vec<u64> = records.iter().filter(|record| record.kind == "data").map(|record| record.seq).collect();
         let Some(seq) = random.pick(&data) else { return false };
-        everywhere(entries, |record| {
-            if record.seq == seq {
-                record.data = Some("nobody's".into());
-            }
+        change_at(entries, seq, |record| {
+            record.data = Some("nobody's".into());
         });
         true
     }),
@@ -448,10 +455,8 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let (_, records) = complete(entries);
         let puts = records.iter().filter(|record| record.kind == "state.put" && answered.contains(&record.seq));
         let Some(seq) = random.pick(&puts.collect::<Vec<_>>()).map(|record| record.seq) else { return false };
-        everywhere(entries, |record| {
-            if record.seq == seq {
-                record.value = Some("666".into());
-            }
+        change_at(entries, seq, |record| {
+            record.value = Some("666".into());
         });
         true
     }),
@@ -468,10 +473,8 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let puts: Vec<&Record> =
             records.iter().filter(|record| record.kind == "state.put" && record.key.as_deref() != Some("n")).collect();
         let Some(seq) = random.pick(&puts).map(|record| record.seq) else { return false };
-        everywhere(entries, |record| {
-            if record.seq == seq {
-                record.value = Some("nobody's".into());
-            }
+        change_at(entries, seq, |record| {
+            record.value = Some("nobody's".into());
         });
         true
     }),
@@ -632,10 +635,8 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let left: Vec<u64> =
             records.iter().filter(|record| record.kind == "presence.left").map(|record| record.seq).collect();
         let Some(seq) = random.pick(&left) else { return false };
-        everywhere(entries, |record| {
-            if record.seq == seq {
-                record.generation = Some(1 << 30);
-            }
+        change_at(entries, seq, |record| {
+            record.generation = Some(1 << 30);
         });
         true
     }),
@@ -647,10 +648,8 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
             .map(|record| record.seq)
             .collect();
         let Some(seq) = random.pick(&parts) else { return false };
-        everywhere(entries, |record| {
-            if record.seq == seq {
-                record.author = "zombie".into();
-            }
+        change_at(entries, seq, |record| {
+            record.author = "zombie".into();
         });
         true
     }),
@@ -659,10 +658,8 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let lost: Vec<u64> =
             records.iter().filter(|record| record.kind == "run.lost").map(|record| record.seq).collect();
         let Some(seq) = random.pick(&lost) else { return false };
-        everywhere(entries, |record| {
-            if record.seq == seq {
-                record.epoch = Some(1 << 30);
-            }
+        change_at(entries, seq, |record| {
+            record.epoch = Some(1 << 30);
         });
         true
     }),
@@ -673,11 +670,9 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let later: Vec<&Record> =
             records.iter().filter(|record| record.seq > end.seq && record.kind == "data").collect();
         let Some(seq) = random.pick(&later).map(|record| record.seq) else { return false };
-        everywhere(entries, |record| {
-            if record.seq == seq {
-                (record.kind, record.data) = ("run.end".into(), None);
-                record.run.clone_from(&end.run);
-            }
+        change_at(entries, seq, |record| {
+            (record.kind, record.data) = ("run.end".into(), None);
+            record.run.clone_from(&end.run);
         });
         true
     }),
@@ -742,10 +737,8 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
     }),
     ("a message says what nobody wrote", Class::Phantom, |entries, random| {
         let Some(seq) = seq_of(entries, random, "message.append") else { return false };
-        everywhere(entries, |record| {
-            if record.seq == seq {
-                record.data = Some("nobody's".into());
-            }
+        change_at(entries, seq, |record| {
+            record.data = Some("nobody's".into());
         });
         true
     }),
@@ -789,19 +782,15 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
     ("a run was begun, and is nowhere", Class::LostWrite, |entries, random| {
         let begun = answered(entries, |call| matches!(call, Call::StartRun { .. }));
         let Some((_, seq)) = random.pick(&begun) else { return false };
-        everywhere(entries, |record| {
-            if record.seq == seq {
-                record.kind = "run.consumed".into();
-            }
+        change_at(entries, seq, |record| {
+            record.kind = "run.consumed".into();
         });
         true
     }),
     ("somebody is a member who did not ask", Class::Phantom, |entries, random| {
         let Some(seq) = seq_of(entries, random, "presence.joined") else { return false };
-        everywhere(entries, |record| {
-            if record.seq == seq {
-                record.author = "nobody".into();
-            }
+        change_at(entries, seq, |record| {
+            record.author = "nobody".into();
         });
         true
     }),
@@ -924,10 +913,8 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
     ("an increment that nobody was told of adds something else", Class::WrongChange, |entries, random| {
         let increments = answered(entries, |call| matches!(call, Call::Increment { .. }));
         let Some((_, seq)) = random.pick(&increments) else { return false };
-        everywhere(entries, |record| {
-            if record.seq == seq {
-                record.value = Some("100000".into());
-            }
+        change_at(entries, seq, |record| {
+            record.value = Some("100000".into());
         });
         // Those behind it add to what it left.
         increments.iter().for_each(|(op, _)| forget_the_answer(entries, *op));
@@ -941,10 +928,8 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
             .map(|record| record.seq)
             .collect();
         let Some(seq) = random.pick(&of_runs) else { return false };
-        everywhere(entries, |record| {
-            if record.seq == seq {
-                record.run = None;
-            }
+        change_at(entries, seq, |record| {
+            record.run = None;
         });
         true
     }),
@@ -952,10 +937,8 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let (_, records) = complete(entries);
         let data: Vec<&Record> = records.iter().filter(|record| record.kind == "data").collect();
         let Some(of) = random.pick(&data).map(|record| (record.seq, record.author.clone())) else { return false };
-        everywhere(entries, |record| {
-            if record.seq == of.0 {
-                record.author = "somebody else".into();
-            }
+        change_at(entries, of.0, |record| {
+            record.author = "somebody else".into();
         });
         // Of the only one nobody knows how it should be.
         data.iter().filter(|record| record.author == of.1).count() > 1
@@ -989,10 +972,8 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let key = |of: u64| records.iter().find(|record| record.seq == of).and_then(|record| record.key.clone());
         let next = records.iter().find(|record| record.seq > seq && record.key == key(seq));
         let Some(next) = next.filter(|next| next.kind == "state.deleted").map(|next| next.seq) else { return false };
-        everywhere(entries, |record| {
-            if record.seq == next {
-                record.kind = "state.expired".into();
-            }
+        change_at(entries, next, |record| {
+            record.kind = "state.expired".into();
         });
         true
     }),
@@ -1018,10 +999,8 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
     }),
     ("a record stands in another stream", Class::LostWrite, |entries, random| {
         let Some(seq) = seq_of(entries, random, "data") else { return false };
-        everywhere(entries, |record| {
-            if record.seq == seq {
-                record.stream = "elsewhere".into();
-            }
+        change_at(entries, seq, |record| {
+            record.stream = "elsewhere".into();
         });
         true
     }),
@@ -1117,28 +1096,22 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
     }),
     ("a message ends otherwise", Class::LostWrite, |entries, random| {
         let Some(seq) = seq_of(entries, random, "message.end") else { return false };
-        everywhere(entries, |record| {
-            if record.seq == seq {
-                record.status = Some("error".into());
-            }
+        change_at(entries, seq, |record| {
+            record.status = Some("error".into());
         });
         true
     }),
     ("a message begins twice", Class::Duplicate, |entries, random| {
         let Some(seq) = seq_of(entries, random, "message.end") else { return false };
-        everywhere(entries, |record| {
-            if record.seq == seq {
-                record.kind = "message.start".into();
-            }
+        change_at(entries, seq, |record| {
+            record.kind = "message.start".into();
         });
         true
     }),
     ("a member joins once more while it is there", Class::Duplicate, |entries, random| {
         let Some(seq) = seq_of(entries, random, "presence.left") else { return false };
-        everywhere(entries, |record| {
-            if record.seq == seq {
-                record.kind = "presence.joined".into();
-            }
+        change_at(entries, seq, |record| {
+            record.kind = "presence.joined".into();
         });
         true
     }),

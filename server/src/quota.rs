@@ -78,8 +78,8 @@ fn late(limiter: Option<&Limiter>) -> Duration {
 pub(crate) struct Conduct {
     streams: Option<Limiter>,
     /// Streams and refusals of a peer that has no token in force.
-    strange: Option<Limiter>,
-    questions: Option<Limiter>,
+    without_token: Option<Limiter>,
+    pings: Option<Limiter>,
     tokens: Option<Limiter>,
     /// How often it may break the protocol, and how often it did.
     most_violations: usize,
@@ -91,8 +91,8 @@ impl Conduct {
         let limiter = |rate| Limiter::new(Some(rate));
         Self {
             streams: limiter(quotas.streams),
-            strange: limiter(quotas.without_token),
-            questions: limiter(quotas.pings),
+            without_token: limiter(quotas.without_token),
+            pings: limiter(quotas.pings),
             tokens: limiter(quotas.tokens),
             most_violations: quotas.violations,
             violations: AtomicUsize::new(0),
@@ -111,18 +111,18 @@ impl Conduct {
     pub(crate) fn stream(&self, subject: Option<&SubjectUsage>) -> Duration {
         // What has to wait for its connection takes nothing of what others share.
         let later = Self::take(self.streams.as_ref());
-        let shared = || late(subject.map_or(self.strange.as_ref(), |subject| subject.streams.as_ref()));
+        let shared = || late(subject.map_or(self.without_token.as_ref(), |subject| subject.streams.as_ref()));
         if later.is_zero() { shared() } else { later }
     }
 
     /// A request of a subject, or of nobody that is known, is refused: how much later that is told.
     pub(crate) fn refusal(&self, subject: Option<&SubjectUsage>) -> Duration {
-        late(subject.map_or(self.strange.as_ref(), |subject| subject.refusals.as_ref()))
+        late(subject.map_or(self.without_token.as_ref(), |subject| subject.refusals.as_ref()))
     }
 
     /// Takes room for a PING, or says after how long to try again.
     pub(crate) fn question(&self) -> Duration {
-        Self::take(self.questions.as_ref())
+        Self::take(self.pings.as_ref())
     }
 
     /// A TOKEN came. Errors: `RATE_LIMITED`, which ends the connection.
