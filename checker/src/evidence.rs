@@ -135,6 +135,17 @@ pub struct Life<'a> {
     pub compacted: bool,
     /// When somebody was attached to it first.
     pub begun: u64,
+    /// All that was ever stored, if all of it was seen: of what was given up, by whoever read it before.
+    pub whole: Option<Whole<'a>>,
+}
+
+/// Everything from the first record to the last.
+#[derive(Debug)]
+pub struct Whole<'a> {
+    /// The tail.
+    pub tail: u64,
+    /// Every record.
+    pub records: Vec<&'a Record>,
 }
 
 /// Somebody's view of a session.
@@ -362,6 +373,9 @@ impl<'a> Evidence<'a> {
                     life.note(Seen { record, at: NEVER, subscription: None }, session, verdict);
                 }
             }
+            life.whole = life.whole();
+            let from_readers = life.whole.is_some() && life.complete.iter().all(|complete| complete.first > 0);
+            verdict.count("trimmed-and-whole", u64::from(from_readers));
         }
     }
 
@@ -469,6 +483,15 @@ pub fn is_part(kind: &str) -> bool {
 }
 
 impl<'a> Life<'a> {
+    /// The complete read that begins first, and before it what somebody saw of each seq below.
+    fn whole(&self) -> Option<Whole<'a>> {
+        let complete = self.complete.iter().min_by_key(|complete| complete.first)?;
+        let before = self.seen.range(..complete.first).map(|(_, seen)| seen.record);
+        let records: Vec<&Record> = before.chain(complete.records).collect();
+        let given_up = records.len() - complete.records.len();
+        (given_up as u64 == complete.first).then_some(Whole { tail: complete.tail, records })
+    }
+
     fn note(&mut self, seen: Seen<'a>, session: &str, verdict: &mut Verdict) {
         let Some(known) = self.seen.get_mut(&seen.record.seq) else {
             self.seen.insert(seen.record.seq, seen);

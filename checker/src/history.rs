@@ -461,6 +461,9 @@ pub struct Record {
     /// The name of its stream.
     #[serde(default)]
     pub stream: String,
+    /// When it was accepted, in a form in which what is later is greater by its bytes, as RFC 3339 in UTC is; without it that is not looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time: Option<String>,
     /// Who wrote it.
     #[serde(default)]
     pub author: String,

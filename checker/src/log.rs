@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::evidence::{Complete, Evidence, Life, Operation, Outcome, is_part};
+use crate::evidence::{Evidence, Life, Operation, Outcome, is_part};
 use crate::fold::Fold;
 use crate::history::{Call, Record};
 use crate::verdict::{Class, Verdict};
@@ -38,15 +38,27 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         realtime(evidence, session, deleted.contains(session), verdict);
         if evidence.lives_of(session).count() == 1 && !deleted.contains(session) {
             for (_, life) in evidence.lives_of(session) {
-                for complete in life.complete.iter().filter(|complete| complete.first == 0) {
-                    messages(evidence, session, complete, verdict);
-                    deeds(evidence, session, complete, verdict);
+                for records in wholes(life) {
+                    messages(evidence, session, &records, verdict);
+                    deeds(evidence, session, &records, verdict);
                 }
             }
         }
         for (_, life) in evidence.lives_of(session) {
             complete(evidence, session, life, verdict);
+            times(session, life, verdict);
         }
+    }
+}
+
+/// Every complete read that begins at the first record; where all begin later, what readers saw of the session together, if they saw it as it
+/// was written.
+fn wholes<'a>(life: &Life<'a>) -> Vec<Vec<&'a Record>> {
+    let from_the_first = life.complete.iter().filter(|complete| complete.first == 0);
+    let read: Vec<_> = from_the_first.map(|complete| complete.records.iter().collect()).collect();
+    match &life.whole {
+        Some(whole) if read.is_empty() && !life.compacted => vec![whole.records.clone()],
+        _ => read,
     }
 }
 
@@ -222,10 +234,10 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
 
 /// L1, L2, L6: what messages say is what was written, all of it once that was acknowledged, and its end where it was said; whether it was put
 /// together or not.
-fn messages(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verdict: &mut Verdict) {
+fn messages(evidence: &Evidence<'_>, session: &str, records: &[&Record], verdict: &mut Verdict) {
     let mut fold = Fold::default();
     let mut bounds: BTreeMap<(&str, &str), u64> = BTreeMap::new();
-    for record in complete.records {
+    for record in records {
         fold.add(record);
         if let (Some(message), "message.start" | "message.end") = (&record.message, record.kind.as_str()) {
             let times = bounds.entry((message, &record.kind)).or_default();
@@ -243,7 +255,7 @@ fn messages(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, ver
         let stored = fold.messages.get(message);
         let told = || format!("operation {} wrote {text:?} as {message}, and {stored:?} is stored", operation.op);
         let ends = |record: &Record| record.kind == "message.end" && record.message.as_ref() == Some(message);
-        let end = complete.records.iter().find(|record| ends(record));
+        let end = records.iter().find(|record| ends(record));
         if operation.is_done() && (stored != Some(text) || end.map(|end| end.seq) != operation.seq()) {
             verdict.report(Class::LostWrite, session, told);
         }
@@ -265,7 +277,7 @@ fn messages(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, ver
 }
 
 /// L1, L6: memberships and runs are in the log where it was said, and nobody's who did not ask for them.
-fn deeds(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verdict: &mut Verdict) {
+fn deeds(evidence: &Evidence<'_>, session: &str, records: &[&Record], verdict: &mut Verdict) {
     let mut asked: BTreeSet<(&str, &str)> = BTreeSet::new();
     for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
         let (kind, whose) = match operation.call {
@@ -279,15 +291,15 @@ fn deeds(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verdic
         }
         let Some(seq) = operation.stored() else { continue };
         verdict.count("deeds", 1);
-        let at = complete.records.binary_search_by_key(&seq, |record| record.seq).ok();
-        let stored = at.map(|at| &complete.records[at]);
+        let at = records.binary_search_by_key(&seq, |record| record.seq).ok();
+        let stored = at.map(|at| records[at]);
         if stored.and_then(deed) != Some((kind, whose)) {
             verdict.report(Class::LostWrite, session, || {
                 format!("operation {} {:?} was done at {seq}, where {stored:?} is", operation.op, operation.call)
             });
         }
     }
-    for record in complete.records {
+    for record in records {
         if deed(record).is_some_and(|deed| !asked.contains(&deed)) {
             verdict.report(Class::Phantom, session, || format!("{record:?}, which nobody asked for"));
         }
@@ -371,6 +383,21 @@ fn complete(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &m
                     format!("{:?}, seen in subscription {:?}", seen.record, seen.subscription)
                 });
             }
+        }
+    }
+}
+
+/// L5: within a session time never runs backwards, whatever the clock does. What was put together has the time of its last part.
+fn times(session: &str, life: &Life<'_>, verdict: &mut Verdict) {
+    let told = life.seen.values().filter_map(|seen| Some((seen.record.time.as_deref()?, seen.record)));
+    let mut latest: Option<(&str, &Record)> = None;
+    for (time, record) in told.filter(|(_, record)| !life.compacted || !is_part(&record.kind)) {
+        verdict.count("times", 1);
+        match latest {
+            Some((before, earlier)) if before > time => {
+                verdict.report(Class::TimeRanBackwards, session, || format!("{record:?} stands behind {earlier:?}"));
+            }
+            _ => latest = Some((time, record)),
         }
     }
 }

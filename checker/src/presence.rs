@@ -10,10 +10,10 @@ use crate::verdict::{Class, Verdict};
 /// Checks who joined and left, and who is there at the end.
 pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     for ((session, _), life) in &evidence.lives {
-        let Some(complete) = life.complete.iter().find(|complete| complete.first == 0) else { continue };
+        let Some(whole) = &life.whole else { continue };
         let mut fold = Fold::default();
         let mut again = joined_again(evidence, session);
-        for record in complete.records {
+        for record in &whole.records {
             if record.kind == "presence.joined" && fold.members.contains_key(&record.author) {
                 match again.get_mut(record.author.as_str()).filter(|times| **times > 0) {
                     Some(times) => *times -= 1,

@@ -8,9 +8,9 @@ use crate::verdict::{Class, Verdict};
 /// Checks each record that is part of a run against who holds it there.
 pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     for ((session, _), life) in &evidence.lives {
-        let Some(complete) = life.complete.iter().find(|complete| complete.first == 0) else { continue };
+        let Some(whole) = &life.whole else { continue };
         let mut fold = Fold::default();
-        for record in complete.records {
+        for record in &whole.records {
             let parts = ["data", "message.", "state.", "run."];
             if let (Some(id), true) = (&record.run, parts.iter().any(|part| record.kind.starts_with(part))) {
                 let run = fold.runs.get(id);

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::evidence::{Complete, Evidence, Life, Operation, Outcome, Viewed};
+use crate::evidence::{Evidence, Life, Operation, Outcome, Viewed, Whole};
 use crate::fold::Fold;
 use crate::history::{Call, Event, Record};
 use crate::verdict::{Class, Verdict};
@@ -10,12 +10,12 @@ use crate::verdict::{Class, Verdict};
 /// Checks changes of keys, and every view.
 pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     for ((session, incarnation), life) in &evidence.lives {
-        // What was given up cannot be folded again.
-        let Some(complete) = life.complete.iter().find(|complete| complete.first == 0) else { continue };
+        // What was given up and nobody read cannot be folded again.
+        let Some(whole) = &life.whole else { continue };
         if evidence.lives_of(session).count() == 1 {
-            changes(evidence, session, complete, verdict);
+            changes(evidence, session, whole, verdict);
             expiries(evidence, session, life, verdict);
-            accounted(evidence, session, complete, verdict);
+            accounted(evidence, session, whole, verdict);
         }
         let views = evidence.views.iter().filter(|view| view.session == *session && view.incarnation == *incarnation);
         let mut hashes = BTreeMap::new();
@@ -69,7 +69,7 @@ fn same_hash<'a>(
 type Versions = Vec<(u64, Option<(String, u64)>)>;
 
 /// The versions of every key.
-fn versions(records: &[Record]) -> BTreeMap<&str, Versions> {
+fn versions<'a>(records: &[&'a Record]) -> BTreeMap<&'a str, Versions> {
     let mut keys: BTreeMap<&str, Versions> = BTreeMap::new();
     let mut fold = Fold::default();
     for record in records {
@@ -88,14 +88,14 @@ fn before(versions: &Versions, seq: u64) -> Option<&(String, u64)> {
 }
 
 /// K1, K2: each change is stored as it was answered, and its condition held.
-fn changes(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verdict: &mut Verdict) {
-    let records: BTreeMap<u64, &Record> = complete.records.iter().map(|record| (record.seq, record)).collect();
-    let keys = versions(complete.records);
+fn changes(evidence: &Evidence<'_>, session: &str, whole: &Whole<'_>, verdict: &mut Verdict) {
+    let records: BTreeMap<u64, &Record> = whole.records.iter().map(|record| (record.seq, *record)).collect();
+    let keys = versions(&whole.records);
     let none = Versions::new();
-    let puts = complete.records.iter().filter(|record| record.kind == "state.put");
+    let puts = whole.records.iter().filter(|record| record.kind == "state.put");
     let puts: BTreeMap<_, u64> =
         puts.map(|record| ((record.key.as_deref(), record.value.as_deref()), record.seq)).collect();
-    let bounds = Bounds::of(evidence, session, complete.tail);
+    let bounds = Bounds::of(evidence, session, whole.tail);
     for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
         let (key, expected) = match operation.call {
             Call::Put { key, expected, .. } | Call::Delete { key, expected, .. } => (key, *expected),
@@ -199,10 +199,12 @@ struct Account<'a> {
     /// How often something else may have been done at least, and at most.
     increments: (u64, u64),
     deletions: (u64, u64),
+    /// What deletions that may have been done expected.
+    expected: BTreeSet<Option<u64>>,
 }
 
 /// K1: each stored change is one that was asked for, once, and did not fail.
-fn accounted(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, verdict: &mut Verdict) {
+fn accounted(evidence: &Evidence<'_>, session: &str, whole: &Whole<'_>, verdict: &mut Verdict) {
     let mut keys: BTreeMap<&str, Account<'_>> = BTreeMap::new();
     for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
         let (done, may) = (u64::from(operation.is_done()), u64::from(!operation.has_failed()));
@@ -218,8 +220,12 @@ fn accounted(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, ve
                 let (least, most) = &mut account.increments;
                 (*least, *most) = (*least + done, *most + may);
             }
-            Call::Delete { key, .. } => {
-                let (least, most) = &mut keys.entry(key).or_default().deletions;
+            Call::Delete { key, expected, .. } => {
+                let account = keys.entry(key).or_default();
+                if !operation.has_failed() {
+                    account.expected.insert(*expected);
+                }
+                let (least, most) = &mut account.deletions;
                 (*least, *most) = (*least + done, *most + may);
             }
             _ => {}
@@ -230,11 +236,16 @@ fn accounted(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, ve
     let mut sums: BTreeMap<&str, Option<i64>> = BTreeMap::new();
     // Keys whose value may go by itself.
     let mut passing: BTreeSet<&str> = BTreeSet::new();
-    for record in complete.records.iter().filter(|record| record.kind.starts_with("state.")) {
+    let mut revisions: BTreeMap<&str, u64> = BTreeMap::new();
+    for record in whole.records.iter().filter(|record| record.kind.starts_with("state.")) {
         let Some(key) = record.key.as_deref() else { continue };
         let sum = record.value.as_deref().map_or(Some(0), |value| value.parse::<i64>().ok());
         let old = sums.insert(key, sum).unwrap_or(Some(0));
         let account = keys.get(key);
+        let revision = match record.kind == "state.put" {
+            true => revisions.insert(key, record.seq),
+            false => revisions.remove(key),
+        };
         let (increments, deletions) = counted.entry(key).or_default();
         match (record.kind.as_str(), record.value.as_deref()) {
             ("state.put", Some(value)) => match account.and_then(|account| account.puts.get(value)) {
@@ -265,6 +276,13 @@ fn accounted(evidence: &Evidence<'_>, session: &str, complete: &Complete<'_>, ve
             ("state.deleted", _) => {
                 passing.remove(key);
                 *deletions += 1;
+                let held = Some(revision.map_or(0, |revision| revision.saturating_add(1)));
+                let may = |account: &Account<'_>| account.expected.contains(&None) || account.expected.contains(&held);
+                // One that nobody asked for is counted below.
+                if account.is_some_and(|account| !account.expected.is_empty() && !may(account)) {
+                    let what = || format!("{record:?}, where {held:?} was to be expected, and nobody did");
+                    verdict.report(Class::WrongChange, session, what);
+                }
             }
             ("state.expired", _) => {
                 verdict.count("expired", 1);

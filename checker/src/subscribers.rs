@@ -211,6 +211,9 @@ impl Following<'_, '_> {
             Event::Records { from, next: to, records, .. } => {
                 if *from < next {
                     self.report(Class::NonmonotonicDelivery, verdict, || format!("from {from} where {next} is due"));
+                    if let Some(again) = records.iter().find(|record| (*from..next).contains(&record.seq)) {
+                        self.report(Class::Redelivered, verdict, || format!("{again:?} where {next} is due"));
+                    }
                 } else if *from > next {
                     self.report(Class::SkippedDelivery, verdict, || format!("from {from} where {next} is due"));
                 }

@@ -234,6 +234,36 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
     }),
     ("a record is stored twice", Class::Duplicate, |entries, random| store_twice(entries, random)),
     ("two appends of a producer change places", Class::Reorder, |entries, random| change_places(entries, random, true)),
+    ("a clock that was set back is to be seen", Class::TimeRanBackwards, |entries, random| {
+        let (_, records) = complete(entries);
+        let Some(record) = random.pick(records.get(1..).unwrap_or_default()) else { return false };
+        change_at(entries, record.seq, |record| record.time = Some(legal::time(0)));
+        true
+    }),
+    ("a key is deleted on a condition that never held", Class::WrongChange, |entries, random| {
+        let (_, records) = complete(entries);
+        let deleted = records.iter().filter(|record| record.kind == "state.deleted");
+        let keys: Vec<String> = deleted.filter_map(|record| record.key.clone()).collect();
+        let Some(of) = random.pick(&keys) else { return false };
+        let mut ops = Vec::new();
+        for entry in &mut *entries {
+            if let Event::Invoke { op, call: Call::Delete { key, expected, .. } } = &mut entry.event
+                && *key == of
+            {
+                *expected = Some(900_000);
+                ops.push(*op);
+            }
+        }
+        // Nobody is told whether it held.
+        for entry in entries {
+            if let Event::Ok { op, .. } = entry.event
+                && ops.contains(&op)
+            {
+                entry.event = Event::Unknown { op };
+            }
+        }
+        true
+    }),
     ("two appends of two producers change places", Class::RealtimeLag, |entries, random| {
         change_places(entries, random, false)
     }),
@@ -1198,6 +1228,25 @@ const BESIDE: &[(&str, Class, Mutation)] = &[
             _ => false,
         })
     }),
+    ("of what was given up a key had another value", Class::WrongChange, |entries, random| {
+        let first = entries.iter().find_map(|entry| match &entry.event {
+            Event::Final { session, first, .. } if session == "trimmed" => Some(*first),
+            _ => None,
+        });
+        let mut puts = Vec::new();
+        for entry in &mut *entries {
+            let Event::Records { records, .. } = &entry.event else { continue };
+            let of = records.iter().filter(|record| record.value.as_ref().is_some_and(|it| it.starts_with("trimmed-")));
+            puts.extend(of.filter(|record| Some(record.seq) < first).map(|record| record.seq));
+        }
+        let Some(seq) = random.pick(&puts) else { return false };
+        everywhere(entries, |record| {
+            if record.seq == seq && record.author == "putter" {
+                record.value = Some("another".into());
+            }
+        });
+        true
+    }),
     ("who asks for a life that is over goes on in it", Class::MixedTimelines, |entries, random| {
         let gone = |event: &Event| matches!(event, Event::Fail { code, .. } if code == "GONE");
         let Some(index) = pick(entries, random, gone) else { return false };
@@ -1298,8 +1347,18 @@ fn seed() -> u64 {
 }
 
 /// What is in some of them.
-const ALL_SORTS: [&str; 8] =
-    ["fenced", "conflicts", "takeovers", "members", "gaps", "lives-over", "leases-ended", "resumes-gap"];
+const ALL_SORTS: [&str; 10] = [
+    "fenced",
+    "conflicts",
+    "takeovers",
+    "members",
+    "gaps",
+    "lives-over",
+    "leases-ended",
+    "resumes-gap",
+    "trimmed-and-whole",
+    "times",
+];
 
 #[test]
 fn what_a_faultless_service_does_is_sound() {

@@ -7,6 +7,7 @@ use core::time::Duration;
 use std::sync::Arc;
 
 use mainstay_protocol::error::{Code, ProtocolError};
+use mainstay_protocol::planted::{Bug, planted};
 use mainstay_protocol::session::{
     Author, Backoff, CreditReceived, Incarnation, Kind, Progress, Record, Records, Verdict, View,
 };
@@ -394,7 +395,7 @@ impl<C: Connection> Reader<C> {
         progress: &mut Progress,
     ) -> Result<Over, Dropped> {
         let (verdict, next, tail) = (subscribed.verdict, subscribed.next, subscribed.tail);
-        let again = progress.has_started();
+        let mut again = progress.has_started();
         if let Err(error) = progress.subscribed(verdict, next, tail) {
             return Ok(broken(&mut frames, error));
         }
@@ -420,6 +421,9 @@ impl<C: Connection> Reader<C> {
                             return Ok(broken(&mut frames, error));
                         }
                         let batch = RecordBatch { delivery, streams: streams.clone() };
+                        if planted(Bug::DeliveredTwice) && core::mem::take(&mut again) {
+                            self.send(Event::Records(batch.clone())).await?;
+                        }
                         self.send(Event::Records(batch)).await?;
                         self.caught_up(progress).await?;
                     }

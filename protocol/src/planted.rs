@@ -114,6 +114,10 @@ bugs! {
     DepartureNotFolded = "departure-not-folded",
     /// The hash of a value is kept where a key changes.
     DigestKept = "digest-kept",
+    /// A session's time is that of a clock that jumps.
+    TimeRunsBackwards = "time-runs-backwards",
+    /// A client hands out twice what comes first on another connection.
+    DeliveredTwice = "delivered-twice",
     /// A store that comes back is not held to what its witness says.
     WitnessIgnored = "witness-ignored",
     /// The witness is told of a commit before that is synced.

@@ -273,14 +273,21 @@ fn only_appends(producer: &str) -> bool {
     is_writers || producer.starts_with("trimmer-")
 }
 
+/// Milliseconds since 1970 as the command line shows them.
+fn shown(time: u64) -> Option<String> {
+    let time = jiff::Timestamp::from_millisecond(i64::try_from(time).ok()?).ok()?;
+    Some(format!("{time:.3}"))
+}
+
 /// What the checker looks at of a record.
 pub fn record(read: &ReadRecord<'_>) -> Record {
-    let ReadRecord { seq, author, stream, record, .. } = read;
+    let ReadRecord { seq, time, author, stream, record } = read;
     let text = |bytes: &[u8]| Some(String::from_utf8_lossy(bytes).into_owned());
     let mut row = Record {
         seq: *seq,
         kind: record.kind.name().map_or_else(|| record.kind.0.to_string(), str::to_owned),
         stream: (*stream).to_owned(),
+        time: shown(*time),
         author: author.to_string(),
         run: record.run.map(|run| run.to_string()),
         message: record.message.map(|id| id.to_string()),

@@ -96,6 +96,8 @@ fn expected(bug: Bug) -> &'static [Sign] {
         Bug::NewestFirst => &[C(Reorder)],
         Bug::DepartureNotFolded => &[C(PresenceDivergence)],
         Bug::DigestKept => &[C(HashDivergence)],
+        Bug::TimeRunsBackwards => &[C(TimeRanBackwards)],
+        Bug::DeliveredTwice => &[C(Redelivered)],
         Bug::WitnessIgnored => &[T("is missing, and verify is silent"), T("nothing says so")],
         Bug::SyncErrorIgnored => &[T("was acknowledged")],
     }

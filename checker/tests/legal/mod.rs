@@ -10,6 +10,11 @@ use mainstay_checker::history::{Begin, Call, Entry, Event, Filter, Position, Rec
 /// Nanoseconds between two entries.
 pub(crate) const TICK: u64 = 100_000_000;
 
+/// A moment as records show it.
+pub(crate) fn time(at: u64) -> String {
+    format!("{at:020}")
+}
+
 /// SplitMix64.
 pub(crate) struct Random(pub(crate) u64);
 
@@ -170,7 +175,9 @@ impl World<'_> {
             9 => self.invoke(&writer, Call::Increment { session, key: "n".into(), by: 3 }),
             10 => {
                 let key = KEYS[self.random.below(2) as usize].to_owned();
-                self.invoke(&writer, Call::Delete { session, key, expected: None });
+                let known = self.fold.state.get(&key).map(|(_, revision)| *revision + 1);
+                let expected = known.filter(|_| self.random.below(2) == 0);
+                self.invoke(&writer, Call::Delete { session, key, expected });
             }
             11 => match self.fold.members.contains_key(&writer) {
                 true => self.invoke(&writer, Call::Leave { session, author: writer.clone() }),
@@ -232,7 +239,7 @@ impl World<'_> {
     fn store(&mut self, author: &str, record: Record) -> u64 {
         let seq = self.log.len() as u64;
         let stream = if record.stream.is_empty() { "main".to_owned() } else { record.stream.clone() };
-        let record = Record { seq, author: author.into(), stream, ..record };
+        let record = Record { seq, author: author.into(), stream, time: Some(time(self.at)), ..record };
         self.fold.add(&record);
         self.log.push(record);
         seq
@@ -312,7 +319,11 @@ impl World<'_> {
                 self.store(process, part("message.append", Some(two)));
                 self.store(process, Record { status: Some("complete".into()), ..part("message.end", None) })
             }
-            Call::Delete { key, .. } => {
+            Call::Delete { key, expected, .. } => {
+                let revision = self.fold.state.get(key).map_or(0, |(_, revision)| *revision + 1);
+                if expected.is_some_and(|expected| expected != revision) {
+                    return Err("CONFLICT");
+                }
                 self.passing.remove(key);
                 self.store(process, state("state.deleted", key, None))
             }

@@ -2,7 +2,7 @@
 
 use mainstay_checker::history::{Begin, Call, Entry, Event, Filter, Record};
 
-use super::{Random, TICK};
+use super::{Random, TICK, time};
 
 /// One session, and one process after the other.
 struct Side<'r> {
@@ -45,8 +45,8 @@ impl<'r> Side<'r> {
     fn store(&mut self, author: &str, kind: &str, record: Record) -> u64 {
         let seq = self.tail;
         self.tail += 1;
-        let (author, kind, stream) = (author.to_owned(), kind.to_owned(), "main".to_owned());
-        self.log.push(Record { seq, author, kind, stream, ..record });
+        let (author, kind, stream, time) = (author.to_owned(), kind.to_owned(), "main".to_owned(), Some(time(self.at)));
+        self.log.push(Record { seq, author, kind, stream, time, ..record });
         seq
     }
 
@@ -101,14 +101,21 @@ impl<'r> Side<'r> {
     }
 }
 
-/// What is old is given up, again and again; whoever was away for long, and whoever begins there, is told of a gap.
+/// What is old is given up, again and again; whoever was away for long, and whoever begins there, is told of a gap. One reader sees all of it.
 pub(crate) fn trimmed(random: &mut Random) -> Vec<Entry> {
     let mut side = Side::new(random, "trimmed", 1_000_000);
     let slow = side.start("slow", 0);
-    let mut next = 0;
+    let quick = side.start("quick", 0);
+    let (mut next, mut read) = (0, 0);
     for round in 0..6 {
         let texts: Vec<String> = (0..1 + side.random.below(4)).map(|n| format!("trimmed/{round}/{n}")).collect();
         side.append(&texts);
+        let (key, value) = ("k".to_owned(), format!("trimmed-{round}"));
+        let put = Record { key: Some(key.clone()), value: Some(value.clone()), ..Record::default() };
+        let seq = side.store("putter", "state.put", put);
+        let (session, lasts, expected) = (side.session.to_owned(), None, None);
+        side.ask("putter", Call::Put { session, key, value, lasts, expected }, Ok(Some(seq)));
+        read = side.deliver("quick", quick, read);
         let before = side.first + side.random.below(side.tail - side.first + 1);
         let session = side.session.to_owned();
         side.ask("trimmer", Call::Trim { session, before }, Ok(Some(before)));

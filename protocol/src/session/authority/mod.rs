@@ -369,7 +369,7 @@ impl<T> Authority<T> {
 
     /// The time of something accepted at `now`: a session's time never runs backwards (spec DUR-6).
     fn stamp(&mut self, now: u64) -> u64 {
-        self.staged_time = self.staged_time.max(now);
+        self.staged_time = if planted(Bug::TimeRunsBackwards) { now } else { self.staged_time.max(now) };
         self.staged_time
     }
 
@@ -807,7 +807,11 @@ impl<T> Authority<T> {
     /// Makes a chunk of what waits, behind a log that ends at this seq, number, time and chain.
     fn make(&mut self, end: (u64, u64, u64, Chain), fence: bool) -> Flight<T> {
         let (tail, number, time, chain) = end;
-        let base_time = time.max(self.waiting.iter().find_map(|(work, _)| time_of(work)).unwrap_or(0));
+        let mut times = self.waiting.iter().filter_map(|(work, _)| time_of(work));
+        let base_time = match planted(Bug::TimeRunsBackwards) {
+            true => times.min().unwrap_or(time),
+            false => time.max(times.next().unwrap_or(0)),
+        };
         let mut builder = ChunkBuilder::new(
             self.state.incarnation(),
             tail,
