@@ -2,6 +2,7 @@
 //! subjects: what a peer chooses makes no series.
 
 use core::fmt::Write as _;
+use std::collections::BTreeMap;
 
 use mainstay_protocol::error::Code;
 use mainstay_protocol::session::Verdict;
@@ -49,6 +50,8 @@ macro_rules! limits {
         pub(crate) enum Limit { $( $name, )+ }
 
         impl Limit {
+            const ALL: &[Self] = &[$( Self::$name, )+];
+
             /// Its name, section first; in the configuration that of its setting, where it has one.
             pub(crate) const fn as_str(self) -> &'static str {
                 match self { $( Self::$name => $word, )+ }
@@ -128,6 +131,11 @@ pub(crate) struct Metrics {
 
 impl Default for Metrics {
     fn default() -> Self {
+        let refused = Family::default();
+        // From the start: a rate is known of what was 0 before.
+        for limit in Limit::ALL {
+            drop(refused.get_or_create(&ByLimit { limit: Word(limit.as_str()) }));
+        }
         Self {
             connections: Gauge::default(),
             attachments: Gauge::default(),
@@ -141,7 +149,7 @@ impl Default for Metrics {
             delivered: Counter::default(),
             history_reads: Counter::default(),
             sessions: Gauge::default(),
-            refused: Family::default(),
+            refused,
             tokens: Family::default(),
             verdicts: Family::default(),
             batches_refused: Family::default(),
@@ -154,6 +162,13 @@ impl Metrics {
     /// Something was refused, or is served later, for a limit.
     pub(crate) fn refused(&self, limit: Limit) {
         self.refused.get_or_create(&ByLimit { limit: Word(limit.as_str()) }).inc();
+    }
+
+    /// How often each limit refused something, or let it be served later; without those that did not.
+    pub(crate) fn refusals(&self) -> BTreeMap<&'static str, u64> {
+        let all = Limit::ALL.iter().map(|limit| limit.as_str());
+        let counted = all.map(|limit| (limit, self.refused.get_or_create(&ByLimit { limit: Word(limit) }).get()));
+        counted.filter(|(_, count)| *count > 0).collect()
     }
 
     /// A token was believed (`NO_ERROR`) or refused.

@@ -36,6 +36,8 @@ pub struct NamespaceStatus {
     pub sessions_total: usize,
     /// Subjects that are connected, or were a minute ago.
     pub subjects: usize,
+    /// How often each limit refused something since the start, or let it be served later, by its name in the metrics; without those that did not.
+    pub refused: BTreeMap<&'static str, u64>,
     /// Some of the sessions in memory, those with the most subscriptions first.
     pub sessions: Vec<SessionStatus>,
 }
@@ -228,6 +230,7 @@ impl Status {
                 name: space.name.clone(),
                 sessions_total: hot.len() + loading,
                 subjects: space.subjects.len(),
+                refused: space.sessions.metrics.refusals(),
                 sessions,
             }
         });

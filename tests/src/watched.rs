@@ -23,6 +23,8 @@ pub struct Watched {
     pub steps: AtomicUsize,
     /// It has no room for snapshots.
     pub is_full: AtomicBool,
+    /// While this is so no commit is answered.
+    pub holds: tokio::sync::watch::Sender<bool>,
     /// Milliseconds that each commit takes longer.
     pub slow_commits: AtomicU64,
     /// Snapshots that were to be kept.
@@ -70,12 +72,16 @@ impl Store for Watched {
 
     fn append(&self, writer: &Writer, chunk: Arc<Chunk>, wake: Option<u64>) -> Committing {
         let committing = self.inner.append(writer, chunk, wake);
+        let mut holds = self.holds.subscribe();
+        let is_held = *holds.borrow();
         match self.slow_commits.load(Ordering::Relaxed) {
-            0 => committing,
+            0 if !is_held => committing,
             slow => {
                 let (answer, slowly) = Committing::channel();
                 tokio::spawn(async move {
                     tokio::time::sleep(Duration::from_millis(slow)).await;
+                    // A store that is gone holds nothing.
+                    let _ = holds.wait_for(|holds| !holds).await;
                     // Whoever waits may be gone.
                     let _ = answer.send(committing.await);
                 });

@@ -752,6 +752,68 @@ async fn memory_that_is_full_sheds_work_in_order_and_lets_live_followers_go_on()
     running.abort();
 }
 
+/// Spec LIM-5: while nothing can be committed a server takes so much, and the QUIC streams of producers wait; then everything is stored.
+#[tokio::test]
+async fn batches_in_no_commit_are_bounded_and_what_is_beyond_waits_in_its_stream() {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    const BATCHES: u64 = 256;
+    const BATCH: usize = 16 << 10;
+    const LIMIT: usize = 64 << 10;
+    let of_session: fn(&mut Config) = |config| config.session_backlog = LIMIT;
+    let of_namespace: fn(&mut Config) = |config| config.ingest_budget = LIMIT;
+    // Beside what the server takes there is what is on its way, which is the same for all of them.
+    let mut unlimited = 0;
+    for (what, limit) in
+        [("as it is", (|_| ()) as fn(&mut Config)), ("a session", of_session), ("a namespace", of_namespace)]
+    {
+        let store = Arc::new(mainstay_tests::watched::Watched::default());
+        let mut config = Config::default();
+        limit(&mut config);
+        let window = config.producer_window as usize;
+        let server = QuicServer::start(store.clone(), config);
+        let mut raw = Raw::hello(&server).await;
+        let mut attachment = raw.attach("s").await;
+        let mut batches = raw.producer(&mut attachment, 1).await;
+        store.holds.send_replace(true);
+        let taken = Arc::new(AtomicU64::new(0));
+        let writing = {
+            let taken = taken.clone();
+            tokio::spawn(async move {
+                for sequence in 0..BATCHES {
+                    batches.write(&mut [append(sequence, BATCH)]).await.expect("write");
+                    taken.store(sequence + 1, Ordering::Relaxed);
+                }
+                batches
+            })
+        };
+        let bytes = || taken.load(Ordering::Relaxed) as usize * BATCH;
+        mainstay_tests::until("its window is full", async || bytes() >= window).await;
+        // The server goes on with everything else, and would have taken the rest meanwhile.
+        for _ in 0..300 {
+            lives(&mut raw).await;
+        }
+        assert!(bytes() < BATCHES as usize * BATCH, "{what}: all of it was taken");
+        match unlimited {
+            0 => unlimited = bytes(),
+            _ => {
+                let less = unlimited.saturating_sub(bytes());
+                let expected = Config::default().session_backlog - LIMIT;
+                assert!(less > expected * 3 / 4, "{what}: {} bytes were taken, as it is {unlimited}", bytes());
+            }
+        }
+        store.holds.send_replace(false);
+        // What is not read yet would go with the stream.
+        let _batches = timeout(PATIENCE, writing).await.expect("in time").expect("no panic");
+        let mut stored = 0;
+        while stored < BATCHES {
+            match timeout(PATIENCE, attachment.1.next()).await {
+                Ok(Ok(Some(Frame::Ack(ack)))) => stored = ack.sequence + ack.batches.len() as u64,
+                other => panic!("{what}: {other:?}"),
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_batch_that_is_larger_than_a_burst_is_let_through_once_the_burst_is_whole() {
     let server = server(|quotas| quotas.subject.append_bytes = Rate::new(2000, 1000));

@@ -237,6 +237,18 @@ async fn an_operator_sees_how_it_is_and_what_it_does() {
     ] {
         assert!(metrics.lines().any(|shown| shown == line), "{line} is not in\n{metrics}");
     }
+    // The alerts of the runbook look at something.
+    let runbook = include_str!("../../docs/src/runbook.md");
+    let named =
+        runbook.split(|c: char| !c.is_ascii_lowercase() && c != '_').filter(|word| word.starts_with("mainstay_"));
+    let mut alerts = 0;
+    for name in named {
+        alerts += 1;
+        let family = name.trim_end_matches("_total").trim_end_matches("_bucket");
+        let is_measured = metrics.lines().any(|line| line.starts_with(&format!("# TYPE {family} ")));
+        assert!(is_measured, "{name} is not in\n{metrics}");
+    }
+    assert!(alerts >= 8, "{alerts}");
     // What a peer chooses makes no series.
     assert!(!metrics.contains("seen") && !metrics.contains("alice"), "{metrics}");
     let (_, status) = server.get("/status").await;
@@ -277,6 +289,33 @@ async fn an_operator_sees_how_it_is_and_what_it_does() {
     assert_eq!(server.stop().await, Some(0));
     let gone = mainstay(&["top", "--once", "--data", &data]).await;
     assert_eq!(gone.status.code(), Some(4));
+}
+
+/// Spec LIM-1: who is at a limit is to be seen, and what to do.
+#[tokio::test]
+async fn an_operator_sees_that_a_limit_is_reached() {
+    let key = key();
+    let mut server = Earnest::new(&[&key], "[limits.subject]\nlookups = { per_second = 1, burst = 1 }\n");
+    server.start().await;
+    let client = server.client(&key, "alice");
+    let (data, settings) = (server.data().display().to_string(), server.settings().display().to_string());
+    let look = async || {
+        let top = mainstay(&["top", "--once", "--data", &data]).await;
+        let doctor = mainstay(&["doctor", "--json", "--config", &settings]).await;
+        (String::from_utf8_lossy(&top.stdout).into_owned(), String::from_utf8_lossy(&doctor.stdout).into_owned())
+    };
+    let (top, doctor) = look().await;
+    assert!(!top.contains("refused") && !doctor.contains("subject.lookups"), "{top}\n{doctor}");
+    client.list("").await.expect("a list");
+    assert_eq!(client.list("").await.expect_err("one too many").name(), "RATE_LIMITED");
+    let (top, doctor) = look().await;
+    assert!(top.contains("refused or served later since the start: subject.lookups 1"), "{top}");
+    let finding =
+        events(doctor.as_bytes()).into_iter().find(|finding| finding["about"] == "limits of namespace default");
+    let finding = finding.unwrap_or_else(|| panic!("{doctor}"));
+    assert!(finding["what"].as_str().is_some_and(|what| what.contains("subject.lookups 1 times")), "{finding}");
+    assert!(finding["advice"].is_string(), "{finding}");
+    assert_eq!(server.stop().await, Some(0));
 }
 
 #[tokio::test]

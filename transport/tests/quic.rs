@@ -275,51 +275,97 @@ async fn a_connection_without_a_packet_is_lost_after_the_idle_timeout() {
     assert!((IDLE - Duration::from_secs(6)..IDLE + Duration::from_secs(2)).contains(&took), "{took:?}");
 }
 
+/// A listener on loopback that admits so, and what goes between it and one client, counted.
+struct Watched {
+    listener: QuicListener,
+    connector: QuicConnector,
+    /// Packets of the client, those of the server, and how many of these were Retry.
+    asked: Arc<AtomicUsize>,
+    answered: Arc<AtomicUsize>,
+    retries: Arc<AtomicUsize>,
+    relaying: tokio::task::JoinHandle<()>,
+}
+
+async fn admitting(admission: Admission) -> Watched {
+    // Version 1 has packets of the type Retry alone among those that begin so.
+    let is_retry = |packet: &[u8]| packet.first().is_some_and(|first| first & 0xf0 == 0xf0);
+    let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
+    let identity = Identity::self_signed(&Identity::generate_key().expect("a key"), 1_800_000_000).expect("one");
+    let trust = Trust::Pin(identity.pin().expect("a pin"));
+    let peers = Peers { admission, ..Peers::default() };
+    let socket = bind(loopback).expect("a socket");
+    let server = socket.local_addr().expect("an address");
+    let keys = ServerKeys::generate();
+    let listener = QuicListener::taking(socket, identity, peers, &keys, None, &limits(), ALPN).expect("a listener");
+    let relay = UdpSocket::bind(loopback).await.expect("a socket");
+    let between = relay.local_addr().expect("an address");
+    let counts: [Arc<AtomicUsize>; 3] = Default::default();
+    let [asked, answered, retries] = counts.clone();
+    let relaying = tokio::spawn(async move {
+        let [asked, answered, retries] = counts;
+        let (mut packet, mut client) = ([0; 2048], None);
+        loop {
+            let (len, from) = relay.recv_from(&mut packet).await.expect("a packet");
+            let to = if from == server { client } else { Some(server) };
+            if from == server {
+                answered.fetch_add(1, Ordering::Relaxed);
+                retries.fetch_add(usize::from(is_retry(&packet[..len])), Ordering::Relaxed);
+            } else {
+                asked.fetch_add(1, Ordering::Relaxed);
+                client = Some(from);
+            }
+            if let Some(to) = to {
+                relay.send_to(&packet[..len], to).await.expect("sent");
+            }
+        }
+    });
+    let connector = QuicConnector::new(between, &trust, &limits(), ALPN).expect("a connector");
+    Watched { listener, connector, asked, answered, retries, relaying }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.relaying.abort();
+    }
+}
+
 /// Spec LIM-5: where handshakes are too many a peer has to show that it gets what is sent to its address, and is taken then.
 #[tokio::test]
 async fn under_a_flood_a_peer_is_asked_to_come_again() {
-    // Version 1 has packets of the type Retry alone among those that begin so.
-    let is_retry = |packet: &[u8]| packet.first().is_some_and(|first| first & 0xf0 == 0xf0);
     for (retry_from, asked) in [(64, false), (0, true)] {
-        let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
-        let identity = Identity::self_signed(&Identity::generate_key().expect("a key"), 1_800_000_000).expect("one");
-        let trust = Trust::Pin(identity.pin().expect("a pin"));
-        let admission = Admission { retry_from, ..Admission::default() };
-        let peers = Peers { admission, ..Peers::default() };
-        let socket = bind(loopback).expect("a socket");
-        let server = socket.local_addr().expect("an address");
-        let keys = ServerKeys::generate();
-        let listener = QuicListener::taking(socket, identity, peers, &keys, None, &limits(), ALPN).expect("a listener");
-        // Between the two, so that it is seen what is sent.
-        let relay = UdpSocket::bind(loopback).await.expect("a socket");
-        let between = relay.local_addr().expect("an address");
-        let seen = Arc::new(AtomicUsize::new(0));
-        let retries = seen.clone();
-        let relaying = tokio::spawn(async move {
-            let (mut packet, mut client) = ([0; 2048], None);
-            loop {
-                let (len, from) = relay.recv_from(&mut packet).await.expect("a packet");
-                let to = if from == server { client } else { Some(server) };
-                if from == server {
-                    retries.fetch_add(usize::from(is_retry(&packet[..len])), Ordering::Relaxed);
-                } else {
-                    client = Some(from);
-                }
-                if let Some(to) = to {
-                    relay.send_to(&packet[..len], to).await.expect("sent");
-                }
-            }
-        });
-        let connector = QuicConnector::new(between, &trust, &limits(), ALPN).expect("a connector");
-        let both = async { tokio::join!(connector.connect(true), listener.accept()) };
+        let world = admitting(Admission { retry_from, ..Admission::default() }).await;
+        let both = async { tokio::join!(world.connector.connect(true), world.listener.accept()) };
         let (connection, accepted) = timeout(Duration::from_secs(30), both).await.expect("in time");
         tokio::spawn(echo(accepted.expect("a connection")));
         let connection = connection.expect("a connection");
         timeout(Duration::from_secs(30), say(&connection)).await.expect("in time").expect("an answer");
         // What is sent again is asked again.
-        assert_eq!(seen.load(Ordering::Relaxed) > 0, asked, "from {retry_from} handshakes on");
-        relaying.abort();
+        assert_eq!(world.retries.load(Ordering::Relaxed) > 0, asked, "from {retry_from} handshakes on");
     }
+}
+
+/// Spec LIM-5: first flights beyond those that may wait are dropped; their clients send them again.
+#[tokio::test]
+async fn first_flights_for_which_there_is_no_room_are_dropped() {
+    let world = admitting(Admission { waiting: 0, ..Admission::default() }).await;
+    let connecting = world.connector.connect(true);
+    let asked_again = async {
+        while world.asked.load(Ordering::Relaxed) < 2 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::select! {
+        connected = connecting => panic!("{:?}", connected.err()),
+        asked_again = timeout(Duration::from_secs(30), asked_again) => asked_again.expect("it is sent again"),
+    }
+    assert_eq!(world.answered.load(Ordering::Relaxed), 0, "nothing is answered");
+    // What does not fit behind the first datagram is sent again, too, and costs nobody the connection.
+    let world = admitting(Admission { waiting_bytes: 0, waiting_bytes_of_all: 0, ..Admission::default() }).await;
+    let both = async { tokio::join!(world.connector.connect(true), world.listener.accept()) };
+    let (connection, accepted) = timeout(Duration::from_secs(30), both).await.expect("in time");
+    tokio::spawn(echo(accepted.expect("a connection")));
+    let said = timeout(Duration::from_secs(30), async { say(&connection.expect("a connection")).await }).await;
+    said.expect("in time").expect("an answer");
 }
 
 /// Spec CONN-8.

@@ -320,6 +320,17 @@ async fn server(data: &Data, report: &mut Report) -> Result<(), Failure> {
             "`mainstay top` shows what it does; it needs more CPU or a faster disk, or lower rates for its users";
         report.wrong("load", &format!("the server has too much to do: load is shed at level {load}"), advice)?;
     }
+    for namespace in status["status"]["namespaces"].as_array().into_iter().flatten() {
+        let refused = namespace["refused"].as_object().into_iter().flatten();
+        let refused: Vec<String> = refused.map(|(limit, count)| format!("{limit} {count} times")).collect();
+        if !refused.is_empty() {
+            report.warning(
+                &format!("limits of namespace {}", namespace["name"].as_str().unwrap_or("?")),
+                &format!("requests were refused or served later since the start: {}", refused.join(", ")),
+                "`mainstay serve --print-config` says what each limit is for; raise it if what they do is right",
+            )?;
+        }
+    }
     for connection in status["status"]["connections"].as_array().into_iter().flatten() {
         let slow = |one: &&Value| number(&one["lag"]) > 0 && number(&one["for_ms"]) > 10_000;
         let slow = connection["subscriptions"].as_array().into_iter().flatten().find(slow);

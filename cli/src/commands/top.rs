@@ -93,16 +93,17 @@ fn page(now: &Value, before: Option<&Value>) -> String {
     for namespace in status["namespaces"].as_array().into_iter().flatten() {
         let _ = writeln!(
             text,
-            "\nnamespace {}: {} sessions in memory, {} subjects\n{:<40} {:>12} {:>10} {:>6} {:>6}",
+            "\nnamespace {}: {} sessions in memory, {} subjects",
             word(&namespace["name"]),
             number(&namespace["sessions_total"]),
             number(&namespace["subjects"]),
-            "session",
-            "tail",
-            "new",
-            "users",
-            "follow"
         );
+        let refused = namespace["refused"].as_object().into_iter().flatten();
+        let refused: Vec<String> = refused.map(|(limit, count)| format!("{limit} {}", number(count))).collect();
+        if !refused.is_empty() {
+            let _ = writeln!(text, "refused or served later since the start: {}", refused.join(", "));
+        }
+        let _ = writeln!(text, "{:<40} {:>12} {:>10} {:>6} {:>6}", "session", "tail", "new", "users", "follow");
         for session in namespace["sessions"].as_array().into_iter().flatten() {
             let _ = writeln!(
                 text,
