@@ -11,7 +11,7 @@ use mainstay_server::ResumeKeys;
 use mainstay_server::auth::{Revocations, SigningKey};
 use mainstay_transport::quic::{Identity, ServerKeys};
 
-use crate::failure::Failure;
+use crate::failure::{About as _, Failure};
 use crate::output::Output;
 
 /// Seconds since the Unix epoch.
@@ -297,7 +297,7 @@ pub(crate) async fn patiently<T>(
 ) -> Result<T, Failure> {
     tokio::pin!(work);
     tokio::select! {
-        result = &mut work => return Ok(result?),
+        result = &mut work => return result.about(session),
         () = tokio::time::sleep(SLOW) => {}
     }
     let reachable = tokio::select! {
@@ -317,7 +317,7 @@ pub(crate) async fn patiently<T>(
             }
         }
     }
-    Ok(work.await?)
+    work.await.about(session)
 }
 
 fn client(connect: Option<&Path>, config: Config) -> Result<Client, Failure> {

@@ -67,6 +67,26 @@ impl Failure {
     }
 }
 
+/// Names what was asked for where the server's answer does not.
+pub(crate) trait About<T> {
+    /// The failure of something that a session of this name is needed for.
+    fn about(self, session: &str) -> Result<T, Failure>;
+}
+
+impl<T> About<T> for Result<T, ClientError> {
+    fn about(self, session: &str) -> Result<T, Failure> {
+        self.map_err(|error| {
+            let is_missing = matches!(error, ClientError::Refused { code: Code::SESSION_NOT_FOUND, .. });
+            let failure = Failure::from(error);
+            let message = match is_missing {
+                true => format!("there is no session {session} (SESSION_NOT_FOUND); `mainstay session ls` lists those that are there"),
+                false => format!("session {session}: {}", failure.message),
+            };
+            Failure { message, ..failure }
+        })
+    }
+}
+
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)

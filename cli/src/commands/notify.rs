@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use crate::args::{self, NotifyAction};
 use crate::data::{patiently, with_client};
-use crate::failure::Failure;
+use crate::failure::{About as _, Failure};
 use crate::output::{Output, time};
 use crate::serve::signalled;
 
@@ -75,7 +75,13 @@ async fn set(client: &Client, session: &str, rule: NotifyRule, output: Output) -
     let (name, gone) = (rule.name.as_str().to_owned(), rule.triggers.kinds().is_empty());
     let event = rule_row(if gone { "unruled" } else { "ruled" }, &rule);
     let attaching = client.session(session)?;
-    let seq = if gone { attaching } else { attaching.create() }.attach().await?.set_rule(rule).await?;
+    let seq = if gone { attaching } else { attaching.create() }
+        .attach()
+        .await
+        .about(session)?
+        .set_rule(rule)
+        .await
+        .about(session)?;
     let mut event = event;
     event["session"] = session.into();
     event["seq"] = seq.into();

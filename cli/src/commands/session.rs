@@ -2,12 +2,12 @@
 
 use core::time::Duration;
 
-use mainstay_client::{Client, Config, InputPolicy, RunMode, SessionInfo};
+use mainstay_client::{Client, Config, InputPolicy, RunMode, Session, SessionInfo};
 use serde_json::{Value, json};
 
 use crate::args::{self, SessionAction};
 use crate::data::with_client;
-use crate::failure::Failure;
+use crate::failure::{About as _, Failure};
 use crate::output::{Output, time};
 
 pub(crate) async fn run(args: args::Session, output: Output) -> Result<(), Failure> {
@@ -24,12 +24,13 @@ async fn act(client: &Client, action: SessionAction, output: Output) -> Result<(
             if let Some(seconds) = expire_after {
                 attaching = attaching.expire_after(Duration::from_secs(seconds));
             }
-            let info = attaching.attach().await?.info();
+            let info = attaching.attach().await.about(&session)?.info();
             output.event(&row("created", &info), || format!("created {session} ({})", info.incarnation))
         }
         SessionAction::Configure { session, runs, inputs } => {
             let (runs, inputs): (RunMode, InputPolicy) = (runs.into(), inputs.into());
-            let seq = client.session(&session)?.create().attach().await?.configure(runs, inputs).await?;
+            let configured = client.session(&session)?.create().attach().await.about(&session)?;
+            let seq = configured.configure(runs, inputs).await.about(&session)?;
             let event = json!({
                 "event": "configured", "name": session, "runs": runs.as_str(), "inputs": inputs.as_str(), "seq": seq,
             });
@@ -39,24 +40,29 @@ async fn act(client: &Client, action: SessionAction, output: Output) -> Result<(
         }
         SessionAction::Ls { prefix } => list(client, &prefix, output).await,
         SessionAction::Show { session } => {
-            let info = client.session(&session)?.attach().await?.info();
+            let info = existing(client, &session).await?.info();
             output.event(&row("session", &info), || show(&info))
         }
         SessionAction::Close { session } => {
-            let seq = client.session(&session)?.attach().await?.close().await?;
+            let seq = existing(client, &session).await?.close().await.about(&session)?;
             let event = json!({"event": "closed", "name": session, "seq": seq});
             output.event(&event, || format!("closed {session}; its last record is seq {seq}"))
         }
         SessionAction::Trim { session, before } => {
-            let first = client.session(&session)?.attach().await?.trim(before).await?;
+            let first = existing(client, &session).await?.trim(before).await.about(&session)?;
             let event = json!({"event": "trimmed", "name": session, "first": first});
             output.event(&event, || format!("trimmed {session}; its first record is seq {first}"))
         }
         SessionAction::Delete { session } => {
-            client.session(&session)?.attach().await?.delete().await?;
+            existing(client, &session).await?.delete().await.about(&session)?;
             output.event(&json!({"event": "deleted", "name": session}), || format!("deleted {session}"))
         }
     }
+}
+
+/// A session that is there.
+async fn existing(client: &Client, session: &str) -> Result<Session, Failure> {
+    client.session(session)?.attach().await.about(session)
 }
 
 async fn list(client: &Client, prefix: &str, output: Output) -> Result<(), Failure> {

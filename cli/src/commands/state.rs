@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::watch::watch;
 use crate::args::{self, StateAction};
 use crate::data::with_client;
-use crate::failure::{Exit, Failure};
+use crate::failure::{About as _, Exit, Failure};
 use crate::output::{Output, Screen, time};
 use crate::rows;
 
@@ -122,7 +122,7 @@ async fn write(
     payload: &impl Payload,
     output: Output,
 ) -> Result<(), Failure> {
-    let session: Session = client.session(session)?.create().attach().await?;
+    let session: Session = client.session(session)?.create().attach().await.about(session)?;
     let record: Record = session.main().record(payload);
     let mut tries = 0;
     let stored = loop {
