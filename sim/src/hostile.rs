@@ -73,17 +73,25 @@ impl Machine {
         Self { stop, late }
     }
 
-    /// Lateness before `attacked`, and from then on, in order.
-    fn end(self, attacked: Instant) -> (Vec<Duration>, Vec<Duration>) {
+    /// Lateness before `attacked`, and from then on, in order; and the most of each second from then on, in milliseconds.
+    fn end(self, attacked: Instant) -> (Vec<Duration>, Vec<Duration>, Vec<String>) {
         self.stop.store(true, Ordering::Relaxed);
-        let late = self.late.join().expect("it only sleeps");
-        let (before, during): (Vec<_>, Vec<_>) = late.into_iter().partition(|(_, at)| *at < attacked);
-        let sorted = |of: Vec<(Duration, Instant)>| {
-            let mut late: Vec<Duration> = of.into_iter().map(|(late, _)| late).collect();
-            late.sort_unstable();
-            late
-        };
-        (sorted(before), sorted(during))
+        let (mut before, mut during) = (Vec::new(), Vec::new());
+        let mut each = std::collections::BTreeMap::<u64, Duration>::new();
+        for (late, at) in self.late.join().expect("it only sleeps") {
+            match at.checked_duration_since(attacked) {
+                None => before.push(late),
+                Some(since) => {
+                    during.push(late);
+                    let most = each.entry(since.as_secs()).or_default();
+                    *most = late.max(*most);
+                }
+            }
+        }
+        before.sort_unstable();
+        during.sort_unstable();
+        let each = each.into_values().map(|most| format!("{:.1}", most.as_secs_f64() * 1e3)).collect();
+        (before, during, each)
     }
 }
 
@@ -345,6 +353,7 @@ pub async fn run(hostile: &Hostile) -> bool {
         })
         .collect();
     println!("| delay p99 of each second with, in ms | {} |", each.join(", "));
+    println!("| the machine late at most in each of them, in ms | {} |", late.2.join(", "));
     println!(
         "| resident before, at most, bound | {} MiB, {} MiB, {} MiB |",
         quiet.resident >> 20,
