@@ -498,7 +498,7 @@ impl<'a> Life<'a> {
             return;
         };
         let put_together = self.compacted && is_part(&known.record.kind) && is_part(&seen.record.kind);
-        if known.record != seen.record && !put_together {
+        if !seen.record.is_same(known.record) && !put_together {
             verdict.report(Class::InconsistentSeq, session, || format!("{:?} and {:?}", known.record, seen.record));
         }
         if seen.at < known.at {

@@ -461,7 +461,8 @@ pub struct Record {
     /// The name of its stream.
     #[serde(default)]
     pub stream: String,
-    /// When it was accepted, in a form in which what is later is greater by its bytes, as RFC 3339 in UTC is; without it that is not looked at.
+    /// When it was accepted, in a form in which what is later is greater by its bytes, as in RFC 3339 in UTC with as many
+    /// digits each time; without it that is not looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time: Option<String>,
     /// Who wrote it.
@@ -497,6 +498,16 @@ pub struct Record {
     /// `run.start`: the epoch that was lost before, of one that goes on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lost_epoch: Option<u64>,
+}
+
+impl Record {
+    /// True if it is what the other one is, as far as both tell.
+    pub fn is_same(&self, other: &Self) -> bool {
+        match (&self.time, &other.time) {
+            (Some(_), Some(_)) => self == other,
+            _ => Self { time: None, ..self.clone() } == Self { time: None, ..other.clone() },
+        }
+    }
 }
 
 /// What the records below a seq add up to.

@@ -40,7 +40,9 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
             for (_, life) in evidence.lives_of(session) {
                 for records in wholes(life) {
                     messages(evidence, session, &records, verdict);
-                    deeds(evidence, session, &records, verdict);
+                }
+                if let Some(whole) = &life.whole {
+                    deeds(evidence, session, &whole.records, verdict);
                 }
             }
         }
@@ -117,8 +119,10 @@ fn stored(evidence: &Evidence<'_>, session: &str, appends: &[Append<'_>], delete
         }
     }
     let read = evidence.lives_of(session).any(|(_, life)| !life.complete.is_empty());
-    // A complete read that begins behind it has a hole there.
-    let (first, lasts) = (evidence.given_up(session), evidence.lasts_from(session));
+    // A complete read that begins behind it has a hole there; of what was given up nothing is known unless all of it was seen.
+    let all_seen = evidence.has_one_life(session) && evidence.lives_of(session).all(|(_, life)| life.whole.is_some());
+    let first = if all_seen { 0 } else { evidence.given_up(session) };
+    let lasts = evidence.lasts_from(session);
     let mut invoked: BTreeSet<&str> = BTreeSet::new();
     let mut order: BTreeMap<(&str, &str), Vec<(u64, u64)>> = BTreeMap::new();
     let (mut authors, mut processes): (BTreeMap<&str, &str>, BTreeMap<&str, &str>) = Default::default();
@@ -387,11 +391,11 @@ fn complete(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &m
     }
 }
 
-/// L5: within a session time never runs backwards, whatever the clock does. What was put together has the time of its last part.
+/// L5: within a session time never runs backwards, whatever the clock does; also where messages were put together.
 fn times(session: &str, life: &Life<'_>, verdict: &mut Verdict) {
     let told = life.seen.values().filter_map(|seen| Some((seen.record.time.as_deref()?, seen.record)));
     let mut latest: Option<(&str, &Record)> = None;
-    for (time, record) in told.filter(|(_, record)| !life.compacted || !is_part(&record.kind)) {
+    for (time, record) in told {
         verdict.count("times", 1);
         match latest {
             Some((before, earlier)) if before > time => {

@@ -12,7 +12,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     for ((session, incarnation), life) in &evidence.lives {
         // What was given up and nobody read cannot be folded again.
         let Some(whole) = &life.whole else { continue };
-        if evidence.lives_of(session).count() == 1 {
+        if evidence.has_one_life(session) {
             changes(evidence, session, whole, verdict);
             expiries(evidence, session, life, verdict);
             accounted(evidence, session, whole, verdict);
@@ -199,8 +199,10 @@ struct Account<'a> {
     /// How often something else may have been done at least, and at most.
     increments: (u64, u64),
     deletions: (u64, u64),
-    /// What deletions that may have been done expected.
+    /// What deletions of which nobody knows whether they were done expected.
     expected: BTreeSet<Option<u64>>,
+    /// Where deletions are that were done.
+    deleted: BTreeSet<u64>,
 }
 
 /// K1: each stored change is one that was asked for, once, and did not fail.
@@ -222,8 +224,10 @@ fn accounted(evidence: &Evidence<'_>, session: &str, whole: &Whole<'_>, verdict:
             }
             Call::Delete { key, expected, .. } => {
                 let account = keys.entry(key).or_default();
-                if !operation.has_failed() {
-                    account.expected.insert(*expected);
+                match (operation.outcome, operation.seq()) {
+                    (Outcome::Unknown, _) => drop(account.expected.insert(*expected)),
+                    (_, Some(seq)) => drop(account.deleted.insert(seq)),
+                    _ => {}
                 }
                 let (least, most) = &mut account.deletions;
                 (*least, *most) = (*least + done, *most + may);
@@ -278,8 +282,10 @@ fn accounted(evidence: &Evidence<'_>, session: &str, whole: &Whole<'_>, verdict:
                 *deletions += 1;
                 let held = Some(revision.map_or(0, |revision| revision.saturating_add(1)));
                 let may = |account: &Account<'_>| account.expected.contains(&None) || account.expected.contains(&held);
-                // One that nobody asked for is counted below.
-                if account.is_some_and(|account| !account.expected.is_empty() && !may(account)) {
+                // One that nobody asked for is counted below; of one that was answered the condition is looked at where it is answered.
+                let unknown =
+                    |account: &&Account<'_>| !account.expected.is_empty() && !account.deleted.contains(&record.seq);
+                if account.filter(unknown).is_some_and(|account| !may(account)) {
                     let what = || format!("{record:?}, where {held:?} was to be expected, and nobody did");
                     verdict.report(Class::WrongChange, session, what);
                 }

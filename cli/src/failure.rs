@@ -69,7 +69,7 @@ impl Failure {
 
 /// Names what was asked for where the server's answer does not.
 pub(crate) trait About<T> {
-    /// The failure of something that a session of this name is needed for.
+    /// The failure of something that a session of this name is needed for; without a name it stays as it is.
     fn about(self, session: &str) -> Result<T, Failure>;
 }
 
@@ -77,10 +77,14 @@ impl<T> About<T> for Result<T, ClientError> {
     fn about(self, session: &str) -> Result<T, Failure> {
         self.map_err(|error| {
             let is_missing = matches!(error, ClientError::Refused { code: Code::SESSION_NOT_FOUND, .. });
+            let concerns_it = matches!(error, ClientError::Refused { .. } | ClientError::Gone) && !session.is_empty();
             let failure = Failure::from(error);
-            let message = match is_missing {
-                true => format!("there is no session {session} (SESSION_NOT_FOUND); `mainstay session ls` lists those that are there"),
-                false => format!("session {session}: {}", failure.message),
+            let message = if !concerns_it {
+                return failure;
+            } else if is_missing {
+                format!("there is no session {session} (SESSION_NOT_FOUND); `mainstay session ls` lists those that are there")
+            } else {
+                format!("session {session}: {}", failure.message)
             };
             Failure { message, ..failure }
         })

@@ -123,7 +123,7 @@ const README: [(&str, How); 13] = [
     ("mainstay signal chat cancel --outbox ~/.outbox --valid-for 60", How::Through),
     ("mainstay serve --dev --takeover", How::Beside("listening on")),
     ("mainstay notify rule chat phone --principal alice --on request,run-end --delay 30", How::Through),
-    ("mainstay notify work --webhook https://push.example/told", How::Beside("")),
+    ("mainstay notify work --webhook https://push.example/told", How::Beside("waiting for jobs")),
 ];
 
 /// Runs them, in one shell and in their order.

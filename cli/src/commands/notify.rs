@@ -67,8 +67,8 @@ async fn act(client: &Client, action: NotifyAction, output: Output) -> Result<()
 
 /// The view of a session as it is now.
 async fn view(client: &Client, session: &str) -> Result<View, Failure> {
-    let mut live = client.session(session)?.live().await?;
-    Ok(live.current().await?.clone())
+    let mut live = client.session(session)?.live().await.about(session)?;
+    Ok(live.current().await.about(session)?.clone())
 }
 
 async fn set(client: &Client, session: &str, rule: NotifyRule, output: Output) -> Result<(), Failure> {

@@ -109,8 +109,8 @@ fn given(value: Option<String>) -> Result<Bytes, Failure> {
 
 /// The view of a session that must exist.
 async fn read(client: &Client, session: &str) -> Result<LiveView, Failure> {
-    let mut view = client.session(session)?.live().await?;
-    view.current().await?;
+    let mut view = client.session(session)?.live().await.about(session)?;
+    view.current().await.about(session)?;
     Ok(view)
 }
 
