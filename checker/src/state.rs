@@ -13,9 +13,9 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         // What was given up and nobody read cannot be folded again.
         let Some(whole) = &life.whole else { continue };
         if evidence.has_one_life(session) {
-            changes(evidence, session, whole, verdict);
+            changes(evidence, session, (life, whole), verdict);
             expiries(evidence, session, life, verdict);
-            accounted(evidence, session, whole, verdict);
+            accounted(evidence, session, (life, whole), verdict);
         }
         let views = evidence.views.iter().filter(|view| view.session == *session && view.incarnation == *incarnation);
         let mut hashes = BTreeMap::new();
@@ -87,8 +87,8 @@ fn before(versions: &Versions, seq: u64) -> Option<&(String, u64)> {
     versions[..count].last().and_then(|(_, version)| version.as_ref())
 }
 
-/// K1, K2: each change is stored as it was answered, and its condition held.
-fn changes(evidence: &Evidence<'_>, session: &str, whole: &Whole<'_>, verdict: &mut Verdict) {
+/// K1, K2, L6: each change is stored as it was answered, was not read before it was asked for, and its condition held.
+fn changes(evidence: &Evidence<'_>, session: &str, (life, whole): (&Life<'_>, &Whole<'_>), verdict: &mut Verdict) {
     let records: BTreeMap<u64, &Record> = whole.records.iter().map(|record| (record.seq, *record)).collect();
     let keys = versions(&whole.records);
     let none = Versions::new();
@@ -137,6 +137,9 @@ fn changes(evidence: &Evidence<'_>, session: &str, whole: &Whole<'_>, verdict: &
                 });
                 if !is {
                     verdict.report(Class::WrongChange, session, || wrong(format!("stored as {stored:?}")));
+                }
+                if let Some(seen) = life.seen.get(&seq).filter(|seen| seen.at < operation.invoked) {
+                    verdict.report(Class::PrecommittedRead, session, || wrong(format!("was read at {}", seen.at)));
                 }
             }
             Outcome::Failed("CONFLICT") => {
@@ -203,10 +206,12 @@ struct Account<'a> {
     expected: BTreeSet<Option<u64>>,
     /// Where deletions are that were done.
     deleted: BTreeSet<u64>,
+    /// When somebody asked for one first that did not fail.
+    deletion_asked: Option<u64>,
 }
 
 /// K1: each stored change is one that was asked for, once, and did not fail.
-fn accounted(evidence: &Evidence<'_>, session: &str, whole: &Whole<'_>, verdict: &mut Verdict) {
+fn accounted(evidence: &Evidence<'_>, session: &str, (life, whole): (&Life<'_>, &Whole<'_>), verdict: &mut Verdict) {
     let mut keys: BTreeMap<&str, Account<'_>> = BTreeMap::new();
     for operation in evidence.operations.iter().filter(|operation| operation.call.session() == session) {
         let (done, may) = (u64::from(operation.is_done()), u64::from(!operation.has_failed()));
@@ -224,6 +229,9 @@ fn accounted(evidence: &Evidence<'_>, session: &str, whole: &Whole<'_>, verdict:
             }
             Call::Delete { key, expected, .. } => {
                 let account = keys.entry(key).or_default();
+                if !operation.has_failed() {
+                    account.deletion_asked.get_or_insert(operation.invoked);
+                }
                 match (operation.outcome, operation.seq()) {
                     (Outcome::Unknown, _) => drop(account.expected.insert(*expected)),
                     (_, Some(seq)) => drop(account.deleted.insert(seq)),
@@ -280,6 +288,11 @@ fn accounted(evidence: &Evidence<'_>, session: &str, whole: &Whole<'_>, verdict:
             ("state.deleted", _) => {
                 passing.remove(key);
                 *deletions += 1;
+                let asked = account.and_then(|account| account.deletion_asked);
+                if asked > life.seen.get(&record.seq).map(|seen| seen.at) {
+                    let what = || format!("{record:?}, which was asked for first at {asked:?}");
+                    verdict.report(Class::PrecommittedRead, session, what);
+                }
                 let held = Some(revision.map_or(0, |revision| revision.saturating_add(1)));
                 let may = |account: &Account<'_>| account.expected.contains(&None) || account.expected.contains(&held);
                 // One that nobody asked for is counted below; of one that was answered the condition is looked at where it is answered.

@@ -1413,6 +1413,36 @@ fn the_example_of_the_format_is_a_history() {
     assert_eq!(entries.len(), 3);
 }
 
+/// Histories that were judged wrongly once, and what each is.
+#[test]
+fn what_was_judged_wrongly_once_is_judged_rightly() {
+    let known: [(&str, Option<Class>); 9] = [
+        ("condition-beside-another-deletion", Some(Class::WrongChange)),
+        ("deletion-read-before-it-was-asked-for", Some(Class::PrecommittedRead)),
+        ("time-of-a-part", Some(Class::TimeRanBackwards)),
+        ("append-lost-in-what-was-given-up", Some(Class::LostWrite)),
+        ("run-lost-in-what-was-given-up", Some(Class::LostWrite)),
+        ("batch-torn-in-what-was-given-up", Some(Class::TornBatch)),
+        ("second-life-alone-was-read", None),
+        ("trimmed-and-whole", None),
+        ("without-times", None),
+    ];
+    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join("histories");
+    for (name, class) in known {
+        let text = std::fs::read_to_string(dir.join(format!("{name}.jsonl"))).expect("a history");
+        let mut entries = read(text.as_bytes()).expect("a history");
+        if let Ok(dump) = std::fs::read_to_string(dir.join(format!("{name}.dump.jsonl"))) {
+            let at = entries.last().expect("entries").at;
+            let dumped = completed(&entries, read_dump(dump.as_bytes()).expect("a dump"));
+            entries.extend(dumped.into_iter().map(|event| Entry { at, process: "disk".into(), event }));
+        }
+        let mut broken = check(entries, &[]).broken;
+        // They are as short as can be.
+        broken.remove(&Class::NothingProvoked);
+        assert_eq!(broken.keys().next().copied(), class, "{name}: {broken:?}");
+    }
+}
+
 #[test]
 fn a_session_that_a_dump_does_not_have_is_lost_there() {
     let mut random = Random(seed());

@@ -53,7 +53,13 @@ const QUIET: u64 = 8;
 /// shares its processors with others may stand still for longer than anything that is measured here.
 struct Machine {
     stop: Arc<AtomicBool>,
-    late: std::thread::JoinHandle<Vec<(Duration, Instant)>>,
+    late: Option<std::thread::JoinHandle<Vec<(Duration, Instant)>>>,
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Machine {
@@ -70,15 +76,16 @@ impl Machine {
             }
             late
         });
-        Self { stop, late }
+        Self { stop, late: Some(late) }
     }
 
     /// Lateness before `attacked`, and from then on, in order; and the most of each second from then on, in milliseconds.
-    fn end(self, attacked: Instant) -> (Vec<Duration>, Vec<Duration>, Vec<String>) {
+    fn end(mut self, attacked: Instant) -> (Vec<Duration>, Vec<Duration>, Vec<String>) {
         self.stop.store(true, Ordering::Relaxed);
         let (mut before, mut during) = (Vec::new(), Vec::new());
         let mut each = std::collections::BTreeMap::<u64, Duration>::new();
-        for (late, at) in self.late.join().expect("it only sleeps") {
+        let late = self.late.take().map(|late| late.join().expect("it only sleeps"));
+        for (late, at) in late.into_iter().flatten() {
             match at.checked_duration_since(attacked) {
                 None => before.push(late),
                 Some(since) => {

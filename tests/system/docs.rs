@@ -216,13 +216,21 @@ fn every_command_that_a_page_names_is_one() {
     let mut wrong = Vec::new();
     for (page, text) in pages() {
         for span in text.split('`').skip(1).step_by(2).filter(|span| span.starts_with("mainstay ")) {
-            // Of alternatives the first, of what goes on in general nothing; the words of a reader are good values.
-            let words = span.split_whitespace().skip(1).take_while(|word| !word.starts_with(['…', '[', '(']));
-            let words: Vec<&str> = words.map(|word| word.split('|').next().unwrap_or_default()).collect();
-            let output = std::process::Command::new(binary()).args(&words).arg("--help").output().expect("the binary");
-            looked_at += 1;
-            if !output.status.success() {
-                wrong.push(format!("{page}: `{span}`: {}", String::from_utf8_lossy(&output.stderr)));
+            // Of what goes on in general nothing; the words of a reader are good values.
+            let words =
+                span.split_whitespace().skip(1).take_while(|word| !word.starts_with(['…', '[', '(']) && *word != "--");
+            let words: Vec<&str> = words.collect();
+            let alternatives = words.iter().map(|word| word.split('|').count()).max().unwrap_or(1);
+            for nth in 0..alternatives {
+                let of =
+                    |word: &&'_ str| word.split('|').nth(nth).or(word.split('|').next()).unwrap_or_default().to_owned();
+                let words: Vec<String> = words.iter().map(of).collect();
+                let output =
+                    std::process::Command::new(binary()).args(&words).arg("--help").output().expect("the binary");
+                looked_at += 1;
+                if !output.status.success() {
+                    wrong.push(format!("{page}: `{span}`: {words:?}: {}", String::from_utf8_lossy(&output.stderr)));
+                }
             }
         }
     }

@@ -322,11 +322,14 @@ async fn server(data: &Data, report: &mut Report) -> Result<(), Failure> {
     }
     for namespace in status["status"]["namespaces"].as_array().into_iter().flatten() {
         let refused = namespace["refused"].as_object().into_iter().flatten();
-        let refused: Vec<String> = refused.map(|(limit, count)| format!("{limit} {count} times")).collect();
+        let refused: Vec<String> = refused.map(|(limit, count)| format!("{limit} {count}")).collect();
         if !refused.is_empty() {
             report.warning(
                 &format!("limits of namespace {}", namespace["name"].as_str().unwrap_or("?")),
-                &format!("requests were refused or served later since the start: {}", refused.join(", ")),
+                &format!(
+                    "requests were refused or served later since the start, so often by limit: {}",
+                    refused.join(", ")
+                ),
                 "`mainstay serve --print-config` says what each limit is for; raise it if what they do is right",
             )?;
         }
