@@ -44,6 +44,18 @@ impl Data {
         &self.dir
     }
 
+    /// Errors: usage, where there is no such directory.
+    pub(crate) fn must_exist(&self) -> Result<(), Failure> {
+        let dir = self.dir.display();
+        match self.dir.try_exists() {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                Err(Failure::usage(format!("{dir} does not exist; name the server's data directory with --data")))
+            }
+            Err(error) => Err(Failure::io(dir, &error)),
+        }
+    }
+
     /// The data directory of a namespace of this server. Errors: no namespace can have this name.
     pub(crate) fn namespace(&self, name: &str) -> Result<Self, Failure> {
         let is_word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';

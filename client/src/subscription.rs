@@ -90,7 +90,10 @@ impl Subscribing {
         self
     }
 
-    /// Opens the subscription. Errors: `Invalid` for a filter that is folded, `Protocol` with `NAME_INVALID`, `Closed`, and those of the attach where that is part of
+    /// Opens the subscription, and does not wait until it has begun: from [`Event::Started`] on it covers what is appended. With [`Start::Latest`] what was
+    /// appended before that, though after this returned, may be before its beginning.
+    ///
+    /// Errors: `Invalid` for a filter that is folded, `Protocol` with `NAME_INVALID`, `Closed`, and those of the attach where that is part of
     /// it. What else the server refuses is an event.
     pub async fn open(self) -> Result<Subscription, ClientError> {
         if self.folded && !(self.streams.is_empty() && self.kinds.is_empty()) {

@@ -121,10 +121,7 @@ fn revoke(dir: Option<&Path>, namespace: String, revocation: Revocation, output:
         return output.event(&event, || if new { "revoked".to_owned() } else { "it was revoked before".to_owned() });
     }
     let data = data.namespace(&namespace)?;
-    if !data.dir().exists() {
-        let dir = data.dir().display();
-        return Err(Failure::usage(format!("{dir} does not exist; name the server's data directory with --data")));
-    }
+    data.must_exist()?;
     let mut revocations = data.revocations()?;
     let new = revocations.add(revocation, now()).map_err(|error| Failure::failed("REFUSED", error))?;
     let path = data.revocations_file();

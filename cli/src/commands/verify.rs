@@ -33,10 +33,7 @@ pub(crate) fn interruption() -> impl Fn() -> bool {
 
 pub(crate) fn run(args: &args::Verify, output: Output) -> Result<(), Failure> {
     let data = Data::new(args.data.as_deref())?;
-    if !data.dir().exists() {
-        let dir = data.dir().display();
-        return Err(Failure::usage(format!("{dir} does not exist; name the server's data directory with --data")));
-    }
+    data.must_exist()?;
     let interrupted = interruption();
     let mut out = BufWriter::new(io::stdout().lock());
     let mut written = Ok(());
