@@ -32,6 +32,8 @@ struct Inner {
     key: Ed25519KeyPair,
     seed: [u8; 32],
     tokens: Mutex<BTreeMap<SessionName, Bytes>>,
+    /// How many RESUMEs for each session were never answered: of a connection that was given up one may arrive late (spec RES-5).
+    unanswered: Mutex<BTreeMap<SessionName, u32>>,
     file: Option<PathBuf>,
 }
 
@@ -90,7 +92,8 @@ impl Continuity {
     fn with(instance: Instance, seed: [u8; 32], tokens: BTreeMap<SessionName, Bytes>, file: Option<PathBuf>) -> Self {
         let key = Ed25519KeyPair::from_seed_unchecked(&seed);
         let key = key.unwrap_or_else(|_| unreachable!("any 32 bytes are a seed"));
-        Self(Arc::new(Inner { instance, key, seed, tokens: Mutex::new(tokens), file }))
+        let (tokens, unanswered) = (Mutex::new(tokens), Mutex::default());
+        Self(Arc::new(Inner { instance, key, seed, tokens, unanswered, file }))
     }
 
     /// Writes the file, if there is one: the old one or the new one is there, whole.
@@ -124,6 +127,33 @@ impl Continuity {
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<SessionName, Bytes>> {
         self.0.tokens.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unanswered(&self) -> MutexGuard<'_, BTreeMap<SessionName, u32>> {
+        self.0.unanswered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A RESUME is sent.
+    pub(crate) fn sent(&self, session: &SessionName) {
+        let mut unanswered = self.unanswered();
+        let count = unanswered.entry(session.clone()).or_default();
+        *count = count.saturating_add(1);
+    }
+
+    /// One that was sent is answered.
+    pub(crate) fn answered(&self, session: &SessionName) {
+        let mut unanswered = self.unanswered();
+        if let Some(count) = unanswered.get_mut(session) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                unanswered.remove(session);
+            }
+        }
+    }
+
+    /// How many are not answered, of whichever attachment.
+    pub(crate) fn count_unanswered(&self, session: &SessionName) -> u32 {
+        self.unanswered().get(session).copied().unwrap_or(0)
     }
 
     /// True if it is bound in this session.

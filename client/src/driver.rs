@@ -292,6 +292,10 @@ pub(crate) struct Driver<C: Connection> {
     /// What proves that this is the same client, and whether that was said on the current attachment.
     continuity: Continuity,
     resuming: bool,
+    /// That was not answered yet.
+    resume_open: bool,
+    /// How often this attached again because it may have been told of a RESUME of its own (spec RES-5).
+    excused: u32,
     /// When to say it again after a refusal that may pass.
     resume_again: Option<Instant>,
     /// The connection of the current attachment.
@@ -345,6 +349,8 @@ impl<C: Connection> Driver<C> {
             renews: config.renewal.is_some(),
             continuity: config.continuity.clone(),
             resuming: false,
+            resume_open: false,
+            excused: 0,
             resume_again: None,
             on: None,
             links,
@@ -567,6 +573,8 @@ impl<C: Connection> Driver<C> {
             drop(self.asks.pop_front_if(|ask| matches!(ask, Ask::Signal { once: true, .. })));
         }
         (self.asked, self.resuming, self.resume_again, self.listen_again, self.on) = (false, false, None, None, None);
+        // It may arrive yet, and stays counted.
+        self.resume_open = false;
         for entry in &mut self.producers {
             entry.id = None;
             entry.shared.unlinked();
@@ -761,8 +769,40 @@ impl<C: Connection> Driver<C> {
         let connection = self.on.as_ref().filter(|_| !self.resuming).map(|link| &link.transport);
         if let Some(proof) = connection.and_then(|on| self.continuity.proof(&self.request.name, on)) {
             self.resuming = true;
+            // One at a time: what is said again was answered.
+            self.resume_open = true;
+            self.continuity.sent(&self.request.name);
             outbox.push(proof);
         }
+    }
+
+    /// RESUME was answered.
+    fn resume_answered(&mut self) {
+        if core::mem::take(&mut self.resume_open) {
+            self.continuity.answered(&self.request.name);
+        }
+    }
+
+    /// True if who went on over another connection may have been this client itself: a RESUME that it sent there was never answered, and came
+    /// late. Once for each (spec RES-5).
+    fn may_be_own(&mut self) -> bool {
+        let others = self.continuity.count_unanswered(&self.request.name).saturating_sub(u32::from(self.resume_open));
+        let may = others > self.excused;
+        self.excused += u32::from(may);
+        may
+    }
+
+    /// True if the producer was opened under its own epoch over another connection, which nobody can but this client or a copy (spec RES-1), and
+    /// it may have been this one itself.
+    fn may_have_displaced_itself(&mut self, id: u64, code: Code, epoch: u64) -> bool {
+        let held = self.producer(id).is_some_and(|entry| entry.shared.epoch() == epoch);
+        code == Code::FENCED && held && self.may_be_own()
+    }
+
+    /// A RESUME that came late, and what came with it, ended what this holds here: it is held again after the next one.
+    fn attach_again(&self) -> Over {
+        tracing::info!(session = %self.request.name, "a RESUME over a connection that was given up came late; attaching again");
+        Over::Again(Duration::ZERO)
     }
 
     /// Asks again for the runs that were refused a while ago.
@@ -1137,6 +1177,7 @@ impl<C: Connection> Driver<C> {
                 let over = match error.code {
                     Code::SESSION_GONE => Over::Failed(ClientError::Gone),
                     Code::SESSION_NOT_FOUND if known => Over::Failed(ClientError::Gone),
+                    Code::RESUME_STALE if self.may_be_own() => self.attach_again(),
                     code if waits => {
                         tracing::debug!(%code, "waiting for the session to be created");
                         Over::Again(Duration::ZERO)
@@ -1164,6 +1205,11 @@ impl<C: Connection> Driver<C> {
                     entry.shared.acked(&ack).map_err(|error| Over::Failed(error.into()))?;
                 }
                 return Ok(());
+            }
+            Frame::Refused(refused)
+                if self.may_have_displaced_itself(refused.producer, refused.code, refused.value) =>
+            {
+                return Err(self.attach_again());
             }
             Frame::Refused(refused) => {
                 if self.renews && is_renewable(refused.code) {
@@ -1238,6 +1284,7 @@ impl<C: Connection> Driver<C> {
                 return Ok(());
             }
             Frame::Resumed(resumed) => {
+                self.resume_answered();
                 self.continuity.keep(&self.request.name, resumed.token);
                 return Ok(());
             }
@@ -1292,6 +1339,9 @@ impl<C: Connection> Driver<C> {
         }
         let passes = failure.passes(self.renews);
         let again = Instant::now() + failure.pause(REOPEN_PAUSE);
+        if error.about == Resume::KIND {
+            self.resume_answered();
+        }
         match error.about {
             Resume::KIND => match error.code {
                 // Begun anew, as the session was perhaps: what was asked behind it is free of it.
@@ -1327,6 +1377,11 @@ impl<C: Connection> Driver<C> {
                         let _ = answer.send(Err(failure));
                     }
                 }
+            }
+            mainstay_protocol::wire::Producer::KIND
+                if self.may_have_displaced_itself(error.id, error.code, error.value) =>
+            {
+                return Err(self.attach_again());
             }
             mainstay_protocol::wire::Producer::KIND => {
                 if let Some(entry) = self.producer(error.id) {

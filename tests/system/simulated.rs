@@ -173,6 +173,18 @@ impl Drop for Number {
     }
 }
 
+/// A RESUME over a connection that was given up came behind that of the next connection: the client was told that it is another's, and ended
+/// (spec RES-5).
+#[tokio::test(start_paused = true)]
+async fn a_resume_that_comes_late_ends_nothing() {
+    let mut random = random::Random::new(1_778_465_266_093_292_261);
+    let mut of_it = random.fork();
+    for _ in 0..116 {
+        of_it = random.fork();
+    }
+    history(&mut of_it, &mut Provoked::default()).await;
+}
+
 /// Hundreds of histories in paused time; a seed and a number replay one.
 #[tokio::test(start_paused = true)]
 async fn random_histories_over_simulated_quinn_lose_and_double_nothing() {
