@@ -177,7 +177,7 @@ impl Drop for Number {
 /// (spec RES-5).
 #[tokio::test(start_paused = true)]
 async fn a_resume_that_comes_late_ends_nothing() {
-    let mut random = random::Random::new(1_778_465_266_093_292_261);
+    let mut random = Random::new(1_778_465_266_093_292_261);
     let mut of_it = random.fork();
     for _ in 0..116 {
         of_it = random.fork();
