@@ -181,7 +181,8 @@ async fn what_is_sent_again_and_refused_for_its_token_or_its_rate_may_be_stored(
                         other => panic!("{other:?}"),
                     }
                     let detail = Detail::new("before the sequence was looked at");
-                    let refused = Refused { producer: open.id, sequence, code: *code, value: 1, detail };
+                    // A pause in milliseconds, or the epoch of somebody else.
+                    let refused = Refused { producer: open.id, sequence, code: *code, value: 2, detail };
                     send.write(&mut [Frame::from(refused).to_bytes()]).await.expect("write");
                 }
             }
