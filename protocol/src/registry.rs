@@ -11,13 +11,13 @@ pub const CHUNK_VERSION: u8 = 1;
 pub const COMPACTED_VERSION: u8 = 2;
 
 /// Version byte of a state snapshot (spec DUR-9).
-pub const SNAPSHOT_VERSION: u8 = 3;
+pub const SNAPSHOT_VERSION: u8 = 4;
 
 /// The oldest version of a state snapshot that is read (spec DUR-9).
 pub const OLDEST_SNAPSHOT_VERSION: u8 = 1;
 
 /// Version of the fold and of the view encoding (spec FOLD-1).
-pub const FOLD_VERSION: u64 = 5;
+pub const FOLD_VERSION: u64 = 6;
 
 /// Longest session name in bytes of UTF-8 (spec SESS-1).
 pub const MAX_NAME: usize = 512;

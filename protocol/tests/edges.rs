@@ -9,13 +9,13 @@ use mainstay_protocol::registry::{COMPACTED_VERSION, MAX_LASTS, MAX_RETRY_AFTER,
 use mainstay_protocol::session::{
     Activity, Author, Authority, Chain, Change, CheckedBatch, Chunk, ChunkBuilder, ChunkCount, ChunkHeader,
     ChunkPosition, ChunkProducer, Compacted, Control, CreditSent, Expected, Feed, Filter, Incarnation, InputPolicy,
-    Instance, Intent, Key, Kind, Manners, NotifyRule, Operation, Outcome, Payload, PresenceJoined, ProducerHandle,
-    ProducerKey, Record, Refusal, RequestId, RequestOpened, Roaming, RunId, RunMode, SignalId, State, StateChange,
-    Step, Streams, Target, Triggers, View,
+    Instance, Intent, Key, Kind, Manners, MessageEnd, MessageId, MessageStart, NotifyRule, Operation, Outcome, Payload,
+    PresenceJoined, ProducerHandle, ProducerKey, Record, Refusal, RequestId, RequestOpened, Roaming, RunId, RunMode,
+    SignalId, State, StateChange, Status, Step, Streams, Target, Triggers, View,
 };
 use mainstay_protocol::wire::{
-    self, Body, Deframer, Frame, Label, MAX_VARINT, Ping, Pong, Reader, Span, Start, Subject, Subscribe, Writer,
-    prefix_len, put_frame,
+    self, Body, Deframer, Detail, Frame, Label, MAX_VARINT, Ping, Pong, Reader, Span, Start, Subject, Subscribe,
+    Writer, prefix_len, put_frame,
 };
 
 const LIFE: Incarnation = Incarnation([1; 16]);
@@ -96,7 +96,7 @@ fn a_session_is_due_when_the_first_thing_in_it_is() {
     session.append(1100, request.record(0)).expect("stored");
     assert_eq!((session.deadline(), session.view().time()), (Some(1400), 1100));
     let answer = (SignalId([9; 16]), Intent::Approve, Some(Target::Request(RequestId([7; 16]))));
-    let (outcome, _) = session.authority.signal(1200, &alice(), answer, (0, Bytes::new()), ());
+    let (outcome, _) = session.authority.signal(1200, (&alice(), true), answer, (0, Bytes::new()), ());
     assert!(matches!(outcome, Outcome::Pending), "{outcome:?}");
     session.commit();
     assert_eq!(session.deadline(), Some(1500), "what is answered is not due");
@@ -121,6 +121,59 @@ fn rule(delay: u64) -> NotifyRule {
     NotifyRule { name: label("rule"), principal, triggers, delay, collapse: None }
 }
 
+/// Spec DUR-9, FOLD-8: who asked is folded from the log where that is all there, and is nobody known where it was trimmed.
+#[test]
+fn a_snapshot_that_does_not_know_who_asked_is_read_only_behind_a_trim() {
+    let mut session = Session::new();
+    let (read, waits) = (MessageId([0x77; 16]), MessageId([0x78; 16]));
+    for message in [read, waits] {
+        let of = |record: Record| Record { message: Some(message), ..record };
+        let start = MessageStart { role: label("user"), content_type: label("text/plain") };
+        session.append(1, of(start.record(0))).expect("stored");
+        let end = MessageEnd { status: Status::Complete, detail: Detail::default() };
+        session.append(1, of(end.record(0))).expect("stored");
+    }
+    let run = RunId([3; 16]);
+    session.authority.start_run(1, &alice(), run, (5000, Some(read)), ());
+    session.commit();
+    let asker = |state: &State| state.view().runs().get(run).expect("the run").asker.clone();
+    let writers = |state: &State| state.view().runs().inputs().map(|input| input.author.clone()).collect::<Vec<_>>();
+    assert_eq!(asker(session.authority.state()), Some(alice()));
+    // As the version before wrote it.
+    let older = |state: &State| {
+        let (mut bytes, view) = (state.snapshot().to_vec(), state.view().encode());
+        let at = bytes.windows(view.len()).position(|of| *of == view[..]).expect("the view");
+        let mut known = Writer::new();
+        known.u8(1);
+        known.bytes(alice().subject.as_str().as_bytes());
+        known.raw(&alice().instance.0);
+        let known = known.freeze();
+        let mut view = view.to_vec();
+        for message in [read, read, waits] {
+            let whole = [&message.0[..], &known].concat();
+            let at = view.windows(whole.len()).position(|of| of == whole).expect("who wrote it");
+            view.drain(at + 16..at + whole.len());
+        }
+        view[0] = 5;
+        let mut w = Writer::new();
+        w.bytes(&view);
+        let mut len = Writer::new();
+        len.varint(state.view().encode().len() as u64);
+        let (from, to) = (at - len.len(), at + state.view().encode().len());
+        bytes.splice(from..to, w.freeze());
+        bytes[0] = 3;
+        Bytes::from(bytes)
+    };
+    let whole = older(session.authority.state());
+    assert_eq!(State::restore(&whole).expect_err("the log says it").code, Code::FRAME_MALFORMED);
+    session.authority.trim(1, 1, ());
+    session.commit();
+    let state = State::restore(&older(session.authority.state())).expect("there is nothing else to have it from");
+    assert_eq!((state.first(), asker(&state), writers(&state)), (1, None, vec![None, None]));
+    let again = State::restore(&state.snapshot()).expect("a snapshot of this version");
+    assert_eq!(again.snapshot(), state.snapshot());
+}
+
 /// Spec SIG-3, NOTE-1: exactly the limit is allowed.
 #[test]
 fn what_is_exactly_at_a_limit_is_accepted_and_one_more_is_not() {
@@ -131,7 +184,7 @@ fn what_is_exactly_at_a_limit_is_accepted_and_one_more_is_not() {
     session.commit();
     let mut steer = |id: u8, lasts: u64, text: usize| {
         let signal = (SignalId([id; 16]), Intent::Steer, Some(Target::Run(run)));
-        let (outcome, _) = session.authority.signal(1, &alice(), signal, (lasts, vec![b'x'; text].into()), ());
+        let (outcome, _) = session.authority.signal(1, (&alice(), true), signal, (lasts, vec![b'x'; text].into()), ());
         match outcome {
             Outcome::Refused(refusal) => Some(refusal.code),
             _ => None,
@@ -418,7 +471,7 @@ fn a_refusal_asks_for_so_long() {
 /// Spec AUTH-7: which grant a request needs.
 #[test]
 fn each_request_needs_its_grant() {
-    use Operation::{Append, Join, Manage, Read, Run, Signal};
+    use Operation::{Append, Join, Manage, Read, Run, Signal, SignalOwn};
     let label = || label("x");
     let activity = || Activity { status: label(), progress: None, data: Bytes::new() };
     let needs: Vec<(Frame, &[Operation])> = vec![
@@ -438,7 +491,7 @@ fn each_request_needs_its_grant() {
         (
             wire::Signal { id: SignalId([1; 16]), intent: Intent::Steer, target: None, lasts: 1, text: Bytes::new() }
                 .into(),
-            &[Signal],
+            &[Signal, SignalOwn],
         ),
         (wire::Leave {}.into(), &[]),
         (wire::Unsubscribe { id: 1 }.into(), &[]),

@@ -7,7 +7,7 @@ use core::cell::Cell;
 use mainstay_protocol::testing::runs::{Counts, Op, run};
 use proptest::prelude::*;
 
-/// Spec RUN-1, RUN-2 to RUN-9, SIG-1 to SIG-8, FOLD-8, FOLD-9.
+/// Spec RUN-1, RUN-2 to RUN-9, SIG-1 to SIG-9, FOLD-8, FOLD-9.
 #[test]
 fn random_runs_agree_with_the_model() {
     let rng_seed = seed::of("random_runs");
@@ -26,6 +26,8 @@ fn random_runs_agree_with_the_model() {
         total.taken,
         total.ended,
         total.resolved,
+        total.own,
+        total.foreign,
         total.interrupted,
         total.emitted,
         total.withdrawn,

@@ -150,6 +150,7 @@ impl Conn {
                 Operation::Signal => "the token does not grant `signal` on this session",
                 Operation::Notify => "the token does not grant `notify` on this session",
                 Operation::Mint => "the token does not grant `mint` on this session",
+                Operation::SignalOwn => "the token does not grant `signal-own` on this session",
             };
             Err(Refusal::new(Code::FORBIDDEN, detail))
         })

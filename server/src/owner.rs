@@ -1096,8 +1096,10 @@ impl Owner {
             Command::Signal { attachment, request } => {
                 let author = attachment.author.clone();
                 let Signal { id, intent, target, lasts, text } = *request;
+                let conn = attachment.conn.upgrade();
+                let all = conn.is_some_and(|conn| conn.allow(Operation::Signal, &self.session.id.name).is_ok());
                 self.request(attachment, Signal::KIND, 0, |authority, ticket| {
-                    authority.signal(now, &author, (id, intent, target), (lasts, text), ticket)
+                    authority.signal(now, (&author, all), (id, intent, target), (lasts, text), ticket)
                 })
                 .await;
             }

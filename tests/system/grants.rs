@@ -87,6 +87,7 @@ fn requests() -> Vec<(Frame, Vec<Operation>)> {
                 text: Bytes::new(),
             }
             .into(),
+            // With `signal-own` it depends on whose that is: `runs` has more of it.
             vec![Signal],
         ),
         (

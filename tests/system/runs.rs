@@ -1093,6 +1093,99 @@ async fn who_may_not_hold_runs_or_send_signals_is_told_so() {
     server.stop().await;
 }
 
+/// Scenario A19, *cancel any and own*, and spec SIG-9: a person stops what they asked for, whatever was said since, and nobody else's.
+#[tokio::test]
+async fn who_may_signal_for_their_own_stops_what_they_asked_for_and_nothing_else() {
+    use mainstay_protocol::session::Operation::{Append, Join, Manage, Read, Run, Signal, SignalOwn};
+    use mainstay_protocol::session::{Payload, Record, RequestOpened};
+    let server = MemoryServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let session = attach(&server.client()).await;
+    session.configure(RunMode::Parallel, InputPolicy::Enqueue).await.expect("configured");
+    let person = async |subject: &str| {
+        let claims = mainstay_tests::harness::claims(subject, "", [Read, Append, Join, SignalOwn]);
+        let person = attach(&server.client_as(&claims, ClientConfig::default())).await;
+        let typing = person.producer(&subject.replace('/', "-")).await.expect("a producer");
+        (person, typing)
+    };
+    // A person, one of their devices, somebody whose name begins in the same way, and who is in charge.
+    let (alice, alice_types) = person("alice").await;
+    let (phone, phone_types) = person("alice/phone").await;
+    let (alicey, alicey_types) = person("alicey").await;
+    let claims = mainstay_tests::harness::claims("chief", "", [Read, Signal, Manage]);
+    let chief = attach(&server.client_as(&claims, ClientConfig::default())).await;
+    let claims = mainstay_tests::harness::claims("agent", "", [Read, Append, Run, SignalOwn]);
+    let agent = attach(&server.client_as(&claims, ClientConfig::default())).await;
+    let works = agent.producer("agent").await.expect("a producer");
+    let lease = Duration::from_secs(60);
+
+    let (hers, _) = say(&alice_types, &alice, "hers").await.expect("taken");
+    let (phones, _) = say(&phone_types, &phone, "the phone's").await.expect("taken");
+    let (other, _) = say(&alicey_types, &alicey, "somebody else's").await.expect("taken");
+    // Of an input before any run has read it.
+    for (who, input) in [(&alicey, hers), (&alicey, phones), (&alice, other), (&phone, hers), (&agent, hers)] {
+        assert_eq!(refused(who.signal(Intent::Cancel).input(input).send().await), Code::FORBIDDEN);
+    }
+    alice.signal(Intent::Steer).input(phones).text("briefly").send().await.expect("it is below her");
+    assert_eq!(refused(alice.signal(Intent::Cancel).input(MessageId([7; 16])).send().await), Code::FORBIDDEN);
+
+    let run = agent.start_run(lease, Some(hers)).await.expect("a run");
+    let another = agent.start_run(lease, Some(other)).await.expect("a run");
+    let without = agent.start_run(lease, None).await.expect("a run that nobody asked for");
+    // More than a view keeps: whose the run is does not depend on it.
+    for number in 0..2 * mainstay_protocol::registry::KEPT_MESSAGES {
+        say(&alicey_types, &alicey, &number.to_string()).await.expect("taken");
+    }
+    let (request, ticket) = run.request(&works, "approval", lease, "rm -r /").await.expect("append");
+    ticket.await.expect("stored");
+    // Of no run, and of one that never was.
+    let nobodys = [None, Some(mainstay_client::RunId([8; 16]))].map(|run| {
+        let request = mainstay_client::RequestId([if run.is_some() { 9 } else { 10 }; 16]);
+        let (needs, body) = ("question".parse().expect("a label"), bytes::Bytes::new());
+        let opened = RequestOpened { request, needs, lasts: 60_000, body };
+        (request, Record { run, ..opened.record(mainstay_protocol::registry::STREAM_MAIN) })
+    });
+    alicey_types
+        .append_batch(&nobodys.each_ref().map(|(_, record)| record.clone()))
+        .await
+        .expect("append")
+        .await
+        .expect("stored");
+    for who in [&alicey, &phone] {
+        assert_eq!(refused(who.signal(Intent::Cancel).run(run.id()).send().await), Code::FORBIDDEN);
+        assert_eq!(refused(who.signal(Intent::Cancel).input(hers).send().await), Code::FORBIDDEN);
+        assert_eq!(refused(who.signal(Intent::Approve).request(request).send().await), Code::FORBIDDEN);
+        assert_eq!(refused(who.signal(Intent::Cancel).run(without.id()).send().await), Code::FORBIDDEN);
+        for (request, _) in &nobodys {
+            assert_eq!(refused(who.signal(Intent::Reply).request(*request).send().await), Code::FORBIDDEN);
+        }
+    }
+    assert_eq!(refused(alice.signal(Intent::Cancel).run(another.id()).send().await), Code::FORBIDDEN);
+    // Nothing of it was stored, and whoever was refused goes on.
+    alice.signal(Intent::Approve).request(request).send().await.expect("her run asks");
+    let seq = alice.signal(Intent::Cancel).run(run.id()).send().await.expect("her run");
+    assert_eq!(alice.signal(Intent::Cancel).input(hers).send().await.expect("the same"), seq);
+    alicey.signal(Intent::Cancel).run(another.id()).send().await.expect("their own");
+    agent.signal(Intent::Cancel).run(without.id()).send().await.expect("who holds it may");
+    let id = without.id();
+    agent.signal(Intent::Custom).run(id).send().await.expect("again");
+    for run in [&run, &another, &without] {
+        chief.signal(Intent::Interrupt).run(run.id()).send().await.expect("any");
+    }
+    for (request, _) in &nobodys {
+        chief.signal(Intent::Reply).request(*request).send().await.expect("any");
+    }
+    say(&alicey_types, &alicey, "still here").await.expect("taken");
+
+    let mut live = session.live().await.expect("live");
+    follow(&mut live, "all of it", |live| live.view().signals().pending().len() == 10).await;
+    let askers =
+        live.view().runs().current().iter().map(|run| run.asker.as_ref().map(|asker| asker.subject.to_string()));
+    assert_eq!(askers.collect::<Vec<_>>(), [Some("alice".to_owned()), Some("alicey".to_owned()), None]);
+    let senders = live.view().signals().pending().iter().map(|pending| pending.author.subject.to_string());
+    assert!(senders.into_iter().all(|sender| sender != "alice/phone"));
+    server.stop().await;
+}
+
 /// An application that falls behind misses what others took, never what is still wanted.
 #[tokio::test]
 async fn a_listener_that_falls_behind_hears_of_every_signal_that_nobody_took() {

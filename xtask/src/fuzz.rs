@@ -10,12 +10,28 @@ use crate::{Outcome, has, need, root, skipped, step};
 const SMOKE: &str = "30";
 /// Targets that run at once there.
 const AT_ONCE: usize = 4;
+/// Executions of each parser in the long run.
+const LONG: u64 = 100_000_000;
+/// Targets that are one parser each, of bytes from a peer or a disk. The others drive a part with many steps in each input.
+const PARSERS: &[&str] = &[
+    "backup_read",
+    "chunk_decode",
+    "deframer",
+    "frame_decode",
+    "frame_roundtrip",
+    "journal_check",
+    "records",
+    "resume_token",
+    "token_read",
+];
 
 /// Runs the targets as the arguments say.
 pub(crate) fn run(args: &[&str]) -> Outcome {
     let targets = targets()?;
     let (chosen, seconds): (Vec<String>, &str) = match args {
         ["--smoke"] => (targets, SMOKE),
+        ["--long"] => (targets.into_iter().filter(|target| PARSERS.contains(&target.as_str())).collect(), ""),
+        ["--long", target] => (vec![known(target, &targets)?], ""),
         ["--coverage" | "--minimise"] => (targets, ""),
         ["--coverage" | "--minimise", target] => (vec![known(target, &targets)?], ""),
         [] => (targets, "60"),
@@ -39,6 +55,7 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
     dictionary()?;
     match args.first() {
         Some(&"--coverage") => return coverage(&chosen),
+        Some(&"--long") => return long(&chosen),
         Some(&"--minimise") => return chosen.iter().try_for_each(|target| minimise(target)),
         _ => {}
     }
@@ -48,6 +65,19 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
         return chosen.chunks(AT_ONCE).try_for_each(|targets| at_once(targets, seconds));
     }
     chosen.iter().try_for_each(|target| step(&format!("fuzz {target} for {seconds} s"), &mut fuzz(target, seconds)?))
+}
+
+/// Executes each target so often that rare inputs come, one after the other. Without a sanitizer, which costs two thirds of the speed: our code
+/// has nothing that it could find, and the smoke run has it for the libraries.
+fn long(targets: &[String]) -> Outcome {
+    let dir = root().join("target").join("fuzz-long");
+    for target in targets {
+        let mut command = nightly_cargo();
+        command.args(["fuzz", "run", "--sanitizer", "none", "--target-dir"]).arg(&dir).arg(target);
+        on_inputs(&mut command, target)?.arg(format!("-runs={LONG}"));
+        step(&format!("fuzz {target}, {LONG} executions"), &mut command)?;
+    }
+    Ok(())
 }
 
 /// Runs targets beside each other, and shows what one said that failed.
@@ -82,9 +112,15 @@ fn nightly_cargo() -> Command {
 /// Runs a target for so long.
 fn fuzz(target: &str, seconds: &str) -> Result<Command, String> {
     let mut command = nightly_cargo();
+    command.args(["fuzz", "run", target]);
+    on_inputs(&mut command, target)?.arg(format!("-max_total_time={seconds}"));
+    Ok(command)
+}
+
+/// On which inputs and words a run of a target goes, and how large and slow one may be.
+fn on_inputs<'a>(command: &'a mut Command, target: &str) -> Result<&'a mut Command, String> {
     // New inputs go into the first.
-    command.args(["fuzz", "run", target]).arg(corpus(target)?).args(kept(target));
-    command.args(["--", "-rss_limit_mb=1024", "-timeout=10"]).arg(format!("-max_total_time={seconds}"));
+    command.arg(corpus(target)?).args(kept(target)).args(["--", "-rss_limit_mb=1024", "-timeout=10"]);
     let own = root().join("fuzz").join("dictionaries").join(format!("{target}.dict"));
     let words = if READS_NUMBERS.contains(&target) { numbers() } else { own };
     if words.is_file() {

@@ -154,7 +154,8 @@ fn parse_grant(text: &str) -> Result<Grant, Failure> {
     } else {
         let parse = |name| {
             Operation::from_name(name).ok_or_else(|| {
-                Failure::usage(format!("--grant {text}: {name:?} is not read, append, create, manage, join, run, signal, notify, mint or all"))
+                let known: Vec<&str> = Operation::ALL.iter().map(|operation| operation.as_str()).collect();
+                Failure::usage(format!("--grant {text}: {name:?} is not {} or all", known.join(", ")))
             })
         };
         operations.split(',').map(parse).collect::<Result<Operations, _>>()?

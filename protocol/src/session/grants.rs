@@ -27,11 +27,13 @@ pub enum Operation {
     Notify,
     /// Make narrower tokens.
     Mint,
+    /// Send signals about one's own, and answer its requests (spec SIG-9). Whoever may send all signals may send these.
+    SignalOwn,
 }
 
 impl Operation {
     /// Every operation.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Read,
         Self::Append,
         Self::Create,
@@ -41,6 +43,7 @@ impl Operation {
         Self::Signal,
         Self::Notify,
         Self::Mint,
+        Self::SignalOwn,
     ];
 
     /// The word in tokens.
@@ -55,6 +58,7 @@ impl Operation {
             Self::Signal => "signal",
             Self::Notify => "notify",
             Self::Mint => "mint",
+            Self::SignalOwn => "signal-own",
         }
     }
 
@@ -69,7 +73,8 @@ impl Operation {
             | Frame::Configure(_)
             | Frame::SetRule(_) => &[Self::Manage],
             Frame::StartRun(_) | Frame::TakeRun(_) | Frame::Renew(_) | Frame::Release(_) => &[Self::Run],
-            Frame::Signal(_) => &[Self::Signal],
+            // What it may be about is looked at where it is known whose that is.
+            Frame::Signal(_) => &[Self::Signal, Self::SignalOwn],
             Frame::Join(_) | Frame::Update(_) => &[Self::Join],
             Frame::Subscribe(_) | Frame::Listen(_) => &[Self::Read],
             // Who may hold nothing has nothing to go on with.
@@ -112,6 +117,11 @@ impl Operations {
     /// True if `operation` is in the set.
     pub const fn contains(self, operation: Operation) -> bool {
         self.0 & 1 << operation as u8 != 0
+    }
+
+    /// True if `operation` is in the set, or one that includes it.
+    pub const fn allow(self, operation: Operation) -> bool {
+        self.contains(operation) || matches!(operation, Operation::SignalOwn) && self.contains(Operation::Signal)
     }
 }
 
@@ -157,12 +167,12 @@ pub struct Grants(pub Vec<Grant>);
 impl Grants {
     /// True if some grant allows `operation` on `session`.
     pub fn allow(&self, operation: Operation, session: &str) -> bool {
-        self.0.iter().any(|grant| grant.operations.contains(operation) && grant.covers(session))
+        self.0.iter().any(|grant| grant.operations.allow(operation) && grant.covers(session))
     }
 
     /// True if some grant allows `operation` on some session.
     pub fn allow_somewhere(&self, operation: Operation) -> bool {
-        self.0.iter().any(|grant| grant.operations.contains(operation))
+        self.0.iter().any(|grant| grant.operations.allow(operation))
     }
 
     /// True if nothing is allowed by `narrower` that is not allowed by these, whatever sessions there are. A prefix covers what starts with it
@@ -170,7 +180,7 @@ impl Grants {
     pub fn include(&self, narrower: &Self) -> bool {
         let includes = |grant: &Grant| {
             let allowed = |operation| {
-                let mut own = self.0.iter().filter(|own| own.operations.contains(operation));
+                let mut own = self.0.iter().filter(|own| own.operations.allow(operation));
                 own.any(|own| own.covers(&grant.prefix))
             };
             grant.operations.iter().all(allowed)
@@ -238,7 +248,7 @@ impl Grants {
                 all.push(Stretch::Under(prefix.to_owned()));
             }
         };
-        let granted = || self.0.iter().filter(|grant| grant.operations.contains(operation)).map(|grant| &grant.prefix);
+        let granted = || self.0.iter().filter(|grant| grant.operations.allow(operation)).map(|grant| &grant.prefix);
         for text in granted() {
             if text.is_empty() || text.ends_with(SEPARATORS) {
                 under(text);

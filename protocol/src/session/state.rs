@@ -111,6 +111,8 @@ impl std::error::Error for Damage {}
 /// Since when snapshots hold the instances that are bound to keys, and under which epoch a producer's sequence began.
 const RESUMPTIONS_SINCE: u8 = 2;
 const BEGUN_SINCE: u8 = 3;
+/// Since when their views are of the fold version in force.
+const ASKERS_SINCE: u8 = 4;
 
 /// The version of a snapshot. Errors: one that is not known.
 fn version(r: &mut Reader<'_>) -> Result<u8, ProtocolError> {
@@ -370,7 +372,9 @@ impl State {
         let chain = Chain(r.array()?);
         let (number, first, created) = (r.varint()?, r.varint()?, r.varint()?);
         let (time, writer_epoch) = (r.varint()?, r.varint()?);
-        let view = View::decode(&r.bytes(usize::MAX)?)?;
+        let view = r.bytes(usize::MAX)?;
+        // What a trim removed was removed behind a snapshot that knew of it.
+        let view = if version >= ASKERS_SINCE { View::decode(&view)? } else { View::decode_older(&view, first == 0)? };
         let names = (0..r.count(MAX_STREAMS)?).map(|_| Label::get(&mut r)).collect::<Result<Vec<_>, _>>()?;
         if names.first().map(Label::as_str) != Some(STREAM_MAIN_NAME) {
             return Err(ProtocolError::malformed("stream main is missing"));

@@ -93,8 +93,10 @@ pub enum Op {
     Lose {
         run: u8,
     },
+    /// `all` if the sender may send signals about what is not its own.
     Signal {
         who: u8,
+        all: bool,
         id: u8,
         intent: u8,
         target: u8,
@@ -157,7 +159,7 @@ impl Op {
                 30..=32 => Self::Lose { run: next() % RUNS },
                 33..=38 => {
                     let (a, b, c) = (next(), next(), next());
-                    Self::Signal { who: a % 3, id: a, intent: b, target: b / 16, of: c, lasts: c }
+                    Self::Signal { who: a % 3, all: a / 3 % 4 > 1, id: a, intent: b, target: b / 16, of: c, lasts: c }
                 }
                 39..=46 => Self::Commit,
                 47..=54 => Self::Committed,
@@ -235,6 +237,10 @@ counts! {
         ended,
         /// Signals and requests that something became of.
         resolved,
+        /// Signals about their own of those who may send no others.
+        own,
+        /// Signals of the same about somebody else's.
+        foreign,
         /// Times that the server told a run to stop for an input.
         interrupted,
         /// Jobs that became due, and that a worker did.
@@ -257,6 +263,7 @@ struct Run {
     holder: u8,
     leased: bool,
     input: Option<u8>,
+    asker: Option<u8>,
     lost: Option<u64>,
     /// Seq and status of its end.
     over: Option<(u64, Status)>,
@@ -272,6 +279,7 @@ impl Run {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Message {
+    author: u8,
     run: Option<u8>,
     input: bool,
     status: Status,
@@ -497,7 +505,7 @@ impl World {
         self.withdraw(|job| job.request.is_some_and(|id| answered.contains(&id)));
     }
 
-    fn perform(&mut self, deed: Deed, held: Option<u8>, time: u64) -> Result<(), Code> {
+    fn perform(&mut self, deed: Deed, (who, held): (u8, Option<u8>), time: u64) -> Result<(), Code> {
         let seq = self.tail;
         self.tail += 1;
         match deed {
@@ -512,7 +520,7 @@ impl World {
                 if input && self.policy == InputPolicy::Reject && self.runs.values().any(Run::active) {
                     return Err(Code::RUN_ACTIVE);
                 }
-                let begun = Message { run, input, status: Status::Open, finished: false, len: 0 };
+                let begun = Message { author: who, run, input, status: Status::Open, finished: false, len: 0 };
                 self.messages.insert(message, begun);
             }
             Deed::Append { message } => self.open(held, message)?.len += 1,
@@ -582,9 +590,9 @@ impl World {
     }
 
     fn apply(&mut self, accepted: &Accepted) -> Result<(), Code> {
-        if let Accepted::Batch { held, deeds, time, .. } = accepted {
+        if let Accepted::Batch { who, held, deeds, time } = accepted {
             return deeds.iter().try_for_each(|deed| {
-                self.perform(*deed, *held, *time)?;
+                self.perform(*deed, (*who, *held), *time)?;
                 self.settle();
                 Ok(())
             });
@@ -630,6 +638,7 @@ impl World {
                         holder: who,
                         leased,
                         input,
+                        asker: input.and_then(|input| self.messages.get(&input)).map(|message| message.author),
                         lost: None,
                         over: None,
                         consumed: 0,
@@ -758,8 +767,15 @@ fn handles(authority: &Authority<usize>) -> [ProducerHandle; 3] {
     [0, 1, 2].map(|who| find(who).unwrap_or_else(|| unreachable!("a granted producer")))
 }
 
+/// The last one is below the first, and the one between has a name that begins like both.
 fn subject_of(who: u8) -> Subject {
-    Subject::new(&format!("s{who}")).unwrap_or_else(|_| unreachable!("a valid subject"))
+    let name = ["s", "s2", "s/2"][who as usize];
+    Subject::new(name).unwrap_or_else(|_| unreachable!("a valid subject"))
+}
+
+/// True if what is of `who` is also the `subject`'s (spec SIG-9).
+fn is_own(subject: u8, who: u8) -> bool {
+    subject == who || (subject, who) == (0, 2)
 }
 
 fn rule_name(rule: u8) -> Label {
@@ -890,8 +906,8 @@ impl History {
             Op::StartRun { who, run, input } => self.start_run(*who, *run, *input),
             Op::TakeRun { who, run } => self.take_run(*who, *run),
             Op::Lose { run } => self.lose(*run),
-            Op::Signal { who, id, intent, target, of, lasts } => {
-                self.signal(*who, *id, (*intent, *target, *of), u64::from(*lasts));
+            Op::Signal { who, all, id, intent, target, of, lasts } => {
+                self.signal((*who, *all), *id, (*intent, *target, *of), u64::from(*lasts));
             }
             Op::SetRule { name, principal, kinds, delay } => self.set_rule(*name, *principal, *kinds, *delay),
             Op::Join { who } => self.join(*who),
@@ -966,7 +982,7 @@ impl History {
             let seq = world.tail;
             record(*deed, seq).put(&mut region);
             if expected.is_ok() {
-                expected = world.perform(*deed, held, self.now);
+                expected = world.perform(*deed, (who, held), self.now);
             }
         }
         let Ok(batch) = CheckedBatch::new(deeds.len() as u64, region.freeze()) else { panic!("a valid batch") };
@@ -1135,7 +1151,7 @@ impl History {
         }
     }
 
-    fn signal(&mut self, who: u8, id: u8, (intent, target, of): (u8, u8, u8), lasts: u64) {
+    fn signal(&mut self, (who, all): (u8, bool), id: u8, (intent, target, of): (u8, u8, u8), lasts: u64) {
         let world = self.staged();
         let intent = Intent::ALL[intent as usize % Intent::ALL.len()];
         let target = match target % 4 {
@@ -1147,7 +1163,7 @@ impl History {
         let ticket = self.ticket();
         let author = self.authors[who as usize].clone();
         let sent = (signal_id(id), intent, target);
-        let (outcome, _) = self.authority.signal(self.now, &author, sent, (lasts, Bytes::new()), ticket);
+        let (outcome, _) = self.authority.signal(self.now, (&author, all), sent, (lasts, Bytes::new()), ticket);
         self.digest.outcome(&outcome);
         if let Some(known) = self.durable.signals.get(&signal_id(id)) {
             let reply = Reply::Signalled { signal: signal_id(id), seq: known.seq };
@@ -1179,7 +1195,34 @@ impl History {
                 }
             }
         };
+        let aimed = aimed.and_then(|(target, run)| match all {
+            true => Ok((target, run)),
+            false => self.own(who, (target, run), &world).map(|()| (target, run)),
+        });
+        self.counts.own += u64::from(!all && aimed.is_ok());
+        self.counts.foreign += u64::from(aimed == Err(Code::FORBIDDEN));
         self.aimed(&outcome, aimed, (signal_id(id), intent), lasts, ticket);
+    }
+
+    /// Whether a signal is about something of `who`, by what is durable (spec SIG-9).
+    fn own(&self, who: u8, (target, run): (Target, Option<u8>), staged: &World) -> Result<(), Code> {
+        let durable = &self.durable;
+        let own = match (run, target) {
+            (Some(run), _) => match durable.runs.get(&run) {
+                Some(of) if of.over.is_some() => false,
+                Some(of) => is_own(who, of.holder) || of.asker.is_some_and(|asker| is_own(who, asker)),
+                // A request may name a run that was never begun.
+                None if staged.runs.get(&run).is_some_and(|of| of.over.is_none()) => return Err(Code::UNAVAILABLE),
+                None => false,
+            },
+            (None, Target::Input(MessageId([input, ..]))) => match durable.messages.get(&input) {
+                Some(message) => is_own(who, message.author),
+                None if staged.messages.contains_key(&input) => return Err(Code::UNAVAILABLE),
+                None => false,
+            },
+            (None, _) => false,
+        };
+        own.then_some(()).ok_or(Code::FORBIDDEN)
     }
 
     fn aimed(
@@ -1417,10 +1460,12 @@ impl History {
         current.sort_by_key(|(_, run)| run.start);
         let seen = runs.current().iter().map(|run| {
             let who = run.holder.instance.0[0];
-            (run.id, run.start, run.epoch, who, run.lease > 0, run.lost, run.consumed, run.interrupted)
+            let asker = run.asker.as_ref().map(|asker| asker.instance.0[0]);
+            (run.id, run.start, run.epoch, (who, asker), run.lease > 0, run.lost, run.consumed, run.interrupted)
         });
         let expected = current.iter().map(|(id, run)| {
-            let of = (run.start, run.epoch, run.holder, run.leased, run.lost, run.consumed, run.interrupted);
+            let of =
+                (run.start, run.epoch, (run.holder, run.asker), run.leased, run.lost, run.consumed, run.interrupted);
             (run_id(**id), of.0, of.1, of.2, of.3, of.4, of.5, of.6)
         });
         assert_eq!(seen.collect::<Vec<_>>(), expected.collect::<Vec<_>>());

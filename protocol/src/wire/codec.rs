@@ -267,6 +267,14 @@ text_type! {
     Subject, MAX_SUBJECT, "subject"
 }
 
+impl Subject {
+    /// True for the subject itself and for those below it: `alice` includes `alice` and `alice/agent`, never `alicey` (spec AUTH-9).
+    pub fn includes(&self, other: &Self) -> bool {
+        let rest = other.as_str().strip_prefix(self.as_str());
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    }
+}
+
 /// Human-readable text in a frame, cut to 512 bytes at a character border (spec ERR-4). It is for people and logs;
 /// nothing may depend on its wording.
 #[derive(Clone, Default, PartialEq, Eq)]

@@ -1,6 +1,7 @@
 //! Fields that frames and record payloads are made of: one encoding each.
 
 use core::fmt;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
@@ -60,6 +61,15 @@ impl<T: Field> Field for Option<T> {
     }
     fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
         Ok(if <bool as Field>::get(r)? { Some(T::get(r)?) } else { None })
+    }
+}
+
+impl<T: Field> Field for Arc<T> {
+    fn put(&self, w: &mut Writer) {
+        T::put(self, w);
+    }
+    fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
+        T::get(r).map(Self::new)
     }
 }
 

@@ -16,7 +16,9 @@ use mainstay_protocol::session::{
     MessageAppend, MessageEnd, MessageId, MessageStart, Payload, Record, SessionName, State, Status, Survey, Verdict,
     View, ViewHash,
 };
-use mainstay_protocol::session::{InputPolicy, Intent, JobOutcome, Kind, Operation, PresenceJoined, RunMode, Target};
+use mainstay_protocol::session::{
+    InputPolicy, Intent, JobOutcome, Kind, Operation, Operations, PresenceJoined, RunMode, Target,
+};
 use mainstay_protocol::wire::*;
 use mainstay_protocol::{Code, ProtocolError};
 use toml::Table;
@@ -425,6 +427,17 @@ fn frames() -> Vec<(&'static str, &'static str, Frame)> {
             }
             .into(),
         ),
+        (
+            "MINT",
+            "every operation",
+            Mint {
+                name: label("all"),
+                lasts: 600,
+                device: None,
+                grants: Grants(vec![Grant { prefix: String::new(), operations: Operations::all() }]),
+            }
+            .into(),
+        ),
         ("MINTED", "", Minted { token: Bytes::from_static(b"v4.public.AAAA"), expires: 1_900_000_000 }.into()),
         ("PULL", "", Pull { prefix: Bytes::from_static(b"agent:"), limit: 16 }.into()),
         (
@@ -613,6 +626,12 @@ fn golden_states() -> Vec<Golden> {
         },
         Golden {
             name: "older snapshot",
+            note: "the same as version 3 had it, with a view of fold version 5",
+            bytes: older_snapshot(&state, 3),
+            value: "the same".into(),
+        },
+        Golden {
+            name: "older snapshot",
             note: "the same as version 2 had it",
             bytes: older_snapshot(&state, 2),
             value: "the same".into(),
@@ -632,12 +651,21 @@ fn older_snapshot(state: &State, version: u8) -> Bytes {
     // One instance that is bound stands at the end; before it the one producer, under epoch 1 and begun under epoch 1.
     assert_eq!(state.resumptions().len(), 1);
     let (before, bound) = newest.split_at(newest.len() - (1 + 6 + 16 + 32 + 1));
+    // Nobody asked for anything: its view had another version and was the same.
+    let view = state.view().encode();
+    let at = before.windows(view.len()).position(|bytes| bytes == view).expect("the view");
+    let mut before = before.to_vec();
+    assert_eq!(before[at], 6);
+    before[at] = 5;
     let producer = b"\x05alice\x05agent";
     let at = before.windows(producer.len()).rposition(|bytes| bytes == producer).expect("the producer");
     let (epoch, begun) = (at + producer.len(), at + producer.len() + 2);
     assert_eq!((before[epoch], before[begun]), (1, 1));
     let bound = if version >= 2 { bound } else { &[] };
-    [&[version][..], &before[1..begun], &before[begun + 1..], bound].concat().into()
+    if version < 3 {
+        before.remove(begun);
+    }
+    [&[version][..], &before[1..], bound].concat().into()
 }
 
 /// Bodies that are wrong in a way that every frame shares, and some that are wrong in their own.
@@ -676,7 +704,7 @@ fn malformed_frames() -> Vec<Malformed> {
             });
         }
     }
-    let own: [(&str, &str, &[u8], Code); 38] = [
+    let own: [(&str, &str, &[u8], Code); 40] = [
         ("(any)", "the type is not a minimal varint", &[0x40, 0x06, 0x01, 0x07], Code::FRAME_MALFORMED),
         ("(any)", "the length is not a minimal varint", &[0x06, 0x40, 0x01, 0x07], Code::FRAME_MALFORMED),
         ("(any)", "longer than any frame may be", &[0x3e, 0x80, 0x10, 0x00, 0x00], Code::FRAME_TOO_LARGE),
@@ -761,6 +789,18 @@ fn malformed_frames() -> Vec<Malformed> {
         ("CONFIGURE", "a run mode that nobody knows", &[0x4e, 0x02, 0x03, 0x00], Code::FRAME_MALFORMED),
         ("CONFIGURE", "an input policy that nobody knows", &[0x4e, 0x02, 0x00, 0x04], Code::FRAME_MALFORMED),
         ("TAKE_RUN", "a run id that is cut", &[0x54, 0x04, 0x01, 0x01, 0x22, 0x22], Code::FRAME_MALFORMED),
+        (
+            "MINT",
+            "operations in the wrong order",
+            &[&[0x40, 0x74, 19, 1, b't', 10, 0, 1, 0, 2][..], b"\x06append\x04read"].concat(),
+            Code::FRAME_MALFORMED,
+        ),
+        (
+            "MINT",
+            "an operation that nobody knows",
+            &[&[0x40, 0x74, 11, 1, b't', 10, 0, 1, 0, 1][..], b"\x03fly"].concat(),
+            Code::FRAME_MALFORMED,
+        ),
         (
             "SET_RULE",
             "triggers in the wrong order",

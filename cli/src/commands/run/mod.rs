@@ -552,9 +552,8 @@ impl Work<'_> {
         let last = if view.runs().policy() == InputPolicy::Interrupt { run.start } else { u64::MAX };
         for input in view.runs().waiting_for(run).filter(|input| (given..last).contains(&input.seq)) {
             let Some(message) = view.messages().get(input.message) else {
-                let (session, input) = (self.live.session().clone(), *input);
-                let read =
-                    async move { (input.seq, session.read_message(input.message, (input.start, input.seq)).await) };
+                let (session, id, seqs) = (self.live.session().clone(), input.message, (input.start, input.seq));
+                let read = async move { (seqs.1, session.read_message(id, seqs).await) };
                 self.reading = Some(Box::pin(read));
                 break;
             };

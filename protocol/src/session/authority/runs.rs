@@ -15,6 +15,7 @@ use crate::session::overlay::RunStanding;
 use crate::session::record::Record;
 use crate::session::view::{Input, Run, View};
 use crate::session::words::{Author, MessageId, RunId, SignalId};
+use crate::wire::Subject;
 
 /// How the ids of the server's own signals begin.
 const RESERVED_IDS: [u8; 4] = [0; 4];
@@ -55,9 +56,9 @@ pub(in crate::session) fn owes_interrupt(view: &View) -> bool {
 }
 
 /// The newest input that came since a run began, waits for it, and for which it was not told to stop.
-fn interrupting(view: &View, run: &Run) -> Option<Input> {
+fn interrupting<'a>(view: &'a View, run: &'a Run) -> Option<&'a Input> {
     let waiting = view.runs().waiting_for(run);
-    waiting.filter(|input| input.seq > run.start && input.seq >= run.interrupted).last().copied()
+    waiting.filter(|input| input.seq > run.start && input.seq >= run.interrupted).last()
 }
 
 /// The id of the server's signal to a run about the input that the record with this seq completed: the same whenever it is made, and
@@ -243,8 +244,11 @@ impl<T> Authority<T> {
         if view.runs().policy() != InputPolicy::Interrupt || self.goes_on().is_err() {
             return;
         }
-        let told: Vec<_> = view.runs().active().filter_map(|run| Some((run.id, interrupting(view, run)?))).collect();
-        for (run, Input { message, seq, .. }) in told {
+        let told = view.runs().active().filter_map(|run| {
+            let input = interrupting(view, run)?;
+            Some((run.id, input.message, input.seq))
+        });
+        for (run, message, seq) in told.collect::<Vec<_>>() {
             let id = interrupt_id(run, seq);
             let signal = Signal {
                 id,
@@ -280,14 +284,15 @@ impl<T> Authority<T> {
     }
 
     /// Somebody wants something of a run (spec SIG-1). Without a target it is for the one run that is active. Sending a signal
-    /// again finds it, and a cancel of what is being cancelled finds that.
+    /// again finds it, and a cancel of what is being cancelled finds that. Where `author` may not send `all` signals it has to be about
+    /// something of its own (spec SIG-9).
     ///
     /// Refusals: `RUN_OVER`, `ALREADY_RESOLVED`, `LIMIT_EXCEEDED`, `FRAME_MALFORMED` for an answer that is for no request,
-    /// `SESSION_CLOSED`, `UNAVAILABLE`.
+    /// `FORBIDDEN` for what is about somebody else's, `SESSION_CLOSED`, `UNAVAILABLE`.
     pub fn signal(
         &mut self,
         now: u64,
-        author: &Arc<Author>,
+        (author, all): (&Arc<Author>, bool),
         (id, intent, target): (SignalId, Intent, Option<Target>),
         (lasts, text): (u64, bytes::Bytes),
         ticket: T,
@@ -305,6 +310,9 @@ impl<T> Authority<T> {
             Ok(aimed) => aimed,
             Err(refusal) => return (Outcome::Refused(refusal), None),
         };
+        if !all && let Err(refusal) = self.is_own(&author.subject, target, run) {
+            return (Outcome::Refused(refusal), None);
+        }
         let lasts = if lasts == 0 { MAX_LASTS } else { lasts };
         let signal = Signal { id, intent, target, lasts, text };
         if let Some((_, seq)) = self.overlay.same_signal(self.state.view(), &signal) {
@@ -352,6 +360,30 @@ impl<T> Authority<T> {
                 }
             }
         }
+    }
+
+    /// Succeeds if what a signal is about is `subject`'s, or that of one below it (spec SIG-9): a run that it holds or held, or whose input
+    /// it wrote, and an input that it wrote. As far as the durable view knows: for what is on its way there `UNAVAILABLE`.
+    fn is_own(&self, subject: &Subject, target: Target, run: Option<RunId>) -> Result<(), Refusal> {
+        let view = self.state.view();
+        let (known, begins) = match (run, target) {
+            (Some(id), _) => {
+                let known = view.runs().get(id).map(|run| [Some(&run.holder), run.asker.as_ref()]);
+                let stands = self.overlay.run(view, id).is_some_and(|standing| standing != RunStanding::Over);
+                (known, stands)
+            }
+            (None, Target::Input(input)) => {
+                (view.writer_of(input).map(|writer| [Some(writer), None]), self.overlay.changes_message(input))
+            }
+            (None, _) => (None, false),
+        };
+        if known.is_none() && begins {
+            return Err(Refusal::new(Code::UNAVAILABLE, "whose that is is not durable yet"));
+        }
+        let own = known.into_iter().flatten().flatten().any(|writer| subject.includes(&writer.subject));
+        let detail =
+            "the token grants `signal-own` alone, and neither it nor what is below it asked for that or holds it";
+        own.then_some(()).ok_or(Refusal::new(Code::FORBIDDEN, detail))
     }
 
     /// Writes the signals and requests that expired at `now` (spec SIG-5, SIG-8).

@@ -273,6 +273,11 @@ impl Overlay {
         Ok(())
     }
 
+    /// True if something about a message was accepted that is not durable yet.
+    pub(super) fn changes_message(&self, id: MessageId) -> bool {
+        self.changes.messages.contains_key(&id)
+    }
+
     /// True if something about a member was accepted that is not durable yet.
     pub(super) fn changes_member(&self, author: &Author) -> bool {
         self.changes.members.contains_key(author)

@@ -158,7 +158,13 @@ impl Messages {
         let at = self.open.iter().position(open)?;
         let message = &self.open[at];
         let is_input = message.is_input() && status == Status::Complete;
-        let input = is_input.then_some(Input { message: id, start: message.start, seq, run: message.run });
+        let input = is_input.then(|| Input {
+            message: id,
+            author: Some(message.author.clone()),
+            start: message.start,
+            seq,
+            run: message.run,
+        });
         self.finish(at, seq, status);
         input
     }

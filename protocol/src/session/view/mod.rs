@@ -23,11 +23,14 @@ pub use signals::{
 
 use super::kinds::{Deed, Departure, Intent, Kind, PresenceJoined, Status};
 use super::record::{Head, Record};
-use super::words::{Author, RequestId, RunId, ViewHash};
+use super::words::{Author, MessageId, RequestId, RunId, ViewHash};
 use crate::error::ProtocolError;
 use crate::planted::{Bug, planted};
 use crate::registry::{FOLD_VERSION, MAX_STREAMS};
 use crate::wire::{MAX_VARINT, Reader, Subject, Writer};
+
+/// The fold version since which a view knows who wrote the inputs that wait, and that caused runs.
+const ASKERS_SINCE: u64 = 6;
 
 /// What the view knows of one stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -148,6 +151,13 @@ impl View {
     /// The rules of notification, and their jobs.
     pub fn notifications(&self) -> &Notifications {
         &self.notifications
+    }
+
+    /// Who wrote a message, if it is an input that waits, open, or kept whole. *An input that waits keeps its author where the id was taken
+    /// again, once the message was forgotten.*
+    pub fn writer_of(&self, id: MessageId) -> Option<&Arc<Author>> {
+        let waiting = self.runs.inputs().find(|input| input.message == id).and_then(|input| input.author.as_ref());
+        waiting.or_else(|| self.messages.get(id).map(|message| &message.author))
     }
 
     /// When the server has something to write, in milliseconds since the Unix epoch: a value, a signal or a request expires, or a job
@@ -282,7 +292,8 @@ impl View {
             }
             Deed::SessionConfigured(of) => self.runs.configure(&of),
             Deed::RunStart(id, of) => {
-                for lost in self.runs.start((seq, time), id, author, &of) {
+                let asker = of.input.and_then(|input| self.writer_of(input)).cloned();
+                for lost in self.runs.start((seq, time), id, (author, asker), &of) {
                     self.finish_run(seq, lost, Status::Interrupted);
                 }
                 self.messages.reopen(seq, id);
@@ -409,8 +420,23 @@ impl View {
 
     /// Reads a view. Errors: `FRAME_MALFORMED` for anything but a canonical encoding of this fold version.
     pub fn decode(bytes: &Bytes) -> Result<Self, ProtocolError> {
+        Self::decode_of(FOLD_VERSION, bytes)
+    }
+
+    /// The same of the fold version before, which did not know who wrote an input. Errors: also where the log says it, because it is all
+    /// there (`whole`): it has to be folded again.
+    pub(super) fn decode_older(bytes: &Bytes, whole: bool) -> Result<Self, ProtocolError> {
+        let this = Self::decode_of(ASKERS_SINCE - 1, bytes)?;
+        let asked = this.runs.inputs().next().is_some() || this.runs.current().iter().any(|run| run.input.is_some());
+        match whole && asked {
+            true => Err(ProtocolError::malformed("view is of an older fold version, and does not say who asked")),
+            false => Ok(this),
+        }
+    }
+
+    fn decode_of(version: u64, bytes: &Bytes) -> Result<Self, ProtocolError> {
         let mut r = Reader::new(bytes);
-        if r.varint()? != FOLD_VERSION {
+        if r.varint()? != version {
             return Err(ProtocolError::malformed("view is of another fold version"));
         }
         let (next, time) = (r.varint()?, r.varint()?);
@@ -430,7 +456,7 @@ impl View {
         let messages = Messages::get_from(&mut r, next)?;
         let entries = Entries::get_from(&mut r, next)?;
         let members = Members::get_from(&mut r, next)?;
-        let runs = Runs::get_from(&mut r, next)?;
+        let runs = Runs::get_from(&mut r, next, version >= ASKERS_SINCE)?;
         let signals = Signals::get_from(&mut r, next)?;
         let notifications = Notifications::get_from(&mut r, next)?;
         r.finish()?;

@@ -27,6 +27,8 @@ pub struct Run {
     pub lease: u64,
     /// The input that caused it.
     pub input: Option<MessageId>,
+    /// Who wrote that, if the view knew it when the run began. It does not in one that an older version began to keep.
+    pub asker: Option<Arc<Author>>,
     /// Seq of the record that says that it is lost, while nobody took it over.
     pub lost: Option<u64>,
     /// First seq of the inputs that it has not read.
@@ -51,10 +53,12 @@ pub struct FinishedRun {
 }
 
 /// An input that no run has read: a message of role `user` that is complete (spec RUN-8).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Input {
     /// The message.
     pub message: MessageId,
+    /// Who wrote it. Not known in a view that an older version began to keep.
+    pub author: Option<Arc<Author>>,
     /// Seq of the record that began it: where its text is in the log, if the view does not keep it.
     pub start: u64,
     /// Seq of the record that finished it.
@@ -159,7 +163,7 @@ impl Runs {
         &mut self,
         (seq, time): (u64, u64),
         id: RunId,
-        author: &Arc<Author>,
+        (author, asker): (&Arc<Author>, Option<Arc<Author>>),
         of: &RunStart,
     ) -> Vec<RunId> {
         let taken = self.current.iter_mut().find(|run| run.id == id);
@@ -187,6 +191,7 @@ impl Runs {
             holder: author.clone(),
             lease: of.lease,
             input: of.input,
+            asker,
             lost: None,
             consumed: 0,
             interrupted: 0,
@@ -258,6 +263,7 @@ impl Runs {
             run.holder.put(w);
             w.varint(run.lease);
             Field::put(&run.input, w);
+            Field::put(&run.asker, w);
             Field::put(&run.lost, w);
             w.varint(run.consumed);
             w.varint(run.interrupted);
@@ -273,14 +279,15 @@ impl Runs {
         w.varint(self.inputs.len() as u64);
         for input in &self.inputs {
             input.message.put(w);
+            Field::put(&input.author, w);
             w.varint(input.start);
             w.varint(input.seq);
             Field::put(&input.run, w);
         }
     }
 
-    /// Reads what [`Runs::put`] wrote, of a view that ends at `next`.
-    pub(super) fn get_from(r: &mut Reader<'_>, next: u64) -> Result<Self, ProtocolError> {
+    /// Reads what [`Runs::put`] wrote, of a view that ends at `next`; or what it wrote before it knew any `askers`.
+    pub(super) fn get_from(r: &mut Reader<'_>, next: u64, askers: bool) -> Result<Self, ProtocolError> {
         let inconsistent = || ProtocolError::malformed("runs of a view are not consistent");
         let mut this = Self { mode: Field::get(r)?, policy: Field::get(r)?, ..Self::default() };
         for _ in 0..r.count(MAX_RUNS + KEPT_LOST_RUNS)? {
@@ -289,9 +296,10 @@ impl Runs {
                 start: r.varint()?,
                 time: r.varint()?,
                 epoch: r.varint()?,
-                holder: Arc::new(Author::get(r)?),
+                holder: Field::get(r)?,
                 lease: r.varint()?,
                 input: Field::get(r)?,
+                asker: if askers { Field::get(r)? } else { None },
                 lost: Field::get(r)?,
                 consumed: r.varint()?,
                 interrupted: r.varint()?,
@@ -319,8 +327,13 @@ impl Runs {
             this.finished.push_back(run);
         }
         for _ in 0..r.count(MAX_INPUTS)? {
-            let input =
-                Input { message: MessageId::get(r)?, start: r.varint()?, seq: r.varint()?, run: Field::get(r)? };
+            let input = Input {
+                message: MessageId::get(r)?,
+                author: if askers { Field::get(r)? } else { None },
+                start: r.varint()?,
+                seq: r.varint()?,
+                run: Field::get(r)?,
+            };
             let ascends = this.inputs.back().is_none_or(|last| last.seq < input.seq);
             if !ascends || input.start >= input.seq || input.seq >= next {
                 return Err(inconsistent());
