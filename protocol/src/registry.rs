@@ -123,6 +123,10 @@ pub const DEPARTED_LEASE: u64 = 500;
 pub const MAX_SIGNALS: usize = 64;
 /// Of those, for cancels and interrupts alone (spec SIG-3).
 pub const RESERVED_SIGNALS: usize = 16;
+
+/// Most of the signals that nobody took, of those who may send them about their own alone and have the first part of the subject in common (spec
+/// SIG-9).
+pub const MAX_OWN_SIGNALS: usize = 16;
 /// Bytes of a signal's text (spec SIG-3): all that are pending fit into what a peer may leave unread of control.
 pub const MAX_SIGNAL_TEXT: usize = 2048;
 /// Signals that something became of which a view knows (spec FOLD-9).

@@ -5,13 +5,16 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use mainstay_protocol::Code;
-use mainstay_protocol::registry::{COMPACTED_VERSION, MAX_LASTS, MAX_RETRY_AFTER, MAX_SIGNAL_TEXT, MAX_STREAMS};
+use mainstay_protocol::registry::{
+    COMPACTED_VERSION, INDEXED_MESSAGES, KEPT_MESSAGES, MAX_LASTS, MAX_OWN_SIGNALS, MAX_RETRY_AFTER, MAX_SIGNAL_TEXT,
+    MAX_SIGNALS, MAX_STREAMS, RESERVED_SIGNALS,
+};
 use mainstay_protocol::session::{
     Activity, Author, Authority, Chain, Change, CheckedBatch, Chunk, ChunkBuilder, ChunkCount, ChunkHeader,
     ChunkPosition, ChunkProducer, Compacted, Control, CreditSent, Expected, Feed, Filter, Incarnation, InputPolicy,
     Instance, Intent, Key, Kind, Manners, MessageEnd, MessageId, MessageStart, NotifyRule, Operation, Outcome, Payload,
     PresenceJoined, ProducerHandle, ProducerKey, Record, Refusal, RequestId, RequestOpened, Roaming, RunId, RunMode,
-    SignalId, State, StateChange, Status, Step, Streams, Target, Triggers, View,
+    RunStart, SessionConfigured, SignalId, State, StateChange, Status, Step, Streams, Target, Triggers, View,
 };
 use mainstay_protocol::wire::{
     self, Body, Deframer, Detail, Frame, Label, MAX_VARINT, Ping, Pong, Reader, Span, Start, Subject, Subscribe,
@@ -166,12 +169,89 @@ fn a_snapshot_that_does_not_know_who_asked_is_read_only_behind_a_trim() {
     };
     let whole = older(session.authority.state());
     assert_eq!(State::restore(&whole).expect_err("the log says it").code, Code::FRAME_MALFORMED);
+    // A trim that removed nothing yet, or nothing but a part of a chunk, leaves the log whole.
     session.authority.trim(1, 1, ());
     session.commit();
-    let state = State::restore(&older(session.authority.state())).expect("there is nothing else to have it from");
-    assert_eq!((state.first(), asker(&state), writers(&state)), (1, None, vec![None, None]));
+    assert_eq!(session.authority.state().first(), 1);
+    let trimmed = older(session.authority.state());
+    assert_eq!(State::restore(&trimmed).expect_err("the log says it").code, Code::FRAME_MALFORMED);
+    let state = State::restore_behind_trim(&trimmed).expect("there is nothing else to have it from");
+    assert_eq!((asker(&state), writers(&state)), (None, vec![None, None]));
     let again = State::restore(&state.snapshot()).expect("a snapshot of this version");
     assert_eq!(again.snapshot(), state.snapshot());
+}
+
+/// Spec FOLD-8, SIG-9: whose an input is, and the run that it causes, is known while it waits, whatever else is said; and what is no input has
+/// no asker.
+#[test]
+fn an_input_that_waits_keeps_its_author() {
+    let bob = Arc::new(Author { subject: Subject::new("bob").expect("a subject"), instance: Instance([2; 16]) });
+    let mut view = View::default();
+    let say = |view: &mut View, author: &Arc<Author>, id: MessageId, role: &str| {
+        let of = |record: Record| Record { message: Some(id), ..record };
+        let start = MessageStart { role: label(role), content_type: label("text/plain") };
+        view.fold_record(author, 1, &of(start.record(0))).expect("folds");
+        let end = MessageEnd { status: Status::Complete, detail: Detail::default() };
+        view.fold_record(author, 1, &of(end.record(0))).expect("folds");
+    };
+    let begin = |view: &mut View, run: u8, input: MessageId| {
+        let start = RunStart { lease: 5000, input: Some(input), lost: None };
+        let record = Record { run: Some(RunId([run; 16])), ..start.record(0) };
+        view.fold_record(&bob, 1, &record).expect("folds");
+        view.runs().get(RunId([run; 16])).expect("the run").asker.clone()
+    };
+    let configured = SessionConfigured { runs: RunMode::Parallel, inputs: InputPolicy::Enqueue };
+    view.fold_record(&bob, 1, &configured.record(0)).expect("folds");
+    let input = MessageId([0xff; 16]);
+    say(&mut view, &alice(), input, "user");
+    assert_eq!(view.writer_of(input), Some(&alice()));
+    // Until its message is forgotten, and its id taken again.
+    for number in 0..(KEPT_MESSAGES + INDEXED_MESSAGES + 1) as u64 {
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&number.to_be_bytes());
+        say(&mut view, &bob, MessageId(id), "assistant");
+    }
+    assert!(!view.messages().knows(input));
+    assert_eq!(view.writer_of(input), Some(&alice()));
+    say(&mut view, &bob, input, "user");
+    assert_eq!(begin(&mut view, 1, input), Some(alice()));
+    // Nobody asks with what is no input, and nobody is known to have asked with what nobody knows.
+    let answer = MessageId([0xfe; 16]);
+    say(&mut view, &alice(), answer, "assistant");
+    assert_eq!(view.writer_of(answer), None);
+    assert_eq!(begin(&mut view, 2, answer), None);
+    assert_eq!(begin(&mut view, 3, MessageId([0xfd; 16])), None);
+}
+
+/// Spec SIG-9: who may send signals about their own alone leaves room for others, however many subjects they make.
+#[test]
+fn signals_about_ones_own_leave_room_for_others() {
+    let mut session = Session::new();
+    let run = RunId([3; 16]);
+    session.authority.start_run(1, &alice(), run, (5000, None), ());
+    session.commit();
+    let deputy = Arc::new(Author { subject: Subject::new("alice/x").expect("a subject"), instance: Instance([1; 16]) });
+    let send = |session: &mut Session, who: &Arc<Author>, all: bool, id: u8, intent: Intent| {
+        let signal = (SignalId([id; 16]), intent, Some(Target::Run(run)));
+        let (outcome, _) = session.authority.signal(1, (who, all), signal, (1000, Bytes::new()), ());
+        session.commit();
+        match outcome {
+            Outcome::Refused(refusal) => Err(refusal.code),
+            _ => Ok(()),
+        }
+    };
+    for id in 1..=MAX_OWN_SIGNALS as u8 {
+        assert_eq!(send(&mut session, &alice(), false, id, Intent::Steer), Ok(()));
+    }
+    assert_eq!(send(&mut session, &alice(), false, 100, Intent::Steer), Err(Code::LIMIT_EXCEEDED));
+    assert_eq!(send(&mut session, &alice(), false, 100, Intent::Cancel), Err(Code::LIMIT_EXCEEDED));
+    assert_eq!(send(&mut session, &deputy, false, 100, Intent::Steer), Err(Code::FORBIDDEN), "it is above");
+    assert_eq!(send(&mut session, &deputy, true, 100, Intent::Steer), Ok(()));
+    for id in 101..101 + (MAX_SIGNALS - RESERVED_SIGNALS - MAX_OWN_SIGNALS - 1) as u8 {
+        assert_eq!(send(&mut session, &alice(), true, id, Intent::Steer), Ok(()));
+    }
+    assert_eq!(send(&mut session, &alice(), true, 200, Intent::Steer), Err(Code::LIMIT_EXCEEDED));
+    assert_eq!(send(&mut session, &alice(), true, 200, Intent::Cancel), Ok(()), "it is reserved for this");
 }
 
 /// Spec SIG-3, NOTE-1: exactly the limit is allowed.

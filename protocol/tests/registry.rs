@@ -126,7 +126,7 @@ fn kinds_controls_parameters_and_operations_are_those_of_the_registry() {
 #[test]
 fn limits_and_versions_are_those_of_the_registry() {
     let registry = registry();
-    let limits: [(&str, usize); 63] = [
+    let limits: [(&str, usize); 64] = [
         ("max_name", numbers::MAX_NAME),
         ("max_label", numbers::MAX_LABEL),
         ("max_subject", numbers::MAX_SUBJECT),
@@ -176,6 +176,7 @@ fn limits_and_versions_are_those_of_the_registry() {
         ("max_lease", numbers::MAX_LEASE as usize),
         ("max_signals", numbers::MAX_SIGNALS),
         ("reserved_signals", numbers::RESERVED_SIGNALS),
+        ("max_own_signals", numbers::MAX_OWN_SIGNALS),
         ("max_signal_text", numbers::MAX_SIGNAL_TEXT),
         ("kept_signals", numbers::KEPT_SIGNALS),
         ("max_requests", numbers::MAX_REQUESTS),

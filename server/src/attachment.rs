@@ -398,7 +398,10 @@ async fn read<C: Connection>(
             Frame::TakeRun(request) => Command::TakeRun { attachment: attachment.clone(), request: Box::new(request) },
             Frame::Renew(Renew { epoch }) => Command::Renew { attachment: attachment.clone(), epoch },
             Frame::Release(Release { epoch }) => Command::Release { attachment: attachment.clone(), epoch },
-            Frame::Signal(request) => Command::Signal { attachment: attachment.clone(), request: Box::new(request) },
+            Frame::Signal(request) => {
+                let all = conn.allow(Operation::Signal, name).is_ok();
+                Command::Signal { attachment: attachment.clone(), request: Box::new(request), all }
+            }
             Frame::Resume(request) => match proved(transport, conn, attachment, session, &request) {
                 Ok(claim) => Command::Resume { attachment: attachment.clone(), claim },
                 Err(refusal) => {

@@ -80,7 +80,8 @@ pub(crate) enum Command {
     /// RELEASE.
     Release { attachment: Arc<Attachment>, epoch: Option<u64> },
     /// SIGNAL.
-    Signal { attachment: Arc<Attachment>, request: Box<Signal> },
+    /// `all` if it may be about anybody's.
+    Signal { attachment: Arc<Attachment>, request: Box<Signal>, all: bool },
     /// RESUME, of a client that proved what it claims.
     Resume { attachment: Arc<Attachment>, claim: ResumeClaim },
     /// LISTEN.
@@ -1093,11 +1094,9 @@ impl Owner {
                     authority.retain_standbys(|ticket| !ticket.is_of(&attachment));
                 }
             }
-            Command::Signal { attachment, request } => {
+            Command::Signal { attachment, request, all } => {
                 let author = attachment.author.clone();
                 let Signal { id, intent, target, lasts, text } = *request;
-                let conn = attachment.conn.upgrade();
-                let all = conn.is_some_and(|conn| conn.allow(Operation::Signal, &self.session.id.name).is_ok());
                 self.request(attachment, Signal::KIND, 0, |authority, ticket| {
                     authority.signal(now, (&author, all), (id, intent, target), (lasts, text), ticket)
                 })

@@ -165,6 +165,8 @@ pub struct SessionStat {
     pub written: u64,
     /// Chunks written so far, trimmed ones included: the number of the next chunk.
     pub chunks: u64,
+    /// The number of the first chunk that is kept: 0 as long as none was removed, so that the log can be folded from its beginning.
+    pub kept: u64,
     /// When it has something to write by itself, in milliseconds since the Unix epoch.
     pub wake: Option<u64>,
     /// How far it is compacted.

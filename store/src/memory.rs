@@ -52,6 +52,7 @@ impl Session {
             first: self.first,
             tail: self.tail,
             chunks: self.next_number,
+            kept: self.chunks.first().map_or(self.next_number, |chunk| chunk.header().number),
             wake: self.wake,
             compaction: self.compaction,
         }

@@ -414,7 +414,7 @@ mod tests {
 
     #[test]
     fn a_token_is_made_only_if_it_is_narrower_and_within_what_may_be_passed_on() {
-        use Operation::{Append, Mint, Read};
+        use Operation::{Append, Mint, Read, Signal, SignalOwn};
         let subject = Subject::new("alice").expect("a subject");
         let own = grants(&[("team", &[Read, Append]), ("team/a", &[Mint])]);
         let delegator = Delegator { subject: &subject, grants: &own, expires: 1000, depth: 0 };
@@ -441,6 +441,16 @@ mod tests {
         assert_eq!(make(delegator, &[("team", &[Read, Mint])], 500), Err(Code::FORBIDDEN), "no narrower");
         assert!(make(delegator, &[("team", &[Read, Mint])], 499).is_ok(), "it ends earlier");
         assert!(make(delegator, &[("team", &[Read])], 500).is_ok(), "it allows less");
+        // All signals are more than those about one's own.
+        let all = grants(&[("team", &[Signal, Mint])]);
+        let all = Delegator { grants: &all, ..delegator };
+        assert!(make(all, &[("team", &[SignalOwn, Mint])], 500).is_ok(), "it allows less");
+        assert_eq!(make(all, &[("team", &[Signal, SignalOwn, Mint])], 500), Err(Code::FORBIDDEN), "no narrower");
+        let own = grants(&[("team", &[SignalOwn, Mint])]);
+        let own = Delegator { grants: &own, ..delegator };
+        assert_eq!(make(own, &[("team", &[Signal])], 10), Err(Code::FORBIDDEN));
+        assert!(all.grants.allow(SignalOwn, "team") && all.grants.allow_somewhere(SignalOwn));
+        assert!(!own.grants.allow(Signal, "team") && !own.grants.allow_somewhere(Signal));
         let deep = Delegator { depth: MAX_DELEGATIONS, ..delegator };
         assert_eq!(make(deep, &[("team", &[Read])], 10), Err(Code::LIMIT_EXCEEDED));
         let long = Subject::new(&"x".repeat(MAX_SUBJECT - 3)).expect("a subject");

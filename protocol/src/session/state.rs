@@ -364,8 +364,19 @@ impl State {
         snapshot.first() == Some(&SNAPSHOT_VERSION)
     }
 
-    /// Reads a snapshot, also one of an older version (spec DUR-9). Errors: `FRAME_MALFORMED`; the chunks must then be read from the first one.
+    /// Reads a snapshot, also one of an older version that says all that this one does (spec DUR-9). Errors: `FRAME_MALFORMED`; the chunks
+    /// must then be read from the first one.
     pub fn restore(bytes: &Bytes) -> Result<Self, ProtocolError> {
+        Self::read(bytes, true)
+    }
+
+    /// The same of a log of which the first chunks were removed, so that there is nothing else to have it from: an older version may say
+    /// less.
+    pub fn restore_behind_trim(bytes: &Bytes) -> Result<Self, ProtocolError> {
+        Self::read(bytes, false)
+    }
+
+    fn read(bytes: &Bytes, whole: bool) -> Result<Self, ProtocolError> {
         let mut r = Reader::new(bytes);
         let version = version(&mut r)?;
         let incarnation = Incarnation::get(&mut r)?;
@@ -373,8 +384,7 @@ impl State {
         let (number, first, created) = (r.varint()?, r.varint()?, r.varint()?);
         let (time, writer_epoch) = (r.varint()?, r.varint()?);
         let view = r.bytes(usize::MAX)?;
-        // What a trim removed was removed behind a snapshot that knew of it.
-        let view = if version >= ASKERS_SINCE { View::decode(&view)? } else { View::decode_older(&view, first == 0)? };
+        let view = if version >= ASKERS_SINCE { View::decode(&view)? } else { View::decode_older(&view, whole)? };
         let names = (0..r.count(MAX_STREAMS)?).map(|_| Label::get(&mut r)).collect::<Result<Vec<_>, _>>()?;
         if names.first().map(Label::as_str) != Some(STREAM_MAIN_NAME) {
             return Err(ProtocolError::malformed("stream main is missing"));

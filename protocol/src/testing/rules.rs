@@ -190,7 +190,7 @@ fn grants(choices: &mut Choices<'_>, digest: &mut Digest) -> Option<()> {
     let some = |choices: &mut Choices<'_>| {
         let mut grants = Vec::new();
         for _ in 0..1 + choices.byte()? % 3 {
-            let bits = choices.number(1 << 9)?;
+            let bits = choices.number(1 << Operation::ALL.len())?;
             let operations = Operation::ALL.into_iter().filter(|one| bits & 1 << *one as u64 != 0).collect();
             grants.push(Grant { prefix: text(choices)?.into(), operations });
         }

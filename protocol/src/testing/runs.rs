@@ -11,7 +11,9 @@ use super::compaction;
 use super::counts::counts;
 use super::digest::Digest;
 use crate::error::Code;
-use crate::registry::{KEPT_LOST_RUNS, MAX_JOBS, MAX_LASTS, MAX_SIGNALS, RESERVED_SIGNALS, STREAM_MAIN};
+use crate::registry::{
+    KEPT_LOST_RUNS, MAX_JOBS, MAX_LASTS, MAX_OWN_SIGNALS, MAX_SIGNALS, RESERVED_SIGNALS, STREAM_MAIN,
+};
 use crate::session::{
     Activity, Author, Authority, CheckedBatch, Chunk, Committed, Incarnation, InputPolicy, Instance, Intent,
     JobOutcome, Kind, MessageAppend, MessageEnd, MessageId, MessageStart, NotifyRule, Outcome, Payload, PresenceJoined,
@@ -289,6 +291,8 @@ struct Message {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Signal {
+    /// None for the server.
+    author: Option<u8>,
     seq: u64,
     intent: Intent,
     target: Target,
@@ -392,6 +396,7 @@ enum Accepted {
     Emit(u64, u8),
     Done(u64, u8),
     Signal {
+        author: u8,
         id: SignalId,
         intent: Intent,
         target: Target,
@@ -638,7 +643,10 @@ impl World {
                         holder: who,
                         leased,
                         input,
-                        asker: input.and_then(|input| self.messages.get(&input)).map(|message| message.author),
+                        asker: input
+                            .and_then(|input| self.messages.get(&input))
+                            .filter(|of| of.input)
+                            .map(|of| of.author),
                         lost: None,
                         over: None,
                         consumed: 0,
@@ -675,7 +683,7 @@ impl World {
                     self.finish_run(seq, oldest, Status::Interrupted);
                 }
             }
-            Accepted::Signal { id, intent, target, run, expires } => {
+            Accepted::Signal { author, id, intent, target, run, expires } => {
                 if let Target::Request(RequestId([request, ..])) = target {
                     let outcome = match intent {
                         Intent::Approve => RequestOutcome::Approved,
@@ -686,14 +694,16 @@ impl World {
                 }
                 let settled = intent.is_answer() && run.is_none();
                 let outcome = settled.then_some((SignalOutcome::Consumed, seq));
-                self.signals.insert(id, Signal { seq, intent, target, run, expires, outcome });
+                let author = Some(author);
+                self.signals.insert(id, Signal { author, seq, intent, target, run, expires, outcome });
             }
             Accepted::Interrupt { id, run, message, expires } => {
                 if let Some(run) = self.runs.get_mut(&run) {
                     run.interrupted = seq + 1;
                 }
                 let (intent, target) = (Intent::Interrupt, Target::Input(message_id(message)));
-                self.signals.insert(id, Signal { seq, intent, target, run: Some(run), expires, outcome: None });
+                let signal = Signal { author: None, seq, intent, target, run: Some(run), expires, outcome: None };
+                self.signals.insert(id, signal);
             }
             Accepted::ExpireSignal(id) => {
                 if let Some(signal) = self.signals.get_mut(&id) {
@@ -771,6 +781,11 @@ fn handles(authority: &Authority<usize>) -> [ProducerHandle; 3] {
 fn subject_of(who: u8) -> Subject {
     let name = ["s", "s2", "s/2"][who as usize];
     Subject::new(name).unwrap_or_else(|_| unreachable!("a valid subject"))
+}
+
+/// Whose a subject is in the end.
+fn root_of(who: u8) -> &'static str {
+    ["s", "s2", "s"][who as usize]
 }
 
 /// True if what is of `who` is also the `subject`'s (spec SIG-9).
@@ -1201,7 +1216,7 @@ impl History {
         });
         self.counts.own += u64::from(!all && aimed.is_ok());
         self.counts.foreign += u64::from(aimed == Err(Code::FORBIDDEN));
-        self.aimed(&outcome, aimed, (signal_id(id), intent), lasts, ticket);
+        self.aimed(&outcome, aimed, ((who, all), signal_id(id), intent), lasts, ticket);
     }
 
     /// Whether a signal is about something of `who`, by what is durable (spec SIG-9).
@@ -1210,13 +1225,18 @@ impl History {
         let own = match (run, target) {
             (Some(run), _) => match durable.runs.get(&run) {
                 Some(of) if of.over.is_some() => false,
-                Some(of) => is_own(who, of.holder) || of.asker.is_some_and(|asker| is_own(who, asker)),
+                Some(of) if of.asker.is_some_and(|asker| is_own(who, asker)) => true,
+                // It is being taken over.
+                Some(of) if staged.runs.get(&run).is_some_and(|now| now.over.is_none() && now.epoch != of.epoch) => {
+                    return Err(Code::UNAVAILABLE);
+                }
+                Some(of) => is_own(who, of.holder),
                 // A request may name a run that was never begun.
                 None if staged.runs.get(&run).is_some_and(|of| of.over.is_none()) => return Err(Code::UNAVAILABLE),
                 None => false,
             },
             (None, Target::Input(MessageId([input, ..]))) => match durable.messages.get(&input) {
-                Some(message) => is_own(who, message.author),
+                Some(message) => message.input && is_own(who, message.author),
                 None if staged.messages.contains_key(&input) => return Err(Code::UNAVAILABLE),
                 None => false,
             },
@@ -1229,7 +1249,7 @@ impl History {
         &mut self,
         outcome: &Outcome,
         aimed: Result<(Target, Option<u8>), Code>,
-        (id, intent): (SignalId, Intent),
+        ((author, all), id, intent): ((u8, bool), SignalId, Intent),
         lasts: u64,
         ticket: usize,
     ) {
@@ -1243,13 +1263,21 @@ impl History {
             if world.signals.contains_key(&id) || world.signals.values().any(|signal| same(&signal)) {
                 return Err(Code::NO_ERROR);
             }
+            let same = |signal: &&Signal| {
+                signal.outcome.is_none() && signal.author.is_some_and(|of| root_of(of) == root_of(author))
+            };
+            let own = world.signals.values().filter(same).count();
+            let reserved = run.is_none() && world.pending() >= MAX_SIGNALS - RESERVED_SIGNALS;
+            if !all && (own >= MAX_OWN_SIGNALS || reserved) {
+                return Err(Code::LIMIT_EXCEEDED);
+            }
             let settled = intent.is_answer() && run.is_none();
             let room = if intent.stops() { MAX_SIGNALS } else { MAX_SIGNALS - RESERVED_SIGNALS };
             if !settled && world.pending() >= room {
                 return Err(Code::LIMIT_EXCEEDED);
             }
             let expires = self.now + if lasts == 0 { MAX_LASTS } else { lasts };
-            Ok(Accepted::Signal { id, intent, target, run, expires })
+            Ok(Accepted::Signal { author, id, intent, target, run, expires })
         });
         if matches!(expected, Err(Code::NO_ERROR)) {
             let known = match outcome {

@@ -268,7 +268,12 @@ text_type! {
 }
 
 impl Subject {
-    /// True for the subject itself and for those below it: `alice` includes `alice` and `alice/agent`, never `alicey` (spec AUTH-9).
+    /// What is before its first `/`: whose it is in the end, where tokens were made from others (spec AUTH-9).
+    pub fn root(&self) -> &str {
+        self.as_str().split_once('/').map_or(self.as_str(), |(root, _)| root)
+    }
+
+    /// True for the subject itself and for those below it: `alice` includes `alice` and `alice/agent`, never `alicey` (spec SIG-9).
     pub fn includes(&self, other: &Self) -> bool {
         let rest = other.as_str().strip_prefix(self.as_str());
         rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))

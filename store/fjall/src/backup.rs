@@ -334,7 +334,11 @@ impl Returning {
         let (from, to, first, chain) = (self.saved.incarnation, self.to, self.saved.first, self.saved.chain);
         if let Item::Snapshot(bytes) = &item {
             // One of another version is as good as none.
-            self.snapshot = State::restore(bytes).ok().filter(|state| state.incarnation() == from);
+            let state = match first.1 {
+                0 => State::restore(bytes),
+                _ => State::restore_behind_trim(bytes),
+            };
+            self.snapshot = state.ok().filter(|state| state.incarnation() == from);
             return Ok(None);
         }
         let snapshot = &mut self.snapshot;

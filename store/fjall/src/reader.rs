@@ -171,6 +171,7 @@ impl<'a> Reader<'a> {
             expire_after: row.expire_after,
             written,
             chunks,
+            kept: row.base.number,
             wake: row.wake,
             compaction: row.compaction,
         })

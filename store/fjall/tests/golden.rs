@@ -14,7 +14,7 @@ use mainstay_store::{ReadFrom, Store};
 use mainstay_store_fjall::verify::{Found, Problem, verify};
 use mainstay_store_fjall::{Config, FjallStore, OpenError};
 
-/// Name, first seq, tail and view hash, under fold version 5.
+/// Name, first seq, tail and view hash.
 type Sessions = &'static [(&'static str, u64, u64, &'static str)];
 
 /// The fold version of the hashes below.
@@ -34,7 +34,7 @@ const OF_3: Sessions = &[
     ("trimmed", 20, 50, "01b68abf708761da63ae00d585a98e2c1f91e78276bd2bb85aca02da692b59a7"),
 ];
 
-/// What the store of a format holds, as the version that wrote it said; the hashes are what the log gives by this fold.
+/// What the store of a format holds, as the version that wrote it said; the hashes are those of its views by this fold.
 fn sessions(format: &str) -> Sessions {
     match format {
         "2" => OF_2,

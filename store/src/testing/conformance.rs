@@ -240,7 +240,7 @@ async fn one_of_several_creates_wins(store: Arc<dyn Store>) {
     assert_eq!(new, 1);
     assert!(winners.iter().all(|winner| *winner == winners[0]));
     let stat = store.stat(ids[0].name.clone()).await.expect("stat").expect("exists");
-    assert_eq!((stat.created, stat.first, stat.tail, stat.chunks), (5, 0, 0, 0));
+    assert_eq!((stat.created, stat.first, stat.tail, stat.chunks, stat.kept), (5, 0, 0, 0, 0));
 }
 
 /// Spec SESS-17.
@@ -399,7 +399,7 @@ async fn a_trim_needs_a_snapshot_and_keeps_the_rest_readable(store: Arc<dyn Stor
     retry(|| store.put_snapshot(&log.writer, log.state.snapshot())).await.expect("put snapshot");
     retry(|| store.trim(&log.writer, 11)).await.expect("trim");
     let stat = store.stat(id.name.clone()).await.expect("stat").expect("exists");
-    assert_eq!((stat.first, stat.tail, stat.chunks), (11, 20, 10));
+    assert_eq!((stat.first, stat.tail, stat.chunks, stat.kept), (11, 20, 10, 5));
     assert_eq!(log.payloads(0).await.first().map(String::as_str), Some("5a"));
     log.append(&["z"]).await;
     let reopened = Log::open(&store, id).await;
@@ -410,6 +410,8 @@ async fn a_trim_needs_a_snapshot_and_keeps_the_rest_readable(store: Arc<dyn Stor
     retry(|| store.trim(&reopened.writer, 21)).await.expect("trim");
     let page = store.read(reopened.id(), ReadFrom::Seq(0), 1000).await.expect("read");
     assert_eq!((page.chunks.len(), page.first, page.tail), (0, 21, 21));
+    let stat = store.stat(reopened.id().name).await.expect("stat").expect("exists");
+    assert_eq!((stat.kept, stat.chunks), (11, 11));
 }
 
 /// Spec COMPACT-3, COMPACT-5.

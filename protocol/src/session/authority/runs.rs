@@ -6,7 +6,9 @@ use std::sync::Arc;
 use super::{Authority, Outcome, Refusal, Reply};
 use crate::error::Code;
 use crate::planted::{Bug, planted};
-use crate::registry::{MAX_LASTS, MAX_LEASE, MAX_STANDBYS, MIN_LEASE, STREAM_MAIN};
+use crate::registry::{
+    MAX_LASTS, MAX_LEASE, MAX_OWN_SIGNALS, MAX_SIGNALS, MAX_STANDBYS, MIN_LEASE, RESERVED_SIGNALS, STREAM_MAIN,
+};
 use crate::session::kinds::{
     InputPolicy, Intent, Payload, RequestExpired, RunLost, RunMode, RunStart, SessionConfigured, Signal, SignalExpired,
     Target,
@@ -321,6 +323,9 @@ impl<T> Authority<T> {
                 false => refused(Code::UNAVAILABLE, 0, "the signal is being stored"),
             };
         }
+        if !all && let Err(refusal) = self.own_room(&author.subject, run) {
+            return (Outcome::Refused(refusal), None);
+        }
         self.ask(now, author, signal.record(STREAM_MAIN, run), ticket)
     }
 
@@ -363,27 +368,49 @@ impl<T> Authority<T> {
     }
 
     /// Succeeds if what a signal is about is `subject`'s, or that of one below it (spec SIG-9): a run that it holds or held, or whose input
-    /// it wrote, and an input that it wrote. As far as the durable view knows: for what is on its way there `UNAVAILABLE`.
+    /// it wrote, and an input that it wrote. As far as the durable view knows: where that is about to change, `UNAVAILABLE`.
     fn is_own(&self, subject: &Subject, target: Target, run: Option<RunId>) -> Result<(), Refusal> {
         let view = self.state.view();
-        let (known, begins) = match (run, target) {
+        let own = |author: &Arc<Author>| subject.includes(&author.subject);
+        let (is_own, changes) = match (run, target) {
             (Some(id), _) => {
-                let known = view.runs().get(id).map(|run| [Some(&run.holder), run.asker.as_ref()]);
-                let stands = self.overlay.run(view, id).is_some_and(|standing| standing != RunStanding::Over);
-                (known, stands)
+                let known = view.runs().get(id);
+                let epoch = match self.overlay.run(view, id) {
+                    Some(RunStanding::Active { epoch, .. } | RunStanding::Lost { epoch, .. }) => Some(epoch),
+                    Some(RunStanding::Over) | None => None,
+                };
+                let changes = epoch.is_some() && known.map(|run| run.epoch) != epoch;
+                let holds = known.is_some_and(|run| own(&run.holder));
+                (known.and_then(|run| run.asker.as_ref()).is_some_and(own) || holds && !changes, changes)
             }
-            (None, Target::Input(input)) => {
-                (view.writer_of(input).map(|writer| [Some(writer), None]), self.overlay.changes_message(input))
-            }
-            (None, _) => (None, false),
+            (None, Target::Input(input)) => match view.writer_of(input) {
+                Some(writer) => (own(writer), false),
+                None => (false, !view.messages().knows(input) && self.overlay.changes_message(input)),
+            },
+            (None, _) => (false, false),
         };
-        if known.is_none() && begins {
-            return Err(Refusal::new(Code::UNAVAILABLE, "whose that is is not durable yet"));
+        match (is_own, changes) {
+            (true, _) => Ok(()),
+            (false, true) => Err(Refusal::new(Code::UNAVAILABLE, "whose that is is being stored")),
+            (false, false) => {
+                let detail = "the token grants `signal-own` alone, and its subject neither asked for that nor holds it";
+                Err(Refusal::new(Code::FORBIDDEN, detail))
+            }
         }
-        let own = known.into_iter().flatten().flatten().any(|writer| subject.includes(&writer.subject));
-        let detail =
-            "the token grants `signal-own` alone, and neither it nor what is below it asked for that or holds it";
-        own.then_some(()).ok_or(Refusal::new(Code::FORBIDDEN, detail))
+    }
+
+    /// Succeeds if there is room for one more signal of somebody who may send them about his own alone (spec SIG-9): the rest is for others.
+    fn own_room(&self, subject: &Subject, run: Option<RunId>) -> Result<(), Refusal> {
+        let (mut pending, mut own) = (0, 0);
+        for author in self.overlay.signallers(self.state.view()) {
+            pending += 1;
+            own += usize::from(author.subject.root() == subject.root());
+        }
+        let reserved = run.is_none() && pending >= MAX_SIGNALS - RESERVED_SIGNALS;
+        match own >= MAX_OWN_SIGNALS || reserved {
+            true => Err(Refusal::new(Code::LIMIT_EXCEEDED, "too many of the subject's signals wait for an agent")),
+            false => Ok(()),
+        }
     }
 
     /// Writes the signals and requests that expired at `now` (spec SIG-5, SIG-8).

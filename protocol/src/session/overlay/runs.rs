@@ -28,8 +28,9 @@ pub(in crate::session) enum RunStanding {
 }
 
 /// A signal that nobody took, as far as the rules need to know.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct PendingStanding {
+    author: Arc<Author>,
     seq: u64,
     run: Option<RunId>,
     signal: (Intent, Target),
@@ -116,10 +117,9 @@ impl Overlay {
             return None;
         }
         let same = (signal.intent, signal.target);
-        let accepted =
-            self.changes.signals.iter().find_map(|(id, (_, seq, pending))| {
-                pending.filter(|pending| pending.signal == same).map(|_| (*id, *seq))
-            });
+        let accepted = self.changes.signals.iter().find_map(|(id, (_, seq, pending))| {
+            pending.as_ref().filter(|pending| pending.signal == same).map(|_| (*id, *seq))
+        });
         let durable = || {
             let mut pending = view.signals().pending().iter();
             let found = pending.find(|p| {
@@ -128,6 +128,13 @@ impl Overlay {
             Some((found.signal.id, found.seq))
         };
         accepted.or_else(durable)
+    }
+
+    /// The authors of the signals that nobody took, counting what was accepted.
+    pub(in crate::session) fn signallers<'a>(&'a self, view: &'a View) -> impl Iterator<Item = &'a Arc<Author>> {
+        let durable = view.signals().pending().iter().filter(|p| !self.changes.signals.contains_key(&p.signal.id));
+        let accepted = self.changes.signals.values().filter_map(|(_, _, pending)| pending.as_ref());
+        durable.map(|pending| &pending.author).chain(accepted.map(|pending| &pending.author))
     }
 
     /// A signal that expires at `now` or before.
@@ -304,10 +311,11 @@ impl Draft<'_> {
     fn pending_signal(&self, id: SignalId) -> Option<PendingStanding> {
         if let Some((_, _, pending)) = self.changes.signals.get(&id).or_else(|| self.accepted.changes.signals.get(&id))
         {
-            return *pending;
+            return pending.clone();
         }
         let pending = self.view.signals().pending().iter().find(|pending| pending.signal.id == id)?;
         Some(PendingStanding {
+            author: pending.author.clone(),
             seq: pending.seq,
             run: pending.run,
             signal: (pending.signal.intent, pending.signal.target),
@@ -356,7 +364,7 @@ impl Draft<'_> {
         if self.totals.signals > room {
             return Err(limit("too many signals that nobody took; cancel the run, or wait until some expire"));
         }
-        let pending = PendingStanding { seq, run, signal: (signal.intent, signal.target) };
+        let pending = PendingStanding { author: self.author.clone(), seq, run, signal: (signal.intent, signal.target) };
         self.changes.signals.insert(signal.id, (seq, seq, Some(pending)));
         Ok(())
     }

@@ -153,11 +153,11 @@ impl View {
         &self.notifications
     }
 
-    /// Who wrote a message, if it is an input that waits, open, or kept whole. *An input that waits keeps its author where the id was taken
+    /// Who wrote an input, if it waits, or its message is open or kept whole. *One that waits has its author also where its id was taken
     /// again, once the message was forgotten.*
     pub fn writer_of(&self, id: MessageId) -> Option<&Arc<Author>> {
-        let waiting = self.runs.inputs().find(|input| input.message == id).and_then(|input| input.author.as_ref());
-        waiting.or_else(|| self.messages.get(id).map(|message| &message.author))
+        let waiting = self.runs.inputs().find(|input| input.message == id).map(|input| input.author.as_ref());
+        waiting.unwrap_or_else(|| self.messages.get(id).filter(|of| of.is_input()).map(|message| &message.author))
     }
 
     /// When the server has something to write, in milliseconds since the Unix epoch: a value, a signal or a request expires, or a job
