@@ -720,7 +720,15 @@ async fn memory_that_is_full_sheds_work_in_order_and_lets_live_followers_go_on()
     .await;
     // A view is refused, and asked for again by the client.
     let mut viewing = session.subscribe(mainstay_client::Start::Snapshot).open().await.expect("subscribe");
-    let come = timeout(Duration::from_millis(200), viewing.next()).await;
+    let histories = || {
+        let (mut registry, mut text) = (prometheus_client::registry::Registry::default(), String::new());
+        server.register(&mut registry);
+        prometheus_client::encoding::text::encode(&mut text, &registry).expect("text");
+        let shed = text.lines().find_map(|line| line.strip_prefix("shed_requests_total{work=\"history\"} "));
+        shed.map_or(0, |count| count.parse::<u64>().expect("a number"))
+    };
+    mainstay_tests::until("the view is refused, behind the list", async || histories() >= 2).await;
+    let come = timeout(Duration::ZERO, viewing.next()).await;
     assert!(come.is_err(), "{come:?}");
     level(0, 0).await;
     next(&mut behind, OLD).await;
