@@ -871,7 +871,7 @@ pub(crate) enum TokenAction {
         #[arg(long, value_name = "NAME")]
         subject: String,
         /// What it allows: PREFIX=OPERATIONS, for example agent:=read,append. Operations are read, append, create, manage, join,
-        /// run, signal, signal-own (signals about what they asked for or hold alone), notify, mint and all. An empty prefix is every
+        /// run, signal, signal-own (about what they asked for or hold), notify, mint and all. An empty prefix is every
         /// session. May be repeated.
         #[arg(long, value_name = "PREFIX=OPS", required = true)]
         grant: Vec<String>,

@@ -123,9 +123,8 @@ pub const DEPARTED_LEASE: u64 = 500;
 pub const MAX_SIGNALS: usize = 64;
 /// Of those, for cancels and interrupts alone (spec SIG-3).
 pub const RESERVED_SIGNALS: usize = 16;
-
-/// Most of the signals that nobody took, of those who may send them about their own alone and have the first part of the subject in common (spec
-/// SIG-9).
+/// Signals that nobody took, of subjects with the same first part, from which on those who may send them about their own alone send no more,
+/// but to cancel (spec SIG-9).
 pub const MAX_OWN_SIGNALS: usize = 16;
 /// Bytes of a signal's text (spec SIG-3): all that are pending fit into what a peer may leave unread of control.
 pub const MAX_SIGNAL_TEXT: usize = 2048;

@@ -223,12 +223,25 @@ fn an_input_that_waits_keeps_its_author() {
     assert_eq!(begin(&mut view, 3, MessageId([0xfd; 16])), None);
 }
 
-/// Spec SIG-9: who may send signals about their own alone leaves room for others, however many subjects they make.
+/// Spec SIG-9: who may send signals about their own alone leaves room for others, and can stop it nevertheless.
 #[test]
 fn signals_about_ones_own_leave_room_for_others() {
     let mut session = Session::new();
     let run = RunId([3; 16]);
-    session.authority.start_run(1, &alice(), run, (5000, None), ());
+    // What bob asks alice holds, so that it is the run of both.
+    let bob = Arc::new(Author { subject: Subject::new("bob").expect("a subject"), instance: Instance([2; 16]) });
+    let input = MessageId([0x77; 16]);
+    let key = ProducerKey { subject: bob.subject.clone(), name: label("p") };
+    session.authority.open_producer(1, key.clone(), None, ());
+    session.commit();
+    let handle = session.authority.state().producers().find(&key).expect("granted");
+    let start = MessageStart { role: label("user"), content_type: label("text/plain") };
+    let mut w = Writer::new();
+    Record { message: Some(input), ..start.record(0) }.put(&mut w);
+    let batch = CheckedBatch::new(1, w.freeze()).expect("a valid batch");
+    session.authority.append(1, &bob, (&handle, 1, 0), None, batch, ());
+    session.commit();
+    session.authority.start_run(1, &alice(), run, (5000, Some(input)), ());
     session.commit();
     let deputy = Arc::new(Author { subject: Subject::new("alice/x").expect("a subject"), instance: Instance([1; 16]) });
     let send = |session: &mut Session, who: &Arc<Author>, all: bool, id: u8, intent: Intent| {
@@ -244,14 +257,21 @@ fn signals_about_ones_own_leave_room_for_others() {
         assert_eq!(send(&mut session, &alice(), false, id, Intent::Steer), Ok(()));
     }
     assert_eq!(send(&mut session, &alice(), false, 100, Intent::Steer), Err(Code::LIMIT_EXCEEDED));
-    assert_eq!(send(&mut session, &alice(), false, 100, Intent::Cancel), Err(Code::LIMIT_EXCEEDED));
+    assert_eq!(send(&mut session, &alice(), false, 100, Intent::Interrupt), Err(Code::LIMIT_EXCEEDED));
     assert_eq!(send(&mut session, &deputy, false, 100, Intent::Steer), Err(Code::FORBIDDEN), "it is above");
     assert_eq!(send(&mut session, &deputy, true, 100, Intent::Steer), Ok(()));
     for id in 101..101 + (MAX_SIGNALS - RESERVED_SIGNALS - MAX_OWN_SIGNALS - 1) as u8 {
         assert_eq!(send(&mut session, &alice(), true, id, Intent::Steer), Ok(()));
     }
     assert_eq!(send(&mut session, &alice(), true, 200, Intent::Steer), Err(Code::LIMIT_EXCEEDED));
-    assert_eq!(send(&mut session, &alice(), true, 200, Intent::Cancel), Ok(()), "it is reserved for this");
+    assert_eq!(
+        send(&mut session, &bob, false, 200, Intent::Interrupt),
+        Err(Code::LIMIT_EXCEEDED),
+        "for those who may stop any"
+    );
+    assert_eq!(send(&mut session, &alice(), true, 200, Intent::Interrupt), Ok(()), "it is reserved for this");
+    // Whoever has too many signals there can still stop what is theirs.
+    assert_eq!(send(&mut session, &alice(), false, 201, Intent::Cancel), Ok(()));
 }
 
 /// Spec SIG-3, NOTE-1: exactly the limit is allowed.

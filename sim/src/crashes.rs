@@ -89,7 +89,8 @@ const KILLED: [&str; 12] = [
 ];
 
 impl How {
-    /// True if the load was too little for so many cycles as were asked for: a slow machine goes on until it was enough.
+    /// True if the load was too little for so many cycles as were asked for: a slow machine goes on until it was enough, for at most twice as
+    /// many.
     fn wants_more(self, cycles: u64, acknowledged: u64) -> bool {
         matches!(self, Self::Kill) && cycles >= LONG && acknowledged < LOAD
     }
@@ -103,7 +104,7 @@ impl How {
         }
     }
 }
-/// From so many kills on, so many appends have to be acknowledged between them.
+/// From so many kills on, so many records have to be acknowledged between them.
 const LONG: u64 = 2000;
 const LOAD: u64 = 1_000_000;
 /// From start to serving, also behind a crash.
@@ -189,7 +190,7 @@ pub async fn run(campaign: Campaign) -> Findings {
     }
     total.tell(done, begun.elapsed());
     if campaign.how.wants_more(campaign.cycles, total.acknowledged) && wrong.is_sound() {
-        wrong.tell(format!("{} appends were acknowledged, and {LOAD} are wanted", total.acknowledged));
+        wrong.tell(format!("{} records were acknowledged, and {LOAD} are wanted", total.acknowledged));
     }
     if wrong.is_sound() {
         total.missing(campaign.how, done).into_iter().for_each(|text| wrong.tell(text));

@@ -160,8 +160,8 @@ impl Op {
                 }
                 30..=32 => Self::Lose { run: next() % RUNS },
                 33..=38 => {
-                    let (a, b, c) = (next(), next(), next());
-                    Self::Signal { who: a % 3, all: a / 3 % 4 > 1, id: a, intent: b, target: b / 16, of: c, lasts: c }
+                    let (who, a, b, c) = (next(), next(), next(), next());
+                    Self::Signal { who: who % 3, all: who >= 128, id: a, intent: b, target: b / 16, of: c, lasts: c }
                 }
                 39..=46 => Self::Commit,
                 47..=54 => Self::Committed,
@@ -1222,16 +1222,22 @@ impl History {
     /// Whether a signal is about something of `who`, by what is durable (spec SIG-9).
     fn own(&self, who: u8, (target, run): (Target, Option<u8>), staged: &World) -> Result<(), Code> {
         let durable = &self.durable;
+        // A request may have named a run that was begun later.
+        let opened = match (run, target) {
+            (Some(_), Target::Request(RequestId([request, ..]))) => {
+                durable.requests.get(&request).ok_or(Code::UNAVAILABLE)?.seq
+            }
+            _ => u64::MAX,
+        };
         let own = match (run, target) {
             (Some(run), _) => match durable.runs.get(&run) {
                 Some(of) if of.over.is_some() => false,
-                Some(of) if of.asker.is_some_and(|asker| is_own(who, asker)) => true,
+                Some(of) if opened > of.start && of.asker.is_some_and(|asker| is_own(who, asker)) => true,
                 // It is being taken over.
                 Some(of) if staged.runs.get(&run).is_some_and(|now| now.over.is_none() && now.epoch != of.epoch) => {
                     return Err(Code::UNAVAILABLE);
                 }
-                Some(of) => is_own(who, of.holder),
-                // A request may name a run that was never begun.
+                Some(of) => opened > of.start && is_own(who, of.holder),
                 None if staged.runs.get(&run).is_some_and(|of| of.over.is_none()) => return Err(Code::UNAVAILABLE),
                 None => false,
             },
@@ -1267,8 +1273,8 @@ impl History {
                 signal.outcome.is_none() && signal.author.is_some_and(|of| root_of(of) == root_of(author))
             };
             let own = world.signals.values().filter(same).count();
-            let reserved = run.is_none() && world.pending() >= MAX_SIGNALS - RESERVED_SIGNALS;
-            if !all && (own >= MAX_OWN_SIGNALS || reserved) {
+            let crowded = own >= MAX_OWN_SIGNALS || world.pending() >= MAX_SIGNALS - RESERVED_SIGNALS;
+            if !all && crowded && (intent != Intent::Cancel || run.is_none()) {
                 return Err(Code::LIMIT_EXCEEDED);
             }
             let settled = intent.is_answer() && run.is_none();

@@ -323,7 +323,7 @@ impl<T> Authority<T> {
                 false => refused(Code::UNAVAILABLE, 0, "the signal is being stored"),
             };
         }
-        if !all && let Err(refusal) = self.own_room(&author.subject, run) {
+        if !all && let Err(refusal) = self.own_room(&author.subject, intent, run) {
             return (Outcome::Refused(refusal), None);
         }
         self.ask(now, author, signal.record(STREAM_MAIN, run), ticket)
@@ -367,8 +367,9 @@ impl<T> Authority<T> {
         }
     }
 
-    /// Succeeds if what a signal is about is `subject`'s, or that of one below it (spec SIG-9): a run that it holds or held, or whose input
-    /// it wrote, and an input that it wrote. As far as the durable view knows: where that is about to change, `UNAVAILABLE`.
+    /// Succeeds if what a signal is about is `subject`'s, or that of one below it (spec SIG-9): a run that it holds, or held last while it is
+    /// lost, or whose input it wrote; a request that such a run opened; and an input that it wrote. As far as the durable view knows: where
+    /// that is about to change, `UNAVAILABLE`.
     fn is_own(&self, subject: &Subject, target: Target, run: Option<RunId>) -> Result<(), Refusal> {
         let view = self.state.view();
         let own = |author: &Arc<Author>| subject.includes(&author.subject);
@@ -380,8 +381,17 @@ impl<T> Authority<T> {
                     Some(RunStanding::Over) | None => None,
                 };
                 let changes = epoch.is_some() && known.map(|run| run.epoch) != epoch;
+                // A request may have named it before it was begun, by whoever.
+                let (asks, opens) = match target {
+                    Target::Request(request) => match view.signals().request(request) {
+                        Some(of) => (known.is_some_and(|run| of.seq > run.start), false),
+                        None => (false, true),
+                    },
+                    _ => (true, false),
+                };
                 let holds = known.is_some_and(|run| own(&run.holder));
-                (known.and_then(|run| run.asker.as_ref()).is_some_and(own) || holds && !changes, changes)
+                let asked = known.and_then(|run| run.asker.as_ref()).is_some_and(own);
+                (asks && (asked || holds && !changes), changes || opens)
             }
             (None, Target::Input(input)) => match view.writer_of(input) {
                 Some(writer) => (own(writer), false),
@@ -399,15 +409,18 @@ impl<T> Authority<T> {
         }
     }
 
-    /// Succeeds if there is room for one more signal of somebody who may send them about his own alone (spec SIG-9): the rest is for others.
-    fn own_room(&self, subject: &Subject, run: Option<RunId>) -> Result<(), Refusal> {
+    /// Succeeds if there is room for one more signal of somebody who may send them about their own alone (spec SIG-9): what is reserved is for
+    /// others, and for a cancel, of which a run has one.
+    fn own_room(&self, subject: &Subject, intent: Intent, run: Option<RunId>) -> Result<(), Refusal> {
+        if intent == Intent::Cancel && run.is_some() {
+            return Ok(());
+        }
         let (mut pending, mut own) = (0, 0);
         for author in self.overlay.signallers(self.state.view()) {
             pending += 1;
             own += usize::from(author.subject.root() == subject.root());
         }
-        let reserved = run.is_none() && pending >= MAX_SIGNALS - RESERVED_SIGNALS;
-        match own >= MAX_OWN_SIGNALS || reserved {
+        match own >= MAX_OWN_SIGNALS || pending >= MAX_SIGNALS - RESERVED_SIGNALS {
             true => Err(Refusal::new(Code::LIMIT_EXCEEDED, "too many of the subject's signals wait for an agent")),
             false => Ok(()),
         }
