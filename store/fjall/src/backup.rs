@@ -334,7 +334,10 @@ impl Returning {
         let (from, to, first, chain) = (self.saved.incarnation, self.to, self.saved.first, self.saved.chain);
         if let Item::Snapshot(bytes) = &item {
             // One of another version is as good as none.
-            let state = State::restore_kept(bytes, first.1);
+            let state = match first.1 {
+                0 => State::restore(bytes),
+                _ => State::restore_behind_trim(bytes),
+            };
             self.snapshot = state.ok().filter(|state| state.incarnation() == from);
             return Ok(None);
         }

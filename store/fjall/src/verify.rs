@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
+use mainstay_protocol::ProtocolError;
 use mainstay_protocol::session::{Chain, Chunk, Control, SessionName, State, Streams};
 use tempfile::TempDir;
 
@@ -335,6 +336,10 @@ fn sum_rows(engine: &Engine, report: &mut Report) {
     }
 }
 
+fn restore(row: &SessionRow, snapshot: &Bytes) -> Result<State, ProtocolError> {
+    if row.base.number > 0 { State::restore_behind_trim(snapshot) } else { State::restore(snapshot) }
+}
+
 fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut Report, each: &mut Each<'_>) {
     let due = (row.due > 0).then(|| keys::due(row.due, row.incarnation));
     for key in due.into_iter().chain(row.wake.map(|at| keys::wake(at, row.incarnation))) {
@@ -345,7 +350,7 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
     let snapshot = match engine.snapshots().get(row.incarnation.0) {
         Ok(None) => None,
         Ok(Some(value)) => match keys::decode_snapshot(&Bytes::from(value)) {
-            Ok(bytes) => match State::restore_kept(&bytes, row.base.number) {
+            Ok(bytes) => match restore(row, &bytes) {
                 Ok(state) => Some((bytes, state)),
                 // Another version made it, and the chunks say everything: so does the server go about it.
                 Err(_) if row.base.number == 0 => None,
@@ -393,7 +398,7 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
             if header.number == fold_from
                 && fold_from > 0
                 && let Some((bytes, _)) = &snapshot
-                && let Ok(saved) = State::restore_kept(bytes, row.base.number)
+                && let Ok(saved) = restore(row, bytes)
             {
                 state = saved;
             }
