@@ -8,7 +8,7 @@ use mainstay_protocol::session::{Chain, Chunk, Incarnation, State, View};
 
 fuzz_target!(|data: &[u8]| {
     let bytes = Bytes::copy_from_slice(data);
-    if let Ok(state) = State::restore_behind_trim(&bytes) {
+    if let Ok(state) = State::restore_kept(&bytes, 1) {
         assert_eq!(State::restore(&state.snapshot()).map(|state| state.snapshot()).ok(), Some(state.snapshot()));
     }
     let _ = View::decode(&bytes);

@@ -175,7 +175,7 @@ fn a_snapshot_that_does_not_know_who_asked_is_read_only_behind_a_trim() {
     assert_eq!(session.authority.state().first(), 1);
     let trimmed = older(session.authority.state());
     assert_eq!(State::restore(&trimmed).expect_err("the log says it").code, Code::FRAME_MALFORMED);
-    let state = State::restore_behind_trim(&trimmed).expect("there is nothing else to have it from");
+    let state = State::restore_kept(&trimmed, 1).expect("there is nothing else to have it from");
     assert_eq!((asker(&state), writers(&state)), (None, vec![None, None]));
     let again = State::restore(&state.snapshot()).expect("a snapshot of this version");
     assert_eq!(again.snapshot(), state.snapshot());

@@ -405,8 +405,7 @@ impl Sessions {
     async fn state(&self, stat: &SessionStat) -> Result<State, StoreError> {
         let id = &stat.session;
         let snapshot = self.store.snapshot(id.clone()).await?;
-        let restore = if stat.kept > 0 { State::restore_behind_trim } else { State::restore };
-        let mut state = match snapshot.as_ref().and_then(|bytes| restore(bytes).ok()) {
+        let mut state = match snapshot.as_ref().and_then(|bytes| State::restore_kept(bytes, stat.kept).ok()) {
             Some(state) if state.incarnation() == id.incarnation => state,
             _ => State::new(id.incarnation),
         };

@@ -193,8 +193,9 @@ impl Store for MemoryStore {
     fn trim(&self, writer: &Writer, before: u64) -> Pending<()> {
         ready(self.written(writer, |session| {
             let count = session.chunks.partition_point(|chunk| chunk.end() <= before);
-            let covered = session.snapshot.as_ref().and_then(|bytes| State::restore_behind_trim(bytes).ok());
             let kept = session.chunks[..count].last().map(|last| last.header().next_number());
+            let covered =
+                session.snapshot.as_ref().and_then(|bytes| State::restore_kept(bytes, kept.unwrap_or(0)).ok());
             if kept.is_some_and(|kept| covered.is_none_or(|state| state.number() < kept)) {
                 return Err(StoreError::Invalid { what: "a trim needs a snapshot that covers it" });
             }

@@ -67,8 +67,8 @@ pub(crate) fn run(args: &[&str]) -> Outcome {
     chosen.iter().try_for_each(|target| step(&format!("fuzz {target} for {seconds} s"), &mut fuzz(target, seconds)?))
 }
 
-/// Executes each target so often that rare inputs come, one after the other. Without a sanitizer, which costs two thirds of the speed: our code
-/// has nothing that it could find, and the smoke run has it for the libraries.
+/// Executes each target so often that rare inputs come, one after the other. Without a sanitizer, which costs much of the speed: our code has
+/// nothing that it could find, and the smoke run has it for the libraries.
 fn long(targets: &[String]) -> Outcome {
     let dir = root().join("target").join("fuzz-long");
     for target in targets {

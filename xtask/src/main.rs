@@ -20,7 +20,7 @@ Tasks:
   cargo xtask tidy                 what no other tool looks at: requirements that nothing cites, links that lead nowhere
   cargo xtask fuzz [TARGET] [SECS] fuzz one target, or all in turn, for so long (default 60 s each)
   cargo xtask fuzz --smoke         every target for a few seconds, as in `test`
-  cargo xtask fuzz --long [TARGET]  each parser a hundred million times: half an hour or an hour each
+  cargo xtask fuzz --long [TARGET]  each parser a hundred million times: from a quarter of an hour on each
   cargo xtask fuzz --coverage [TARGET]  how many lines of the core their inputs reach
   cargo xtask fuzz --minimise [TARGET]  keep those inputs in fuzz/seeds that reach something that no other does
   cargo xtask mutants [ARGS]       change the codec and the core in every way, and see whether a test of theirs notices

@@ -367,16 +367,12 @@ impl State {
     /// Reads a snapshot, also one of an older version that says all that this one does (spec DUR-9). Errors: `FRAME_MALFORMED`; the chunks
     /// must then be read from the first one.
     pub fn restore(bytes: &Bytes) -> Result<Self, ProtocolError> {
-        Self::read(bytes, true)
+        Self::restore_kept(bytes, 0)
     }
 
-    /// The same of a log of which the first chunks were removed, so that there is nothing else to have it from: an older version may say
-    /// less.
-    pub fn restore_behind_trim(bytes: &Bytes) -> Result<Self, ProtocolError> {
-        Self::read(bytes, false)
-    }
-
-    fn read(bytes: &Bytes, whole: bool) -> Result<Self, ProtocolError> {
+    /// The same of a log of which the chunks from number `kept` on are there. Where the first ones were removed there is nothing else to have
+    /// it from, and an older version may say less.
+    pub fn restore_kept(bytes: &Bytes, kept: u64) -> Result<Self, ProtocolError> {
         let mut r = Reader::new(bytes);
         let version = version(&mut r)?;
         let incarnation = Incarnation::get(&mut r)?;
@@ -384,7 +380,7 @@ impl State {
         let (number, first, created) = (r.varint()?, r.varint()?, r.varint()?);
         let (time, writer_epoch) = (r.varint()?, r.varint()?);
         let view = r.bytes(usize::MAX)?;
-        let view = if version >= ASKERS_SINCE { View::decode(&view)? } else { View::decode_older(&view, whole)? };
+        let view = if version >= ASKERS_SINCE { View::decode(&view)? } else { View::decode_older(&view, kept == 0)? };
         let names = (0..r.count(MAX_STREAMS)?).map(|_| Label::get(&mut r)).collect::<Result<Vec<_>, _>>()?;
         if names.first().map(Label::as_str) != Some(STREAM_MAIN_NAME) {
             return Err(ProtocolError::malformed("stream main is missing"));

@@ -334,10 +334,7 @@ impl Returning {
         let (from, to, first, chain) = (self.saved.incarnation, self.to, self.saved.first, self.saved.chain);
         if let Item::Snapshot(bytes) = &item {
             // One of another version is as good as none.
-            let state = match first.1 {
-                0 => State::restore(bytes),
-                _ => State::restore_behind_trim(bytes),
-            };
+            let state = State::restore_kept(bytes, first.1);
             self.snapshot = state.ok().filter(|state| state.incarnation() == from);
             return Ok(None);
         }

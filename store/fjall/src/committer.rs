@@ -658,7 +658,7 @@ impl Committer {
             turn.put_row(name, row);
             return Ok(());
         }
-        let snapshot = reader.snapshot_of(id)?.and_then(|bytes| State::restore_behind_trim(&bytes).ok());
+        let snapshot = reader.snapshot_of(id)?.and_then(|bytes| State::restore_kept(&bytes, base.number).ok());
         if snapshot.is_none_or(|state| state.number() < base.number) {
             return Err(StoreError::Invalid { what: "a trim needs a snapshot that covers it" });
         }

@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
-use mainstay_protocol::ProtocolError;
 use mainstay_protocol::session::{Chain, Chunk, Control, SessionName, State, Streams};
 use tempfile::TempDir;
 
@@ -336,10 +335,6 @@ fn sum_rows(engine: &Engine, report: &mut Report) {
     }
 }
 
-fn restore(row: &SessionRow, snapshot: &Bytes) -> Result<State, ProtocolError> {
-    if row.base.number > 0 { State::restore_behind_trim(snapshot) } else { State::restore(snapshot) }
-}
-
 fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut Report, each: &mut Each<'_>) {
     let due = (row.due > 0).then(|| keys::due(row.due, row.incarnation));
     for key in due.into_iter().chain(row.wake.map(|at| keys::wake(at, row.incarnation))) {
@@ -350,7 +345,7 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
     let snapshot = match engine.snapshots().get(row.incarnation.0) {
         Ok(None) => None,
         Ok(Some(value)) => match keys::decode_snapshot(&Bytes::from(value)) {
-            Ok(bytes) => match restore(row, &bytes) {
+            Ok(bytes) => match State::restore_kept(&bytes, row.base.number) {
                 Ok(state) => Some((bytes, state)),
                 // Another version made it, and the chunks say everything: so does the server go about it.
                 Err(_) if row.base.number == 0 => None,
@@ -398,7 +393,7 @@ fn session(engine: &Engine, name: &SessionName, row: &SessionRow, report: &mut R
             if header.number == fold_from
                 && fold_from > 0
                 && let Some((bytes, _)) = &snapshot
-                && let Ok(saved) = restore(row, bytes)
+                && let Ok(saved) = State::restore_kept(bytes, row.base.number)
             {
                 state = saved;
             }

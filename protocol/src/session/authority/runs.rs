@@ -421,7 +421,10 @@ impl<T> Authority<T> {
             own += usize::from(author.subject.root() == subject.root());
         }
         match own >= MAX_OWN_SIGNALS || pending >= MAX_SIGNALS - RESERVED_SIGNALS {
-            true => Err(Refusal::new(Code::LIMIT_EXCEEDED, "too many of the subject's signals wait for an agent")),
+            true => Err(Refusal::new(
+                Code::LIMIT_EXCEEDED,
+                "too many of the subject's signals wait for an agent; cancel, or wait until some expire",
+            )),
             false => Ok(()),
         }
     }
