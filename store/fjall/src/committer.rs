@@ -17,7 +17,7 @@ use mainstay_protocol::wire::MAX_VARINT;
 use mainstay_store::{Created, Outcome, SessionId, StoreError, Writer};
 use tokio::sync::oneshot;
 
-use crate::backlog::Backlog;
+use crate::backlog::{About, Backlog};
 use crate::keys::{self, Base, Segment, SessionRow};
 use crate::open::{self, Engine, Format};
 use crate::reader::{self, Reader};
@@ -28,7 +28,7 @@ use crate::witness::{Witness, WitnessFile};
 /// The caller's end of a request.
 pub(crate) type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
 
-/// What the committer can be asked to do.
+/// What the committer can be asked to do. A snapshot comes as the row that is stored, with the number of the next chunk in it.
 pub(crate) enum Request {
     Append { session: SessionId, epoch: u64, chunk: Arc<Chunk>, wake: Option<u64>, answer: oneshot::Sender<Outcome> },
     Resolve { session: SessionId, epoch: u64, chunk: Arc<Chunk>, answer: Answer<bool> },
@@ -38,7 +38,7 @@ pub(crate) enum Request {
     Expire { session: SessionId, now: u64, answer: Answer<bool> },
     OpenWriter { session: SessionId, answer: Answer<Writer> },
     CloseWriter { session: SessionId, epoch: u64 },
-    PutSnapshot { session: SessionId, epoch: u64, state: Bytes, answer: Answer<()> },
+    PutSnapshot { session: SessionId, epoch: u64, number: u64, row: Bytes, answer: Answer<()> },
     Trim { session: SessionId, epoch: u64, before: u64, answer: Answer<()> },
     Compact { session: SessionId, epoch: u64, chunk: Arc<Chunk>, answer: Answer<()> },
     SetCompaction { session: SessionId, epoch: u64, compaction: Compaction, answer: Answer<()> },
@@ -51,14 +51,15 @@ pub(crate) enum Request {
 }
 
 impl Request {
-    /// The session that it is about, `None` for all, and how many bytes it appends. Snapshots and compaction count for none: what the session
-    /// appends meanwhile must not wait with them.
-    fn about(&self) -> (Option<Incarnation>, usize) {
-        match self {
+    /// What it is about, and how it may wait. Compaction counts for no bytes: what the session appends meanwhile must not wait with it.
+    fn about(&self) -> About {
+        let (session, bytes) = match self {
             Self::Append { session, chunk, .. } => (Some(session.incarnation), chunk.bytes().len()),
             Self::Stage { incarnation, chunks, .. } => {
                 (Some(*incarnation), chunks.iter().map(|chunk| chunk.bytes().len()).sum())
             }
+            Self::PutSnapshot { session, row, .. } => (Some(session.incarnation), row.len()),
+            Self::Install { session, snapshot, .. } => (Some(session.incarnation), snapshot.len()),
             Self::Resolve { session, .. }
             | Self::Create { session, .. }
             | Self::Postpone { session, .. }
@@ -66,15 +67,14 @@ impl Request {
             | Self::Expire { session, .. }
             | Self::OpenWriter { session, .. }
             | Self::CloseWriter { session, .. }
-            | Self::PutSnapshot { session, .. }
             | Self::Trim { session, .. }
             | Self::Compact { session, .. }
             | Self::SetCompaction { session, .. }
-            | Self::Delete { session, .. }
-            | Self::Install { session, .. } => (Some(session.incarnation), 0),
+            | Self::Delete { session, .. } => (Some(session.incarnation), 0),
             Self::Quarantine { incarnation } | Self::Abandon { incarnation, .. } => (Some(*incarnation), 0),
             Self::Stop => (None, 0),
-        }
+        };
+        About { session, bytes, may_follow: matches!(self, Self::PutSnapshot { .. }) }
     }
 }
 
@@ -269,9 +269,8 @@ impl Committer {
     fn fill(&mut self, first: Option<Request>, turn: &mut Turn) -> bool {
         let (mut next, mut count, mut beside) = (first, 0, false);
         while let Some(request) = next {
-            let (session, bytes) = request.about();
             let last = matches!(request, Request::Stop);
-            if let Some(request) = self.backlog.pass(session, bytes, request) {
+            if let Some(request) = self.backlog.pass(request.about(), request) {
                 self.take(request, turn);
                 beside = true;
                 if last {
@@ -356,8 +355,8 @@ impl Committer {
                     self.writers.remove(&session.incarnation);
                 }
             }
-            Request::PutSnapshot { session, epoch, state, answer } => {
-                let result = self.put_snapshot(&session, epoch, &state, turn);
+            Request::PutSnapshot { session, epoch, number, row, answer } => {
+                let result = self.put_snapshot(&session, epoch, number, row, turn);
                 turn.answer(result, answer);
             }
             Request::Trim { session, epoch, before, answer } => {
@@ -623,18 +622,25 @@ impl Committer {
         Ok(epoch)
     }
 
-    fn put_snapshot(&mut self, id: &SessionId, epoch: u64, state: &Bytes, turn: &mut Turn) -> Result<(), StoreError> {
+    fn put_snapshot(
+        &mut self,
+        id: &SessionId,
+        epoch: u64,
+        number: u64,
+        row: Bytes,
+        turn: &mut Turn,
+    ) -> Result<(), StoreError> {
         self.need_space()?;
         if turn.deleted.contains(&id.incarnation) {
             return Err(StoreError::NotFound);
         }
-        let number = State::number_of(state).unwrap_or(0);
         let open = self.writer(id, epoch)?;
         open.snapshot = open.snapshot.max(number);
         // What is replaced must be readable, for the witness.
         let engine = self.engine()?;
         engine.snapshots().get(id.incarnation.0).map_err(|error| reader::read_error(0, &error))?;
-        turn.put(2, id.incarnation.0.to_vec(), keys::encode_snapshot(state));
+        turn.bytes += row.len();
+        turn.put(2, id.incarnation.0.to_vec(), row);
         Ok(())
     }
 
@@ -836,6 +842,7 @@ impl Committer {
         turn.installed.push(id.incarnation);
         segments.iter().for_each(|segment| turn.remove(3, keys::dead(segment.id).to_vec()));
         let row = SessionRow { segments, ..row };
+        turn.bytes += snapshot.len();
         turn.put(2, id.incarnation.0.to_vec(), keys::encode_snapshot(snapshot));
         if row.due > 0 {
             turn.put_due(&id.name, &row);

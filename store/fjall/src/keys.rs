@@ -94,11 +94,10 @@ pub(crate) fn digest(keyspace: usize, key: &[u8], value: &[u8]) -> u128 {
 }
 
 /// Puts a checksum before a row.
-fn seal(w: Writer) -> Bytes {
-    let body = w.freeze();
+fn seal(body: &[u8]) -> Bytes {
     let mut sealed = Writer::with_capacity(body.len() + 8);
-    sealed.raw(&xxh3_64(&body).to_be_bytes());
-    sealed.raw(&body);
+    sealed.raw(&xxh3_64(body).to_be_bytes());
+    sealed.raw(body);
     sealed.freeze()
 }
 
@@ -183,7 +182,7 @@ impl SessionRow {
             w.varint(segment.first);
             w.varint(segment.number);
         }
-        seal(w)
+        seal(&w.freeze())
     }
 
     pub(crate) fn decode(row: &Bytes) -> Result<Self, ProtocolError> {
@@ -213,7 +212,7 @@ pub(crate) fn segments(r: &mut Reader<'_>) -> Result<Vec<Segment>, ProtocolError
 pub(crate) fn encode_dead(before: u64) -> Bytes {
     let mut w = Writer::new();
     w.varint(before);
-    seal(w)
+    seal(&w.freeze())
 }
 
 /// Reads what [`encode_dead`] wrote.
@@ -227,9 +226,7 @@ pub(crate) fn decode_dead(row: &Bytes) -> Result<u64, ProtocolError> {
 
 /// A snapshot with its checksum.
 pub(crate) fn encode_snapshot(state: &[u8]) -> Bytes {
-    let mut w = Writer::with_capacity(state.len());
-    w.raw(state);
-    seal(w)
+    seal(state)
 }
 
 /// Reads what [`encode_snapshot`] wrote.

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use mainstay_protocol::session::{Chunk, Compaction, Incarnation, SessionName};
+use mainstay_protocol::session::{Chunk, Compaction, Incarnation, SessionName, State};
 use mainstay_store::{
     Committing, Created, Health, ListPage, Outcome, Page, Pending, ReadFrom, SessionId, SessionStat, Store, StoreError,
     Writer,
@@ -17,6 +17,7 @@ use mainstay_store::{
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::committer::{Answer, Committer, Request};
+use crate::keys;
 use crate::open::{self, Config, Engine, Format, Layout, OpenError};
 use crate::reader::Reader;
 
@@ -277,7 +278,9 @@ impl Store for FjallStore {
 
     fn put_snapshot(&self, writer: &Writer, state: Bytes) -> Pending<()> {
         let (session, epoch) = (writer.session.clone(), writer.epoch);
-        self.ask(|answer| Request::PutSnapshot { session, epoch, state, answer })
+        // Made here: while the committer copies megabytes, everybody waits.
+        let (number, row) = (State::number_of(&state).unwrap_or(0), keys::encode_snapshot(&state));
+        self.ask(|answer| Request::PutSnapshot { session, epoch, number, row, answer })
     }
 
     fn snapshot(&self, session: SessionId) -> Pending<Option<Bytes>> {
