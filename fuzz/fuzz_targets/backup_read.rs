@@ -14,7 +14,10 @@ fn read(bytes: &[u8]) -> Option<Vec<Item>> {
     while let Some(item) = reader.next().ok()? {
         match &item {
             Item::Session(saved) => (rebirth, snapshot, first) = (None, None, Some(saved.clone())),
-            Item::Snapshot(bytes) => snapshot = State::restore(bytes).ok(),
+            Item::Snapshot(bytes) => {
+                let kept = first.as_ref().map_or(0, |saved| saved.first.1);
+                snapshot = State::restore_kept(bytes, kept).ok();
+            }
             Item::Chunk(bytes) => {
                 let saved = first.as_ref().expect("a session comes first");
                 let begin =

@@ -270,10 +270,10 @@ impl Owner {
         sessions: Arc<Sessions>,
         session: Arc<Session>,
         mailbox: mpsc::Receiver<Command>,
-        state: State,
+        (state, unsnapshotted): (State, usize),
         stat: SessionStat,
     ) -> Self {
-        let upkeep = Upkeep::new(&sessions, &session, &state, &stat);
+        let upkeep = Upkeep::new(&sessions, &session, (&state, unsnapshotted), &stat);
         let SessionStat { created, expire_after, wake, .. } = stat;
         Self {
             sessions,

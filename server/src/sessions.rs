@@ -372,7 +372,7 @@ impl Sessions {
                 return Err(Refusal::new(Code::SESSION_NOT_FOUND, "no session has this name"));
             }
         };
-        let state = self.state(&stat).await.map_err(refused)?;
+        let (state, unsnapshotted) = self.state(&stat).await.map_err(refused)?;
         let limit = self.config.ring_bytes;
         let ring = Ring::new(state.tail(), limit, self.ring_total.clone(), self.config.ring_budget);
         let closed = state.view().closed().is_some();
@@ -396,13 +396,13 @@ impl Sessions {
         self.metrics.sessions.inc();
         let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
         while owners.try_join_next().is_some() {}
-        owners.spawn(Owner::new(self.clone(), session.clone(), mailbox, state, stat).run());
+        owners.spawn(Owner::new(self.clone(), session.clone(), mailbox, (state, unsnapshotted), stat).run());
         drop(owners);
         Ok(session)
     }
 
-    /// Rebuilds the state from the newest snapshot and the chunks behind it.
-    async fn state(&self, stat: &SessionStat) -> Result<State, StoreError> {
+    /// Rebuilds the state from the newest snapshot and the chunks behind it, and tells how many bytes these have.
+    async fn state(&self, stat: &SessionStat) -> Result<(State, usize), StoreError> {
         let id = &stat.session;
         let snapshot = self.store.snapshot(id.clone()).await?;
         let mut state = match snapshot.as_ref().and_then(|bytes| State::restore_kept(bytes, stat.kept).ok()) {
@@ -412,6 +412,7 @@ impl Sessions {
         if state.number() > stat.chunks {
             return Err(StoreError::Damaged { seq: stat.tail, what: "the snapshot is ahead of the log".into() });
         }
+        let mut unsnapshotted = 0;
         while state.number() < stat.chunks {
             let from = ReadFrom::Chunk { first: state.tail(), number: state.number() };
             let page = self.store.read(id.clone(), from, 4 << 20).await?;
@@ -424,9 +425,10 @@ impl Sessions {
                     what: damage.what.into(),
                 };
                 state.verify(chunk).map_err(damaged)?;
+                unsnapshotted += chunk.bytes().len();
             }
         }
-        Ok(state)
+        Ok((state, unsnapshotted))
     }
 
     /// True if the session is in memory, or being loaded.

@@ -90,13 +90,18 @@ pub(crate) struct Passed {
 }
 
 impl Upkeep {
-    /// Of a session that was just loaded.
-    pub(crate) fn new(sessions: &Arc<Sessions>, session: &Arc<Session>, state: &State, stat: &SessionStat) -> Self {
+    /// Of a session that was just loaded, with so many bytes of chunks behind its snapshot: the last one may not have been taken.
+    pub(crate) fn new(
+        sessions: &Arc<Sessions>,
+        session: &Arc<Session>,
+        (state, unsnapshotted): (&State, usize),
+        stat: &SessionStat,
+    ) -> Self {
         let mut this = Self {
             sessions: sessions.clone(),
             session: session.clone(),
             work: Work::None,
-            unsnapshotted: 0,
+            unsnapshotted,
             snapshot_len: 0,
             snapshot: None,
             released: stat.first,

@@ -260,7 +260,11 @@ pub trait Store: Send + Sync + 'static {
     /// A start below the first kept chunk starts there. Errors: `NotFound`, `Damaged`, `Failed`.
     fn read(&self, session: SessionId, from: ReadFrom, budget: usize) -> Pending<Page>;
 
-    /// Keeps `state` as the session's newest snapshot. Errors: `Fenced`, `NotFound`, `NoSpace`, `Failed`.
+    /// Keeps `state` as the session's newest snapshot.
+    ///
+    /// It comes behind what was asked for before, and before the next snapshot of this writer. Until it is answered, it is in no order with
+    /// anything else that is asked for next: a writer that is opened or a session that is deleted meanwhile may leave it not taken, and a trim or
+    /// a compaction that needs it must wait for the answer. Errors: `Fenced`, `NotFound`, `NoSpace`, `Failed`.
     fn put_snapshot(&self, writer: &Writer, state: Bytes) -> Pending<()>;
 
     /// The newest snapshot, if there is one. Errors: `NotFound`, `Failed`.

@@ -2,7 +2,7 @@
 //!
 //! A commit takes as long as its bytes need to get to the disk. Whoever appends little must not wait for the megabytes of everybody else, so
 //! that a turn takes everything small that is there, and of what is large only as much as fits beside it. A snapshot, which says no more
-//! than the chunks before it, may come after what its session appends next: that does not wait for it either.
+//! than the chunks before it, may come after what its session asks for next: what is small of that does not wait for it either.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -27,8 +27,8 @@ pub(crate) struct About {
 }
 
 /// Requests that wait, in the order in which they came. What is about a session with one that waits does too, unless that may follow; and the
-/// last request of all waits for all of them. A session has one append on its way at most, and one snapshot, so that they are not more than
-/// what its writers wait for.
+/// last request of all waits for all of them. A session has one append on its way at most, and each of its writers one snapshot, so that they
+/// are not more than what its writers wait for.
 #[derive(Debug)]
 pub(crate) struct Backlog<T> {
     waiting: VecDeque<(About, T)>,

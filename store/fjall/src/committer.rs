@@ -271,8 +271,10 @@ impl Committer {
         while let Some(request) = next {
             let last = matches!(request, Request::Stop);
             if let Some(request) = self.backlog.pass(request.about(), request) {
+                let before = (turn.edits.len(), turn.told.len());
                 self.take(request, turn);
-                beside = true;
+                // Who only asks, or lets go, waits for no disk.
+                beside |= (turn.edits.len(), turn.told.len()) != before;
                 if last {
                     return true;
                 }

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use mainstay_protocol::ProtocolError;
 use mainstay_protocol::session::{Chain, Compaction, Incarnation};
 use mainstay_protocol::wire::{MAX_VARINT, Reader, Writer};
-use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 /// Names of the keyspaces, in the order of their creation.
 pub(crate) const KEYSPACES: [&str; 4] = ["log", "sessions", "snapshots", "meta"];
@@ -85,12 +85,13 @@ pub(crate) fn digest(keyspace: usize, key: &[u8], value: &[u8]) -> u128 {
         0 => value.get(..8).unwrap_or(value),
         _ => value,
     };
-    let mut input = Vec::with_capacity(key.len() + value.len() + 5);
-    input.push(keyspace as u8);
-    input.extend_from_slice(&(key.len() as u32).to_be_bytes());
-    input.extend_from_slice(key);
-    input.extend_from_slice(value);
-    xxh3_128(&input)
+    let mut input = Xxh3::new();
+    input.update(&[keyspace as u8]);
+    input.update(&(key.len() as u32).to_be_bytes());
+    input.update(key);
+    // As it is: that of a snapshot may have megabytes.
+    input.update(value);
+    input.digest128()
 }
 
 /// Puts a checksum before a row.
