@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::evidence::{Evidence, Granted, NEVER, Outcome, Viewed};
+use crate::evidence::{Evidence, Granted, NEVER, Operation, Outcome, Viewed};
 use crate::history::{Call, Event};
 use crate::verdict::{Class, Verdict};
 
@@ -41,19 +41,74 @@ fn namespaces(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     }
 }
 
+/// Who held each run, or may have, by session and id: under which name, and when that was asked for and answered.
+struct Holders<'a>(BTreeMap<(&'a str, &'a str), Vec<Holder<'a>>>);
+
+struct Holder<'a> {
+    /// Empty where that is not known.
+    subject: &'a str,
+    asked: u64,
+    /// The end of time while it is not known that it holds it.
+    answered: u64,
+}
+
+impl<'a> Holders<'a> {
+    fn of(evidence: &Evidence<'a>) -> Self {
+        let names: BTreeMap<&str, &str> =
+            evidence.grants.iter().map(|granted| (granted.process, granted.subject)).collect();
+        let mut holders: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for operation in evidence.operations.iter().filter(|operation| !operation.has_failed()) {
+            if let Call::StartRun { session, run, .. } | Call::TakeRun { session, run } = operation.call {
+                let subject = names.get(operation.process).copied().unwrap_or_default();
+                let answered = if operation.is_done() { operation.told } else { NEVER };
+                let holder = Holder { subject, asked: operation.invoked, answered };
+                holders.entry((session.as_str(), run.as_str())).or_default().push(holder);
+            }
+        }
+        Self(holders)
+    }
+
+    /// What is known of whether the run that a signal is for is `subject`'s: `None` where it may be and may not.
+    fn is_own(&self, signal: &Operation<'_>, subject: &str) -> Option<bool> {
+        let Call::Signal { session, run } = signal.call else { return Some(false) };
+        let Some(holders) = self.0.get(&(session.as_str(), run.as_str())) else { return Some(false) };
+        let may_be = |holder: &Holder<'_>| holder.subject.is_empty() || is_below(holder.subject, subject);
+        if !holders.iter().any(|holder| may_be(holder) && holder.asked <= signal.returned) {
+            return Some(false);
+        }
+        let is_known = holders.iter().all(|holder| is_below(holder.subject, subject))
+            && holders.iter().any(|holder| holder.answered <= signal.invoked);
+        is_known.then_some(true)
+    }
+}
+
+/// True for the name itself and those below it.
+fn is_below(name: &str, above: &str) -> bool {
+    let rest = name.strip_prefix(above).filter(|_| !above.is_empty());
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
 /// Checks what was done, refused and delivered against rights.
 pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     namespaces(evidence, verdict);
     let of = |process: &str| -> Vec<&Granted<'_>> {
         evidence.grants.iter().filter(|granted| granted.process == process).collect()
     };
+    let holders = Holders::of(evidence);
     for operation in &evidence.operations {
         let rights = of(operation.process);
         if rights.is_empty() {
             continue;
         }
         let (session, Some(needs)) = (operation.call.session(), operation.call.needs()) else { continue };
-        let mut matching = rights.iter().filter(|granted| granted.allows(needs, session));
+        // Whoever may signal about what is his own may do so if that is.
+        let own = |granted: &Granted<'_>| match granted.allows("signal-own", session) {
+            true => holders.is_own(operation, granted.subject),
+            false => Some(false),
+        };
+        let mut possible =
+            rights.iter().filter(|granted| granted.allows(needs, session) || own(granted) != Some(false));
+        let mut certain = rights.iter().filter(|granted| granted.allows(needs, session) || own(granted) == Some(true));
         let what = || format!("operation {} of {}, which needs {needs}", operation.op, operation.process);
         let during = |granted: &&&Granted<'_>| {
             granted.from <= operation.returned && granted.until.saturating_add(GRACE) >= operation.invoked
@@ -61,17 +116,19 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         match operation.outcome {
             Outcome::Done(_) => {
                 verdict.count("allowed", 1);
-                if !matching.any(|granted| during(&granted)) {
+                verdict.count("signals", u64::from(matches!(operation.call, Call::Signal { .. })));
+                if !possible.any(|granted| during(&granted)) {
                     verdict.report(Class::Unauthorized, session, what);
                 }
             }
             // Nobody was told so, and it is there.
-            Outcome::Unknown if operation.found.is_some() && !matching.any(|granted| during(&granted)) => {
+            Outcome::Unknown if operation.found.is_some() && !possible.any(|granted| during(&granted)) => {
                 verdict.report(Class::Unauthorized, session, what);
             }
             Outcome::Failed("FORBIDDEN") => {
                 verdict.count("forbidden", 1);
-                if matching.any(|granted| granted.from <= operation.invoked && granted.until >= operation.returned) {
+                verdict.count("signals-forbidden", u64::from(matches!(operation.call, Call::Signal { .. })));
+                if certain.any(|granted| granted.from <= operation.invoked && granted.until >= operation.returned) {
                     verdict.report(Class::WronglyRefused, session, what);
                 }
             }

@@ -71,6 +71,7 @@ impl Operation<'_> {
                     | Call::StartRun { .. }
                     | Call::TakeRun { .. }
                     | Call::EndRun { .. }
+                    | Call::Signal { .. }
             );
         self.seq().filter(|_| tells)
     }
@@ -197,6 +198,8 @@ pub struct Granted<'a> {
     pub operations: &'a [String],
     /// In which namespace.
     pub namespace: &'a str,
+    /// Under which name; empty where that is not told.
+    pub subject: &'a str,
     /// From when.
     pub from: u64,
     /// Until when.
@@ -313,8 +316,9 @@ impl<'a> Evidence<'a> {
                 }
                 // Behind everything that clients saw: see below.
                 Event::Final { .. } => {}
-                Event::Granted { prefix, operations, namespace } => {
-                    this.grants.push(Granted { process, prefix, operations, namespace, from: *at, until: NEVER });
+                Event::Granted { prefix, operations, namespace, subject } => {
+                    let (from, until) = (*at, NEVER);
+                    this.grants.push(Granted { process, prefix, operations, namespace, subject, from, until });
                 }
                 Event::Revoked {} => {
                     let theirs = this.grants.iter_mut().filter(|granted| granted.process == process);
@@ -428,7 +432,11 @@ impl<'a> Evidence<'a> {
 
     /// When what is stored at a seq certainly was not stored yet: something below it was asked for then.
     pub fn not_before(&self, session: &str, seq: u64) -> u64 {
-        let of = self.operations.iter().filter(|operation| operation.call.session() == session);
+        // The answer to a signal may be the seq of one that was there before.
+        let of = self
+            .operations
+            .iter()
+            .filter(|operation| operation.call.session() == session && !matches!(operation.call, Call::Signal { .. }));
         let below = of.filter(|operation| operation.stored().is_some_and(|stored| stored < seq));
         below.map(|operation| operation.invoked).max().unwrap_or(0)
     }

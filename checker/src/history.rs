@@ -191,6 +191,10 @@ pub enum Event {
         /// In this namespace; without any right a process is in the one without a name.
         #[serde(default, skip_serializing_if = "String::is_empty")]
         namespace: String,
+        /// Under this name: what is its own is that of the name, and of names below it (`alice/…`). Without one it is not looked at whose
+        /// anything is.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        subject: String,
     },
     /// All rights of the process end now.
     Revoked {},
@@ -371,6 +375,13 @@ pub enum Call {
         /// Its id.
         run: String,
     },
+    /// Want something of a run. `ok.seq` is that of the signal.
+    Signal {
+        /// The session.
+        session: String,
+        /// The run's id.
+        run: String,
+    },
     /// Give up everything below a seq.
     Trim {
         /// The session.
@@ -403,6 +414,7 @@ impl Call {
             | Self::TakeRun { session, .. }
             | Self::ReleaseRun { session, .. }
             | Self::EndRun { session, .. }
+            | Self::Signal { session, .. }
             | Self::Trim { session, .. }
             | Self::DeleteSession { session } => session,
         }
@@ -421,6 +433,7 @@ impl Call {
             Self::Attach { .. } | Self::AttachAt { .. } => "read",
             Self::Join { .. } => "join",
             Self::StartRun { .. } | Self::TakeRun { .. } | Self::ReleaseRun { .. } | Self::EndRun { .. } => "run",
+            Self::Signal { .. } => "signal",
             Self::Trim { .. } | Self::DeleteSession { .. } => "manage",
             _ => "append",
         })

@@ -41,6 +41,12 @@ fn pick(entries: &[Entry], random: &mut Random, holds: impl Fn(&Event) -> bool) 
     random.pick(&indices(entries, holds))
 }
 
+/// The right to do this with sessions under a prefix.
+fn granted(prefix: &str, operation: &str) -> Event {
+    let (prefix, operations) = (prefix.to_owned(), vec![operation.to_owned()]);
+    Event::Granted { prefix, operations, namespace: String::new(), subject: String::new() }
+}
+
 fn complete(entries: &[Entry]) -> (u64, Vec<Record>) {
     let found = entries.iter().find_map(|entry| match &entry.event {
         Event::Final { tail, records, .. } => Some((*tail, records.clone())),
@@ -709,7 +715,7 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
     ("a process does what it has no right to", Class::Unauthorized, |entries, random| {
         let Some((index, ..)) = random.pick(&acknowledged(entries)) else { return false };
         let process = entries[index].process.clone();
-        let event = Event::Granted { prefix: "ss".into(), operations: vec!["append".into()], namespace: String::new() };
+        let event = granted("ss", "append");
         entries.insert(0, Entry { at: 0, process, event });
         true
     }),
@@ -717,16 +723,14 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let delivered = deliveries(entries, |_| true, 1);
         let Some(index) = random.pick(&delivered).filter(|index| entries[*index].at > 20 * TICK) else { return false };
         let process = entries[index].process.clone();
-        let event = Event::Granted { prefix: "s".into(), operations: vec!["read".into()], namespace: String::new() };
+        let event = granted("s", "read");
         entries.insert(0, Entry { at: 0, process: process.clone(), event });
         entries.insert(1, Entry { at: 1, process, event: Event::Revoked {} });
         true
     }),
     ("a process is refused what it has a right to", Class::WronglyRefused, |entries, _| {
         let process = "refused".to_owned();
-        let event =
-            Event::Granted { prefix: String::new(), operations: vec!["manage".into()], namespace: String::new() };
-        entries.insert(0, Entry { at: 0, process: process.clone(), event });
+        entries.insert(0, Entry { at: 0, process: process.clone(), event: granted("", "manage") });
         let call = Call::Trim { session: "s".into(), before: 0 };
         entries.push(Entry { at: 2, process: process.clone(), event: Event::Invoke { op: 1 << 40, call } });
         let event = Event::Fail { op: 1 << 40, code: "FORBIDDEN".into() };
@@ -880,8 +884,8 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
             return false;
         }
         let process = entries[index].process.clone();
-        let operations = vec!["read".to_owned()];
-        let event = Event::Granted { prefix: String::new(), operations, namespace: "other".into() };
+        let (prefix, operations, subject) = (String::new(), vec!["read".to_owned()], String::new());
+        let event = Event::Granted { prefix, operations, namespace: "other".into(), subject };
         entries.insert(0, Entry { at: 0, process, event });
         true
     }),
@@ -1092,17 +1096,11 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         let Some((index, op, ..)) = random.pick(&acknowledged(entries)) else { return false };
         let process = entries[index].process.clone();
         forget_the_answer(entries, op);
-        let (prefix, operations) = (String::new(), vec!["read".to_owned()]);
-        entries.insert(
-            0,
-            Entry { at: 0, process, event: Event::Granted { prefix, operations, namespace: String::new() } },
-        );
+        entries.insert(0, Entry { at: 0, process, event: granted("", "read") });
         true
     }),
     ("a process has a view that it may not read", Class::Unauthorized, |entries, _| {
-        let (prefix, operations) = (String::new(), vec!["append".to_owned()]);
-        let event = Event::Granted { prefix, operations, namespace: String::new() };
-        entries.insert(0, Entry { at: 0, process: "looker".into(), event });
+        entries.insert(0, Entry { at: 0, process: "looker".into(), event: granted("", "append") });
         entries.iter().any(|entry| matches!(entry.event, Event::View { .. }))
     }),
     ("a message is said to end elsewhere", Class::LostWrite, |entries, random| {
@@ -1207,6 +1205,48 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
 
 /// The same of sessions beside: see `legal::sides`.
 const BESIDE: &[(&str, Class, Mutation)] = &[
+    ("a signal about the run of another one is taken", Class::Unauthorized, |entries, random| {
+        let refused = |event: &Event| matches!(event, Event::Fail { code, .. } if code == "FORBIDDEN");
+        let refused: Vec<usize> = indices(entries, refused)
+            .into_iter()
+            .filter(|index| entries[*index].process.contains("customer"))
+            .collect();
+        let Some(index) = random.pick(&refused) else { return false };
+        let Event::Fail { op, .. } = entries[index].event else { return false };
+        entries[index].event = Event::Ok { op, seq: Some(0) };
+        true
+    }),
+    ("a signal about a run of his own is refused", Class::WronglyRefused, |entries, random| {
+        let Some((op, _)) = random.pick(&answered(entries, |call| matches!(call, Call::Signal { .. }))) else {
+            return false;
+        };
+        let is = |event: &Event| matches!(event, Event::Ok { op: of, .. } if *of == op);
+        let index = indices(entries, is)[0];
+        entries[index].event = Event::Fail { op, code: "FORBIDDEN".into() };
+        true
+    }),
+    ("a signal is stored that nobody sent", Class::Phantom, |entries, random| {
+        let run = format!("run-{}", random.below(3));
+        let about = |event: &Event| match event {
+            Event::Invoke { op, call: Call::Signal { run: of, .. } } if *of == run => Some(*op),
+            _ => None,
+        };
+        let ops: Vec<u64> = entries.iter().filter_map(|entry| about(&entry.event)).collect();
+        entries.retain(|entry| match &entry.event {
+            Event::Invoke { op, .. } | Event::Ok { op, .. } | Event::Fail { op, .. } => !ops.contains(op),
+            _ => true,
+        });
+        !ops.is_empty()
+    }),
+    ("a signal is told to be stored where nothing is", Class::LostWrite, |entries, random| {
+        let Some((op, _)) = random.pick(&answered(entries, |call| matches!(call, Call::Signal { .. }))) else {
+            return false;
+        };
+        let is = |event: &Event| matches!(event, Event::Ok { op: of, .. } if *of == op);
+        let index = indices(entries, is)[0];
+        entries[index].event = Event::Ok { op, seq: Some(1 << 40) };
+        true
+    }),
     ("a gap is longer than what was given up", Class::SkippedDelivery, |entries, random| {
         let Some(index) = pick(entries, random, |event| matches!(event, Event::Gap { .. })) else { return false };
         let Event::Gap { to, .. } = &mut entries[index].event else { return false };
@@ -1347,7 +1387,7 @@ fn seed() -> u64 {
 }
 
 /// What is in some of them.
-const ALL_SORTS: [&str; 10] = [
+const ALL_SORTS: [&str; 12] = [
     "fenced",
     "conflicts",
     "takeovers",
@@ -1358,6 +1398,8 @@ const ALL_SORTS: [&str; 10] = [
     "resumes-gap",
     "trimmed-and-whole",
     "times",
+    "signals",
+    "signals-forbidden",
 ];
 
 #[test]

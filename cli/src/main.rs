@@ -22,7 +22,7 @@ use crate::failure::{Exit, Failure};
 use crate::output::Output;
 use crate::settings::{LogFormat, LogSettings};
 
-#[cfg(not(target_env = "msvc"))]
+#[cfg(all(feature = "jemalloc", not(target_env = "msvc")))]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 

@@ -33,14 +33,15 @@ fn bounds_of(groups: &str) -> Vec<String> {
 }
 
 /// Bytes that the allocator has handed out, and bytes that it holds.
-#[cfg(not(target_env = "msvc"))]
+#[cfg(all(feature = "jemalloc", not(target_env = "msvc")))]
 pub(crate) fn in_use() -> Option<(usize, usize)> {
     use tikv_jemalloc_ctl::{epoch, stats};
     epoch::advance().ok()?;
     Some((stats::allocated::read().ok()?, stats::resident::read().ok()?))
 }
 
-#[cfg(target_env = "msvc")]
+/// Without that allocator nobody counts it.
+#[cfg(not(all(feature = "jemalloc", not(target_env = "msvc"))))]
 pub(crate) fn in_use() -> Option<(usize, usize)> {
     None
 }

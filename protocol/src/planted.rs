@@ -118,6 +118,10 @@ bugs! {
     TimeRunsBackwards = "time-runs-backwards",
     /// A client hands out twice what comes first on another connection.
     DeliveredTwice = "delivered-twice",
+    /// Whoever may signal about what is his own may do so about whatever there is.
+    OthersSignalled = "others-signalled",
+    /// A name includes whatever begins with its letters.
+    SubjectWithoutBorder = "subject-without-border",
     /// A store that comes back is not held to what its witness says.
     WitnessIgnored = "witness-ignored",
     /// The witness is told of a commit before that is synced.

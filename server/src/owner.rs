@@ -30,7 +30,7 @@ use tokio::time::{Duration, Instant, Sleep};
 use crate::attachment::Attachment;
 use crate::jobs::Worker;
 use crate::producer::ProducerLink;
-use crate::sessions::{Session, Sessions, refusal};
+use crate::sessions::{Loaded, Session, Sessions, refusal};
 use crate::upkeep::{Done, Upkeep};
 
 /// What an attach needs to know.
@@ -270,10 +270,10 @@ impl Owner {
         sessions: Arc<Sessions>,
         session: Arc<Session>,
         mailbox: mpsc::Receiver<Command>,
-        (state, unsnapshotted): (State, usize),
-        stat: SessionStat,
+        loaded: Loaded,
     ) -> Self {
-        let upkeep = Upkeep::new(&sessions, &session, (&state, unsnapshotted), &stat);
+        let upkeep = Upkeep::new(&sessions, &session, &loaded);
+        let Loaded { state, stat, .. } = loaded;
         let SessionStat { created, expire_after, wake, .. } = stat;
         Self {
             sessions,

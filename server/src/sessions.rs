@@ -108,6 +108,14 @@ impl Drop for SessionUse {
     }
 }
 
+/// A session as the store has it.
+pub(crate) struct Loaded {
+    pub(crate) state: State,
+    /// Bytes of chunks behind its snapshot: the last one may not have been taken.
+    pub(crate) unsnapshotted: usize,
+    pub(crate) stat: SessionStat,
+}
+
 /// What a store error means to a client.
 pub(crate) fn refusal(error: &StoreError) -> Refusal {
     let (code, detail) = match error {
@@ -372,7 +380,8 @@ impl Sessions {
                 return Err(Refusal::new(Code::SESSION_NOT_FOUND, "no session has this name"));
             }
         };
-        let (state, unsnapshotted) = self.state(&stat).await.map_err(refused)?;
+        let loaded = self.loaded(stat).await.map_err(refused)?;
+        let Loaded { state, stat, .. } = &loaded;
         let limit = self.config.ring_bytes;
         let ring = Ring::new(state.tail(), limit, self.ring_total.clone(), self.config.ring_budget);
         let closed = state.view().closed().is_some();
@@ -396,13 +405,13 @@ impl Sessions {
         self.metrics.sessions.inc();
         let mut owners = self.owners.lock().unwrap_or_else(PoisonError::into_inner);
         while owners.try_join_next().is_some() {}
-        owners.spawn(Owner::new(self.clone(), session.clone(), mailbox, (state, unsnapshotted), stat).run());
+        owners.spawn(Owner::new(self.clone(), session.clone(), mailbox, loaded).run());
         drop(owners);
         Ok(session)
     }
 
-    /// Rebuilds the state from the newest snapshot and the chunks behind it, and tells how many bytes these have.
-    async fn state(&self, stat: &SessionStat) -> Result<(State, usize), StoreError> {
+    /// Rebuilds the state from the newest snapshot and the chunks behind it.
+    async fn loaded(&self, stat: SessionStat) -> Result<Loaded, StoreError> {
         let id = &stat.session;
         let snapshot = self.store.snapshot(id.clone()).await?;
         let mut state = match snapshot.as_ref().and_then(|bytes| State::restore_kept(bytes, stat.kept).ok()) {
@@ -428,7 +437,7 @@ impl Sessions {
                 unsnapshotted += chunk.bytes().len();
             }
         }
-        Ok((state, unsnapshotted))
+        Ok(Loaded { state, unsnapshotted, stat })
     }
 
     /// True if the session is in memory, or being loaded.

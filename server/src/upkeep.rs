@@ -9,7 +9,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinHandle;
 use tokio::time::{Duration, Instant};
 
-use crate::sessions::{Extent, Session, Sessions};
+use crate::sessions::{Extent, Loaded, Session, Sessions};
 
 /// Bytes of chunks that one pass of compaction looks at, and so of texts that it holds.
 const PASS_BYTES: usize = 16 << 20;
@@ -90,18 +90,17 @@ pub(crate) struct Passed {
 }
 
 impl Upkeep {
-    /// Of a session that was just loaded, with so many bytes of chunks behind its snapshot: the last one may not have been taken.
+    /// Of a session that was just loaded.
     pub(crate) fn new(
         sessions: &Arc<Sessions>,
         session: &Arc<Session>,
-        (state, unsnapshotted): (&State, usize),
-        stat: &SessionStat,
+        Loaded { state, unsnapshotted, stat }: &Loaded,
     ) -> Self {
         let mut this = Self {
             sessions: sessions.clone(),
             session: session.clone(),
             work: Work::None,
-            unsnapshotted,
+            unsnapshotted: *unsnapshotted,
             snapshot_len: 0,
             snapshot: None,
             released: stat.first,

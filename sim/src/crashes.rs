@@ -238,6 +238,7 @@ async fn round(
         renewers: 1,
         trimmers: 1,
         trims: u64::MAX / 3,
+        customers: 2,
         askers: 1,
         looks: 0.01,
         pause: Duration::from_millis(3),

@@ -98,6 +98,7 @@ fn expected(bug: Bug) -> &'static [Sign] {
         Bug::DigestKept => &[C(HashDivergence)],
         Bug::TimeRunsBackwards => &[C(TimeRanBackwards)],
         Bug::DeliveredTwice => &[C(Redelivered)],
+        Bug::OthersSignalled | Bug::SubjectWithoutBorder => &[C(Unauthorized)],
         Bug::WitnessIgnored => &[T("is missing, and verify is silent"), T("nothing says so")],
         Bug::SyncErrorIgnored => &[T("was acknowledged")],
     }

@@ -131,6 +131,8 @@ const PROVOKED: &[&str] = &[
     "messages",
     "rot",
     "runs",
+    "signals",
+    "signals-forbidden",
     "stood-by",
     "torn-write",
     "zombies-fenced",

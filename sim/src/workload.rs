@@ -53,6 +53,8 @@ pub struct Size {
     pub trimmers: u64,
     /// How often each does.
     pub trims: u64,
+    /// Those that hold a run in a session of theirs, and may signal about what is their own alone.
+    pub customers: u64,
     /// Those that ask people for something, which is answered or expires.
     pub askers: u64,
     /// The chance that a view that has caught up is written down.
@@ -87,6 +89,7 @@ impl Default for Size {
             renewers: 1,
             trimmers: 1,
             trims: 4,
+            customers: 2,
             askers: 1,
             looks: 0.5,
             pause: Duration::from_millis(40),
@@ -130,6 +133,8 @@ const WRITES: &[Operation] = &[Operation::Read, Operation::Append, Operation::Cr
 const JOINS: &[Operation] = &[Operation::Read, Operation::Join, Operation::Create];
 const RUNS: &[Operation] = &[Operation::Read, Operation::Append, Operation::Run, Operation::Create];
 const MANAGES: &[Operation] = &[Operation::Read, Operation::Append, Operation::Manage, Operation::Create];
+const OWNS: &[Operation] =
+    &[Operation::Read, Operation::Append, Operation::Run, Operation::SignalOwn, Operation::Create];
 const ASKS: &[Operation] = &[Operation::Read, Operation::Append, Operation::Signal, Operation::Create];
 
 /// Somebody who takes part, and what he needs for that.
@@ -194,6 +199,13 @@ impl Workload {
             busy: Arc::default(),
             clients: Vec::new(),
         };
+        for n in 0..size.customers {
+            // The name of one begins with all of that of another.
+            let subject = format!("customer{}", "s".repeat(n as usize));
+            let rights = Rights { subject: &subject, prefix: "", operations: OWNS };
+            let actor = this.actor("customer", n, client(rights), rights, "", random);
+            this.working.spawn(actor.own());
+        }
         let mut come = |this: &mut Self, role: &str, n: u64, prefix: &str, operations: &[Operation]| {
             let rights = Rights { subject: SUBJECT, prefix, operations };
             this.actor(role, n, client(rights), rights, "", random)
@@ -275,7 +287,8 @@ impl Workload {
         let name = format!("{role}-{n}");
         let (prefix, namespace) = (rights.prefix.to_owned(), namespace.to_owned());
         let operations = rights.operations.iter().map(|operation| operation.as_str().to_owned()).collect();
-        self.recorder.say(&name, Event::Granted { prefix, operations, namespace });
+        let subject = rights.subject.to_owned();
+        self.recorder.say(&name, Event::Granted { prefix, operations, namespace, subject });
         self.busy.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
         Actor {
             name: name.clone(),
@@ -343,6 +356,9 @@ impl Workload {
         for n in 0..self.size.renewers {
             self.recorder.complete_if_there(observer, &renewed(&self.session, n)).await;
         }
+        if self.size.customers > 0 {
+            self.recorder.complete(observer, &owned(&self.session)).await;
+        }
         if self.size.trimmers > 0 {
             let session = beside(&self.session);
             let tail = self.recorder.complete(observer, &session).await;
@@ -366,6 +382,14 @@ fn beside(session: &str) -> String {
 fn renewed(session: &str, n: u64) -> String {
     format!("{session}-renewed-{n}")
 }
+
+/// Where customers hold runs.
+fn owned(session: &str) -> String {
+    format!("{session}-owned")
+}
+
+/// Of runs.
+const LEASE: Duration = Duration::from_secs(1);
 
 /// Longer than any world or campaign lasts.
 const FOREVER: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -682,6 +706,44 @@ impl Actor {
         }
     }
 
+    /// Holds a run where others do, one after the other, and wants something of whatever run there is: of another one's that is forbidden.
+    async fn own(mut self) {
+        self.session = owned(&self.session);
+        let session = self.attach().await;
+        let name = self.name.clone();
+        let mut producer = self.open(&session, &name).await;
+        let mut live = self.live(&session).await;
+        for _ in 0..self.size.turns {
+            if self.is_over() {
+                break;
+            }
+            // Another customer may hold the only one.
+            let id = RunId(self.random.array());
+            let run = self.start(&session, id).await;
+            for _ in 0..3 {
+                self.pause().await;
+                self.catch_up(&mut live).await;
+                for id in live.view().runs().current().iter().map(|run| run.id) {
+                    self.want(&session, id).await;
+                }
+            }
+            let Some(run) = run else { continue };
+            if self.random.chance(0.3) {
+                self.let_go(run).await;
+            } else if producer_has_ended(&self.end(&run, &producer).await) {
+                producer = self.open(&session, &name).await;
+            }
+        }
+    }
+
+    /// Wants something of a run, whoever holds it.
+    async fn want(&mut self, session: &Session, run: RunId) {
+        let call = Call::Signal { session: self.session.clone(), run: run.to_string() };
+        let op = self.recorder.invoke(&self.name, call);
+        let intent = [Intent::Steer, Intent::Interrupt, Intent::Cancel][self.random.below(3) as usize];
+        self.recorder.answered(&self.name, op, &session.signal(intent).run(run).send().await);
+    }
+
     /// Makes a session, deletes it and makes it again, and asks whether it can go on where it was in the life before.
     async fn renew(mut self, name: String) {
         self.session = name;
@@ -896,9 +958,7 @@ impl Actor {
         let result = match call {
             Call::OpenProducer { .. } => session.producer(&self.name).await.map(|producer| producer.epoch()),
             Call::Trim { before, .. } => session.trim(before).await,
-            Call::StartRun { .. } => {
-                session.start_run_as(id, Duration::from_secs(1), None).await.map(|run| run.epoch())
-            }
+            Call::StartRun { .. } => session.start_run_as(id, LEASE, None).await.map(|run| run.epoch()),
             _ => session.clone().delete().await.map(|()| 0),
         };
         self.recorder.answered(&self.name, op, &result);
@@ -908,7 +968,6 @@ impl Actor {
     async fn serve(mut self, name: String) {
         let session = self.attach().await;
         let mut producer = self.open(&session, &name).await;
-        let lease = Duration::from_secs(1);
         let mut live = self.live(&session).await;
         for turn in 0..self.size.turns {
             if self.is_over() {
@@ -918,7 +977,7 @@ impl Actor {
             let _ = timeout(Duration::from_millis(20), self.catch_up(&mut live)).await;
             let lost = live.view().runs().current().iter().find(|run| run.lost.is_some()).map(|run| run.id);
             if let Some(id) = lost.filter(|_| self.random.chance(0.5))
-                && let Some(run) = self.take(&session, id, lease).await
+                && let Some(run) = self.take(&session, id).await
             {
                 self.recorder.noticed("stood-by");
                 if !self.speak(&session, &producer, &run, &name, turn * 100).await {
@@ -928,7 +987,7 @@ impl Actor {
             }
             let id = RunId(self.random.array());
             // Another agent may hold the only one.
-            let Some(mut run) = self.start(&session, id, lease).await else {
+            let Some(mut run) = self.start(&session, id).await else {
                 self.pause().await;
                 continue;
             };
@@ -949,7 +1008,7 @@ impl Actor {
                     }
                     continue;
                 }
-                match self.take(&session, id, lease).await {
+                match self.take(&session, id).await {
                     Some(taken) => run = taken,
                     None => {
                         continue;
@@ -958,16 +1017,10 @@ impl Actor {
             }
             let alive = self.speak(&session, &producer, &run, &name, turn * 100 + 50).await;
             if alive {
-                let (session_name, run_name) = (self.session.clone(), id.to_string());
-                let op = self.recorder.invoke(&self.name, Call::EndRun { session: session_name, run: run_name });
-                let ended = match run.end(&producer, Status::Complete, "").await {
-                    Ok(ticket) => ticket.wait().await,
-                    Err(error) => Err(error),
-                };
-                self.recorder.stored(&self.name, op, &ended);
+                let ended = self.end(&run, &producer).await;
                 if ended.is_ok() && self.random.chance(0.3) {
                     // It is over, and stays so.
-                    drop(self.start(&session, id, lease).await);
+                    drop(self.start(&session, id).await);
                 }
             } else {
                 self.let_go(run).await;
@@ -977,36 +1030,48 @@ impl Actor {
         }
         if self.random.chance(0.5) {
             let id = RunId(self.random.array());
-            self.abandon(&session, lease, id).await;
+            self.abandon(&session, id).await;
         }
     }
 
     /// Begins a run and dies.
-    async fn abandon(self, session: &Session, lease: Duration, id: RunId) {
-        let started = self.start(session, id, lease).await;
+    async fn abandon(self, session: &Session, id: RunId) {
+        let started = self.start(session, id).await;
         self.client.close();
         self.recorder.say(&self.name, Event::Gone {});
         drop(started);
     }
 
     /// Begins a run. `None` if that is refused, or nobody knows.
-    async fn start(&self, session: &Session, id: RunId, lease: Duration) -> Option<Run> {
-        let told = (lease + TOLD).as_nanos() as u64;
+    async fn start(&self, session: &Session, id: RunId) -> Option<Run> {
+        let told = (LEASE + TOLD).as_nanos() as u64;
         let call = Call::StartRun { session: self.session.clone(), run: id.to_string(), lease: Some(told) };
         let op = self.recorder.invoke(&self.name, call);
-        let started = session.start_run_as(id, lease, None).await;
+        let started = session.start_run_as(id, LEASE, None).await;
         self.recorder.started(&self.name, op, &started.as_ref().map(Run::epoch).map_err(Clone::clone));
         started.ok()
     }
 
     /// Takes over a run that was lost. `None` if it is over, or another one was first and keeps it.
-    async fn take(&mut self, session: &Session, id: RunId, lease: Duration) -> Option<Run> {
+    async fn take(&mut self, session: &Session, id: RunId) -> Option<Run> {
         let call = Call::TakeRun { session: self.session.clone(), run: id.to_string() };
         let op = self.recorder.invoke(&self.name, call);
         // Whoever gives up has no answer, and holds it or does not.
-        let taken = timeout(lease * 4, session.take_run(Some(id), lease)).await.ok()?;
+        let taken = timeout(LEASE * 4, session.take_run(Some(id), LEASE)).await.ok()?;
         self.recorder.answered(&self.name, op, &taken.as_ref().map(Run::epoch).map_err(Clone::clone));
         taken.ok()
+    }
+
+    /// Ends a run.
+    async fn end(&self, run: &Run, producer: &Producer) -> Result<u64, AppendError> {
+        let call = Call::EndRun { session: self.session.clone(), run: run.id().to_string() };
+        let op = self.recorder.invoke(&self.name, call);
+        let ended = match run.end(producer, Status::Complete, "").await {
+            Ok(ticket) => ticket.wait().await,
+            Err(error) => Err(error),
+        };
+        self.recorder.stored(&self.name, op, &ended);
+        ended
     }
 
     /// Holds a run no more, so that it is lost.

@@ -272,6 +272,7 @@ impl World<'_> {
         };
         let kind = |kind: &str| Record { kind: kind.into(), ..Record::default() };
         let seq = match call {
+            Call::Signal { .. } => unreachable!("the sides alone signal"),
             Call::OpenProducer { producer, .. } => {
                 let epoch = self.epochs.entry(producer.clone()).or_default();
                 *epoch += 1;

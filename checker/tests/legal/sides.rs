@@ -208,7 +208,40 @@ pub(crate) fn members(random: &mut Random) -> Vec<Entry> {
     side.complete(false)
 }
 
+/// Customers hold a run each, and may want something of their own alone: also of what one below them holds, and not of one whose name
+/// begins with their letters.
+pub(crate) fn customers(random: &mut Random) -> Vec<Entry> {
+    let mut side = Side::new(random, "customers", 5_000_000);
+    let subjects = ["alice", "alicey", "alice/agent"];
+    for (n, subject) in subjects.iter().enumerate() {
+        let operations = ["run", "signal-own"].map(str::to_owned).to_vec();
+        let (prefix, namespace, subject) = ("customers".to_owned(), String::new(), (*subject).to_owned());
+        side.say(&format!("customer-{n}"), Event::Granted { prefix, operations, namespace, subject });
+    }
+    for (n, subject) in subjects.iter().enumerate() {
+        let (author, run) = (format!("customer-{n}"), format!("run-{n}"));
+        let begun = side.store(subject, "run.start", Record { run: Some(run.clone()), ..Record::default() });
+        let session = side.session.to_owned();
+        side.ask(&author, Call::StartRun { session: session.clone(), run: run.clone(), lease: None }, Ok(Some(begun)));
+        for (m, other) in subjects.iter().enumerate() {
+            let call = Call::Signal { session: session.clone(), run: run.clone() };
+            let answer = match *subject == *other || *other == "alice" && *subject == "alice/agent" {
+                true => {
+                    Ok(Some(side.store(other, "signal.steer", Record { run: Some(run.clone()), ..Record::default() })))
+                }
+                false => Err("FORBIDDEN"),
+            };
+            side.ask(&format!("customer-{m}"), call, answer);
+        }
+        let end = Record { run: Some(run.clone()), status: Some("complete".into()), ..Record::default() };
+        let end = side.store(subject, "run.end", end);
+        side.ask(&author, Call::EndRun { session, run }, Ok(Some(end)));
+    }
+    side.read("auditor", 0);
+    side.complete(false)
+}
+
 /// All of them.
 pub(crate) fn all(random: &mut Random) -> Vec<Entry> {
-    [trimmed, renewed, compacted, members].into_iter().flat_map(|side| side(random)).collect()
+    [trimmed, renewed, compacted, members, customers].into_iter().flat_map(|side| side(random)).collect()
 }

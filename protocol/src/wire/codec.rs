@@ -4,6 +4,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::varint::{self, Parsed};
 use crate::error::{Code, ProtocolError};
+use crate::planted::{Bug, planted};
 use crate::registry::{MAX_DETAIL, MAX_LABEL, MAX_SUBJECT};
 
 /// A bounded cursor over bytes. Byte strings that it returns share the memory of the input.
@@ -276,7 +277,7 @@ impl Subject {
     /// True for the subject itself and for those below it: `alice` includes `alice` and `alice/agent`, never `alicey` (spec SIG-9).
     pub fn includes(&self, other: &Self) -> bool {
         let rest = other.as_str().strip_prefix(self.as_str());
-        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/') || planted(Bug::SubjectWithoutBorder))
     }
 }
 

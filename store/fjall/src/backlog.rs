@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_holds_nothing_of_its_session_up_and_comes_behind_what_was_before_it() {
+    fn what_is_small_overtakes_a_snapshot_of_its_session_and_what_is_large_waits() {
         let mut backlog = Backlog::new();
         let snapshot = |n, bytes| About { may_follow: true, ..about(session(n), bytes) };
         assert_eq!(backlog.pass(snapshot(1, 10), "a small one"), Some("a small one"));

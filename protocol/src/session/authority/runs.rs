@@ -312,7 +312,10 @@ impl<T> Authority<T> {
             Ok(aimed) => aimed,
             Err(refusal) => return (Outcome::Refused(refusal), None),
         };
-        if !all && let Err(refusal) = self.is_own(&author.subject, target, run) {
+        if !all
+            && !planted(Bug::OthersSignalled)
+            && let Err(refusal) = self.is_own(&author.subject, target, run)
+        {
             return (Outcome::Refused(refusal), None);
         }
         let lasts = if lasts == 0 { MAX_LASTS } else { lasts };
