@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use mainstay_protocol::session::{Chunk, Compaction, State, Survey};
-use mainstay_store::{Pending, ReadFrom, SessionStat, Store, StoreError, Writer};
+use mainstay_store::{Pending, ReadFrom, Store, StoreError, Writer};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinHandle;
 use tokio::time::{Duration, Instant};
