@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::evidence::{Evidence, Granted, NEVER, Operation, Outcome, Viewed};
+use crate::evidence::{Evidence, Granted, NEVER, Outcome, Viewed};
 use crate::history::{Call, Event};
+use crate::signals::Holders;
 use crate::verdict::{Class, Verdict};
 
 /// How long what was asked for before a right was revoked may go on, in nanoseconds.
@@ -41,53 +42,6 @@ fn namespaces(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     }
 }
 
-/// Who held each run, or may have, by session and id: under which name, and when that was asked for and answered.
-struct Holders<'a>(BTreeMap<(&'a str, &'a str), Vec<Holder<'a>>>);
-
-struct Holder<'a> {
-    /// Empty where that is not known.
-    subject: &'a str,
-    asked: u64,
-    /// The end of time while it is not known that it holds it.
-    answered: u64,
-}
-
-impl<'a> Holders<'a> {
-    fn of(evidence: &Evidence<'a>) -> Self {
-        let names: BTreeMap<&str, &str> =
-            evidence.grants.iter().map(|granted| (granted.process, granted.subject)).collect();
-        let mut holders: BTreeMap<_, Vec<_>> = BTreeMap::new();
-        for operation in evidence.operations.iter().filter(|operation| !operation.has_failed()) {
-            if let Call::StartRun { session, run, .. } | Call::TakeRun { session, run } = operation.call {
-                let subject = names.get(operation.process).copied().unwrap_or_default();
-                let answered = if operation.is_done() { operation.told } else { NEVER };
-                let holder = Holder { subject, asked: operation.invoked, answered };
-                holders.entry((session.as_str(), run.as_str())).or_default().push(holder);
-            }
-        }
-        Self(holders)
-    }
-
-    /// What is known of whether the run that a signal is for is `subject`'s: `None` where it may be and may not.
-    fn is_own(&self, signal: &Operation<'_>, subject: &str) -> Option<bool> {
-        let Call::Signal { session, run } = signal.call else { return Some(false) };
-        let Some(holders) = self.0.get(&(session.as_str(), run.as_str())) else { return Some(false) };
-        let may_be = |holder: &Holder<'_>| holder.subject.is_empty() || is_below(holder.subject, subject);
-        if !holders.iter().any(|holder| may_be(holder) && holder.asked <= signal.returned) {
-            return Some(false);
-        }
-        let is_known = holders.iter().all(|holder| is_below(holder.subject, subject))
-            && holders.iter().any(|holder| holder.answered <= signal.invoked);
-        is_known.then_some(true)
-    }
-}
-
-/// True for the name itself and those below it.
-fn is_below(name: &str, above: &str) -> bool {
-    let rest = name.strip_prefix(above).filter(|_| !above.is_empty());
-    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-}
-
 /// Checks what was done, refused and delivered against rights.
 pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     namespaces(evidence, verdict);
@@ -101,34 +55,37 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
             continue;
         }
         let (session, Some(needs)) = (operation.call.session(), operation.call.needs()) else { continue };
-        // Whoever may signal about what is his own may do so if that is.
-        let own = |granted: &Granted<'_>| match granted.allows("signal-own", session) {
-            true => holders.is_own(operation, granted.subject),
-            false => Some(false),
-        };
-        let mut possible =
-            rights.iter().filter(|granted| granted.allows(needs, session) || own(granted) != Some(false));
-        let mut certain = rights.iter().filter(|granted| granted.allows(needs, session) || own(granted) == Some(true));
-        let what = || format!("operation {} of {}, which needs {needs}", operation.op, operation.process);
+        let mut matching = rights.iter().filter(|granted| granted.allows_one(needs, session));
+        let what = || format!("operation {} of {}, which needs one of {needs:?}", operation.op, operation.process);
         let during = |granted: &&&Granted<'_>| {
             granted.from <= operation.returned && granted.until.saturating_add(GRACE) >= operation.invoked
         };
         match operation.outcome {
             Outcome::Done(_) => {
                 verdict.count("allowed", 1);
-                verdict.count("signals", u64::from(matches!(operation.call, Call::Signal { .. })));
-                if !possible.any(|granted| during(&granted)) {
+                if !matching.any(|granted| during(&granted)) {
                     verdict.report(Class::Unauthorized, session, what);
                 }
             }
             // Nobody was told so, and it is there.
-            Outcome::Unknown if operation.found.is_some() && !possible.any(|granted| during(&granted)) => {
+            Outcome::Unknown if operation.found.is_some() && !matching.any(|granted| during(&granted)) => {
                 verdict.report(Class::Unauthorized, session, what);
             }
             Outcome::Failed("FORBIDDEN") => {
                 verdict.count("forbidden", 1);
-                verdict.count("signals-forbidden", u64::from(matches!(operation.call, Call::Signal { .. })));
-                if certain.any(|granted| granted.from <= operation.invoked && granted.until >= operation.returned) {
+                // What may be done with one's own alone is rightly refused where it may be another one's.
+                let certainly = |granted: &&&Granted<'_>| match operation.call {
+                    Call::Signal { .. } if !granted.allows("signal", session) => {
+                        holders.is_own(operation, granted.subject) == Some(true)
+                    }
+                    _ => true,
+                };
+                if rights.iter().any(|granted| holders.is_own(operation, granted.subject) == Some(false)) {
+                    verdict.count("others-signals-forbidden", 1);
+                }
+                let lasted =
+                    |granted: &&Granted<'_>| granted.from <= operation.invoked && granted.until >= operation.returned;
+                if matching.filter(certainly).any(lasted) {
                     verdict.report(Class::WronglyRefused, session, what);
                 }
             }

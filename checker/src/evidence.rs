@@ -211,6 +211,11 @@ impl Granted<'_> {
     pub fn allows(&self, operation: &str, session: &str) -> bool {
         covers(self.prefix, session) && self.operations.iter().any(|allowed| allowed == operation)
     }
+
+    /// The same of one of these.
+    pub fn allows_one(&self, operations: &[&str], session: &str) -> bool {
+        operations.iter().any(|operation| self.allows(operation, session))
+    }
 }
 
 /// True if the right is about this session: a prefix ends at a border.
@@ -481,7 +486,7 @@ impl<'a> Evidence<'a> {
     pub fn may(&self, operation: &Operation<'_>) -> bool {
         let Some(needs) = operation.call.needs() else { return true };
         let mut theirs = self.grants.iter().filter(|granted| granted.process == operation.process).peekable();
-        theirs.peek().is_none() || theirs.any(|granted| granted.allows(needs, operation.call.session()))
+        theirs.peek().is_none() || theirs.any(|granted| granted.allows_one(needs, operation.call.session()))
     }
 }
 

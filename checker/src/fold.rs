@@ -11,6 +11,10 @@ pub struct Run {
     pub epoch: u64,
     /// Who holds it; `None` once it is lost.
     pub holder: Option<String>,
+    /// Who held it last.
+    pub newest: String,
+    /// It was begun for an input.
+    pub for_input: bool,
     /// It has ended.
     pub over: bool,
 }
@@ -47,7 +51,10 @@ impl Fold {
             ("message.append", _, Some(id), _) => self.messages.entry(id.clone()).or_default().push_str(&text()),
             ("message.replace", _, Some(id), _) => drop(self.messages.insert(id.clone(), text())),
             ("run.start", _, _, Some(id)) => {
-                let run = Run { epoch: record.seq, holder: Some(record.author.clone()), over: false };
+                let (epoch, newest) = (record.seq, record.author.clone());
+                // Whoever takes it over does not say so again.
+                let for_input = record.input.is_some() || self.runs.get(id).is_some_and(|run| run.for_input);
+                let run = Run { epoch, holder: Some(newest.clone()), newest, for_input, over: false };
                 self.runs.insert(id.clone(), run);
             }
             ("run.lost", _, _, Some(id)) => {

@@ -191,8 +191,8 @@ pub enum Event {
         /// In this namespace; without any right a process is in the one without a name.
         #[serde(default, skip_serializing_if = "String::is_empty")]
         namespace: String,
-        /// Under this name: what is its own is that of the name, and of names below it (`alice/…`). Without one it is not looked at whose
-        /// anything is.
+        /// Under this subject: its own is what is of that, and of those below it (`alice/…`). Without one it is not looked at whose anything
+        /// is.
         #[serde(default, skip_serializing_if = "String::is_empty")]
         subject: String,
     },
@@ -375,12 +375,14 @@ pub enum Call {
         /// Its id.
         run: String,
     },
-    /// Want something of a run. `ok.seq` is that of the signal.
+    /// Want something of a run. `ok.seq` is that of the signal, or of a cancel that was there before.
     Signal {
         /// The session.
         session: String,
         /// The run's id.
         run: String,
+        /// The author under which it is stored.
+        author: String,
     },
     /// Give up everything below a seq.
     Trim {
@@ -426,16 +428,17 @@ impl Call {
         matches!(self, Self::Append { .. } | Self::Put { .. } | Self::Delete { .. } | Self::Increment { .. })
     }
 
-    /// The word of the right that it needs; `None` for what ends something of one's own.
-    pub fn needs(&self) -> Option<&'static str> {
+    /// The words of the rights of which it needs one; `None` for what ends something of one's own. Whoever may signal about his own alone may not
+    /// do so about everything.
+    pub fn needs(&self) -> Option<&'static [&'static str]> {
         Some(match self {
             Self::Leave { .. } => return None,
-            Self::Attach { .. } | Self::AttachAt { .. } => "read",
-            Self::Join { .. } => "join",
-            Self::StartRun { .. } | Self::TakeRun { .. } | Self::ReleaseRun { .. } | Self::EndRun { .. } => "run",
-            Self::Signal { .. } => "signal",
-            Self::Trim { .. } | Self::DeleteSession { .. } => "manage",
-            _ => "append",
+            Self::Attach { .. } | Self::AttachAt { .. } => &["read"],
+            Self::Join { .. } => &["join"],
+            Self::StartRun { .. } | Self::TakeRun { .. } | Self::ReleaseRun { .. } | Self::EndRun { .. } => &["run"],
+            Self::Signal { .. } => &["signal", "signal-own"],
+            Self::Trim { .. } | Self::DeleteSession { .. } => &["manage"],
+            _ => &["append"],
         })
     }
 }
@@ -505,6 +508,9 @@ pub struct Record {
     /// `message.end`, `run.end`: how.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<String>,
+    /// `run.start`: the input that it was begun for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<String>,
     /// `run.lost`: which one was lost.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub epoch: Option<u64>,
@@ -620,8 +626,9 @@ pub fn read_dump(from: impl BufRead) -> io::Result<Vec<Event>> {
         let wrong = |error| invalid(format!("line {}: {error}", number + 1));
         match serde_json::from_str(&line?).map_err(wrong)? {
             Row::Record { session, mut record } => {
-                // What members do has this name too.
+                // What members do, and what signals are for, has these names too.
                 record.status.take_if(|_| !matches!(record.kind.as_str(), "message.end" | "run.end"));
+                record.input.take_if(|_| record.kind != "run.start");
                 open.entry(session).or_default().push(*record);
             }
             Row::Session { name: session, first, tail, compacted, view_hash } => {

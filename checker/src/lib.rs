@@ -11,6 +11,7 @@
 //! | [`state`] | K1–K4 | changes of keys happened as answered; every view is the fold of the log |
 //! | [`presence`] | P1–P3 | members are those that are there, generation by generation |
 //! | [`runs`] | R1–R3 | one holder of a run at a time, one end |
+//! | [`signals`] | A1, L1, L2, L6 | signals are stored once each, of whoever may send them |
 //! | [`access`] | A1–A3 | nothing without a grant, nothing long after one was revoked |
 //! | [`verdict`] | N1 | what was provoked; a history in which nothing happened proves nothing and fails |
 
@@ -21,6 +22,7 @@ pub mod history;
 pub mod log;
 pub mod presence;
 pub mod runs;
+pub mod signals;
 pub mod state;
 pub mod subscribers;
 pub mod verdict;
@@ -43,6 +45,7 @@ pub fn check(mut entries: Vec<Entry>, required: &[String]) -> Verdict {
     state::check(&evidence, &mut verdict);
     presence::check(&evidence, &mut verdict);
     runs::check(&evidence, &mut verdict);
+    signals::check(&evidence, &mut verdict);
     access::check(&evidence, &mut verdict);
     verdict.settle(required);
     verdict

@@ -288,7 +288,6 @@ fn deeds(evidence: &Evidence<'_>, session: &str, records: &[&Record], verdict: &
             Call::Join { author, .. } => ("presence.joined", author),
             Call::StartRun { run, .. } | Call::TakeRun { run, .. } => ("run.start", run),
             Call::EndRun { run, .. } => ("run.end", run),
-            Call::Signal { run, .. } => ("signal", run),
             _ => continue,
         };
         if !operation.has_failed() {
@@ -311,14 +310,13 @@ fn deeds(evidence: &Evidence<'_>, session: &str, records: &[&Record], verdict: &
     }
 }
 
-/// Which membership or run a record is about that somebody asks for, or wants something of.
+/// Which membership or run a record is about that somebody asks for.
 fn deed(record: &Record) -> Option<(&str, &str)> {
     let kind = record.kind.as_str();
     match kind {
         "presence.joined" => Some((kind, &record.author)),
         "run.start" | "run.end" => Some((kind, record.run.as_deref()?)),
-        "signal.resolved" | "signal.expired" => None,
-        _ => kind.strip_prefix("signal.").and_then(|_| Some(("signal", record.run.as_deref()?))),
+        _ => None,
     }
 }
 

@@ -41,6 +41,22 @@ fn pick(entries: &[Entry], random: &mut Random, holds: impl Fn(&Event) -> bool) 
     random.pick(&indices(entries, holds))
 }
 
+/// Lets one of the signals fail that were answered and that this holds for, by process and run.
+fn refuse_a_signal(entries: &mut [Entry], random: &mut Random, which: impl Fn(&str, &str) -> bool) -> bool {
+    let sent: Vec<u64> = entries
+        .iter()
+        .filter_map(|entry| match &entry.event {
+            Event::Invoke { op, call: Call::Signal { run, .. } } if which(&entry.process, run) => Some(*op),
+            _ => None,
+        })
+        .collect();
+    let done = |event: &Event| matches!(event, Event::Ok { op, .. } if sent.contains(op));
+    let Some(index) = pick(entries, random, done) else { return false };
+    let Event::Ok { op, .. } = entries[index].event else { return false };
+    entries[index].event = Event::Fail { op, code: "FORBIDDEN".into() };
+    true
+}
+
 /// The right to do this with sessions under a prefix.
 fn granted(prefix: &str, operation: &str) -> Event {
     let (prefix, operations) = (prefix.to_owned(), vec![operation.to_owned()]);
@@ -1138,6 +1154,15 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
     }),
     ("a member joins once more while it is there", Class::Duplicate, |entries, random| {
         let Some(seq) = seq_of(entries, random, "presence.left") else { return false };
+        let (_, records) = complete(entries);
+        let member = records.into_iter().find(|record| record.seq == seq).and_then(|record| record.member);
+        // Of whom it is not known that he left it is not known either that he may not join again.
+        let leaves = |event: &Event| matches!(event, Event::Invoke { call: Call::Leave { author, .. }, .. } if Some(author) == member.as_ref());
+        let told =
+            answered(entries, |call| matches!(call, Call::Leave { author, .. } if Some(author) == member.as_ref()));
+        if told.len() < indices(entries, leaves).len() {
+            return false;
+        }
         change_at(entries, seq, |record| {
             record.kind = "presence.joined".into();
         });
@@ -1205,28 +1230,48 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
 
 /// The same of sessions beside: see `legal::sides`.
 const BESIDE: &[(&str, Class, Mutation)] = &[
-    ("a signal about the run of another one is taken", Class::Unauthorized, |entries, random| {
-        let refused = |event: &Event| matches!(event, Event::Fail { code, .. } if code == "FORBIDDEN");
-        let refused: Vec<usize> = indices(entries, refused)
-            .into_iter()
-            .filter(|index| entries[*index].process.contains("customer"))
-            .collect();
-        let Some(index) = random.pick(&refused) else { return false };
-        let Event::Fail { op, .. } = entries[index].event else { return false };
-        entries[index].event = Event::Ok { op, seq: Some(0) };
+    ("signals are stored about the run of another one", Class::Unauthorized, |entries, random| {
+        let run = format!("owned-{}", random.below(3));
+        everywhere(entries, |record| {
+            if record.kind == "run.start" && record.run.as_ref() == Some(&run) {
+                record.author = "stranger/9".into();
+            }
+        });
         true
     }),
-    ("a signal about a run of his own is refused", Class::WronglyRefused, |entries, random| {
-        let Some((op, _)) = random.pick(&answered(entries, |call| matches!(call, Call::Signal { .. }))) else {
-            return false;
-        };
-        let is = |event: &Event| matches!(event, Event::Ok { op: of, .. } if *of == op);
-        let index = indices(entries, is)[0];
-        entries[index].event = Event::Fail { op, code: "FORBIDDEN".into() };
+    ("a signal is stored that was refused", Class::Phantom, |entries, random| {
+        let run = format!("owned-{}", random.below(3));
+        everywhere(entries, |record| {
+            if record.kind == "signal.approve" && record.run.as_ref() == Some(&run) {
+                (record.kind, record.author) = ("signal.steer".into(), "nobody/4".into());
+            }
+        });
         true
+    }),
+    ("a signal is stored twice", Class::Duplicate, |entries, random| {
+        let run = format!("owned-{}", random.below(3));
+        everywhere(entries, |record| {
+            if record.kind == "signal.approve" && record.run.as_ref() == Some(&run) {
+                (record.kind, record.author) = ("signal.steer".into(), "boss/3".into());
+            }
+        });
+        true
+    }),
+    ("a signal is refused to him who may send any", Class::WronglyRefused, |entries, random| {
+        refuse_a_signal(entries, random, |process, _| process == "customer-3")
+    }),
+    ("a signal about his own run is refused to its only holder", Class::WronglyRefused, |entries, random| {
+        let taken = |event: &Event| match event {
+            Event::Invoke { call: Call::TakeRun { run, .. }, .. } => Some(run.clone()),
+            _ => None,
+        };
+        let taken: Vec<String> = entries.iter().filter_map(|entry| taken(&entry.event)).collect();
+        refuse_a_signal(entries, random, |process, run| {
+            !taken.iter().any(|taken| taken == run) && process.replace("customer", "owned") == run
+        })
     }),
     ("a signal is stored that nobody sent", Class::Phantom, |entries, random| {
-        let run = format!("run-{}", random.below(3));
+        let run = format!("owned-{}", random.below(3));
         let about = |event: &Event| match event {
             Event::Invoke { op, call: Call::Signal { run: of, .. } } if *of == run => Some(*op),
             _ => None,
@@ -1398,8 +1443,8 @@ const ALL_SORTS: [&str; 12] = [
     "resumes-gap",
     "trimmed-and-whole",
     "times",
-    "signals",
-    "signals-forbidden",
+    "own-signals",
+    "others-signals-forbidden",
 ];
 
 #[test]

@@ -120,6 +120,8 @@ bugs! {
     DeliveredTwice = "delivered-twice",
     /// Whoever may signal about what is his own may do so about whatever there is.
     OthersSignalled = "others-signalled",
+    /// Whoever may signal about what is his own may not do so about a run that he holds.
+    OwnRefused = "own-refused",
     /// A name includes whatever begins with its letters.
     SubjectWithoutBorder = "subject-without-border",
     /// A store that comes back is not held to what its witness says.

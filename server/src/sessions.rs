@@ -380,7 +380,7 @@ impl Sessions {
                 return Err(Refusal::new(Code::SESSION_NOT_FOUND, "no session has this name"));
             }
         };
-        let loaded = self.loaded(stat).await.map_err(refused)?;
+        let loaded = self.rebuild(stat).await.map_err(refused)?;
         let Loaded { state, stat, .. } = &loaded;
         let limit = self.config.ring_bytes;
         let ring = Ring::new(state.tail(), limit, self.ring_total.clone(), self.config.ring_budget);
@@ -411,7 +411,7 @@ impl Sessions {
     }
 
     /// Rebuilds the state from the newest snapshot and the chunks behind it.
-    async fn loaded(&self, stat: SessionStat) -> Result<Loaded, StoreError> {
+    async fn rebuild(&self, stat: SessionStat) -> Result<Loaded, StoreError> {
         let id = &stat.session;
         let snapshot = self.store.snapshot(id.clone()).await?;
         let mut state = match snapshot.as_ref().and_then(|bytes| State::restore_kept(bytes, stat.kept).ok()) {

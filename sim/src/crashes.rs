@@ -73,7 +73,7 @@ const PROVOKED: &[&str] = &[
 ];
 
 /// The same of kills; the first only where there is strace.
-const KILLED: [&str; 12] = [
+const KILLED: [&str; 14] = [
     "kill-at-call",
     "kill",
     "kill-in-recovery",
@@ -81,6 +81,8 @@ const KILLED: [&str; 12] = [
     "deduplicated",
     "gaps",
     "messages",
+    "others-signals-forbidden",
+    "own-signals",
     "runs",
     "tables",
     "views",
@@ -238,7 +240,7 @@ async fn round(
         renewers: 1,
         trimmers: 1,
         trims: u64::MAX / 3,
-        customers: 2,
+        customers: 3,
         askers: 1,
         looks: 0.01,
         pause: Duration::from_millis(3),

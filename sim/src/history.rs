@@ -99,11 +99,13 @@ impl Recorder {
         self.say(process, event);
     }
 
-    /// Writes down what became of a run that was to be started. One that is over was begun: by what was asked for here, if that was sent again
-    /// because its answer was lost.
+    /// Writes down what became of a run that was to be started, or taken over. One that is over was begun, and one that another one holds was taken
+    /// over: by what was asked for here, or after it, if that was sent again because its answer was lost.
     pub fn started(&self, process: &str, op: u64, result: &Result<u64, ClientError>) {
         match result {
-            Err(ClientError::Refused { code: Code::RUN_OVER, .. }) => self.say(process, Event::Unknown { op }),
+            Err(ClientError::Refused { code: Code::RUN_OVER | Code::RUN_ACTIVE, .. }) => {
+                self.say(process, Event::Unknown { op });
+            }
             result => self.answered(process, op, result),
         }
     }
@@ -307,7 +309,10 @@ pub fn record(read: &ReadRecord<'_>) -> Record {
         }
         Kind::MESSAGE_END => row.status = Some(MessageEnd::of(record).expect("an end").status.as_str().to_owned()),
         Kind::RUN_END => row.status = Some(RunEnd::of(record).expect("an end").status.as_str().to_owned()),
-        Kind::RUN_START => row.lost_epoch = RunStart::of(record).expect("a start").lost,
+        Kind::RUN_START => {
+            let start = RunStart::of(record).expect("a start");
+            (row.lost_epoch, row.input) = (start.lost, start.input.map(|input| input.to_string()));
+        }
         Kind::RUN_LOST => row.epoch = Some(RunLost::of(record).expect("a loss").epoch),
         _ => {}
     }

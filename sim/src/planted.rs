@@ -99,6 +99,7 @@ fn expected(bug: Bug) -> &'static [Sign] {
         Bug::TimeRunsBackwards => &[C(TimeRanBackwards)],
         Bug::DeliveredTwice => &[C(Redelivered)],
         Bug::OthersSignalled | Bug::SubjectWithoutBorder => &[C(Unauthorized)],
+        Bug::OwnRefused => &[C(WronglyRefused)],
         Bug::WitnessIgnored => &[T("is missing, and verify is silent"), T("nothing says so")],
         Bug::SyncErrorIgnored => &[T("was acknowledged")],
     }

@@ -393,7 +393,7 @@ async fn live(seed: u64, recorder: &Recorder) {
         renewers: random.below(2),
         trimmers: random.below(2),
         trims: 4 + random.below(12),
-        customers: random.below(3),
+        customers: random.below(4),
         askers: random.below(2),
         looks: 0.5,
         pause: Duration::from_millis(5 + random.below(200)),

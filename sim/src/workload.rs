@@ -89,7 +89,7 @@ impl Default for Size {
             renewers: 1,
             trimmers: 1,
             trims: 4,
-            customers: 2,
+            customers: 3,
             askers: 1,
             looks: 0.5,
             pause: Duration::from_millis(40),
@@ -140,6 +140,8 @@ const ASKS: &[Operation] = &[Operation::Read, Operation::Append, Operation::Sign
 /// Somebody who takes part, and what he needs for that.
 struct Actor {
     name: String,
+    /// Under which his records are stored.
+    author: String,
     client: Client,
     recorder: Recorder,
     session: String,
@@ -200,9 +202,9 @@ impl Workload {
             clients: Vec::new(),
         };
         for n in 0..size.customers {
-            // The name of one begins with all of that of another.
-            let subject = format!("customer{}", "s".repeat(n as usize));
-            let rights = Rights { subject: &subject, prefix: "", operations: OWNS };
+            // One is below another, and one begins with the letters of both.
+            let subject = ["customer", "customers", "customer/agent"][n as usize % 3];
+            let rights = Rights { subject, prefix: "", operations: OWNS };
             let actor = this.actor("customer", n, client(rights), rights, "", random);
             this.working.spawn(actor.own());
         }
@@ -292,6 +294,7 @@ impl Workload {
         self.busy.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
         Actor {
             name: name.clone(),
+            author: format!("{}/{}", rights.subject, client.instance()),
             _busy: Busy(name, self.busy.clone()),
             client,
             recorder: self.recorder.clone(),
@@ -388,7 +391,7 @@ fn owned(session: &str) -> String {
     format!("{session}-owned")
 }
 
-/// Of runs.
+/// For how long a run is held once nobody hears of its holder.
 const LEASE: Duration = Duration::from_secs(1);
 
 /// Longer than any world or campaign lasts.
@@ -610,7 +613,7 @@ impl Actor {
     /// Is a member, leaves, is one again; every second one dies in the end, and the others stay.
     async fn belong(mut self) {
         let session = self.attach().await;
-        let author = format!("tester/{}", self.client.instance());
+        let author = self.author.clone();
         let turns = self.size.turns;
         for turn in 0..turns {
             let join = Call::Join {
@@ -717,11 +720,21 @@ impl Actor {
             if self.is_over() {
                 break;
             }
-            // Another customer may hold the only one.
-            let id = RunId(self.random.array());
-            let run = self.start(&session, id).await;
+            let lost = live.view().runs().current().iter().find(|run| run.lost.is_some()).map(|run| run.id);
+            let run = match lost.filter(|_| self.random.chance(0.5)) {
+                Some(id) => self.take(&session, id).await,
+                // Another customer may hold the only one.
+                None => {
+                    let id = RunId(self.random.array());
+                    self.start(&session, id).await
+                }
+            };
             for _ in 0..3 {
                 self.pause().await;
+                if let Some(run) = &run {
+                    // Where that fails it is lost, and said to be.
+                    let _ = run.renew().await;
+                }
                 self.catch_up(&mut live).await;
                 for id in live.view().runs().current().iter().map(|run| run.id) {
                     self.want(&session, id).await;
@@ -738,7 +751,8 @@ impl Actor {
 
     /// Wants something of a run, whoever holds it.
     async fn want(&mut self, session: &Session, run: RunId) {
-        let call = Call::Signal { session: self.session.clone(), run: run.to_string() };
+        let (session_name, author) = (self.session.clone(), self.author.clone());
+        let call = Call::Signal { session: session_name, run: run.to_string(), author };
         let op = self.recorder.invoke(&self.name, call);
         let intent = [Intent::Steer, Intent::Interrupt, Intent::Cancel][self.random.below(3) as usize];
         self.recorder.answered(&self.name, op, &session.signal(intent).run(run).send().await);
@@ -1058,7 +1072,7 @@ impl Actor {
         let op = self.recorder.invoke(&self.name, call);
         // Whoever gives up has no answer, and holds it or does not.
         let taken = timeout(LEASE * 4, session.take_run(Some(id), LEASE)).await.ok()?;
-        self.recorder.answered(&self.name, op, &taken.as_ref().map(Run::epoch).map_err(Clone::clone));
+        self.recorder.started(&self.name, op, &taken.as_ref().map(Run::epoch).map_err(Clone::clone));
         taken.ok()
     }
 

@@ -11,7 +11,7 @@ use crate::{Outcome, USAGE, cargo, need, root, step};
 fn simulator() -> Result<PathBuf, String> {
     let target = root().join("target").join("sim");
     let mut build = cargo(&["build", "--profile", "sim", "--locked", "-p", "mainstay-sim", "-p", "mainstay"]);
-    // What it allocates with takes as long to build as all of the rest, and decides nothing.
+    // jemalloc would take a minute and a half to build, and decides nothing here.
     build
         .args(["--no-default-features", "--features", "mainstay-sim/planted,mainstay/planted", "--target-dir"])
         .arg(&target);

@@ -112,7 +112,7 @@ fn need(subcommand: &str, package: &str) -> Outcome {
 pub(crate) fn install(package: &str) -> Outcome {
     eprintln!("== installing {package}, which is missing");
     let mut install = cargo(&["install", "--locked", package]);
-    // It is used for seconds: what its authors do for speed costs more here than it brings.
+    // What it does here takes seconds, or is to wait for others: what its authors do for speed costs more than it brings.
     for (setting, value) in [("LTO", "off"), ("OPT_LEVEL", "0"), ("CODEGEN_UNITS", "16"), ("DEBUG", "0")] {
         install.env(format!("CARGO_PROFILE_RELEASE_{setting}"), value);
     }
@@ -206,6 +206,9 @@ fn tests(what: &str, command: &mut Command) -> Outcome {
     let unseen = root().join("target").join("skipped-tests");
     // A list of an earlier run is not of this one.
     let _ = std::fs::remove_file(&unseen);
+    // Most tests wait most of the time.
+    let threads = 2 * std::thread::available_parallelism().map_or(1, usize::from);
+    let command = command.args(["--test-threads", &threads.to_string()]);
     step(what, command.env("MAINSTAY_SKIPPED", &unseen))?;
     for line in std::fs::read_to_string(&unseen).unwrap_or_default().lines() {
         let (what, why) = line.split_once(": ").unwrap_or((line, "the test does not say why"));

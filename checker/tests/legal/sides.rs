@@ -208,34 +208,58 @@ pub(crate) fn members(random: &mut Random) -> Vec<Entry> {
     side.complete(false)
 }
 
-/// Customers hold a run each, and may want something of their own alone: also of what one below them holds, and not of one whose name
-/// begins with their letters.
+/// Customers hold runs, and may want something of their own alone: also of what one below them holds, and not of one whose name begins with
+/// their letters. What is taken over is another one's from then on. Beside them is somebody who may want something of everybody.
 pub(crate) fn customers(random: &mut Random) -> Vec<Entry> {
     let mut side = Side::new(random, "customers", 5_000_000);
-    let subjects = ["alice", "alicey", "alice/agent"];
-    for (n, subject) in subjects.iter().enumerate() {
-        let operations = ["run", "signal-own"].map(str::to_owned).to_vec();
-        let (prefix, namespace, subject) = ("customers".to_owned(), String::new(), (*subject).to_owned());
-        side.say(&format!("customer-{n}"), Event::Granted { prefix, operations, namespace, subject });
+    let session = side.session.to_owned();
+    let subjects = ["alice", "alicey", "alice/agent", "boss"];
+    let process = |n: usize| format!("customer-{n}");
+    let author = |n: usize| format!("{}/{n}", subjects[n]);
+    for (n, subject) in subjects.into_iter().enumerate() {
+        let signals = if subject == "boss" { "signal" } else { "signal-own" };
+        let operations = ["run", signals].map(str::to_owned).to_vec();
+        let (prefix, namespace, subject) = ("customers".to_owned(), String::new(), subject.to_owned());
+        side.say(&process(n), Event::Granted { prefix, operations, namespace, subject });
     }
-    for (n, subject) in subjects.iter().enumerate() {
-        let (author, run) = (format!("customer-{n}"), format!("run-{n}"));
-        let begun = side.store(subject, "run.start", Record { run: Some(run.clone()), ..Record::default() });
-        let session = side.session.to_owned();
-        side.ask(&author, Call::StartRun { session: session.clone(), run: run.clone(), lease: None }, Ok(Some(begun)));
-        for (m, other) in subjects.iter().enumerate() {
-            let call = Call::Signal { session: session.clone(), run: run.clone() };
-            let answer = match *subject == *other || *other == "alice" && *subject == "alice/agent" {
-                true => {
-                    Ok(Some(side.store(other, "signal.steer", Record { run: Some(run.clone()), ..Record::default() })))
-                }
-                false => Err("FORBIDDEN"),
-            };
-            side.ask(&format!("customer-{m}"), call, answer);
+    for holder in 0..3 {
+        let id = format!("owned-{holder}");
+        let of_run = || Record { run: Some(id.clone()), ..Record::default() };
+        let begun = side.store(&author(holder), "run.start", of_run());
+        let (session_name, run) = (session.clone(), id.clone());
+        side.ask(&process(holder), Call::StartRun { session: session_name, run, lease: None }, Ok(Some(begun)));
+        let mut held = holder;
+        for life in 0..1 + side.random.below(2) {
+            if life > 0 {
+                let call = Call::ReleaseRun { session: session.clone(), run: id.clone() };
+                side.ask(&process(held), call, Ok(None));
+                side.store("server", "run.lost", Record { epoch: Some(begun), ..of_run() });
+                held = (holder + 1) % 3;
+                let taken = side.store(&author(held), "run.start", Record { lost_epoch: Some(begun), ..of_run() });
+                let call = Call::TakeRun { session: session.clone(), run: id.clone() };
+                side.ask(&process(held), call, Ok(Some(taken)));
+            }
+            let mut cancel = None;
+            for sender in (0..4).chain(0..4) {
+                let (session, run, author) = (session.clone(), id.clone(), author(sender));
+                let may = sender == 3 || sender == held || (sender, held) == (0, 2);
+                let answer = match (may, sender == 3 || side.random.below(2) == 0) {
+                    (false, _) => Err("FORBIDDEN"),
+                    (true, true) => Ok(Some(side.store(&author, "signal.steer", of_run()))),
+                    // One is enough, whoever sent it.
+                    (true, false) => {
+                        Ok(Some(*cancel.get_or_insert_with(|| side.store(&author, "signal.cancel", of_run()))))
+                    }
+                };
+                side.ask(&process(sender), Call::Signal { session, run, author }, answer);
+            }
+            // Whom an input interrupts, and what became of a signal, is nobody's wish; an answer is for a request.
+            side.store("server", "signal.interrupt", of_run());
+            side.store(&author(held), "signal.resolved", of_run());
+            side.store("people/1", "signal.approve", of_run());
         }
-        let end = Record { run: Some(run.clone()), status: Some("complete".into()), ..Record::default() };
-        let end = side.store(subject, "run.end", end);
-        side.ask(&author, Call::EndRun { session, run }, Ok(Some(end)));
+        let end = side.store(&author(held), "run.end", Record { status: Some("complete".into()), ..of_run() });
+        side.ask(&process(held), Call::EndRun { session: session.clone(), run: id }, Ok(Some(end)));
     }
     side.read("auditor", 0);
     side.complete(false)

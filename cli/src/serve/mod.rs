@@ -167,6 +167,11 @@ async fn serve(args: args::Serve, layers: Layers, settings: Settings, output: Ou
         None => None,
     };
     let server = Server::with_namespaces(spaces, config.clone()).measuring(memory::allocated);
+    if config.memory.is_some() && memory::allocated().is_none() {
+        tracing::warn!(
+            "nothing counts the memory that is in use, as this was built without jemalloc: no load is shed for it"
+        );
+    }
     let seen = Arc::new(Seen::new(server, &served, config.memory));
     let admin = match settings.admin {
         Some(addr) => Some(admin::listen(addr, seen.clone()).await?),
@@ -447,9 +452,12 @@ fn write_connect_file(
 async fn tell_memory(output: Output) {
     let Ok(mut asked) = signal(SignalKind::user_defined1()) else { return };
     while asked.recv().await.is_some() {
-        let Some((allocated, resident)) = memory::in_use() else { continue };
+        let (allocated, resident) = memory::in_use().unzip();
         let event = json!({"event": "memory", "allocated": allocated, "resident": resident});
-        let told = output.event(&event, || format!("memory: {allocated} bytes allocated, {resident} resident"));
+        let told = output.event(&event, || match (allocated, resident) {
+            (Some(allocated), Some(resident)) => format!("memory: {allocated} bytes allocated, {resident} resident"),
+            _ => "memory: not counted, as this was built without jemalloc".into(),
+        });
         if told.is_err() {
             // Nobody reads standard output any more.
             return;

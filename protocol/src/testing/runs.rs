@@ -1184,6 +1184,9 @@ impl History {
             let reply = Reply::Signalled { signal: signal_id(id), seq: known.seq };
             return assert_eq!(outcome, Outcome::Done(reply), "sent before");
         }
+        if world.signals.contains_key(&signal_id(id)) {
+            return self.held_to(&outcome, Err(Code::UNAVAILABLE), ticket);
+        }
         if let Some(code) = self.shut() {
             return self.held_to(&outcome, Err(code), ticket);
         }
@@ -1266,7 +1269,7 @@ impl History {
                     && intent == Intent::Cancel
                     && signal.outcome.is_none()
             };
-            if world.signals.contains_key(&id) || world.signals.values().any(|signal| same(&signal)) {
+            if world.signals.values().any(|signal| same(&signal)) {
                 return Err(Code::NO_ERROR);
             }
             let same = |signal: &&Signal| {

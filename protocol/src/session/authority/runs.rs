@@ -259,7 +259,7 @@ impl<T> Authority<T> {
                 lasts: MAX_LASTS,
                 text: bytes::Bytes::new(),
             };
-            if self.overlay.same_signal(self.state.view(), &signal).is_some() {
+            if self.overlay.signal(self.state.view(), id).is_some() {
                 continue;
             }
             let record = signal.record(STREAM_MAIN, Some(run));
@@ -302,8 +302,8 @@ impl<T> Authority<T> {
         if id.0.starts_with(&RESERVED_IDS) {
             return refused(Code::ID_IN_USE, 0, "ids that begin with four zero bytes are the server's");
         }
-        if let Some(seq) = self.state.view().signals().seq_of(id) {
-            return (Outcome::Done(Reply::Signalled { signal: id, seq }), Some(ticket));
+        if let Some(seq) = self.overlay.signal(self.state.view(), id) {
+            return self.sent_before(id, seq, ticket);
         }
         if let Err(refusal) = self.goes_on() {
             return (Outcome::Refused(refusal), None);
@@ -319,17 +319,24 @@ impl<T> Authority<T> {
             return (Outcome::Refused(refusal), None);
         }
         let lasts = if lasts == 0 { MAX_LASTS } else { lasts };
-        let signal = Signal { id, intent, target, lasts, text };
-        if let Some((_, seq)) = self.overlay.same_signal(self.state.view(), &signal) {
-            return match seq < self.state.tail() {
-                true => (Outcome::Done(Reply::Signalled { signal: id, seq }), Some(ticket)),
-                false => refused(Code::UNAVAILABLE, 0, "the signal is being stored"),
-            };
+        if intent == Intent::Cancel
+            && let Some(seq) = self.overlay.cancel(self.state.view(), target)
+        {
+            return self.sent_before(id, seq, ticket);
         }
         if !all && let Err(refusal) = self.own_room(&author.subject, intent, run) {
             return (Outcome::Refused(refusal), None);
         }
+        let signal = Signal { id, intent, target, lasts, text };
         self.ask(now, author, signal.record(STREAM_MAIN, run), ticket)
+    }
+
+    /// What a signal is answered with that stands at `seq`, or whose like does (spec SIG-1).
+    fn sent_before(&self, id: SignalId, seq: u64, ticket: T) -> (Outcome, Option<T>) {
+        match seq < self.state.tail() {
+            true => (Outcome::Done(Reply::Signalled { signal: id, seq }), Some(ticket)),
+            false => refused(Code::UNAVAILABLE, 0, "the signal is being stored"),
+        }
     }
 
     /// What a signal is for, and the run if that is known (spec SIG-2).
@@ -392,7 +399,7 @@ impl<T> Authority<T> {
                     },
                     _ => (true, false),
                 };
-                let holds = known.is_some_and(|run| own(&run.holder));
+                let holds = known.is_some_and(|run| own(&run.holder)) && !planted(Bug::OwnRefused);
                 let asked = known.and_then(|run| run.asker.as_ref()).is_some_and(own);
                 (asks && (asked || holds && !changes), changes || opens)
             }

@@ -105,27 +105,25 @@ impl Overlay {
         }
     }
 
-    /// The seq of a signal that is known, or of a pending one that wants the same of the same run: a cancel need not be repeated.
-    pub(in crate::session) fn same_signal(&self, view: &View, signal: &Signal) -> Option<(SignalId, u64)> {
-        if let Some((_, seq, _)) = self.changes.signals.get(&signal.id) {
-            return Some((signal.id, *seq));
-        }
-        if let Some(seq) = view.signals().seq_of(signal.id) {
-            return Some((signal.id, seq));
-        }
-        if signal.intent != Intent::Cancel {
-            return None;
-        }
-        let same = (signal.intent, signal.target);
-        let accepted = self.changes.signals.iter().find_map(|(id, (_, seq, pending))| {
-            pending.as_ref().filter(|pending| pending.signal == same).map(|_| (*id, *seq))
-        });
+    /// The seq of a signal that is known, counting what was accepted.
+    pub(in crate::session) fn signal(&self, view: &View, id: SignalId) -> Option<u64> {
+        self.changes.signals.get(&id).map(|(_, seq, _)| *seq).or_else(|| view.signals().seq_of(id))
+    }
+
+    /// The seq of a pending cancel of this target: it need not be repeated.
+    pub(in crate::session) fn cancel(&self, view: &View, target: Target) -> Option<u64> {
+        let same = (Intent::Cancel, target);
+        let accepted = self
+            .changes
+            .signals
+            .values()
+            .find_map(|(_, seq, pending)| pending.as_ref().filter(|pending| pending.signal == same).map(|_| *seq));
         let durable = || {
             let mut pending = view.signals().pending().iter();
             let found = pending.find(|p| {
                 (p.signal.intent, p.signal.target) == same && !self.changes.signals.contains_key(&p.signal.id)
             })?;
-            Some((found.signal.id, found.seq))
+            Some(found.seq)
         };
         accepted.or_else(durable)
     }

@@ -13,8 +13,9 @@ use mainstay_protocol::session::{
     Activity, Author, Authority, Chain, Change, CheckedBatch, Chunk, ChunkBuilder, ChunkCount, ChunkHeader,
     ChunkPosition, ChunkProducer, Compacted, Control, CreditSent, Expected, Feed, Filter, Incarnation, InputPolicy,
     Instance, Intent, Key, Kind, Manners, MessageEnd, MessageId, MessageStart, NotifyRule, Operation, Outcome, Payload,
-    PresenceJoined, ProducerHandle, ProducerKey, Record, Refusal, RequestId, RequestOpened, Roaming, RunId, RunMode,
-    RunStart, SessionConfigured, SignalId, State, StateChange, Status, Step, Streams, Target, Triggers, View,
+    PresenceJoined, ProducerHandle, ProducerKey, Record, Refusal, Reply, RequestId, RequestOpened, Roaming, RunEnd,
+    RunId, RunMode, RunStart, SessionConfigured, SignalId, State, StateChange, Status, Step, Streams, Target, Triggers,
+    View,
 };
 use mainstay_protocol::wire::{
     self, Body, Deframer, Detail, Frame, Label, MAX_VARINT, Ping, Pong, Reader, Span, Start, Subject, Subscribe,
@@ -272,6 +273,33 @@ fn signals_about_ones_own_leave_room_for_others() {
     assert_eq!(send(&mut session, &alice(), true, 200, Intent::Interrupt), Ok(()), "it is reserved for this");
     // Whoever has too many signals there can still stop what is theirs.
     assert_eq!(send(&mut session, &alice(), false, 201, Intent::Cancel), Ok(()));
+}
+
+/// Spec SIG-1: a signal that is on its way is not said to be refused, whatever became of its run behind it.
+#[test]
+fn a_signal_that_comes_again_while_it_is_stored_waits_though_its_run_is_over() {
+    let mut session = Session::new();
+    let run = RunId([3; 16]);
+    session.authority.start_run(1, &alice(), run, (5000, None), ());
+    session.commit();
+    let epoch = session.view().runs().get(run).expect("begun").epoch;
+    let send = |session: &mut Session| {
+        let signal = (SignalId([9; 16]), Intent::Steer, Some(Target::Run(run)));
+        session.authority.signal(1, (&alice(), true), signal, (1000, Bytes::new()), ()).0
+    };
+    assert_eq!(send(&mut session), Outcome::Pending);
+    let end = RunEnd { status: Status::Complete, detail: Detail::default() };
+    let mut w = Writer::new();
+    Record { run: Some(run), ..end.record(0) }.put(&mut w);
+    let batch = CheckedBatch::new(1, w.freeze()).expect("a valid batch");
+    let (outcome, _) = session.authority.append(1, &alice(), (&session.handle, 1, 0), Some(epoch), batch, ());
+    assert_eq!(outcome, Outcome::Pending);
+    match send(&mut session) {
+        Outcome::Refused(refusal) => assert_eq!(refusal.code, Code::UNAVAILABLE, "it is being stored"),
+        outcome => panic!("{outcome:?} before it is stored"),
+    }
+    session.commit();
+    assert!(matches!(send(&mut session), Outcome::Done(Reply::Signalled { .. })), "it is stored");
 }
 
 /// Spec SIG-3, NOTE-1: exactly the limit is allowed.

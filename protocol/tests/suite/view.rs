@@ -1,7 +1,5 @@
 //! Random histories of messages and shared state against the reference model, and the limits of a view.
 
-mod seed;
-
 use core::cell::Cell;
 use std::sync::Arc;
 
@@ -19,6 +17,8 @@ use mainstay_protocol::session::{
 use mainstay_protocol::testing::view::{Counts, Op, run};
 use mainstay_protocol::wire::{Detail, Label, Subject, Writer};
 use proptest::prelude::*;
+
+use crate::seed;
 
 /// Spec MSG-1 to MSG-4, STATE-1 to STATE-6, FOLD-2 to FOLD-6, KIND-4.
 #[test]

@@ -1,9 +1,9 @@
 //! Random histories of the session authority against the reference model.
 
-mod seed;
-
 use mainstay_protocol::testing::log::{Op, run};
 use proptest::prelude::*;
+
+use crate::seed;
 
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![

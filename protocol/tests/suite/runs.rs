@@ -1,11 +1,11 @@
 //! Random histories of runs, inputs, signals and requests against the reference model.
 
-mod seed;
-
 use core::cell::Cell;
 
 use mainstay_protocol::testing::runs::{Counts, Op, run};
 use proptest::prelude::*;
+
+use crate::seed;
 
 /// Spec RUN-1, RUN-2 to RUN-9, SIG-1 to SIG-9, FOLD-8, FOLD-9.
 #[test]
