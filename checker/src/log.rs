@@ -293,20 +293,29 @@ fn deeds(evidence: &Evidence<'_>, session: &str, records: &[&Record], verdict: &
         if !operation.has_failed() {
             asked.insert((kind, whose));
         }
-        let Some(seq) = operation.stored() else { continue };
-        verdict.count("deeds", 1);
-        let at = records.binary_search_by_key(&seq, |record| record.seq).ok();
-        let stored = at.map(|at| records[at]);
-        if stored.and_then(deed) != Some((kind, whose)) {
-            verdict.report(Class::LostWrite, session, || {
-                format!("operation {} {:?} was done at {seq}, where {stored:?} is", operation.op, operation.call)
-            });
-        }
+        done_at(operation, records, |record| deed(record) == Some((kind, whose)), verdict);
     }
     for record in records {
         if deed(record).is_some_and(|deed| !asked.contains(&deed)) {
             verdict.report(Class::Phantom, session, || format!("{record:?}, which nobody asked for"));
         }
+    }
+}
+
+/// L1: what was done is where that was said.
+pub(crate) fn done_at(
+    operation: &Operation<'_>,
+    records: &[&Record],
+    is: impl Fn(&Record) -> bool,
+    verdict: &mut Verdict,
+) {
+    let Some(seq) = operation.stored() else { return };
+    verdict.count("deeds", 1);
+    let stored = records.binary_search_by_key(&seq, |record| record.seq).ok().map(|at| records[at]);
+    if !stored.is_some_and(is) {
+        verdict.report(Class::LostWrite, operation.call.session(), || {
+            format!("operation {} {:?} was done at {seq}, where {stored:?} is", operation.op, operation.call)
+        });
     }
 }
 

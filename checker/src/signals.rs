@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use crate::evidence::{Evidence, NEVER, Operation};
 use crate::fold::Fold;
 use crate::history::{Call, Record};
+use crate::log::done_at;
 use crate::verdict::{Class, Verdict};
 
 /// Checks every signal to a run that is stored, and every one that was acknowledged.
@@ -36,15 +37,7 @@ fn stored(evidence: &Evidence<'_>, session: &str, records: &[&Record], verdict: 
         if !operation.has_failed() {
             *asked.entry((run, author)).or_default() += 1;
         }
-        let Some(seq) = operation.stored() else { continue };
-        verdict.count("deeds", 1);
-        let at = records.binary_search_by_key(&seq, |record| record.seq).ok();
-        let stored = at.map(|at| records[at]);
-        if stored.and_then(wanted) != Some(run) {
-            verdict.report(Class::LostWrite, session, || {
-                format!("operation {} {:?} was done at {seq}, where {stored:?} is", operation.op, operation.call)
-            });
-        }
+        done_at(operation, records, |record| wanted(record) == Some(run), verdict);
     }
     // The server interrupts by itself.
     for record in records.iter().filter(|record| record.author != "server") {

@@ -41,6 +41,17 @@ fn pick(entries: &[Entry], random: &mut Random, holds: impl Fn(&Event) -> bool) 
     random.pick(&indices(entries, holds))
 }
 
+/// Changes all records of a kind that are of one customer's run.
+fn of_an_owned_run(entries: &mut [Entry], random: &mut Random, kind: &str, change: impl Fn(&mut Record)) -> bool {
+    let run = format!("owned-{}", random.below(3));
+    everywhere(entries, |record| {
+        if record.kind == kind && record.run.as_ref() == Some(&run) {
+            change(record);
+        }
+    });
+    true
+}
+
 /// Lets one of the signals fail that were answered and that this holds for, by process and run.
 fn refuse_a_signal(entries: &mut [Entry], random: &mut Random, which: impl Fn(&str, &str) -> bool) -> bool {
     let sent: Vec<u64> = entries
@@ -1231,31 +1242,19 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
 /// The same of sessions beside: see `legal::sides`.
 const BESIDE: &[(&str, Class, Mutation)] = &[
     ("signals are stored about the run of another one", Class::Unauthorized, |entries, random| {
-        let run = format!("owned-{}", random.below(3));
-        everywhere(entries, |record| {
-            if record.kind == "run.start" && record.run.as_ref() == Some(&run) {
-                record.author = "stranger/9".into();
-            }
-        });
-        true
+        of_an_owned_run(entries, random, "run.start", |record| {
+            record.author = "stranger/9".into();
+        })
     }),
     ("a signal is stored that was refused", Class::Phantom, |entries, random| {
-        let run = format!("owned-{}", random.below(3));
-        everywhere(entries, |record| {
-            if record.kind == "signal.approve" && record.run.as_ref() == Some(&run) {
-                (record.kind, record.author) = ("signal.steer".into(), "nobody/4".into());
-            }
-        });
-        true
+        of_an_owned_run(entries, random, "signal.approve", |record| {
+            (record.kind, record.author) = ("signal.steer".into(), "nobody/4".into());
+        })
     }),
     ("a signal is stored twice", Class::Duplicate, |entries, random| {
-        let run = format!("owned-{}", random.below(3));
-        everywhere(entries, |record| {
-            if record.kind == "signal.approve" && record.run.as_ref() == Some(&run) {
-                (record.kind, record.author) = ("signal.steer".into(), "boss/3".into());
-            }
-        });
-        true
+        of_an_owned_run(entries, random, "signal.approve", |record| {
+            (record.kind, record.author) = ("signal.steer".into(), "boss/3".into());
+        })
     }),
     ("a signal is refused to him who may send any", Class::WronglyRefused, |entries, random| {
         refuse_a_signal(entries, random, |process, _| process == "customer-3")

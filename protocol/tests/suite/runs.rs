@@ -1,23 +1,13 @@
 //! Random histories of runs, inputs, signals and requests against the reference model.
 
-use core::cell::Cell;
-
-use mainstay_protocol::testing::runs::{Counts, Op, run};
-use proptest::prelude::*;
+use mainstay_protocol::testing::runs::{Op, run};
 
 use crate::seed;
 
 /// Spec RUN-1, RUN-2 to RUN-9, SIG-1 to SIG-9, FOLD-8, FOLD-9.
 #[test]
 fn random_runs_agree_with_the_model() {
-    let rng_seed = seed::of("random_runs");
-    let config = ProptestConfig { cases: 200, failure_persistence: None, rng_seed, ..ProptestConfig::default() };
-    let total = Cell::new(Counts::default());
-    proptest!(config, |(bytes in prop::collection::vec(any::<u8>(), 0..4000))| {
-        total.set(total.get() + run(&Op::from_bytes(&bytes)));
-    });
-    let total = total.get();
-    println!("{total:?}");
+    let total = seed::total("random_runs", 200, |bytes| run(&Op::from_bytes(bytes)));
     let least = [
         total.stored,
         total.refused,

@@ -1,6 +1,5 @@
 //! Random histories of messages and shared state against the reference model, and the limits of a view.
 
-use core::cell::Cell;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -14,23 +13,15 @@ use mainstay_protocol::session::{
     MessageId, MessageReplace, MessageStart, Outcome, Payload, PresenceJoined, PresenceUpdated, ProducerHandle,
     ProducerKey, Record, Refusal, Reply, State, StateChange, StatePut, Status, Step, View,
 };
-use mainstay_protocol::testing::view::{Counts, Op, run};
+use mainstay_protocol::testing::view::{Op, run};
 use mainstay_protocol::wire::{Detail, Label, Subject, Writer};
-use proptest::prelude::*;
 
 use crate::seed;
 
 /// Spec MSG-1 to MSG-4, STATE-1 to STATE-6, FOLD-2 to FOLD-6, KIND-4.
 #[test]
 fn random_views_agree_with_the_model() {
-    let rng_seed = seed::of("random_views");
-    let config = ProptestConfig { cases: 120, failure_persistence: None, rng_seed, ..ProptestConfig::default() };
-    let total = Cell::new(Counts::default());
-    proptest!(config, |(bytes in prop::collection::vec(any::<u8>(), 0..4000))| {
-        total.set(total.get() + run(&Op::from_bytes(&bytes)));
-    });
-    let total = total.get();
-    println!("{total:?}");
+    let total = seed::total("random_views", 120, |bytes| run(&Op::from_bytes(bytes)));
     let least = [
         total.stored,
         total.refused,
