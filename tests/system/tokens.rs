@@ -531,7 +531,8 @@ async fn namespaces_share_nothing_but_the_process() {
         };
         server.serve(listener, stop).await;
     });
-    let client = |at: usize| holding(&network, keys[at].mint(&claims("alice", "", Operation::ALL)).expect("a token"));
+    let tokens = keys.each_ref().map(|key| key.mint(&claims("alice", "", Operation::ALL)).expect("a token"));
+    let client = |at: usize| holding(&network, tokens[at].clone());
     let (one, two) = (client(0), client(1));
     for (client, text) in [(&one, "of one"), (&two, "of two")] {
         let session = client.session("same").expect("a name").create().attach().await.expect("attach");
