@@ -12,6 +12,7 @@
 //! the only one that changes it. Memory is bounded by [`Config`]: what does not fit waits in the peer's flow-control
 //! window or in the log.
 
+mod apart;
 mod attachment;
 pub mod auth;
 mod config;

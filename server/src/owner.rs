@@ -415,7 +415,9 @@ impl Owner {
         if let Some(Role::Writer { authority, writer }) = self.role.take() {
             // Loading again should not repeat more than a page of work.
             if unsnapshotted > self.sessions.config.snapshot_bytes / 64 && !deleted && !authority.is_uncertain() {
-                let saved = self.sessions.store.put_snapshot(&writer, authority.state().snapshot()).await;
+                let Sessions { store, apart, .. } = &*self.sessions;
+                let state = authority.state();
+                let saved = apart.run(state.view().weight(), || store.put_snapshot(&writer, state.snapshot())).await;
                 if let Err(error) = saved {
                     tracing::warn!(session = %self.session.id, %error, "snapshot not kept; loading will read more");
                 }
@@ -995,7 +997,7 @@ impl Owner {
                     let tail = state.tail();
                     let view = match &self.view {
                         Some((at, view)) if *at == tail => view.clone(),
-                        _ => state.view().encode(),
+                        _ => self.sessions.apart.run(state.view().weight(), || state.view().encode()),
                     };
                     // Shared by all who come before the next commit.
                     self.view = Some((tail, view.clone()));
@@ -1165,7 +1167,7 @@ impl Owner {
         let state = self.state()?;
         let view_hash = match self.view_hash {
             Some((tail, hash)) if tail == state.tail() => hash,
-            _ => state.view().hash(),
+            _ => self.sessions.apart.run(state.view().weight(), || state.view().hash()),
         };
         let positions = state
             .producers()

@@ -13,6 +13,7 @@ use mainstay_transport::entropy;
 use tokio::sync::{Notify, OnceCell, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
+use crate::apart::Apart;
 use crate::config::Config;
 use crate::jobs::Offers;
 use crate::metrics::Metrics;
@@ -164,6 +165,8 @@ pub(crate) struct Sessions {
     pub(crate) offers: Offers,
     /// Passes of compaction that may run at once: it is nobody's hurry.
     pub(crate) compactions: Arc<Semaphore>,
+    /// Where large views are encoded.
+    pub(crate) apart: Apart,
     /// Woken when a session left memory.
     pub(crate) left: Notify,
     pub(crate) metrics: Arc<Metrics>,
@@ -188,6 +191,7 @@ impl Sessions {
             forsaken,
             offers: Offers::default(),
             compactions: Arc::new(Semaphore::new(PASSES)),
+            apart: Apart::new(),
             left,
             metrics: Arc::default(),
             prefixes,
@@ -414,7 +418,10 @@ impl Sessions {
     async fn rebuild(&self, stat: SessionStat) -> Result<Loaded, StoreError> {
         let id = &stat.session;
         let snapshot = self.store.snapshot(id.clone()).await?;
-        let mut state = match snapshot.as_ref().and_then(|bytes| State::restore_kept(bytes, stat.kept).ok()) {
+        let restored = snapshot
+            .as_ref()
+            .and_then(|bytes| self.apart.run(bytes.len(), || State::restore_kept(bytes, stat.kept)).ok());
+        let mut state = match restored {
             Some(state) if state.incarnation() == id.incarnation => state,
             _ => State::new(id.incarnation),
         };
@@ -428,14 +435,10 @@ impl Sessions {
             if page.chunks.is_empty() {
                 return Err(StoreError::Damaged { seq: state.tail(), what: "chunks are missing at the end".into() });
             }
-            for chunk in &page.chunks {
-                let damaged = |damage: mainstay_protocol::session::Damage| StoreError::Damaged {
-                    seq: damage.seq,
-                    what: damage.what.into(),
-                };
-                state.verify(chunk).map_err(damaged)?;
-                unsnapshotted += chunk.bytes().len();
-            }
+            let bytes = page.chunks.iter().map(|chunk| chunk.bytes().len()).sum();
+            let folded = self.apart.run(bytes, || page.chunks.iter().try_for_each(|chunk| state.verify(chunk)));
+            folded.map_err(|damage| StoreError::Damaged { seq: damage.seq, what: damage.what.into() })?;
+            unsnapshotted += bytes;
         }
         Ok(Loaded { state, unsnapshotted, stat })
     }

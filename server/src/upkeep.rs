@@ -200,10 +200,14 @@ impl Upkeep {
     }
 
     fn put_snapshot(&mut self, state: &State, writer: &Arc<Writer>, permit: Option<OwnedSemaphorePermit>) {
-        let snapshot = state.snapshot();
-        (self.unsnapshotted, self.snapshot_len) = (0, snapshot.len());
         let end = End { seq: state.tail(), number: state.number() };
-        let running = self.sessions.store.put_snapshot(writer, snapshot);
+        let Sessions { store, apart, .. } = &*self.sessions;
+        let (len, running) = apart.run(state.view().weight(), || {
+            let snapshot = state.snapshot();
+            // The store takes a copy of it, and a checksum.
+            (snapshot.len(), store.put_snapshot(writer, snapshot))
+        });
+        (self.unsnapshotted, self.snapshot_len) = (0, len);
         self.work = Work::Snapshot { running, first: state.first(), end, permit };
     }
 

@@ -335,14 +335,14 @@ impl State {
 
     /// A snapshot: everything but the records, in a canonical encoding.
     pub fn snapshot(&self) -> Bytes {
-        let mut w = Writer::new();
+        let mut w = Writer::with_capacity(self.view.weight());
         w.u8(SNAPSHOT_VERSION);
         self.incarnation.put(&mut w);
         w.raw(&self.chain.0);
         for field in [self.number, self.first, self.created, self.time, self.writer_epoch] {
             w.varint(field);
         }
-        w.bytes(&self.view.encode());
+        w.nested(|w| self.view.put(w));
         w.varint(self.streams.len());
         self.streams.names().iter().for_each(|name| name.put(&mut w));
         self.producers.put(&mut w);

@@ -130,6 +130,9 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// Bytes of the length of what is large (16 KiB to 1 GiB).
+const NESTED: usize = 4;
+
 /// Appends fields to a growing buffer. Infallible: a value that exists can be written.
 #[derive(Debug, Default)]
 pub struct Writer {
@@ -193,6 +196,22 @@ impl Writer {
     pub fn bytes(&mut self, bytes: &[u8]) {
         self.varint(bytes.len() as u64);
         self.raw(bytes);
+    }
+
+    /// Writes `length | bytes` of what `write` writes, where it is: nothing of megabytes is copied.
+    pub(crate) fn nested(&mut self, write: impl FnOnce(&mut Self)) {
+        let start = self.out.len();
+        self.raw(&[0; NESTED]);
+        write(self);
+        let mut buf = [0; 8];
+        let len = self.out.len() - start - NESTED;
+        let prefix = varint::encode(len as u64, &mut buf);
+        if prefix == NESTED {
+            return self.patch(start, &buf[..prefix]);
+        }
+        let nested = self.out.split_off(start);
+        self.raw(&buf[..prefix]);
+        self.raw(&nested[NESTED..]);
     }
 
     /// Overwrites bytes written before at `at`; does nothing beyond the end.
@@ -323,5 +342,27 @@ impl core::fmt::Display for Detail {
 impl core::fmt::Debug for Detail {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         core::fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_in_place_is_what_is_written_from_elsewhere() {
+        for len in [0, 1, 63, 64, 16_383, 16_384, 100_000] {
+            let bytes = vec![7; len];
+            let (mut nested, mut copied) = (Writer::new(), Writer::new());
+            for w in [&mut nested, &mut copied] {
+                w.raw(b"before");
+            }
+            nested.nested(|w| w.raw(&bytes));
+            copied.bytes(&bytes);
+            for w in [&mut nested, &mut copied] {
+                w.raw(b"after");
+            }
+            assert_eq!(nested.as_slice(), copied.as_slice(), "{len}");
+        }
     }
 }

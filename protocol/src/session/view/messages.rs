@@ -95,6 +95,16 @@ impl Messages {
         self.get(id).is_some() || self.index.iter().any(|message| message.id == id)
     }
 
+    /// How many the view knows.
+    pub(super) fn len(&self) -> usize {
+        self.open.len() + self.finished.len() + self.index.len()
+    }
+
+    /// Bytes of the texts that it keeps.
+    pub(super) fn bytes(&self) -> usize {
+        self.open_bytes + self.finished_bytes
+    }
+
     /// Bytes of all open messages.
     pub(in crate::session) fn open_bytes(&self) -> usize {
         self.open_bytes

@@ -32,6 +32,10 @@ use crate::wire::{MAX_VARINT, Reader, Subject, Writer};
 /// The fold version since which a view knows who wrote the inputs that wait, and that caused runs.
 const ASKERS_SINCE: u64 = 6;
 
+/// Bytes that each row of a view is taken to have beside its text or value. Too few, and a buffer of megabytes is made anew while it grows,
+/// which takes several times as long as what is written into it.
+const ROW: usize = 192;
+
 /// What the view knows of one stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamView {
@@ -393,11 +397,27 @@ impl View {
 
     /// The canonical encoding: equal views have equal bytes (spec FOLD-3).
     pub fn encode(&self) -> Bytes {
-        self.encode_as(Form::Whole)
+        let mut w = Writer::with_capacity(self.weight());
+        self.put(&mut w);
+        w.freeze()
     }
 
-    fn encode_as(&self, form: Form) -> Bytes {
-        let mut w = Writer::new();
+    /// About how many bytes its canonical encoding has, and so how much it takes to make it, or its hash.
+    pub fn weight(&self) -> usize {
+        self.rows() * ROW + self.entries.bytes() + self.messages.bytes()
+    }
+
+    /// How much there is of what there can be much of.
+    fn rows(&self) -> usize {
+        1 + self.messages.len() + self.entries.len() + self.members.len()
+    }
+
+    /// Writes the canonical encoding.
+    pub(in crate::session) fn put(&self, w: &mut Writer) {
+        self.put_as(Form::Whole, w);
+    }
+
+    fn put_as(&self, form: Form, w: &mut Writer) {
         w.varint(FOLD_VERSION);
         w.varint(self.next);
         w.varint(self.time);
@@ -409,13 +429,12 @@ impl View {
             w.varint(stream.bytes);
             w.varint(stream.last);
         }
-        self.messages.put(form, &mut w);
-        self.entries.put_to(form, &mut w);
-        self.members.put(&mut w);
-        self.runs.put(&mut w);
-        self.signals.put(form, &mut w);
-        self.notifications.put(&mut w);
-        w.freeze()
+        self.messages.put(form, w);
+        self.entries.put_to(form, w);
+        self.members.put(w);
+        self.runs.put(w);
+        self.signals.put(form, w);
+        self.notifications.put(w);
     }
 
     /// Reads a view. Errors: `FRAME_MALFORMED` for anything but a canonical encoding of this fold version.
@@ -468,6 +487,8 @@ impl View {
 
     /// BLAKE3 of the canonical encoding in which the hash of each text and value stands for it (spec FOLD-4).
     pub fn hash(&self) -> ViewHash {
-        ViewHash(*blake3::hash(&self.encode_as(Form::Hashed)).as_bytes())
+        let mut w = Writer::with_capacity(self.rows() * ROW);
+        self.put_as(Form::Hashed, &mut w);
+        ViewHash(*blake3::hash(w.as_slice()).as_bytes())
     }
 }
