@@ -4,6 +4,8 @@ use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use mainstay_protocol::session::{
     Change, CheckedBatch, Chunk, ChunkBuilder, Expected, Key, Operation, State, StateChange,
 };
@@ -176,6 +178,16 @@ async fn tokens_are_made_read_and_believed_by_a_server_that_knows_their_key() {
     let inspected = events(&mainstay(&["token", "inspect", &token, "--json"]).await.stdout);
     assert_eq!(inspected[0]["subject"], "alice");
     assert_eq!(inspected[0]["grants"][0]["ops"], serde_json::json!(["read", "append", "create"]));
+
+    // What an identity provider has signed says what it is as well.
+    let part = |value: serde_json::Value| URL_SAFE_NO_PAD.encode(value.to_string());
+    let claims = json!({"iss": "https://id.example.org/", "aud": "mainstay", "sub": "bob", "iat": 1, "exp": 2,
+                        "mainstay": [{"prefix": "team/", "ops": ["read"]}]});
+    let jwt = format!("{}.{}.{}", part(json!({"alg": "EdDSA", "kid": "one"})), part(claims), "AAAA");
+    let inspected = events(&mainstay(&["token", "inspect", &jwt, "--json"]).await.stdout);
+    assert_eq!(inspected[0]["subject"], "bob");
+    assert_eq!(inspected[0]["key"], "https://id.example.org/ one");
+    assert_eq!(inspected[0]["id"].as_str().map(str::len), Some(32));
 
     let config = dir.path().join("config.toml");
     std::fs::write(&config, format!("[auth]\nkeys = [\"{public}\"]\n")).expect("write");

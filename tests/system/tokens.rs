@@ -470,14 +470,19 @@ async fn a_jwt_is_taken_from_its_issuer_by_its_algorithm_for_its_audience_and_no
     let forged = format!("{signed}.{}", URL_SAFE_NO_PAD.encode(ring::hmac::sign(&key, signed.as_bytes()).as_ref()));
     assert_eq!(judge(&forged), Err(Code::TOKEN_INVALID));
 
-    // On a server, and revoked by its id.
+    // On a server, and revoked by its id, which it says of itself, or which is made of it (spec AUTH-8).
     let server = server();
     server.trust.replace(anchors);
-    let client = holding(&server.network(), jwt(&pair, &header, &good()));
-    let session = client.session("s").expect("a name").create().attach().await.expect("attach");
-    session.producer("p").await.expect("a producer");
-    server.trust.revoke(Revocation::Token { id: "j1".into() }, now()).expect("revoked");
-    assert_eq!(code(session.producer("q").await.expect_err("refused")), Code::TOKEN_REVOKED);
+    for (token, named) in [(jwt(&pair, &header, &good()), Some("j1")), (without("jti"), None)] {
+        let client = holding(&server.network(), token.clone());
+        let session = client.session("s").expect("a name").create().attach().await.expect("attach");
+        session.producer("p").await.expect("a producer");
+        let Verified { id, key, claims } = Verified::unchecked(token.as_bytes()).expect("a token");
+        assert_eq!((key.as_str(), claims.subject.as_str()), (&*format!("{ISSUER} one"), "alice"));
+        assert!(named.is_none_or(|named| named == id), "{id}");
+        server.trust.revoke(Revocation::Token { id }, now()).expect("revoked");
+        assert_eq!(code(session.producer("q").await.expect_err("refused")), Code::TOKEN_REVOKED);
+    }
 }
 
 #[test]

@@ -378,9 +378,7 @@ async fn way(path: &Path, report: &mut Report) -> Result<(), Failure> {
                 _ => report.good(&about, &what)?,
             }
         }
-        Err(error) => {
-            report.warning(&about, error.detail, "a JWT is judged by the server alone; anything else is no token")?
-        }
+        Err(error) => report.wrong(&about, error.detail, "get another token from whoever runs the server")?,
     }
     let addr = file.addr.to_string();
     let begun = Instant::now();

@@ -77,11 +77,7 @@ pub(crate) async fn run(args: args::Token, output: Output) -> Result<(), Failure
             let revocation = match (token, id, subject, key) {
                 (Some(token), ..) => {
                     let token = given(token)?;
-                    let read = Verified::unchecked(token.trim().as_bytes());
-                    let read = read.map_err(|error| {
-                        Failure::usage(format!("{}; revoke a JWT by --id, its `jti`", error.detail))
-                    })?;
-                    Revocation::Token { id: read.id }
+                    Revocation::Token { id: read(&token)?.id }
                 }
                 (_, Some(id), ..) => Revocation::Token { id },
                 (_, _, Some(subject), _) => Revocation::Subject { subject, until: now() },
@@ -92,11 +88,7 @@ pub(crate) async fn run(args: args::Token, output: Output) -> Result<(), Failure
             };
             revoke(data.as_deref(), namespace, revocation, output)
         }
-        TokenAction::Inspect { token } => {
-            let token = given(token)?;
-            let read = Verified::unchecked(token.trim().as_bytes()).map_err(|error| Failure::usage(error.detail))?;
-            inspect(&read, output)
-        }
+        TokenAction::Inspect { token } => inspect(&read(&given(token)?)?, output),
     }
 }
 
@@ -109,6 +101,11 @@ fn given(token: String) -> Result<String, Failure> {
     let read = std::io::stdin().read_to_string(&mut text);
     read.map_err(|error| Failure::io("standard input", &error))?;
     Ok(text)
+}
+
+/// What a token says.
+fn read(token: &str) -> Result<Verified, Failure> {
+    Verified::unchecked(token.trim().as_bytes()).map_err(|error| Failure::usage(error.detail))
 }
 
 /// Has the server that runs believe something no more; where none does, the next one.

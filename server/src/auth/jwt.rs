@@ -75,10 +75,38 @@ struct JwtClaims {
     mainstay: Vec<GrantText>,
 }
 
+impl JwtClaims {
+    /// The capability that they are. Errors: `TOKEN_INVALID`.
+    fn capability(self) -> Result<Claims, AuthError> {
+        let mut claims = Claims::new(subject(&self.sub)?, GrantText::read(&self.mainstay)?, self.iat, self.exp);
+        claims.id = self.jti.map(token_id).transpose()?;
+        Ok(claims)
+    }
+}
+
 #[derive(Deserialize)]
 struct Issuer {
     iss: String,
 }
+
+/// What a token says, of whatever is in it, before anything is verified.
+fn unverified<T: serde::de::DeserializeOwned>(text: &str, what: &'static str) -> Result<T, AuthError> {
+    jsonwebtoken::dangerous::insecure_decode(text).map(|read| read.claims).map_err(|_| AuthError::invalid(what))
+}
+
+/// The text of a token, and its header. Errors: `TOKEN_INVALID`.
+fn parts(token: &[u8]) -> Result<(&str, jsonwebtoken::Header), AuthError> {
+    let text = core::str::from_utf8(token).map_err(|_| AuthError::invalid("the token is not text"))?;
+    if text.len() > MAX_TOKEN {
+        return Err(AuthError::invalid("the token is too long"));
+    }
+    let header = jsonwebtoken::decode_header(text).map_err(|_| AuthError::invalid("not a JWT"))?;
+    Ok((text, header))
+}
+
+const NO_ISSUER: &str = "the JWT names no issuer";
+const NO_KEY: &str = "the JWT names no key";
+const NO_CAPABILITY: &str = "the claims of the JWT are not those of a capability";
 
 impl JwtIssuer {
     /// Takes tokens of `issuer` for `audience` that one of the keys in `jwks`, a JWK set (RFC 7517), has signed by one of `algorithms`.
@@ -126,28 +154,25 @@ impl JwtIssuer {
         token.starts_with(b"eyJ")
     }
 
-    /// The name of one of its keys among those of all issuers.
-    fn key_name(&self, kid: &str) -> String {
-        format!("{} {kid}", self.issuer)
+    /// What a token says of itself, and which key it names. Errors: `TOKEN_INVALID`.
+    pub(super) fn read(token: &[u8]) -> Result<(Claims, String), AuthError> {
+        let (text, header) = parts(token)?;
+        let Issuer { iss } = unverified(text, NO_ISSUER)?;
+        let kid = header.kid.ok_or(AuthError::invalid(NO_KEY))?;
+        Ok((unverified::<JwtClaims>(text, NO_CAPABILITY)?.capability()?, key_name(&iss, &kid)))
     }
 
     /// True if a key of this name is one of its.
     pub(super) fn trusts(&self, name: &str) -> bool {
-        self.keys.iter().any(|key| self.key_name(&key.kid) == name)
+        self.keys.iter().any(|key| key_name(&self.issuer, &key.kid) == name)
     }
 
     /// Verifies a token of one of these at `now`. Errors: `TOKEN_INVALID`, `TOKEN_EXPIRED`.
     pub(super) fn verify_with(issuers: &[Arc<Self>], token: &[u8], now: i64) -> Result<(Claims, String), AuthError> {
-        let text = core::str::from_utf8(token).map_err(|_| AuthError::invalid("the token is not text"))?;
-        if text.len() > MAX_TOKEN {
-            return Err(AuthError::invalid("the token is too long"));
-        }
-        let header = jsonwebtoken::decode_header(text).map_err(|_| AuthError::invalid("not a JWT"))?;
-        let unchecked: Issuer = jsonwebtoken::dangerous::insecure_decode(text)
-            .map_err(|_| AuthError::invalid("the JWT names no issuer"))?
-            .claims;
-        let kid = header.kid.as_deref().ok_or(AuthError::invalid("the JWT names no key"))?;
-        let named = issuers.iter().filter(|issuer| issuer.issuer == unchecked.iss);
+        let (text, header) = parts(token)?;
+        let Issuer { iss } = unverified(text, NO_ISSUER)?;
+        let kid = header.kid.as_deref().ok_or(AuthError::invalid(NO_KEY))?;
+        let named = issuers.iter().filter(|issuer| issuer.issuer == iss);
         let mut found = named.filter_map(|issuer| Some((issuer, issuer.keys.iter().find(|key| key.kid == kid)?)));
         let (issuer, key) =
             found.next().ok_or(AuthError::invalid("the JWT is signed by a key that is not trusted here"))?;
@@ -185,17 +210,20 @@ impl JwtIssuer {
                 ErrorKind::MissingRequiredClaim(_) => {
                     AuthError::invalid("the JWT lacks one of `exp`, `iss`, `aud` and `sub`")
                 }
-                _ => AuthError::invalid("the claims of the JWT are not those of a capability"),
+                _ => AuthError::invalid(NO_CAPABILITY),
             })?;
-        let JwtClaims { sub, iat, exp, nbf, jti, mainstay } = decoded.claims;
-        if nbf.is_some_and(|nbf| nbf > now.saturating_add(super::LEEWAY)) {
+        if decoded.claims.nbf.is_some_and(|nbf| nbf > now.saturating_add(super::LEEWAY)) {
             return Err(AuthError::invalid("the JWT is not valid yet"));
         }
-        let mut claims = Claims::new(subject(&sub)?, GrantText::read(&mainstay)?, iat, exp);
-        claims.id = jti.map(token_id).transpose()?;
+        let claims = decoded.claims.capability()?;
         in_time(&claims, now)?;
-        Ok((claims, self.key_name(&key.kid)))
+        Ok((claims, key_name(&self.issuer, &key.kid)))
     }
+}
+
+/// The name of a key among those of all issuers.
+fn key_name(issuer: &str, kid: &str) -> String {
+    format!("{issuer} {kid}")
 }
 
 /// Signatures are verified by ring, as those of TLS are.
