@@ -456,6 +456,9 @@ mod tests {
         let long = Subject::new(&"x".repeat(MAX_SUBJECT - 3)).expect("a subject");
         let long = Delegator { subject: &long, ..delegator };
         assert_eq!(make(long, &[("team", &[Read])], 10), Err(Code::LIMIT_EXCEEDED));
+        let name = Label::new("tool").expect("a name");
+        let refused = long.delegate(&name, &grants(&[("team", &[Read])]), 10, 500).expect_err("too long");
+        assert_eq!(refused.value, MAX_SUBJECT as u64);
         let none = grants(&[("team", &[Read])]);
         let none = Delegator { grants: &none, ..delegator };
         assert_eq!(make(none, &[("team", &[Read])], 10), Err(Code::FORBIDDEN));

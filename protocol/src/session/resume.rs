@@ -272,6 +272,13 @@ mod tests {
         assert_eq!(code(claim(KEY, None)), Err(Code::RESUME_REQUIRED));
     }
 
+    /// Spec RES-3: what is signed for one session is no proof in another.
+    #[test]
+    fn the_context_of_a_session_is_its_name() {
+        let name = SessionName::new("team/agent:1").expect("a name");
+        assert_eq!(resume_context(&name), b"team/agent:1");
+    }
+
     #[test]
     fn a_bound_instance_is_nobody_elses() {
         let table = used(0);

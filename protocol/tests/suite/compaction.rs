@@ -86,6 +86,16 @@ impl Session {
                 stored.splice(from..to, [Arc::new(chunk)]);
             }
         }
+        for (at, whole) in stored.iter().enumerate() {
+            let numbers = whole.header().number..whole.header().next_number();
+            let covered: Vec<_> =
+                self.chunks.iter().filter(|chunk| numbers.contains(&chunk.header().number)).cloned().collect();
+            // What was put together is that of all that it takes the place of, and of nothing else.
+            let together = whole.header().compacted.is_some();
+            assert_eq!(whole.covers(&covered), together, "chunk {at}");
+            assert!(!whole.covers(&[]) && !whole.covers(&covered[1..]));
+            assert!(covered.len() < 2 || !whole.covers(&covered[..covered.len() - 1]));
+        }
         let mut folded = State::new(INCARNATION);
         stored.iter().for_each(|chunk| folded.verify(chunk).expect("it follows"));
         assert_eq!(folded.snapshot(), state.snapshot());

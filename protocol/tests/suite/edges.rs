@@ -6,8 +6,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use mainstay_protocol::Code;
 use mainstay_protocol::registry::{
-    COMPACTED_VERSION, INDEXED_MESSAGES, KEPT_MESSAGES, MAX_LASTS, MAX_OWN_SIGNALS, MAX_RETRY_AFTER, MAX_SIGNAL_TEXT,
-    MAX_SIGNALS, MAX_STREAMS, RESERVED_SIGNALS,
+    COMPACTED_VERSION, INDEXED_MESSAGES, KEPT_MESSAGES, MAX_LASTS, MAX_OWN_SIGNALS, MAX_REQUESTS, MAX_RETRY_AFTER,
+    MAX_RULES, MAX_SIGNAL_TEXT, MAX_SIGNALS, MAX_STREAMS, RESERVED_SIGNALS,
 };
 use mainstay_protocol::session::{
     Activity, Author, Authority, Chain, Change, CheckedBatch, Chunk, ChunkBuilder, ChunkCount, ChunkHeader,
@@ -647,4 +647,95 @@ fn a_byte_string_ends_at_its_limit() {
         let cut = whole.slice(..whole.len() - usize::from(len > 0));
         assert_eq!(Reader::new(&cut).bytes(len).is_ok(), len == 0);
     }
+}
+
+/// Spec NOTE-1: rules that were taken back make room.
+#[test]
+fn rules_are_bounded_by_those_in_force() {
+    let mut session = Session::new();
+    let named = |number: usize, kinds: &[Kind]| NotifyRule {
+        name: label(&format!("rule{number}")),
+        triggers: Triggers::new(kinds.to_vec()).expect("triggers"),
+        ..rule(0)
+    };
+    let kinds = [Kind::REQUEST_OPENED];
+    let set = |session: &mut Session, rule| {
+        let (outcome, _) = session.authority.set_rule(1, &alice(), rule, ());
+        session.commit();
+        match outcome {
+            Outcome::Refused(refusal) => Err(refusal.code),
+            _ => Ok(()),
+        }
+    };
+    for number in 0..MAX_RULES {
+        assert_eq!(set(&mut session, named(number, &kinds)), Ok(()), "{number}");
+    }
+    assert_eq!(set(&mut session, named(MAX_RULES, &kinds)), Err(Code::LIMIT_EXCEEDED));
+    assert_eq!(set(&mut session, named(0, &[])), Ok(()), "taken back");
+    assert_eq!(set(&mut session, named(MAX_RULES, &kinds)), Ok(()));
+    assert_eq!(set(&mut session, named(0, &kinds)), Err(Code::LIMIT_EXCEEDED));
+    let names = session.view().notifications().rules().len();
+    assert_eq!(names, MAX_RULES);
+}
+
+/// Spec SIG-8.
+#[test]
+fn as_many_requests_as_the_limit_says_are_open() {
+    let mut session = Session::new();
+    let open = |session: &mut Session, number: usize| {
+        let request = RequestId([u8::try_from(number).expect("a byte"); 16]);
+        let of = RequestOpened { request, needs: label("approval"), lasts: 300, body: "?".into() };
+        session.append(1000, of.record(0)).map_err(|refusal| refusal.code)
+    };
+    for number in 0..MAX_REQUESTS {
+        assert_eq!(open(&mut session, number), Ok(()), "{number}");
+    }
+    assert_eq!(open(&mut session, MAX_REQUESTS), Err(Code::LIMIT_EXCEEDED));
+}
+
+/// Spec RUN-7: who does not wait any more gets no run.
+#[test]
+fn a_run_is_not_granted_to_who_went() {
+    let mut authority = Authority::<u8>::new(State::new(LIFE), 1, None);
+    let bob = Arc::new(Author { subject: Subject::new("bob").expect("a subject"), instance: Instance([2; 16]) });
+    let run = RunId([3; 16]);
+    assert_eq!(authority.start_run(1, &alice(), run, (5000, None), 0).0, Outcome::Pending);
+    let stored = |authority: &mut Authority<u8>| {
+        let mut replies = Vec::new();
+        while let Step::Commit(_) = authority.next_chunk() {
+            replies.extend(authority.committed().expect("follows").expect("a chunk").replies);
+        }
+        replies
+    };
+    stored(&mut authority);
+    let epoch = authority.state().view().runs().get(run).expect("begun").epoch;
+    for ticket in [1, 2] {
+        assert_eq!(authority.take_run(&bob, (Some(run), 5000, MAX_VARINT), ticket).0, Outcome::Pending);
+    }
+    authority.retain_standbys(|ticket| *ticket == 2);
+    assert!(authority.has_standbys());
+    authority.lose_run(2, run, epoch);
+    stored(&mut authority);
+    assert!(authority.follow_up(3).is_empty());
+    let granted: Vec<u8> = stored(&mut authority).into_iter().map(|(ticket, _)| ticket).collect();
+    assert_eq!(granted, [2]);
+    assert!(!authority.has_standbys());
+}
+
+/// Spec SUB-14: behind a view that was sent a feed goes on where that ends, and never goes back.
+#[test]
+fn a_feed_goes_on_behind_the_view_that_was_sent() {
+    let request =
+        Subscribe { id: 1, start: Start::Earliest, streams: vec![], kinds: vec![], window: None, folded: true };
+    let (mut feed, _) = Feed::new(request, (0, 0), 10);
+    assert_eq!(feed.next(), 0);
+    feed.jump(7);
+    feed.jump(3);
+    assert_eq!(feed.next(), 7);
+}
+
+/// Spec ERR-4.
+#[test]
+fn a_detail_says_what_it_was_given() {
+    assert_eq!(Detail::new("what happened").as_str(), "what happened");
 }

@@ -9,9 +9,9 @@ use mainstay_protocol::registry::{
     MAX_STATE_BYTES, MAX_STATE_KEYS,
 };
 use mainstay_protocol::session::{
-    Activity, Author, Authority, Change, CheckedBatch, Expected, Incarnation, Instance, Key, MessageAppend, MessageEnd,
-    MessageId, MessageReplace, MessageStart, Outcome, Payload, PresenceJoined, PresenceUpdated, ProducerHandle,
-    ProducerKey, Record, Refusal, Reply, State, StateChange, StatePut, Status, Step, View,
+    Activity, Author, Authority, Bounds, Change, CheckedBatch, Expected, Incarnation, Instance, Key, MessageAppend,
+    MessageEnd, MessageId, MessageReplace, MessageStart, Outcome, Payload, PresenceJoined, PresenceUpdated,
+    ProducerHandle, ProducerKey, Record, Refusal, Reply, State, StateChange, StatePut, Status, Step, View,
 };
 use mainstay_protocol::testing::view::{Op, run};
 use mainstay_protocol::wire::{Detail, Label, Subject, Writer};
@@ -169,6 +169,21 @@ fn a_view_keeps_the_last_finished_messages_and_an_index_of_older_ones() {
     let view = session.view();
     assert_eq!(view.messages().finished().count(), KEPT_MESSAGE_BYTES / size);
     assert_eq!(View::decode(&view.encode()).as_ref(), Ok(view));
+    // As much as is kept, to the byte, is kept; with one byte more the oldest goes.
+    let piece = 256 * 1024;
+    assert_eq!(KEPT_MESSAGE_BYTES % piece, 0);
+    for (last, kept) in [(piece, KEPT_MESSAGE_BYTES / piece), (piece + 1, KEPT_MESSAGE_BYTES / piece - 1)] {
+        let mut session = Session::new();
+        for number in 0..KEPT_MESSAGE_BYTES / piece {
+            let whole = if number == 0 { last } else { piece };
+            session.append(&[start(number), part(number, 1)]).expect("accepted");
+            session.append(&[part(number, whole - 1 - (whole - 1) / 2)]).expect("accepted");
+            session.append(&[part(number, (whole - 1) / 2), end(number)]).expect("accepted");
+        }
+        let view = session.view();
+        assert_eq!(view.messages().finished().count(), kept);
+        assert_eq!(View::decode(&view.encode()).as_ref(), Ok(view));
+    }
 }
 
 /// Spec STATE-2: and what is refused changed nothing.
@@ -197,6 +212,30 @@ fn shared_state_is_bounded_in_keys_and_bytes() {
     session.append(&[put("00000", 1)]).expect("no more than before");
     session.append(&[put("00000", 0), put("00001", piece)]).expect("less");
     assert_eq!(View::decode(&session.view().encode()).as_ref(), Ok(session.view()));
+}
+
+/// Spec LIM-3: what a server allows less than the protocol is told by another code, with what it allows.
+#[test]
+fn a_session_is_held_to_what_its_server_allows() {
+    let mut session = Session::new();
+    let bounds = Bounds { members: 1, state_keys: 2, state_bytes: 100 };
+    session.authority = session.authority.bounded(bounds);
+    session.append(&[put("a", 0), put("b", 0)]).expect("as many keys as are allowed");
+    let refused = |session: &mut Session, record| session.append(&[record]).map_err(|of| (of.code, of.value));
+    assert_eq!(refused(&mut session, put("c", 0)), Err((Code::QUOTA_EXCEEDED, 2)));
+    session.append(&[put("a", 98)]).expect("as many bytes as are allowed");
+    assert_eq!(refused(&mut session, put("a", 99)), Err((Code::QUOTA_EXCEEDED, 100)));
+    let author = |instance| {
+        Arc::new(Author { subject: Subject::new("bob").expect("a subject"), instance: Instance([instance; 16]) })
+    };
+    let label = |text| Label::new(text).expect("a label");
+    let activity = || Activity { status: label("idle"), progress: None, data: Bytes::new() };
+    let joined = || PresenceJoined { name: label("bob"), grace: 5000, activity: activity() };
+    assert!(matches!(session.authority.join(1, &author(1), joined(), ()).0, Outcome::Pending));
+    match session.authority.join(1, &author(2), joined(), ()).0 {
+        Outcome::Refused(refusal) => assert_eq!((refusal.code, refusal.value), (Code::QUOTA_EXCEEDED, 1)),
+        other => panic!("{other:?}"),
+    }
 }
 
 fn change(key: &str, expected: Expected, change: Change) -> Record {

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use mainstay_protocol::session::{
     Author, Chain, CheckedBatch, Chunk, ChunkBuilder, ClientKey, Control, Grant, Grants, Incarnation, Instance,
     MessageAppend, MessageEnd, MessageId, MessageStart, Payload, Record, SessionName, State, Status, Survey, Verdict,
-    View, ViewHash,
+    View, ViewHash, may_be_early,
 };
 use mainstay_protocol::session::{
     InputPolicy, Intent, JobOutcome, Kind, Operation, Operations, PresenceJoined, RunMode, Target,
@@ -1006,6 +1006,25 @@ fn every_golden_frame_round_trips_and_no_prefix_of_it_decodes() {
     for (_, name) in Frame::TYPES {
         assert!(covered.iter().any(|covered| covered == name), "{name} has no golden vector");
     }
+}
+
+/// Spec EARLY-1, EARLY-2.
+#[test]
+fn what_may_come_early_is_what_has_no_effect() {
+    let named = ["HELLO", "ATTACH", "SUBSCRIBE", "UNSUBSCRIBE", "LISTEN", "LIST", "PING", "PONG", "CREDIT"];
+    let mut modes = Vec::new();
+    for (name, note, bytes, _) in vectors("frames.toml", "golden") {
+        let frame = decode_frame(&bytes).expect("a golden frame decodes").expect("and is known");
+        let creates = match &frame {
+            Frame::Attach(attach) => {
+                modes.push(attach.mode);
+                attach.mode != AttachMode::Attach
+            }
+            _ => false,
+        };
+        assert_eq!(may_be_early(&frame), named.contains(&name.as_str()) && !creates, "{name}: {note}");
+    }
+    assert!(modes.contains(&AttachMode::Attach) && modes.contains(&AttachMode::Create), "{modes:?}");
 }
 
 #[test]
