@@ -847,7 +847,7 @@ pub(crate) enum SessionAction {
     },
 }
 
-/// Make, read and revoke capability tokens.
+/// Make capability tokens; read and revoke tokens of any kind.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Token {
     #[command(subcommand)]
@@ -924,7 +924,7 @@ pub(crate) enum TokenAction {
         /// Every token of this subject, and of those below it, that was issued until now.
         #[arg(long, value_name = "NAME", group = "what")]
         subject: Option<String>,
-        /// Every token that this key signed: its id, k4.pid.….
+        /// Every token that this key signed, by its id as `inspect` prints it: k4.pid.…, or an identity provider and its name there.
         #[arg(long, value_name = "ID", group = "what")]
         key: Option<String>,
         /// The namespace.

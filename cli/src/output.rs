@@ -91,6 +91,11 @@ pub(crate) fn time(milliseconds: u64) -> String {
     time.map_or_else(|| format!("+{milliseconds}ms"), |time| format!("{time:.3}"))
 }
 
+/// What somebody else wrote, without what a terminal would take for orders or for another line.
+pub(crate) fn plain(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).collect()
+}
+
 /// Output of a command that goes on for long: gathered, and then shown without keeping a signal from ending the command.
 #[derive(Debug)]
 pub(crate) struct Screen {

@@ -7,6 +7,7 @@ use mainstay_store::Store;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
+use crate::apart::Apart;
 use crate::auth::Trust;
 use crate::config::{Config, Quotas};
 use crate::quota::Subjects;
@@ -44,7 +45,7 @@ pub(crate) struct Space {
 }
 
 impl Space {
-    pub(crate) fn new(namespace: Namespace, config: &Config, clock: fn() -> u64) -> Self {
+    pub(crate) fn new(namespace: Namespace, config: &Config, clock: fn() -> u64, apart: Arc<Apart>) -> Self {
         let Namespace { name, store, trust, resume, quotas } = namespace;
         let config = Config { quotas, ..config.clone() };
         Self {
@@ -52,7 +53,7 @@ impl Space {
             trust,
             ingest: Arc::new(Semaphore::new(config.ingest_budget)),
             subjects: Arc::new(Subjects::new(config.quotas.subject.clone())),
-            sessions: Arc::new(Sessions::new(store, resume, config, clock)),
+            sessions: Arc::new(Sessions::new(store, resume, config, clock, apart)),
         }
     }
 

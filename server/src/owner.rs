@@ -417,7 +417,7 @@ impl Owner {
             if unsnapshotted > self.sessions.config.snapshot_bytes / 64 && !deleted && !authority.is_uncertain() {
                 let Sessions { store, apart, .. } = &*self.sessions;
                 let state = authority.state();
-                let saved = apart.run(state.view().weight(), || store.put_snapshot(&writer, state.snapshot())).await;
+                let saved = apart.run(state.weight(), || store.put_snapshot(&writer, state.snapshot())).await;
                 if let Err(error) = saved {
                     tracing::warn!(session = %self.session.id, %error, "snapshot not kept; loading will read more");
                 }

@@ -14,6 +14,7 @@ use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::apart::Apart;
 use crate::auth::{AuthError, Trust, Verified};
 use crate::config::Config;
 use crate::connection;
@@ -148,7 +149,9 @@ impl Server {
     /// The same, which reads the time off `clock`: milliseconds since the Unix epoch. It may jump, as clocks of machines do.
     pub fn with_clock(namespaces: Vec<Namespace>, config: Config, clock: fn() -> u64) -> Self {
         let metrics = Arc::new(ServerMetrics::default());
-        let spaces = namespaces.into_iter().map(|one| Arc::new(Space::new(one, &config, clock))).collect();
+        let apart = Arc::new(Apart::new());
+        let space = |one| Arc::new(Space::new(one, &config, clock, apart.clone()));
+        let spaces = namespaces.into_iter().map(space).collect();
         let shared = Shared {
             config,
             spaces,

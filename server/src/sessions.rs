@@ -166,7 +166,7 @@ pub(crate) struct Sessions {
     /// Passes of compaction that may run at once: it is nobody's hurry.
     pub(crate) compactions: Arc<Semaphore>,
     /// Where large views are encoded.
-    pub(crate) apart: Apart,
+    pub(crate) apart: Arc<Apart>,
     /// Woken when a session left memory.
     pub(crate) left: Notify,
     pub(crate) metrics: Arc<Metrics>,
@@ -175,7 +175,13 @@ pub(crate) struct Sessions {
 }
 
 impl Sessions {
-    pub(crate) fn new(store: Arc<dyn Store>, resume_keys: ResumeKeys, config: Config, clock: fn() -> u64) -> Self {
+    pub(crate) fn new(
+        store: Arc<dyn Store>,
+        resume_keys: ResumeKeys,
+        config: Config,
+        clock: fn() -> u64,
+        apart: Arc<Apart>,
+    ) -> Self {
         let hot = Mutex::default();
         let prefixes = config.quotas.prefixes.iter().map(|quotas| Arc::new(PrefixUsage::new(quotas.clone()))).collect();
         let (stopping, forsaken, left) = (AtomicBool::new(false), AtomicBool::new(false), Notify::new());
@@ -191,7 +197,7 @@ impl Sessions {
             forsaken,
             offers: Offers::default(),
             compactions: Arc::new(Semaphore::new(PASSES)),
-            apart: Apart::new(),
+            apart,
             left,
             metrics: Arc::default(),
             prefixes,

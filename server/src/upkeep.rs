@@ -202,7 +202,7 @@ impl Upkeep {
     fn put_snapshot(&mut self, state: &State, writer: &Arc<Writer>, permit: Option<OwnedSemaphorePermit>) {
         let end = End { seq: state.tail(), number: state.number() };
         let Sessions { store, apart, .. } = &*self.sessions;
-        let (len, running) = apart.run(state.view().weight(), || {
+        let (len, running) = apart.run(state.weight(), || {
             let snapshot = state.snapshot();
             // The store takes a copy of it, and a checksum.
             (snapshot.len(), store.put_snapshot(writer, snapshot))

@@ -188,6 +188,14 @@ async fn tokens_are_made_read_and_believed_by_a_server_that_knows_their_key() {
     assert_eq!(inspected[0]["subject"], "bob");
     assert_eq!(inspected[0]["key"], "https://id.example.org/ one");
     assert_eq!(inspected[0]["id"].as_str().map(str::len), Some(32));
+    // Nobody has verified what it says: it writes no lines of its own, and is good for no time that there is not.
+    let claims = json!({"iss": "x\nsubject  admin\u{1b}[1A", "aud": "mainstay", "sub": "bob", "iat": 1, "exp": i64::MIN,
+                        "jti": "j", "mainstay": [{"prefix": "a\ngrant    every session: all", "ops": ["read"]}]});
+    let hostile = format!("{}.{}.{}", part(json!({"alg": "EdDSA", "kid": "one"})), part(claims), "AAAA");
+    let inspected = mainstay(&["token", "inspect", &hostile]).await;
+    let text = String::from_utf8_lossy(&inspected.stdout).into_owned();
+    assert!(inspected.status.success() && text.lines().count() == 6, "{text}");
+    assert!(!text.chars().any(|c| c.is_control() && c != '\n'), "{text:?}");
 
     let config = dir.path().join("config.toml");
     std::fs::write(&config, format!("[auth]\nkeys = [\"{public}\"]\n")).expect("write");
@@ -197,6 +205,12 @@ async fn tokens_are_made_read_and_believed_by_a_server_that_knows_their_key() {
     file["token"] = token.into();
     let alice = dir.path().join("alice.json");
     std::fs::write(&alice, file.to_string()).expect("write");
+    file["token"] = hostile.into();
+    let bad = dir.path().join("bad.json");
+    std::fs::write(&bad, file.to_string()).expect("write");
+    let doctor = mainstay(&["doctor", "--json", "--connect", bad.to_str().expect("text")]).await;
+    let text = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    assert!(doctor.status.code() == Some(1) && text.contains("the token has expired"), "{text}");
     let create = |name: &str| mainstay_tests::process::command(&alice, &["session", "create", name, "--json"]);
     assert_eq!(run(create("team/a")).await.status.code(), Some(0));
     let refused = run(create("other")).await;

@@ -370,7 +370,7 @@ async fn way(path: &Path, report: &mut Report) -> Result<(), Failure> {
     secret(path, report)?;
     match Verified::unchecked(file.token.as_bytes()) {
         Ok(token) => {
-            let left = token.claims.expires - now();
+            let left = token.claims.expires.saturating_sub(now());
             let what = format!("the token of {} is good for {} min", token.claims.subject, left / 60);
             match left {
                 ..0 => report.wrong(&about, "the token has expired", "get another one from whoever made it")?,
@@ -378,7 +378,7 @@ async fn way(path: &Path, report: &mut Report) -> Result<(), Failure> {
                 _ => report.good(&about, &what)?,
             }
         }
-        Err(error) => report.wrong(&about, error.detail, "get another token from whoever runs the server")?,
+        Err(error) => report.wrong(&about, error.detail, "get another token from whoever makes them")?,
     }
     let addr = file.addr.to_string();
     let begun = Instant::now();

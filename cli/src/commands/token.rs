@@ -14,7 +14,7 @@ use serde_json::json;
 use crate::args::{self, TokenAction};
 use crate::data::{Data, now, with_client, write_secret};
 use crate::failure::Failure;
-use crate::output::Output;
+use crate::output::{Output, plain};
 use crate::serve::questions::{self, Question};
 
 pub(crate) async fn run(args: args::Token, output: Output) -> Result<(), Failure> {
@@ -111,11 +111,20 @@ fn read(token: &str) -> Result<Verified, Failure> {
 /// Has the server that runs believe something no more; where none does, the next one.
 fn revoke(dir: Option<&Path>, namespace: String, revocation: Revocation, output: Output) -> Result<(), Failure> {
     let data = Data::new(dir)?;
+    // Of a token what it says of itself, which nobody has verified.
+    let what = plain(&match &revocation {
+        Revocation::Token { id } => format!("the token {id}"),
+        Revocation::Key { id } => format!("the key {id}"),
+        Revocation::Subject { subject, .. } => format!("the tokens of {subject}"),
+    });
     let question = Question::Revoke { namespace: namespace.clone(), revocation: revocation.clone() };
     if let Some(answer) = questions::ask(&data.socket(), question)? {
         let new = answer["new"].as_bool().unwrap_or(true);
-        let event = json!({"event": "revoked", "new": new, "in_force": true});
-        return output.event(&event, || if new { "revoked".to_owned() } else { "it was revoked before".to_owned() });
+        let event = json!({"event": "revoked", "new": new, "in_force": true, "what": what});
+        return output.event(&event, || match new {
+            true => format!("revoked: {what}"),
+            false => format!("it was revoked before: {what}"),
+        });
     }
     let data = data.namespace(&namespace)?;
     data.must_exist()?;
@@ -123,8 +132,9 @@ fn revoke(dir: Option<&Path>, namespace: String, revocation: Revocation, output:
     let new = revocations.add(revocation, now()).map_err(|error| Failure::failed("REFUSED", error))?;
     let path = data.revocations_file();
     data.write_revocations(&revocations).map_err(|error| Failure::io(path.display(), &error))?;
-    let event = json!({"event": "revoked", "new": new, "in_force": false});
-    output.event(&event, || format!("no server serves {}; revoked from the next start on", data.dir().display()))
+    let event = json!({"event": "revoked", "new": new, "in_force": false, "what": what});
+    output
+        .event(&event, || format!("no server serves {}; revoked from the next start on: {what}", data.dir().display()))
 }
 
 fn parse_grants(grants: &[String]) -> Result<Grants, Failure> {
@@ -184,16 +194,16 @@ fn inspect(read: &Verified, output: Output) -> Result<(), Failure> {
             format!("subject  {}", claims.subject),
             format!("issued   {}", time(claims.issued)),
             format!("expires  {}", time(claims.expires)),
-            format!("key      {kid} (the signature was not verified)"),
-            format!("id       {id}"),
+            format!("key      {} (the signature was not verified)", plain(kid)),
+            format!("id       {}", plain(id)),
         ];
         lines.extend(
             claims.certificate.map(|pin| format!("bound to the certificate with the pin {}", Pin(pin).to_hex())),
         );
-        lines.extend(claims.ancestors.iter().map(|id| format!("made from {id}")));
+        lines.extend(claims.ancestors.iter().map(|id| format!("made from {}", plain(id))));
         lines.extend(claims.device.map(|device| format!("device   {device}")));
         for grant in &claims.grants.0 {
-            let prefix = if grant.prefix.is_empty() { "every session" } else { &grant.prefix };
+            let prefix = if grant.prefix.is_empty() { "every session".to_owned() } else { plain(&grant.prefix) };
             lines.push(format!("grant    {prefix}: {}", words(grant).join(", ")));
         }
         lines.join("\n")

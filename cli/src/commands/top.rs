@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::args;
 use crate::data::Data;
 use crate::failure::{Exit, Failure};
-use crate::output::Output;
+use crate::output::{Output, plain};
 use crate::serve::questions::{self, Question};
 use crate::serve::signalled;
 
@@ -151,7 +151,7 @@ fn grown(session: &Value, namespace: &Value, before: Option<&Value>) -> Option<u
     session["tail"].as_u64()?.checked_sub(then)
 }
 
-/// At most so many characters; without what a terminal would take for orders.
+/// At most so many characters of what somebody else wrote.
 fn cut(text: &str, most: usize) -> String {
-    text.chars().filter(|c| !c.is_control()).take(most).collect()
+    plain(text).chars().take(most).collect()
 }

@@ -7,6 +7,7 @@ use core::cmp::Ordering;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
+use super::view::ROW;
 use crate::error::{Code, ProtocolError};
 use crate::planted::{Bug, planted};
 use crate::registry::{MAX_PRODUCERS, PRODUCER_WINDOW};
@@ -71,6 +72,9 @@ impl Slot {
     }
 }
 
+/// Bytes of a batch in a window: where it is, and how many records it has.
+const ACKED: usize = 6;
+
 /// What a batch is to its producer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Admission {
@@ -104,6 +108,11 @@ impl Producers {
         let slot = *self.by_key.get(key)?;
         let Slot { key, opening, .. } = &self.slots[slot];
         Some(ProducerHandle { key: key.clone(), slot, opening: *opening })
+    }
+
+    /// About how many bytes [`Producers::put`] writes.
+    pub(super) fn weight(&self) -> usize {
+        self.slots.iter().map(|slot| ROW + slot.window.len() * ACKED).sum()
     }
 
     /// True if there were ever more producers than are kept.

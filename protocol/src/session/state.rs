@@ -10,7 +10,7 @@ use super::chain::Chain;
 use super::chunk::{Chunk, Control};
 use super::producer::{ProducerKey, Producers};
 use super::resume::Resumptions;
-use super::view::View;
+use super::view::{ROW, View};
 use super::words::Incarnation;
 use crate::error::ProtocolError;
 use crate::registry::{MAX_STREAMS, OLDEST_SNAPSHOT_VERSION, SNAPSHOT_VERSION, STREAM_MAIN_NAME};
@@ -333,9 +333,14 @@ impl State {
         }
     }
 
+    /// About how many bytes a snapshot has, at least half of them.
+    pub fn weight(&self) -> usize {
+        self.view.weight() + self.producers.weight() + self.resumptions.len() * ROW
+    }
+
     /// A snapshot: everything but the records, in a canonical encoding.
     pub fn snapshot(&self) -> Bytes {
-        let mut w = Writer::with_capacity(self.view.weight());
+        let mut w = Writer::with_capacity(self.weight());
         w.u8(SNAPSHOT_VERSION);
         self.incarnation.put(&mut w);
         w.raw(&self.chain.0);

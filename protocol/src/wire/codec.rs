@@ -198,7 +198,7 @@ impl Writer {
         self.raw(bytes);
     }
 
-    /// Writes `length | bytes` of what `write` writes, where it is: nothing of megabytes is copied.
+    /// Writes `length | bytes` of what `write` writes, where it is: nothing of megabytes is copied. `write` only adds.
     pub(crate) fn nested(&mut self, write: impl FnOnce(&mut Self)) {
         let start = self.out.len();
         self.raw(&[0; NESTED]);

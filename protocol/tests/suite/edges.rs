@@ -6,8 +6,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use mainstay_protocol::Code;
 use mainstay_protocol::registry::{
-    COMPACTED_VERSION, INDEXED_MESSAGES, KEPT_MESSAGES, MAX_LASTS, MAX_OWN_SIGNALS, MAX_REQUESTS, MAX_RETRY_AFTER,
-    MAX_RULES, MAX_SIGNAL_TEXT, MAX_SIGNALS, MAX_STREAMS, RESERVED_SIGNALS,
+    COMPACTED_VERSION, INDEXED_MESSAGES, KEPT_MESSAGES, MAX_LASTS, MAX_MEMBER_DATA, MAX_OWN_SIGNALS, MAX_REQUEST_BODY,
+    MAX_REQUESTS, MAX_RETRY_AFTER, MAX_RULES, MAX_SIGNAL_TEXT, MAX_SIGNALS, MAX_STREAMS, PRODUCER_WINDOW,
+    RESERVED_SIGNALS,
 };
 use mainstay_protocol::session::{
     Activity, Author, Authority, Chain, Change, CheckedBatch, Chunk, ChunkBuilder, ChunkCount, ChunkHeader,
@@ -738,4 +739,47 @@ fn a_feed_goes_on_behind_the_view_that_was_sent() {
 #[test]
 fn a_detail_says_what_it_was_given() {
     assert_eq!(Detail::new("what happened").as_str(), "what happened");
+}
+
+/// What is encoded is known about as long beforehand as it becomes: at least half, and where there is much of it not a multiple.
+#[test]
+fn what_there_is_much_of_counts_in_the_weight() {
+    let check = |what: &str, state: &State| {
+        let (view, snapshot) = (state.view().encode().len(), state.snapshot().len());
+        assert!(2 * state.view().weight() >= view, "{what}: {} for {view}", state.view().weight());
+        assert!(2 * state.weight() >= snapshot, "{what}: {} for {snapshot}", state.weight());
+        assert!(state.weight() <= 4 * snapshot + 2048, "{what}: {} for {snapshot}", state.weight());
+    };
+    let mut session = Session::new();
+    check("nothing", session.authority.state());
+    for number in 0..MAX_REQUESTS {
+        let request = RequestId([u8::try_from(number).expect("a byte"); 16]);
+        let body = Bytes::from(vec![b'?'; MAX_REQUEST_BODY]);
+        let of = RequestOpened { request, needs: label("approval"), lasts: 300, body };
+        session.append(1000, of.record(0)).expect("stored");
+    }
+    check("requests", session.authority.state());
+
+    let mut session = Session::new();
+    for instance in 0..200 {
+        let activity = Activity { status: label("idle"), progress: None, data: vec![b'a'; MAX_MEMBER_DATA].into() };
+        let joined = PresenceJoined { name: label("phone"), grace: 1000, activity };
+        let author = Arc::new(Author { instance: Instance([instance; 16]), ..(*alice()).clone() });
+        assert!(matches!(session.authority.join(1, &author, joined, ()).0, Outcome::Pending));
+        session.commit();
+    }
+    check("members", session.authority.state());
+
+    let mut session = Session::new();
+    for number in 0..40 {
+        let key = ProducerKey { subject: alice().subject.clone(), name: label(&format!("p{number}")) };
+        session.authority.open_producer(1, key.clone(), None, ());
+        session.commit();
+        session.handle = session.authority.state().producers().find(&key).expect("granted");
+        session.sequence = 0;
+        for _ in 0..PRODUCER_WINDOW {
+            session.append(1000, Record::data(0, "x")).expect("stored");
+        }
+    }
+    check("producers", session.authority.state());
 }

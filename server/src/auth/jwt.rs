@@ -149,7 +149,7 @@ impl JwtIssuer {
         Ok(Self { issuer, audience, keys })
     }
 
-    /// True if this is meant to be a JWT: three parts of which the first begins as JSON objects do in base64.
+    /// True if this is meant to be a JWT: it begins as JSON objects do in base64.
     pub(super) fn is_jwt(token: &[u8]) -> bool {
         token.starts_with(b"eyJ")
     }

@@ -10,7 +10,7 @@ use super::revocation::{Revocation, Revocations};
 use super::token::{Keyring, SigningKey};
 use super::{AuthError, Claims};
 
-/// A token that was believed.
+/// What a token says: of one that was believed, or of whatever is in it ([`Verified::unchecked`]).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verified {
     /// What it says.

@@ -32,9 +32,12 @@ use crate::wire::{MAX_VARINT, Reader, Subject, Writer};
 /// The fold version since which a view knows who wrote the inputs that wait, and that caused runs.
 const ASKERS_SINCE: u64 = 6;
 
-/// Bytes that each row of a view is taken to have beside its text or value. Too few, and a buffer of megabytes is made anew while it grows,
-/// which takes several times as long as what is written into it.
-const ROW: usize = 192;
+/// Bytes that each row of a view, or of a table beside it, is taken to have beside its text or value. Too few, and a buffer of megabytes is made anew
+/// while it grows, which takes several times as long as what is written into it.
+pub(super) const ROW: usize = 192;
+
+/// Bytes of a member: most of them are what it says that it is doing.
+const MEMBER: usize = 1024;
 
 /// What the view knows of one stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -402,14 +405,16 @@ impl View {
         w.freeze()
     }
 
-    /// About how many bytes its canonical encoding has, and so how much it takes to make it, or its hash.
+    /// About how many bytes its canonical encoding has, at least half of them.
     pub fn weight(&self) -> usize {
-        self.rows() * ROW + self.entries.bytes() + self.messages.bytes()
+        self.rows() + self.messages.bytes() + self.entries.bytes() + self.signals.bytes()
     }
 
-    /// How much there is of what there can be much of.
+    /// The same without texts, values and bodies.
     fn rows(&self) -> usize {
-        1 + self.messages.len() + self.entries.len() + self.members.len()
+        let rows = self.streams.len() + self.messages.len() + self.entries.len();
+        let rows = rows + self.runs.len() + self.signals.len() + self.notifications.len();
+        ROW + rows * ROW + self.members.len() * MEMBER
     }
 
     /// Writes the canonical encoding.
@@ -487,7 +492,7 @@ impl View {
 
     /// BLAKE3 of the canonical encoding in which the hash of each text and value stands for it (spec FOLD-4).
     pub fn hash(&self) -> ViewHash {
-        let mut w = Writer::with_capacity(self.rows() * ROW);
+        let mut w = Writer::with_capacity(self.rows());
         self.put_as(Form::Hashed, &mut w);
         ViewHash(*blake3::hash(w.as_slice()).as_bytes())
     }

@@ -42,6 +42,11 @@ pub struct Notifications {
 }
 
 impl Notifications {
+    /// How many rules and jobs there are.
+    pub(super) fn len(&self) -> usize {
+        self.rules.len() + self.jobs.len()
+    }
+
     /// The rules in force, by name.
     pub fn rules(&self) -> &[NotifyRule] {
         &self.rules

@@ -96,6 +96,11 @@ impl Default for Runs {
 }
 
 impl Runs {
+    /// How many runs and inputs it knows.
+    pub(super) fn len(&self) -> usize {
+        self.current.len() + self.finished.len() + self.inputs.len()
+    }
+
     /// How many runs may be active.
     pub fn mode(&self) -> RunMode {
         self.mode

@@ -142,6 +142,17 @@ pub struct Signals {
 }
 
 impl Signals {
+    /// How many signals and requests wait.
+    pub(super) fn len(&self) -> usize {
+        self.pending.len() + self.requests.len()
+    }
+
+    /// Bytes of what they say.
+    pub(super) fn bytes(&self) -> usize {
+        let texts = self.pending.iter().map(|pending| pending.signal.text.len());
+        texts.chain(self.requests.iter().map(|request| request.body.len())).sum()
+    }
+
     /// Signals that nobody took yet, in the order in which they came.
     pub fn pending(&self) -> &[PendingSignal] {
         &self.pending
