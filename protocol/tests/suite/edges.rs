@@ -14,9 +14,9 @@ use mainstay_protocol::session::{
     Activity, Author, Authority, Chain, Change, CheckedBatch, Chunk, ChunkBuilder, ChunkCount, ChunkHeader,
     ChunkPosition, ChunkProducer, Compacted, Control, CreditSent, Expected, Feed, Filter, Incarnation, InputPolicy,
     Instance, Intent, Key, Kind, Manners, MessageEnd, MessageId, MessageStart, NotifyRule, Operation, Outcome, Payload,
-    PresenceJoined, ProducerHandle, ProducerKey, Record, Refusal, Reply, RequestId, RequestOpened, Roaming, RunEnd,
-    RunId, RunMode, RunStart, SessionConfigured, SignalId, State, StateChange, Status, Step, Streams, Target, Triggers,
-    View,
+    PresenceJoined, ProducerHandle, ProducerKey, Record, Refusal, Reply, RequestId, RequestOpened, Roaming,
+    RunConsumed, RunEnd, RunId, RunMode, RunStart, SessionConfigured, SignalId, State, StateChange, Status, Step,
+    Streams, Target, Triggers, View, is_held,
 };
 use mainstay_protocol::wire::{
     self, Body, Deframer, Detail, Frame, Label, MAX_VARINT, Ping, Pong, Reader, Span, Start, Subject, Subscribe,
@@ -782,4 +782,35 @@ fn what_there_is_much_of_counts_in_the_weight() {
         }
     }
     check("producers", session.authority.state());
+}
+
+/// Spec RUN-8: up to the seq that it says, and with that.
+#[test]
+fn an_input_that_a_run_consumed_waits_no_more() {
+    let mut view = View::default();
+    let run = RunId([3; 16]);
+    let start = Record { run: Some(run), ..RunStart { lease: 5000, input: None, lost: None }.record(0) };
+    view.fold_record(&alice(), 1, &start).expect("folds");
+    for number in [1, 2] {
+        let of = |record: Record| Record { message: Some(MessageId([number; 16])), ..record };
+        let start = MessageStart { role: label("user"), content_type: label("text/plain") };
+        view.fold_record(&alice(), 1, &of(start.record(0))).expect("folds");
+        let end = MessageEnd { status: Status::Complete, detail: Detail::default() };
+        view.fold_record(&alice(), 1, &of(end.record(0))).expect("folds");
+    }
+    let seqs = |view: &View| view.runs().inputs().map(|input| input.seq).collect::<Vec<u64>>();
+    let waited = seqs(&view);
+    assert_eq!(waited.len(), 2);
+    let consumed = Record { run: Some(run), ..RunConsumed { through: waited[0] }.record(0) };
+    view.fold_record(&alice(), 1, &consumed).expect("folds");
+    assert_eq!(seqs(&view), waited[1..]);
+}
+
+/// Spec RES-1.
+#[test]
+fn what_an_instance_holds_is_asked_for_by_the_holder_of_its_key_alone() {
+    let held = ["OPEN_PRODUCER", "JOIN", "UPDATE", "LEAVE", "START_RUN", "TAKE_RUN", "RENEW", "RELEASE"];
+    let found: Vec<&str> = Frame::TYPES.iter().filter(|(kind, _)| is_held(*kind)).map(|(_, name)| *name).collect();
+    assert_eq!(found.len(), held.len(), "{found:?}");
+    assert!(held.iter().all(|name| found.contains(name)), "{found:?}");
 }

@@ -407,11 +407,11 @@ impl View {
 
     /// About how many bytes its canonical encoding has, at least half of them.
     pub fn weight(&self) -> usize {
-        self.rows() + self.messages.bytes() + self.entries.bytes() + self.signals.bytes()
+        self.weight_of_rows() + self.messages.bytes() + self.entries.bytes() + self.signals.bytes()
     }
 
     /// The same without texts, values and bodies.
-    fn rows(&self) -> usize {
+    fn weight_of_rows(&self) -> usize {
         let rows = self.streams.len() + self.messages.len() + self.entries.len();
         let rows = rows + self.runs.len() + self.signals.len() + self.notifications.len();
         ROW + rows * ROW + self.members.len() * MEMBER
@@ -492,7 +492,7 @@ impl View {
 
     /// BLAKE3 of the canonical encoding in which the hash of each text and value stands for it (spec FOLD-4).
     pub fn hash(&self) -> ViewHash {
-        let mut w = Writer::with_capacity(self.rows());
+        let mut w = Writer::with_capacity(self.weight_of_rows());
         self.put_as(Form::Hashed, &mut w);
         ViewHash(*blake3::hash(w.as_slice()).as_bytes())
     }
