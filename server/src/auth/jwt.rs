@@ -94,18 +94,28 @@ fn unverified<T: serde::de::DeserializeOwned>(text: &str, what: &'static str) ->
     jsonwebtoken::dangerous::insecure_decode(text).map(|read| read.claims).map_err(|_| AuthError::invalid(what))
 }
 
-/// The text of a token, and its header. Errors: `TOKEN_INVALID`.
-fn parts(token: &[u8]) -> Result<(&str, jsonwebtoken::Header), AuthError> {
-    let text = core::str::from_utf8(token).map_err(|_| AuthError::invalid("the token is not text"))?;
-    if text.len() > MAX_TOKEN {
-        return Err(AuthError::invalid("the token is too long"));
-    }
-    let header = jsonwebtoken::decode_header(text).map_err(|_| AuthError::invalid("not a JWT"))?;
-    Ok((text, header))
+/// A token before anything is verified, and whose key it says has signed it.
+struct Signed<'a> {
+    text: &'a str,
+    algorithm: jsonwebtoken::Algorithm,
+    iss: String,
+    kid: String,
 }
 
-const NO_ISSUER: &str = "the JWT names no issuer";
-const NO_KEY: &str = "the JWT names no key";
+impl<'a> Signed<'a> {
+    /// Errors: `TOKEN_INVALID`.
+    fn read(token: &'a [u8]) -> Result<Self, AuthError> {
+        let text = core::str::from_utf8(token).map_err(|_| AuthError::invalid("the token is not text"))?;
+        if text.len() > MAX_TOKEN {
+            return Err(AuthError::invalid("the token is too long"));
+        }
+        let header = jsonwebtoken::decode_header(text).map_err(|_| AuthError::invalid("not a JWT"))?;
+        let Issuer { iss } = unverified(text, "the JWT names no issuer")?;
+        let kid = header.kid.ok_or(AuthError::invalid("the JWT names no key"))?;
+        Ok(Self { text, algorithm: header.alg, iss, kid })
+    }
+}
+
 const NO_CAPABILITY: &str = "the claims of the JWT are not those of a capability";
 
 impl JwtIssuer {
@@ -156,9 +166,7 @@ impl JwtIssuer {
 
     /// What a token says of itself, and which key it names. Errors: `TOKEN_INVALID`.
     pub(super) fn read(token: &[u8]) -> Result<(Claims, String), AuthError> {
-        let (text, header) = parts(token)?;
-        let Issuer { iss } = unverified(text, NO_ISSUER)?;
-        let kid = header.kid.ok_or(AuthError::invalid(NO_KEY))?;
+        let Signed { text, iss, kid, .. } = Signed::read(token)?;
         Ok((unverified::<JwtClaims>(text, NO_CAPABILITY)?.capability()?, key_name(&iss, &kid)))
     }
 
@@ -169,16 +177,14 @@ impl JwtIssuer {
 
     /// Verifies a token of one of these at `now`. Errors: `TOKEN_INVALID`, `TOKEN_EXPIRED`.
     pub(super) fn verify_with(issuers: &[Arc<Self>], token: &[u8], now: i64) -> Result<(Claims, String), AuthError> {
-        let (text, header) = parts(token)?;
-        let Issuer { iss } = unverified(text, NO_ISSUER)?;
-        let kid = header.kid.as_deref().ok_or(AuthError::invalid(NO_KEY))?;
+        let Signed { text, algorithm, iss, kid } = Signed::read(token)?;
         let named = issuers.iter().filter(|issuer| issuer.issuer == iss);
         let mut found = named.filter_map(|issuer| Some((issuer, issuer.keys.iter().find(|key| key.kid == kid)?)));
         let (issuer, key) =
             found.next().ok_or(AuthError::invalid("the JWT is signed by a key that is not trusted here"))?;
-        let judged = issuer.judge(text, key, header.alg, now);
+        let judged = issuer.judge(text, key, algorithm, now);
         // An issuer may be configured for more than one audience.
-        match found.map(|(issuer, key)| issuer.judge(text, key, header.alg, now)).find(Result::is_ok) {
+        match found.map(|(issuer, key)| issuer.judge(text, key, algorithm, now)).find(Result::is_ok) {
             Some(taken) if judged.is_err() => taken,
             _ => judged,
         }
