@@ -12,6 +12,9 @@ use crate::seeds::{Seeds, run_each};
 use crate::simulation::{self, said};
 use crate::{damage, power};
 
+/// How many damaged images have to show a mistake: one of fifty does.
+const IMAGES: u64 = 500;
+
 /// What is to find a bug.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Hunter {
@@ -179,9 +182,9 @@ pub fn hunt(seeds: u64, first: u64, only: Option<Bug>) -> bool {
             Hunter::Simulator => simulate(*bug, first, seeds),
             Hunter::Power => cut_power(*bug, first + 1),
             Hunter::Damage => {
-                let sound = damage::run(2000, first + 1).is_sound();
+                let sound = damage::run(IMAGES, first + 1).is_sound();
                 plant(Some(*bug));
-                let findings = damage::run(2000, first + 1);
+                let findings = damage::run(IMAGES, first + 1);
                 plant(None);
                 match sound {
                     true => found("damaged files", findings),
