@@ -47,6 +47,10 @@ fn decode_all(bytes: &Bytes) {
     let _ = View::decode(bytes);
     let _ = State::restore(bytes);
     let _ = Chunk::decode(bytes.clone());
+    // What a wrong checksum would keep from being looked at.
+    if let Some(body) = bytes.get(4..) {
+        let _ = Chunk::decode([&Chunk::checksum(body).to_be_bytes()[..], body].concat().into());
+    }
     Records::new(bytes).for_each(drop);
     let _ = CheckedBatch::new(1, bytes.clone());
 }

@@ -18,7 +18,7 @@ use super::view::View;
 use super::words::{Author, MessageId, RunId};
 use crate::error::ProtocolError;
 use crate::planted::{Bug, planted};
-use crate::registry::{INDEXED_MESSAGES, MAX_BATCH_BYTES, MAX_MESSAGE, MAX_RECORD, PRODUCER_WINDOW, TURN_BYTES};
+use crate::registry::{INDEXED_MESSAGES, MAX_BATCH_BYTES, MAX_RECORD, PRODUCER_WINDOW, TURN_BYTES};
 use crate::wire::{Reader, Span, Subject, Writer};
 
 /// The longest text that takes the place of parts: its record is within `max_record` with ids and length.
@@ -243,7 +243,7 @@ impl Survey {
         message.is_full = !fits;
         message.text.truncate(keep);
         message.text.extend_from_slice(&record.payload);
-        if !fits || !record.headers.is_empty() || message.text.len() > MAX_MESSAGE {
+        if !fits || !record.headers.is_empty() {
             return Ok(());
         }
         let group =

@@ -4,13 +4,16 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use mainstay_protocol::registry::{MAX_CHUNK, MAX_PRODUCERS, MAX_RECORD, PRODUCER_WINDOW};
+use mainstay_protocol::registry::{
+    INDEXED_MESSAGES, KEPT_MESSAGES, MAX_CHUNK, MAX_PRODUCERS, MAX_RECORD, PRODUCER_WINDOW,
+};
 use mainstay_protocol::session::{
-    Author, Authority, CheckedBatch, Chunk, ChunkBuilder, Incarnation, Instance, Kind, MessageAppend, MessageEnd,
-    MessageId, MessageStart, Outcome, Payload, ProducerHandle, ProducerKey, Record, State, Status, Step, Survey,
+    Author, Authority, CheckedBatch, Chunk, ChunkBuilder, Compaction, Feed, Incarnation, Instance, Kind, MessageAppend,
+    MessageEnd, MessageId, MessageStart, Outcome, Payload, Plan, ProducerHandle, ProducerKey, Record, State, Status,
+    Step, Survey, View,
 };
 use mainstay_protocol::testing::compaction;
-use mainstay_protocol::wire::{Detail, Label, Subject, Writer};
+use mainstay_protocol::wire::{Deframer, Detail, Frame, Label, Start, Subject, Subscribe, Writer};
 
 /// A session whose batches are each a chunk.
 struct Session {
@@ -64,6 +67,14 @@ impl Session {
         let outcome = self.authority.append(now, &by.author, (&by.handle, 1, by.sequence), None, batch, ()).0;
         assert!(matches!(outcome, Outcome::Pending), "{outcome:?}");
         by.sequence += 1;
+    }
+
+    /// What is to be done in the first so many chunks.
+    fn plan(&self, chunks: usize) -> Plan {
+        let mut survey = Survey::new(self.authority.state());
+        let range = &self.chunks[..chunks];
+        range.iter().enumerate().for_each(|(at, chunk)| survey.read(chunk, at > 0).expect("it decodes"));
+        survey.plan(range.last().map_or(0, |chunk| chunk.end()))
     }
 
     /// Puts all together that can be, in as many rounds as it takes.
@@ -258,4 +269,154 @@ fn producers_that_take_turns_are_the_same_afterwards() {
         // Turns are left out where no producer was ever evicted.
         assert_eq!(positions > 3 * PRODUCER_WINDOW, evict, "{positions}");
     }
+}
+
+/// Spec COMPACT-1: a plan of which a step had to end because it is long is not the last one.
+#[test]
+fn a_plan_whose_steps_are_long_is_not_the_last() {
+    for (parts, is_final) in [(20, true), (253, true), (254, false), (255, false), (600, false)] {
+        let mut session = Session::new();
+        let mut p = session.producer("p", 1);
+        session.append(&mut p, &[start(1)]);
+        (0..parts).for_each(|_| session.append(&mut p, &[part(1, b"x")]));
+        session.append(&mut p, &[end(1)]);
+        let plan = session.plan(session.chunks.len());
+        assert!(!plan.is_empty());
+        assert_eq!(plan.is_final(), is_final, "{parts} parts");
+        session.compact();
+    }
+}
+
+/// Spec COMPACT-2: a step takes the chunks that it says, all of them and in their order.
+#[test]
+fn a_step_is_not_done_with_other_chunks() {
+    let mut session = Session::new();
+    let mut p = session.producer("p", 1);
+    session.append(&mut p, &[start(1)]);
+    (0..6).for_each(|_| session.append(&mut p, &[part(1, b"x")]));
+    session.append(&mut p, &[end(1)]);
+    let plan = session.plan(session.chunks.len());
+    let [step] = plan.steps().collect::<Vec<_>>()[..] else { panic!("one step") };
+    let of = |number: u64| session.chunks.partition_point(|chunk| chunk.header().number < number);
+    let whole = &session.chunks[of(step.start.number)..of(step.next_number)];
+    assert!(whole.len() > 4);
+    plan.put_together(step, whole).expect("a chunk");
+    let middle = [&whole[..2], &whole[3..]].concat();
+    let swapped = [&whole[..1], &[whole[2].clone(), whole[1].clone()], &whole[3..]].concat();
+    let twice = [&whole[..2], &whole[1..]].concat();
+    for (what, chunks) in [
+        ("the first is missing", &whole[1..]),
+        ("the last is missing", &whole[..whole.len() - 1]),
+        ("one is missing", &middle),
+        ("two changed places", &swapped),
+        ("one is there twice", &twice),
+        ("none", &[]),
+    ] {
+        assert!(plan.put_together(step, chunks).is_err(), "{what}");
+    }
+}
+
+/// Spec COMPACT-4: the part of a finished message that is in the range is put together, whether its end is or not.
+#[test]
+fn a_message_that_ends_behind_the_range_is_put_together_in_it() {
+    let mut session = Session::new();
+    let mut p = session.producer("p", 1);
+    session.append(&mut p, &[Record::data(0, "before")]);
+    session.append(&mut p, &[start(1)]);
+    let begun = session.authority.state().tail() - 1;
+    (0..8).for_each(|_| session.append(&mut p, &[part(1, b"x")]));
+    let known = session.chunks.len();
+    assert!(session.plan(known).is_empty(), "it is open");
+    session.append(&mut p, &[end(1)]);
+    let plan = session.plan(known);
+    assert!(!plan.is_empty());
+    assert_eq!(plan.next(), begun, "the next range begins with it");
+    // A range that was as long as ranges are goes on behind it all the same.
+    let tail = session.chunks[known - 1].end();
+    for (from, cut, next) in [(begun, true, tail), (begun, false, begun), (begun - 1, true, begun)] {
+        let mut compaction = Compaction::default();
+        compaction.passed((from, tail), &plan, cut);
+        assert_eq!((compaction.next, compaction.looked), (next, tail), "from {from}, cut: {cut}");
+    }
+}
+
+/// Spec COMPACT-4: what another one wrote is put together where it is less than the text that takes its place.
+#[test]
+fn what_would_become_longer_stays_as_it_is() {
+    for (before, stays) in [(32, false), (33, true)] {
+        let mut session = Session::new();
+        let (mut p, mut q) = (session.producer("p", 1), session.producer("q", 2));
+        session.append(&mut p, &[start(1)]);
+        session.append(&mut p, &[part(1, &vec![b'x'; before])]);
+        // Three parts, each of which takes sixteen bytes beside its text.
+        (0..3).for_each(|_| session.append(&mut q, &[part(1, b"y")]));
+        session.append(&mut p, &[end(1)]);
+        let parts = left(&session.compact(), 1).len();
+        assert_eq!(parts, if stays { 6 } else { 4 }, "behind {before} bytes");
+    }
+}
+
+/// Spec COMPACT-5: where more was finished than the view knows, a pass begins where the one before ended.
+#[test]
+fn a_pass_begins_with_the_first_message_that_nobody_looked_at() {
+    let author = Arc::new(Author { subject: Subject::new("alice").expect("a subject"), instance: Instance([1; 16]) });
+    let mut view = View::default();
+    for number in 0..(KEPT_MESSAGES + INDEXED_MESSAGES) as u64 {
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&number.to_be_bytes());
+        for record in [start(0), part(0, b"x"), part(0, b"y"), end(0)] {
+            let record = Record { message: Some(MessageId(id)), ..record };
+            view.fold_record(&author, 1, &record).expect("folds");
+        }
+        let known: Vec<(u64, u64)> = view.messages().index().map(|message| (message.start, message.through)).collect();
+        let Some((oldest, second)) = known.first().zip(known.get(1)) else { continue };
+        let begin = |looked| Compaction { looked, ..Compaction::default() }.begin(&view);
+        if known.len() < INDEXED_MESSAGES {
+            assert_eq!(begin(0), 0);
+            continue;
+        }
+        assert_eq!((begin(oldest.1), begin(oldest.1 + 1)), (0, second.0), "what was before the oldest is not known");
+    }
+    assert_eq!(view.messages().index().count(), INDEXED_MESSAGES);
+}
+
+/// Spec SUB-15: a reader of what was put together is told so, once and before that, and one who begins behind it is not.
+#[test]
+fn a_feed_says_that_records_were_put_together() {
+    let mut session = Session::new();
+    let mut p = session.producer("p", 1);
+    session.append(&mut p, &[Record::data(0, "before")]);
+    session.append(&mut p, &[start(1)]);
+    (0..6).for_each(|_| session.append(&mut p, &[part(1, b"x")]));
+    session.append(&mut p, &[end(1)]);
+    session.append(&mut p, &[Record::data(0, "behind")]);
+    let stored = session.compact();
+    let state = session.authority.state();
+    let told = |from: u64| -> Vec<bool> {
+        let request =
+            Subscribe { id: 1, start: Start::Seq(from), streams: vec![], kinds: vec![], window: None, folded: false };
+        let mut feed = Feed::new(request, (0, 0), state.tail()).0;
+        let mut out = Vec::new();
+        for chunk in &stored {
+            feed.deliver(chunk, state.streams(), &mut out).expect("it delivers");
+        }
+        assert_eq!(feed.next(), state.tail());
+        let mut frames = Deframer::new(1 << 20);
+        frames.push(out.concat().into());
+        let frames = core::iter::from_fn(|| frames.next_frame().expect("frames"));
+        let frames = frames.filter_map(|raw| match Frame::decode(&raw).expect("a frame")? {
+            Frame::Compacted(_) => Some(true),
+            Frame::Delivery(_) => Some(false),
+            _ => None,
+        });
+        frames.collect()
+    };
+    let whole = told(0);
+    assert_eq!(whole.iter().filter(|is_told| **is_told).count(), 1, "{whole:?}");
+    let first = whole.iter().position(|is_told| *is_told).expect("told");
+    assert!(first < whole.len() - 1, "{whole:?}");
+    assert!(told(1).contains(&true));
+    let behind = state.tail() - 1;
+    assert_eq!(told(behind), [false]);
+    assert_eq!(session.chunks.last().expect("chunks").first(), behind);
 }

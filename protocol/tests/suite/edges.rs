@@ -12,76 +12,18 @@ use mainstay_protocol::registry::{
 };
 use mainstay_protocol::session::{
     Activity, Author, Authority, Chain, Change, CheckedBatch, Chunk, ChunkBuilder, ChunkCount, ChunkHeader,
-    ChunkPosition, ChunkProducer, Compacted, Control, CreditSent, Expected, Feed, Filter, Incarnation, InputPolicy,
+    ChunkPosition, ChunkProducer, ClientKey, Compacted, Control, CreditSent, Expected, Feed, Filter, InputPolicy,
     Instance, Intent, Key, Kind, Manners, MessageEnd, MessageId, MessageStart, NotifyRule, Operation, Outcome, Payload,
-    PresenceJoined, ProducerHandle, ProducerKey, Record, Refusal, Reply, RequestId, RequestOpened, Roaming,
-    RunConsumed, RunEnd, RunId, RunMode, RunStart, SessionConfigured, SignalId, State, StateChange, Status, Step,
-    Streams, Target, Triggers, View, is_held,
+    PresenceJoined, ProducerKey, Record, Refusal, Reply, RequestId, RequestOpened, Roaming, RunConsumed, RunEnd, RunId,
+    RunMode, RunStart, SessionConfigured, SignalId, State, StateChange, Status, Step, Streams, Target, Triggers, View,
+    is_held,
 };
 use mainstay_protocol::wire::{
-    self, Body, Deframer, Detail, Frame, Label, MAX_VARINT, Ping, Pong, Reader, Span, Start, Subject, Subscribe,
-    Writer, prefix_len, put_frame,
+    self, Body, Deframer, Detail, Frame, MAX_VARINT, Ping, Pong, Reader, Span, Start, Subject, Subscribe, Writer,
+    prefix_len, put_frame,
 };
 
-const LIFE: Incarnation = Incarnation([1; 16]);
-
-fn label(text: &str) -> Label {
-    Label::new(text).expect("a label")
-}
-
-fn alice() -> Arc<Author> {
-    Arc::new(Author { subject: Subject::new("alice").expect("a subject"), instance: Instance([1; 16]) })
-}
-
-/// A session with one producer.
-struct Session {
-    authority: Authority<()>,
-    handle: ProducerHandle,
-    sequence: u64,
-}
-
-fn commit(authority: &mut Authority<()>) {
-    while let Step::Commit(_) = authority.next_chunk() {
-        authority.committed().expect("follows");
-    }
-}
-
-impl Session {
-    fn new() -> Self {
-        let key = ProducerKey { subject: alice().subject.clone(), name: label("p") };
-        let mut authority = Authority::new(State::new(LIFE), 1, None);
-        authority.open_producer(1, key.clone(), None, ());
-        commit(&mut authority);
-        let handle = authority.state().producers().find(&key).expect("granted");
-        Self { authority, handle, sequence: 0 }
-    }
-
-    fn commit(&mut self) {
-        commit(&mut self.authority);
-    }
-
-    fn append(&mut self, now: u64, record: Record) -> Result<(), Refusal> {
-        let mut w = Writer::new();
-        record.put(&mut w);
-        let batch = CheckedBatch::new(1, w.freeze()).expect("a valid batch");
-        match self.authority.append(now, &alice(), (&self.handle, 1, self.sequence), None, batch, ()).0 {
-            Outcome::Refused(refusal) => Err(refusal),
-            _ => {
-                self.sequence += 1;
-                self.commit();
-                Ok(())
-            }
-        }
-    }
-
-    fn view(&self) -> &View {
-        self.authority.state().view()
-    }
-
-    fn deadline(&self) -> Option<u64> {
-        self.authority.state().deadline()
-    }
-}
+use crate::session::{LIFE, Session, alice, label};
 
 /// Spec STATE-6, SIG-5, SIG-8, NOTE-1: what is due first is when the server has something to write, and nothing is when nothing waits.
 #[test]
@@ -621,6 +563,10 @@ fn each_request_needs_its_grant() {
             wire::Signal { id: SignalId([1; 16]), intent: Intent::Steer, target: None, lasts: 1, text: Bytes::new() }
                 .into(),
             &[Signal, SignalOwn],
+        ),
+        (
+            wire::Resume { key: ClientKey([1; 32]), signature: [1; 64], token: Bytes::new() }.into(),
+            &[Append, Join, Run],
         ),
         (wire::Leave {}.into(), &[]),
         (wire::Unsubscribe { id: 1 }.into(), &[]),

@@ -3,6 +3,7 @@
 
 mod compaction;
 mod edges;
+mod folded;
 mod histories;
 mod producers;
 mod progress;
@@ -11,5 +12,7 @@ mod registry;
 mod roaming;
 mod runs;
 mod seed;
+mod session;
+mod staged;
 mod tables;
 mod view;

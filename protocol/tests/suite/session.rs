@@ -1,0 +1,79 @@
+//! A session that is served by nobody: tests ask its authority, and commit what it makes.
+
+use std::sync::Arc;
+
+use mainstay_protocol::session::{
+    Author, Authority, CheckedBatch, Incarnation, Instance, Outcome, ProducerHandle, ProducerKey, Record, Refusal,
+    State, Step, View,
+};
+use mainstay_protocol::wire::{Label, Subject, Writer};
+
+pub(crate) const LIFE: Incarnation = Incarnation([1; 16]);
+
+pub(crate) fn label(text: &str) -> Label {
+    Label::new(text).expect("a label")
+}
+
+pub(crate) fn alice() -> Arc<Author> {
+    Arc::new(Author { subject: Subject::new("alice").expect("a subject"), instance: Instance([1; 16]) })
+}
+
+/// A session with one producer, of [`alice`].
+pub(crate) struct Session {
+    pub(crate) authority: Authority<()>,
+    pub(crate) handle: ProducerHandle,
+    pub(crate) sequence: u64,
+}
+
+pub(crate) fn commit(authority: &mut Authority<()>) {
+    while let Step::Commit(_) = authority.next_chunk() {
+        authority.committed().expect("follows");
+    }
+}
+
+impl Session {
+    pub(crate) fn new() -> Self {
+        let key = ProducerKey { subject: alice().subject.clone(), name: label("p") };
+        let mut authority = Authority::new(State::new(LIFE), 1, None);
+        authority.open_producer(1, key.clone(), None, ());
+        commit(&mut authority);
+        let handle = authority.state().producers().find(&key).expect("granted");
+        Self { authority, handle, sequence: 0 }
+    }
+
+    pub(crate) fn commit(&mut self) {
+        commit(&mut self.authority);
+    }
+
+    /// Appends a record, durably.
+    pub(crate) fn append(&mut self, now: u64, record: Record) -> Result<(), Refusal> {
+        self.accept(now, None, &[record])?;
+        self.commit();
+        Ok(())
+    }
+
+    /// Appends a batch, which waits for a commit. It may be part of a run that is held under an epoch.
+    pub(crate) fn accept(&mut self, now: u64, run: Option<u64>, records: &[Record]) -> Result<(), Refusal> {
+        match self.authority.append(now, &alice(), (&self.handle, 1, self.sequence), run, batch(records), ()).0 {
+            Outcome::Refused(refusal) => Err(refusal),
+            _ => {
+                self.sequence += 1;
+                Ok(())
+            }
+        }
+    }
+
+    pub(crate) fn view(&self) -> &View {
+        self.authority.state().view()
+    }
+
+    pub(crate) fn deadline(&self) -> Option<u64> {
+        self.authority.state().deadline()
+    }
+}
+
+pub(crate) fn batch(records: &[Record]) -> CheckedBatch {
+    let mut w = Writer::new();
+    records.iter().for_each(|record| record.put(&mut w));
+    CheckedBatch::new(records.len() as u64, w.freeze()).expect("a valid batch")
+}
