@@ -362,3 +362,24 @@ impl Producers {
         Ok(this)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Spec DUR-9: where producers were evicted, a snapshot that does not say when one began cannot be read.
+    #[test]
+    fn an_older_snapshot_is_read_where_nobody_was_evicted() {
+        for (floor, begun) in [(0, Ok(1)), (1, Err(Code::FRAME_MALFORMED))] {
+            let mut w = Writer::new();
+            w.varint(floor as u64);
+            w.varint(1u64);
+            Subject::new("alice").expect("a subject").put(&mut w);
+            Label::new("p").expect("a name").put(&mut w);
+            [5u64, 0, 0].into_iter().for_each(|field| w.varint(field));
+            let read = Producers::get(&mut Reader::new(&w.freeze()), false);
+            let position = |producers: Producers| producers.slots[0].durable.begun;
+            assert_eq!(read.map(position).map_err(|error| error.code), begun, "floor {floor}");
+        }
+    }
+}

@@ -85,15 +85,6 @@ impl Field for Bytes {
     }
 }
 
-impl<const N: usize> Field for [u8; N] {
-    fn put(&self, w: &mut Writer) {
-        w.raw(self);
-    }
-    fn get(r: &mut Reader<'_>) -> Result<Self, ProtocolError> {
-        r.array()
-    }
-}
-
 macro_rules! text_fields {
     ($($name:ty),+) => { $(
         impl Field for $name {

@@ -68,61 +68,87 @@ fn rule(delay: u64) -> NotifyRule {
     NotifyRule { name: label("rule"), principal, triggers, delay, collapse: None }
 }
 
+/// A snapshot as the version before wrote it, which did not know who wrote these inputs: each is taken out once.
+fn older(state: &State, known: &[MessageId]) -> Bytes {
+    let (mut bytes, view) = (state.snapshot().to_vec(), state.view().encode());
+    let at = bytes.windows(view.len()).position(|of| *of == view[..]).expect("the view");
+    let mut author = Writer::new();
+    author.u8(1);
+    author.bytes(alice().subject.as_str().as_bytes());
+    author.raw(&alice().instance.0);
+    let author = author.freeze();
+    let mut older = view.to_vec();
+    for message in known {
+        let whole = [&message.0[..], &author].concat();
+        let at = older.windows(whole.len()).position(|of| of == whole).expect("who wrote it");
+        older.drain(at + 16..at + whole.len());
+    }
+    older[0] = 5;
+    let (mut w, mut len) = (Writer::new(), Writer::new());
+    w.bytes(&older);
+    len.varint(view.len() as u64);
+    bytes.splice(at - len.len()..at + view.len(), w.freeze());
+    bytes[0] = 3;
+    Bytes::from(bytes)
+}
+
+/// Somebody says something to an agent.
+fn say(session: &mut Session, message: MessageId) {
+    let of = |record: Record| Record { message: Some(message), ..record };
+    let start = MessageStart { role: label("user"), content_type: label("text/plain") };
+    session.append(1, of(start.record(0))).expect("stored");
+    let end = MessageEnd { status: Status::Complete, detail: Detail::default() };
+    session.append(1, of(end.record(0))).expect("stored");
+}
+
 /// Spec DUR-9, FOLD-8: who asked is folded from the log where that is all there, and is nobody known where it was trimmed.
 #[test]
 fn a_snapshot_that_does_not_know_who_asked_is_read_only_behind_a_trim() {
     let mut session = Session::new();
     let (read, waits) = (MessageId([0x77; 16]), MessageId([0x78; 16]));
-    for message in [read, waits] {
-        let of = |record: Record| Record { message: Some(message), ..record };
-        let start = MessageStart { role: label("user"), content_type: label("text/plain") };
-        session.append(1, of(start.record(0))).expect("stored");
-        let end = MessageEnd { status: Status::Complete, detail: Detail::default() };
-        session.append(1, of(end.record(0))).expect("stored");
-    }
+    [read, waits].into_iter().for_each(|message| say(&mut session, message));
     let run = RunId([3; 16]);
     session.authority.start_run(1, &alice(), run, (5000, Some(read)), ());
     session.commit();
     let asker = |state: &State| state.view().runs().get(run).expect("the run").asker.clone();
     let writers = |state: &State| state.view().runs().inputs().map(|input| input.author.clone()).collect::<Vec<_>>();
     assert_eq!(asker(session.authority.state()), Some(alice()));
-    // As the version before wrote it.
-    let older = |state: &State| {
-        let (mut bytes, view) = (state.snapshot().to_vec(), state.view().encode());
-        let at = bytes.windows(view.len()).position(|of| *of == view[..]).expect("the view");
-        let mut known = Writer::new();
-        known.u8(1);
-        known.bytes(alice().subject.as_str().as_bytes());
-        known.raw(&alice().instance.0);
-        let known = known.freeze();
-        let mut view = view.to_vec();
-        for message in [read, read, waits] {
-            let whole = [&message.0[..], &known].concat();
-            let at = view.windows(whole.len()).position(|of| of == whole).expect("who wrote it");
-            view.drain(at + 16..at + whole.len());
-        }
-        view[0] = 5;
-        let mut w = Writer::new();
-        w.bytes(&view);
-        let mut len = Writer::new();
-        len.varint(state.view().encode().len() as u64);
-        let (from, to) = (at - len.len(), at + state.view().encode().len());
-        bytes.splice(from..to, w.freeze());
-        bytes[0] = 3;
-        Bytes::from(bytes)
-    };
-    let whole = older(session.authority.state());
+    let whole = older(session.authority.state(), &[read, read, waits]);
     assert_eq!(State::restore(&whole).expect_err("the log says it").code, Code::FRAME_MALFORMED);
     // A trim that removed nothing yet, or nothing but a part of a chunk, leaves the log whole.
     session.authority.trim(1, 1, ());
     session.commit();
     assert_eq!(session.authority.state().first(), 1);
-    let trimmed = older(session.authority.state());
+    let trimmed = older(session.authority.state(), &[read, read, waits]);
     assert_eq!(State::restore(&trimmed).expect_err("the log says it").code, Code::FRAME_MALFORMED);
     let state = State::restore_kept(&trimmed, 1).expect("there is nothing else to have it from");
     assert_eq!((asker(&state), writers(&state)), (None, vec![None, None]));
     let again = State::restore(&state.snapshot()).expect("a snapshot of this version");
     assert_eq!(again.snapshot(), state.snapshot());
+}
+
+/// Spec DUR-9: one input that waits is enough to be asked of, and so is one that a run consumed; where there is neither, nobody asked.
+#[test]
+fn a_snapshot_is_read_again_where_it_does_not_matter_who_asked() {
+    let input = MessageId([0x77; 16]);
+    let restored = |session: &Session, known: &[MessageId]| {
+        let older = older(session.authority.state(), known);
+        State::restore(&older).map(|state| state.tail()).map_err(|error| error.code)
+    };
+    let mut session = Session::new();
+    session.append(1, Record::data(0, "nobody asked")).expect("stored");
+    assert_eq!(restored(&session, &[]), Ok(1));
+    say(&mut session, input);
+    assert_eq!(restored(&session, &[input]), Err(Code::FRAME_MALFORMED));
+    let run = RunId([3; 16]);
+    session.authority.start_run(1, &alice(), run, (5000, Some(input)), ());
+    session.commit();
+    let epoch = session.view().runs().get(run).expect("begun").epoch;
+    let consumed = Record { run: Some(run), ..RunConsumed { through: 2 }.record(0) };
+    session.accept(1, Some(epoch), &[consumed]).expect("accepted");
+    session.commit();
+    assert_eq!(session.view().runs().inputs().count(), 0);
+    assert_eq!(restored(&session, &[input]), Err(Code::FRAME_MALFORMED));
 }
 
 /// Spec FOLD-8, SIG-9: whose an input is, and the run that it causes, is known while it waits, whatever else is said; and what is no input has
@@ -399,7 +425,7 @@ fn lengths_and_borders_are_those_of_the_bytes() {
     (0..3).for_each(|_| Record::data(0, "x").put(&mut region));
     let region = region.freeze();
     let batch = CheckedBatch::new(3, region.clone()).expect("a batch");
-    assert_eq!((batch.count(), batch.len()), (3, region.len()));
+    assert_eq!((batch.count(), batch.len(), batch.is_empty()), (3, region.len(), false));
     let mut w = Writer::new();
     put_frame(&Ping { nonce: 5, padding: None }, &mut w);
     let mut deframer = Deframer::new(100);

@@ -184,11 +184,15 @@ fn what_decodes_as_a_view_is_canonical() {
             fold(&mut view, &by, of_message(id, start.record(0)));
             fold(&mut view, &by, of_message(id, MessageAppend("hello".into()).record(0)));
         }
-        fold(
-            &mut view,
-            &by,
-            of_message(at, MessageEnd { status: Status::Complete, detail: Detail::default() }.record(0)),
-        );
+        // Two inputs, one directly behind the other.
+        for id in [at, at + 10] {
+            fold(
+                &mut view,
+                &by,
+                of_message(id, MessageEnd { status: Status::Complete, detail: Detail::default() }.record(0)),
+            );
+        }
+        fold(&mut view, &by, of_message(at + 20, start.record(0)));
         begin(&mut view, at, &by);
         let key = Key::new(if at == 1 { "a" } else { "b" }).expect("a key");
         fold(&mut view, &by, StatePut { key, value: "v".into(), lasts: 0 }.record(0));
@@ -204,6 +208,7 @@ fn what_decodes_as_a_view_is_canonical() {
         );
     }
     fold(&mut view, &alice(), asked(3).record(0));
+    fold(&mut view, &alice(), asked(4).record(0));
     let whole = view.encode();
     assert_eq!(View::decode(&whole).expect("a view").encode(), whole);
     let (mut same, mut refused) = (0, 0);

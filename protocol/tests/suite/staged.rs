@@ -308,9 +308,11 @@ fn who_took_a_run_over_is_told_so_again() {
     };
     assert_eq!(ask(&mut session, &bob(), Some(lost), MAX_VARINT), Outcome::Pending);
     assert!(session.authority.follow_up(3).is_empty());
+    let held = |session: &Session, who: &Arc<Author>, epoch| session.authority.held_run(who, epoch).is_ok();
+    assert!(!held(&session, &bob(), began) && !held(&session, &alice(), began), "it is held under another epoch");
     session.commit();
     let epoch = session.view().runs().get(lost).expect("taken over").epoch;
-    assert!(epoch > began);
+    assert!(epoch > began && held(&session, &bob(), epoch) && !held(&session, &bob(), began));
     let told = Outcome::Done(Reply::Run { run: lost, epoch, lost: Some(began) });
     assert_eq!(ask(&mut session, &bob(), Some(lost), epoch), told);
     assert_eq!(ask(&mut session, &bob(), None, 0), told, "the one that bob began was not lost");
