@@ -453,10 +453,12 @@ mod tests {
         assert!(!own.grants.allow(Signal, "team") && !own.grants.allow_somewhere(Signal));
         let deep = Delegator { depth: MAX_DELEGATIONS, ..delegator };
         assert_eq!(make(deep, &[("team", &[Read])], 10), Err(Code::LIMIT_EXCEEDED));
+        let name = Label::new("tool").expect("a name");
+        let refused = deep.delegate(&name, &grants(&[("team", &[Read])]), 10, 500).expect_err("too deep");
+        assert_eq!(refused.value, MAX_DELEGATIONS as u64);
         let long = Subject::new(&"x".repeat(MAX_SUBJECT - 3)).expect("a subject");
         let long = Delegator { subject: &long, ..delegator };
         assert_eq!(make(long, &[("team", &[Read])], 10), Err(Code::LIMIT_EXCEEDED));
-        let name = Label::new("tool").expect("a name");
         let refused = long.delegate(&name, &grants(&[("team", &[Read])]), 10, 500).expect_err("too long");
         assert_eq!(refused.value, MAX_SUBJECT as u64);
         let none = grants(&[("team", &[Read])]);

@@ -8,9 +8,9 @@ use mainstay_protocol::registry::{
     INDEXED_MESSAGES, KEPT_MESSAGES, MAX_CHUNK, MAX_PRODUCERS, MAX_RECORD, PRODUCER_WINDOW,
 };
 use mainstay_protocol::session::{
-    Author, Authority, CheckedBatch, Chunk, ChunkBuilder, Compaction, Feed, Incarnation, Instance, Kind, MessageAppend,
-    MessageEnd, MessageId, MessageStart, Outcome, Payload, Plan, ProducerHandle, ProducerKey, Record, State, Status,
-    Step, Survey, View,
+    Author, Authority, Chain, CheckedBatch, Chunk, ChunkBuilder, Compaction, Feed, Incarnation, Instance, Kind,
+    MessageAppend, MessageEnd, MessageId, MessageStart, Outcome, Payload, Plan, ProducerHandle, ProducerKey, Rebirth,
+    Record, State, Status, Step, Survey, View,
 };
 use mainstay_protocol::testing::compaction;
 use mainstay_protocol::wire::{Deframer, Detail, Frame, Label, Start, Subject, Subscribe, Writer};
@@ -251,12 +251,12 @@ fn many_texts_that_end_in_one_chunk_stay_within_a_frame() {
 /// Spec COMPACT-4, PROD-9: which producer was evicted is the same whatever batches are left out.
 #[test]
 fn producers_that_take_turns_are_the_same_afterwards() {
-    for evict in [false, true] {
+    for (evict, turn) in [(false, 3), (false, 2), (true, 3), (true, 2)] {
         let mut session = Session::new();
         let (mut one, mut two) = (session.producer("one", 1), session.producer("two", 1));
         session.append(&mut one, &[start(1)]);
         for n in 0..3 * PRODUCER_WINDOW {
-            session.append(if n % 3 == 0 { &mut two } else { &mut one }, &[part(1, b"token")]);
+            session.append(if n % turn == 0 { &mut two } else { &mut one }, &[part(1, b"token")]);
         }
         session.append(&mut one, &[end(1)]);
         if evict {
@@ -419,4 +419,30 @@ fn a_feed_says_that_records_were_put_together() {
     let behind = state.tail() - 1;
     assert_eq!(told(behind), [false]);
     assert_eq!(session.chunks.last().expect("chunks").first(), behind);
+}
+
+/// Spec BACKUP-4: in another life the chain says what was put together, though not how it came to be.
+#[test]
+fn the_chain_of_another_life_says_what_was_put_together() {
+    let chain = |texts: [&[u8]; 2]| {
+        let mut session = Session::new();
+        let mut p = session.producer("p", 1);
+        session.append(&mut p, &[start(1)]);
+        texts.into_iter().for_each(|text| session.append(&mut p, &[part(1, text)]));
+        session.append(&mut p, &[end(1)]);
+        let stored = session.compact();
+        assert!(stored.iter().any(|chunk| chunk.header().compacted.is_some()));
+        let to = Incarnation([2; 16]);
+        let mut rebirth = Rebirth::new(INCARNATION, to, (0, 0), Chain::start(INCARNATION), None);
+        let reborn: Vec<Chunk> = stored.iter().map(|chunk| rebirth.chunk(chunk).expect("it follows")).collect();
+        let state = rebirth.finish().expect("whole");
+        let mut folded = State::new(to);
+        reborn.iter().for_each(|chunk| folded.verify(chunk).expect("it follows"));
+        assert_eq!(folded.snapshot(), state.snapshot());
+        state.chain()
+    };
+    let one = chain([b"hello ", b"world"]);
+    assert_eq!(chain([b"hello ", b"world"]), one);
+    assert_ne!(chain([b"hello ", b"there"]), one);
+    assert_ne!(chain([b"hello", b" world"]), one, "the same text");
 }

@@ -17,7 +17,7 @@ use mainstay_protocol::wire::{
     Deframer, Detail, Frame, Ping, Reader, Resume, Span, Start, Subject, Subscribe, Writer, put_frame, put_grease,
 };
 
-use crate::session::{LIFE, alice, label};
+use crate::session::{LIFE, alice, batch, label};
 
 fn author(subject: &str, instance: u8) -> Arc<Author> {
     Arc::new(Author { subject: Subject::new(subject).expect("a subject"), instance: Instance([instance; 16]) })
@@ -294,6 +294,8 @@ fn what_one_author_said_in_a_moment_is_one_span() {
     let mut controls = ChunkBuilder::new(LIFE, 0, 0, 1, 1000, Chain::start(LIFE));
     controls.control(Control::Trim { first: 0 });
     assert_eq!((controls.is_empty(), controls.len()), (false, 0));
+    let controls = controls.finish().expect("a chunk");
+    assert!(controls.frame().is_empty() && !chunk.frame().is_empty(), "nothing is delivered of it");
     // With a filter, what passes it and follows is one span as well.
     let mut state = State::new(LIFE);
     state.apply(&chunk).expect("it follows");
@@ -474,4 +476,25 @@ fn words_are_the_same_behind_the_wire() {
     assert_eq!(sent_on_to(Some("192.0.2.1:1".parse().expect("an address")), any), "192.0.2.1:7000".parse().ok());
     let elsewhere = "192.0.2.7:7000".parse().expect("an address");
     assert_eq!(sent_on_to(None, elsewhere), Some(elsewhere));
+}
+
+/// Spec REC-4: the payload is behind all headers, however many there are.
+#[test]
+fn a_text_with_headers_is_its_payload() {
+    for count in 0..4 {
+        let mut view = View::default();
+        let start = MessageStart { role: label("user"), content_type: label("text/plain") };
+        let headers = (0..count).map(|n| (Bytes::from(format!("h{n}")), Bytes::from_static(b"value"))).collect();
+        let said = Record { headers, ..of_message(1, MessageAppend("hello".into()).record(0)) };
+        let records = [of_message(1, start.record(0)), said];
+        assert_eq!(batch(&records).count(), 2, "they are taken");
+        for record in records {
+            let mut w = Writer::new();
+            record.put(&mut w);
+            let region = w.freeze();
+            let record = Reader::new(&region).bytes(1 << 20).expect("one record");
+            view.apply(&alice(), 1, &record).expect("folds");
+        }
+        assert_eq!(view.messages().open()[0].text, b"hello", "{count} headers");
+    }
 }

@@ -450,6 +450,13 @@ fn a_lease_that_was_hastened_lasts_with_what_is_heard_later() {
         let lapsed = leases.lapsed(200, |_, _| Some(heard));
         assert_eq!(lapsed.len(), usize::from(lapses), "heard at {heard}");
     }
+    // What was heard a whole lease ago was heard too long ago.
+    for (heard, lapses) in [(0, true), (1, false)] {
+        let mut leases = Leases::default();
+        leases.follow(0, [("phone", 1, 1000)].into_iter());
+        let lapsed = leases.lapsed(1000, |_, _| Some(heard));
+        assert_eq!(lapsed.len(), usize::from(lapses), "heard at {heard}");
+    }
 }
 
 /// Spec RUN-5: a run that was begun and is not durable is nobody else's to lose.
