@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use mainstay_protocol::Code;
-use mainstay_protocol::registry::MAX_RECORD;
+use mainstay_protocol::registry::{
+    KEPT_LOST_RUNS, KEPT_MESSAGES, MAX_MEMBERS, MAX_MESSAGE, MAX_OPEN_BYTES, MAX_OPEN_MESSAGES, MAX_RECORD,
+    MAX_REQUESTS, MAX_RULES, MAX_RUNS, MAX_SIGNALS, MAX_STATE_BYTES, MAX_STATE_KEYS,
+};
 use mainstay_protocol::session::{
     Activity, Author, Chain, Chunk, ChunkBuilder, ClientKey, Control, Departure, Feed, Incarnation, InputPolicy,
     Instance, Intent, Key, Kind, MessageAppend, MessageEnd, MessageId, MessageStart, NotifyRule, Payload,
@@ -497,4 +500,154 @@ fn a_text_with_headers_is_its_payload() {
         }
         assert_eq!(view.messages().open()[0].text, b"hello", "{count} headers");
     }
+}
+
+/// Spec FOLD-2: what would exceed a limit, or is there already, changes nothing: no server accepted it.
+#[test]
+fn what_no_server_accepts_changes_nothing() {
+    let start =
+        |id: u8| of_message(id, MessageStart { role: label("assistant"), content_type: label("text/plain") }.record(0));
+    let part = |id: u8, len: usize| of_message(id, MessageAppend(vec![b't'; len].into()).record(0));
+    let open = |view: &View| view.messages().open().iter().map(|message| message.text.len()).collect::<Vec<_>>();
+    let mut view = View::default();
+    for record in [start(1), part(1, 5), start(1)] {
+        fold(&mut view, &alice(), record);
+    }
+    assert_eq!(open(&view), [5], "begun twice");
+    fold(&mut view, &alice(), part(1, MAX_MESSAGE - 5));
+    fold(&mut view, &alice(), part(1, 1));
+    assert_eq!(open(&view), [MAX_MESSAGE], "longer than a message");
+    for id in 2..=(MAX_OPEN_BYTES / MAX_MESSAGE) as u8 {
+        fold(&mut view, &alice(), start(id));
+        fold(&mut view, &alice(), part(id, MAX_MESSAGE));
+    }
+    fold(&mut view, &alice(), start(100));
+    fold(&mut view, &alice(), part(100, 1));
+    assert_eq!(open(&view).iter().sum::<usize>(), MAX_OPEN_BYTES, "more than all open messages");
+    let decoded = View::decode(&view.encode()).expect("as much as may be");
+    assert_eq!(decoded.encode(), view.encode());
+    (0..=MAX_OPEN_MESSAGES as u8).for_each(|id| fold(&mut view, &alice(), start(id)));
+    assert_eq!(view.messages().open().len(), MAX_OPEN_MESSAGES);
+
+    let mut view = View::default();
+    parallel(&mut view);
+    let held = MAX_RUNS + KEPT_LOST_RUNS;
+    for run in 0..=held as u8 {
+        fold(&mut view, &alice(), of_run(run, RunStart { lease: 5000, input: None, lost: None }.record(0)));
+    }
+    assert_eq!(view.runs().current().len(), held);
+    assert_eq!(View::decode(&view.encode()).expect("as many as may be").runs().current().len(), held);
+    let steer = |id: u8| {
+        let target = Target::Run(RunId([1; 16]));
+        Signal { id: SignalId([id; 16]), intent: Intent::Steer, target, lasts: 1000, text: "x".into() }
+            .record(0, Some(RunId([1; 16])))
+    };
+    [1, 1].into_iter().for_each(|id| fold(&mut view, &alice(), steer(id)));
+    assert_eq!(view.signals().pending().len(), 1, "sent twice");
+    (1..=MAX_SIGNALS as u8 + 1).for_each(|id| fold(&mut view, &alice(), steer(id)));
+    assert_eq!(view.signals().pending().len(), MAX_SIGNALS);
+    [1, 1].into_iter().for_each(|id| fold(&mut view, &alice(), asked(id).record(0)));
+    assert_eq!(view.signals().requests().len(), 1, "opened twice");
+    (1..=MAX_REQUESTS as u8 + 1).for_each(|id| fold(&mut view, &alice(), asked(id).record(0)));
+    assert_eq!(view.signals().requests().len(), MAX_REQUESTS);
+    for number in 0..=MAX_RULES {
+        let rule = NotifyRule { name: label(&format!("r{number}")), ..rule("bob", &[Kind::REQUEST_OPENED]) };
+        fold(&mut view, &alice(), rule.record(0));
+    }
+    assert_eq!(view.notifications().rules().len(), MAX_RULES);
+    for number in 0..=MAX_MEMBERS as u64 {
+        let mut instance = [0; 16];
+        instance[..8].copy_from_slice(&number.to_be_bytes());
+        let by = Arc::new(Author { instance: Instance(instance), ..(*alice()).clone() });
+        let activity = Activity { status: label("idle"), progress: None, data: Bytes::new() };
+        fold(&mut view, &by, PresenceJoined { name: label("phone"), grace: 1000, activity }.record(0));
+    }
+    assert_eq!(view.members().len(), MAX_MEMBERS);
+
+    let put = |key: &str, len: usize| {
+        let key = Key::new(key).expect("a key");
+        StatePut { key, value: vec![b'v'; len].into(), lasts: 0 }.record(0)
+    };
+    fold(&mut view, &alice(), put("a", MAX_STATE_BYTES - 1));
+    fold(&mut view, &alice(), put("b", 0));
+    fold(&mut view, &alice(), put("a", MAX_STATE_BYTES));
+    assert_eq!(view.state().get("a").map(|entry| entry.value.len()), Some(MAX_STATE_BYTES - 1));
+    assert!(view.state().get("b").is_none());
+    fold(&mut view, &alice(), put("a", 0));
+    (0..MAX_STATE_KEYS).for_each(|number| fold(&mut view, &alice(), put(&format!("k{number}"), 1)));
+    assert_eq!(view.state().len(), MAX_STATE_KEYS);
+    fold(&mut view, &alice(), put("k0", 5));
+    assert_eq!(view.state().get("k0").map(|entry| entry.value.len()), Some(5), "what is there is changed");
+}
+
+/// Each thing that a view knows counts as one in what it is taken to weigh, and its text as what it is.
+#[test]
+fn each_thing_in_a_view_counts_once_in_its_weight() {
+    let mut view = View::default();
+    parallel(&mut view);
+    let ends = || MessageEnd { status: Status::Complete, detail: Detail::default() };
+    let id = |number: u64| {
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&number.to_be_bytes());
+        Some(MessageId(id))
+    };
+    let start = |role: &str| MessageStart { role: label(role), content_type: label("text/plain") };
+    let say = |view: &mut View, number: u64, role: &str| {
+        fold(view, &alice(), Record { message: id(number), ..start(role).record(0) });
+        fold(view, &alice(), Record { message: id(number), ..ends().record(0) });
+    };
+    // More than two of each: also of those messages of which only an index is kept.
+    (0..(KEPT_MESSAGES + 3) as u64).for_each(|number| say(&mut view, number, "assistant"));
+    let more = |view: &mut View, number: u8| {
+        let mut grown = Vec::new();
+        let before = core::cell::Cell::new(view.weight());
+        let mut step = |view: &View, what: &'static str, text: usize| {
+            let weight = view.weight();
+            grown.push((what, weight - before.get() - text));
+            before.set(weight);
+        };
+        fold(view, &alice(), Record { message: id(1000 + u64::from(number)), ..start("assistant").record(0) });
+        step(view, "an open message", 0);
+        fold(view, &alice(), Record::data(u64::from(number), "x"));
+        step(view, "a stream", 0);
+        say(view, 2000 + u64::from(number), "assistant");
+        step(view, "a finished message", 0);
+        let key = Key::new(&format!("k{number:03}")).expect("a key");
+        fold(view, &alice(), StatePut { key, value: "value".into(), lasts: 0 }.record(0));
+        step(view, "a value", "k000value".len());
+        begin(view, number, &alice());
+        step(view, "a run", 0);
+        let signal = Signal {
+            id: SignalId([number; 16]),
+            intent: Intent::Steer,
+            target: Target::Run(RunId([number; 16])),
+            lasts: 1000,
+            text: "text".into(),
+        };
+        fold(view, &alice(), signal.record(0, Some(RunId([number; 16]))));
+        step(view, "a signal", "text".len());
+        fold(view, &alice(), asked(number).record(0));
+        step(view, "a request", 1);
+        let kinds = [Kind::RUN_LOST];
+        fold(view, &alice(), NotifyRule { name: label(&format!("r{number}")), ..rule("bob", &kinds) }.record(0));
+        step(view, "a rule", 0);
+        grown
+    };
+    let grown: Vec<_> = (1..5).map(|number| more(&mut view, number)).collect();
+    for round in &grown[1..] {
+        assert_eq!(round, &grown[1], "however many there are");
+        assert!(round.iter().all(|(_, row)| *row == round[0].1 && *row > 0), "{round:?}");
+    }
+    let before = view.weight();
+    say(&mut view, 3000, "user");
+    let row = grown[1][0].1;
+    assert_eq!(view.weight() - before, 2 * row, "a message, and an input that waits");
+    let before = view.weight();
+    let epoch = view.runs().get(RunId([1; 16])).expect("begun").epoch;
+    fold(&mut view, &alice(), of_run(1, RunLost { epoch }.record(0)));
+    assert_eq!(view.weight() - before, view.notifications().jobs().len() * row, "a job for each rule");
+    assert!(view.notifications().jobs().len() > 2);
+    let before = view.weight();
+    join(&mut view, &author("carol", 9));
+    assert!(view.weight() > before + row, "a member may say much");
 }
