@@ -46,7 +46,11 @@ impl Session {
     }
 
     fn producer(&mut self, name: &str, instance: u8) -> Producer {
-        let subject = Subject::new("alice").expect("a subject");
+        self.producer_of("alice", name, instance)
+    }
+
+    fn producer_of(&mut self, subject: &str, name: &str, instance: u8) -> Producer {
+        let subject = Subject::new(subject).expect("a subject");
         let key = ProducerKey { subject: subject.clone(), name: label(name) };
         self.authority.open_producer(1, key.clone(), None, ());
         self.commit();
@@ -268,6 +272,35 @@ fn producers_that_take_turns_are_the_same_afterwards() {
         assert_eq!(left(&stored, 1).len(), 3);
         // Turns are left out where no producer was ever evicted.
         assert_eq!(positions > 3 * PRODUCER_WINDOW, evict, "{positions}");
+    }
+}
+
+/// Spec PROD-1, COMPACT-4: producers of two subjects are two, whatever they are called, and one that comes from elsewhere is the same.
+#[test]
+fn producers_of_two_subjects_are_not_taken_for_one() {
+    for (other, positions) in [("bob", 2 * PRODUCER_WINDOW), ("alice", PRODUCER_WINDOW)] {
+        let mut session = Session::new();
+        let mut one = session.producer("p", 1);
+        let mut two = if other == "bob" { Some(session.producer_of("bob", "p", 2)) } else { None };
+        session.append(&mut one, &[start(1)]);
+        let elsewhere = Arc::new(Author { instance: Instance([9; 16]), ..(*one.author).clone() });
+        for _ in 0..PRODUCER_WINDOW {
+            session.append(&mut one, &[part(1, b"token")]);
+            let said = [Record::data(0, "x")];
+            match &mut two {
+                Some(two) => session.append(two, &said),
+                None => {
+                    let here = core::mem::replace(&mut one.author, elsewhere.clone());
+                    session.append(&mut one, &said);
+                    one.author = here;
+                }
+            }
+        }
+        session.append(&mut one, &[end(1)]);
+        let stored = session.compact();
+        let compacted = stored.iter().filter_map(|chunk| chunk.header().compacted.as_ref());
+        let kept: usize = compacted.map(|of| of.positions.len()).sum();
+        assert!((positions..positions + 4).contains(&kept), "{kept} of {other}");
     }
 }
 

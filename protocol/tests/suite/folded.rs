@@ -12,15 +12,15 @@ use mainstay_protocol::registry::{
 use mainstay_protocol::session::{
     Activity, Author, Chain, Chunk, ChunkBuilder, ClientKey, Control, Departure, Feed, Incarnation, InputPolicy,
     Instance, Intent, Key, Kind, MessageAppend, MessageEnd, MessageId, MessageStart, NotifyRule, Payload,
-    PresenceJoined, PresenceLeft, PresenceUpdated, Rebirth, Record, Records, RequestId, RequestOpened, RunId, RunLost,
-    RunMode, RunStart, SessionConfigured, SessionName, Signal, SignalId, State, StatePut, Status, Target, Triggers,
-    Verdict, View, sent_on_to,
+    PresenceJoined, PresenceLeft, PresenceUpdated, ProducerKey, Rebirth, Record, Records, RequestId, RequestOpened,
+    ResumeClaim, RunId, RunLost, RunMode, RunStart, SessionConfigured, SessionName, Signal, SignalId, State, StatePut,
+    Status, Target, Triggers, Verdict, View, sent_on_to,
 };
 use mainstay_protocol::wire::{
     Deframer, Detail, Frame, Ping, Reader, Resume, Span, Start, Subject, Subscribe, Writer, put_frame, put_grease,
 };
 
-use crate::session::{LIFE, alice, batch, label};
+use crate::session::{LIFE, Session, alice, batch, label};
 
 fn author(subject: &str, instance: u8) -> Arc<Author> {
     Arc::new(Author { subject: Subject::new(subject).expect("a subject"), instance: Instance([instance; 16]) })
@@ -499,6 +499,12 @@ fn a_text_with_headers_is_its_payload() {
             view.apply(&alice(), 1, &record).expect("folds");
         }
         assert_eq!(view.messages().open()[0].text, b"hello", "{count} headers");
+        let (mut w, bytes) = (Writer::new(), view.streams()[0].bytes);
+        let headers = (0..count).map(|n| (Bytes::from(format!("h{n}")), Bytes::from_static(b"value"))).collect();
+        Record { headers, ..Record::data(0, "seven b") }.put(&mut w);
+        let region = w.freeze();
+        view.apply(&alice(), 1, &Reader::new(&region).bytes(1 << 20).expect("one record")).expect("folds");
+        assert_eq!(view.streams()[0].bytes - bytes, 7, "{count} headers");
     }
 }
 
@@ -636,7 +642,7 @@ fn each_thing_in_a_view_counts_once_in_its_weight() {
     let grown: Vec<_> = (1..5).map(|number| more(&mut view, number)).collect();
     for round in &grown[1..] {
         assert_eq!(round, &grown[1], "however many there are");
-        assert!(round.iter().all(|(_, row)| *row == round[0].1 && *row > 0), "{round:?}");
+        assert!(round.iter().all(|(_, row)| *row == round[0].1 && *row > 64), "{round:?}");
     }
     let before = view.weight();
     say(&mut view, 3000, "user");
@@ -648,6 +654,42 @@ fn each_thing_in_a_view_counts_once_in_its_weight() {
     assert_eq!(view.weight() - before, view.notifications().jobs().len() * row, "a job for each rule");
     assert!(view.notifications().jobs().len() > 2);
     let before = view.weight();
+    fold(&mut view, &alice(), Record { message: id(1001), ..MessageAppend("twelve bytes".into()).record(0) });
+    assert_eq!(view.weight() - before, 12, "the text of an open message");
+    let before = view.weight();
+    fold(&mut view, &alice(), Record { message: id(1001), ..ends().record(0) });
+    assert_eq!(view.weight(), before, "that is finished");
+    let before = view.weight();
     join(&mut view, &author("carol", 9));
     assert!(view.weight() > before + row, "a member may say much");
+}
+
+/// The same of what is beside the view.
+#[test]
+fn each_producer_batch_and_binding_counts_in_the_weight_of_a_state() {
+    let mut session = Session::new();
+    let mut before = session.authority.state().weight();
+    let mut grown = |session: &Session| {
+        let weight = session.authority.state().weight();
+        weight - core::mem::replace(&mut before, weight)
+    };
+    let mut rows = Vec::new();
+    for instance in 2..5 {
+        let key = ProducerKey { subject: alice().subject.clone(), name: label(&format!("p{instance}")) };
+        session.authority.open_producer(1, key, None, ());
+        session.commit();
+        rows.push(grown(&session));
+        let claim = ResumeClaim::first(ClientKey([instance; 32]));
+        session.authority.resume(1, &author("alice", instance), &claim, ());
+        session.commit();
+        rows.push(grown(&session));
+    }
+    assert!(rows.iter().all(|row| *row == rows[0] && *row > 64), "{rows:?}");
+    session.append(1, Record::data(0, "x")).expect("stored");
+    let first = grown(&session);
+    for _ in 0..3 {
+        session.append(1, Record::data(0, "x")).expect("stored");
+        assert!(grown(&session) > 1, "a batch that may be asked for again");
+    }
+    assert!(first > 1);
 }
