@@ -23,17 +23,20 @@ const TIMES: u64 = 24;
 const FIXED: u64 = 4096;
 
 fn inputs() -> Vec<Vec<u8>> {
-    let mut inputs = Vec::new();
-    for file in ["frames", "records", "chunks", "states"] {
-        let path = format!("{}/../spec/vectors/{file}.toml", env!("CARGO_MANIFEST_DIR"));
-        let vectors: toml::Table = std::fs::read_to_string(path).expect("vectors").parse().expect("TOML");
-        for vector in vectors.values().filter_map(|list| list.as_array()).flatten() {
-            let hex = vector["hex"].as_str().expect("bytes");
-            let byte = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal");
-            inputs.push((0..hex.len()).step_by(2).map(byte).collect());
-        }
-    }
-    inputs
+    ["frames", "records", "chunks", "states"].into_iter().flat_map(vectors).collect()
+}
+
+/// The golden and malformed vectors of a file.
+fn vectors(file: &str) -> Vec<Vec<u8>> {
+    let path = format!("{}/../spec/vectors/{file}.toml", env!("CARGO_MANIFEST_DIR"));
+    let vectors: toml::Table = std::fs::read_to_string(path).expect("vectors").parse().expect("TOML");
+    let vectors = vectors.values().filter_map(|list| list.as_array()).flatten();
+    let bytes = vectors.map(|vector| {
+        let hex = vector["hex"].as_str().expect("bytes");
+        let byte = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal");
+        (0..hex.len()).step_by(2).map(byte).collect()
+    });
+    bytes.collect()
 }
 
 /// Every way in for bytes of a peer or a file.
@@ -48,7 +51,7 @@ fn decode_all(bytes: &Bytes) {
     let _ = State::restore(bytes);
     let _ = Chunk::decode(bytes.clone());
     // What a wrong checksum would keep from being looked at.
-    if let Some(body) = bytes.get(4..) {
+    if let Some(body) = bytes.get(8..) {
         let _ = Chunk::decode([&Chunk::checksum(body).to_be_bytes()[..], body].concat().into());
     }
     Records::new(bytes).for_each(drop);
@@ -76,6 +79,15 @@ fn decoding_allocates_a_small_multiple_of_its_input_whatever_the_lengths_say() {
                 lying.splice(at..at + 1, lie.iter().copied());
                 check(lying);
             }
+        }
+    }
+    // A count that the bytes which follow could hold if each entry were one of them.
+    for input in vectors("chunks") {
+        for at in 8..input.len() {
+            let mut lying = input.clone();
+            lying.splice(at..at + 1, [0x80, 0x00, 0xea, 0x60]);
+            lying.resize(lying.len() + 60_000, 0);
+            check(lying);
         }
     }
     println!("at most {most:.1} times the input");

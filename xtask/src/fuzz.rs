@@ -177,6 +177,8 @@ fn dictionary() -> Outcome {
 
 /// Says how many lines of the core the inputs of targets reach.
 fn coverage(targets: &[String]) -> Outcome {
+    // Before anything is built for them.
+    let (profdata, cov) = (llvm("llvm-profdata")?, llvm("llvm-cov")?);
     let mut objects = Vec::new();
     let mut profiles = Vec::new();
     for target in targets {
@@ -194,9 +196,9 @@ fn coverage(targets: &[String]) -> Outcome {
         objects.push(root().join("target").join(&triple).join("coverage").join(&triple).join("release").join(target));
     }
     let merged = root().join("target").join("fuzz.profdata");
-    let mut merge = Command::new(llvm("llvm-profdata")?);
+    let mut merge = Command::new(profdata);
     step("merge", merge.arg("merge").arg("-sparse").args(&profiles).arg("-o").arg(&merged))?;
-    let mut report = Command::new(llvm("llvm-cov")?);
+    let mut report = Command::new(cov);
     report.arg("report").arg(format!("-instr-profile={}", merged.display()));
     report.arg("-ignore-filename-regex=(protocol/src/(testing|planted)|/rustc/|/registry/)");
     for (at, object) in objects.iter().enumerate() {
@@ -256,12 +258,17 @@ fn unpack(targets: &[String]) -> Outcome {
     Ok(())
 }
 
-/// A tool of the nightly toolchain.
+/// A tool of the nightly toolchain, which gets it if it is missing.
 fn llvm(name: &str) -> Result<PathBuf, String> {
     let output = Command::new("rustc").args(["+nightly", "--print", "sysroot"]).output();
     let output = output.map_err(|error| format!("rustc: {error}"))?;
     let sysroot = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
     let tool = sysroot.join("lib").join("rustlib").join(host()?).join("bin").join(name);
+    if !tool.is_file() {
+        eprintln!("== installing llvm-tools, which are missing");
+        // Where that fails it is said below.
+        let _ = Command::new("rustup").args(["component", "add", "llvm-tools", "--toolchain", "nightly"]).status();
+    }
     if tool.is_file() {
         return Ok(tool);
     }

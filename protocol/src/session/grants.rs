@@ -360,6 +360,14 @@ mod tests {
     }
 
     /// Against the meaning: every name that is granted and begins so is in one of them, and no other is; they are in order.
+    /// Spec AUTH-2: said twice, it is allowed as if it were said once.
+    #[test]
+    fn an_operation_that_is_named_twice_is_allowed() {
+        use Operation::{Append, Read, Signal};
+        let twice: Operations = [Read, Append, Read].into_iter().collect();
+        assert!(twice.contains(Read) && twice.contains(Append) && !twice.contains(Signal));
+    }
+
     #[test]
     fn stretches_hold_the_names_that_are_granted_each_once_and_in_order() {
         let prefixes = ["", "a", "ab", "a/", "a/b", "a:", "b", "a/b/c"];

@@ -10,7 +10,7 @@ use mainstay_protocol::registry::{
 use mainstay_protocol::session::{
     Author, Authority, Chain, CheckedBatch, Chunk, ChunkBuilder, Compaction, Feed, Incarnation, Instance, Kind,
     MessageAppend, MessageEnd, MessageId, MessageStart, Outcome, Payload, Plan, ProducerHandle, ProducerKey, Rebirth,
-    Record, State, Status, Step, Survey, View,
+    Record, RunEnd, RunId, RunStart, State, Status, Step, Survey, View,
 };
 use mainstay_protocol::testing::compaction;
 use mainstay_protocol::wire::{Deframer, Detail, Frame, Label, Start, Subject, Subscribe, Writer};
@@ -304,9 +304,10 @@ fn producers_of_two_subjects_are_not_taken_for_one() {
     }
 }
 
-/// Spec COMPACT-1: a plan of which a step had to end because it is long is not the last one.
+/// A plan of which a step had to end because it is long is not the last one.
 #[test]
 fn a_plan_whose_steps_are_long_is_not_the_last() {
+    // A step has at most 256 chunks: those of the start and of the end as well.
     for (parts, is_final) in [(20, true), (253, true), (254, false), (255, false), (600, false)] {
         let mut session = Session::new();
         let mut p = session.producer("p", 1);
@@ -320,7 +321,7 @@ fn a_plan_whose_steps_are_long_is_not_the_last() {
     }
 }
 
-/// Spec COMPACT-2: a step takes the chunks that it says, all of them and in their order.
+/// Spec CHUNK-2, CHUNK-8: a step takes the chunks that it says, all of them and in their order.
 #[test]
 fn a_step_is_not_done_with_other_chunks() {
     let mut session = Session::new();
@@ -349,7 +350,7 @@ fn a_step_is_not_done_with_other_chunks() {
     }
 }
 
-/// Spec COMPACT-4: the part of a finished message that is in the range is put together, whether its end is or not.
+/// Spec COMPACT-1: the part of a finished message that is in the range is put together, whether its end is or not.
 #[test]
 fn a_message_that_ends_behind_the_range_is_put_together_in_it() {
     let mut session = Session::new();
@@ -373,7 +374,7 @@ fn a_message_that_ends_behind_the_range_is_put_together_in_it() {
     }
 }
 
-/// Spec COMPACT-4: what another one wrote is put together where it is less than the text that takes its place.
+/// Spec COMPACT-2: what another one wrote is put together where the text is no longer than what it takes the place of.
 #[test]
 fn what_would_become_longer_stays_as_it_is() {
     for (before, stays) in [(32, false), (33, true)] {
@@ -389,11 +390,12 @@ fn what_would_become_longer_stays_as_it_is() {
     }
 }
 
-/// Spec COMPACT-5: where more was finished than the view knows, a pass begins where the one before ended.
+/// Where more was finished than the view knows, a pass begins where the one before ended.
 #[test]
 fn a_pass_begins_with_the_first_message_that_nobody_looked_at() {
     let author = Arc::new(Author { subject: Subject::new("alice").expect("a subject"), instance: Instance([1; 16]) });
     let mut view = View::default();
+    view.fold_record(&author, 1, &Record::data(0, "before")).expect("folds");
     for number in 0..(KEPT_MESSAGES + INDEXED_MESSAGES + 2) as u64 {
         let mut id = [0; 16];
         id[..8].copy_from_slice(&number.to_be_bytes());
@@ -405,7 +407,7 @@ fn a_pass_begins_with_the_first_message_that_nobody_looked_at() {
         let Some((oldest, second)) = known.first().zip(known.get(1)) else { continue };
         let begin = |looked| Compaction { looked, ..Compaction::default() }.begin(&view);
         if known.len() < INDEXED_MESSAGES {
-            assert_eq!(begin(0), 0);
+            assert_eq!(begin(0), 1, "all are known");
             continue;
         }
         assert_eq!((begin(oldest.1), begin(oldest.1 + 1)), (0, second.0), "what was before the oldest is not known");
@@ -413,7 +415,7 @@ fn a_pass_begins_with_the_first_message_that_nobody_looked_at() {
     assert_eq!(view.messages().index().count(), INDEXED_MESSAGES);
 }
 
-/// Spec SUB-15: a reader of what was put together is told so, once and before that, and one who begins behind it is not.
+/// Spec SUB-15: a reader of what was put together is told so once, before it comes; one who begins behind it is not told.
 #[test]
 fn a_feed_says_that_records_were_put_together() {
     let mut session = Session::new();
@@ -454,7 +456,7 @@ fn a_feed_says_that_records_were_put_together() {
     assert_eq!(session.chunks.last().expect("chunks").first(), behind);
 }
 
-/// Spec BACKUP-4: in another life the chain says what was put together, though not how it came to be.
+/// Spec BACKUP-4: in another life the chain says what was put together, and out of what.
 #[test]
 fn the_chain_of_another_life_says_what_was_put_together() {
     let chain = |texts: [&[u8]; 2]| {
@@ -478,4 +480,47 @@ fn the_chain_of_another_life_says_what_was_put_together() {
     assert_eq!(chain([b"hello ", b"world"]), one);
     assert_ne!(chain([b"hello ", b"there"]), one);
     assert_ne!(chain([b"hello", b" world"]), one, "the same text");
+}
+
+/// Spec COMPACT-1: many parts of a message in one chunk are put together as many parts in many chunks are.
+#[test]
+fn parts_of_one_batch_are_put_together() {
+    let mut session = Session::new();
+    let mut p = session.producer("p", 1);
+    session.append(&mut p, &[start(1)]);
+    for _ in 0..3 {
+        session.append(&mut p, &vec![part(1, b"thirty bytes of a long message"); 20]);
+    }
+    session.append(&mut p, &[end(1)]);
+    let stored = session.compact();
+    assert_eq!(left(&stored, 1).len(), 3);
+    assert!(bytes(&stored) < bytes(&session.chunks));
+}
+
+/// Spec COMPACT-1, RUN-6: a message that its run finished ends there as well, whatever stands behind it in a log.
+#[test]
+fn what_is_behind_the_end_of_a_run_does_not_become_part_of_its_messages() {
+    let author = Arc::new(Author { subject: Subject::new("alice").expect("a subject"), instance: Instance([1; 16]) });
+    let run = Some(RunId([3; 16]));
+    let begin = RunStart { lease: 5000, input: None, lost: None };
+    let over = RunEnd { status: Status::Complete, detail: Detail::default() };
+    let of_run = |record: Record| Record { run, ..record };
+    let mut records = vec![of_run(begin.record(0)), of_run(start(1))];
+    records.extend([b"a", b"b"].map(|text| of_run(part(1, text))));
+    records.push(of_run(over.record(0)));
+    records.extend([b"c", b"d", b"e"].map(|text| of_run(part(1, text))));
+    records.push(Record::data(0, "behind"));
+    let mut state = State::new(INCARNATION);
+    let mut chunks = Vec::new();
+    for record in &records {
+        let mut builder = ChunkBuilder::new(INCARNATION, state.tail(), state.number(), 1, 1000, state.chain());
+        builder.record(&author, 1000, record);
+        let chunk = builder.finish().expect("a chunk");
+        state.verify(&chunk).expect("it follows");
+        chunks.push(Arc::new(chunk));
+    }
+    let message = state.view().messages().finished().next().expect("it is finished");
+    assert_eq!(message.text, b"ab");
+    let gone: u64 = (0..20).map(|seed| compaction::check(&chunks, seed).gone).sum();
+    assert!(gone > 0, "its two parts became one");
 }

@@ -127,12 +127,13 @@ fn a_snapshot_that_does_not_know_who_asked_is_read_only_behind_a_trim() {
     assert_eq!(again.snapshot(), state.snapshot());
 }
 
-/// Spec DUR-9: one input that waits is enough to be asked of, and so is one that a run consumed; where there is neither, nobody asked.
+/// Spec DUR-9: where an input waits, or a run has one, somebody asked; where there is neither, nobody did.
 #[test]
 fn a_snapshot_is_read_again_where_it_does_not_matter_who_asked() {
     let input = MessageId([0x77; 16]);
     let restored = |session: &Session, known: &[MessageId]| {
         let older = older(session.authority.state(), known);
+        assert!(State::restore_kept(&older, 1).is_ok(), "it is a snapshot");
         State::restore(&older).map(|state| state.tail()).map_err(|error| error.code)
     };
     let mut session = Session::new();
@@ -534,6 +535,10 @@ fn a_chunk_that_was_put_together_is_refused_for_each_part_that_does_not_fit() {
     refused("nothing was counted", &|_, of| (of.counts[1].records, of.counts[0].records) = (0, 6));
     refused("streams that do not ascend", &|_, of| of.counts.swap(0, 1));
     refused("a stream twice", &|_, of| of.counts[1].stream = 0);
+    refused("a stream twice, all counted", &|_, of| {
+        of.counts[0].records = 4;
+        of.counts.insert(1, ChunkCount { stream: 0, records: 1, bytes: 0 });
+    });
     refused("a stream that none may have", &|_, of| of.counts[1].stream = MAX_STREAMS as u64);
     refused("more was counted than there is", &|_, of| of.counts[0].records = 6);
     refused("less was counted than there is", &|_, of| of.counts[0].records = 4);
@@ -548,6 +553,19 @@ fn a_chunk_that_was_put_together_is_refused_for_each_part_that_does_not_fit() {
     refused("fewer records than spans say", &|_, of| of.spans[1] = Span { skip: 2, count: 2, author: 0, time: 9 });
     refused("a producer of nobody", &|header, _| header.producers[0].author = 1);
     refused("seqs beyond the last", &|header, _| header.first = MAX_VARINT - 2);
+    refused("seqs beyond the last, and nothing of producers", &|header, of| {
+        header.first = MAX_VARINT - 5;
+        of.positions.clear();
+    });
+    let taken = |change: &dyn Fn(&mut ChunkHeader)| {
+        let mut header = good.clone();
+        change(&mut header);
+        let position = header.compacted.as_mut().expect("put together");
+        position.positions.clear();
+        Chunk::decode(encode(&header, &region)).map(|chunk| (chunk.end(), chunk.header().next_number()))
+    };
+    assert_eq!(taken(&|header| header.first = MAX_VARINT - 6), Ok((MAX_VARINT, 7)), "up to the last seq");
+    assert_eq!(taken(&|header| header.number = MAX_VARINT - 3), Ok((16, MAX_VARINT)), "up to the last number");
 }
 
 /// Spec ERR-6: how long a refusal asks to wait, never longer than the registry says, and only where its value says it.

@@ -62,7 +62,7 @@ fn request(id: u8, lasts: u64) -> RequestOpened {
     RequestOpened { request: RequestId([id; 16]), needs: label("approval"), lasts, body: "?".into() }
 }
 
-/// Spec PRES-4: who leaves makes room at once.
+/// Spec PRES-3, LIM-4: who leaves makes room at once.
 #[test]
 fn a_member_that_leaves_makes_room_before_that_is_durable() {
     let bounds = Bounds { members: 1, ..Bounds::default() };
@@ -110,7 +110,7 @@ fn what_expired_makes_room_before_that_is_durable() {
     assert_eq!(open(&mut session, 201), Err(Code::LIMIT_EXCEEDED));
 }
 
-/// Spec MSG-4: what is finished makes room at once, and no more than it had; exactly the limit is open.
+/// Spec MSG-5: what is finished makes room at once, and no more than it had; exactly the limit is open.
 #[test]
 fn a_finished_message_makes_room_before_that_is_durable() {
     let mut session = Session::new();
@@ -141,7 +141,7 @@ fn a_finished_message_makes_room_before_that_is_durable() {
     assert_eq!(open, MAX_OPEN_BYTES);
 }
 
-/// Spec LIM-5: where less is allowed than there is, it may be changed, and not become more.
+/// Spec LIM-4, STATE-2: where less is allowed than there is, it may be changed, and not become more.
 #[test]
 fn what_is_more_than_is_allowed_now_may_be_changed_and_not_grow() {
     let mut session = Session::new();
@@ -244,6 +244,7 @@ fn a_claim_that_comes_again_is_answered_as_before() {
 #[test]
 fn refusals_that_were_told_make_room_for_others() {
     let mut session = Session::new();
+    // More than may wait at once, which is 1,024.
     for round in 0..1100u64 {
         session.accept(1, None, &[put("k", 1, 0)]).expect("accepted");
         let refusal = Refusal::new(Code::CONFLICT, "another revision");
@@ -284,10 +285,18 @@ fn a_lease_is_within_its_bounds() {
         let taken = session.authority.take_run(&alice(), (None, lease, 0), ()).0;
         assert_eq!(refused(taken), Err(Code::LIMIT_EXCEEDED), "{lease}");
     }
-    for (run, lease) in [(3, MIN_LEASE), (4, MAX_LEASE)] {
+    for lease in [MIN_LEASE, MAX_LEASE] {
         let mut session = Session::new();
-        assert_eq!(session.authority.start_run(1, &alice(), RunId([run; 16]), (lease, None), ()).0, Outcome::Pending);
+        assert_eq!(session.authority.start_run(1, &alice(), RunId([3; 16]), (lease, None), ()).0, Outcome::Pending);
+        assert!(session.authority.wake().is_some(), "somebody has to look when it ends");
     }
+    // Where runs are open to all, nobody holds one, and nothing ends.
+    let mut session = Session::new();
+    let open = SessionConfigured { runs: RunMode::Open, inputs: InputPolicy::Enqueue };
+    session.authority.configure(1, &alice(), open, ());
+    session.commit();
+    assert_eq!(session.authority.start_run(1, &alice(), RunId([3; 16]), (MIN_LEASE, None), ()).0, Outcome::Pending);
+    assert_eq!(session.authority.wake(), None);
 }
 
 /// Spec RUN-7: who took a run over and did not hear of it asks again, and is told; who began one has taken nothing over.
@@ -321,7 +330,7 @@ fn who_took_a_run_over_is_told_so_again() {
     assert_eq!(ask(&mut session, &alice(), Some(lost), 0), Outcome::Pending, "bob has it");
 }
 
-/// Spec RUN-6: of runs that are lost and that nobody took over the last are kept, also before that is durable.
+/// Spec RUN-5: of runs that are lost and that nobody took over the last are kept, also before that is durable.
 #[test]
 fn the_oldest_of_too_many_lost_runs_is_over_before_that_is_durable() {
     let mut session = Session::new();
@@ -349,7 +358,7 @@ fn the_oldest_of_too_many_lost_runs_is_over_before_that_is_durable() {
     assert_eq!(begin(&mut session, 1), Ok(()), "it is taken over");
 }
 
-/// Spec SIG-4: what was for an input is for the run that it causes, also before that is durable: nobody but who holds it says what became of it.
+/// Spec SIG-2, SIG-4: what was for an input is for the run that it causes, also before that is durable: nobody but who holds it says what became of it.
 #[test]
 fn what_was_for_an_input_belongs_to_its_run_at_once() {
     let mut session = Session::new();
@@ -430,7 +439,7 @@ fn a_batch_that_may_not_come_is_told_why() {
     assert_eq!(newer, Err((Code::FENCED, 2, "a newer epoch of this producer was granted")));
 }
 
-/// Spec PROD-2: of what was never granted nothing newer can have been.
+/// Spec PROD-4: of what was never granted nothing newer can have been.
 #[test]
 fn an_epoch_that_was_never_granted_is_not_fenced() {
     let mut authority = Authority::<()>::new(State::new(LIFE), 1, None);
@@ -440,26 +449,26 @@ fn an_epoch_that_was_never_granted_is_not_fenced() {
     }
 }
 
-/// Spec PRES-4: what was heard in the moment in which somebody went is no sign that he came back.
+/// Spec RUN-4: what was heard in the moment in which the holder of a run went is no sign that he came back.
 #[test]
 fn a_lease_that_was_hastened_lasts_with_what_is_heard_later() {
     for (heard, lapses) in [(99, true), (100, true), (101, false)] {
         let mut leases = Leases::default();
-        leases.follow(0, [("phone", 1, 1000)].into_iter());
-        leases.hasten(&"phone", 1, (100, 200));
+        leases.follow(0, [("run", 1, 1000)].into_iter());
+        leases.hasten(&"run", 1, (100, 200));
         let lapsed = leases.lapsed(200, |_, _| Some(heard));
         assert_eq!(lapsed.len(), usize::from(lapses), "heard at {heard}");
     }
     // What was heard a whole lease ago was heard too long ago.
     for (heard, lapses) in [(0, true), (1, false)] {
         let mut leases = Leases::default();
-        leases.follow(0, [("phone", 1, 1000)].into_iter());
+        leases.follow(0, [("run", 1, 1000)].into_iter());
         let lapsed = leases.lapsed(1000, |_, _| Some(heard));
         assert_eq!(lapsed.len(), usize::from(lapses), "heard at {heard}");
     }
 }
 
-/// Spec RUN-5: a run that was begun and is not durable is nobody else's to lose.
+/// Spec RUN-5: a run is lost under the epoch under which it is held.
 #[test]
 fn a_run_is_lost_under_its_own_epoch_alone() {
     let mut session = Session::new();
@@ -472,4 +481,25 @@ fn a_run_is_lost_under_its_own_epoch_alone() {
         session.commit();
         assert!(session.view().runs().get(run).expect("begun").lost.is_none(), "under {other}");
     }
+    session.authority.lose_run(2, run, epoch);
+    session.commit();
+    assert!(session.view().runs().get(run).expect("begun").lost.is_some());
+}
+
+/// Spec PRES-2: of what a member says one after the other the last is stored, also where it says something else in between.
+#[test]
+fn an_update_takes_the_place_of_one_that_waits_in_front_of_data() {
+    let mut session = Session::new();
+    session.authority.join(1, &alice(), joined("x", 5000), ());
+    session.commit();
+    let update = |session: &mut Session, len: usize| {
+        session.authority.update(1, &alice(), PresenceUpdated { activity: says(len) }).expect("a member");
+    };
+    let before = session.authority.state().tail();
+    update(&mut session, 1);
+    session.accept(1, None, &[Record::data(0, "x")]).expect("accepted");
+    update(&mut session, 2);
+    session.commit();
+    assert_eq!(session.authority.state().tail() - before, 2, "one update, and the data");
+    assert_eq!(session.view().members().get(&alice()).expect("here").activity.data.len(), 2);
 }

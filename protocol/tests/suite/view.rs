@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use mainstay_protocol::Code;
 use mainstay_protocol::registry::{
-    INDEXED_MESSAGES, KEPT_MESSAGE_BYTES, KEPT_MESSAGES, MAX_MESSAGE, MAX_OPEN_BYTES, MAX_OPEN_MESSAGES,
+    INDEXED_MESSAGES, KEPT_MESSAGE_BYTES, KEPT_MESSAGES, MAX_MESSAGE, MAX_OPEN_BYTES, MAX_OPEN_MESSAGES, MAX_RECORD,
     MAX_STATE_BYTES, MAX_STATE_KEYS,
 };
 use mainstay_protocol::session::{
@@ -277,6 +277,19 @@ fn changes_whose_outcome_is_too_large_are_refused() {
     let touch = || change("doc", Expected::Any, Change::Merge(Bytes::from_static(b"{}")));
     assert_eq!(code(session.append(&[touch(), touch(), touch()])), Code::BATCH_TOO_LARGE);
     session.append(&[touch()]).expect("one is not too much");
+    // As long as a record may be, and one byte more.
+    for (more, expected) in [(0, Ok(())), (1, Err(Code::RECORD_TOO_LARGE))] {
+        let mut session = Session::new();
+        session.append(&[merge(0)]).expect("accepted");
+        let value = session.view().state().get("doc").expect("put").value.clone();
+        let key = Key::new("doc").expect("a key");
+        let outcome = StatePut { key, value: value.clone(), lasts: 0 }.record(0);
+        // Beside the text of the second member: a comma, its name and quotes.
+        let text = MAX_RECORD - outcome.encoded_len() - r#","1":"""#.len() + more;
+        let patch = format!(r#"{{"1":"{}"}}"#, "x".repeat(text));
+        let merged = session.append(&[change("doc", Expected::Any, Change::Merge(patch.into()))]);
+        assert_eq!(merged.map_err(|refusal| refusal.code), expected, "{more} more");
+    }
 }
 
 /// Spec DUR-4, PRES-2: an update outlives a commit that fails, and a store that refuses is not asked again without end.
