@@ -8,12 +8,14 @@ use mainstay_protocol::registry::{
     INDEXED_MESSAGES, KEPT_MESSAGES, MAX_CHUNK, MAX_PRODUCERS, MAX_RECORD, PRODUCER_WINDOW,
 };
 use mainstay_protocol::session::{
-    Author, Authority, Chain, CheckedBatch, Chunk, ChunkBuilder, Compaction, Feed, Incarnation, Instance, Kind,
-    MessageAppend, MessageEnd, MessageId, MessageStart, Outcome, Payload, Plan, ProducerHandle, ProducerKey, Rebirth,
-    Record, RunEnd, RunId, RunStart, State, Status, Step, Survey, View,
+    Author, Authority, Chain, Chunk, ChunkBuilder, Compaction, Feed, Incarnation, Instance, Kind, MessageAppend,
+    MessageEnd, MessageId, MessageStart, Outcome, Payload, Plan, ProducerHandle, ProducerKey, Rebirth, Record, RunEnd,
+    RunId, RunStart, State, Status, Step, Survey, View,
 };
 use mainstay_protocol::testing::compaction;
-use mainstay_protocol::wire::{Deframer, Detail, Frame, Label, Start, Subject, Subscribe, Writer};
+use mainstay_protocol::wire::{Detail, Frame, Start, Subject, Subscribe};
+
+use crate::session::{author, batch, frames, label};
 
 /// A session whose batches are each a chunk.
 struct Session {
@@ -25,10 +27,6 @@ struct Producer {
     handle: ProducerHandle,
     author: Arc<Author>,
     sequence: u64,
-}
-
-fn label(text: &str) -> Label {
-    Label::new(text).expect("a label")
 }
 
 const INCARNATION: Incarnation = Incarnation([1; 16]);
@@ -64,11 +62,8 @@ impl Session {
     }
 
     fn accept(&mut self, by: &mut Producer, records: &[Record]) {
-        let mut w = Writer::new();
-        records.iter().for_each(|record| record.put(&mut w));
-        let batch = CheckedBatch::new(records.len() as u64, w.freeze()).expect("a valid batch");
         let now = 1000 + self.authority.state().tail();
-        let outcome = self.authority.append(now, &by.author, (&by.handle, 1, by.sequence), None, batch, ()).0;
+        let outcome = self.authority.append(now, &by.author, (&by.handle, 1, by.sequence), None, batch(records), ()).0;
         assert!(matches!(outcome, Outcome::Pending), "{outcome:?}");
         by.sequence += 1;
     }
@@ -393,7 +388,7 @@ fn what_would_become_longer_stays_as_it_is() {
 /// Where more was finished than the view knows, a pass begins where the one before ended.
 #[test]
 fn a_pass_begins_with_the_first_message_that_nobody_looked_at() {
-    let author = Arc::new(Author { subject: Subject::new("alice").expect("a subject"), instance: Instance([1; 16]) });
+    let author = author("alice", 1);
     let mut view = View::default();
     view.fold_record(&author, 1, &Record::data(0, "before")).expect("folds");
     for number in 0..(KEPT_MESSAGES + INDEXED_MESSAGES + 2) as u64 {
@@ -436,15 +431,12 @@ fn a_feed_says_that_records_were_put_together() {
             feed.deliver(chunk, state.streams(), &mut out).expect("it delivers");
         }
         assert_eq!(feed.next(), state.tail());
-        let mut frames = Deframer::new(1 << 20);
-        frames.push(out.concat().into());
-        let frames = core::iter::from_fn(|| frames.next_frame().expect("frames"));
-        let frames = frames.filter_map(|raw| match Frame::decode(&raw).expect("a frame")? {
+        let told = frames(&out).into_iter().filter_map(|frame| match frame {
             Frame::Compacted(_) => Some(true),
             Frame::Delivery(_) => Some(false),
             _ => None,
         });
-        frames.collect()
+        told.collect()
     };
     let whole = told(0);
     assert_eq!(whole.iter().filter(|is_told| **is_told).count(), 1, "{whole:?}");
@@ -500,7 +492,7 @@ fn parts_of_one_batch_are_put_together() {
 /// Spec COMPACT-1, RUN-6: a message that its run finished ends there as well, whatever stands behind it in a log.
 #[test]
 fn what_is_behind_the_end_of_a_run_does_not_become_part_of_its_messages() {
-    let author = Arc::new(Author { subject: Subject::new("alice").expect("a subject"), instance: Instance([1; 16]) });
+    let author = author("alice", 1);
     let run = Some(RunId([3; 16]));
     let begin = RunStart { lease: 5000, input: None, lost: None };
     let over = RunEnd { status: Status::Complete, detail: Detail::default() };

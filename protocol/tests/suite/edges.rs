@@ -23,7 +23,7 @@ use mainstay_protocol::wire::{
     prefix_len, put_frame,
 };
 
-use crate::session::{LIFE, Session, alice, label};
+use crate::session::{LIFE, Session, alice, bob, frames, label};
 
 /// Spec STATE-6, SIG-5, SIG-8, NOTE-1: what is due first is when the server has something to write, and nothing is when nothing waits.
 #[test]
@@ -156,7 +156,7 @@ fn a_snapshot_is_read_again_where_it_does_not_matter_who_asked() {
 /// no asker.
 #[test]
 fn an_input_that_waits_keeps_its_author() {
-    let bob = Arc::new(Author { subject: Subject::new("bob").expect("a subject"), instance: Instance([2; 16]) });
+    let bob = bob();
     let mut view = View::default();
     let say = |view: &mut View, author: &Arc<Author>, id: MessageId, role: &str| {
         let of = |record: Record| Record { message: Some(id), ..record };
@@ -200,7 +200,7 @@ fn signals_about_ones_own_leave_room_for_others() {
     let mut session = Session::new();
     let run = RunId([3; 16]);
     // What bob asks alice holds, so that it is the run of both.
-    let bob = Arc::new(Author { subject: Subject::new("bob").expect("a subject"), instance: Instance([2; 16]) });
+    let bob = bob();
     let input = MessageId([0x77; 16]);
     let key = ProducerKey { subject: bob.subject.clone(), name: label("p") };
     session.authority.open_producer(1, key.clone(), None, ());
@@ -354,14 +354,6 @@ fn a_state_has_no_more_streams_than_there_may_be() {
     assert!(
         state.streams().name(MAX_STREAMS as u64 - 1).is_some() && state.streams().name(MAX_STREAMS as u64).is_none()
     );
-}
-
-fn frames(pieces: &[Bytes]) -> Vec<Frame> {
-    let mut frames = Deframer::new(1 << 20);
-    frames.push(pieces.concat().into());
-    core::iter::from_fn(|| frames.next_frame().expect("frames"))
-        .filter_map(|raw| Frame::decode(&raw).expect("a frame"))
-        .collect()
 }
 
 /// Spec SUB-9, SUB-11: streams are told of once, before their first record; gaps and the tail where there is something to tell.
@@ -688,7 +680,7 @@ fn as_many_requests_as_the_limit_says_are_open() {
 #[test]
 fn a_run_is_not_granted_to_who_went() {
     let mut authority = Authority::<u8>::new(State::new(LIFE), 1, None);
-    let bob = Arc::new(Author { subject: Subject::new("bob").expect("a subject"), instance: Instance([2; 16]) });
+    let bob = bob();
     let run = RunId([3; 16]);
     assert_eq!(authority.start_run(1, &alice(), run, (5000, None), 0).0, Outcome::Pending);
     let stored = |authority: &mut Authority<u8>| {

@@ -20,11 +20,7 @@ use mainstay_protocol::wire::{
     Deframer, Detail, Frame, Ping, Reader, Resume, Span, Start, Subject, Subscribe, Writer, put_frame, put_grease,
 };
 
-use crate::session::{LIFE, Session, alice, batch, label};
-
-fn author(subject: &str, instance: u8) -> Arc<Author> {
-    Arc::new(Author { subject: Subject::new(subject).expect("a subject"), instance: Instance([instance; 16]) })
-}
+use crate::session::{LIFE, Session, alice, author, batch, frames, label};
 
 fn fold(view: &mut View, by: &Arc<Author>, record: Record) {
     view.fold_record(by, 1000, &record).expect("folds");
@@ -133,11 +129,6 @@ fn who_is_lost_is_told_of_requests_unless_somebody_of_the_subject_is_here() {
 fn a_view_keeps_no_chunk() {
     let mut view = View::default();
     begin(&mut view, 1, &alice());
-    let region = |record: Record| -> Bytes {
-        let mut w = Writer::new();
-        record.put(&mut w);
-        w.freeze()
-    };
     let said = |text: &'static str| Activity { status: label("busy"), progress: None, data: text.into() };
     let signal = Signal {
         id: SignalId([9; 16]),
@@ -154,8 +145,7 @@ fn a_view_keeps_no_chunk() {
         asked(1).record(0),
     ];
     let fold_from = |view: &mut View, record: Record| {
-        let region = region(record);
-        let record = Bytes::copy_from_slice(&Reader::new(&region).bytes(1 << 20).expect("one record"));
+        let record = record.encode();
         view.apply(&alice(), 1, &record).expect("folds");
         record
     };
@@ -323,11 +313,7 @@ fn spans_of(frame: Frame) -> Option<Vec<Span>> {
 fn delivered(feed: &mut Feed, chunk: &Chunk, state: &State) -> Vec<Frame> {
     let mut out = Vec::new();
     feed.deliver(chunk, state.streams(), &mut out).expect("it delivers");
-    let mut frames = Deframer::new(1 << 20);
-    frames.push(out.concat().into());
-    core::iter::from_fn(|| frames.next_frame().expect("frames"))
-        .filter_map(|raw| Frame::decode(&raw).expect("a frame"))
-        .collect()
+    frames(&out)
 }
 
 /// Spec SUB-7: a feed goes on with the chunk that has its next seq and with no other, and can be set back to where it stood.
@@ -493,18 +479,13 @@ fn a_text_with_headers_is_its_payload() {
         let records = [of_message(1, start.record(0)), said];
         assert_eq!(batch(&records).count(), 2, "they are taken");
         for record in records {
-            let mut w = Writer::new();
-            record.put(&mut w);
-            let region = w.freeze();
-            let record = Reader::new(&region).bytes(1 << 20).expect("one record");
-            view.apply(&alice(), 1, &record).expect("folds");
+            view.apply(&alice(), 1, &record.encode()).expect("folds");
         }
         assert_eq!(view.messages().open()[0].text, b"hello", "{count} headers");
-        let (mut w, bytes) = (Writer::new(), view.streams()[0].bytes);
+        let bytes = view.streams()[0].bytes;
         let headers = (0..count).map(|n| (Bytes::from(format!("h{n}")), Bytes::from_static(b"value"))).collect();
-        Record { headers, ..Record::data(0, "seven b") }.put(&mut w);
-        let region = w.freeze();
-        view.apply(&alice(), 1, &Reader::new(&region).bytes(1 << 20).expect("one record")).expect("folds");
+        let plain = Record { headers, ..Record::data(0, "seven b") };
+        view.apply(&alice(), 1, &plain.encode()).expect("folds");
         assert_eq!(view.streams()[0].bytes - bytes, 7, "{count} headers");
     }
 }

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use mainstay_protocol::session::{
     Author, Authority, CheckedBatch, Incarnation, Instance, Outcome, ProducerHandle, ProducerKey, Record, Refusal,
     State, Step, View,
 };
-use mainstay_protocol::wire::{Label, Subject, Writer};
+use mainstay_protocol::wire::{Deframer, Frame, Label, Subject, Writer};
 
 pub(crate) const LIFE: Incarnation = Incarnation([1; 16]);
 
@@ -14,8 +15,25 @@ pub(crate) fn label(text: &str) -> Label {
     Label::new(text).expect("a label")
 }
 
+pub(crate) fn author(subject: &str, instance: u8) -> Arc<Author> {
+    Arc::new(Author { subject: Subject::new(subject).expect("a subject"), instance: Instance([instance; 16]) })
+}
+
 pub(crate) fn alice() -> Arc<Author> {
-    Arc::new(Author { subject: Subject::new("alice").expect("a subject"), instance: Instance([1; 16]) })
+    author("alice", 1)
+}
+
+pub(crate) fn bob() -> Arc<Author> {
+    author("bob", 2)
+}
+
+/// The frames of a QUIC stream.
+pub(crate) fn frames(pieces: &[Bytes]) -> Vec<Frame> {
+    let mut frames = Deframer::new(1 << 20);
+    frames.push(pieces.concat().into());
+    core::iter::from_fn(|| frames.next_frame().expect("frames"))
+        .filter_map(|raw| Frame::decode(&raw).expect("a frame"))
+        .collect()
 }
 
 /// A session with one producer, of [`alice`].

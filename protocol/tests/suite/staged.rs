@@ -9,18 +9,14 @@ use mainstay_protocol::registry::{
     PRODUCER_WINDOW,
 };
 use mainstay_protocol::session::{
-    Activity, Author, Authority, Bounds, Change, ClientKey, Expected, InputPolicy, Instance, Intent, Key, Leases,
-    MessageAppend, MessageEnd, MessageId, MessageStart, Outcome, Payload, PresenceJoined, PresenceUpdated, ProducerKey,
-    Record, Refusal, Reply, RequestId, RequestOpened, Resolution, ResumeClaim, RunId, RunMode, SessionConfigured,
-    SignalId, SignalResolved, State, StateChange, Status, Step, Target,
+    Activity, Author, Authority, Bounds, Change, ClientKey, Expected, InputPolicy, Intent, Key, Leases, MessageAppend,
+    MessageEnd, MessageId, MessageStart, Outcome, Payload, PresenceJoined, PresenceUpdated, ProducerKey, Record,
+    Refusal, Reply, RequestId, RequestOpened, Resolution, ResumeClaim, RunId, RunMode, SessionConfigured, SignalId,
+    SignalResolved, State, StateChange, Status, Step, Target,
 };
-use mainstay_protocol::wire::{Detail, MAX_VARINT, Subject};
+use mainstay_protocol::wire::{Detail, MAX_VARINT};
 
-use crate::session::{LIFE, Session, alice, batch, commit, label};
-
-fn bob() -> Arc<Author> {
-    Arc::new(Author { subject: Subject::new("bob").expect("a subject"), instance: Instance([2; 16]) })
-}
+use crate::session::{LIFE, Session, alice, batch, bob, commit, label};
 
 fn refused(outcome: Outcome) -> Result<(), Code> {
     match outcome {
