@@ -61,6 +61,13 @@ impl Session {
         self.commit();
     }
 
+    /// Appends a message of so many parts, each in a chunk of its own.
+    fn message(&mut self, by: &mut Producer, parts: usize) {
+        self.append(by, &[start(1)]);
+        (0..parts).for_each(|_| self.append(by, &[part(1, b"x")]));
+        self.append(by, &[end(1)]);
+    }
+
     fn accept(&mut self, by: &mut Producer, records: &[Record]) {
         let now = 1000 + self.authority.state().tail();
         let outcome = self.authority.append(now, &by.author, (&by.handle, 1, by.sequence), None, batch(records), ()).0;
@@ -306,9 +313,7 @@ fn a_plan_whose_steps_are_long_is_not_the_last() {
     for (parts, is_final) in [(20, true), (253, true), (254, false), (255, false), (600, false)] {
         let mut session = Session::new();
         let mut p = session.producer("p", 1);
-        session.append(&mut p, &[start(1)]);
-        (0..parts).for_each(|_| session.append(&mut p, &[part(1, b"x")]));
-        session.append(&mut p, &[end(1)]);
+        session.message(&mut p, parts);
         let plan = session.plan(session.chunks.len());
         assert!(!plan.is_empty());
         assert_eq!(plan.is_final(), is_final, "{parts} parts");
@@ -321,9 +326,7 @@ fn a_plan_whose_steps_are_long_is_not_the_last() {
 fn a_step_is_not_done_with_other_chunks() {
     let mut session = Session::new();
     let mut p = session.producer("p", 1);
-    session.append(&mut p, &[start(1)]);
-    (0..6).for_each(|_| session.append(&mut p, &[part(1, b"x")]));
-    session.append(&mut p, &[end(1)]);
+    session.message(&mut p, 6);
     let plan = session.plan(session.chunks.len());
     let [step] = plan.steps().collect::<Vec<_>>()[..] else { panic!("one step") };
     let of = |number: u64| session.chunks.partition_point(|chunk| chunk.header().number < number);
@@ -416,9 +419,7 @@ fn a_feed_says_that_records_were_put_together() {
     let mut session = Session::new();
     let mut p = session.producer("p", 1);
     session.append(&mut p, &[Record::data(0, "before")]);
-    session.append(&mut p, &[start(1)]);
-    (0..6).for_each(|_| session.append(&mut p, &[part(1, b"x")]));
-    session.append(&mut p, &[end(1)]);
+    session.message(&mut p, 6);
     session.append(&mut p, &[Record::data(0, "behind")]);
     let stored = session.compact();
     let state = session.authority.state();

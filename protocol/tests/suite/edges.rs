@@ -250,9 +250,7 @@ fn signals_about_ones_own_leave_room_for_others() {
 fn a_signal_that_comes_again_while_it_is_stored_waits_though_its_run_is_over() {
     let mut session = Session::new();
     let run = RunId([3; 16]);
-    session.authority.start_run(1, &alice(), run, (5000, None), ());
-    session.commit();
-    let epoch = session.view().runs().get(run).expect("begun").epoch;
+    let epoch = session.begin(run);
     let send = |session: &mut Session| {
         let signal = (SignalId([9; 16]), Intent::Steer, Some(Target::Run(run)));
         session.authority.signal(1, (&alice(), true), signal, (1000, Bytes::new()), ()).0

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use mainstay_protocol::session::{
     Author, Authority, CheckedBatch, Incarnation, Instance, Outcome, ProducerHandle, ProducerKey, Record, Refusal,
-    State, Step, View,
+    RunId, State, Step, View,
 };
 use mainstay_protocol::wire::{Deframer, Frame, Label, Subject, Writer};
 
@@ -79,6 +79,13 @@ impl Session {
                 Ok(())
             }
         }
+    }
+
+    /// Begins a run of [`alice`], durably. Returns its epoch.
+    pub(crate) fn begin(&mut self, run: RunId) -> u64 {
+        self.authority.start_run(1, &alice(), run, (5000, None), ());
+        self.commit();
+        self.view().runs().get(run).expect("begun").epoch
     }
 
     pub(crate) fn view(&self) -> &View {

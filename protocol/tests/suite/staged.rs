@@ -384,9 +384,7 @@ fn a_request_that_was_there_before_its_run_is_not_its_holders() {
     let before = Record { run: Some(run), ..request(1, 1000).record(0) };
     session.authority.append(1, &bob(), (&handle, 1, 0), None, batch(&[before]), ());
     session.commit();
-    session.authority.start_run(1, &alice(), run, (5000, None), ());
-    session.commit();
-    let epoch = session.view().runs().get(run).expect("begun").epoch;
+    let epoch = session.begin(run);
     let after = Record { run: Some(run), ..request(2, 1000).record(0) };
     session.accept(1, Some(epoch), &[after]).expect("accepted");
     session.commit();
@@ -469,9 +467,7 @@ fn a_lease_that_was_hastened_lasts_with_what_is_heard_later() {
 fn a_run_is_lost_under_its_own_epoch_alone() {
     let mut session = Session::new();
     let run = RunId([3; 16]);
-    session.authority.start_run(1, &alice(), run, (5000, None), ());
-    session.commit();
-    let epoch = session.view().runs().get(run).expect("begun").epoch;
+    let epoch = session.begin(run);
     for other in [epoch + 1, MAX_VARINT] {
         session.authority.lose_run(2, run, other);
         session.commit();
