@@ -37,6 +37,8 @@ pub struct Hostile {
     pub seed: u64,
     /// It fails if the honest ones are slowed down to more than twice.
     pub strict: bool,
+    /// Not this server is attacked but another one beside it, on the same machine: what is left is what the machine does to anybody.
+    pub elsewhere: bool,
 }
 
 /// Memory that the server may have.
@@ -252,13 +254,22 @@ pub async fn run(hostile: &Hostile) -> bool {
     sleep(Duration::from_secs(usual_for)).await;
     let quiet = server.usage();
     let pid = server.pid();
+    let other = match hostile.elsewhere {
+        true => {
+            let dir = temp.path().join("other");
+            std::fs::create_dir(&dir).expect("a directory");
+            Some(start(&dir, &settings).await)
+        }
+        false => None,
+    };
+    let (aim, key) = other.as_ref().map_or((&server, &key), |(other, key, _)| (other, key));
     // What is usual is known; from here on it is attacked.
     let losses: u64 = connections.iter().map(|client| client.paths().losses).sum();
     let attacked = Instant::now();
     let tokens: Vec<String> =
         (0..20).map(|n| key.mint(&claims(&format!("evil-{n}"), PREFIX, Operation::ALL)).expect("a token")).collect();
     let orders = json!({
-        "connect": server.connect_file(),
+        "connect": aim.connect_file(),
         "tokens": tokens,
         "connections": hostile.connections,
         "seconds": hostile.seconds,
@@ -383,6 +394,12 @@ pub async fn run(hostile: &Hostile) -> bool {
         share(ended.cpu - quiet.cpu, hostile.seconds),
         share(Duration::from_millis(tally["cpu_ms"].as_u64().unwrap_or(0)), hostile.seconds)
     );
+    if let Some((other, ..)) = &other {
+        println!(
+            "| of a core: the other server, which is attacked | {:.0} % |",
+            share(other.usage().cpu, hostile.seconds)
+        );
+    }
     if peak > BOUND {
         println!("BROKEN: the server had more memory than it may");
         sound = false;

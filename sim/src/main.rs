@@ -74,6 +74,9 @@ enum What {
         /// Fail if honest clients are slowed down to more than twice: for a release build on a machine that does nothing else.
         #[arg(long)]
         strict: bool,
+        /// Attack another server beside the one of the honest clients: what the machine itself does to them.
+        #[arg(long)]
+        elsewhere: bool,
         /// Decides everything random; a new one if there is none.
         #[arg(long)]
         seed: Option<u64>,
@@ -145,9 +148,9 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
     let sound = match Args::parse().what {
         What::Kill { campaign } => campaign.run(How::Kill),
-        What::Hostile { connections, seconds, honest, only, strict, seed } => {
+        What::Hostile { connections, seconds, honest, only, strict, elsewhere, seed } => {
             let seed = seed.unwrap_or_else(mainstay_tests::random::seed);
-            block_on(hostile::run(&Hostile { connections, honest, seconds, only, seed, strict }))
+            block_on(hostile::run(&Hostile { connections, honest, seconds, only, seed, strict, elsewhere }))
         }
         What::Attack { orders } => {
             block_on(hostile::strike(&orders));
