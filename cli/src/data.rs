@@ -73,20 +73,40 @@ impl Data {
         self.dir.join("revoked.json")
     }
 
-    /// What was revoked. Errors: the file cannot be read, or is damaged: a server that started without it would believe what it must not.
+    /// How the file of what was revoked is known again (spec AUTH-8): it may be missing, damaged or older than the last one that was kept, and
+    /// nothing in it would say so.
+    fn revocations_witness(&self) -> PathBuf {
+        self.dir.join("revoked.witness")
+    }
+
+    /// What was revoked. Errors: the file cannot be read, or is not the one that was kept last: a server that started with it would believe what
+    /// it must not.
     pub(crate) fn revocations(&self) -> Result<Revocations, Failure> {
-        let path = self.revocations_file();
-        match fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text)
-                .map_err(|error| Failure::integrity(format!("{}: {error}; restore it from a copy", path.display()))),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Revocations::default()),
-            Err(error) => Err(Failure::io(path.display(), &error)),
+        let (path, witness) = (self.revocations_file(), self.revocations_witness());
+        let there = |path: &Path| if_there(fs::read(path)).map_err(|error| Failure::io(path.display(), &error));
+        let (text, known) = (there(&path)?, there(&witness)?);
+        let name = name_of(text.as_deref());
+        if known.is_some_and(|known| known.split(|byte| *byte == b'\n').all(|known| known != name.as_bytes())) {
+            return Err(Failure::integrity(format!(
+                "{} is not what was kept last, so that what was revoked might be believed; restore it from a copy, or remove {} to take it as it is",
+                path.display(),
+                witness.display()
+            )));
         }
+        let Some(text) = text else { return Ok(Revocations::default()) };
+        serde_json::from_slice(&text)
+            .map_err(|error| Failure::integrity(format!("{}: {error}; restore it from a copy", path.display())))
     }
 
     /// Keeps what was revoked.
     pub(crate) fn write_revocations(&self, revocations: &Revocations) -> io::Result<()> {
-        write_secret(&self.revocations_file(), &serde_json::to_vec(revocations)?)
+        let (path, witness) = (self.revocations_file(), self.revocations_witness());
+        let text = serde_json::to_vec(revocations)?;
+        let (before, after) = (name_of(if_there(fs::read(&path))?.as_deref()), name_of(Some(&text)));
+        // Whenever this is cut short, the file is one that the witness knows.
+        write_secret(&witness, format!("{before}\n{after}\n").as_bytes())?;
+        write_secret(&path, &text)?;
+        write_secret(&witness, format!("{after}\n").as_bytes())
     }
 
     pub(crate) fn minting_key_file(&self) -> PathBuf {
@@ -202,6 +222,20 @@ impl Data {
             Err(error) => Err(Failure::io(path.display(), &error)),
         }
     }
+}
+
+/// What was read, if the file is there.
+fn if_there(read: io::Result<Vec<u8>>) -> io::Result<Option<Vec<u8>>> {
+    match read {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// By what a witness knows the bytes of a file, or that there is none.
+fn name_of(bytes: Option<&[u8]>) -> String {
+    bytes.map_or_else(|| "none".to_owned(), |bytes| blake3::hash(bytes).to_hex().to_string())
 }
 
 /// A name in the same directory for what is to become `path`, which nobody else uses.

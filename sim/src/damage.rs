@@ -11,11 +11,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use mainstay_client::{ClientError, Code, Config as ClientConfig, Event, Start};
 use mainstay_protocol::session::{
-    Author, CheckedBatch, ChunkBuilder, Incarnation, Instance, Record, SessionName, State,
+    Author, CheckedBatch, ChunkBuilder, Incarnation, Instance, Operation, Record, SessionName, State,
 };
 use mainstay_protocol::wire::{Label, Subject, Writer};
+use mainstay_server::auth::SigningKey;
 use mainstay_store::{Outcome, ReadFrom, SessionId, Store};
 use mainstay_store_fjall::{Config, FjallStore, OpenError, verify};
+use mainstay_tests::harness::claims;
 use mainstay_tests::process::{self, PATIENCE, Server, binary};
 use mainstay_transport::sim::Random;
 
@@ -225,6 +227,8 @@ async fn serves_nothing_wrong(store: &FjallStore, stored: &Stored) -> Result<(),
 struct Whole {
     server: Server,
     image: Image,
+    /// A token that was revoked.
+    revoked: String,
     /// Where the server's log is, and how much of it was looked at.
     log: PathBuf,
     read: usize,
@@ -244,8 +248,17 @@ impl Whole {
         );
         let mut server = Server::start_in(&data, &[]).await;
         server.log_to(log.clone());
+        let key = fs::read_to_string(data.join("keys").join("signing")).expect("the key of the server's tokens");
+        let key = SigningKey::from_paserk(&key).expect("a signing key");
+        let revoked = key.mint(&claims("revoked", "", Operation::ALL)).expect("a token");
         let mut stored = Stored::new();
         for half in 0..2 {
+            // Of two, so that an earlier list is another one.
+            let subject = ["somebody", "revoked"][half as usize];
+            let mut revoke = server.command(&["token", "revoke", "--subject", subject, "--data"]);
+            revoke.arg(&data);
+            let revoked = process::run(revoke).await;
+            assert!(revoked.status.success(), "{subject} cannot be revoked: {revoked:?}");
             let client = server.client(ClientConfig::default());
             for name in ["one", "other"] {
                 let records = stored.entry(name.to_owned()).or_default();
@@ -266,7 +279,7 @@ impl Whole {
             }
         }
         copy(&data, &dir).expect("copy");
-        Self { server, image: Image { dir, earlier, stored, _temp: temp }, log, read: 0 }
+        Self { server, image: Image { dir, earlier, stored, _temp: temp }, revoked, log, read: 0 }
     }
 
     /// Damages a file, and looks what `verify` and the server say. `None` if there was nothing to damage.
@@ -293,6 +306,14 @@ impl Whole {
         }
     }
 
+    /// True if the server believes a token.
+    async fn believes(&self, token: &str) -> bool {
+        let mut config = ClientConfig::default();
+        config.token = Some(token.to_owned());
+        config.give_up_after = Some(PATIENCE);
+        self.server.client(config).list("").await.is_ok()
+    }
+
     async fn judge(&mut self, data: &Path, of_store: bool) -> Result<Verdict, String> {
         let mut verify = tokio::process::Command::new(binary());
         verify.args(["verify", "--json", "--data"]).arg(data);
@@ -309,6 +330,9 @@ impl Whole {
             }
             Err((Some(DAMAGED), said)) if said.contains("\"code\":\"") => return Ok(Verdict::Reported),
             Err((code, said)) => return Err(format!("the server ended with {code:?}: {said}")),
+        }
+        if self.believes(&self.revoked).await {
+            return Err("a token that was revoked is believed again".into());
         }
         let mut refused = false;
         for (name, records) in &self.image.stored {

@@ -355,6 +355,55 @@ async fn what_is_revoked_stays_revoked_whether_or_not_a_server_runs() {
     assert_eq!(server.stop().await, Some(0));
 }
 
+/// A file of what was revoked that is missing, damaged or an earlier one is JSON still, or nothing at all: whoever took it would believe again
+/// what was revoked. Found by reading what the damage campaign hits.
+#[tokio::test]
+async fn a_server_does_not_start_without_all_that_was_revoked() {
+    let key = key();
+    let mut server = Earnest::new(&[&key], "");
+    let (data, settings) = (server.data(), server.settings().display().to_string());
+    let (file, witness) = (data.join("revoked.json"), data.join("revoked.witness"));
+    let kept = || (std::fs::read(&file).expect("a file"), std::fs::read(&witness).expect("a witness"));
+    server.start().await;
+    let mut versions = Vec::new();
+    for subject in ["alice", "bob"] {
+        let data = data.display().to_string();
+        let revoked = mainstay(&["token", "revoke", "--subject", subject, "--data", &data]).await;
+        assert!(revoked.status.success(), "{revoked:?}");
+        versions.push(kept());
+    }
+    assert_eq!(server.stop().await, Some(0));
+    let [(earlier, known_earlier), (last, known)] = &versions[..] else { panic!("two versions") };
+    let other = String::from_utf8(last.clone()).expect("text").replace("alice", "alide").into_bytes();
+    assert_ne!(&other, last);
+    for (what, found) in [("missing", None), ("an earlier one", Some(earlier)), ("damaged", Some(&other))] {
+        match found {
+            Some(bytes) => std::fs::write(&file, bytes).expect("a file"),
+            None => std::fs::remove_file(&file).expect("a file"),
+        }
+        let refused = mainstay(&["serve", "--json", "--config", &settings]).await;
+        assert_eq!(refused.status.code(), Some(5), "{what}: {refused:?}");
+        let said = String::from_utf8_lossy(&refused.stdout).into_owned();
+        assert!(said.contains("revoked.json is not what was kept last"), "{what}: {said}");
+    }
+    // Cut short on the way from one version to the next, it is either of them.
+    std::fs::write(&witness, [&known_earlier[..], known].concat()).expect("a file");
+    for bytes in [earlier, last] {
+        std::fs::write(&file, bytes).expect("a file");
+        server.start().await;
+        assert_eq!(server.stop().await, Some(0));
+    }
+    // What the operator takes as it is.
+    std::fs::write(&file, earlier).expect("a file");
+    std::fs::remove_file(&witness).expect("a file");
+    server.start().await;
+    let mut old = claims("alice", "", Operation::ALL);
+    old.issued -= 100;
+    let alice = Client::connect_quic(&server.file(key.mint(&old).expect("a token")), Config::default());
+    assert_eq!(alice.expect("a client").list("").await.expect_err("refused").name(), "TOKEN_REVOKED");
+    assert_eq!(server.stop().await, Some(0));
+}
+
 #[tokio::test]
 async fn namespaces_have_stores_of_their_own() {
     let (one, acme) = (key(), key());
