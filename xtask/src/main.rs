@@ -17,7 +17,7 @@ use std::time::Instant;
 pub(crate) const USAGE: &str = "\
 Tasks:
   cargo xtask test                 everything that CI runs: format, lints, docs, every test, a short fuzz
-  cargo xtask tidy                 what no other tool looks at: requirements that nothing cites, links that lead nowhere
+  cargo xtask tidy                 what no other tool looks at: requirements that nothing cites, tests that lists name and that are not there
   cargo xtask fuzz [TARGET] [SECS] fuzz one target, or all in turn, for so long (default 60 s each)
   cargo xtask fuzz --smoke         every target for a few seconds, as in `test`
   cargo xtask fuzz --long [TARGET]  each parser a hundred million times: from a quarter of an hour on each

@@ -31,6 +31,8 @@ pub(crate) fn run(root: &Path) -> Outcome {
         source(root, path, &mut broken);
     }
     requirements(root, &sources, &mut broken);
+    tests_that_are_named(root, &mut broken);
+    planted(root, &mut broken);
     if broken.is_empty() { Ok(()) } else { Err(format!("the tree is not tidy:\n  {}", broken.join("\n  "))) }
 }
 
@@ -114,6 +116,55 @@ fn requirements(root: &Path, sources: &[PathBuf], broken: &mut Vec<String>) {
     }
     for id in known.iter().filter(|id| !cited.contains(id)) {
         broken.push(format!("requirement {id} is cited by no code or test"));
+    }
+}
+
+/// Where it is listed what the tools found, and which test holds each.
+const FOUND: &str = "sim/FOUND.md";
+
+/// Every test that the list of what was found names must be in the file that is named with it.
+fn tests_that_are_named(root: &Path, broken: &mut Vec<String>) {
+    let text = fs::read_to_string(root.join(FOUND)).unwrap_or_default();
+    let mut named = 0;
+    for line in text.lines() {
+        // `file`: `test`, or `test` in `file`.
+        let parts: Vec<&str> = line.split('`').skip(1).collect();
+        for (first, between, second) in parts.windows(3).step_by(2).map(|three| (three[0], three[1], three[2])) {
+            let (file, test) = match between {
+                ": " => (first, second),
+                " in " => (second, first),
+                _ => continue,
+            };
+            named += 1;
+            let source = fs::read_to_string(root.join(file)).unwrap_or_default();
+            if !source.contains(&format!("fn {test}(")) {
+                broken.push(format!("{FOUND} names {test}, which {file} does not have"));
+            }
+        }
+    }
+    if named == 0 {
+        broken.push(format!("{FOUND} names no test"));
+    }
+}
+
+/// The mistakes on purpose and their list must be of the same names.
+fn planted(root: &Path, broken: &mut Vec<String>) {
+    const LIST: &str = "sim/PLANTED.md";
+    let read = |path: &str| fs::read_to_string(root.join(path)).unwrap_or_default();
+    let (code, list) = (read("protocol/src/planted.rs"), read(LIST));
+    // `Name "its-name",`
+    let word = |line: &str| line.trim().strip_suffix("\",")?.split_once(" \"").map(|(_, name)| name.to_owned());
+    let made: Vec<String> = code.lines().filter_map(word).collect();
+    let row = |line: &str| line.strip_prefix("| `")?.split_once('`').map(|(name, _)| name.to_owned());
+    let listed: Vec<String> = list.lines().filter_map(row).collect();
+    for name in made.iter().filter(|name| !listed.contains(name)) {
+        broken.push(format!("{LIST} does not list {name}"));
+    }
+    for name in listed.iter().filter(|name| !made.contains(name)) {
+        broken.push(format!("{LIST} lists {name}, which nothing makes"));
+    }
+    if made.is_empty() {
+        broken.push("protocol/src/planted.rs names no mistake".into());
     }
 }
 
