@@ -72,11 +72,12 @@ const PROVOKED: &[&str] = &[
     "unknown",
 ];
 
-/// The same of kills; the first only where there is strace.
-const KILLED: [&str; 14] = [
+/// The same of kills; the first [`TRACED`] only where there is strace.
+const KILLED: [&str; 15] = [
+    "failed-sync",
     "kill-at-call",
-    "kill",
     "kill-in-recovery",
+    "kill",
     "compacted",
     "deduplicated",
     "gaps",
@@ -90,6 +91,9 @@ const KILLED: [&str; 14] = [
     "zombies-fenced",
 ];
 
+/// What strace is needed for.
+const TRACED: usize = 3;
+
 impl How {
     /// True if the load was too little for so many cycles as were asked for: a slow machine goes on until it was enough, for at most twice as
     /// many.
@@ -102,7 +106,7 @@ impl How {
         match self {
             Self::Power => (20, &["power-cut"]),
             Self::Kill if strace_is_there() => (100, &KILLED),
-            Self::Kill => (100, &KILLED[1..]),
+            Self::Kill => (100, &KILLED[TRACED..]),
         }
     }
 }
@@ -427,24 +431,25 @@ async fn crash(server: &mut Server, disk: Option<&Disk>, random: &mut Random, re
         server.kill().await;
         return disk.remount().expect("the disk comes back");
     }
-    // At a system call of its own, or whenever it is.
-    if random.chance(0.3) && strace_is_there() {
-        let when = 1 + random.below(60);
-        let inject = format!("inject={CALLS}:signal=SIGKILL:when={when}");
+    // At a system call of its own, when the disk does not take what it syncs, or whenever it is.
+    let (what, how, within) = match random.below(20) {
+        0..6 => ("kill-at-call", (TRACE, CALLS, "signal=SIGKILL"), 60),
+        6..9 => ("failed-sync", ("trace=fdatasync,fsync", "fdatasync,fsync", "error=EIO"), 40),
+        _ => ("kill", Default::default(), 0),
+    };
+    if what != "kill" && strace_is_there() {
+        let (trace, calls, injected) = how;
+        let inject = format!("inject={calls}:{injected}:when={}", 1 + random.below(within));
         let pid = server.pid().to_string();
-        let args = ["-f", "-qq", "-o", "/dev/null", "-e", TRACE, "-e", &inject, "-p", &pid];
+        let args = ["-f", "-qq", "-o", "/dev/null", "-e", trace, "-e", &inject, "-p", &pid];
         let strace = tokio::process::Command::new("strace").args(args).stderr(Stdio::null()).kill_on_drop(true).spawn();
         let mut strace = strace.expect("strace");
-        // It ends with the server.
-        let ended = tokio::time::timeout(Duration::from_secs(2), strace.wait()).await;
-        match server.has_ended() {
-            Some(status) if status.signal() == Some(SIGKILL) => return recorder.provoked("kill-at-call"),
-            Some(status) => panic!("the server ended by itself: {status}"),
-            None => drop((strace, ended)),
-        }
+        // It ends with the server. One whose sync failed ends by itself, but for a sync that nothing was promised of.
+        let _ = tokio::time::timeout(Duration::from_secs(2), strace.wait()).await;
     }
     match server.has_ended() {
-        // It was started to be killed at a call, and came to it behind its start.
+        Some(status) if status.code() == Some(FAILED) && what == "failed-sync" => recorder.provoked(what),
+        // It may have been started to be killed at a call, and have come to it behind its start.
         Some(status) if status.signal() == Some(SIGKILL) => recorder.provoked("kill-at-call"),
         Some(status) => panic!("the server ended by itself: {status}"),
         None => {
@@ -454,6 +459,8 @@ async fn crash(server: &mut Server, disk: Option<&Disk>, random: &mut Random, re
     }
 }
 
+/// The exit code of a server whose store failed.
+const FAILED: i32 = 5;
 const SIGKILL: i32 = 9;
 
 fn strace_is_there() -> bool {
