@@ -156,10 +156,10 @@ fn simulate(bug: Bug, first: u64, seeds: u64) -> Found {
 
 fn cut_power(bug: Bug, seed: u64) -> Found {
     let temp = tempfile::tempdir().expect("a directory");
-    match power::Disk::make(temp.path()) {
-        Err(why) => Found::Skipped(why),
-        Ok(_) => crash("power cuts", How::Power, 60, bug, seed),
+    if let Err(why) = power::Disk::make(temp.path()) {
+        return Found::Skipped(why);
     }
+    crash("power cuts", How::Power, 60, bug, seed)
 }
 
 /// Crashes of the real server, so many with the bug.
