@@ -24,6 +24,7 @@ use mainstay_transport::sim::Random;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::time::{Instant, sleep};
 
+use crate::damage::DAMAGED;
 use crate::findings::Findings;
 use crate::history::Recorder;
 use crate::power::Disk;
@@ -448,7 +449,7 @@ async fn crash(server: &mut Server, disk: Option<&Disk>, random: &mut Random, re
         let _ = tokio::time::timeout(Duration::from_secs(2), strace.wait()).await;
     }
     match server.has_ended() {
-        Some(status) if status.code() == Some(FAILED) && what == "failed-sync" => recorder.provoked(what),
+        Some(status) if status.code() == Some(DAMAGED) && what == "failed-sync" => recorder.provoked(what),
         // It may have been started to be killed at a call, and have come to it behind its start.
         Some(status) if status.signal() == Some(SIGKILL) => recorder.provoked("kill-at-call"),
         Some(status) => panic!("the server ended by itself: {status}"),
@@ -459,8 +460,6 @@ async fn crash(server: &mut Server, disk: Option<&Disk>, random: &mut Random, re
     }
 }
 
-/// The exit code of a server whose store failed.
-const FAILED: i32 = 5;
 const SIGKILL: i32 = 9;
 
 fn strace_is_there() -> bool {
@@ -661,7 +660,7 @@ pub async fn failed_sync(planted: Option<&'static str>) -> Result<(), String> {
     }
     let late = producer.append(session.main(), "late").await.map_err(|error| error.to_string())?;
     match tokio::time::timeout(Duration::from_secs(20), server.ended()).await {
-        Ok(Some(5)) => {}
+        Ok(Some(DAMAGED)) => {}
         Ok(code) => return Err(format!("it ended with exit code {code:?}")),
         Err(_) => return Err("it goes on behind a failed sync".into()),
     }

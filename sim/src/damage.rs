@@ -357,8 +357,8 @@ impl Whole {
     }
 }
 
-/// The exit code for damage.
-const DAMAGED: i32 = 5;
+/// The exit code for damage, and of a server whose store failed.
+pub(crate) const DAMAGED: i32 = 5;
 
 /// Everything that a session has, from its beginning.
 async fn read(server: &Server, name: &str) -> Result<Vec<(u64, Vec<u8>)>, ClientError> {

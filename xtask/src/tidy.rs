@@ -152,7 +152,7 @@ fn planted(root: &Path, broken: &mut Vec<String>) {
     const LIST: &str = "sim/PLANTED.md";
     let read = |path: &str| fs::read_to_string(root.join(path)).unwrap_or_default();
     let (code, list) = (read("protocol/src/planted.rs"), read(LIST));
-    // `Name "its-name",`
+    // `Name = "its-name",`
     let word = |line: &str| line.trim().strip_suffix("\",")?.split_once(" \"").map(|(_, name)| name.to_owned());
     let made: Vec<String> = code.lines().filter_map(word).collect();
     let row = |line: &str| line.strip_prefix("| `")?.split_once('`').map(|(name, _)| name.to_owned());
