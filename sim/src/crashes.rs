@@ -19,6 +19,7 @@ use mainstay_checker::history::{self, Entry, Event, Record, read_dump};
 use mainstay_checker::verdict::Verdict;
 use mainstay_client::{Client, Config};
 use mainstay_server::auth::SigningKey;
+use mainstay_tests::disk::Disk;
 use mainstay_tests::process::{self, Server, binary};
 use mainstay_transport::sim::Random;
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -27,7 +28,6 @@ use tokio::time::{Instant, sleep};
 use crate::damage::DAMAGED;
 use crate::findings::Findings;
 use crate::history::Recorder;
-use crate::power::Disk;
 use crate::workload::{Rights, Size, Workload, elsewhere};
 
 /// What kills the server.
@@ -52,6 +52,8 @@ pub struct Campaign {
     pub planted: Option<&'static str>,
 }
 
+/// MiB of a disk: what the rounds on it leave there fits.
+pub(crate) const DISK: u64 = 1024;
 /// Cycles of one round: then the history is checked, and another one begins.
 const ROUND: u64 = 20;
 /// Rounds on one data directory.
@@ -105,7 +107,7 @@ impl How {
     /// The fewest cycles that are enough for all that has to happen, and what that is beside what always has to.
     fn provokes(self) -> (u64, &'static [&'static str]) {
         match self {
-            Self::Power => (20, &["power-cut"]),
+            Self::Power => (40, &["cut-in-recovery", "filled", "no-space", "power-cut", "space-came-back"]),
             Self::Kill if strace_is_there() => (100, &KILLED),
             Self::Kill => (100, &KILLED[TRACED..]),
         }
@@ -114,6 +116,8 @@ impl How {
 /// From so many kills on, so many records have to be acknowledged between them.
 const LONG: u64 = 2000;
 const LOAD: u64 = 1_000_000;
+/// Microseconds within which the power of a server that starts may go.
+const LONGEST_CUT_START: u64 = 80_000;
 /// From start to serving, also behind a crash.
 const LONGEST_START: Duration = Duration::from_secs(2);
 
@@ -151,7 +155,7 @@ pub async fn run(campaign: Campaign) -> Findings {
         let temp = tempfile::tempdir().expect("a directory");
         let disk = match campaign.how {
             How::Kill => None,
-            How::Power => match Disk::make(temp.path()) {
+            How::Power => match Disk::make(temp.path(), DISK) {
                 Ok(disk) => Some(disk),
                 // Once there was one it is no skip.
                 Err(why) if done > 0 => {
@@ -168,10 +172,13 @@ pub async fn run(campaign: Campaign) -> Findings {
         total.left.clear();
         let elsewhere = SigningKey::generate().expect("a key");
         let config = temp.path().join("config");
-        std::fs::write(&config, settings(&elsewhere)).expect("a file");
+        std::fs::write(&config, settings(&elsewhere, campaign.how)).expect("a file");
         let mut server = Server::start_in(&data, &["--config", config.to_str().expect("a path")]).await;
         let log = temp.path().join("log");
         server.log_to(log.clone());
+        // The one that runs keeps to none.
+        server.kill().await;
+        server.restart().await;
         for round in 0..ROUNDS {
             let cycles = ROUND.min(wanted(done, total.acknowledged));
             if cycles == 0 || !wrong.is_sound() {
@@ -190,9 +197,10 @@ pub async fn run(campaign: Campaign) -> Findings {
             total.changed.drain(..).for_each(|text| wrong.tell(text));
             *total.provoked.entry("tables".into()).or_default() += tables(server.dir());
             wrong.add(Findings::of(&verdict));
-            panics(&log).into_iter().for_each(|panic| wrong.tell(panic));
+            says(&log, "panicked at").into_iter().for_each(|panic| wrong.tell(panic));
             evidence.sound = wrong.is_sound();
         }
+        *total.provoked.entry("no-space".into()).or_default() += says(&log, "the engine takes no writes").len() as u64;
         server.kill().await;
     }
     total.tell(done, begun.elapsed());
@@ -206,11 +214,12 @@ pub async fn run(campaign: Campaign) -> Findings {
 }
 
 /// Tables are written after every half megabyte, and messages put together soon, so that both happen while there are crashes; there is
-/// another namespace, which has this key.
-fn settings(elsewhere: &SigningKey) -> String {
+/// another namespace, which has this key. Of a disk that is filled nothing is kept back, so that it refuses itself.
+fn settings(elsewhere: &SigningKey, how: How) -> String {
     let key = elsewhere.verifying_key().to_paserk();
+    let reserve = if how == How::Power { "reserve_bytes = 0\n" } else { "" };
     format!(
-        "[store]\nmemtable_bytes = 524288\ncompact_after = 0.2\n\n[[namespaces]]\nname = \"elsewhere\"\nauth.keys = [\"{key}\"]\n"
+        "[store]\nmemtable_bytes = 524288\ncompact_after = 0.2\n{reserve}\n[[namespaces]]\nname = \"elsewhere\"\nauth.keys = [\"{key}\"]\n"
     )
 }
 
@@ -425,12 +434,7 @@ const TRACE: &str =
 
 async fn crash(server: &mut Server, disk: Option<&Disk>, random: &mut Random, recorder: &Recorder) {
     if let Some(disk) = disk {
-        // It answers nobody any more when the power goes: whatever it has said was true before.
-        server.freeze().await;
-        disk.cut().expect("the power goes");
-        recorder.provoked("power-cut");
-        server.kill().await;
-        return disk.remount().expect("the disk comes back");
+        return cut(server, disk, random, recorder).await;
     }
     // At a system call of its own, when the disk does not take what it syncs, or whenever it is.
     let (what, how, within) = match random.below(20) {
@@ -458,6 +462,36 @@ async fn crash(server: &mut Server, disk: Option<&Disk>, random: &mut Random, re
             server.kill().await;
         }
     }
+}
+
+/// Cuts the power under a server, now and then of a disk that is full: it may have been so for a while, and its space may have come back,
+/// with which the server has to go on by itself.
+async fn cut(server: &mut Server, disk: &Disk, random: &mut Random, recorder: &Recorder) {
+    if random.chance(0.3) {
+        disk.fill(random.below(96 << 10)).expect("a full disk");
+        recorder.provoked("filled");
+        sleep(Duration::from_micros(random.below(600_000))).await;
+    }
+    if random.chance(0.5) && disk.empty() {
+        let before = recorder.acknowledged();
+        mainstay_tests::until("there is space, and something is stored", async || recorder.acknowledged() > before)
+            .await;
+        recorder.provoked("space-came-back");
+    }
+    // It answers nobody any more when the power goes: whatever it has said was true before.
+    server.freeze().await;
+    lose(server, disk).await;
+    recorder.provoked("power-cut");
+    if random.chance(0.5) {
+        disk.empty();
+    }
+}
+
+/// The power of a server that is frozen goes, and comes back.
+async fn lose(server: &mut Server, disk: &Disk) {
+    disk.cut().expect("the power goes");
+    server.kill().await;
+    disk.remount().expect("the disk comes back");
 }
 
 const SIGKILL: i32 = 9;
@@ -488,9 +522,29 @@ struct Under<'a> {
 
 /// Starts the server again; now and then it is killed while it looks at what it finds.
 async fn start(server: &mut Server, random: &mut Random, under: &Under<'_>, recorder: &Recorder, total: &mut Total) {
-    if let Some(bug) = under.planted {
-        server.run_under(vec!["env".into(), format!("MAINSTAY_PLANTED={bug}")]);
-    } else if under.disk.is_none() && !under.lives && random.chance(0.2) && strace_is_there() {
+    let plant = |server: &mut Server| {
+        if let Some(bug) = under.planted {
+            server.run_under(vec!["env".into(), format!("MAINSTAY_PLANTED={bug}")]);
+        }
+    };
+    let refused = |(code, said): (Option<i32>, String)| -> ! {
+        panic!("the server refused to start, exit code {code:?}: {said}")
+    };
+    if let Some(disk) = under.disk {
+        if under.lives {
+            disk.empty();
+        } else if random.chance(0.3) {
+            plant(server);
+            match server.restart_within(Duration::from_micros(random.below(LONGEST_CUT_START))).await {
+                None => {
+                    lose(server, disk).await;
+                    recorder.provoked("cut-in-recovery");
+                }
+                Some(Ok(())) => return,
+                Some(Err(why)) => refused(why),
+            }
+        }
+    } else if under.planted.is_none() && !under.lives && random.chance(0.2) && strace_is_there() {
         let when = 1 + random.below(120);
         let inject = format!("inject={CALLS}:signal=SIGKILL:when={when}");
         let strace = ["strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e", TRACE, "-e", &inject];
@@ -499,20 +553,21 @@ async fn start(server: &mut Server, random: &mut Random, under: &Under<'_>, reco
             // Later than that it is killed as well, by what it does.
             Ok(()) => return,
             Err((None, _)) => recorder.provoked("kill-in-recovery"),
-            Err((code, said)) => panic!("the server refused to start, exit code {code:?}: {said}"),
+            Err(why) => refused(why),
         }
     }
+    plant(server);
     let begun = Instant::now();
     match server.try_restart().await {
         Ok(()) => total.starts.push(begun.elapsed()),
-        Err((code, said)) => panic!("the server refused to start, exit code {code:?}: {said}"),
+        Err(why) => refused(why),
     }
 }
 
-/// What a server said of panics in it.
-fn panics(log: &Path) -> Vec<String> {
+/// What a server said that has these words.
+fn says(log: &Path, words: &str) -> Vec<String> {
     let said = std::fs::read(log).expect("the log");
-    String::from_utf8_lossy(&said).lines().filter(|line| line.contains("panicked at")).map(str::to_owned).collect()
+    String::from_utf8_lossy(&said).lines().filter(|line| line.contains(words)).map(str::to_owned).collect()
 }
 
 fn tell(verdict: &Verdict, session: &str, done: u64, crashes: u64) {

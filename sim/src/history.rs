@@ -24,6 +24,7 @@ struct Recording {
 #[derive(Debug, Default)]
 struct Written {
     entries: Vec<Entry>,
+    stored: u64,
     last: u64,
     operations: u64,
     subscriptions: u64,
@@ -80,7 +81,10 @@ impl Recorder {
     /// Writes down what became of an append.
     pub fn stored(&self, process: &str, op: u64, result: &Result<u64, AppendError>) {
         let event = match result {
-            Ok(seq) => Event::Ok { op, seq: Some(*seq) },
+            Ok(seq) => {
+                self.lock().stored += 1;
+                Event::Ok { op, seq: Some(*seq) }
+            }
             Err(AppendError { stored: Stored::NotCommitted, error }) => Event::Fail { op, code: error.name() },
             Err(AppendError { stored: Stored::Unknown, .. }) => Event::Unknown { op },
         };
@@ -234,6 +238,11 @@ impl Recorder {
         let hash = (info.tail == tail).then(|| info.view_hash.to_string());
         self.say("complete", Event::Final { session, incarnation, first: begins, tail, compacted, hash, records });
         tail
+    }
+
+    /// How many appends were acknowledged so far.
+    pub fn acknowledged(&self) -> u64 {
+        self.lock().stored
     }
 
     /// Everything that was written down.

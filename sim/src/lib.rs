@@ -13,7 +13,6 @@ pub mod history;
 pub mod hostile;
 #[cfg(feature = "planted")]
 pub mod planted;
-pub mod power;
 pub mod rotten;
 pub mod seeds;
 pub mod simulation;

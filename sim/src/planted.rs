@@ -5,12 +5,13 @@ use std::sync::{Mutex, PoisonError};
 
 use mainstay_checker::verdict::Class;
 use mainstay_protocol::planted::{Bug, plant};
+use mainstay_tests::disk::Disk;
 
-use crate::crashes::{self, Campaign, How};
+use crate::crashes::{self, Campaign, DISK, How};
+use crate::damage;
 use crate::findings::Findings;
 use crate::seeds::{Seeds, run_each};
 use crate::simulation::{self, said};
-use crate::{damage, power};
 
 /// How many damaged images have to show a mistake: one of fifty does.
 const IMAGES: u64 = 500;
@@ -156,7 +157,7 @@ fn simulate(bug: Bug, first: u64, seeds: u64) -> Found {
 
 fn cut_power(bug: Bug, seed: u64) -> Found {
     let temp = tempfile::tempdir().expect("a directory");
-    if let Err(why) = power::Disk::make(temp.path()) {
+    if let Err(why) = Disk::make(temp.path(), DISK) {
         return Found::Skipped(why);
     }
     crash("power cuts", How::Power, 60, bug, seed)

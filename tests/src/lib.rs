@@ -2,6 +2,7 @@
 
 pub mod appending;
 pub mod attack;
+pub mod disk;
 pub mod harness;
 pub mod live;
 pub mod namespaces;
@@ -10,7 +11,6 @@ pub mod proxy;
 pub mod random;
 pub mod raw;
 pub mod recording;
-pub mod tmpfs;
 pub mod watched;
 pub mod world;
 

@@ -257,6 +257,22 @@ impl Server {
         self.begin(&["--listen", &listen]).await
     }
 
+    /// As [`Server::try_restart`]; one that does not listen after so long is frozen in its start, and that is `None`.
+    pub async fn restart_within(&mut self, time: Duration) -> Option<Result<(), (Option<i32>, String)>> {
+        let listen = self.addr.to_string();
+        let mut lines = self.spawn(&["--listen", &listen]);
+        let begun = tokio::time::timeout(time, self.listening(&mut lines)).await;
+        match begun {
+            Ok(Ok(())) => self.hear(lines),
+            Ok(Err(_)) => {}
+            Err(_) => {
+                self.freeze().await;
+                return None;
+            }
+        }
+        begun.ok()
+    }
+
     /// Starts another process that takes the place of the one that runs, at the same address or at `elsewhere`. Waits until the one before
     /// has ended, and returns its exit code and how long it took to end.
     ///
@@ -281,6 +297,14 @@ impl Server {
     }
 
     async fn begin(&mut self, args: &[&str]) -> Result<(), (Option<i32>, String)> {
+        let mut lines = self.spawn(args);
+        self.listening(&mut lines).await?;
+        self.hear(lines);
+        Ok(())
+    }
+
+    /// Starts a process and returns what it says.
+    fn spawn(&mut self, args: &[&str]) -> Lines<BufReader<ChildStdout>> {
         let mut under = std::mem::take(&mut self.under).into_iter();
         let mut command = match under.next() {
             Some(program) => {
@@ -304,28 +328,38 @@ impl Server {
             .kill_on_drop(true)
             .spawn()
             .expect("start the server");
-        let mut lines = BufReader::new(child.stdout.take().expect("output")).lines();
+        let lines = BufReader::new(child.stdout.take().expect("output")).lines();
+        self.child = Some(child);
+        lines
+    }
+
+    /// Waits until the process that was started listens, or ends.
+    async fn listening(&mut self, lines: &mut Lines<BufReader<ChildStdout>>) -> Result<(), (Option<i32>, String)> {
         let mut said = String::new();
         while let Some(line) = lines.next_line().await.expect("output of the server") {
             let event: Value = serde_json::from_str(&line).expect("JSON from the server");
             if event["event"] == "listening" {
                 self.addr = event["addr"].as_str().and_then(|addr| addr.parse().ok()).expect("an address");
                 self.admin = event["admin"].as_str().map(str::to_owned);
-                let (tell, said) = mpsc::channel(16);
-                tokio::spawn(async move {
-                    while let Ok(Some(line)) = lines.next_line().await {
-                        // Full when nobody asked: what comes then interests nobody.
-                        let _ = serde_json::from_str(&line).map(|event| tell.try_send(event));
-                    }
-                });
-                self.said = Some(said);
-                self.child = Some(child);
                 return Ok(());
             }
             said.push_str(&line);
         }
+        let mut child = self.child.take().expect("it was started");
         let status = child.wait().await.expect("the server's exit status");
         Err((status.code(), said))
+    }
+
+    /// Reads on what a process says, for whoever asks for it.
+    fn hear(&mut self, mut lines: Lines<BufReader<ChildStdout>>) {
+        let (tell, said) = mpsc::channel(16);
+        tokio::spawn(async move {
+            while let Ok(Some(line)) = lines.next_line().await {
+                // Full when nobody asked: what comes then interests nobody.
+                let _ = serde_json::from_str(&line).map(|event| tell.try_send(event));
+            }
+        });
+        self.said = Some(said);
     }
 
     /// Bytes that it has allocated, by its own account.

@@ -1,29 +1,60 @@
 //! A full disk: refused by name, reads go on, service resumes by itself. A disk that fails: nothing more is believed.
 
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
 use mainstay_client::{Config as ClientConfig, Doing};
 use mainstay_tests::appending::{AT_ONCE, Appending};
+use mainstay_tests::disk::Disk;
 use mainstay_tests::live::follow;
 use mainstay_tests::process::{PATIENCE, Server, events, named, run};
 use mainstay_tests::skipped;
-use mainstay_tests::tmpfs::Tmpfs;
+use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::time::timeout;
 
 /// What a member has that is not heard of.
 const GRACE: Duration = Duration::from_secs(3);
 
+/// Free space below which a server of these tests refuses.
+const RESERVE: u64 = 8 << 20;
+
+/// What the disk of these tests has, as in A22.
+const MEBIBYTES: u64 = 64;
+
+/// A disk of 64 MiB in `dir`; `None` where there can be none, which is said.
+fn small(dir: &Path, what: &str) -> Option<Disk> {
+    Disk::make(dir, MEBIBYTES).map_err(|why| skipped(what, &why)).ok()
+}
+
+/// A server on such a disk, which keeps so much of it back.
+async fn server(disk: &Disk, reserve: u64) -> Server {
+    let config = disk.root().join("config.toml");
+    std::fs::write(&config, format!("[store]\nreserve_bytes = {reserve}\n")).expect("write");
+    Server::start_in(&disk.root().join("data"), &["--config", config.to_str().expect("text")]).await
+}
+
+fn long(n: u64) -> String {
+    format!("{n} {}\n", "x".repeat(20_000))
+}
+
+/// The numbers of `long` lines that the session has.
+async fn numbers(server: &Server, count: u64) -> Vec<u64> {
+    let output = run(server.command(&["tail", "s1", "--max", &count.to_string(), "--json"])).await;
+    assert!(output.status.success(), "reads go on");
+    let rows = events(&output.stdout);
+    let number = |row: &&Value| row["data"].as_str()?.split(' ').next()?.parse().ok();
+    named(&rows, "record").iter().filter_map(number).collect()
+}
+
 /// A22.
 #[tokio::test]
 async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
-    let Some(disk) = Tmpfs::mount(256) else {
-        skipped("a full disk", "mounting a tmpfs needs root");
-        return;
-    };
-    let data = disk.path().join("data");
-    let mut server = Server::start_in(&data, &[]).await;
+    const LINES: u64 = 600;
+    let temp = tempfile::tempdir().expect("a directory");
+    let Some(disk) = small(temp.path(), "a full disk") else { return };
+    let mut server = server(&disk, RESERVE).await;
     let client = server.client(ClientConfig::default());
     let room = client.session("room").expect("a name").create().attach().await.expect("attach");
     let doing = |word: &str| Doing::new(word).expect("a word");
@@ -31,24 +62,23 @@ async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
     let mut live = room.live().await.expect("a live view");
     follow(&mut live, "the member", |live| live.view().members().len() == 1).await;
     let mut appending = Appending::to(&server);
-    for n in 0..100u64 {
-        appending.write(&format!("{n}\n")).await;
+    for n in 0..100 {
+        appending.write(&long(n)).await;
         appending.acked(n + 1).await;
     }
-    // Another file takes the space, all but a little.
-    let filler = disk.fill();
-    // The next line meets a full disk or the reserve; either is told, and retried.
-    appending.write("100\n").await;
+    // Another file takes what there is but for what is appended next: half of it fills the disk.
+    disk.fill(RESERVE + (LINES - 100) * 20_000 / 2).expect("a disk that is nearly full");
+    appending.feed(100..LINES, AT_ONCE, long);
+    // What meets the full disk or the reserve is told, and retried.
     let warning = appending.warned().await;
-    assert_eq!(appending.acks(), 100, "nothing is acknowledged that met a full disk");
+    let acks = appending.acks();
+    assert!((100..LINES).contains(&acks), "{acks} lines, and the disk was not full");
     assert_eq!(warning["code"], "UNAVAILABLE", "{warning}");
-    let output = run(server.command(&["tail", "s1", "--max", "100", "--json"])).await;
-    assert!(output.status.success(), "reads go on");
-    assert_eq!(named(&events(&output.stdout), "record").len(), 100);
+    assert!(numbers(&server, acks).await.into_iter().eq(0..acks));
     // For longer than a member's grace: who is here stays here.
     tokio::time::sleep(GRACE + Duration::from_secs(2)).await;
-    std::fs::remove_file(&filler).expect("remove");
-    assert_eq!(appending.finish().await.0, 101);
+    assert!(disk.empty());
+    assert_eq!(appending.finish().await.0, LINES);
     member.update(doing("back")).await.expect("an update");
     follow(&mut live, "the update", |live| {
         live.view().members().iter().any(|(_, member)| member.activity.status.as_str() == "back")
@@ -58,48 +88,31 @@ async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
     drop((live, room, client));
     server.kill().await;
     server.restart().await;
-    let output = run(server.command(&["tail", "s1", "--max", "101", "--json"])).await;
-    let rows = events(&output.stdout);
-    let data: Vec<_> = named(&rows, "record").iter().map(|row| row["data"].as_str().map(str::to_owned)).collect();
-    assert!(data.into_iter().eq((0..101).map(|n| Some(n.to_string()))));
+    assert!(numbers(&server, LINES).await.into_iter().eq(0..LINES));
 }
 
 #[tokio::test]
 async fn a_write_that_finds_no_space_is_taken_back_and_the_engine_opened_anew() {
     const LINES: u64 = 600;
-    let Some(disk) = Tmpfs::mount(256) else {
-        skipped("a write without space", "mounting a tmpfs needs root");
-        return;
-    };
-    let data = disk.path().join("data");
+    let temp = tempfile::tempdir().expect("a directory");
+    let Some(disk) = small(temp.path(), "a write without space") else { return };
     // Without a reserve nothing is refused before the disk itself refuses.
-    let config = disk.path().join("config.toml");
-    std::fs::write(&config, "[store]\nreserve_bytes = 0\n").expect("write");
-    let config = config.to_str().expect("text").to_owned();
-    let mut server = Server::start_in(&data, &["--config", &config]).await;
+    let mut server = server(&disk, 0).await;
     let mut appending = Appending::to(&server);
-    let long = |n: u64| format!("{n} {}\n", "x".repeat(20_000));
     appending.write(&long(0)).await;
     appending.acked(1).await;
-    let filler = disk.fill();
+    disk.fill(0).expect("a full disk");
     appending.feed(1..LINES, AT_ONCE, long);
     let warning = appending.warned().await;
     let acks = appending.acks();
     assert_eq!(warning["code"], "UNAVAILABLE", "{warning}");
     assert!(acks < LINES, "the disk was not full");
-    let output = run(server.command(&["tail", "s1", "--max", &acks.to_string(), "--json"])).await;
-    assert!(output.status.success(), "reads go on");
-    std::fs::remove_file(&filler).expect("remove");
+    assert!(numbers(&server, acks).await.into_iter().eq(0..acks));
+    assert!(disk.empty());
     assert_eq!(appending.finish().await.0, LINES);
     server.kill().await;
     server.restart().await;
-    let output = run(server.command(&["tail", "s1", "--max", &LINES.to_string(), "--json"])).await;
-    let rows = events(&output.stdout);
-    let numbers: Vec<_> = named(&rows, "record")
-        .iter()
-        .filter_map(|row| row["data"].as_str()?.split(' ').next()?.parse::<u64>().ok())
-        .collect();
-    assert!(numbers.into_iter().eq(0..LINES));
+    assert!(numbers(&server, LINES).await.into_iter().eq(0..LINES));
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! Resuming as the same client: what is stolen, copied, old or made up is refused by name, and who it was stolen from goes on (spec section 20).
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use mainstay_tests::harness::{QuicServer, claims};
 use mainstay_tests::process::PATIENCE;
 use mainstay_tests::random::{self, Random};
 use mainstay_tests::scaled;
-use mainstay_transport::quic::{QuicConnection, QuicConnector};
+use mainstay_transport::quic::{QuicConnection, QuicConnector, Trust};
 use mainstay_transport::{Connection, Connector, FrameReader, SendStream};
 use tokio::time::timeout;
 
@@ -34,7 +35,7 @@ fn label(text: &str) -> Label {
 }
 
 /// A client that says what it likes.
-struct Stranger {
+pub(crate) struct Stranger {
     connection: QuicConnection,
     session: &'static str,
     send: <QuicConnection as Connection>::Send,
@@ -55,10 +56,23 @@ impl Stranger {
         session: &'static str,
         claims: &mainstay_server::auth::Claims,
     ) -> Self {
-        let limits = ClientConfig::default().transport_limits();
-        let connector = QuicConnector::new(server.addr, server.trust(), &limits, ALPN).expect("a connector");
-        let connection = connector.connect(true).await.expect("a connection");
         let token = server.key.mint(claims).expect("a token");
+        let create = claims.grants.0.iter().any(|grant| grant.operations.contains(Operation::Create));
+        Self::attach_with(server.addr, server.trust(), token, instance, session, create).await
+    }
+
+    /// The same at any server, with any token.
+    pub(crate) async fn attach_with(
+        addr: SocketAddr,
+        trust: &Trust,
+        token: String,
+        instance: Instance,
+        session: &'static str,
+        create: bool,
+    ) -> Self {
+        let limits = ClientConfig::default().transport_limits();
+        let connector = QuicConnector::new(addr, trust, &limits, ALPN).expect("a connector");
+        let connection = connector.connect(true).await.expect("a connection");
         let hello = Hello { instance: Some(instance), token: Some(token.into()), ..Hello::default() };
         let (mut control, unread) = connection.open_bi().await.expect("control");
         control.write(&mut [Frame::from(hello).to_bytes()]).await.expect("write");
@@ -70,7 +84,6 @@ impl Stranger {
             frames: FrameReader::new(recv, MAX_FRAME),
             _control: Box::new((control, unread, connector)),
         };
-        let create = claims.grants.0.iter().any(|grant| grant.operations.contains(Operation::Create));
         let request = Attach {
             mode: if create { AttachMode::Create } else { AttachMode::Attach },
             session: SessionName::new(session).expect("a name"),
@@ -107,7 +120,7 @@ impl Stranger {
         Resume { key: ClientKey(public), signature, token: Bytes::copy_from_slice(token) }
     }
 
-    async fn resume(&mut self, key: &ring::signature::Ed25519KeyPair, token: &[u8]) -> Result<Bytes, Code> {
+    pub(crate) async fn resume(&mut self, key: &ring::signature::Ed25519KeyPair, token: &[u8]) -> Result<Bytes, Code> {
         let proof = self.proof(key, token);
         self.present(proof).await
     }
@@ -130,11 +143,11 @@ impl Stranger {
     }
 }
 
-fn key(seed: u8) -> ring::signature::Ed25519KeyPair {
+pub(crate) fn key(seed: u8) -> ring::signature::Ed25519KeyPair {
     ring::signature::Ed25519KeyPair::from_seed_unchecked(&[seed; 32]).expect("a key")
 }
 
-const ME: Instance = Instance([7; 16]);
+pub(crate) const ME: Instance = Instance([7; 16]);
 
 fn join() -> Join {
     let activity = Activity { status: label("idle"), progress: None, data: Bytes::new() };

@@ -2,36 +2,58 @@
 
 use std::process::Stdio;
 
-use mainstay_tests::process::{Server, binary, run};
-use tokio::io::AsyncWriteExt;
+use base64::Engine;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
+use mainstay_client::ConnectFile;
+use mainstay_tests::harness::now;
+use mainstay_tests::process::{Rows, Server, binary, run};
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 
+use crate::resume::{ME, Stranger, key};
+use crate::tokens::{ISSUER, jwt, provider};
+
 /// What must be found nowhere, with what it is.
-struct Canaries(Vec<(String, String)>);
+struct Canaries(Vec<Canary>);
+
+struct Canary {
+    what: String,
+    /// As it is, and as bytes are shown in one way or another.
+    forms: Vec<String>,
+}
 
 impl Canaries {
     fn add(&mut self, what: &str, text: &str) {
         for part in text.split_whitespace() {
             // What is short may be there by chance.
             if part.len() >= 16 {
-                self.0.push((what.to_owned(), part.to_owned()));
+                self.add_bytes(what, part.as_bytes());
+                let forms = &mut self.0.last_mut().expect("it was added").forms;
+                forms.push(part.to_owned());
+                // A piece of a token says as much as the whole of it to whoever has the rest.
+                if part.len() > 60 {
+                    forms.push(part[part.len() / 2..part.len() / 2 + 24].to_owned());
+                }
             }
         }
     }
 
+    fn add_bytes(&mut self, what: &str, bytes: &[u8]) {
+        assert!(bytes.len() >= 16, "{what} is short, and may be there by chance");
+        let hex = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        let list = bytes.iter().take(12).map(u8::to_string).collect::<Vec<_>>().join(", ");
+        // Without its last letters, which depend on the padding.
+        let base64 = |text: String| text[..text.len() - 4].to_owned();
+        let forms = vec![hex, list, base64(STANDARD.encode(bytes)), base64(URL_SAFE_NO_PAD.encode(bytes))];
+        self.0.push(Canary { what: what.to_owned(), forms });
+    }
+
     fn look(&self, place: &str, text: &str) {
-        for (what, canary) in &self.0 {
-            // As it is, and as bytes are shown in one way or another.
-            let hex: String = canary.bytes().map(|byte| format!("{byte:02x}")).collect();
-            let list = canary.bytes().take(12).map(|byte| byte.to_string()).collect::<Vec<_>>().join(", ");
-            for form in [canary.as_str(), hex.as_str(), list.as_str()] {
-                assert!(!text.contains(form), "{what} is in {place}, as {form}");
+        for Canary { what, forms } in &self.0 {
+            for form in forms {
+                assert!(!text.contains(form.as_str()), "{what} is in {place}, as {form}");
             }
-        }
-        // A piece of a token says as much as the whole of it to whoever has the rest.
-        for (what, canary) in self.0.iter().filter(|(_, canary)| canary.len() > 60) {
-            let middle = &canary[canary.len() / 2..canary.len() / 2 + 24];
-            assert!(!text.contains(middle), "a part of {what} is in {place}");
         }
     }
 }
@@ -41,7 +63,17 @@ async fn no_secret_is_in_any_output_at_trace_level() {
     let dir = tempfile::tempdir().expect("a directory");
     let data = dir.path().join("data");
     let log = dir.path().join("log");
-    let mut server = Server::start_in(&data, &["--admin", "127.0.0.1:0", "--set", "log.filter=trace"]).await;
+    let provider = provider();
+    let jwks = dir.path().join("jwks.json");
+    std::fs::write(&jwks, &provider.jwks).expect("a file");
+    let config = dir.path().join("config.toml");
+    let issuer = format!(
+        "[[auth.issuers]]\nissuer = \"{ISSUER}\"\naudience = \"mainstay\"\nalgorithms = [\"EdDSA\"]\njwks = {jwks:?}\n"
+    );
+    std::fs::write(&config, issuer).expect("a file");
+    let config = config.to_str().expect("text");
+    let args = ["--admin", "127.0.0.1:0", "--set", "log.filter=trace", "--config", config];
+    let mut server = Server::start_in(&data, &args).await;
     server.log_to(log.clone());
     server.kill().await;
     server.restart().await;
@@ -121,6 +153,44 @@ async fn no_secret_is_in_any_output_at_trace_level() {
     wrong["token"] = bad.into();
     std::fs::write(dir.path().join("bad.json"), wrong.to_string()).expect("a file");
     outputs.push(client(&["append", "s", "--connect", "bad.json"], Some(payload)).await);
+    // The token of an identity provider.
+    let claims = json!({"iss": ISSUER, "aud": "mainstay", "sub": "alice", "iat": now(), "exp": now() + 600, "jti": "j1",
+                        "mainstay": [{"prefix": "", "ops": ["read", "append", "create"]}]});
+    let token = jwt(&provider.pair, &json!({"alg": "EdDSA", "typ": "JWT", "kid": "one"}), &claims);
+    canaries.add("the JWT", &token);
+    let mut of_provider = connect.clone();
+    of_provider["token"] = token.into();
+    std::fs::write(dir.path().join("jwt.json"), of_provider.to_string()).expect("a file");
+    outputs.push(client(&["append", "s", "--connect", "jwt.json"], Some(payload)).await);
+    // What shows that a client is the one of before.
+    let file = ConnectFile::read(&server.connect_file()).expect("a file");
+    let trust = file.trust().expect("a pin");
+    let mut holder = Stranger::attach_with(server.addr(), &trust, file.token.clone(), ME, "s", false).await;
+    let (mine, mut resume_token) = (key(1), bytes::Bytes::new());
+    for _ in 0..2 {
+        resume_token = holder.resume(&mine, &resume_token).await.expect("the same client");
+        canaries.add_bytes("a resume token", &resume_token);
+    }
+    // What a webhook is told of whoever tells it something; nobody listens there.
+    let webhook = "Bearer canary-webhook-0c2d4e6f8a1b";
+    canaries.add("what a webhook is told", webhook);
+    outputs.push(client(&["notify", "rule", "n", "phone", "--principal", "bob", "--on", "run-end"], None).await);
+    outputs.push(client(&["run", "n", "--", "echo", payload], None).await);
+    let mut worker = server.command(&["notify", "work", "--json", "--webhook", "http://127.0.0.1:9/"]);
+    worker.env("MAINSTAY_WEBHOOK_AUTHORIZATION", webhook).env("MAINSTAY_LOG", "trace");
+    let worker = worker.stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true).spawn();
+    let mut worker = worker.expect("a worker");
+    let mut said = worker.stderr.take().expect("messages");
+    let (mut rows, mut text) = (Rows::of(worker.stdout.take().expect("output")), String::new());
+    let tried = async {
+        let tried = rows.until("retry").await;
+        worker.kill().await.expect("killed");
+        tried
+    };
+    let (tried, read) = tokio::join!(tried, said.read_to_string(&mut text));
+    read.expect("text");
+    let tried = tried.iter().map(ToString::to_string).collect::<String>();
+    outputs.extend([("notify work".into(), text), ("rows of notify work".into(), tried)]);
     outputs.push(client(&["doctor"], None).await);
 
     // Everything that an operator sees.
@@ -138,6 +208,8 @@ async fn no_secret_is_in_any_output_at_trace_level() {
     let logged = &outputs.last().expect("a log").1;
     assert!(logged.contains("TRACE"), "the server logs at trace level");
     assert!(outputs[0].1.contains("TRACE"), "the client logs at trace level");
+    let worked = outputs.iter().find(|(place, _)| place == "notify work").expect("a worker");
+    assert!(worked.1.contains("TRACE"), "and so does a worker");
     for (place, text) in &outputs {
         canaries.look(place, text);
     }
@@ -146,5 +218,5 @@ async fn no_secret_is_in_any_output_at_trace_level() {
         canaries.0.len(),
         outputs.iter().map(|(_, text)| text.len()).sum::<usize>()
     );
-    assert!(canaries.0.len() >= 10, "{}", canaries.0.len());
+    assert!(canaries.0.len() >= 14, "{}", canaries.0.len());
 }

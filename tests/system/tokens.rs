@@ -382,24 +382,26 @@ async fn keys_are_rotated_under_load_without_a_refusal() {
     assert_eq!(code(refused), Code::TOKEN_INVALID);
 }
 
-struct Provider {
-    pair: Ed25519KeyPair,
+pub(crate) struct Provider {
+    pub(crate) pair: Ed25519KeyPair,
+    pub(crate) jwks: String,
     issuer: JwtIssuer,
 }
 
-const ISSUER: &str = "https://id.example.org/";
+pub(crate) const ISSUER: &str = "https://id.example.org/";
 
-fn provider() -> Provider {
+pub(crate) fn provider() -> Provider {
     let document = Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).expect("a key");
     let pair = Ed25519KeyPair::from_pkcs8(document.as_ref()).expect("a key");
     let x = URL_SAFE_NO_PAD.encode(pair.public_key().as_ref());
     let jwks = json!({"keys": [{"kty": "OKP", "crv": "Ed25519", "x": x, "kid": "one", "alg": "EdDSA", "use": "sig"}]});
     let algorithms = [Algorithm::EdDsa, Algorithm::Es256, Algorithm::Rs256];
-    let issuer = JwtIssuer::new(ISSUER.into(), "mainstay".into(), &algorithms, jwks.to_string().as_bytes());
-    Provider { pair, issuer: issuer.expect("an issuer") }
+    let jwks = jwks.to_string();
+    let issuer = JwtIssuer::new(ISSUER.into(), "mainstay".into(), &algorithms, jwks.as_bytes());
+    Provider { pair, jwks, issuer: issuer.expect("an issuer") }
 }
 
-fn jwt(pair: &Ed25519KeyPair, header: &serde_json::Value, claims: &serde_json::Value) -> String {
+pub(crate) fn jwt(pair: &Ed25519KeyPair, header: &serde_json::Value, claims: &serde_json::Value) -> String {
     let part = |value: &serde_json::Value| URL_SAFE_NO_PAD.encode(value.to_string());
     let signed = format!("{}.{}", part(header), part(claims));
     let signature = URL_SAFE_NO_PAD.encode(pair.sign(signed.as_bytes()).as_ref());
@@ -409,7 +411,7 @@ fn jwt(pair: &Ed25519KeyPair, header: &serde_json::Value, claims: &serde_json::V
 /// Spec AUTH-11.
 #[tokio::test]
 async fn a_jwt_is_taken_from_its_issuer_by_its_algorithm_for_its_audience_and_nothing_else() {
-    let Provider { pair, issuer } = provider();
+    let Provider { pair, issuer, .. } = provider();
     let mut anchors = Anchors::default();
     anchors.issuers = vec![Arc::new(issuer)];
     let header = json!({"alg": "EdDSA", "typ": "JWT", "kid": "one"});
