@@ -82,6 +82,12 @@ impl Default for ConnectionQuotas {
     }
 }
 
+/// Namespaces of one process: each has a store, with caches and a thread of its own (spec LIM-5).
+pub const MAX_NAMESPACES: usize = 64;
+
+/// Connections at once to the listener of an operator: scrapers and probes are few (spec LIM-5).
+pub const OPERATOR_CONNECTIONS: usize = 64;
+
 impl Default for Config {
     fn default() -> Self {
         Self {

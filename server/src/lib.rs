@@ -33,7 +33,9 @@ mod status;
 mod subscription;
 mod upkeep;
 
-pub use config::{Config, ConnectionQuotas, PrefixQuotas, Quotas, SessionQuotas, SubjectQuotas};
+pub use config::{
+    Config, ConnectionQuotas, MAX_NAMESPACES, OPERATOR_CONNECTIONS, PrefixQuotas, Quotas, SessionQuotas, SubjectQuotas,
+};
 pub use mainstay_transport::rate::Rate;
 pub use namespace::Namespace;
 pub use resume::ResumeKeys;

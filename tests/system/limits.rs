@@ -18,7 +18,7 @@ use mainstay_protocol::wire::{
 use mainstay_server::auth::Revocation;
 use mainstay_server::{Config, PrefixQuotas, Quotas, Rate};
 use mainstay_store::MemoryStore;
-use mainstay_tests::harness::{QuicServer, claims};
+use mainstay_tests::harness::{MemoryServer, QuicServer, claims};
 use mainstay_tests::raw::{PATIENCE, Raw, Recv, Send, append, attach, error, hello, refusal, subscribe};
 use mainstay_transport::{Connection, FrameReader, SendStream};
 use tokio::time::{Instant, timeout};
@@ -760,6 +760,56 @@ async fn memory_that_is_full_sheds_work_in_order_and_lets_live_followers_go_on()
     running.abort();
 }
 
+/// Spec LIM-6: one that has no turn for its own chores takes no more, and goes on with what it has.
+#[tokio::test]
+async fn a_server_that_is_late_refuses_who_comes_then_what_is_new_and_nothing_else() {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static BUSY: AtomicU64 = AtomicU64::new(0);
+    let server = MemoryServer::start(Arc::new(MemoryStore::new()), Config::default());
+    let client = |name: &str, patience: u64| {
+        let mut config = ClientConfig::default();
+        config.give_up_after = Some(Duration::from_millis(patience));
+        server.client_as(&claims(name, "", Operation::ALL), config)
+    };
+    // Longer than it is late.
+    let here = client("here", 4000);
+    let session = here.session("s").expect("a name").create().attach().await.expect("attach");
+    let producer = session.producer("p").await.expect("a producer");
+    let append = async || producer.append(session.main(), "x").await.expect("append").await.expect("stored");
+    let created = async |name: &str| here.session(name).expect("a name").create().attach().await.map(drop);
+    let comes = async || client("late", 100).connected().await.is_ok();
+    assert!(comes().await);
+    // The runtime has one thread, as busy as this.
+    let busy = tokio::spawn(async {
+        loop {
+            std::thread::sleep(Duration::from_millis(BUSY.load(Ordering::Relaxed)));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    BUSY.store(800, Ordering::Relaxed);
+    mainstay_tests::until("who comes is refused", async || !comes().await).await;
+    created("t").await.expect("sessions are still created");
+    append().await;
+    BUSY.store(1800, Ordering::Relaxed);
+    let (mut refused, mut tries) = (None, 0);
+    mainstay_tests::until("what is new is refused", async || {
+        // One that is in memory is attached to at any time.
+        tries += 1;
+        refused = created(&format!("try-{tries}")).await.err();
+        refused.is_some()
+    })
+    .await;
+    let refused = refused.expect("refused");
+    assert_eq!((refused.name().as_str(), refused.retry_after()), ("OVERLOADED", Some(Duration::from_millis(500))));
+    assert!(!comes().await);
+    append().await;
+    here.list("").await.expect("lists are answered");
+    BUSY.store(0, Ordering::Relaxed);
+    mainstay_tests::until("who comes is taken again", comes).await;
+    created("u").await.expect("and so is what is new");
+    busy.abort();
+}
+
 /// Spec LIM-5: while nothing can be committed a server takes so much, and the QUIC streams of producers wait; then everything is stored.
 #[tokio::test]
 async fn batches_in_no_commit_are_bounded_and_what_is_beyond_waits_in_its_stream() {
@@ -946,6 +996,8 @@ fn the_numbers_of_the_specification_are_those_of_the_server() {
         (("22.1", "subscriptions"), format!("N of HELLO, up to {}", grouped(config.delivery_budget / least))),
         (("22.1", "control that the peer does not read"), "`control_reserve`".into()),
         (("22.4", "connections"), grouped(config.connections as u64)),
+        (("22.4", "namespaces"), mainstay_server::MAX_NAMESPACES.to_string()),
+        (("22.4", "connections to the operator's listener"), mainstay_server::OPERATOR_CONNECTIONS.to_string()),
         (
             ("22.4", "datagrams that wait for a handshake"),
             format!(

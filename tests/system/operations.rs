@@ -7,12 +7,14 @@ use std::time::Duration;
 use mainstay_client::{Client, Config, ConnectFile};
 use mainstay_protocol::session::Operation;
 use mainstay_server::auth::SigningKey;
+use mainstay_server::{MAX_NAMESPACES, OPERATOR_CONNECTIONS};
 use mainstay_tests::harness::claims;
 use mainstay_tests::process::{PATIENCE, binary, events, look_at, named, run};
 use mainstay_transport::quic::{Identity, Pin, read_certificates};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
+use tokio::time::timeout;
 
 /// A server with settings of its own.
 struct Earnest {
@@ -77,7 +79,7 @@ impl Earnest {
             .spawn()
             .expect("a server");
         let mut lines = BufReader::new(child.stdout.take().expect("an output")).lines();
-        let line = tokio::time::timeout(PATIENCE, lines.next_line()).await.expect("in time").expect("an output");
+        let line = timeout(PATIENCE, lines.next_line()).await.expect("in time").expect("an output");
         let event: Value = serde_json::from_str(&line.expect("a line")).expect("JSON");
         assert_eq!(event["event"], "listening");
         let text = |name: &str| event[name].as_str().expect("an address").to_owned();
@@ -94,7 +96,7 @@ impl Earnest {
     async fn stop(&mut self) -> Option<i32> {
         self.signal("-TERM").await;
         let mut child = self.child.take().expect("a running server");
-        tokio::time::timeout(PATIENCE, child.wait()).await.expect("in time").expect("a status").code()
+        timeout(PATIENCE, child.wait()).await.expect("in time").expect("a status").code()
     }
 
     fn pin(&self) -> Pin {
@@ -140,7 +142,9 @@ async fn a_configuration_is_checked_before_it_is_used() {
     let path = server.settings().display().to_string();
     let good = mainstay(&["serve", "--check", "--config", &path]).await;
     assert!(good.status.success(), "{}", String::from_utf8_lossy(&good.stderr));
+    let crowd: String = (0..MAX_NAMESPACES).map(|n| format!("[[namespaces]]\nname = \"n{n}\"\n")).collect();
     for (more, complaint) in [
+        (crowd.as_str(), "at most 64 namespaces"),
         ("[limits]\nconections = 3\n", "conections"),
         ("[limits.subject]\nsignals = { per_second = 1, burst = 1000 }\n", "limits.subject.signals"),
         ("[[namespaces]]\nname = \"Acme\"\n", "a name is up to 64"),
@@ -170,6 +174,22 @@ async fn a_configuration_is_checked_before_it_is_used() {
     }
     let printed = mainstay(&["serve", "--print-config"]).await;
     assert!(String::from_utf8_lossy(&printed.stdout).contains("[limits.subject]"));
+}
+
+/// Spec LIM-5.
+#[tokio::test]
+async fn who_crowds_the_listener_of_an_operator_has_a_bounded_part_of_it() {
+    let mut server = Earnest::new(&[&key()], "");
+    server.start().await;
+    let mut crowd = Vec::new();
+    for _ in 0..OPERATOR_CONNECTIONS {
+        crowd.push(tokio::net::TcpStream::connect(&server.admin).await.expect("connected"));
+    }
+    let mut asked = core::pin::pin!(server.get("/livez"));
+    // Less than those who say nothing are waited for.
+    assert!(timeout(Duration::from_secs(1), &mut asked).await.is_err(), "there is room for more");
+    crowd.pop();
+    assert_eq!(timeout(Duration::from_secs(2), asked).await.expect("another has ended").0, 200);
 }
 
 #[tokio::test]

@@ -12,6 +12,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use mainstay_server::OPERATOR_CONNECTIONS;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
@@ -29,8 +30,6 @@ pub(crate) trait Shown: Send + Sync + 'static {
     fn unhealthy(&self) -> Option<String>;
 }
 
-/// Connections at once: scrapers and probes are few.
-const CONNECTIONS: usize = 64;
 /// How long a request may take to come.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -50,7 +49,7 @@ async fn serve(listener: TcpListener, shown: Arc<dyn Shown>) {
     // Owned here: nothing of them is left when this ends.
     let mut connections = JoinSet::new();
     loop {
-        while connections.len() >= CONNECTIONS {
+        while connections.len() >= OPERATOR_CONNECTIONS {
             connections.join_next().await;
         }
         let accepted = tokio::select! {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mainstay_server::auth::{Algorithm, Anchors, JwtIssuer, Keyring, SigningKey, VerifyingKey};
-use mainstay_server::{Config, Quotas};
+use mainstay_server::{Config, MAX_NAMESPACES, Quotas};
 use mainstay_store_fjall::Config as StoreConfig;
 use mainstay_transport::quic::{ClientCertificates, Identity, Peers};
 use serde::Deserialize;
@@ -171,9 +171,6 @@ pub(crate) struct Namespaced {
 
 /// A server that does nothing uses half as much.
 const LEAST_MEMORY: usize = 64 << 20;
-
-/// Namespaces of one process: each has a store and a thread of its own.
-const MAX_NAMESPACES: usize = 64;
 
 fn usage(what: impl Into<String>) -> Failure {
     Failure::usage(what)
