@@ -446,6 +446,8 @@ async fn crash(server: &mut Server, disk: Option<&Disk>, random: &mut Random, re
         let (trace, calls, injected) = how;
         let inject = format!("inject={calls}:{injected}:when={}", 1 + random.below(within));
         let pid = server.pid().to_string();
+        // From here on: a server whose sync fails tells its clients before it ends.
+        recorder.provoked("injection");
         let args = ["-f", "-qq", "-o", "/dev/null", "-e", trace, "-e", &inject, "-p", &pid];
         let strace = tokio::process::Command::new("strace").args(args).stderr(Stdio::null()).kill_on_drop(true).spawn();
         let mut strace = strace.expect("strace");
@@ -468,8 +470,8 @@ async fn crash(server: &mut Server, disk: Option<&Disk>, random: &mut Random, re
 /// with which the server has to go on by itself.
 async fn cut(server: &mut Server, disk: &Disk, random: &mut Random, recorder: &Recorder) {
     if random.chance(0.3) {
-        disk.fill(random.below(96 << 10)).expect("a full disk");
         recorder.provoked("filled");
+        disk.fill(random.below(96 << 10)).expect("a full disk");
         sleep(Duration::from_micros(random.below(600_000))).await;
     }
     if random.chance(0.5) && disk.empty() {
@@ -478,10 +480,10 @@ async fn cut(server: &mut Server, disk: &Disk, random: &mut Random, recorder: &R
             .await;
         recorder.provoked("space-came-back");
     }
+    recorder.provoked("power-cut");
     // It answers nobody any more when the power goes: whatever it has said was true before.
     server.freeze().await;
     lose(server, disk).await;
-    recorder.provoked("power-cut");
     if random.chance(0.5) {
         disk.empty();
     }
