@@ -17,6 +17,8 @@ pub struct Row {
     pub payload: Vec<u8>,
     /// Time, author, stream and run: compaction leaves them as they are.
     pub place: String,
+    /// The server wrote it by itself.
+    pub of_server: bool,
 }
 
 impl Row {
@@ -24,7 +26,14 @@ impl Row {
     pub fn of(read: &ReadRecord<'_>) -> Self {
         let ReadRecord { seq, time, author, stream, record, .. } = read;
         let place = format!("{time} {author} {stream} {:?} {:?}", record.run, record.headers);
-        Self { seq: *seq, kind: record.kind, message: record.message, payload: record.payload.to_vec(), place }
+        Self {
+            seq: *seq,
+            kind: record.kind,
+            message: record.message,
+            payload: record.payload.to_vec(),
+            place,
+            of_server: author.is_server(),
+        }
     }
 
     /// The message of which it is a part.
@@ -62,9 +71,14 @@ impl Readout {
     }
 
     /// Whether it is `before` as far as it goes. What compaction may do meanwhile is no difference (spec COMPACT-1): parts of a message go,
-    /// and one behind them has the whole text. Errors: what differs.
+    /// and one behind them has the whole text. Behind its end the server alone may have gone on: values expire when nobody is there, too.
+    /// Errors: what differs.
     pub fn goes_on_as(&self, before: &Self) -> Result<(), String> {
-        if self.next > before.next {
+        let beyond = (before.next..self.next).filter(|seq| {
+            let row = self.rows.iter().find(|row| row.seq == *seq);
+            !row.is_some_and(|row| row.of_server)
+        });
+        if beyond.count() > 0 {
             return Err(format!("it goes on to {}, where {} was the end", self.next, before.next));
         }
         let seqs = self.rows.iter().map(|row| row.seq);
@@ -73,7 +87,7 @@ impl Readout {
         }
         // All but parts.
         let whole = |row: &&Row| row.part_of().is_none();
-        let mut these = self.rows.iter().filter(whole);
+        let mut these = self.rows.iter().filter(whole).filter(|row| row.seq < before.next);
         let mut those = before.rows.iter().filter(whole).filter(|row| row.seq < self.next);
         loop {
             match (these.next(), those.next()) {

@@ -476,7 +476,7 @@ impl World {
                 assert!(!beyond, "records beyond the damage at {value}");
             }
             // The chunk was put together with others before, or it has control entries alone, and nobody who reads records needs it.
-            Ok(_) => assert_eq!(part.next, whole.next, "a hole is passed over"),
+            Ok(_) => assert!(part.next >= whole.next, "a hole is passed over"),
             Err(error) => panic!("a rotten session is not told as such: {error}"),
         }
         let beside = client.session("beside").expect("a name").create().attach().await.expect("others go on");

@@ -23,6 +23,7 @@ fn readout(rows: &[(u64, Kind, u8, &str)], next: u64, compacted: bool) -> Readou
         message: (message > 0).then_some(MessageId([message; 16])),
         payload: payload.into(),
         place: "main".into(),
+        of_server: kind == Kind::STATE_EXPIRED,
     });
     Readout { rows: rows.collect(), next, compacted }
 }
@@ -49,6 +50,18 @@ fn a_message_that_is_put_together_between_two_readers_is_what_it_was() {
     ] {
         assert_eq!(put_together(parts, next, compacted).goes_on_as(&before), Ok(()), "{parts:?}");
     }
+}
+
+/// Found by the simulator, seed 1,016,748.
+#[test]
+fn the_server_alone_may_go_on_between_two_readers() {
+    let before = readout(&BEFORE, 7, false);
+    let expired = (7, Kind::STATE_EXPIRED, 0, "");
+    let read = |rows: &[_], next| readout(&[&BEFORE[..], rows].concat(), next, false).goes_on_as(&before);
+    assert_eq!(read(&[expired], 8), Ok(()));
+    assert!(read(&[expired], 9).is_err(), "a seq of nothing");
+    assert!(read(&[(7, Kind::DATA, 0, "late")], 8).is_err(), "somebody else's record");
+    assert!(read(&[expired, (8, APPEND, 1, "late")], 9).is_err(), "a part behind the end of everything");
 }
 
 #[test]
