@@ -76,7 +76,7 @@ const PROVOKED: &[&str] = &[
 ];
 
 /// The same of kills; the first [`TRACED`] only where there is strace.
-const KILLED: [&str; 15] = [
+const KILLED: &[&str] = &[
     "failed-sync",
     "kill-at-call",
     "kill-in-recovery",
@@ -96,6 +96,7 @@ const KILLED: [&str; 15] = [
 
 /// What strace is needed for.
 const TRACED: usize = 3;
+const UNTRACED: &[&str] = KILLED.split_at(TRACED).1;
 
 impl How {
     /// True if the load was too little for so many cycles as were asked for: a slow machine goes on until it was enough, for at most twice as
@@ -104,12 +105,15 @@ impl How {
         matches!(self, Self::Kill) && cycles >= LONG && acknowledged < LOAD
     }
 
-    /// The fewest cycles that are enough for all that has to happen, and what that is beside what always has to.
-    fn provokes(self) -> (u64, &'static [&'static str]) {
+    /// What has to happen in so many cycles, beside what always has to.
+    fn provokes(self) -> &'static [(u64, &'static [&'static str])] {
+        const POWER: &[&str] = &["power-cut"];
+        // By chance, one in three and less.
+        const FULL: &[&str] = &["cut-in-recovery", "filled", "no-space", "space-came-back"];
         match self {
-            Self::Power => (40, &["cut-in-recovery", "filled", "no-space", "power-cut", "space-came-back"]),
-            Self::Kill if strace_is_there() => (100, &KILLED),
-            Self::Kill => (100, &KILLED[TRACED..]),
+            Self::Power => &[(20, PROVOKED), (20, POWER), (100, FULL)],
+            Self::Kill if strace_is_there() => &[(100, PROVOKED), (100, KILLED)],
+            Self::Kill => &[(100, PROVOKED), (100, UNTRACED)],
         }
     }
 }
@@ -448,11 +452,27 @@ async fn crash(server: &mut Server, disk: Option<&Disk>, random: &mut Random, re
         let pid = server.pid().to_string();
         // From here on: a server whose sync fails tells its clients before it ends.
         recorder.provoked("injection");
-        let args = ["-f", "-qq", "-o", "/dev/null", "-e", trace, "-e", &inject, "-p", &pid];
+        // With the files that are synced by their names.
+        let seen = tempfile::NamedTempFile::new().expect("a file");
+        let seen = seen.path();
+        let args = ["-f", "-qq", "-y", "-o", &seen.to_string_lossy(), "-e", trace, "-e", &inject, "-p", &pid];
         let strace = tokio::process::Command::new("strace").args(args).stderr(Stdio::null()).kill_on_drop(true).spawn();
         let mut strace = strace.expect("strace");
         // It ends with the server. One whose sync failed ends by itself, but for a sync that nothing was promised of.
-        let _ = tokio::time::timeout(Duration::from_secs(2), strace.wait()).await;
+        if tokio::time::timeout(Duration::from_secs(2), strace.wait()).await.is_err() {
+            let strace_id = strace.id().expect("strace runs").to_string();
+            let told = tokio::process::Command::new("kill").arg(strace_id).status().await.expect("kill");
+            assert!(told.success(), "strace was told to end");
+            strace.wait().await.expect("strace ends");
+        }
+        let seen = std::fs::read_to_string(seen).expect("what strace saw");
+        let failed = |line: &&str| {
+            line.contains("/store/log/") && line.contains(".jnl") && line.contains("EIO") && line.contains("INJECTED")
+        };
+        if let Some(failed) = seen.lines().find(failed) {
+            assert_eq!(server.ended().await, Some(DAMAGED), "behind {failed}");
+            return recorder.provoked(what);
+        }
     }
     match server.has_ended() {
         Some(status) if status.code() == Some(DAMAGED) && what == "failed-sync" => recorder.provoked(what),
@@ -654,8 +674,7 @@ impl Total {
 
     /// What has to happen in so many crashes and did not; a start that took long.
     fn missing(&self, how: How, cycles: u64) -> Vec<String> {
-        let (enough, own) = how.provokes();
-        let wanted = PROVOKED.iter().chain(own).filter(|_| cycles >= enough);
+        let wanted = how.provokes().iter().filter(|(enough, _)| cycles >= *enough).flat_map(|(_, wanted)| *wanted);
         let missing = wanted.filter(|what| self.provoked.get(**what).copied().unwrap_or(0) == 0);
         let missing = missing.map(|what| format!("{what} did not happen, so it was not tested"));
         let slow = self.starts.last().filter(|longest| **longest > LONGEST_START);

@@ -2,6 +2,7 @@
 
 use std::process::Stdio;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
@@ -24,6 +25,9 @@ pub fn slowly() -> usize {
 
 /// The same behind a network of 60 ms.
 pub const OVER_A_NETWORK: usize = 400;
+
+/// Who says nothing for so long has nothing to say now.
+const QUIET: Duration = Duration::from_millis(300);
 
 /// A running `append SESSION --json`. Every acknowledgement must be that of the next line, with the seq of its place.
 #[derive(Debug)]
@@ -106,6 +110,12 @@ impl Appending {
             self.event().await.expect("a warning");
         }
         self.warnings[before].clone()
+    }
+
+    /// Reads what it has said, until it says nothing for a moment; returns how many lines are acknowledged.
+    pub async fn said_so_far(&mut self) -> u64 {
+        while timeout(QUIET, self.event()).await.is_ok() {}
+        self.acks
     }
 
     /// Lines that are acknowledged.

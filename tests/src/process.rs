@@ -266,6 +266,9 @@ impl Server {
             Ok(Ok(())) => self.hear(lines),
             Ok(Err(_)) => {}
             Err(_) => {
+                if let Some(status) = self.has_ended() {
+                    return Some(Err((status.code(), "it ended when its time was over".into())));
+                }
                 self.freeze().await;
                 return None;
             }
@@ -345,8 +348,8 @@ impl Server {
             }
             said.push_str(&line);
         }
-        let mut child = self.child.take().expect("it was started");
-        let status = child.wait().await.expect("the server's exit status");
+        let status = self.child.as_mut().expect("it was started").wait().await.expect("the server's exit status");
+        self.child = None;
         Err((status.code(), said))
     }
 

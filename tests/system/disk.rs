@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use mainstay_client::{Config as ClientConfig, Doing};
+use mainstay_client::{Client, Config as ClientConfig, Doing};
 use mainstay_tests::appending::{AT_ONCE, Appending};
 use mainstay_tests::disk::Disk;
 use mainstay_tests::live::follow;
@@ -48,6 +48,23 @@ async fn numbers(server: &Server, count: u64) -> Vec<u64> {
     named(&rows, "record").iter().filter_map(number).collect()
 }
 
+/// Behind the first refusal nothing is stored and nothing acknowledged for so long, which is longer than a member's grace where there is one:
+/// who is here stays here.
+async fn nothing_is_taken_for(time: Duration, client: &Client, appending: &mut Appending, lines: u64) {
+    let tail = async || {
+        let listed = client.list("s1").await.expect("reads go on");
+        listed[0].tail
+    };
+    // What was on its way when the first was refused is refused as well by then.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let stored = tail().await;
+    tokio::time::sleep(time).await;
+    assert_eq!(tail().await, stored, "the disk is full");
+    let acks = appending.said_so_far().await;
+    assert_eq!(acks, stored, "what is acknowledged is stored, and what is stored is acknowledged");
+    assert!(acks < lines, "the disk was not full");
+}
+
 /// A22.
 #[tokio::test]
 async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
@@ -75,8 +92,7 @@ async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
     assert!((100..LINES).contains(&acks), "{acks} lines, and the disk was not full");
     assert_eq!(warning["code"], "UNAVAILABLE", "{warning}");
     assert!(numbers(&server, acks).await.into_iter().eq(0..acks));
-    // For longer than a member's grace: who is here stays here.
-    tokio::time::sleep(GRACE + Duration::from_secs(2)).await;
+    nothing_is_taken_for(GRACE + Duration::from_secs(2), &client, &mut appending, LINES).await;
     assert!(disk.empty());
     assert_eq!(appending.finish().await.0, LINES);
     member.update(doing("back")).await.expect("an update");
@@ -106,8 +122,9 @@ async fn a_write_that_finds_no_space_is_taken_back_and_the_engine_opened_anew() 
     let warning = appending.warned().await;
     let acks = appending.acks();
     assert_eq!(warning["code"], "UNAVAILABLE", "{warning}");
-    assert!(acks < LINES, "the disk was not full");
     assert!(numbers(&server, acks).await.into_iter().eq(0..acks));
+    let client = server.client(ClientConfig::default());
+    nothing_is_taken_for(Duration::from_secs(2), &client, &mut appending, LINES).await;
     assert!(disk.empty());
     assert_eq!(appending.finish().await.0, LINES);
     server.kill().await;

@@ -777,8 +777,7 @@ async fn a_server_that_is_late_refuses_who_comes_then_what_is_new_and_nothing_el
     let producer = session.producer("p").await.expect("a producer");
     let append = async || producer.append(session.main(), "x").await.expect("append").await.expect("stored");
     let created = async |name: &str| here.session(name).expect("a name").create().attach().await.map(drop);
-    let comes = async || client("late", 100).connected().await.is_ok();
-    assert!(comes().await);
+    let comes = async || client("late", 3000).connected().await.is_ok();
     // The runtime has one thread, as busy as this.
     let busy = tokio::spawn(async {
         loop {
@@ -786,6 +785,8 @@ async fn a_server_that_is_late_refuses_who_comes_then_what_is_new_and_nothing_el
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     });
+    BUSY.store(300, Ordering::Relaxed);
+    assert!(comes().await, "one that is busy, and not so late, takes who comes");
     BUSY.store(800, Ordering::Relaxed);
     mainstay_tests::until("who comes is refused", async || !comes().await).await;
     created("t").await.expect("sessions are still created");
@@ -801,7 +802,6 @@ async fn a_server_that_is_late_refuses_who_comes_then_what_is_new_and_nothing_el
     .await;
     let refused = refused.expect("refused");
     assert_eq!((refused.name().as_str(), refused.retry_after()), ("OVERLOADED", Some(Duration::from_millis(500))));
-    assert!(!comes().await);
     append().await;
     here.list("").await.expect("lists are answered");
     BUSY.store(0, Ordering::Relaxed);

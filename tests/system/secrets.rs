@@ -9,6 +9,7 @@ use mainstay_tests::harness::now;
 use mainstay_tests::process::{Rows, Server, binary, run};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 use tokio::process::Command;
 
 use crate::resume::{ME, Stranger, key};
@@ -171,23 +172,34 @@ async fn no_secret_is_in_any_output_at_trace_level() {
         resume_token = holder.resume(&mine, &resume_token).await.expect("the same client");
         canaries.add_bytes("a resume token", &resume_token);
     }
-    // What a webhook is told of whoever tells it something; nobody listens there.
+    // What a webhook is told of whoever tells it something.
+    let hook = TcpListener::bind("127.0.0.1:0").await.expect("a socket");
+    let url = format!("http://{}/", hook.local_addr().expect("an address"));
     let webhook = "Bearer canary-webhook-0c2d4e6f8a1b";
     canaries.add("what a webhook is told", webhook);
     outputs.push(client(&["notify", "rule", "n", "phone", "--principal", "bob", "--on", "run-end"], None).await);
     outputs.push(client(&["run", "n", "--", "echo", payload], None).await);
-    let mut worker = server.command(&["notify", "work", "--json", "--webhook", "http://127.0.0.1:9/"]);
+    let mut worker = server.command(&["notify", "work", "--json", "--webhook", &url]);
     worker.env("MAINSTAY_WEBHOOK_AUTHORIZATION", webhook).env("MAINSTAY_LOG", "trace");
     let worker = worker.stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true).spawn();
     let mut worker = worker.expect("a worker");
     let mut said = worker.stderr.take().expect("messages");
     let (mut rows, mut text) = (Rows::of(worker.stdout.take().expect("output")), String::new());
+    let unwilling = async {
+        let (mut stream, _) = hook.accept().await.expect("a connection");
+        let mut heard = Vec::new();
+        while !heard.ends_with(b"}") {
+            assert!(stream.read_buf(&mut heard).await.expect("a request") > 0, "the request breaks off");
+        }
+        stream.write_all(b"HTTP/1.1 503 x\r\ncontent-length: 0\r\nconnection: close\r\n\r\n").await.expect("write");
+        assert!(String::from_utf8_lossy(&heard).contains(webhook), "the webhook is told");
+    };
     let tried = async {
         let tried = rows.until("retry").await;
         worker.kill().await.expect("killed");
         tried
     };
-    let (tried, read) = tokio::join!(tried, said.read_to_string(&mut text));
+    let (tried, read, ()) = tokio::join!(tried, said.read_to_string(&mut text), unwilling);
     read.expect("text");
     let tried = tried.iter().map(ToString::to_string).collect::<String>();
     outputs.extend([("notify work".into(), text), ("rows of notify work".into(), tried)]);

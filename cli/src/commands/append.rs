@@ -245,7 +245,7 @@ fn message(id: MessageId, role: &str, text: Vec<u8>) -> Result<[Record; 3], Fail
 async fn trouble(producer: &Producer, output: Output) -> Result<(), Failure> {
     loop {
         let error = producer.trouble().await;
-        output.warning("UNAVAILABLE", &format!("{error}; trying again"))?;
+        output.warning(&error.name(), &format!("{error}; trying again"))?;
     }
 }
 
