@@ -35,11 +35,12 @@ async fn server(disk: &Disk, reserve: u64) -> Server {
     Server::start_in(&disk.root().join("data"), &["--config", config.to_str().expect("text")]).await
 }
 
-fn long(n: u64) -> String {
-    format!("{n} {}\n", "x".repeat(20_000))
+/// A line of about so many bytes that begins with a number.
+fn line(n: u64, bytes: usize) -> String {
+    format!("{n} {}\n", "x".repeat(bytes))
 }
 
-/// The numbers of `long` lines that the session has.
+/// The numbers of the lines that the session has.
 async fn numbers(server: &Server, count: u64) -> Vec<u64> {
     let output = run(server.command(&["tail", "s1", "--max", &count.to_string(), "--json"])).await;
     assert!(output.status.success(), "reads go on");
@@ -69,6 +70,8 @@ async fn nothing_is_taken_for(time: Duration, client: &Client, appending: &mut A
 #[tokio::test]
 async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
     const LINES: u64 = 600;
+    // Over a bad network too all of them come within the time for which one is tried again.
+    const BYTES: usize = 2000;
     let temp = tempfile::tempdir().expect("a directory");
     let Some(disk) = small(temp.path(), "a full disk") else { return };
     let mut server = server(&disk, RESERVE).await;
@@ -80,12 +83,12 @@ async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
     follow(&mut live, "the member", |live| live.view().members().len() == 1).await;
     let mut appending = Appending::to(&server);
     for n in 0..100 {
-        appending.write(&long(n)).await;
+        appending.write(&line(n, BYTES)).await;
         appending.acked(n + 1).await;
     }
     // Another file takes what there is but for what is appended next: half of it fills the disk.
-    disk.fill(RESERVE + (LINES - 100) * 20_000 / 2).expect("a disk that is nearly full");
-    appending.feed(100..LINES, AT_ONCE, long);
+    disk.fill(RESERVE + (LINES - 100) * BYTES as u64 / 2).expect("a disk that is nearly full");
+    appending.feed(100..LINES, AT_ONCE, |n| line(n, BYTES));
     // What meets the full disk or the reserve is told, and retried.
     let warning = appending.warned().await;
     let acks = appending.acks();
@@ -110,15 +113,16 @@ async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
 #[tokio::test]
 async fn a_write_that_finds_no_space_is_taken_back_and_the_engine_opened_anew() {
     const LINES: u64 = 600;
+    const BYTES: usize = 20_000;
     let temp = tempfile::tempdir().expect("a directory");
     let Some(disk) = small(temp.path(), "a write without space") else { return };
     // Without a reserve nothing is refused before the disk itself refuses.
     let mut server = server(&disk, 0).await;
     let mut appending = Appending::to(&server);
-    appending.write(&long(0)).await;
+    appending.write(&line(0, BYTES)).await;
     appending.acked(1).await;
     disk.fill(0).expect("a full disk");
-    appending.feed(1..LINES, AT_ONCE, long);
+    appending.feed(1..LINES, AT_ONCE, |n| line(n, BYTES));
     let warning = appending.warned().await;
     let acks = appending.acks();
     assert_eq!(warning["code"], "UNAVAILABLE", "{warning}");
