@@ -105,7 +105,7 @@ impl How {
         matches!(self, Self::Kill) && cycles >= LONG && acknowledged < LOAD
     }
 
-    /// What has to happen in so many cycles, beside what always has to.
+    /// What has to happen, from so many cycles on.
     fn provokes(self) -> &'static [(u64, &'static [&'static str])] {
         const POWER: &[&str] = &["power-cut"];
         // By chance, one in three and less.

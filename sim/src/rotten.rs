@@ -74,11 +74,8 @@ impl Readout {
     /// and one behind them has the whole text. Behind its end the server alone may have gone on: values expire when nobody is there, too.
     /// Errors: what differs.
     pub fn goes_on_as(&self, before: &Self) -> Result<(), String> {
-        let beyond = (before.next..self.next).filter(|seq| {
-            let row = self.rows.iter().find(|row| row.seq == *seq);
-            !row.is_some_and(|row| row.of_server)
-        });
-        if beyond.count() > 0 {
+        let is_of_server = |seq| self.rows.iter().any(|row| row.seq == seq && row.of_server);
+        if !(before.next..self.next).all(is_of_server) {
             return Err(format!("it goes on to {}, where {} was the end", self.next, before.next));
         }
         let seqs = self.rows.iter().map(|row| row.seq);
