@@ -247,17 +247,28 @@ pub struct Evidence<'a> {
     pub grants: Vec<Granted<'a>>,
     /// When something was done to the system.
     pub provoked: Vec<u64>,
+    /// When all of that was over.
+    pub healed: Vec<u64>,
+    /// When a clock was set.
+    pub clock_jumps: Vec<u64>,
+    /// What a process asked for in a session and had done, by when it asked, and when it was told.
+    pub answered: BTreeMap<(&'a str, &'a str), Vec<(u64, u64)>>,
     /// When processes died.
     pub gone: BTreeMap<&'a str, u64>,
     /// When everybody had had time after the last fault, and the tail then, of each session.
     pub quiet: BTreeMap<&'a str, (u64, u64)>,
 }
 
+/// True if one of these moments, which are in order, is between two others.
+fn any_between(moments: &[u64], from: u64, to: u64) -> bool {
+    moments.get(moments.partition_point(|at| *at < from)).is_some_and(|at| *at <= to)
+}
+
 /// The end of time.
 pub const NEVER: u64 = u64::MAX;
 
-/// How long, in nanoseconds, whatever was done to the system may keep somebody from it: a client that could not reach it for a while waits
-/// for longer and longer before it tries again.
+/// How long, in nanoseconds, whatever was done to the system may keep somebody from it of whom nothing else is known: a client that could not
+/// reach it for a while waits for longer and longer before it tries again.
 const AWAY: u64 = 60_000_000_000;
 
 impl<'a> Evidence<'a> {
@@ -334,9 +345,17 @@ impl<'a> Evidence<'a> {
                 Event::Provoked { what, count } => {
                     verdict.count(what, *count);
                     this.provoked.push(*at);
+                    if what == "clock-jump" {
+                        this.clock_jumps.push(*at);
+                    }
                 }
+                Event::Healed {} => this.healed.push(*at),
                 Event::Quiet { session, tail } => drop(this.quiet.insert(session, (*at, *tail))),
             }
+        }
+        for operation in this.operations.iter().filter(|operation| operation.is_done()) {
+            let theirs = this.answered.entry((operation.process, operation.call.session())).or_default();
+            theirs.push((operation.invoked, operation.told));
         }
         this.see(entries, verdict);
         this.find();
@@ -419,15 +438,36 @@ impl<'a> Evidence<'a> {
         self.lives.iter().filter(move |((name, _), _)| *name == session)
     }
 
-    /// True if nothing that was done to the system between these moments, or not long before, can have kept the process from it, and it lost
-    /// no right.
-    pub fn is_undisturbed(&self, process: &str, from: u64, to: u64) -> bool {
+    /// True if nothing that was done to the system can have kept the process from a session between these moments, and it lost no right: what was
+    /// done before is over, and the process was answered since, or had a minute for it.
+    pub fn is_undisturbed(&self, process: &str, session: &str, from: u64, to: u64) -> bool {
         let revoked = self.grants.iter().any(|granted| granted.process == process && granted.until <= to);
-        if from > to || revoked {
+        if from > to || revoked || self.was_provoked(from, to) {
             return false;
         }
-        let next = self.provoked.partition_point(|at| *at < from.saturating_sub(AWAY));
-        self.provoked.get(next).is_none_or(|at| *at > to)
+        let before = self.provoked.partition_point(|at| *at < from);
+        let Some(last) = before.checked_sub(1).map(|index| self.provoked[index]) else { return true };
+        last.saturating_add(AWAY) < from || self.has_found_back(process, session, last, from)
+    }
+
+    /// True if the process was answered in a session by then, what it had asked for once all that was done to the system was over.
+    fn has_found_back(&self, process: &str, session: &str, provoked: u64, by: u64) -> bool {
+        let healed = self.healed.partition_point(|at| *at < provoked);
+        let (Some(healed), Some(answered)) = (self.healed.get(healed), self.answered.get(&(process, session))) else {
+            return false;
+        };
+        let first = answered.partition_point(|(invoked, _)| invoked < healed);
+        answered.get(first).is_some_and(|(_, told)| *told < by)
+    }
+
+    /// True if something was done to the system between these moments.
+    pub fn was_provoked(&self, from: u64, to: u64) -> bool {
+        any_between(&self.provoked, from, to)
+    }
+
+    /// True if a clock was set between these moments.
+    pub fn has_clock_jump(&self, from: u64, to: u64) -> bool {
+        any_between(&self.clock_jumps, from, to)
     }
 
     /// True if the session has one life alone, so that a seq names one record.

@@ -207,12 +207,15 @@ pub enum Event {
     },
     /// Something was done to the system under test. What lasts longer than a minute is said again.
     Provoked {
-        /// What: `kill`, `loss`, `resume`, `duplicate`, …
+        /// What: `kill`, `loss`, `resume`, `duplicate`, …; `clock-jump` is that the clock of a server was set.
         what: String,
         /// How often.
         #[serde(default = "one")]
         count: u64,
     },
+    /// All that was done to the system is over: it can be reached, and takes what it is asked for. Whoever is answered from now on has found
+    /// back. A history need not tell that; then everybody may take a minute for it.
+    Healed {},
     /// No faults any more, everybody had time: who follows the session must have reached this tail.
     Quiet {
         /// The session.

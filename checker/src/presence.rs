@@ -77,8 +77,7 @@ fn outstayed(evidence: &Evidence<'_>, session: &str, departures: &Departures<'_,
         let Call::Join { author, lease: Some(lease), .. } = operation.call else { continue };
         let (Some(generation), Some(gone)) = (operation.seq(), evidence.gone.get(operation.process)) else { continue };
         let end = gone.saturating_add(*lease);
-        let next = evidence.provoked.partition_point(|at| *at < gone.saturating_sub(*lease));
-        if evidence.provoked.get(next).is_some_and(|at| *at <= end) {
+        if evidence.was_provoked(gone.saturating_sub(*lease), end) {
             continue;
         }
         let left = departures.get(&(author.as_str(), generation));
@@ -113,7 +112,11 @@ fn thrown_out(evidence: &Evidence<'_>, session: &str, departures: &Departures<'_
         });
         let gone = evidence.gone.get(operation.process).is_some_and(|gone| *gone < left.at);
         let from = operation.invoked.max(evidence.not_before(session, left.record.seq));
-        if asked || gone || !evidence.is_undisturbed(operation.process, from, left.at) {
+        if !evidence.is_undisturbed(operation.process, session, from, left.at) {
+            continue;
+        }
+        verdict.count("departures-undisturbed", 1);
+        if asked || gone {
             continue;
         }
         verdict.report(Class::MissingMember, session, || {

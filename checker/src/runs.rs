@@ -87,7 +87,11 @@ fn taken_away(
     if let_go {
         verdict.count("released", 1);
     }
-    if !let_go && !gone && evidence.is_undisturbed(holds.process, from, seen.at) {
+    if !evidence.is_undisturbed(holds.process, session, from, seen.at) {
+        return;
+    }
+    verdict.count("losses-undisturbed", 1);
+    if !let_go && !gone {
         verdict.report(Class::TwoHolders, session, || format!("{lost:?}, and {} had not let go of it", holds.process));
     }
 }

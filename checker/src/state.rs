@@ -173,7 +173,7 @@ fn expiries(evidence: &Evidence<'_>, session: &str, life: &Life<'_>, verdict: &m
                 }) else {
                     continue;
                 };
-                if !evidence.is_undisturbed(put.process, put.invoked, seen.at) {
+                if evidence.has_clock_jump(put.invoked, seen.at) {
                     continue;
                 }
                 verdict.count("expiries-timed", 1);

@@ -147,12 +147,16 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
 
 /// Nobody is left waiting, and nobody is told that he cannot know, where nothing was in the way of telling him.
 fn unanswered(evidence: &Evidence<'_>, session: &str, operation: &Operation<'_>, verdict: &mut Verdict) {
-    if operation.outcome != Outcome::Unknown || evidence.gone.contains_key(operation.process) {
+    if evidence.gone.contains_key(operation.process) {
         return;
     }
     let until = operation.told.min(evidence.quiet.get(session).map_or(NEVER, |(at, _)| *at));
     // A history that ends before is silent about it.
-    if until != NEVER && evidence.is_undisturbed(operation.process, operation.invoked, until) {
+    if until == NEVER || !evidence.is_undisturbed(operation.process, session, operation.invoked, until) {
+        return;
+    }
+    verdict.count("appends-undisturbed", 1);
+    if operation.outcome == Outcome::Unknown {
         verdict.report(Class::Unanswered, session, || {
             format!("operation {} of {}, asked for at {}", operation.op, operation.process, operation.invoked)
         });

@@ -1081,6 +1081,12 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         entries.remove(index);
         is_calm(entries)
     }),
+    ("an append is never answered behind a fault that is over", Class::Unanswered, |entries, random| {
+        let Some((before, op)) = two_appends_of_one(entries, random) else { return false };
+        disturb_before(entries, before, true);
+        forget_the_answer(entries, op);
+        true
+    }),
     ("a subscription begins before the place that was asked for", Class::WrongResume, |entries, random| {
         let begins = |event: &Event| matches!(event, Event::Started { from: Some(Begin::Latest | Begin::Last(_) | Begin::View), next, .. } if *next > 0);
         let Some(index) = pick(entries, random, begins) else { return false };
@@ -1381,6 +1387,35 @@ fn is_calm(entries: &[Entry]) -> bool {
     !entries.iter().any(|entry| matches!(entry.event, Event::Provoked { .. }))
 }
 
+/// Two appends to one session that one process asked for and that were answered, one before the other was asked for, where nothing was in the
+/// way of anybody.
+fn two_appends_of_one(entries: &[Entry], random: &mut Random) -> Option<(u64, u64)> {
+    let asked =
+        |op: u64| entries.iter().position(|entry| matches!(entry.event, Event::Invoke { op: of, .. } if of == op));
+    let all = acknowledged(entries);
+    let mut pairs = Vec::new();
+    for (answer, first, ..) in &all {
+        for (_, second, ..) in &all {
+            let (Some(from), Some(then)) = (asked(*first), asked(*second)) else { continue };
+            if entries[*answer].at < entries[then].at && entries[from].process == entries[then].process {
+                pairs.push((*first, *second));
+            }
+        }
+    }
+    if is_calm(entries) { random.pick(&pairs) } else { None }
+}
+
+/// Something is done to the system just before an operation is asked for, and may be over by then.
+fn disturb_before(entries: &mut Vec<Entry>, op: u64, is_over: bool) {
+    let asks = |entry: &Entry| matches!(entry.event, Event::Invoke { op: of, .. } if of == op);
+    let place = entries.iter().position(asks).expect("the operation");
+    let events = [Event::Provoked { what: "kill".into(), count: 1 }, Event::Healed {}];
+    let (at, process) = (entries[place].at, "world".to_owned());
+    for event in events.into_iter().take(1 + usize::from(is_over)).rev() {
+        entries.insert(place, Entry { at, process: process.clone(), event });
+    }
+}
+
 /// Nobody asked for anything of this sort, whatever came of it. False if nobody did before either.
 fn unask(entries: &mut Vec<Entry>, sort: impl Fn(&Call) -> bool) -> bool {
     let ops = done(entries, sort);
@@ -1527,6 +1562,28 @@ fn what_was_judged_wrongly_once_is_judged_rightly() {
         broken.remove(&Class::NothingProvoked);
         assert_eq!(broken.keys().next().copied(), class, "{name}: {broken:?}");
     }
+}
+
+/// Nobody has to be answered while something is done to the system, nor before he has found back.
+#[test]
+fn who_was_not_answered_because_of_a_fault_is_none_of_the_checkers_business() {
+    let mut random = Random(seed());
+    let mut tried = 0;
+    for _ in 0..400 {
+        let entries = history(&mut random);
+        let Some((before, op)) = two_appends_of_one(&entries, &mut random) else { continue };
+        tried += 1;
+        // It goes on; it is over, and nobody was answered since; it is over, and then something else happens.
+        for (first, is_over, second) in [(before, false, None), (op, true, None), (before, true, Some(op))] {
+            let mut entries = entries.clone();
+            disturb_before(&mut entries, first, is_over);
+            second.into_iter().for_each(|second| disturb_before(&mut entries, second, false));
+            forget_the_answer(&mut entries, op);
+            let broken = check(entries, &[]).broken;
+            assert!(!broken.contains_key(&Class::Unanswered), "{first} {is_over} {second:?}: {broken:?}");
+        }
+    }
+    assert!(tried > 20, "{tried} histories had somebody who was answered twice");
 }
 
 #[test]

@@ -62,10 +62,12 @@ const ROUNDS: u64 = 5;
 /// What has to happen in as many crashes as CI makes, of whatever kind.
 const PROVOKED: &[&str] = &[
     "acknowledged",
+    "appends-undisturbed",
     "batches",
     "changes",
     "complete-reads",
     "deeds",
+    "departures-undisturbed",
     "fenced",
     "namespaces-compared",
     "positions",
@@ -83,7 +85,9 @@ const KILLED: &[&str] = &[
     "kill",
     "compacted",
     "deduplicated",
+    "expiries-timed",
     "gaps",
+    "losses-undisturbed",
     "messages",
     "others-signals-forbidden",
     "own-signals",
@@ -109,9 +113,10 @@ impl How {
     fn provokes(self) -> &'static [(u64, &'static [&'static str])] {
         const POWER: &[&str] = &["power-cut"];
         // By chance, one in three and less.
-        const FULL: &[&str] = &["cut-in-recovery", "filled", "no-space", "space-came-back"];
+        const CHANCE: &[&str] =
+            &["cut-in-recovery", "expiries-timed", "filled", "losses-undisturbed", "no-space", "space-came-back"];
         match self {
-            Self::Power => &[(20, PROVOKED), (20, POWER), (100, FULL)],
+            Self::Power => &[(20, PROVOKED), (20, POWER), (100, CHANCE)],
             Self::Kill if strace_is_there() => &[(100, PROVOKED), (100, KILLED)],
             Self::Kill => &[(100, PROVOKED), (100, UNTRACED)],
         }
@@ -120,8 +125,8 @@ impl How {
 /// From so many kills on, so many records have to be acknowledged between them.
 const LONG: u64 = 2000;
 const LOAD: u64 = 1_000_000;
-/// Microseconds within which the power of a server that starts may go.
-const LONGEST_CUT_START: u64 = 80_000;
+/// Within which time the power of a server that starts may go, as long as nobody knows how long it takes to start.
+const A_START: Duration = Duration::from_millis(80);
 /// From start to serving, also behind a crash.
 const LONGEST_START: Duration = Duration::from_secs(2);
 
@@ -189,7 +194,8 @@ pub async fn run(campaign: Campaign) -> Findings {
                 break;
             }
             let session = format!("round-{}-{round}", done);
-            let under = Under { disk: disk.as_ref(), planted: campaign.planted, lives: false, elsewhere: &elsewhere };
+            let (disk, planted) = (disk.as_ref(), campaign.planted);
+            let under = Under { disk, planted, lives: false, elsewhere: &elsewhere, log: &log };
             let (recorder, data) = (Recorder::default(), server.dir().to_owned());
             let mut evidence = Evidence { recorder: recorder.clone(), data, session: session.clone(), sound: false };
             let entries = self::round(&mut server, &under, &recorder, &session, cycles, &mut random, &mut total).await;
@@ -204,7 +210,7 @@ pub async fn run(campaign: Campaign) -> Findings {
             says(&log, "panicked at").into_iter().for_each(|panic| wrong.tell(panic));
             evidence.sound = wrong.is_sound();
         }
-        *total.provoked.entry("no-space".into()).or_default() += says(&log, "the engine takes no writes").len() as u64;
+        *total.provoked.entry("no-space".into()).or_default() += says(&log, NO_SPACE).len() as u64;
         server.kill().await;
     }
     total.tell(done, begun.elapsed());
@@ -274,7 +280,7 @@ async fn round(
     let (believed_until, mut is_revoked) = (1 + random.below(cycles.div_ceil(2)), false);
     for cycle in 1..=cycles {
         sleep(Duration::from_micros(40_000 + random.below(140_000))).await;
-        crash(server, under.disk, random, recorder).await;
+        crash(server, under, random, recorder).await;
         // Nobody is there to start it again behind the last one.
         let lives = cycle == cycles;
         start(server, random, &Under { lives, ..*under }, recorder, total).await;
@@ -436,9 +442,9 @@ const CALLS: &str = "write,pwrite64,writev,fdatasync,fsync,ftruncate,openat,rena
 const TRACE: &str =
     "trace=write,pwrite64,writev,fdatasync,fsync,ftruncate,openat,rename,renameat,renameat2,unlink,unlinkat";
 
-async fn crash(server: &mut Server, disk: Option<&Disk>, random: &mut Random, recorder: &Recorder) {
-    if let Some(disk) = disk {
-        return cut(server, disk, random, recorder).await;
+async fn crash(server: &mut Server, under: &Under<'_>, random: &mut Random, recorder: &Recorder) {
+    if let Some(disk) = under.disk {
+        return cut(server, disk, under.log, random, recorder).await;
     }
     // At a system call of its own, when the disk does not take what it syncs, or whenever it is.
     let (what, how, within) = match random.below(20) {
@@ -466,10 +472,7 @@ async fn crash(server: &mut Server, disk: Option<&Disk>, random: &mut Random, re
             strace.wait().await.expect("strace ends");
         }
         let seen = std::fs::read_to_string(seen).expect("what strace saw");
-        let failed = |line: &&str| {
-            line.contains("/store/log/") && line.contains(".jnl") && line.contains("EIO") && line.contains("INJECTED")
-        };
-        if let Some(failed) = seen.lines().find(failed) {
+        if let Some(failed) = failed_sync_of_a_journal(&seen) {
             assert_eq!(server.ended().await, Some(DAMAGED), "behind {failed}");
             return recorder.provoked(what);
         }
@@ -486,19 +489,43 @@ async fn crash(server: &mut Server, disk: Option<&Disk>, random: &mut Random, re
     }
 }
 
+/// The call, as strace with `-f -y` writes it down, by which a journal of a store was to be synced and was not. What another thread does
+/// meanwhile stands between its beginning and its end.
+fn failed_sync_of_a_journal(trace: &str) -> Option<String> {
+    let mut begun: BTreeMap<&str, &str> = BTreeMap::new();
+    trace.lines().find_map(|line| {
+        let (thread, call) = line.trim_start().split_once(' ')?;
+        let call = call.trim_start();
+        if let Some(beginning) = call.strip_suffix("<unfinished ...>") {
+            begun.insert(thread, beginning);
+            return None;
+        }
+        let whole = match call.split_once(" resumed>") {
+            Some((_, end)) => [begun.remove(thread).unwrap_or_default(), end].concat(),
+            None => call.to_owned(),
+        };
+        ["/store/log/", ".jnl", "EIO", "INJECTED"].iter().all(|part| whole.contains(part)).then_some(whole)
+    })
+}
+
 /// Cuts the power under a server, now and then of a disk that is full: it may have been so for a while, and its space may have come back,
 /// with which the server has to go on by itself.
-async fn cut(server: &mut Server, disk: &Disk, random: &mut Random, recorder: &Recorder) {
+async fn cut(server: &mut Server, disk: &Disk, log: &Path, random: &mut Random, recorder: &Recorder) {
+    let refusals = says(log, NO_SPACE).len();
     if random.chance(0.3) {
         recorder.provoked("filled");
         disk.fill(random.below(96 << 10)).expect("a full disk");
         sleep(Duration::from_micros(random.below(600_000))).await;
     }
     if random.chance(0.5) && disk.empty() {
-        let before = recorder.acknowledged();
-        mainstay_tests::until("there is space, and something is stored", async || recorder.acknowledged() > before)
-            .await;
-        recorder.provoked("space-came-back");
+        let (refused, pending) = (says(log, NO_SPACE).len() > refusals, recorder.pending());
+        mainstay_tests::until("there is space, and what waited is stored", async || {
+            recorder.pending().is_disjoint(&pending)
+        })
+        .await;
+        if refused {
+            recorder.provoked("space-came-back");
+        }
     }
     recorder.provoked("power-cut");
     // It answers nobody any more when the power goes: whatever it has said was true before.
@@ -508,6 +535,9 @@ async fn cut(server: &mut Server, disk: &Disk, random: &mut Random, recorder: &R
         disk.empty();
     }
 }
+
+/// What a server says when a commit has met a disk without space.
+const NO_SPACE: &str = "the engine takes no writes";
 
 /// The power of a server that is frozen goes, and comes back.
 async fn lose(server: &mut Server, disk: &Disk) {
@@ -540,6 +570,8 @@ struct Under<'a> {
     lives: bool,
     /// The key of its other namespace.
     elsewhere: &'a SigningKey,
+    /// What it says.
+    log: &'a Path,
 }
 
 /// Starts the server again; now and then it is killed while it looks at what it finds.
@@ -557,12 +589,14 @@ async fn start(server: &mut Server, random: &mut Random, under: &Under<'_>, reco
             disk.empty();
         } else if random.chance(0.3) {
             plant(server);
-            match server.restart_within(Duration::from_micros(random.below(LONGEST_CUT_START))).await {
+            let usual = total.median_start().unwrap_or(A_START);
+            match server.restart_within(usual.mul_f64(random.below(1 << 16) as f64 / f64::from(1 << 16))).await {
                 None => {
+                    let recovers = server.has_open(&server.dir().join("store").join("log"));
+                    recorder.provoked(if recovers { "cut-in-recovery" } else { "cut-before-recovery" });
                     lose(server, disk).await;
-                    recorder.provoked("cut-in-recovery");
                 }
-                Some(Ok(())) => return,
+                Some(Ok(())) => return heals(under, recorder),
                 Some(Err(why)) => refused(why),
             }
         }
@@ -583,6 +617,14 @@ async fn start(server: &mut Server, random: &mut Random, under: &Under<'_>, reco
     match server.try_restart().await {
         Ok(()) => total.starts.push(begun.elapsed()),
         Err(why) => refused(why),
+    }
+    heals(under, recorder);
+}
+
+/// A server runs again: nothing is in the way of anybody, unless its disk is still full.
+fn heals(under: &Under<'_>, recorder: &Recorder) {
+    if under.disk.is_none_or(|disk| !disk.is_filled()) {
+        recorder.healed();
     }
 }
 
@@ -677,17 +719,22 @@ impl Total {
         let wanted = how.provokes().iter().filter(|(enough, _)| cycles >= *enough).flat_map(|(_, wanted)| *wanted);
         let missing = wanted.filter(|what| self.provoked.get(**what).copied().unwrap_or(0) == 0);
         let missing = missing.map(|what| format!("{what} did not happen, so it was not tested"));
-        let slow = self.starts.last().filter(|longest| **longest > LONGEST_START);
+        let slow = self.starts.iter().max().filter(|longest| **longest > LONGEST_START);
         missing.chain(slow.map(|longest| format!("a start took {longest:?}, longer than {LONGEST_START:?}"))).collect()
     }
 
-    fn tell(&mut self, cycles: u64, took: Duration) {
-        self.starts.sort();
+    /// How long half of the starts took at most.
+    fn median_start(&self) -> Option<Duration> {
+        let mut starts = self.starts.clone();
+        starts.sort_unstable();
+        starts.get(starts.len() / 2).copied()
+    }
+
+    fn tell(&self, cycles: u64, took: Duration) {
         let counts: Vec<String> = self.provoked.iter().map(|(what, count)| format!("{what} {count}")).collect();
         println!("{cycles} crashes, {} records acknowledged, {:.0} s", self.acknowledged, took.as_secs_f64());
-        if !self.starts.is_empty() {
-            let (half, last) = (self.starts[self.starts.len() / 2], self.starts[self.starts.len() - 1]);
-            println!("from start to serving: median {half:?}, longest {last:?}");
+        if let (Some(half), Some(longest)) = (self.median_start(), self.starts.iter().max()) {
+            println!("from start to serving: median {half:?}, longest {longest:?}");
         }
         println!("{}", counts.join(", "));
     }
@@ -753,4 +800,28 @@ pub async fn failed_sync(planted: Option<&'static str>) -> Result<(), String> {
     });
     let texts: std::collections::BTreeSet<String> = texts.flatten().collect();
     if texts.len() as u64 == tail { Ok(()) } else { Err(format!("{} different records below {tail}", texts.len())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::failed_sync_of_a_journal;
+
+    #[test]
+    fn a_sync_that_failed_is_seen_also_where_another_thread_was_at_work_between() {
+        let at_once = "812  fdatasync(11</d/store/log/0.jnl>) = -1 EIO (Input/output error) (INJECTED)";
+        let in_two = "812  fdatasync(11</d/store/log/0.jnl> <unfinished ...>\n\
+            815  fdatasync(9</d/other>) = 0\n\
+            812  <... fdatasync resumed>) = -1 EIO (Input/output error) (INJECTED)";
+        for failed in [at_once, in_two] {
+            assert!(failed_sync_of_a_journal(failed).is_some(), "{failed}");
+        }
+        let another_thread = "812  fdatasync(11</d/store/log/0.jnl> <unfinished ...>\n\
+            815  fsync(9</d/other> <unfinished ...>\n\
+            815  <... fsync resumed>) = -1 EIO (Input/output error) (INJECTED)\n\
+            812  <... fdatasync resumed>) = 0";
+        let another_file = "812  fsync(9</d/other>) = -1 EIO (Input/output error) (INJECTED)";
+        for sound in [another_thread, another_file, "", "812  +++ killed by SIGKILL +++"] {
+            assert_eq!(failed_sync_of_a_journal(sound), None);
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! Writes down what clients ask for, are told and see, for the checker.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mainstay_checker::history::{Begin, Call, Entry, Event, Filter, Position, Record, View};
@@ -24,9 +25,10 @@ struct Recording {
 #[derive(Debug, Default)]
 struct Written {
     entries: Vec<Entry>,
-    stored: u64,
     last: u64,
     operations: u64,
+    /// Appends that nobody was told of what became of them.
+    pending: BTreeSet<u64>,
     subscriptions: u64,
 }
 
@@ -67,12 +69,21 @@ impl Recorder {
         self.say("world", Event::Provoked { what: what.to_owned(), count: 1 });
     }
 
+    /// Writes down that all that was done to the system is over.
+    pub fn healed(&self) {
+        self.say("world", Event::Healed {});
+    }
+
     /// Writes down that something is asked for, and returns its name.
     pub fn invoke(&self, process: &str, call: Call) -> u64 {
         let op = {
             let mut written = self.lock();
             written.operations += 1;
-            written.operations
+            let op = written.operations;
+            if matches!(call, Call::Append { .. }) {
+                written.pending.insert(op);
+            }
+            op
         };
         self.say(process, Event::Invoke { op, call });
         op
@@ -80,11 +91,9 @@ impl Recorder {
 
     /// Writes down what became of an append.
     pub fn stored(&self, process: &str, op: u64, result: &Result<u64, AppendError>) {
+        self.lock().pending.remove(&op);
         let event = match result {
-            Ok(seq) => {
-                self.lock().stored += 1;
-                Event::Ok { op, seq: Some(*seq) }
-            }
+            Ok(seq) => Event::Ok { op, seq: Some(*seq) },
             Err(AppendError { stored: Stored::NotCommitted, error }) => Event::Fail { op, code: error.name() },
             Err(AppendError { stored: Stored::Unknown, .. }) => Event::Unknown { op },
         };
@@ -240,9 +249,9 @@ impl Recorder {
         tail
     }
 
-    /// How many appends were acknowledged so far.
-    pub fn acknowledged(&self) -> u64 {
-        self.lock().stored
+    /// Appends of which nobody was told yet what became of them.
+    pub fn pending(&self) -> BTreeSet<u64> {
+        self.lock().pending.clone()
     }
 
     /// Everything that was written down.

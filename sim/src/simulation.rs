@@ -419,6 +419,7 @@ async fn live(seed: u64, recorder: &Recorder) {
     if matches!(world.home.disk.health(), Health::Failed { .. }) || world.stop.is_none() {
         world.crash();
     }
+    recorder.healed();
     work.settle(&observer).await;
     if random.chance(0.3) {
         world.rot(&observer, &mut random).await;

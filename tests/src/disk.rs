@@ -74,6 +74,11 @@ impl Disk {
         std::fs::remove_file(self.filler()).is_ok()
     }
 
+    /// True between the two.
+    pub fn is_filled(&self) -> bool {
+        self.filler().exists()
+    }
+
     fn filler(&self) -> PathBuf {
         self.root.join("filler")
     }

@@ -207,10 +207,21 @@ impl Server {
         let stopped = Command::new("kill").args(["-STOP", &pid.to_string()]).status().await.expect("kill");
         assert!(stopped.success());
         crate::until("it is stopped", async || {
-            let stat = proc_file(pid, "stat").expect("a running process");
-            stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('T'))
+            let stat = proc_file(pid, "stat").expect("a process that nobody has waited for");
+            stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with(['T', 'Z']))
         })
         .await;
+    }
+
+    /// True if it has a file in this directory open.
+    ///
+    /// # Panics
+    ///
+    /// If it does not run.
+    pub fn has_open(&self, dir: &Path) -> bool {
+        let files = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the files of a running process");
+        // One that is closed meanwhile is not open.
+        files.flatten().filter_map(|file| std::fs::read_link(file.path()).ok()).any(|file| file.starts_with(dir))
     }
 
     /// Kills it with SIGKILL.
@@ -266,11 +277,9 @@ impl Server {
             Ok(Ok(())) => self.hear(lines),
             Ok(Err(_)) => {}
             Err(_) => {
-                if let Some(status) = self.has_ended() {
-                    return Some(Err((status.code(), "it ended when its time was over".into())));
-                }
                 self.freeze().await;
-                return None;
+                let status = self.has_ended()?;
+                return Some(Err((status.code(), "it ended when its time was over".into())));
             }
         }
         begun.ok()
