@@ -251,7 +251,8 @@ pub struct Evidence<'a> {
     pub healed: Vec<u64>,
     /// When a clock was set.
     pub clock_jumps: Vec<u64>,
-    /// What a process asked for in a session and had done, by when it asked, and when it was told.
+    /// When a process asked for something in a session that a server did, and when the first of that or of what it asked for later was
+    /// answered.
     pub answered: BTreeMap<(&'a str, &'a str), Vec<(u64, u64)>>,
     /// When processes died.
     pub gone: BTreeMap<&'a str, u64>,
@@ -353,9 +354,19 @@ impl<'a> Evidence<'a> {
                 Event::Quiet { session, tail } => drop(this.quiet.insert(session, (*at, *tail))),
             }
         }
-        for operation in this.operations.iter().filter(|operation| operation.is_done()) {
+        // Whoever lets go of something may take that for done before a server hears of it.
+        let lets_go = |call: &Call| matches!(call, Call::ReleaseRun { .. } | Call::Leave { .. });
+        let done = this.operations.iter().filter(|operation| operation.is_done() && !lets_go(operation.call));
+        for operation in done {
             let theirs = this.answered.entry((operation.process, operation.call.session())).or_default();
             theirs.push((operation.invoked, operation.told));
+        }
+        for theirs in this.answered.values_mut() {
+            let mut first = NEVER;
+            for (_, told) in theirs.iter_mut().rev() {
+                first = first.min(*told);
+                *told = first;
+            }
         }
         this.see(entries, verdict);
         this.find();
@@ -441,7 +452,8 @@ impl<'a> Evidence<'a> {
     /// True if nothing that was done to the system can have kept the process from a session between these moments, and it lost no right: what was
     /// done before is over, and the process was answered since, or had a minute for it.
     pub fn is_undisturbed(&self, process: &str, session: &str, from: u64, to: u64) -> bool {
-        let revoked = self.grants.iter().any(|granted| granted.process == process && granted.until <= to);
+        let loses_it = |granted: &Granted<'_>| granted.until != NEVER && granted.until <= to;
+        let revoked = self.grants.iter().any(|granted| granted.process == process && loses_it(granted));
         if from > to || revoked || self.was_provoked(from, to) {
             return false;
         }
@@ -458,6 +470,11 @@ impl<'a> Evidence<'a> {
         };
         let first = answered.partition_point(|(invoked, _)| invoked < healed);
         answered.get(first).is_some_and(|(_, told)| *told < by)
+    }
+
+    /// True if something was done to the system before.
+    pub fn is_behind_a_fault(&self, at: u64) -> bool {
+        self.provoked.first().is_some_and(|first| *first < at)
     }
 
     /// True if something was done to the system between these moments.

@@ -213,8 +213,8 @@ pub enum Event {
         #[serde(default = "one")]
         count: u64,
     },
-    /// All that was done to the system is over: it can be reached, and takes what it is asked for. Whoever is answered from now on has found
-    /// back. A history need not tell that; then everybody may take a minute for it.
+    /// All that was done to the system is over: it can be reached, and takes what it is asked for. Whoever asks for something from now on and
+    /// has it done, other than to let go of what is his, has found back. A history need not tell that; then everybody may take a minute for it.
     Healed {},
     /// No faults any more, everybody had time: who follows the session must have reached this tail.
     Quiet {

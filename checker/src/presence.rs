@@ -115,7 +115,7 @@ fn thrown_out(evidence: &Evidence<'_>, session: &str, departures: &Departures<'_
         if !evidence.is_undisturbed(operation.process, session, from, left.at) {
             continue;
         }
-        verdict.count("departures-undisturbed", 1);
+        verdict.count("departures-behind-faults", u64::from(evidence.is_behind_a_fault(from)));
         if asked || gone {
             continue;
         }

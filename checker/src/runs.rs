@@ -90,7 +90,7 @@ fn taken_away(
     if !evidence.is_undisturbed(holds.process, session, from, seen.at) {
         return;
     }
-    verdict.count("losses-undisturbed", 1);
+    verdict.count("losses-behind-faults", u64::from(evidence.is_behind_a_fault(from)));
     if !let_go && !gone {
         verdict.report(Class::TwoHolders, session, || format!("{lost:?}, and {} had not let go of it", holds.process));
     }

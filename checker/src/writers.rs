@@ -155,7 +155,7 @@ fn unanswered(evidence: &Evidence<'_>, session: &str, operation: &Operation<'_>,
     if until == NEVER || !evidence.is_undisturbed(operation.process, session, operation.invoked, until) {
         return;
     }
-    verdict.count("appends-undisturbed", 1);
+    verdict.count("appends-behind-faults", u64::from(evidence.is_behind_a_fault(operation.invoked)));
     if operation.outcome == Outcome::Unknown {
         verdict.report(Class::Unanswered, session, || {
             format!("operation {} of {}, asked for at {}", operation.op, operation.process, operation.invoked)

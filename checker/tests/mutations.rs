@@ -1081,6 +1081,20 @@ const MUTATIONS: &[(&str, Class, Mutation)] = &[
         entries.remove(index);
         is_calm(entries)
     }),
+    ("a run is lost that nobody let go of behind a fault that is over", Class::TwoHolders, |entries, _| {
+        let holds = |call: &Call| matches!(call, Call::StartRun { .. } | Call::TakeRun { .. });
+        is_calm(entries)
+            && have_been_answered_before(entries, holds)
+            && unask(entries, |call| matches!(call, Call::ReleaseRun { .. }))
+            && loses(entries)
+            && is_over_before_all(entries)
+    }),
+    ("a member has left that did not ask for it behind a fault that is over", Class::MissingMember, |entries, _| {
+        is_calm(entries)
+            && have_been_answered_before(entries, |call| matches!(call, Call::Join { .. }))
+            && unask(entries, |call| matches!(call, Call::Leave { .. }))
+            && is_over_before_all(entries)
+    }),
     ("an append is never answered behind a fault that is over", Class::Unanswered, |entries, random| {
         let Some((before, op)) = two_appends_of_one(entries, random) else { return false };
         disturb_before(entries, before, true);
@@ -1405,12 +1419,40 @@ fn two_appends_of_one(entries: &[Entry], random: &mut Random) -> Option<(u64, u6
     if is_calm(entries) { random.pick(&pairs) } else { None }
 }
 
+/// Whoever had such a thing done had had something done before that.
+fn have_been_answered_before(entries: &[Entry], sort: impl Fn(&Call) -> bool) -> bool {
+    let of_sort = done(entries, sort);
+    let all = done(entries, |call| !matches!(call, Call::ReleaseRun { .. } | Call::Leave { .. }));
+    let mut asked: BTreeMap<u64, &str> = BTreeMap::new();
+    let mut answered: Vec<&str> = Vec::new();
+    entries.iter().all(|entry| match entry.event {
+        Event::Invoke { op, .. } => {
+            asked.insert(op, &entry.process);
+            !of_sort.contains(&op) || answered.contains(&entry.process.as_str())
+        }
+        Event::Ok { op, .. } => {
+            answered.extend(asked.get(&op).filter(|_| all.contains(&op)));
+            true
+        }
+        _ => true,
+    })
+}
+
+/// Something was done to the system before everything else, and is over.
+fn is_over_before_all(entries: &mut Vec<Entry>) -> bool {
+    let at = entries[0].at;
+    let events = [Event::Provoked { what: "kill".into(), count: 1 }, Event::Healed {}];
+    entries.splice(0..0, events.map(|event| Entry { at, process: "world".into(), event }));
+    true
+}
+
 /// Something is done to the system just before an operation is asked for, and may be over by then.
 fn disturb_before(entries: &mut Vec<Entry>, op: u64, is_over: bool) {
     let asks = |entry: &Entry| matches!(entry.event, Event::Invoke { op: of, .. } if of == op);
-    let place = entries.iter().position(asks).expect("the operation");
+    let at = entries.iter().find(|entry| asks(entry)).expect("the operation").at - 1;
+    let place = entries.partition_point(|entry| entry.at <= at);
     let events = [Event::Provoked { what: "kill".into(), count: 1 }, Event::Healed {}];
-    let (at, process) = (entries[place].at, "world".to_owned());
+    let process = "world".to_owned();
     for event in events.into_iter().take(1 + usize::from(is_over)).rev() {
         entries.insert(place, Entry { at, process: process.clone(), event });
     }
@@ -1537,13 +1579,14 @@ fn the_example_of_the_format_is_a_history() {
 /// Histories that were judged wrongly once, and what each is.
 #[test]
 fn what_was_judged_wrongly_once_is_judged_rightly() {
-    let known: [(&str, Option<Class>); 9] = [
+    let known: [(&str, Option<Class>); 10] = [
         ("condition-beside-another-deletion", Some(Class::WrongChange)),
         ("deletion-read-before-it-was-asked-for", Some(Class::PrecommittedRead)),
         ("time-of-a-part", Some(Class::TimeRanBackwards)),
         ("append-lost-in-what-was-given-up", Some(Class::LostWrite)),
         ("run-lost-in-what-was-given-up", Some(Class::LostWrite)),
         ("batch-torn-in-what-was-given-up", Some(Class::TornBatch)),
+        ("released-while-away", None),
         ("second-life-alone-was-read", None),
         ("trimmed-and-whole", None),
         ("without-times", None),

@@ -62,12 +62,11 @@ const ROUNDS: u64 = 5;
 /// What has to happen in as many crashes as CI makes, of whatever kind.
 const PROVOKED: &[&str] = &[
     "acknowledged",
-    "appends-undisturbed",
+    "appends-behind-faults",
     "batches",
     "changes",
     "complete-reads",
     "deeds",
-    "departures-undisturbed",
     "fenced",
     "namespaces-compared",
     "positions",
@@ -85,9 +84,10 @@ const KILLED: &[&str] = &[
     "kill",
     "compacted",
     "deduplicated",
+    "departures-behind-faults",
     "expiries-timed",
     "gaps",
-    "losses-undisturbed",
+    "losses-behind-faults",
     "messages",
     "others-signals-forbidden",
     "own-signals",
@@ -195,7 +195,7 @@ pub async fn run(campaign: Campaign) -> Findings {
             }
             let session = format!("round-{}-{round}", done);
             let (disk, planted) = (disk.as_ref(), campaign.planted);
-            let under = Under { disk, planted, lives: false, elsewhere: &elsewhere, log: &log };
+            let under = Under { disk, planted, lives: false, elsewhere: &elsewhere, log: &log, refusals: 0 };
             let (recorder, data) = (Recorder::default(), server.dir().to_owned());
             let mut evidence = Evidence { recorder: recorder.clone(), data, session: session.clone(), sound: false };
             let entries = self::round(&mut server, &under, &recorder, &session, cycles, &mut random, &mut total).await;
@@ -279,8 +279,9 @@ async fn round(
     let former = work.former(&subject, |rights| client(server, &own, rights), random);
     let (believed_until, mut is_revoked) = (1 + random.below(cycles.div_ceil(2)), false);
     for cycle in 1..=cycles {
+        let refusals = says(under.log, NO_SPACE).len();
         sleep(Duration::from_micros(40_000 + random.below(140_000))).await;
-        crash(server, under, random, recorder).await;
+        crash(server, &Under { refusals, ..*under }, random, recorder).await;
         // Nobody is there to start it again behind the last one.
         let lives = cycle == cycles;
         start(server, random, &Under { lives, ..*under }, recorder, total).await;
@@ -444,7 +445,7 @@ const TRACE: &str =
 
 async fn crash(server: &mut Server, under: &Under<'_>, random: &mut Random, recorder: &Recorder) {
     if let Some(disk) = under.disk {
-        return cut(server, disk, under.log, random, recorder).await;
+        return cut(server, disk, under, random, recorder).await;
     }
     // At a system call of its own, when the disk does not take what it syncs, or whenever it is.
     let (what, how, within) = match random.below(20) {
@@ -510,17 +511,17 @@ fn failed_sync_of_a_journal(trace: &str) -> Option<String> {
 
 /// Cuts the power under a server, now and then of a disk that is full: it may have been so for a while, and its space may have come back,
 /// with which the server has to go on by itself.
-async fn cut(server: &mut Server, disk: &Disk, log: &Path, random: &mut Random, recorder: &Recorder) {
-    let refusals = says(log, NO_SPACE).len();
+async fn cut(server: &mut Server, disk: &Disk, under: &Under<'_>, random: &mut Random, recorder: &Recorder) {
     if random.chance(0.3) {
         recorder.provoked("filled");
         disk.fill(random.below(96 << 10)).expect("a full disk");
         sleep(Duration::from_micros(random.below(600_000))).await;
     }
     if random.chance(0.5) && disk.empty() {
-        let (refused, pending) = (says(log, NO_SPACE).len() > refusals, recorder.pending());
-        mainstay_tests::until("there is space, and what waited is stored", async || {
-            recorder.pending().is_disjoint(&pending)
+        let (pending, before) = (recorder.pending(), recorder.acknowledged());
+        let refused = says(under.log, NO_SPACE).len() > under.refusals && !pending.is_empty();
+        mainstay_tests::until("there is space, and what waited is answered", async || {
+            recorder.pending().is_disjoint(&pending) && recorder.acknowledged() > before
         })
         .await;
         if refused {
@@ -530,6 +531,9 @@ async fn cut(server: &mut Server, disk: &Disk, log: &Path, random: &mut Random, 
     recorder.provoked("power-cut");
     // It answers nobody any more when the power goes: whatever it has said was true before.
     server.freeze().await;
+    if let Some(status) = server.has_ended() {
+        panic!("the server ended by itself: {status}");
+    }
     lose(server, disk).await;
     if random.chance(0.5) {
         disk.empty();
@@ -572,6 +576,8 @@ struct Under<'a> {
     elsewhere: &'a SigningKey,
     /// What it says.
     log: &'a Path,
+    /// How often one of its stores had met a disk without space when it was started.
+    refusals: usize,
 }
 
 /// Starts the server again; now and then it is killed while it looks at what it finds.

@@ -29,6 +29,7 @@ struct Written {
     operations: u64,
     /// Appends that nobody was told of what became of them.
     pending: BTreeSet<u64>,
+    acknowledged: u64,
     subscriptions: u64,
 }
 
@@ -91,7 +92,11 @@ impl Recorder {
 
     /// Writes down what became of an append.
     pub fn stored(&self, process: &str, op: u64, result: &Result<u64, AppendError>) {
-        self.lock().pending.remove(&op);
+        {
+            let mut written = self.lock();
+            written.pending.remove(&op);
+            written.acknowledged += u64::from(result.is_ok());
+        }
         let event = match result {
             Ok(seq) => Event::Ok { op, seq: Some(*seq) },
             Err(AppendError { stored: Stored::NotCommitted, error }) => Event::Fail { op, code: error.name() },
@@ -252,6 +257,11 @@ impl Recorder {
     /// Appends of which nobody was told yet what became of them.
     pub fn pending(&self) -> BTreeSet<u64> {
         self.lock().pending.clone()
+    }
+
+    /// How many appends were acknowledged.
+    pub fn acknowledged(&self) -> u64 {
+        self.lock().acknowledged
     }
 
     /// Everything that was written down.

@@ -89,15 +89,15 @@ enum What {
     },
     /// Write five times as much as the real server can take, and look what it gets done and what is lost.
     Overload {
-        /// How long each half is measured.
+        /// How long each is measured.
         #[arg(long, default_value_t = 5, value_parser = at_least_one())]
         seconds: u64,
         /// Sessions that saturate it.
         #[arg(long, default_value_t = 16, value_parser = at_least_one())]
         sessions: u64,
-        /// How many times as many there are then.
-        #[arg(long, default_value_t = 5, value_parser = at_least_one())]
-        times: u64,
+        /// How many times as many there are then, one after the other.
+        #[arg(long, value_delimiter = ',', default_values_t = [5, 10], value_parser = at_least_one())]
+        times: Vec<u64>,
         /// Fail if less than nine tenths of the peak are done: for a release build on a machine that does nothing else.
         #[arg(long)]
         strict: bool,

@@ -3,9 +3,11 @@
 //! Everything goes to the server that it is pointed at, and is bounded: by the number of connections, by the time, and by pauses, so that an
 //! attack is not one on the machine that runs it.
 
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -17,9 +19,12 @@ use mainstay_protocol::wire::{
     Append, Attach, AttachMode, Frame, Join, List, Mint, OpenProducer, Ping, Produce, Signal, Start, Subscribe, Token,
     Update, Writer,
 };
-use mainstay_transport::quic::{QuicConnector, Trust};
+use mainstay_transport::quic::{GatheringRuntime, QuicConnector, Sockets, Trust, bind};
 use mainstay_transport::sim::Random;
-use mainstay_transport::{Connection, Connector, FrameReader, RecvStream, SendStream};
+use mainstay_transport::{
+    Connection, ConnectionError, Connector, FrameError, FrameReader, RecvStream, SendStream, StreamError,
+};
+use quinn::{AsyncUdpSocket, Runtime};
 use tokio::net::UdpSocket;
 use tokio::time::{sleep, timeout};
 
@@ -107,6 +112,39 @@ ways! {
     Reconnects "reconnects",
 }
 
+/// The address of this machine that attackers of one network have; there are forty of them, and the honest ones are in none.
+#[derive(Debug, Clone, Copy)]
+struct Home(Ipv4Addr);
+
+impl Home {
+    fn of(random: &mut Random) -> Self {
+        Self(Ipv4Addr::new(127, 1 + random.below(40) as u8, 0, 1))
+    }
+
+    async fn socket(self) -> io::Result<UdpSocket> {
+        UdpSocket::bind((self.0, 0)).await
+    }
+
+    fn connector(self, addr: SocketAddr, trust: &Trust) -> Result<QuicConnector, String> {
+        let limits = mainstay_client::Config::default().transport_limits();
+        QuicConnector::over(Arc::new(self), Arc::new(GatheringRuntime), addr, trust, &limits, ALPN)
+    }
+
+    async fn connect(self, aim: &Aim, first: &[u8]) -> Option<Raw> {
+        Raw::try_over(&self.connector(aim.addr, &aim.trust).ok()?, first).await.ok()
+    }
+}
+
+impl Sockets for Home {
+    fn bind(&self, _: SocketAddr) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+        GatheringRuntime.wrap_udp_socket(bind((self.0, 0).into())?)
+    }
+
+    fn route(&self, _: SocketAddr) -> Option<IpAddr> {
+        Some(self.0.into())
+    }
+}
+
 /// How often something was done, and how often the server put an end to it.
 #[derive(Debug, Default)]
 pub struct Tally {
@@ -116,9 +154,29 @@ pub struct Tally {
     pub connections: AtomicU64,
     /// Connections that were not made, or ended by the server.
     pub ended: AtomicU64,
+    /// With which codes malformed input was answered, and how often.
+    pub codes: Mutex<BTreeMap<u64, u64>>,
+    /// Answers that are none of the protocol's.
+    pub malformed: AtomicU64,
 }
 
 impl Tally {
+    fn count(&self, code: u64) {
+        *self.codes.lock().unwrap_or_else(PoisonError::into_inner).entry(code).or_default() += 1;
+    }
+
+    /// What was answered, if it says that something is wrong.
+    fn hear(&self, answer: &Result<Option<Frame>, FrameError>) {
+        match answer {
+            Ok(Some(Frame::Error(error))) => self.count(error.code.0),
+            Ok(Some(Frame::Refused(refused))) => self.count(refused.code.0),
+            Err(FrameError::Lost(StreamError::Reset(code) | StreamError::Stopped(code))) => self.count(*code),
+            Err(FrameError::Lost(StreamError::Connection(ConnectionError::Closed { code, .. }))) => self.count(*code),
+            Err(FrameError::Violation(_)) => drop(self.malformed.fetch_add(1, Ordering::Relaxed)),
+            _ => {}
+        }
+    }
+
     fn blow(&self) {
         self.blows.fetch_add(1, Ordering::Relaxed);
     }
@@ -127,12 +185,13 @@ impl Tally {
 /// Attacks in one way over one connection at a time, until it is dropped.
 pub async fn attack(way: Way, aim: Arc<Aim>, seed: u64, tally: Arc<Tally>) {
     let mut random = Random::new(seed);
+    let home = Home::of(&mut random);
     loop {
         let lived = match way {
-            Way::SlowHandshake => slow_handshake(&aim, &tally).await,
-            Way::Garbage => garbage(&aim, &mut random, &tally).await,
-            Way::Replay => replay(&aim, &mut random, &tally).await,
-            _ => over_a_connection(way, &aim, &mut random, &tally).await,
+            Way::SlowHandshake => slow_handshake(home, &aim, &tally).await,
+            Way::Garbage => garbage(home, &aim, &mut random, &tally).await,
+            Way::Replay => replay(home, &aim, &mut random, &tally).await,
+            _ => over_a_connection(way, home, &aim, &mut random, &tally).await,
         };
         if lived.is_none() {
             tally.ended.fetch_add(1, Ordering::Relaxed);
@@ -155,10 +214,10 @@ fn session(aim: &Aim, random: &mut Random, of: u64) -> String {
 }
 
 /// `None` once the server ends it, as all that follow.
-async fn over_a_connection(way: Way, aim: &Aim, random: &mut Random, tally: &Tally) -> Option<()> {
+async fn over_a_connection(way: Way, home: Home, aim: &Aim, random: &mut Random, tally: &Tally) -> Option<()> {
     if way == Way::SlowHello {
         let whole = hello(token(aim, random).to_owned(), instance(random));
-        let mut raw = Raw::try_at(aim.addr, &aim.trust, &whole[..1]).await.ok()?;
+        let mut raw = home.connect(aim, &whole[..1]).await?;
         tally.connections.fetch_add(1, Ordering::Relaxed);
         for byte in whole.iter().skip(1) {
             raw.control.0.write(&mut [Bytes::copy_from_slice(&[*byte])]).await.ok()?;
@@ -168,7 +227,7 @@ async fn over_a_connection(way: Way, aim: &Aim, random: &mut Random, tally: &Tal
         return Some(());
     }
     let first = hello(token(aim, random).to_owned(), instance(random));
-    let mut raw = Raw::try_at(aim.addr, &aim.trust, &first).await.ok()?;
+    let mut raw = home.connect(aim, &first).await?;
     tally.connections.fetch_add(1, Ordering::Relaxed);
     match way {
         Way::Reconnects => {
@@ -242,31 +301,99 @@ async fn streams(way: Way, raw: &Raw, tally: &Tally) -> Option<()> {
     }
 }
 
-/// Frames whose lengths and counts promise what is not there.
+/// Lengths that promise more than there can be.
+const HUGE: [&[u8]; 4] = [&[0x7f, 0xff], &[0xbf, 0xff, 0xff, 0xff], &[0xff; 8], &[0x40, 0x00]];
+
+fn some<'a, T: ?Sized>(all: &'a [impl AsRef<T>], random: &mut Random) -> &'a T {
+    all[random.below(all.len() as u64) as usize].as_ref()
+}
+
+/// What frames and records look like, right ones and wrong ones: those that the specification shows.
+struct Shown {
+    frames: Vec<Vec<u8>>,
+    records: Vec<Vec<u8>>,
+}
+
+fn shown() -> &'static Shown {
+    static SHOWN: std::sync::OnceLock<Shown> = std::sync::OnceLock::new();
+    fn bytes(text: &str) -> Vec<Vec<u8>> {
+        let shown = text.lines().filter_map(|line| line.strip_prefix("hex = \"")?.strip_suffix('"'));
+        let byte = |hex: &[u8]| u8::from_str_radix(std::str::from_utf8(hex).expect("text"), 16).expect("hex");
+        let whole = shown.map(|hex| hex.as_bytes().chunks(2).map(byte).collect::<Vec<_>>());
+        whole.filter(|whole| !whole.is_empty()).collect()
+    }
+    SHOWN.get_or_init(|| Shown {
+        frames: bytes(include_str!("../../spec/vectors/frames.toml")),
+        records: bytes(include_str!("../../spec/vectors/records.toml")),
+    })
+}
+
+/// Frames whose lengths and counts promise what is not there: in front, or anywhere in what the frame is made of.
 fn promising(random: &mut Random) -> Vec<u8> {
-    const HUGE: [&[u8]; 4] = [&[0x7f, 0xff], &[0xbf, 0xff, 0xff, 0xff], &[0xff; 8], &[0x40, 0x00]];
-    let huge = HUGE[random.below(4) as usize];
-    let mut frame = Writer::new();
+    let huge = some::<[u8]>(&HUGE, random);
     let kinds = [0x10u64, 0x14, 0x18, 0x22, 0x3e, 0x40, 0x44, 0x5c, 0x64, 0x66, 0x70, 0x74];
-    frame.varint(kinds[random.below(kinds.len() as u64) as usize]);
+    let mut frame = Writer::new();
     match random.below(3) {
-        0 => frame.raw(huge),
-        _ => {
+        0 => {
+            frame.varint(kinds[random.below(kinds.len() as u64) as usize]);
+            frame.raw(huge);
+        }
+        1 => {
+            frame.varint(kinds[random.below(kinds.len() as u64) as usize]);
             let mut body = vec![random.below(4) as u8; random.below(4) as usize];
             body.extend_from_slice(huge);
             body.extend((0..random.below(40)).map(|_| random.below(256) as u8));
+            frame.bytes(&body);
+        }
+        _ => {
+            // Type and length are a byte each in all but a few of them.
+            let mut body = some::<[u8]>(&shown().frames, random).to_vec();
+            let kind = u64::from(body.remove(0));
+            body.drain(..1.min(body.len()));
+            overwrite(&mut body, huge, random);
+            frame.varint(kind);
             frame.bytes(&body);
         }
     }
     frame.freeze().to_vec()
 }
 
-/// A frame that is right but for some bits.
+/// Puts bytes in the place of others, anywhere.
+fn overwrite(bytes: &mut Vec<u8>, with: &[u8], random: &mut Random) {
+    let at = random.below(bytes.len() as u64 + 1) as usize;
+    let end = (at + with.len()).min(bytes.len());
+    bytes.splice(at..end, with.iter().copied());
+}
+
+/// A batch whose records are nearly right, or promise what is not there.
+fn bad_batch(way: Way, sequence: u64, random: &mut Random) -> Vec<u8> {
+    let count = 1 + random.below(3);
+    let mut records: Vec<u8> = (0..count).flat_map(|_| some::<[u8]>(&shown().records, random).to_vec()).collect();
+    match way {
+        Way::Lengths => overwrite(&mut records, some::<[u8]>(&HUGE, random), random),
+        _ => spoil(&mut records, random),
+    }
+    let run_epoch = random.chance(0.1).then_some(1);
+    Frame::from(Append { sequence, count, records: records.into(), run_epoch }).to_bytes().to_vec()
+}
+
+/// Changes some bits, and cuts off now and then.
+fn spoil(bytes: &mut Vec<u8>, random: &mut Random) {
+    for _ in 0..random.below(4).min(bytes.len() as u64) {
+        let at = random.below(bytes.len() as u64) as usize;
+        bytes[at] ^= 1 << random.below(8);
+    }
+    if random.chance(0.2) {
+        bytes.truncate(random.below(bytes.len() as u64 + 1) as usize);
+    }
+}
+
+/// A frame that is right but for some bits: of those that a customer may want, or any.
 fn nearly(aim: &Aim, random: &mut Random) -> Vec<u8> {
     let name = session(aim, random, 50);
     let label = || "p".parse().expect("a label");
     let session = name.parse().expect("a name");
-    let frames: [Frame; 7] = [
+    let frames: [Frame; 5] = [
         Attach { mode: AttachMode::Create, session, incarnation: None, next: None, expire_after: None }.into(),
         OpenProducer { id: random.below(40), name: label(), epoch: 0 }.into(),
         Subscribe {
@@ -278,19 +405,14 @@ fn nearly(aim: &Aim, random: &mut Random) -> Vec<u8> {
             folded: true,
         }
         .into(),
-        Append { sequence: 0, count: 3, records: vec![7; 300].into(), run_epoch: Some(1) }.into(),
-        Produce { producer: random.below(40) }.into(),
         List { prefix: Bytes::new(), after: Bytes::new(), limit: u64::from(u32::MAX) }.into(),
         Update { activity: activity("x") }.into(),
     ];
-    let mut bytes = frames[random.below(7) as usize].to_bytes().to_vec();
-    for _ in 0..random.below(4) {
-        let at = random.below(bytes.len() as u64) as usize;
-        bytes[at] ^= 1 << random.below(8);
-    }
-    if random.chance(0.2) {
-        bytes.truncate(random.below(bytes.len() as u64 + 1) as usize);
-    }
+    let mut bytes = match random.chance(0.3) {
+        true => frames[random.below(frames.len() as u64) as usize].to_bytes().to_vec(),
+        false => some::<[u8]>(&shown().frames, random).to_vec(),
+    };
+    spoil(&mut bytes, random);
     bytes
 }
 
@@ -313,27 +435,63 @@ async fn bad_frames(way: Way, aim: &Aim, raw: &mut Raw, random: &mut Random, tal
             // On control it is the last one of its connection.
             0 => {
                 raw.control.0.write(&mut [bytes.into()]).await.ok()?;
-                let _ = timeout(Duration::from_millis(500), raw.control.1.next()).await;
+                while let Ok(answer) = timeout(Duration::from_millis(500), raw.control.1.next()).await {
+                    tally.hear(&answer);
+                    if !matches!(answer, Ok(Some(_))) {
+                        break;
+                    }
+                }
                 return None;
             }
-            1..5 => {
+            1..4 => {
                 let stream = timeout(STUCK, raw.connection.open_uni()).await.ok()?;
                 let mut stream = stream.ok()?;
                 let _ = stream.write(&mut [bytes.into()]).await;
                 stream.finish();
+            }
+            4..9 => {
+                // Batches of a producer that is open; the first that is no batch ends its stream.
+                let (mut send, mut frames) =
+                    timeout(STUCK, raw.try_open(&attach(&session(aim, random, 50)))).await.ok()??;
+                if !matches!(timeout(STUCK, frames.next()).await.ok()?, Ok(Some(Frame::Attached(_)))) {
+                    continue;
+                }
+                let Some(mut batches) = producer(raw, (&mut send, &mut frames)).await else { continue };
+                for sequence in 0..4 {
+                    let _ = batches.write(&mut [bad_batch(way, sequence, random).into()]).await;
+                }
+                hear(&mut frames, tally).await;
+                send.finish();
             }
             _ => {
                 // Sometimes behind an attach that is right, so that requests are reached.
                 let first = if random.chance(0.5) { attach(&session(aim, random, 50)).to_vec() } else { Vec::new() };
                 let whole = [first, bytes].concat();
                 let (mut send, mut frames) = timeout(STUCK, raw.try_open(&whole)).await.ok()??;
-                let _ = timeout(Duration::from_millis(30), frames.next()).await;
+                hear(&mut frames, tally).await;
                 if random.chance(0.5) {
                     send.finish();
                 } else {
                     send.reset(random.below(1 << 30));
                 }
             }
+        }
+        if let ConnectionError::Closed { code, .. } =
+            timeout(Duration::ZERO, raw.connection.closed()).await.unwrap_or(ConnectionError::ClosedHere)
+        {
+            tally.count(code);
+            return None;
+        }
+    }
+}
+
+/// What is answered within a moment.
+async fn hear(frames: &mut FrameReader<Recv>, tally: &Tally) {
+    for _ in 0..8 {
+        let Ok(answer) = timeout(Duration::from_millis(30), frames.next()).await else { return };
+        tally.hear(&answer);
+        if !matches!(answer, Ok(Some(_))) {
+            return;
         }
     }
 }
@@ -444,11 +602,11 @@ fn put(sequence: u64, random: &mut Random) -> Bytes {
 }
 
 /// Begins handshakes, and lets the server wait for the rest of each: first flights of clients that are never heard of again.
-async fn slow_handshake(aim: &Aim, tally: &Tally) -> Option<()> {
+async fn slow_handshake(home: Home, aim: &Aim, tally: &Tally) -> Option<()> {
     let mut silent = Vec::new();
     for _ in 0..20 {
         let flight = first_flight(aim).await?;
-        let socket = UdpSocket::bind(("127.0.0.1", 0)).await.ok()?;
+        let socket = home.socket().await.ok()?;
         for datagram in flight {
             let _ = socket.send_to(&datagram, aim.addr).await;
         }
@@ -482,8 +640,8 @@ async fn first_flight(aim: &Aim) -> Option<Vec<Vec<u8>>> {
 }
 
 /// Datagrams of a random kind.
-async fn garbage(aim: &Aim, random: &mut Random, tally: &Tally) -> Option<()> {
-    let socket = UdpSocket::bind(("127.0.0.1", 0)).await.ok()?;
+async fn garbage(home: Home, aim: &Aim, random: &mut Random, tally: &Tally) -> Option<()> {
+    let socket = home.socket().await.ok()?;
     for _ in 0..200 {
         let mut datagram: Vec<u8> = (0..20 + random.below(1300)).map(|_| random.below(256) as u8).collect();
         match random.below(4) {
@@ -502,9 +660,9 @@ async fn garbage(aim: &Aim, random: &mut Random, tally: &Tally) -> Option<()> {
 }
 
 /// Records the first flights of a connection and of the one behind it, which has early data, and sends them again and again.
-async fn replay(aim: &Aim, random: &mut Random, tally: &Tally) -> Option<()> {
+async fn replay(home: Home, aim: &Aim, random: &mut Random, tally: &Tally) -> Option<()> {
     let relay = UdpSocket::bind(("127.0.0.1", 0)).await.ok()?;
-    let there = UdpSocket::bind(("127.0.0.1", 0)).await.ok()?;
+    let there = home.socket().await.ok()?;
     there.connect(aim.addr).await.ok()?;
     let here = relay.local_addr().ok()?;
     let (record, mut recorded) = tokio::sync::mpsc::channel::<Vec<u8>>(256);
@@ -559,7 +717,7 @@ async fn replay(aim: &Aim, random: &mut Random, tally: &Tally) -> Option<()> {
     }
     for _ in 0..50 {
         // From somewhere else each time, as whoever overheard it would.
-        let socket = UdpSocket::bind(("127.0.0.1", 0)).await.ok()?;
+        let socket = Home::of(random).socket().await.ok()?;
         for datagram in &flights {
             let _ = socket.send_to(datagram, aim.addr).await;
         }

@@ -217,11 +217,12 @@ impl Server {
     ///
     /// # Panics
     ///
-    /// If it does not run.
+    /// If it does not run, or there is no such directory.
     pub fn has_open(&self, dir: &Path) -> bool {
+        let dir = dir.canonicalize().expect("a directory");
         let files = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the files of a running process");
         // One that is closed meanwhile is not open.
-        files.flatten().filter_map(|file| std::fs::read_link(file.path()).ok()).any(|file| file.starts_with(dir))
+        files.flatten().filter_map(|file| std::fs::read_link(file.path()).ok()).any(|file| file.starts_with(&dir))
     }
 
     /// Kills it with SIGKILL.

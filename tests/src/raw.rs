@@ -38,6 +38,11 @@ impl Raw {
     pub async fn try_at(addr: SocketAddr, trust: &Trust, first: &[u8]) -> Result<Self, ConnectionError> {
         let limits = ClientConfig::default().transport_limits();
         let connector = QuicConnector::new(addr, trust, &limits, ALPN).map_err(ConnectionError::Failed)?;
+        Self::try_over(&connector, first).await
+    }
+
+    /// The same over a connector.
+    pub async fn try_over(connector: &QuicConnector, first: &[u8]) -> Result<Self, ConnectionError> {
         let connection = connector.connect(true).await?;
         let (mut send, recv) = connection.open_bi().await?;
         send.write(&mut [Bytes::copy_from_slice(first)])

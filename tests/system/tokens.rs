@@ -22,7 +22,10 @@ use mainstay_transport::memory::MemoryNetwork;
 use mainstay_transport::quic::{
     ClientCertificates, Identity, Peers, QuicConnector, QuicListener, ServerKeys, Trust, bind, read_certificates,
 };
-use ring::signature::{Ed25519KeyPair, KeyPair};
+use ring::rand::SystemRandom;
+use ring::signature::{
+    ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair, RSA_PKCS1_SHA256, RsaKeyPair,
+};
 use serde_json::json;
 use tokio::time::timeout;
 
@@ -402,10 +405,14 @@ pub(crate) fn provider() -> Provider {
 }
 
 pub(crate) fn jwt(pair: &Ed25519KeyPair, header: &serde_json::Value, claims: &serde_json::Value) -> String {
+    signed(header, claims, |text| pair.sign(text).as_ref().to_vec())
+}
+
+fn signed(header: &serde_json::Value, claims: &serde_json::Value, sign: impl FnOnce(&[u8]) -> Vec<u8>) -> String {
     let part = |value: &serde_json::Value| URL_SAFE_NO_PAD.encode(value.to_string());
-    let signed = format!("{}.{}", part(header), part(claims));
-    let signature = URL_SAFE_NO_PAD.encode(pair.sign(signed.as_bytes()).as_ref());
-    format!("{signed}.{signature}")
+    let text = format!("{}.{}", part(header), part(claims));
+    let signature = URL_SAFE_NO_PAD.encode(sign(text.as_bytes()));
+    format!("{text}.{signature}")
 }
 
 /// Spec AUTH-11.
@@ -484,6 +491,81 @@ async fn a_jwt_is_taken_from_its_issuer_by_its_algorithm_for_its_audience_and_no
         assert!(named.is_none_or(|named| named == id), "{id}");
         server.trust.revoke(Revocation::Token { id }, now()).expect("revoked");
         assert_eq!(code(session.producer("q").await.expect_err("refused")), Code::TOKEN_REVOKED);
+    }
+}
+
+/// Spec AUTH-11: each algorithm is believed with a key that is for it, and with no other one, whatever the header says.
+#[test]
+fn jwts_of_each_algorithm_are_believed_by_the_key_that_is_for_it() {
+    let random = SystemRandom::new();
+    let ed25519 = Ed25519KeyPair::generate_pkcs8(&random).expect("a key");
+    let ed25519 = Ed25519KeyPair::from_pkcs8(ed25519.as_ref()).expect("a key");
+    let elliptic = || {
+        let document = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, &random).expect("a key");
+        EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, document.as_ref(), &random).expect("a key")
+    };
+    let (p256, another) = (elliptic(), elliptic());
+    let rsa = RsaKeyPair::from_pkcs8(include_bytes!("keys/rsa.pk8")).expect("a key");
+    let by_p256 = |key: &EcdsaKeyPair, text: &[u8]| key.sign(&random, text).expect("a signature").as_ref().to_vec();
+    let by_rsa = |text: &[u8]| {
+        let mut signature = vec![0; rsa.public().modulus_len()];
+        rsa.sign(&RSA_PKCS1_SHA256, &random, text, &mut signature).expect("a signature");
+        signature
+    };
+    let by_ed25519 = |text: &[u8]| ed25519.sign(text).as_ref().to_vec();
+    let text = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
+    let (x, y) = p256.public_key().as_ref()[1..].split_at(32);
+    let (n, e) = (rsa.public().modulus().big_endian_without_leading_zero(), rsa.public().exponent());
+    let jwks = json!({"keys": [
+        {"kty": "OKP", "crv": "Ed25519", "x": text(ed25519.public_key().as_ref()), "kid": "EdDSA", "alg": "EdDSA"},
+        {"kty": "EC", "crv": "P-256", "x": text(x), "y": text(y), "kid": "ES256", "alg": "ES256"},
+        {"kty": "RSA", "n": text(n), "e": text(e.big_endian_without_leading_zero()), "kid": "RS256", "alg": "RS256"},
+    ]});
+    let issued = |algorithms: &[Algorithm]| {
+        let issuer = JwtIssuer::new(ISSUER.into(), "mainstay".into(), algorithms, jwks.to_string().as_bytes());
+        let mut anchors = Anchors::default();
+        anchors.issuers = vec![Arc::new(issuer.expect("an issuer"))];
+        anchors
+    };
+    let claims = json!({"iss": ISSUER, "aud": "mainstay", "sub": "alice", "iat": now(), "exp": now() + 600,
+                        "mainstay": [{"prefix": "", "ops": ["read"]}]});
+    let token = |algorithm: &str, key: &str, signer: &str| {
+        let header = json!({"alg": algorithm, "typ": "JWT", "kid": key});
+        signed(&header, &claims, |text| match signer {
+            "EdDSA" => by_ed25519(text),
+            "ES256" => by_p256(&p256, text),
+            "another ES256" => by_p256(&another, text),
+            _ => by_rsa(text),
+        })
+    };
+    let all = issued(&[Algorithm::EdDsa, Algorithm::Es256, Algorithm::Rs256]);
+    let judge = |anchors: &Anchors, token: &str| anchors.verify(token.as_bytes(), now()).map_err(|error| error.code);
+    let known = ["EdDSA", "ES256", "RS256"];
+    for algorithm in known {
+        for key in known {
+            for signer in known {
+                let believed = judge(&all, &token(algorithm, key, signer)).is_ok();
+                assert_eq!(believed, algorithm == key && key == signer, "{algorithm}, key {key}, signed by {signer}");
+            }
+        }
+        let good = token(algorithm, algorithm, algorithm);
+        let (rest, signature) = good.rsplit_once('.').expect("parts");
+        let mut bytes = URL_SAFE_NO_PAD.decode(signature).expect("base64");
+        for at in [0, bytes.len() / 2, bytes.len() - 1] {
+            bytes[at] ^= 1;
+            let forged = format!("{rest}.{}", text(&bytes));
+            assert_eq!(judge(&all, &forged), Err(Code::TOKEN_INVALID), "{algorithm}, byte {at}");
+            bytes[at] ^= 1;
+        }
+        let cut = format!("{rest}.{}", text(&bytes[..bytes.len() - 1]));
+        assert_eq!(judge(&all, &cut), Err(Code::TOKEN_INVALID), "{algorithm}, cut off");
+    }
+    assert_eq!(judge(&all, &token("ES256", "ES256", "another ES256")), Err(Code::TOKEN_INVALID));
+    // An algorithm that the operator did not name is not taken, though the set has a key for it.
+    let narrow = issued(&[Algorithm::EdDsa]);
+    assert!(judge(&narrow, &token("EdDSA", "EdDSA", "EdDSA")).is_ok());
+    for algorithm in ["ES256", "RS256"] {
+        assert_eq!(judge(&narrow, &token(algorithm, algorithm, algorithm)), Err(Code::TOKEN_INVALID), "{algorithm}");
     }
 }
 
