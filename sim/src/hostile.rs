@@ -487,6 +487,7 @@ pub async fn run(hostile: &Hostile) -> bool {
         let text: Vec<String> = codes.iter().map(|(code, count)| format!("{code} {count}")).collect();
         println!("| malformed input was answered with | {} |", text.join(", "));
     }
+    println!("| connections with early data that were overheard, and sent again fifty times | {} |", tally["early"]);
     println!("| hostile connections that said who they are, at once, at most | {} |", at_once.load(Ordering::Relaxed));
     println!("| honest records acknowledged and delivered | {acked} in {} sessions |", hostile.honest);
     println!("| honest connections lost | {lost} |");
@@ -641,6 +642,7 @@ pub async fn strike(orders: &Path) {
         "ways": by_way,
         "codes": codes,
         "malformed": sum(|tally| &tally.malformed),
+        "early": sum(|tally| &tally.early),
     });
     println!("{told}");
 }

@@ -158,6 +158,8 @@ pub struct Tally {
     pub codes: Mutex<BTreeMap<u64, u64>>,
     /// Answers that are none of the protocol's.
     pub malformed: AtomicU64,
+    /// Connections with early data that were overheard.
+    pub early: AtomicU64,
 }
 
 impl Tally {
@@ -659,13 +661,34 @@ async fn garbage(home: Home, aim: &Aim, random: &mut Random, tally: &Tally) -> O
     Some(())
 }
 
-/// Records the first flights of a connection and of the one behind it, which has early data, and sends them again and again.
-async fn replay(home: Home, aim: &Aim, random: &mut Random, tally: &Tally) -> Option<()> {
+/// What somebody heard on the way.
+#[derive(Debug)]
+pub struct Overheard {
+    /// All that a client sent over two connections, one after the other.
+    pub datagrams: Vec<Vec<u8>>,
+    /// The second one began with early data.
+    pub is_early: bool,
+}
+
+impl Overheard {
+    /// Sends all of it again, from another address.
+    pub async fn replay(&self, from: Ipv4Addr, to: SocketAddr) -> io::Result<()> {
+        let socket = UdpSocket::bind((from, 0)).await?;
+        for datagram in &self.datagrams {
+            socket.send_to(datagram, to).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Listens to a client that visits a server twice, from `from`, and each time says this as soon as it can, each on a stream of its own: control
+/// first. `None` if it did not come there.
+pub async fn overhear(to: SocketAddr, trust: &Trust, from: Ipv4Addr, asked: &[Bytes]) -> Option<Overheard> {
     let relay = UdpSocket::bind(("127.0.0.1", 0)).await.ok()?;
-    let there = home.socket().await.ok()?;
-    there.connect(aim.addr).await.ok()?;
+    let there = UdpSocket::bind((from, 0)).await.ok()?;
+    there.connect(to).await.ok()?;
     let here = relay.local_addr().ok()?;
-    let (record, mut recorded) = tokio::sync::mpsc::channel::<Vec<u8>>(256);
+    let mut datagrams = Vec::new();
     let relaying = async {
         let (mut up, mut down, mut client) = (vec![0; 2048], vec![0; 2048], None);
         loop {
@@ -673,7 +696,9 @@ async fn replay(home: Home, aim: &Aim, random: &mut Random, tally: &Tally) -> Op
                 got = relay.recv_from(&mut up) => {
                     let (len, from) = got.ok()?;
                     client = Some(from);
-                    let _ = record.try_send(up[..len].to_vec());
+                    if datagrams.len() < MOST_OVERHEARD {
+                        datagrams.push(up[..len].to_vec());
+                    }
                     let _ = there.send(&up[..len]).await;
                 }
                 got = there.recv(&mut down) => {
@@ -687,40 +712,48 @@ async fn replay(home: Home, aim: &Aim, random: &mut Random, tally: &Tally) -> Op
         #[allow(unreachable_code, reason = "says what the block is for `?`")]
         Some(())
     };
-    let clients = async {
+    let visits = async {
         let limits = mainstay_client::Config::default().transport_limits();
-        let connector = QuicConnector::new(here, &aim.trust, &limits, ALPN).ok()?;
+        let connector = QuicConnector::new(here, trust, &limits, ALPN).ok()?;
+        let mut is_early = false;
         for _ in 0..2 {
             let connection = timeout(STUCK, connector.connect(true)).await.ok()?.ok()?;
-            let (mut control, _recv) = connection.open_bi().await.ok()?;
-            let whole = hello(token(aim, random).to_owned(), [7; 16]);
-            let list = Frame::from(List { prefix: Bytes::new(), after: Bytes::new(), limit: 9 }).to_bytes();
-            control.write(&mut [whole]).await.ok()?;
-            let (mut request, _recv) = connection.open_bi().await.ok()?;
-            request.write(&mut [list, attach(&format!("{}/replayed", aim.prefix))]).await.ok()?;
+            is_early = !connection.is_confirmed();
+            let mut open = Vec::new();
+            for bytes in asked {
+                let (mut send, recv) = connection.open_bi().await.ok()?;
+                send.write(&mut [bytes.clone()]).await.ok()?;
+                open.push((send, recv));
+            }
             // Tickets come behind the handshake.
             sleep(Duration::from_millis(150)).await;
             connection.close(0, "");
         }
-        tally.connections.fetch_add(2, Ordering::Relaxed);
         sleep(Duration::from_millis(50)).await;
-        Some(())
+        Some(is_early)
     };
-    tokio::select! {
-        _ = relaying => {}
-        done = clients => { done?; }
-    }
-    recorded.close();
-    let mut flights = Vec::new();
-    while let Some(datagram) = recorded.recv().await {
-        flights.push(datagram);
-    }
+    let is_early = tokio::select! {
+        _ = relaying => None,
+        is_early = visits => is_early,
+    }?;
+    Some(Overheard { datagrams, is_early })
+}
+
+/// More is not sent again.
+const MOST_OVERHEARD: usize = 256;
+
+/// Overhears a connection and the one behind it, which has early data, and sends what was said again and again.
+async fn replay(home: Home, aim: &Aim, random: &mut Random, tally: &Tally) -> Option<()> {
+    let list = Frame::from(List { prefix: Bytes::new(), after: Bytes::new(), limit: 9 }).to_bytes();
+    let mut request = list.to_vec();
+    request.extend_from_slice(&attach(&format!("{}/replayed", aim.prefix)));
+    let asked = [hello(token(aim, random).to_owned(), [7; 16]), request.into()];
+    let overheard = overhear(aim.addr, &aim.trust, home.0, &asked).await?;
+    tally.connections.fetch_add(2, Ordering::Relaxed);
+    tally.early.fetch_add(u64::from(overheard.is_early), Ordering::Relaxed);
     for _ in 0..50 {
         // From somewhere else each time, as whoever overheard it would.
-        let socket = Home::of(random).socket().await.ok()?;
-        for datagram in &flights {
-            let _ = socket.send_to(datagram, aim.addr).await;
-        }
+        overheard.replay(Home::of(random).0, aim.addr).await.ok()?;
         tally.blow();
         sleep(Duration::from_millis(20)).await;
     }

@@ -12,7 +12,9 @@ use mainstay_server::auth::{Anchors, Claims, Keyring, SigningKey, Trust as Serve
 use mainstay_server::{Config, ResumeKeys, Server, Stop};
 use mainstay_store::Store;
 use mainstay_transport::memory::MemoryNetwork;
-use mainstay_transport::quic::{Identity, QuicConnector, QuicListener, ServerKeys, Trust, bind};
+use mainstay_transport::quic::{
+    Identity, MemoryTickets, QuicConnector, QuicListener, ServerKeys, TicketStore, Trust, bind,
+};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -106,6 +108,15 @@ pub struct QuicServer {
 impl QuicServer {
     /// Starts a server over `store` on a free port.
     pub fn start(store: Arc<dyn Store>, config: Config) -> Self {
+        Self::start_with(store, config, None)
+    }
+
+    /// The same, which takes early data from who was there before.
+    pub fn start_with_tickets(store: Arc<dyn Store>, config: Config) -> Self {
+        Self::start_with(store, config, Some(Arc::new(MemoryTickets::default())))
+    }
+
+    fn start_with(store: Arc<dyn Store>, config: Config, tickets: Option<Arc<dyn TicketStore>>) -> Self {
         let key = Arc::new(SigningKey::generate().expect("a key"));
         let tls_key = Identity::generate_key().expect("a TLS key");
         let identity = Identity::self_signed(&tls_key, now() as u64).expect("a certificate");
@@ -114,7 +125,7 @@ impl QuicServer {
         let addr = socket.local_addr().expect("an address");
         let limits = config.transport_limits();
         let listener =
-            QuicListener::new(socket, identity, &ServerKeys::generate(), None, &limits, ALPN).expect("a listener");
+            QuicListener::new(socket, identity, &ServerKeys::generate(), tickets, &limits, ALPN).expect("a listener");
         let resume = ResumeKeys::generate().expect("a key");
         let believes = trusting(&key);
         let server = Server::new(store, believes.clone(), resume, config);

@@ -32,7 +32,8 @@ fn small(dir: &Path, what: &str) -> Option<Disk> {
 async fn server(disk: &Disk, reserve: u64) -> Server {
     let config = disk.root().join("config.toml");
     std::fs::write(&config, format!("[store]\nreserve_bytes = {reserve}\n")).expect("write");
-    Server::start_in(&disk.root().join("data"), &["--config", config.to_str().expect("text")]).await
+    let config = config.to_str().expect("text");
+    Server::start_in(&disk.root().join("data"), &["--config", config, "--admin", "127.0.0.1:0"]).await
 }
 
 /// A line of about so many bytes that begins with a number.
@@ -66,6 +67,12 @@ async fn nothing_is_taken_for(time: Duration, client: &Client, appending: &mut A
     assert!(acks < lines, "the disk was not full");
 }
 
+/// What the metrics say of the store.
+async fn serves(server: &Server) -> Option<bool> {
+    let (_, metrics) = server.look_at("/metrics").await;
+    metrics.lines().find_map(|line| line.strip_prefix("mainstay_store_serving ").map(|serves| serves == "1"))
+}
+
 /// A22.
 #[tokio::test]
 async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
@@ -96,6 +103,11 @@ async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
     assert_eq!(warning["code"], "UNAVAILABLE", "{warning}");
     assert!(numbers(&server, acks).await.into_iter().eq(0..acks));
     nothing_is_taken_for(GRACE + Duration::from_secs(2), &client, &mut appending, LINES).await;
+    // Who sends clients to servers is told, and nobody restarts one over it.
+    let (status, why) = server.look_at("/readyz").await;
+    assert!(status == 503 && why.contains("reserve"), "{status} {why}");
+    assert_eq!(server.look_at("/livez").await.0, 200);
+    assert!(serves(&server).await.is_some_and(|serves| !serves));
     assert!(disk.empty());
     assert_eq!(appending.finish().await.0, LINES);
     member.update(doing("back")).await.expect("an update");
@@ -103,6 +115,8 @@ async fn a_full_disk_refuses_appends_serves_reads_and_resumes_by_itself() {
         live.view().members().iter().any(|(_, member)| member.activity.status.as_str() == "back")
     })
     .await;
+    assert_eq!(server.look_at("/readyz").await, (200, "ok\n".into()));
+    assert_eq!(serves(&server).await, Some(true));
     assert_eq!(live.view().next(), 2, "it joined and said what it does, and nothing else happened");
     drop((live, room, client));
     server.kill().await;

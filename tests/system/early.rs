@@ -1,15 +1,23 @@
 //! Early data: what a first flight may do before its sender is known to be no replay (spec section 11).
 
+use std::net::Ipv4Addr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use mainstay_client::{Config, Doing, Event, Start};
 use mainstay_protocol::registry::MAX_FRAME;
-use mainstay_protocol::session::{Activity, Incarnation, Instance, SessionName};
+use mainstay_protocol::session::{Activity, Incarnation, Instance, Operation, SessionName};
 use mainstay_protocol::wire::{
-    Attach, AttachMode, Frame, Hello, Join, Label, Start as SubscribeStart, Subscribe, Writer, put_frame,
+    Attach, AttachMode, DeleteSession, Frame, Hello, Join, Label, Leave, Start as SubscribeStart, Subscribe, Writer,
+    put_frame,
 };
+use mainstay_server::Config as ServerConfig;
+use mainstay_store::MemoryStore;
+use mainstay_tests::attack::overhear;
+use mainstay_tests::harness::{QuicServer, claims};
 use mainstay_tests::proxy::Faults;
+use mainstay_tests::raw;
 use mainstay_tests::world::World;
 use mainstay_transport::quic::QuicConnection;
 use mainstay_transport::{Connection, Connector, FrameReader, SendStream};
@@ -140,6 +148,35 @@ async fn what_has_an_effect_waits_until_the_client_is_known_to_be_no_replay() {
     assert!(matches!(joined, Ok(Some(Frame::Joined(_)))), "{joined:?}");
     assert!(begun.elapsed() >= 2 * RTT, "an effect before the handshake was confirmed: {:?}", begun.elapsed());
     assert_eq!(members(session.live().await.expect("live")).await, 2);
+}
+
+/// Spec EARLY-2: whoever overhears a client and sends it all again, first flight with early data and all, deletes nothing and joins nobody.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_overheard_and_sent_again_has_no_effect() {
+    let server = QuicServer::start_with_tickets(Arc::new(MemoryStore::new()), ServerConfig::default());
+    let token = server.key.mint(&claims("alice", "", Operation::ALL)).expect("a token");
+    let deleted = [raw::attach("s"), Frame::from(DeleteSession {}).to_bytes()].concat();
+    let joined = [raw::attach("room"), Frame::from(join()).to_bytes(), Frame::from(Leave {}).to_bytes()].concat();
+    let asked = vec![raw::hello(token, [7; 16]), deleted.into(), joined.into()];
+    let overheard = overhear(server.addr, server.trust(), Ipv4Addr::LOCALHOST, &asked).await.expect("two visits");
+    assert!(overheard.is_early, "the second one begins with early data");
+    assert!(overheard.datagrams.len() >= 4, "{}", overheard.datagrams.len());
+    let client = server.client();
+    let room = client.session("room").expect("a name").attach().await.expect("it was created");
+    assert_eq!(room.info().tail, 4, "somebody came and went, twice");
+    let session = client.session("s").expect("a name").create_new().attach().await.expect("it was deleted");
+    let producer = session.producer("p").await.expect("a producer");
+    producer.append(session.main(), "x").await.expect("append").await.expect("stored");
+    for n in 0..50 {
+        overheard.replay(Ipv4Addr::new(127, 1 + n % 4, 0, 1), server.addr).await.expect("sent");
+        sleep(Duration::from_millis(5)).await;
+    }
+    // What an honest one asks for behind all of it is served, and nothing else happened.
+    assert_eq!(producer.append(session.main(), "y").await.expect("append").await, Ok(1));
+    let again = client.session("s").expect("a name").attach().await.expect("it is still there");
+    assert_eq!((again.info().incarnation, again.info().tail), (session.info().incarnation, 2));
+    assert_eq!(client.list("room").await.expect("a list")[0].tail, 4);
+    server.stop().await;
 }
 
 /// Spec EARLY-6: where a server does not take early data any more, the connection goes on without it.

@@ -1,11 +1,12 @@
 //! The authorization matrix: every operation of the protocol, with every grant but the one that it needs, and with that one alone.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use mainstay_protocol::Code;
 use mainstay_protocol::session::{
-    Activity, Grants, InputPolicy, Intent, MessageId, Operation, RunId, RunMode, SignalId, Target, Triggers,
+    Activity, Grant, Grants, InputPolicy, Intent, MessageId, Operation, RunId, RunMode, SignalId, Target, Triggers,
 };
 use mainstay_protocol::wire::*;
 use mainstay_server::Config;
@@ -27,8 +28,8 @@ async fn first(frames: &mut FrameReader<Recv>) -> Answer {
     match timeout(PATIENCE, frames.next()).await.expect("an answer") {
         Ok(Some(Frame::Error(error))) if error.code == Code::FORBIDDEN => Answer::Forbidden,
         Ok(Some(Frame::Refused(refused))) if refused.code == Code::FORBIDDEN => Answer::Forbidden,
-        Ok(_) => Answer::Allowed,
-        Err(error) => panic!("no answer: {error}"),
+        Ok(Some(_)) => Answer::Allowed,
+        other => panic!("no answer: {other:?}"),
     }
 }
 
@@ -100,13 +101,25 @@ fn requests() -> Vec<(Frame, Vec<Operation>)> {
 }
 
 async fn connect(server: &QuicServer, operations: &[Operation]) -> Raw {
-    let token = server.key.mint(&claims("mallory", "", operations.iter().copied())).expect("a token");
+    connect_with(server, operations, &[]).await
+}
+
+/// Connects with a token that allows this with everything, and that with sessions elsewhere.
+async fn connect_with(server: &QuicServer, operations: &[Operation], elsewhere: &[Operation]) -> Raw {
+    let mut claims = claims("mallory", "", operations.iter().copied());
+    if !elsewhere.is_empty() {
+        claims.grants.0.push(Grant { prefix: "elsewhere".into(), operations: elsewhere.iter().copied().collect() });
+    }
+    let token = server.key.mint(&claims).expect("a token");
     Raw::hello_with(server, token, [5; 16]).await
 }
 
 /// Attaches with grants that always allow that, and sends a request.
 async fn ask(server: &QuicServer, grants: &[Operation], request: &Frame) -> Option<Answer> {
-    let raw = connect(server, grants).await;
+    ask_over(connect(server, grants).await, request).await
+}
+
+async fn ask_over(raw: Raw, request: &Frame) -> Option<Answer> {
     let (mut send, mut frames): (Send, _) = raw.open(&attach("s", AttachMode::Attach).to_bytes()).await;
     match timeout(PATIENCE, frames.next()).await.expect("an answer") {
         Ok(Some(Frame::Attached(_))) => {}
@@ -147,6 +160,18 @@ fn every_request_of_an_attachment_is_in_the_matrix() {
     for name in asked.into_iter().filter(|name| !needs_nothing_more.contains(name)) {
         assert!(known.iter().any(|known| known == name), "{name} is not in the matrix");
     }
+    // What is asked elsewhere is looked at by the tests below; the others of these need no grant.
+    let elsewhere: BTreeSet<&str> = frames
+        .iter()
+        .filter(|(_, frame)| {
+            let text = |name: &str| frame[name].as_str().expect("a word");
+            !text("on").contains("attachment") && text("from") != "server"
+        })
+        .map(|(name, _)| name.as_str())
+        .collect();
+    let looked_at = ["APPEND", "DONE", "LIST", "MINT", "PULL"];
+    let of_the_connection = ["CREDIT", "HELLO", "PING", "PONG", "PRODUCE", "TOKEN"];
+    assert_eq!(elsewhere, looked_at.into_iter().chain(of_the_connection).collect());
 }
 
 #[tokio::test]
@@ -162,6 +187,10 @@ async fn every_request_is_refused_without_its_grant_and_allowed_with_it() {
             false => None,
         };
         assert_eq!(answer, expected, "{} with everything but {needs:?}", request.name());
+        // Nor is it enough to have that for other sessions.
+        let raw = connect_with(&server, &others, &needs).await;
+        let answer = ask_over(raw, &request).await;
+        assert_eq!(answer, expected, "{} with {needs:?} elsewhere", request.name());
         // With each single one that is not it, and what an attach needs.
         for one in &others {
             let attaches = [Operation::Read, Operation::Append].into_iter().find(|by| !needs.contains(by));
@@ -198,17 +227,19 @@ async fn what_is_asked_beside_attachments_needs_its_grants_too() {
         let (_send, mut frames) = raw.open(&attach("s", AttachMode::Attach).to_bytes()).await;
         assert_eq!(first(&mut frames).await, expected, "{grants:?}");
     }
-    // Create.
-    for (at, (grants, expected)) in [
-        (vec![Operation::Read, Operation::Create], Answer::Allowed),
-        (without(&[Operation::Create]), Answer::Forbidden),
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        let raw = connect(&server, &grants).await;
-        let (_send, mut frames) = raw.open(&attach(&format!("new{at}"), AttachMode::Create).to_bytes()).await;
-        assert_eq!(first(&mut frames).await, expected, "{grants:?}");
+    // Create, in both ways.
+    for mode in [AttachMode::Create, AttachMode::CreateNew] {
+        for (grants, elsewhere, expected) in [
+            (vec![Operation::Read, Operation::Create], vec![], Answer::Allowed),
+            (without(&[Operation::Create]), vec![], Answer::Forbidden),
+            (without(&[Operation::Create]), vec![Operation::Create], Answer::Forbidden),
+            (without(&[Operation::Read, Operation::Append]), vec![], Answer::Forbidden),
+        ] {
+            let raw = connect_with(&server, &grants, &elsewhere).await;
+            let name = format!("new-{mode:?}-{}", expected == Answer::Allowed);
+            let (_send, mut frames) = raw.open(&attach(&name, mode).to_bytes()).await;
+            assert_eq!(first(&mut frames).await, expected, "{mode:?} with {grants:?}, elsewhere {elsewhere:?}");
+        }
     }
     // A list names what may be read, and nothing else.
     for (grants, expected) in [(vec![Operation::Read], true), (without(&[Operation::Read]), false)] {
@@ -276,7 +307,9 @@ async fn batches_need_append_when_they_come() {
     let mut batches = raw.producer(&mut attachment, 1).await;
     batches.write(&mut [append(0, 10)]).await.expect("write");
     assert_eq!(first(&mut attachment.1).await, Answer::Allowed);
-    let narrower = server.key.mint(&claims("mallory", "", [Operation::Read])).expect("a token");
+    let without: Vec<Operation> =
+        Operation::ALL.into_iter().filter(|one| !matches!(one, Operation::Append | Operation::Create)).collect();
+    let narrower = server.key.mint(&claims("mallory", "", without)).expect("a token");
     raw.control.0.write(&mut [Frame::from(Token { token: narrower.into() }).to_bytes()]).await.expect("write");
     loop {
         // The first AUTHENTICATED is that of HELLO.

@@ -25,6 +25,7 @@ use mainstay_transport::quic::{
 use ring::rand::SystemRandom;
 use ring::signature::{
     ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair, RSA_PKCS1_SHA256, RsaKeyPair,
+    RsaPublicKeyComponents,
 };
 use serde_json::json;
 use tokio::time::timeout;
@@ -394,7 +395,7 @@ pub(crate) struct Provider {
 pub(crate) const ISSUER: &str = "https://id.example.org/";
 
 pub(crate) fn provider() -> Provider {
-    let document = Ed25519KeyPair::generate_pkcs8(&ring::rand::SystemRandom::new()).expect("a key");
+    let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).expect("a key");
     let pair = Ed25519KeyPair::from_pkcs8(document.as_ref()).expect("a key");
     let x = URL_SAFE_NO_PAD.encode(pair.public_key().as_ref());
     let jwks = json!({"keys": [{"kty": "OKP", "crv": "Ed25519", "x": x, "kid": "one", "alg": "EdDSA", "use": "sig"}]});
@@ -515,11 +516,11 @@ fn jwts_of_each_algorithm_are_believed_by_the_key_that_is_for_it() {
     let by_ed25519 = |text: &[u8]| ed25519.sign(text).as_ref().to_vec();
     let text = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
     let (x, y) = p256.public_key().as_ref()[1..].split_at(32);
-    let (n, e) = (rsa.public().modulus().big_endian_without_leading_zero(), rsa.public().exponent());
+    let RsaPublicKeyComponents { n, e } = RsaPublicKeyComponents::<Vec<u8>>::from(rsa.public());
     let jwks = json!({"keys": [
         {"kty": "OKP", "crv": "Ed25519", "x": text(ed25519.public_key().as_ref()), "kid": "EdDSA", "alg": "EdDSA"},
         {"kty": "EC", "crv": "P-256", "x": text(x), "y": text(y), "kid": "ES256", "alg": "ES256"},
-        {"kty": "RSA", "n": text(n), "e": text(e.big_endian_without_leading_zero()), "kid": "RS256", "alg": "RS256"},
+        {"kty": "RSA", "n": text(&n), "e": text(&e), "kid": "RS256", "alg": "RS256"},
     ]});
     let issued = |algorithms: &[Algorithm]| {
         let issuer = JwtIssuer::new(ISSUER.into(), "mainstay".into(), algorithms, jwks.to_string().as_bytes());
