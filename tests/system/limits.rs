@@ -100,6 +100,8 @@ async fn rates_of_a_subject_are_kept_for_each_kind_of_request() {
         Frame::from(Configure { runs, inputs }).to_bytes()
     };
     second_is_refused("requests", |quotas| quotas.subject.requests = once(), configure).await;
+    let define = |n: u8| Frame::from(DefineStream { name: format!("s{n}").parse().expect("a label") }).to_bytes();
+    second_is_refused("requests", |quotas| quotas.subject.requests = once(), define).await;
 }
 
 #[tokio::test]
@@ -258,6 +260,96 @@ async fn what_breaks_the_protocol_is_borne_so_often_and_then_closes_the_connecti
     assert_eq!(raw.closed().await, Code::FRAME_UNEXPECTED);
     let mut other = Raw::hello(&server).await;
     lives(&mut other).await;
+}
+
+/// Of a connection that has a token in force too: it is not kept for whoever tries others on it.
+#[tokio::test]
+async fn tokens_that_are_not_believed_are_borne_so_often_and_then_close_the_connection() {
+    let server = server(|_| ());
+    let mut raw = Raw::hello(&server).await;
+    lives(&mut raw).await;
+    let guess = || Frame::from(Token { token: "v4.public.AAAA".into() }).to_bytes();
+    for _ in 0..16 {
+        raw.control.0.write(&mut [guess()]).await.expect("write");
+        assert_eq!(error(&mut raw.control.1).await, Code::TOKEN_INVALID);
+    }
+    lives(&mut raw).await;
+    let _attached = raw.attach("s").await;
+    raw.control.0.write(&mut [guess()]).await.expect("write");
+    assert_eq!(raw.closed().await, Code::TOKEN_INVALID);
+}
+
+/// What comes with a first flight is answered at once, and what is beyond it later; whoever has a token is as fast as ever.
+#[tokio::test]
+async fn somebody_without_a_token_opens_so_many_streams_and_those_beyond_are_taken_later() {
+    let server = server(|_| ());
+    let nobody = mainstay_protocol::wire::Hello {
+        instance: Some(mainstay_protocol::session::Instance([1; 16])),
+        ..Default::default()
+    };
+    let mut raw = Raw::connect(&server, &Frame::from(nobody).to_bytes()).await;
+    let (begun, mut at_once) = (Instant::now(), 0);
+    // Each takes room for its stream, and for being refused.
+    for _ in 0..10 {
+        let (_send, mut frames) = raw.open(&attach("s")).await;
+        assert_eq!(error(&mut frames).await, Code::UNAUTHENTICATED);
+        at_once += usize::from(begun.elapsed() < Duration::from_millis(900));
+    }
+    assert!((4..10).contains(&at_once), "{at_once}");
+    assert!(begun.elapsed() >= Duration::from_secs(1), "{:?}", begun.elapsed());
+    lives(&mut raw).await;
+    let begun = Instant::now();
+    let mut other = Raw::hello(&server).await;
+    for _ in 0..20 {
+        let _attached = other.attach("s").await;
+    }
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    lives(&mut other).await;
+}
+
+#[tokio::test]
+async fn a_connection_opens_so_many_streams_a_second_and_asks_so_many_questions() {
+    let server = server(|_| ());
+    let mut raw = Raw::hello(&server).await;
+    lives(&mut raw).await;
+    let unread = async {
+        // Batches of a producer that is not open: nobody's fault.
+        let produce = Frame::from(mainstay_protocol::wire::Produce { producer: 7 }).to_bytes();
+        let begun = Instant::now();
+        for _ in 0..5_600 {
+            let mut stream = timeout(PATIENCE, raw.connection.open_uni()).await.expect("in time").expect("a stream");
+            let _ = stream.write(&mut [produce.clone()]).await;
+            stream.reset(0);
+        }
+        begun.elapsed()
+    };
+    // What is open at once comes before: those that wait are beyond.
+    let took = unread.await;
+    assert!(took >= Duration::from_secs(1), "{took:?}");
+    lives(&mut raw).await;
+    let begun = Instant::now();
+    let (send, frames) = &mut raw.control;
+    let asking = async {
+        for nonce in 0..6_000 {
+            send.write(&mut [Frame::from(Ping { nonce, padding: None }).to_bytes()]).await.expect("write");
+        }
+    };
+    let answered = async {
+        let mut next = 0;
+        while next < 6_000 {
+            match timeout(PATIENCE, frames.next()).await.expect("in time") {
+                Ok(Some(Frame::Pong(pong))) => {
+                    assert_eq!(pong.nonce, next);
+                    next += 1;
+                }
+                Ok(Some(_)) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    tokio::join!(asking, answered);
+    assert!(begun.elapsed() >= Duration::from_millis(1500), "{:?}", begun.elapsed());
+    lives(&mut raw).await;
 }
 
 #[tokio::test]
@@ -592,7 +684,8 @@ async fn a_server_that_is_full_refuses_handshakes_and_takes_them_again() {
     lives(&mut second).await;
     let token = server.key.mint(&claims("late", "", Operation::ALL)).expect("a token");
     let third = Raw::try_at(server.addr, server.trust(), &hello(token.clone(), [9; 16])).await;
-    assert!(third.is_err(), "refused");
+    let Err(third) = third else { panic!("it was taken") };
+    assert!(third.to_string().contains("refused"), "{third}");
     lives(&mut first).await;
     second.connection.close(0, "done");
     mainstay_tests::until("there is room again", async || {
