@@ -14,7 +14,7 @@ use mainstay_transport::quic::{Identity, QuicConnector};
 use mainstay_transport::{Connection, Connector, FrameError, FrameReader, SendStream};
 use tokio::sync::{mpsc, watch};
 
-use crate::config::{Config, ConnectFile};
+use crate::config::{Certificate, Config, ConnectFile};
 use crate::driver::{Driver, Refused, SessionCommand};
 use crate::error::ClientError;
 use crate::jobs::{self, Jobs};
@@ -298,9 +298,9 @@ impl Client {
             config.token = Some(file.token.clone());
         }
         let (limits, trust) = (config.transport_limits(), file.trust()?);
-        let connector = match &config.certificate {
+        let connector = match config.certificate.as_ref().or(file.certificate.as_ref()) {
             None => QuicConnector::new(file.addr.clone(), &trust, &limits, ALPN),
-            Some((chain, key)) => {
+            Some(Certificate { chain, key }) => {
                 let identity = Identity::from_pem_files(chain, key).map_err(ClientError::Invalid)?;
                 QuicConnector::showing(identity, file.addr.clone(), &trust, &limits, ALPN)
             }

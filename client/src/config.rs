@@ -21,8 +21,8 @@ pub struct Config {
     pub token: Option<String>,
     /// Where the next token comes from before this one expires; `None`: the application renews it itself, or what needs it fails.
     pub renewal: Option<Renewal>,
-    /// Certificate and key to show to a server that asks for one, as PEM files.
-    pub certificate: Option<(PathBuf, PathBuf)>,
+    /// What to show to a server that asks for a certificate; `None` uses that of the connection file, if it names one.
+    pub certificate: Option<Certificate>,
     /// Which installation or tab this is. A client that is to go on with what it held before a restart has to be the same one.
     pub continuity: Continuity,
     /// How long the server may be out of reach before requests fail with `Unreachable`. `None` never gives up.
@@ -103,6 +103,15 @@ impl Config {
     }
 }
 
+/// A certificate to show to a server that asks for one, and its key: PEM files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Certificate {
+    /// The certificate, and those that lead to one whom the server trusts.
+    pub chain: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+}
+
 /// What `serve --dev` writes: where the server is, how to know it, and a token. It is a secret.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct ConnectFile {
@@ -115,6 +124,9 @@ pub struct ConnectFile {
     pub pin: String,
     /// A capability token.
     pub token: String,
+    /// What to show to a server that asks for a certificate. Paths are those of whoever reads this, from where he is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<Certificate>,
 }
 
 /// Addresses as text.

@@ -47,7 +47,7 @@ mod subscription;
 mod tokens;
 
 pub use client::{Client, ConnectionWatch, MintedToken, PathWatch};
-pub use config::{Config, ConnectFile};
+pub use config::{Certificate, Config, ConnectFile};
 pub use continuity::Continuity;
 pub use error::{AppendError, ClientError, Stored};
 pub use jobs::{Job, JobEvent, JobKey, Jobs};

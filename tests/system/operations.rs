@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use mainstay_client::{Client, Config, ConnectFile};
+use mainstay_client::{Certificate, Client, Config, ConnectFile};
 use mainstay_protocol::session::Operation;
 use mainstay_server::auth::SigningKey;
 use mainstay_server::{MAX_NAMESPACES, OPERATOR_CONNECTIONS};
@@ -15,6 +15,8 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
+
+use crate::tokens::certificates;
 
 /// A server with settings of its own.
 struct Earnest {
@@ -110,6 +112,7 @@ impl Earnest {
             addr: self.addr.parse().expect("an address"),
             pin: self.pin().to_hex(),
             token,
+            certificate: None,
         }
     }
 
@@ -231,6 +234,55 @@ async fn keys_and_certificates_change_while_it_serves_and_connections_live() {
     .await;
     server.client(&second, "bob").list("").await.expect("what was in force stays");
     assert_eq!(server.stop().await, Some(0));
+}
+
+/// Clients show certificates where they have to, or where they may: by the connection file, in every command too.
+#[tokio::test]
+async fn clients_show_certificates_to_a_server_that_asks_for_them() {
+    let key = key();
+    for auth in ["required", "optional"] {
+        let mut server = Earnest::new(&[&key], "");
+        certificates(server.dir.path());
+        let settings = std::fs::read_to_string(server.settings()).expect("settings");
+        let asks = format!("client_ca = \"{}/ca.pem\"\nclient_auth = \"{auth}\"\n[auth]", server.dir.path().display());
+        std::fs::write(server.settings(), settings.replace("[auth]", &asks)).expect("settings");
+        server.start().await;
+        let path = |name: &str| server.dir.path().join(name);
+        let secret = path("signing");
+        std::fs::write(&secret, key.to_paserk()).expect("a key");
+        std::fs::set_permissions(&secret, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("permissions");
+        let secret = secret.display().to_string();
+        let mint = async |more: &[&str]| {
+            let mint = ["token", "mint", "--key", &secret, "--subject", "alice", "--grant", "=all"];
+            let output = mainstay(&[&mint, more].concat()).await;
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            String::from_utf8_lossy(&output.stdout).trim().to_owned()
+        };
+        let bound = mint(&["--certificate", &path("alice.pem").display().to_string()]).await;
+        let free = mint(&[]).await;
+        // Lists the sessions, as whoever has this token and shows that.
+        let list = async |token: &str, shows: Option<&str>| {
+            let mut file = server.file(token.to_owned());
+            file.certificate = shows
+                .map(|name| Certificate { chain: path(&format!("{name}.pem")), key: path(&format!("{name}.key")) });
+            let connect = path("connect.json");
+            std::fs::write(&connect, serde_json::to_vec(&file).expect("JSON")).expect("a file");
+            let connect = connect.display().to_string();
+            let listed = mainstay(&["session", "ls", "--connect", &connect]).await;
+            (listed.status.success(), String::from_utf8_lossy(&listed.stderr).into_owned())
+        };
+        let (done, why) = list(&bound, Some("alice")).await;
+        assert!(done, "{auth}: {why}");
+        let (done, why) = list(&bound, Some("bob")).await;
+        assert!(!done && why.contains("TOKEN_INVALID"), "{auth}: {why}");
+        let (done, why) = list(&bound, None).await;
+        assert!(!done && why.contains("TOKEN_INVALID") == (auth == "optional"), "{auth}: {why}");
+        let (done, why) = list(&free, None).await;
+        assert_eq!(done, auth == "optional", "{auth}: {why}");
+        let (done, why) = list(&free, Some("stranger")).await;
+        assert!(!done, "{auth}: {why}");
+        assert_eq!(server.stop().await, Some(0));
+    }
 }
 
 #[tokio::test]

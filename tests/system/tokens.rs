@@ -664,7 +664,7 @@ async fn namespaces_share_nothing_but_the_process() {
 }
 
 /// A CA, a certificate of a server and two of clients, as PEM files in a directory.
-fn certificates(dir: &std::path::Path) {
+pub(crate) fn certificates(dir: &std::path::Path) {
     let params = |name: &str| rcgen::CertificateParams::new(vec![name.to_owned()]).expect("parameters");
     let key = || rcgen::KeyPair::generate().expect("a key");
     let ca_key = key();

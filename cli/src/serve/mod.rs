@@ -442,7 +442,7 @@ fn write_connect_file(
     let claims = Claims::new(subject, Grants(vec![grant]), issued, expires);
     let token = key.mint(&claims).map_err(|error| Failure::failed("INTERNAL", error))?;
     let protocol = String::from_utf8_lossy(ALPN).into_owned();
-    let file = ConnectFile { protocol, addr: addr.into(), pin: pin.to_owned(), token };
+    let file = ConnectFile { protocol, addr: addr.into(), pin: pin.to_owned(), token, certificate: None };
     let text = serde_json::to_vec_pretty(&file).map_err(|error| Failure::failed("INTERNAL", error.to_string()))?;
     write_secret(&path, &text).map_err(|error| Failure::io(path.display(), &error))?;
     Ok(path)
