@@ -29,7 +29,11 @@ fn steps(page: &str) -> Vec<Step> {
         match line {
             "```sh" => steps.push(Step { script: block(&mut lines).join("\n"), shown: Vec::new() }),
             "```text" => steps.last_mut().expect("commands before what they show").shown = block(&mut lines),
-            line if line.starts_with("```") => drop(block(&mut lines)),
+            line if line.starts_with("```") => {
+                let other = block(&mut lines);
+                let command = other.iter().find(|line| line.trim_start_matches("$ ").starts_with("mainstay "));
+                assert_eq!(command, None, "a command in a block that is not run");
+            }
             _ => {}
         }
     }
