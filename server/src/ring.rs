@@ -89,3 +89,54 @@ impl Drop for Ring {
         self.total.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use mainstay_protocol::session::{Author, Chain, CheckedBatch, ChunkBuilder, Incarnation, Record};
+    use mainstay_protocol::wire::{Label, Writer};
+
+    use super::*;
+
+    /// One record of about so many bytes, at a seq.
+    fn chunk(seq: u64, bytes: usize) -> Arc<Chunk> {
+        let incarnation = Incarnation([1; 16]);
+        let mut records = Writer::new();
+        Record::data(0, vec![b'x'; bytes]).put(&mut records);
+        let batch = CheckedBatch::new(1, records.freeze()).expect("a batch");
+        let mut chunk = ChunkBuilder::new(incarnation, seq, seq, 1, 0, Chain::start(incarnation));
+        chunk.batch(&Arc::new(Author::server()), &Label::new("p").expect("a label"), 1, seq, 0, &batch);
+        Arc::new(chunk.finish().expect("a chunk"))
+    }
+
+    fn starts(rings: &[Ring]) -> Vec<u64> {
+        rings.iter().map(Ring::start).collect()
+    }
+
+    /// Spec LIM-5: what is in memory is bounded for each session, and for all of them together.
+    #[test]
+    fn rings_keep_to_their_limit_and_all_of_them_to_their_budget() {
+        let total = Arc::new(AtomicUsize::new(0));
+        let one = chunk(0, 1000).bytes().len();
+        let (limit, budget) = (4 * one + one / 2, 10 * one);
+        let mut rings: Vec<Ring> = (0..4).map(|_| Ring::new(0, limit, total.clone(), budget)).collect();
+        // The first two have what each of them may have.
+        for ring in &mut rings[..2] {
+            (0..20).for_each(|seq| ring.push(chunk(seq, 1000)));
+        }
+        assert_eq!(starts(&rings[..2]), [16, 16]);
+        assert!(total.load(Ordering::Relaxed) <= 2 * limit);
+        // Where all of them have more than is there, each keeps what comes last, and no more.
+        for seq in 0..20 {
+            rings.iter_mut().for_each(|ring| ring.push(chunk(20 + seq, 1000)));
+            assert!(total.load(Ordering::Relaxed) <= budget + one, "{}", total.load(Ordering::Relaxed));
+        }
+        let held: u64 = rings.iter().map(|ring| ring.tail - ring.start()).sum();
+        assert!((4..=10).contains(&held), "{held}");
+        // What is left to the others once some are gone.
+        rings.truncate(1);
+        (40..60).for_each(|seq| rings[0].push(chunk(seq, 1000)));
+        assert_eq!(starts(&rings), [56]);
+        drop(rings);
+        assert_eq!(total.load(Ordering::Relaxed), 0, "nothing is counted that is gone");
+    }
+}

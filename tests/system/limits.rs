@@ -104,6 +104,27 @@ async fn rates_of_a_subject_are_kept_for_each_kind_of_request() {
     second_is_refused("requests", |quotas| quotas.subject.requests = once(), define).await;
 }
 
+/// A member counts for what it does as for its coming.
+#[tokio::test]
+async fn updates_of_a_member_are_kept_to_the_rate_of_their_subject() {
+    let server = server(|quotas| quotas.subject.presence = Rate::new(1, 2));
+    let mut raw = Raw::hello(&server).await;
+    let (mut send, mut frames) = raw.attach("s").await;
+    let activity =
+        |n: u64| Activity { status: format!("s{n}").parse().expect("a label"), progress: None, data: Bytes::new() };
+    let join = Frame::from(Join { name: "me".parse().expect("a label"), grace: 5000, activity: activity(0) });
+    send.write(&mut [join.to_bytes()]).await.expect("write");
+    assert!(matches!(timeout(PATIENCE, frames.next()).await, Ok(Ok(Some(Frame::Joined(_))))));
+    // One is there still; what is done of them is not answered.
+    let mut updates: Vec<Bytes> =
+        (1..4).map(|n| Frame::from(mainstay_protocol::wire::Update { activity: activity(n) }).to_bytes()).collect();
+    send.write(&mut updates).await.expect("write");
+    let (code, value) = refusal(&mut frames).await;
+    assert_eq!(code, Code::RATE_LIMITED);
+    is_soon(value);
+    lives(&mut raw).await;
+}
+
 #[tokio::test]
 async fn attaches_creates_and_lookups_are_kept_to_their_rates() {
     let server = server(|quotas| {
