@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use mainstay_client::{Certificate, Client, Config, ConnectFile};
+use mainstay_client::{Certificate, Client, Config, ConnectFile, Start};
 use mainstay_protocol::session::Operation;
 use mainstay_server::auth::SigningKey;
 use mainstay_server::{MAX_NAMESPACES, OPERATOR_CONNECTIONS};
@@ -330,9 +330,32 @@ async fn an_operator_sees_how_it_is_and_what_it_does() {
     assert_eq!(status["status"]["namespaces"][0]["sessions"][0]["tail"], 3);
 
     let (data, settings) = (server.data().display().to_string(), server.settings().display().to_string());
-    let top = mainstay(&["top", "--once", "--data", &data]).await;
-    let text = String::from_utf8_lossy(&top.stdout).into_owned();
+    // Who is slow, by how much, and why: somebody who follows and does not read.
+    let mut config = Config::default();
+    config.subscription_window = 64 << 10;
+    let token = key.mint(&claims("bob", "", Operation::ALL)).expect("a token");
+    let slow = Client::connect_quic(&server.file(token), config).expect("a client");
+    let unread = slow.session("seen").expect("a name").attach().await.expect("attach");
+    let following = unread.subscribe(Start::Earliest).open().await.expect("a subscription");
+    for _ in 0..10 {
+        producer.append(session.main(), vec![b'x'; 50_000]).await.expect("append").await.expect("stored");
+    }
+    let (mut text, mut row) = (String::new(), None);
+    mainstay_tests::until("it is seen who does not read", async || {
+        let top = mainstay(&["top", "--once", "--data", &data]).await;
+        text = String::from_utf8_lossy(&top.stdout).into_owned();
+        row = text.lines().find(|line| line.contains("bob")).map(str::to_owned);
+        row.as_ref().is_some_and(|row| row.contains("waits for its application to read"))
+    })
+    .await;
     assert!(text.contains("seen") && text.contains("alice"), "{text}");
+    // Its address, its subject, the round trip, how often it moved, by how many records it is behind.
+    let row = row.expect("a row");
+    let words: Vec<&str> = row.split_whitespace().collect();
+    let [addr, "bob", rtt, "ms", "0", lag, ..] = words[..] else { panic!("{text}") };
+    assert!(addr.starts_with("127.0.0.1:") && rtt.parse::<f64>().is_ok_and(|rtt| rtt > 0.0), "{row}");
+    assert!(lag.parse::<u64>().is_ok_and(|lag| (5..13).contains(&lag)), "{row}");
+    drop(following);
     let file = server.dir.path().join("connect.json");
     let token = key.mint(&claims("doctor", "", Operation::ALL)).expect("a token");
     std::fs::write(&file, serde_json::to_vec(&server.file(token)).expect("JSON")).expect("a file");
