@@ -386,6 +386,125 @@ async fn an_operator_sees_how_it_is_and_what_it_does() {
     assert_eq!(gone.status.code(), Some(4));
 }
 
+/// What is wrong between a client and a server, or will be, each with what to do about it.
+#[tokio::test]
+async fn doctor_finds_what_keeps_clients_from_a_server() {
+    let key = key();
+    let mut server = Earnest::new(&[&key], "");
+    server.start().await;
+    let dir = server.dir.path().to_owned();
+    let path = |name: &str| dir.join(name).display().to_string();
+    let doctor = async |args: &[&str]| -> Vec<(String, String)> {
+        let output = mainstay(&[&["doctor", "--json"], args].concat()).await;
+        let findings = events(&output.stdout).into_iter().filter(|finding| finding["is"] != "good");
+        let text = |finding: &Value, name: &str| finding[name].as_str().unwrap_or_default().to_owned();
+        findings.map(|finding| (text(&finding, "what"), text(&finding, "advice"))).collect()
+    };
+    let has = |findings: &[(String, String)], what: &str, advice: &str| {
+        let found = findings.iter().any(|(said, advised)| said.contains(what) && advised.contains(advice));
+        assert!(found, "no {what:?} with {advice:?} in {findings:#?}");
+    };
+    let token = key.mint(&claims("doctor", "", Operation::ALL)).expect("a token");
+    let write = |file: &ConnectFile| {
+        let name = path("connect.json");
+        std::fs::write(&name, serde_json::to_vec(file).expect("JSON")).expect("a file");
+        std::fs::set_permissions(&name, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("permissions");
+        name
+    };
+    let settings = server.settings().display().to_string();
+    // Somebody else answers than was asked for.
+    let mut other = server.file(token.clone());
+    other.pin = "00".repeat(32);
+    has(
+        &doctor(&["--config", &settings, "--connect", &write(&other)]).await,
+        "certificate",
+        "is not the one that the file names",
+    );
+    // A token that nobody believes there.
+    let foreign = SigningKey::generate().expect("a key").mint(&claims("doctor", "", Operation::ALL)).expect("a token");
+    let file = write(&server.file(foreign));
+    has(&doctor(&["--config", &settings, "--connect", &file]).await, "TOKEN_INVALID", "get a token");
+    // Nobody answers.
+    let file = write(&server.file(token));
+    assert_eq!(server.stop().await, Some(0));
+    has(&doctor(&["--config", &settings, "--connect", &file]).await, "", "whether the server runs there");
+    // A certificate that has expired, one that does soon, and a disk that has less space than is kept free.
+    for (days, what) in [(-1, "has expired"), (5, "expires in")] {
+        let own = rcgen::KeyPair::generate().expect("a key");
+        let mut params = rcgen::CertificateParams::new(vec!["localhost".into()]).expect("parameters");
+        let seconds = mainstay_tests::harness::now() + days * 24 * 3600 + 3600;
+        params.not_before = std::time::SystemTime::UNIX_EPOCH.into();
+        params.not_after = (std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(seconds as u64)).into();
+        std::fs::write(path("chain.pem"), params.self_signed(&own).expect("a certificate").pem()).expect("a file");
+        std::fs::write(path("key.pem"), own.serialize_pem()).expect("a file");
+        has(&doctor(&["--config", &settings]).await, what, "renew it");
+    }
+    let kept = std::fs::read_to_string(&settings).expect("settings");
+    std::fs::write(&settings, format!("{kept}\n[store]\nreserve_bytes = {}\n", 1_u64 << 50)).expect("settings");
+    has(&doctor(&["--config", &settings]).await, "", "free some space");
+}
+
+/// As the unit of the package has it: the socket is there before the server, the manager hears that it is ready, alive and stopping, and its
+/// log is JSON where that is asked for.
+#[tokio::test]
+async fn a_service_takes_its_socket_and_tells_its_manager_how_it_is() {
+    const START: &str = r#"
+        use Socket; require POSIX;
+        $^F = 16; # What is opened from here on is there for the server too.
+        socket(my $s, PF_INET, SOCK_DGRAM, 0) or die "$!";
+        bind($s, sockaddr_in(0, INADDR_LOOPBACK)) or die "$!";
+        my ($port) = sockaddr_in(getsockname($s));
+        open(my $f, ">", shift) or die "$!"; print $f $port; close $f;
+        POSIX::dup2(fileno($s), 3);
+        $ENV{LISTEN_FDS} = 1; $ENV{LISTEN_PID} = $$;
+        exec @ARGV or die "$!";
+    "#;
+    if Command::new("perl").arg("-v").output().await.is_err() {
+        return mainstay_tests::skipped("a socket of the service manager", "perl is not installed");
+    }
+    let key = key();
+    let server = Earnest::new(&[&key], "[log]\nformat = \"json\"\n");
+    let (port, notify) = (server.dir.path().join("port"), server.dir.path().join("notify"));
+    let manager = tokio::net::UnixDatagram::bind(&notify).expect("a socket");
+    let mut child = Command::new("perl")
+        .args(["-e", START])
+        .arg(&port)
+        .arg(binary())
+        .args(["serve", "--json", "--config"])
+        .arg(server.settings())
+        .env("NOTIFY_SOCKET", &notify)
+        .env("WATCHDOG_USEC", "400000")
+        .stdout(Stdio::piped())
+        .stderr(std::fs::File::create(server.log()).expect("a log"))
+        .kill_on_drop(true)
+        .spawn()
+        .expect("a server");
+    let hear = async || {
+        let mut said = [0; 256];
+        let len = timeout(PATIENCE, manager.recv(&mut said)).await.expect("in time").expect("a word");
+        String::from_utf8_lossy(&said[..len]).trim().to_owned()
+    };
+    let mut lines = BufReader::new(child.stdout.take().expect("an output")).lines();
+    let line = timeout(PATIENCE, lines.next_line()).await.expect("in time").expect("an output").expect("a line");
+    let event: Value = serde_json::from_str(&line).expect("JSON");
+    let port = std::fs::read_to_string(&port).expect("the port");
+    assert_eq!(event["addr"], format!("127.0.0.1:{port}"), "the socket that was given: {event}");
+    let mut heard = Vec::new();
+    while heard.iter().filter(|said| *said == "WATCHDOG=1").count() < 3 {
+        heard.push(hear().await);
+    }
+    assert!(heard.contains(&"READY=1".to_owned()), "{heard:?}");
+    let pid = child.id().expect("a running server").to_string();
+    assert!(Command::new("kill").args(["-TERM", &pid]).status().await.expect("kill").success());
+    while hear().await != "STOPPING=1" {}
+    let status = timeout(PATIENCE, child.wait()).await.expect("in time").expect("a status");
+    assert!(status.success(), "{status}");
+    let log = std::fs::read_to_string(server.log()).expect("a log");
+    let rows: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).expect("a log of JSON")).collect();
+    let says = |row: &Value| row["level"] == "INFO" && row.to_string().contains("stopping");
+    assert!(rows.iter().any(says), "{log}");
+}
+
 /// Spec LIM-1: who is at a limit is to be seen, and what to do.
 #[tokio::test]
 async fn an_operator_sees_that_a_limit_is_reached() {

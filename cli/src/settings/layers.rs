@@ -163,6 +163,20 @@ mod tests {
     }
 
     #[test]
+    fn a_flag_of_its_own_goes_before_everything_else() {
+        let listen = |port: u16| Value::String(format!("127.0.0.1:{port}"));
+        let layers = Layers {
+            file: None,
+            set: vec!["listen=127.0.0.1:2".to_owned(), "limits.connections=2".to_owned()],
+            flags: vec![("listen", listen(3))],
+        };
+        let environment = [("MAINSTAY_LISTEN".to_owned(), "127.0.0.1:1".to_owned())];
+        let settings = layers.read(environment.into_iter()).map_err(|failure| failure.message).expect("settings");
+        assert_eq!(settings.listen, Some(([127, 0, 0, 1], 3).into()));
+        assert_eq!(settings.server(true).expect("a configuration").connections, 2);
+    }
+
+    #[test]
     fn what_is_not_known_is_refused_wherever_it_is_said() {
         let wrong = read("[limits]\nconections = 1\n", &[], &[]).expect_err("not known");
         assert!(wrong.contains("conections") && wrong.contains("line 2"), "{wrong}");
