@@ -3,6 +3,7 @@
 use core::fmt;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
+use std::os::unix::fs::FileExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
@@ -275,9 +276,9 @@ pub(crate) fn check_keyspaces(log: &Path, format: &Format) -> Result<(), OpenErr
     [0].iter().chain(&format.keyspaces).try_for_each(|number| check_keyspace(&keyspaces.join(number.to_string())))
 }
 
-/// Checks what fjall believes without looking: that the keyspace in `dir` names its current version file, and that the file is what was
-/// written. fjall would remove the keyspace on some damage there; on other damage it panics, and once more while that unwinds, which ends
-/// the process.
+/// Checks what fjall believes without looking: that the keyspace in `dir` names its current version file, that the file is what was
+/// written, and so are the contents of its tables. fjall would remove the keyspace on some damage there; on other damage it panics, and once
+/// more while that unwinds, or asks for more memory than there is, which ends the process.
 pub(crate) fn check_keyspace(dir: &Path) -> Result<(), OpenError> {
     let damaged = |what: &str| OpenError::Damaged(format!("{}: {what}", dir.display()));
     let read = |name: &str| match fs::read(dir.join(name)) {
@@ -294,7 +295,45 @@ pub(crate) fn check_keyspace(dir: &Path) -> Result<(), OpenError> {
     if current[24] != 0 || xxhash_rust::xxh3::xxh3_128(&version) != checksum {
         return Err(damaged("the version file is not the one that `current` names"));
     }
+    let tables = dir.join("tables");
+    let found = match fs::read_dir(&tables) {
+        Ok(found) => found,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(OpenError::Io(tables, error)),
+    };
+    for table in found {
+        let table = table.map_err(|error| OpenError::Io(tables.clone(), error))?.path();
+        if !has_its_contents(&table).map_err(|error| OpenError::Io(table.clone(), error))? {
+            return Err(OpenError::Damaged(format!(
+                "{}: its table of contents is not what was written",
+                table.display()
+            )));
+        }
+    }
     Ok(())
+}
+
+/// False if the table of contents at the end of a table is not what was written: fjall sets memory aside for as many entries as it says
+/// before it looks at the checksum. A file without such an end was not finished, and is for fjall to judge as all else of a table is.
+fn has_its_contents(table: &Path) -> io::Result<bool> {
+    // "SFA!" | version u8 | kind of checksum u8 | XXH3-128 of the contents u128 | where they begin u64 | their length u64, little-endian
+    const END: u64 = 38;
+    /// A table has a dozen sections.
+    const MOST: u64 = 64 << 10;
+    let file = File::open(table)?;
+    let Some(end) = file.metadata()?.len().checked_sub(END) else { return Ok(true) };
+    let mut last = [0; END as usize];
+    file.read_exact_at(&mut last, end)?;
+    let (checksum, begin) =
+        (last[6..22].try_into().map(u128::from_le_bytes), last[22..30].try_into().map(u64::from_le_bytes));
+    let (Ok(checksum), Ok(begin), b"SFA!") = (checksum, begin, &last[..4]) else { return Ok(true) };
+    let Some(len) = end.checked_sub(begin) else { return Ok(false) };
+    if len > MOST {
+        return Ok(false);
+    }
+    let mut contents = vec![0; len as usize];
+    file.read_exact_at(&mut contents, begin)?;
+    Ok(xxhash_rust::xxh3::xxh3_128(&contents) == checksum)
 }
 
 fn builder(log: &Path, config: &Config) -> fjall::DatabaseBuilder<Database> {

@@ -213,6 +213,56 @@ async fn a_torn_tail_of_a_journal_that_another_follows_is_reported() {
     assert_ne!(open(&bytes[..image.ends[8]]), [], "a whole batch is missing before the second journal");
 }
 
+/// Every table below a directory.
+fn tables(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).unwrap().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            found.extend(tables(&path));
+        } else if path.parent().is_some_and(|parent| parent.ends_with("tables")) {
+            found.push(path);
+        }
+    }
+    found
+}
+
+/// The engine would set memory aside for two thousand million of them, and the process end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_whose_contents_promise_more_than_there_is_is_reported() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("store");
+    let mut config = Config::default();
+    config.memtable_bytes = 256 * 1024;
+    let store = FjallStore::open(&dir, config.clone()).unwrap();
+    let mut log = Log::create(&store, "s", 1).await;
+    for n in 0..300 {
+        assert_eq!(log.append(&store, noise(n, 2000)).await, Outcome::Committed);
+    }
+    drop(store);
+    let of_the_log = |path: &PathBuf| fs::metadata(path).is_ok_and(|file| file.len() > 100_000);
+    let table = tables(&dir).into_iter().find(of_the_log).expect("a table");
+    let bytes = fs::read(&table).unwrap();
+    let begin = u64::from_le_bytes(bytes[bytes.len() - 16..bytes.len() - 8].try_into().unwrap()) as usize;
+    assert_eq!(&bytes[begin..begin + 4], b"TOC!");
+    for bit in [0, 7, 24, 30, 31] {
+        let mut broken = bytes.clone();
+        broken[begin + 4 + bit / 8] ^= 1 << (bit % 8);
+        fs::write(&table, broken).unwrap();
+        let report = verify::verify(&dir, &mut |_, _| ControlFlow::Continue(())).unwrap();
+        assert!(
+            report.problems.iter().any(|problem| problem.what.contains("table of contents")),
+            "bit {bit}: {report:?}"
+        );
+        let opened = FjallStore::open(&dir, config.clone()).map(drop);
+        assert!(matches!(opened, Err(OpenError::Damaged(_))), "bit {bit}: {opened:?}");
+    }
+    // A file that was never finished is none of the store's.
+    fs::write(&table, &bytes).unwrap();
+    fs::write(table.with_file_name("999"), &bytes[..bytes.len() / 2]).unwrap();
+    FjallStore::open(&dir, config).unwrap();
+}
+
 /// Flips a bit in the payload `needle`, which one of the tables holds.
 fn flip_in_tables(dir: &Path, needle: &[u8]) -> bool {
     for entry in fs::read_dir(dir).unwrap().flatten() {
