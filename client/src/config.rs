@@ -124,7 +124,7 @@ pub struct ConnectFile {
     pub pin: String,
     /// A capability token.
     pub token: String,
-    /// What to show to a server that asks for a certificate. Paths are those of whoever reads this, from where he is.
+    /// What to show to a server that asks for a certificate. In a file paths are from where that file is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate: Option<Certificate>,
 }
@@ -154,7 +154,12 @@ impl ConnectFile {
     pub fn read(path: &Path) -> Result<Self, ClientError> {
         let wrong = |what: String| ClientError::Invalid(format!("connection file {}: {what}", path.display()));
         let text = std::fs::read(path).map_err(|error| wrong(error.to_string()))?;
-        serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
+        let mut this: Self = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
+        if let (Some(certificate), Some(dir)) = (&mut this.certificate, path.parent()) {
+            certificate.chain = dir.join(&certificate.chain);
+            certificate.key = dir.join(&certificate.key);
+        }
+        Ok(this)
     }
 
     /// How to know the server. Errors: `Invalid`.

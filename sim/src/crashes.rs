@@ -113,8 +113,15 @@ impl How {
     fn provokes(self) -> &'static [(u64, &'static [&'static str])] {
         const POWER: &[&str] = &["power-cut"];
         // By chance, one in three and less.
-        const CHANCE: &[&str] =
-            &["cut-in-recovery", "expiries-timed", "filled", "losses-undisturbed", "no-space", "space-came-back"];
+        const CHANCE: &[&str] = &[
+            "cut-in-recovery",
+            "departures-behind-faults",
+            "expiries-timed",
+            "filled",
+            "losses-behind-faults",
+            "no-space",
+            "space-came-back",
+        ];
         match self {
             Self::Power => &[(20, PROVOKED), (20, POWER), (100, CHANCE)],
             Self::Kill if strace_is_there() => &[(100, PROVOKED), (100, KILLED)],
@@ -261,6 +268,7 @@ async fn round(
         members: 2,
         grace: Duration::from_secs(1),
         agents: 1,
+        lease: Duration::from_secs(1),
         renewers: 1,
         trimmers: 1,
         trims: u64::MAX / 3,

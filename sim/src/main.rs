@@ -87,7 +87,7 @@ enum What {
         /// What they are to do.
         orders: PathBuf,
     },
-    /// Write five times as much as the real server can take, and look what it gets done and what is lost.
+    /// Write five and ten times as much as the real server can take, and look what it gets done and what is lost.
     Overload {
         /// How long each is measured.
         #[arg(long, default_value_t = 5, value_parser = at_least_one())]

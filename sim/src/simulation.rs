@@ -390,6 +390,7 @@ async fn live(seed: u64, recorder: &Recorder) {
         members: random.below(3),
         grace: Duration::from_secs(5),
         agents: random.below(3),
+        lease: Duration::from_secs(1),
         renewers: random.below(2),
         trimmers: random.below(2),
         trims: 4 + random.below(12),

@@ -57,6 +57,8 @@ pub struct Size {
     pub customers: u64,
     /// Those that ask people for something, which is answered or expires.
     pub askers: u64,
+    /// For how long a run is held once nobody hears of its holder.
+    pub lease: Duration,
     /// The chance that a view that has caught up is written down.
     pub looks: f64,
     /// Longest pause between two things that somebody does.
@@ -69,7 +71,7 @@ pub struct Size {
 
 impl Size {
     /// How long somebody is a member at most once he is gone.
-    fn lease(&self) -> Duration {
+    fn membership(&self) -> Duration {
         self.grace + TOLD
     }
 }
@@ -86,6 +88,7 @@ impl Default for Size {
             members: 2,
             grace: Duration::from_secs(5),
             agents: 2,
+            lease: Duration::from_secs(1),
             renewers: 1,
             trimmers: 1,
             trims: 4,
@@ -342,7 +345,7 @@ impl Workload {
                 busy.iter().filter(|name| !name.starts_with("reader") && !name.starts_with("viewer")).collect();
             panic!("not done in time: {workers:?}");
         }
-        let lease = self.size.lease();
+        let lease = self.size.membership();
         if self.size.rest > 2 * lease {
             sleep(lease + Duration::from_secs(1)).await;
         }
@@ -390,9 +393,6 @@ fn renewed(session: &str, n: u64) -> String {
 fn owned(session: &str) -> String {
     format!("{session}-owned")
 }
-
-/// For how long a run is held once nobody hears of its holder.
-const LEASE: Duration = Duration::from_secs(1);
 
 /// Longer than any world or campaign lasts.
 const FOREVER: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -619,7 +619,7 @@ impl Actor {
             let join = Call::Join {
                 session: self.session.clone(),
                 author: author.clone(),
-                lease: Some(self.size.lease().as_nanos() as u64),
+                lease: Some(self.size.membership().as_nanos() as u64),
             };
             let op = self.recorder.invoke(&self.name, join);
             let doing = Doing::new("idle").expect("a word");
@@ -972,7 +972,7 @@ impl Actor {
         let result = match call {
             Call::OpenProducer { .. } => session.producer(&self.name).await.map(|producer| producer.epoch()),
             Call::Trim { before, .. } => session.trim(before).await,
-            Call::StartRun { .. } => session.start_run_as(id, LEASE, None).await.map(|run| run.epoch()),
+            Call::StartRun { .. } => session.start_run_as(id, self.size.lease, None).await.map(|run| run.epoch()),
             _ => session.clone().delete().await.map(|()| 0),
         };
         self.recorder.answered(&self.name, op, &result);
@@ -1058,10 +1058,10 @@ impl Actor {
 
     /// Begins a run. `None` if that is refused, or nobody knows.
     async fn start(&self, session: &Session, id: RunId) -> Option<Run> {
-        let told = (LEASE + TOLD).as_nanos() as u64;
+        let told = (self.size.lease + TOLD).as_nanos() as u64;
         let call = Call::StartRun { session: self.session.clone(), run: id.to_string(), lease: Some(told) };
         let op = self.recorder.invoke(&self.name, call);
-        let started = session.start_run_as(id, LEASE, None).await;
+        let started = session.start_run_as(id, self.size.lease, None).await;
         self.recorder.started(&self.name, op, &started.as_ref().map(Run::epoch).map_err(Clone::clone));
         started.ok()
     }
@@ -1071,7 +1071,8 @@ impl Actor {
         let call = Call::TakeRun { session: self.session.clone(), run: id.to_string() };
         let op = self.recorder.invoke(&self.name, call);
         // Whoever gives up has no answer, and holds it or does not.
-        let taken = timeout(LEASE * 4, session.take_run(Some(id), LEASE)).await.ok()?;
+        let lease = self.size.lease;
+        let taken = timeout(lease * 4, session.take_run(Some(id), lease)).await.ok()?;
         self.recorder.started(&self.name, op, &taken.as_ref().map(Run::epoch).map_err(Clone::clone));
         taken.ok()
     }

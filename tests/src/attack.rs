@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use mainstay_protocol::registry::ALPN;
+use mainstay_protocol::registry::{ALPN, MAX_FRAME};
 use mainstay_protocol::session::{
     Activity, Change, Expected, Intent, Key, MessageId, Payload, Record, SignalId, StateChange, Target,
 };
@@ -448,7 +448,8 @@ async fn bad_frames(way: Way, aim: &Aim, raw: &mut Raw, random: &mut Random, tal
             1..4 => {
                 let stream = timeout(STUCK, raw.connection.open_uni()).await.ok()?;
                 let mut stream = stream.ok()?;
-                let _ = stream.write(&mut [bytes.into()]).await;
+                let written = stream.write(&mut [bytes.into()]).await;
+                tally.hear(&written.map(|()| None).map_err(FrameError::Lost));
                 stream.finish();
             }
             4..9 => {
@@ -460,7 +461,8 @@ async fn bad_frames(way: Way, aim: &Aim, raw: &mut Raw, random: &mut Random, tal
                 }
                 let Some(mut batches) = producer(raw, (&mut send, &mut frames)).await else { continue };
                 for sequence in 0..4 {
-                    let _ = batches.write(&mut [bad_batch(way, sequence, random).into()]).await;
+                    let written = batches.write(&mut [bad_batch(way, sequence, random).into()]).await;
+                    tally.hear(&written.map(|()| None).map_err(FrameError::Lost));
                 }
                 hear(&mut frames, tally).await;
                 send.finish();
@@ -628,15 +630,16 @@ async fn first_flight(aim: &Aim) -> Option<Vec<Vec<u8>>> {
     let connector = QuicConnector::new(trap.local_addr().ok()?, &aim.trust, &limits, ALPN).ok()?;
     let mut flight = Vec::new();
     let caught = async {
-        let mut datagram = vec![0; 2048];
-        while let Ok(len) = trap.recv(&mut datagram).await {
+        let (mut datagram, mut patience) = (vec![0; 2048], STUCK);
+        while let Ok(Ok(len)) = timeout(patience, trap.recv(&mut datagram)).await {
             flight.push(datagram[..len].to_vec());
+            // What belongs to it comes at once.
+            patience = Duration::from_millis(5);
         }
     };
     tokio::select! {
         _ = connector.connect(false) => {}
         () = caught => {}
-        () = sleep(Duration::from_millis(5)) => {}
     }
     Some(flight).filter(|flight| !flight.is_empty())
 }
@@ -681,9 +684,9 @@ impl Overheard {
     }
 }
 
-/// Listens to a client that visits a server twice, from `from`, and each time says this as soon as it can, each on a stream of its own: control
-/// first. `None` if it did not come there.
-pub async fn overhear(to: SocketAddr, trust: &Trust, from: Ipv4Addr, asked: &[Bytes]) -> Option<Overheard> {
+/// Listens to a client that visits a server twice, from `from`, and each time says this as soon as it can, each on a stream of its own, control
+/// first, and waits for so many frames in answer. `None` if it did not come to that.
+pub async fn overhear(to: SocketAddr, trust: &Trust, from: Ipv4Addr, asked: &[(Bytes, usize)]) -> Option<Overheard> {
     let relay = UdpSocket::bind(("127.0.0.1", 0)).await.ok()?;
     let there = UdpSocket::bind((from, 0)).await.ok()?;
     there.connect(to).await.ok()?;
@@ -720,15 +723,20 @@ pub async fn overhear(to: SocketAddr, trust: &Trust, from: Ipv4Addr, asked: &[By
             let connection = timeout(STUCK, connector.connect(true)).await.ok()?.ok()?;
             is_early = !connection.is_confirmed();
             let mut open = Vec::new();
-            for bytes in asked {
+            for (bytes, answers) in asked {
                 let (mut send, recv) = connection.open_bi().await.ok()?;
                 send.write(&mut [bytes.clone()]).await.ok()?;
-                open.push((send, recv));
+                open.push((send, FrameReader::new(recv, MAX_FRAME), answers));
             }
-            // Tickets come behind the handshake.
-            sleep(Duration::from_millis(150)).await;
+            // Tickets come before the first of them.
+            for (_, frames, answers) in &mut open {
+                for _ in 0..**answers {
+                    timeout(STUCK, frames.next()).await.ok()?.ok()??;
+                }
+            }
             connection.close(0, "");
         }
+        // The last one's goodbye is heard too.
         sleep(Duration::from_millis(50)).await;
         Some(is_early)
     };
@@ -747,7 +755,7 @@ async fn replay(home: Home, aim: &Aim, random: &mut Random, tally: &Tally) -> Op
     let list = Frame::from(List { prefix: Bytes::new(), after: Bytes::new(), limit: 9 }).to_bytes();
     let mut request = list.to_vec();
     request.extend_from_slice(&attach(&format!("{}/replayed", aim.prefix)));
-    let asked = [hello(token(aim, random).to_owned(), [7; 16]), request.into()];
+    let asked = [(hello(token(aim, random).to_owned(), [7; 16]), 1), (request.into(), 1)];
     let overheard = overhear(aim.addr, &aim.trust, home.0, &asked).await?;
     tally.connections.fetch_add(2, Ordering::Relaxed);
     tally.early.fetch_add(u64::from(overheard.is_early), Ordering::Relaxed);

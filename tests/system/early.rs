@@ -150,14 +150,15 @@ async fn what_has_an_effect_waits_until_the_client_is_known_to_be_no_replay() {
     assert_eq!(members(session.live().await.expect("live")).await, 2);
 }
 
-/// Spec EARLY-2: whoever overhears a client and sends it all again, first flight with early data and all, deletes nothing and joins nobody.
+/// Spec EARLY-2, EARLY-4: whoever overhears a client and sends it all again, first flight with early data and all, deletes nothing and joins nobody.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_overheard_and_sent_again_has_no_effect() {
     let server = QuicServer::start_with_tickets(Arc::new(MemoryStore::new()), ServerConfig::default());
     let token = server.key.mint(&claims("alice", "", Operation::ALL)).expect("a token");
     let deleted = [raw::attach("s"), Frame::from(DeleteSession {}).to_bytes()].concat();
     let joined = [raw::attach("room"), Frame::from(join()).to_bytes(), Frame::from(Leave {}).to_bytes()].concat();
-    let asked = vec![raw::hello(token, [7; 16]), deleted.into(), joined.into()];
+    // HELLO and AUTHENTICATED; ATTACHED and DELETED; ATTACHED, JOINED and LEFT.
+    let asked = [(raw::hello(token, [7; 16]), 2), (deleted.into(), 2), (joined.into(), 3)];
     let overheard = overhear(server.addr, server.trust(), Ipv4Addr::LOCALHOST, &asked).await.expect("two visits");
     assert!(overheard.is_early, "the second one begins with early data");
     assert!(overheard.datagrams.len() >= 4, "{}", overheard.datagrams.len());

@@ -472,6 +472,7 @@ async fn a_service_takes_its_socket_and_tells_its_manager_how_it_is() {
         .arg(binary())
         .args(["serve", "--json", "--config"])
         .arg(server.settings())
+        .env("LC_ALL", "C")
         .env("NOTIFY_SOCKET", &notify)
         .env("WATCHDOG_USEC", "400000")
         .stdout(Stdio::piped())

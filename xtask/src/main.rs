@@ -34,7 +34,7 @@ Tasks:
                  power [--seed S]  the power cut under it (root)
                  damage [--seed S] damaged data directories
                  hostile [--seed S] attackers beside honest clients
-                 overload          five times as much as can be done
+                 overload          five and ten times as much as can be done
                  planted           mistakes on purpose: each has to be found, or its like is skipped, and that is said
                  tests [SECS]      the random tests over and over with new seeds (default 1800 s)
 ";

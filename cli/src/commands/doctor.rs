@@ -368,6 +368,9 @@ async fn way(path: &Path, report: &mut Report) -> Result<(), Failure> {
         }
     };
     secret(path, report)?;
+    if let Some(certificate) = &file.certificate {
+        secret(&certificate.key, report)?;
+    }
     match Verified::unchecked(file.token.as_bytes()) {
         Ok(token) => {
             let left = token.claims.expires.saturating_sub(now());

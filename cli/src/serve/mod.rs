@@ -430,11 +430,13 @@ fn write_connect_file(
 ) -> Result<PathBuf, Failure> {
     let path = data.connect_file();
     let anchors = trust.anchors();
+    let mut certificate = None;
     if let Ok(old) = ConnectFile::read(&path) {
         let fresh = |token: &str| anchors.verify(token.as_bytes(), now() + DEV_TOKEN / 2).is_ok();
         if old.addr == addr.into() && old.pin == pin && fresh(&old.token) {
             return Ok(path);
         }
+        certificate = old.certificate;
     }
     let subject = Subject::new("dev").map_err(|error| Failure::failed("INTERNAL", error.to_string()))?;
     let grant = Grant { prefix: String::new(), operations: Operations::all() };
@@ -442,7 +444,7 @@ fn write_connect_file(
     let claims = Claims::new(subject, Grants(vec![grant]), issued, expires);
     let token = key.mint(&claims).map_err(|error| Failure::failed("INTERNAL", error))?;
     let protocol = String::from_utf8_lossy(ALPN).into_owned();
-    let file = ConnectFile { protocol, addr: addr.into(), pin: pin.to_owned(), token, certificate: None };
+    let file = ConnectFile { protocol, addr: addr.into(), pin: pin.to_owned(), token, certificate };
     let text = serde_json::to_vec_pretty(&file).map_err(|error| Failure::failed("INTERNAL", error.to_string()))?;
     write_secret(&path, &text).map_err(|error| Failure::io(path.display(), &error))?;
     Ok(path)
