@@ -506,6 +506,7 @@ fn jwts_of_each_algorithm_are_believed_by_the_key_that_is_for_it() {
         EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, document.as_ref(), &random).expect("a key")
     };
     let (p256, another) = (elliptic(), elliptic());
+    // Made for this test, as ring makes none; it opens nothing.
     let rsa = RsaKeyPair::from_pkcs8(include_bytes!("keys/rsa.pk8")).expect("a key");
     let by_p256 = |key: &EcdsaKeyPair, text: &[u8]| key.sign(&random, text).expect("a signature").as_ref().to_vec();
     let by_rsa = |text: &[u8]| {

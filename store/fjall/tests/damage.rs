@@ -265,22 +265,15 @@ async fn a_table_whose_contents_promise_more_than_there_is_is_reported() {
 
 /// Flips a bit in the payload `needle`, which one of the tables holds.
 fn flip_in_tables(dir: &Path, needle: &[u8]) -> bool {
-    for entry in fs::read_dir(dir).unwrap().flatten() {
-        let path = entry.path();
-        if path.is_dir() {
-            if flip_in_tables(&path, needle) {
-                return true;
-            }
-        } else if path.parent().is_some_and(|parent| parent.ends_with("tables")) {
-            let mut bytes = fs::read(&path).unwrap();
-            if let Some(at) = bytes.windows(needle.len()).position(|window| window == needle) {
-                bytes[at] ^= 1;
-                fs::write(&path, bytes).unwrap();
-                return true;
-            }
+    tables(dir).into_iter().any(|path| {
+        let mut bytes = fs::read(&path).unwrap();
+        let found = bytes.windows(needle.len()).position(|window| window == needle);
+        if let Some(at) = found {
+            bytes[at] ^= 1;
+            fs::write(&path, bytes).unwrap();
         }
-    }
-    false
+        found.is_some()
+    })
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
