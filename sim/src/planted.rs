@@ -58,14 +58,14 @@ impl Sign {
     }
 }
 
-/// What a client says that is told what cannot be.
-const BROKEN: &str = "the server broke the protocol";
+/// What a client says that is told what cannot be: in words, or as it is shown to programmers.
+const BROKEN: [&str; 2] = ["the server broke the protocol", "Protocol(ProtocolError"];
 
 /// What finds it: one of these. A client that is told what cannot be says so itself, and may be sooner than the checker.
 fn expected(bug: Bug) -> &'static [Sign] {
     use Class::*;
     use Sign::{Class as C, Text as T};
-    const TOLD_WRONG: Sign = T("Protocol(");
+    const TOLD_WRONG: Sign = T(BROKEN[1]);
     match bug {
         Bug::AckBeforeSync | Bug::WitnessBeforeSync => &[T("was acknowledged"), C(LostWrite)],
         Bug::ShownBeforeDurable => &[C(EpochReused), C(LostWrite), C(Vanished), C(InconsistentSeq), C(StaleRead)],
@@ -175,7 +175,7 @@ fn crash(what: &str, how: How, cycles: u64, bug: Bug, seed: u64) -> Found {
     match catch_unwind(AssertUnwindSafe(|| runtime.block_on(crashes::run(campaign)))) {
         Ok(findings) => found(what, findings),
         Err(panic) => match said(panic.as_ref()) {
-            why if why.starts_with("the server refused to start") || why.contains(BROKEN) => {
+            why if why.starts_with("the server refused to start") || BROKEN.iter().any(|said| why.contains(said)) => {
                 found(what, Findings::told(why))
             }
             why => Found::Failed(why),
@@ -222,7 +222,7 @@ pub fn hunt(seeds: u64, first: u64, only: Option<Bug>) -> bool {
             // Writers of the real server end with what they are told.
             Found::By(whence, findings)
                 if expected(*bug).iter().any(|sign| sign.is_in(&findings))
-                    || (*hunter == Hunter::Kill && Sign::Text(BROKEN).is_in(&findings)) =>
+                    || (*hunter == Hunter::Kill && BROKEN.iter().any(|said| Sign::Text(said).is_in(&findings))) =>
             {
                 println!("{:<26} {whence}: {}", bug.name(), findings.in_short());
                 found_all += 1;
