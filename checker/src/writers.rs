@@ -107,7 +107,7 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
         }
     }
     positions(evidence, &producers, &deleted, verdict);
-    for ((session, name), Producer { openings, appends, .. }) in producers {
+    for ((session, name), Producer { openings, appends, in_vain }) in producers {
         for (index, (asked, _, epoch)) in openings.iter().enumerate() {
             let earlier = openings.iter().enumerate().find(|(other, (_, answered, theirs))| {
                 *other != index && (answered < asked && theirs >= epoch || theirs == epoch)
@@ -119,7 +119,9 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
             }
         }
         for (operation, epoch) in &appends {
-            unanswered(evidence, session, operation, verdict);
+            let opened = openings.iter().filter(|(.., newer)| newer > epoch).map(|(invoked, ..)| *invoked);
+            let fenced = opened.chain(in_vain.iter().copied()).min();
+            unanswered(evidence, session, operation, fenced, verdict);
             let fence = openings.iter().find(|(_, answered, newer)| *answered < operation.invoked && newer > epoch);
             let Some((.., newer)) = fence else { continue };
             if operation.is_done() || operation.place().is_some() {
@@ -145,8 +147,16 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
     }
 }
 
-/// Nobody is left waiting, and nobody is told that he cannot know, where nothing was in the way of telling him.
-fn unanswered(evidence: &Evidence<'_>, session: &str, operation: &Operation<'_>, verdict: &mut Verdict) {
+/// Nobody is left waiting, and nobody is told that he cannot know, where nothing was in the way of telling him. Whoever has just found back may
+/// go over to another connection once more, and what he says there again cannot be told from what he said before once somebody, from when
+/// `fenced` says, may have opened his producer anew.
+fn unanswered(
+    evidence: &Evidence<'_>,
+    session: &str,
+    operation: &Operation<'_>,
+    fenced: Option<u64>,
+    verdict: &mut Verdict,
+) {
     if evidence.gone.contains_key(operation.process) {
         return;
     }
@@ -155,8 +165,9 @@ fn unanswered(evidence: &Evidence<'_>, session: &str, operation: &Operation<'_>,
     if until == NEVER || !evidence.is_undisturbed(operation.process, session, operation.invoked, until) {
         return;
     }
-    verdict.count("appends-behind-faults", u64::from(evidence.is_behind_a_fault(operation.invoked)));
-    if operation.outcome == Outcome::Unknown {
+    let is_behind = evidence.is_behind_a_fault(operation.invoked);
+    verdict.count("appends-behind-faults", u64::from(is_behind));
+    if operation.outcome == Outcome::Unknown && !(is_behind && fenced.is_some_and(|fenced| fenced < until)) {
         verdict.report(Class::Unanswered, session, || {
             format!("operation {} of {}, asked for at {}", operation.op, operation.process, operation.invoked)
         });
