@@ -273,14 +273,18 @@ impl Server {
     pub async fn restart_within(&mut self, time: Duration) -> Option<Result<(), (Option<i32>, String)>> {
         let listen = self.addr.to_string();
         let mut lines = self.spawn(&["--listen", &listen]);
-        let begun = tokio::time::timeout(time, self.listening(&mut lines)).await;
+        let mut said = String::new();
+        let begun = tokio::time::timeout(time, self.listening(&mut lines, &mut said)).await;
         match begun {
             Ok(Ok(())) => self.hear(lines),
             Ok(Err(_)) => {}
             Err(_) => {
                 self.freeze().await;
                 let status = self.has_ended()?;
-                return Some(Err((status.code(), "it ended when its time was over".into())));
+                while let Ok(Some(line)) = lines.next_line().await {
+                    said.push_str(&line);
+                }
+                return Some(Err((status.code(), said)));
             }
         }
         begun.ok()
@@ -311,7 +315,7 @@ impl Server {
 
     async fn begin(&mut self, args: &[&str]) -> Result<(), (Option<i32>, String)> {
         let mut lines = self.spawn(args);
-        self.listening(&mut lines).await?;
+        self.listening(&mut lines, &mut String::new()).await?;
         self.hear(lines);
         Ok(())
     }
@@ -346,9 +350,13 @@ impl Server {
         lines
     }
 
-    /// Waits until the process that was started listens, or ends.
-    async fn listening(&mut self, lines: &mut Lines<BufReader<ChildStdout>>) -> Result<(), (Option<i32>, String)> {
-        let mut said = String::new();
+    /// Waits until the process that was started listens, or ends. What it says until then is put behind `said`, also by one that is not waited
+    /// for.
+    async fn listening(
+        &mut self,
+        lines: &mut Lines<BufReader<ChildStdout>>,
+        said: &mut String,
+    ) -> Result<(), (Option<i32>, String)> {
         while let Some(line) = lines.next_line().await.expect("output of the server") {
             let event: Value = serde_json::from_str(&line).expect("JSON from the server");
             if event["event"] == "listening" {
@@ -360,7 +368,7 @@ impl Server {
         }
         let status = self.child.as_mut().expect("it was started").wait().await.expect("the server's exit status");
         self.child = None;
-        Err((status.code(), said))
+        Err((status.code(), said.clone()))
     }
 
     /// Reads on what a process says, for whoever asks for it.
