@@ -155,6 +155,8 @@ impl ConnectFile {
         let wrong = |what: String| ClientError::Invalid(format!("connection file {}: {what}", path.display()));
         let text = std::fs::read(path).map_err(|error| wrong(error.to_string()))?;
         let mut this: Self = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
+        // Whoever writes it again, elsewhere, means the same files.
+        let path = std::path::absolute(path).map_err(|error| wrong(error.to_string()))?;
         if let (Some(certificate), Some(dir)) = (&mut this.certificate, path.parent()) {
             certificate.chain = dir.join(&certificate.chain);
             certificate.key = dir.join(&certificate.key);
