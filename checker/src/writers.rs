@@ -119,9 +119,11 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
             }
         }
         for (operation, epoch) in &appends {
-            let opened = openings.iter().filter(|(.., newer)| newer > epoch).map(|(invoked, ..)| *invoked);
-            let fenced = opened.chain(in_vain.iter().copied()).min();
-            unanswered(evidence, session, operation, fenced, verdict);
+            let may_be_fenced = |by: u64| {
+                openings.iter().any(|(invoked, _, newer)| newer > epoch && *invoked < by)
+                    || in_vain.iter().any(|invoked| *invoked < by)
+            };
+            unanswered(evidence, session, operation, may_be_fenced, verdict);
             let fence = openings.iter().find(|(_, answered, newer)| *answered < operation.invoked && newer > epoch);
             let Some((.., newer)) = fence else { continue };
             if operation.is_done() || operation.place().is_some() {
@@ -148,13 +150,13 @@ pub fn check(evidence: &Evidence<'_>, verdict: &mut Verdict) {
 }
 
 /// Nobody is left waiting, and nobody is told that he cannot know, where nothing was in the way of telling him. Whoever has just found back may
-/// go over to another connection once more, and what he says there again cannot be told from what he said before once somebody, from when
-/// `fenced` says, may have opened his producer anew.
+/// go over to another connection once more, and what he says there again cannot be told from what he said before once somebody may have
+/// opened his producer anew.
 fn unanswered(
     evidence: &Evidence<'_>,
     session: &str,
     operation: &Operation<'_>,
-    fenced: Option<u64>,
+    may_be_fenced: impl FnOnce(u64) -> bool,
     verdict: &mut Verdict,
 ) {
     if evidence.gone.contains_key(operation.process) {
@@ -167,7 +169,7 @@ fn unanswered(
     }
     let is_behind = evidence.is_behind_a_fault(operation.invoked);
     verdict.count("appends-behind-faults", u64::from(is_behind));
-    if operation.outcome == Outcome::Unknown && !(is_behind && fenced.is_some_and(|fenced| fenced < until)) {
+    if operation.outcome == Outcome::Unknown && !(is_behind && may_be_fenced(until)) {
         verdict.report(Class::Unanswered, session, || {
             format!("operation {} of {}, asked for at {}", operation.op, operation.process, operation.invoked)
         });
